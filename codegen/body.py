@@ -1,0 +1,330 @@
+"""Statements of a program to lines of Python: one line per op, in the program's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, prod
+
+import torch
+
+from ..ir.graph import Arg, Node, Value
+from ..ir.labels import DimLabels
+from ..ir.mesh import Mesh
+from ..ir.ops import find_op, rule_of
+from ..ir.spec import P, R, S, V, is_shard
+from ..planner.conversion import Step, primitive
+from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement
+from .names import Names, base_name
+from .source import bytes_text, seconds_text, statement
+
+
+def parameter_path(name: str) -> str:
+    """`self.model.layers[0].weight` for `model.layers.0.weight`."""
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")]
+    return "self" + "".join(parts)
+
+
+class BodyEmitter:
+    """Writes the statements of one `forward`."""
+
+    def __init__(
+        self,
+        statements: Sequence[Statement],
+        outputs: Sequence[Sharded],
+        mesh: Mesh,
+        labels: dict[str, DimLabels],
+    ) -> None:
+        self.statements = statements
+        self.outputs = outputs
+        self.mesh = mesh
+        self.labels = labels
+        self.names = Names(mesh.names)
+        self.axes_used: set[str] = set()
+        self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
+        self._uses = self._count_uses()
+        self._last = self._last_uses()
+
+    def define(self, item: Sharded, name: str) -> str:
+        """An argument of the function."""
+        return self.names.give(item, name)
+
+    def define_parameter(self, item: Sharded, path: str) -> None:
+        """A parameter, written as an attribute where it is used."""
+        self.inline[item] = path
+
+    def lines(self, indent: int) -> list[str]:
+        """The body's lines, without the return."""
+        out: list[str] = []
+        for at, item in enumerate(self.statements):
+            dying = {s for s in _reads(item) if self._last.get(s) == at}
+            if isinstance(item, LoopCall):
+                out += self._loop(item, dying, indent)
+            elif isinstance(item, Convert):
+                out += self._convert(item, dying, indent)
+            else:
+                out += self._compute(item, dying, indent)
+        return out
+
+    def text(self, item: Sharded) -> str:
+        """How `item` is written where it is used."""
+        return self.inline[item] if item in self.inline else self.names[item]
+
+    def layout(self, item: Sharded) -> str:
+        """`[b/dp, s, 4096/tp]`; ` + tp` where the ranks of tp hold summands."""
+        labels = self.labels.get(item.value.name, ())
+        dims: list[str] = []
+        for dim, size in enumerate(item.value.type.shape):
+            names = labels[dim] if dim < len(labels) else ()
+            text = "".join(names) or str(size)
+            cut = [n for n, s in zip(self.mesh.names, item.spec, strict=True) if s == dim]
+            dims.append("/".join([text, *cut]))
+        partial = [n for n, s in zip(self.mesh.names, item.spec, strict=True) if s == P]
+        return f"[{', '.join(dims)}]" + "".join(f" + {name}" for name in partial)
+
+    # -- statements ---------------------------------------------------------------------------
+
+    def _convert(self, item: Convert, dying: set[Sharded], indent: int) -> list[str]:
+        text = self._conversion_call(item)
+        comment = self._conversion_comment(item)
+        if item.param and self._uses[item.target] == 1:
+            self.inline[item.target] = text
+            return []
+        if item.param:
+            name = self.names.give(item.target, item.source.value.name.rsplit(".", 2)[-2])
+        else:
+            name = self._name(item, item.target, dying)
+        return statement(f"{name} = {text}", indent, comment)
+
+    def _conversion_call(self, item: Convert) -> str:
+        """The method of `runtime.Axis` for the step (its table is in runtime/collectives.py)."""
+        step, source = item.priced.step, self.text(item.source)
+        axis = self.axis_text(step)
+        size = _uneven_size(item, self.mesh)
+        gradient = item.source.value.differentiable
+        match primitive(step.a, step.b):
+            case "all_gather" if item.param and step.b == V:
+                return f"{axis}.gather_parameter({source}, {step.a}{size})"
+            case "all_gather":
+                back = ', backward="slice"' if gradient and step.b == R else ""
+                return f"{axis}.all_gather({source}, {step.a}{size}{back})"
+            case "all_reduce":
+                back = ', backward="all_reduce"' if gradient and step.b == V else ""
+                return f"{axis}.all_reduce({source}{back})"
+            case "reduce_scatter":
+                return f"{axis}.reduce_scatter({source}, {step.b})"
+            case "slice":
+                back = ', backward="pad"' if gradient and step.a == V else ""
+                return f"{axis}.shard({source}, {step.b}{back})"
+            case "all_to_all":
+                return f"{axis}.all_to_all({source}, gather_dim={step.a}, shard_dim={step.b}{size})"
+            case "mask":
+                back = ', backward="mask"' if gradient and step.a == V else ""
+                return f"{axis}.partial({source}{back})"
+            case "pad":
+                return f"{axis}.pad({source}, {step.a}{size})"
+            case _:
+                return f"{axis}.copy({source})" if step.b == V else f"{axis}.own_gradient({source})"
+
+    def _conversion_comment(self, item: Convert) -> str:
+        forward = [t for t in item.priced.traffic if not t.backward]
+        backward = [t for t in item.priced.traffic if t.backward]
+        parts = [self.layout(item.target)]
+        if forward:
+            parts.append(bytes_text(forward[0].bytes))
+        if backward:
+            kinds = " and ".join(t.kind.replace("_", "-") for t in backward)
+            parts.append(
+                f"backward {kinds}" + ("" if forward else f" {bytes_text(backward[0].bytes)}")
+            )
+        if item.priced.traffic:
+            parts.append(seconds_text(item.priced.seconds))
+        return "; ".join(parts)
+
+    def axis_text(self, step: Step) -> str:
+        """The axis (or joined axes) of a step: a local variable, or `self.mesh["dp", "tp"]`."""
+        names = [self.mesh.names[axis] for axis in step.axes]
+        if len(names) == 1:
+            self.axes_used.add(names[0])
+            return names[0]
+        return "self.mesh[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+    def _compute(self, item: Compute, dying: set[Sharded], indent: int) -> list[str]:
+        text = render(item, self)
+        if len(item.outputs) == 1:
+            name = self._name(item, item.outputs[0], dying)
+        else:
+            base = base_name(item, self.names, dying)
+            for old in dying:
+                self.names.release(old)
+            name = ", ".join(
+                self.names.give(out, f"{base}_{i}") for i, out in enumerate(item.outputs)
+            )
+        where = f"  {item.node.loc}" if item.node.loc.file else ""
+        return statement(f"{name} = {text}", indent, self.layout(item.outputs[0]) + where)
+
+    def _name(self, item: Convert | Compute, target: Sharded, dying: set[Sharded]) -> str:
+        base = base_name(item, self.names, dying)
+        for old in dying:
+            self.names.release(old)
+        return self.names.give(target, base)
+
+    def _loop(self, item: LoopCall, dying: set[Sharded], indent: int) -> list[str]:
+        pad = "    " * indent
+        arguments = [self.text(argument) for argument in item.arguments]
+        entering = [self.text(value) for value in item.carried]
+        bases = [self.names.base(v) if v in self.names else "x" for v in item.carried]
+        for old in dying:
+            self.names.release(old)
+        carried = [self.names.give(v, b) for v, b in zip(item.outputs, bases, strict=True)]
+        lines = [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
+        lines.append(f"{pad}for layer in {parameter_path(item.loop.path)}:")
+        call = f"{', '.join(carried)} = layer({', '.join([*carried, *arguments])})"
+        return [*lines, *statement(call, indent + 1, self.layout(item.outputs[0]))]
+
+    # -- uses ---------------------------------------------------------------------------------
+
+    def _count_uses(self) -> dict[Sharded, int]:
+        uses: dict[Sharded, int] = {}
+        for item in self.statements:
+            for read in _reads(item):
+                uses[read] = uses.get(read, 0) + 1
+        for out in self.outputs:
+            uses[out] = uses.get(out, 0) + 1
+        return uses
+
+    def _last_uses(self) -> dict[Sharded, int]:
+        last: dict[Sharded, int] = {}
+        for at, item in enumerate(self.statements):
+            for read in _reads(item):
+                last[read] = at
+        for out in self.outputs:
+            last[out] = len(self.statements)
+        # what is written inline is read again where the text stands
+        for at, item in reversed(list(enumerate(self.statements))):
+            if isinstance(item, Convert) and item.param and self._uses.get(item.target) == 1:
+                last[item.source] = max(last.get(item.source, at), last.get(item.target, at))
+        return last
+
+
+def _reads(item: Statement) -> tuple[Sharded, ...]:
+    if isinstance(item, Convert):
+        return (item.source,)
+    if isinstance(item, Compute):
+        return item.operands
+    return (*item.carried, *item.arguments)
+
+
+def _uneven_size(item: Convert, mesh: Mesh) -> str:
+    """`, size=50257` where a dim does not divide and its true size must be told."""
+    step = item.priced.step
+    if not is_shard(step.a):
+        return ""
+    size = item.source.value.type.shape[step.a]
+    ways = prod(mesh.sizes[axis] for axis in step.axes)
+    return f", size={size}" if size % ways else ""
+
+
+def render(item: Compute, body: BodyEmitter) -> str:
+    """Source of the call that runs a node on local tensors."""
+    renderer = _Renderer(item, body)
+    op = find_op(item.node.op)
+    if op is None:
+        return renderer.plain_call()
+    if not isinstance(op.emit, str):
+        return op.emit(item.node, renderer)
+    return op.emit.format(**{name: renderer.arg(name) for name, _ in item.node.args})
+
+
+class _Renderer:
+    """Implements `ir.ops.Render` for one statement."""
+
+    def __init__(self, item: Compute, body: BodyEmitter) -> None:
+        self.item = item
+        self.body = body
+        self.node: Node = item.node
+        self._operands = iter(item.operands)
+        self._texts: dict[str, str] = {}
+        self._items: dict[str, list[str]] = {}
+        for name, arg in self.node.args:
+            if isinstance(arg, tuple):
+                self._items[name] = [self._text(item) for item in arg]
+                self._texts[name] = _tuple_text(self._items[name])
+            else:
+                self._texts[name] = self._text(arg)
+
+    def _text(self, arg: Arg) -> str:
+        if isinstance(arg, Value):
+            return self.body.text(next(self._operands))
+        if isinstance(arg, tuple):
+            return _tuple_text([self._text(item) for item in arg])
+        if isinstance(arg, torch.dtype):
+            return str(arg)
+        if isinstance(arg, float) and not isfinite(arg):
+            return f'float("{arg}")'
+        return f'"{arg}"' if isinstance(arg, str) else repr(arg)
+
+    def arg(self, name: str) -> str:
+        """Source text of the argument `name`."""
+        return self._texts[name]
+
+    def items(self, name: str) -> list[str]:
+        """Source texts of the items of the list argument `name`."""
+        return self._items[name]
+
+    def plain_call(self) -> str:
+        """The op by its full name, for ops without a rule."""
+        args = [f"{name}={text}" for name, text in self._texts.items() if text != "None"]
+        return f"torch.ops.{self.node.op}({', '.join(args)})"
+
+    def sizes(self) -> list[str]:
+        """Local size of each dim of the first result, written so that it holds for any batch."""
+        rule, ways = rule_of(self.node), self._ways()
+        result = rule.results[0]
+        shape = self.node.output.type.shape
+        labels = self.body.labels.get(self.node.output.name, ())
+        out: list[str] = []
+        for dim, factors in enumerate(result):
+            label = labels[dim] if dim < len(labels) else ()
+            source = self._same_dim(factors) if label else None
+            if source is not None:
+                out.append(source)
+            elif (
+                label
+                and "-1" not in out
+                and self.node.op != "aten.expand.default"
+                and rule.operands
+            ):
+                out.append("-1")
+            elif factors:
+                out.append(str(prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)))
+            else:
+                out.append(str(shape[dim]))
+        return out
+
+    def _same_dim(self, factors: tuple[str, ...]) -> str | None:
+        """`x.size(0)` of an operand dim with just these factors."""
+        if not factors:
+            return None
+        for operand, dims in zip(self.item.operands, rule_of(self.node).operands, strict=True):
+            if factors in dims and operand not in self.body.inline:
+                return f"{self.body.text(operand)}.size({dims.index(factors)})"
+        return None
+
+    def _ways(self) -> dict[str, int]:
+        ways = rule_of(self.node).ways(self.item.choices, self.body.mesh.sizes)
+        assert ways is not None
+        return ways
+
+    def axis(self, factor: str) -> str:
+        """The `Axis` expression that cuts `factor`, or an empty string."""
+        cut = tuple(i for i, choice in enumerate(self.item.choices) if choice == factor)
+        return self.body.axis_text(Step(cut, R, S(0))) if cut else ""
+
+    def sharded_axes(self) -> tuple[str, ...]:
+        """Names of the mesh axes over which the result is sharded."""
+        spec = self.item.outputs[0].spec
+        return tuple(n for n, s in zip(self.body.mesh.names, spec, strict=True) if is_shard(s))
+
+
+def _tuple_text(items: Sequence[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"

@@ -1,0 +1,284 @@
+"""A program to one Python file: a class per distinct block, the model, its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..ir.graph import Param, Value
+from ..ir.labels import DimLabels, label_dims
+from ..ir.mesh import Mesh
+from ..ir.spec import Spec, format_spec, local_shape
+from ..planner.program import BlockBody, Compute, LoopCall, Program, Sharded
+from .body import BodyEmitter, parameter_path
+from .source import check, statement
+
+
+def write_source(program: Program, mesh: Mesh, *, summary: str, phase: str, optimizer: str) -> str:
+    """The generated module as text; `summary` becomes its docstring.
+
+    The same program gives the same bytes.
+    """
+    writer = _Writer(program, mesh, summary, phase, optimizer)
+    return check(writer.text())
+
+
+class _Writer:
+    def __init__(
+        self, program: Program, mesh: Mesh, summary: str, phase: str, optimizer: str
+    ) -> None:
+        self.program = program
+        self.mesh = mesh
+        self.summary = summary
+        self.phase = phase
+        self.optimizer = optimizer
+        self.labels: dict[str, DimLabels] = label_dims(program.graph)
+        self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
+        self.class_of: dict[tuple[str, int], str] = {}
+        self._name_classes()
+
+    def text(self) -> str:
+        classes = [
+            self._block_class(call, kind) for call in self.loops for kind in range(len(call.bodies))
+        ]
+        parts = [self._head(), *classes, self._model_class(), self._foot()]
+        return "\n\n\n".join("\n".join(part) for part in parts) + "\n"
+
+    def _name_classes(self) -> None:
+        taken: set[str] = {"ShardedModel"}
+        for call in self.loops:
+            for kind, body in enumerate(call.bodies):
+                base = body.block.class_name or "Block"
+                name, count = base, 1
+                while name in taken:
+                    count += 1
+                    name = f"{base}{count}"
+                taken.add(name)
+                self.class_of[call.loop.name, kind] = name
+
+    def _head(self) -> list[str]:
+        names = (
+            "Input, Layer, Output, Param, ShardedModule, ops"
+            if self.loops
+            else ("Input, Output, Param, ShardedModule, ops")
+        )
+        body = "\n".join(self.summary.splitlines())
+        return [
+            f'"""{body}\n"""',
+            "",
+            "from __future__ import annotations",
+            "",
+            "import torch",
+            "import torch.nn.functional as F",
+            "from torch import Tensor",
+            "",
+            f"from shardwright.runtime import {names}",
+        ]
+
+    # -- blocks -------------------------------------------------------------------------------
+
+    def _block_class(self, call: LoopCall, kind: int) -> list[str]:
+        body = call.bodies[kind]
+        emitter = BodyEmitter(body.statements, body.outputs, self.mesh, self.labels)
+        n = len(call.carried)
+        carried = [
+            emitter.define(Sharded(value, item.spec), self._argument_name(value.name, i))
+            for i, (value, item) in enumerate(zip(body.block.inputs[:n], call.carried, strict=True))
+        ]
+        inner = self._inner_arguments(call, body)
+        arguments = [
+            emitter.define(item, self._outer_name(call, i)) for i, item in enumerate(inner)
+        ]
+        for param, spec in body.params:
+            item = Sharded(param.value, spec)
+            emitter.define_parameter(item, parameter_path(param.name))
+        lines = emitter.lines(2)
+        used = sorted(call.loop.order.count(k) for k in [kind])
+        names = [f"{name}: Tensor" for name in (*carried, *arguments)]
+        results = [emitter.text(out) for out in body.outputs]
+        returned = "Tensor" if n == 1 else f"tuple[{', '.join(['Tensor'] * n)}]"
+        signature = statement(f"def forward(self, {', '.join(names)}) -> {returned}:", 1)
+        if len(signature) > 1 or len(signature[0]) > 100:
+            signature = ["    def forward(", *_arguments(["self", *names]), f"    ) -> {returned}:"]
+        layers = [i for i, k in enumerate(call.loop.order) if k == kind]
+        return [
+            f"class {self.class_of[call.loop.name, kind]}(Layer):",
+            f'    """`{call.loop.path}`, {used[0]} times: {_ranges(layers)}."""',
+            "",
+            *signature,
+            *self._axes_line(emitter),
+            *lines,
+            f"        return {', '.join(results)}",
+        ]
+
+    def _argument_name(self, name: str, position: int) -> str:
+        return "hidden_states" if position == 0 else f"carried_{position}"
+
+    def _inner_arguments(self, call: LoopCall, body: BlockBody) -> list[Sharded]:
+        """The loop's arguments by the names of this block's own inputs."""
+        n = len(call.carried)
+        position = {value.name: i for i, value in enumerate(call.loop.invariants)}
+        inner = body.block.inputs[n:]
+        return [Sharded(inner[position[a.value.name]], a.spec) for a in call.arguments]
+
+    def _outer_name(self, call: LoopCall, index: int) -> str:
+        item = call.arguments[index]
+        producers = {
+            out.value.name: s.node.loc.target
+            for s in self.program.statements
+            if isinstance(s, Compute)
+            for out in s.outputs
+        }
+        target = producers.get(item.value.name, "")
+        return target or item.value.name.split(".")[-1]
+
+    def _axes_line(self, emitter: BodyEmitter) -> list[str]:
+        return [
+            f'        {name} = self.mesh["{name}"]'
+            for name in self.mesh.names
+            if name in emitter.axes_used
+        ]
+
+    # -- the model ----------------------------------------------------------------------------
+
+    def _model_class(self) -> list[str]:
+        program = self.program
+        emitter = BodyEmitter(program.statements, program.outputs, self.mesh, self.labels)
+        names = [
+            emitter.define(item, source.name)
+            for item, source in zip(program.inputs, program.graph.inputs, strict=True)
+        ]
+        for param, spec in program.params:
+            emitter.define_parameter(Sharded(param.value, spec), parameter_path(param.name))
+        lines = emitter.lines(2)
+        results = ", ".join(emitter.text(out) for out in program.outputs)
+        arguments = ", ".join(["self", *(f"{name}: Tensor" for name in names)])
+        sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
+        return [
+            "class ShardedModel(ShardedModule):",
+            f'    """{program.graph.name} as one rank of {self.mesh} runs it."""',
+            "",
+            f"    MESH = {{{sizes}}}",
+            f'    PHASE = "{self.phase}"',
+            f'    OPTIMIZER = "{self.optimizer}"',
+            *self._layers_table(),
+            *self._parameters_table(),
+            *self._inputs_table(),
+            *self._outputs_table(),
+            "",
+            f"    def forward({arguments}) -> object:",
+            *self._axes_line(emitter),
+            *lines,
+            f"        return self.pack({results})",
+        ]
+
+    def _layers_table(self) -> list[str]:
+        if not self.loops:
+            return []
+        lines = ["    LAYERS = {"]
+        for call in self.loops:
+            classes = [self.class_of[call.loop.name, kind] for kind in call.loop.order]
+            if len(set(classes)) == 1:
+                text = f"[{classes[0]}] * {len(classes)}"
+            else:
+                text = f"[{', '.join(classes)}]"
+            lines += statement(f'"{call.loop.path}": {text}', 2)
+            lines[-1] += ","
+        return [*lines, "    }"]
+
+    def _parameters_table(self) -> list[str]:
+        lines = ["    PARAMETERS = {"]
+        for param, spec in self.program.params:
+            lines += self._param_line(param.name, param, spec)
+        for call in self.loops:
+            for kind, body in enumerate(call.bodies):
+                layers = [i for i, k in enumerate(call.loop.order) if k == kind]
+                for param, spec in body.params:
+                    path = f"{call.loop.path}.{{{_range_text(layers)}}}.{param.name}"
+                    lines += self._param_line(path, param, spec)
+        return [*lines, "    }"]
+
+    def _param_line(self, name: str, param: Param, spec: Spec) -> list[str]:
+        dtype = str(param.value.type.dtype)
+        args = [_tuple(param.value.type.shape), dtype, f'"{format_spec(spec)}"']
+        if param.kind != "parameter":
+            args.append(f'kind="{param.kind}"')
+        elif not param.value.differentiable:
+            args.append("trainable=False")
+        if param.aliases:
+            args.append(f"aliases={_strings(param.aliases)}")
+        if param.data is not None:
+            args.append(f"data={param.data!r}")
+        local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
+        comment = f"{list(local)} here" if local != param.value.type.shape else ""
+        lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)
+        return lines if len(lines) <= 2 else _one_per_line(f'"{name}": Param(', args, comment)
+
+    def _inputs_table(self) -> list[str]:
+        lines = ["    INPUTS = {"]
+        for source, item in zip(self.program.graph.inputs, self.program.inputs, strict=True):
+            kind = item.value.type
+            args = [f'"{format_spec(item.spec)}"', _tuple(kind.shape), str(kind.dtype)]
+            if high := self._index_limit(item.value):
+                args.append(f"high={high}")
+            lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
+        return [*lines, "    }"]
+
+    def _index_limit(self, value: Value) -> int | None:
+        """Integers of this input are below the rows of the table that they look up."""
+        reached = {value.name}
+        for statement_, _ in self.program.flat():
+            if not isinstance(statement_, Compute):
+                continue
+            node = statement_.node
+            if not any(operand.name in reached for operand in node.operands):
+                continue
+            if node.op == "aten.embedding.default":
+                return node.operands[0].type.shape[0]
+            if node.op == "shardwright.cross_entropy":
+                return node.operands[0].type.shape[-1]
+            if not node.output.type.dtype.is_floating_point:
+                reached |= {out.name for out in node.outputs}
+        return None
+
+    def _outputs_table(self) -> list[str]:
+        lines = ["    OUTPUTS = ("]
+        for out, item in zip(self.program.graph.outputs, self.program.outputs, strict=True):
+            path = "(" + ", ".join(f'"{k}"' if isinstance(k, str) else str(k) for k in out.path)
+            path += ",)" if len(out.path) == 1 else ")"
+            shape = _tuple(item.value.type.shape)
+            lines += statement(f'Output({path}, "{format_spec(item.spec)}", {shape}),', 2)
+        return [*lines, "    )"]
+
+    def _foot(self) -> list[str]:
+        return ['if __name__ == "__main__":', "    ShardedModel.demo()"]
+
+
+def _arguments(names: Sequence[str]) -> list[str]:
+    joined = "        " + ", ".join(names)
+    return [joined] if len(joined) <= 100 else [f"        {name}," for name in names]
+
+
+def _one_per_line(head: str, args: list[str], comment: str) -> list[str]:
+    above = [f"        # {comment}"] if comment else []
+    return [*above, f"        {head}", *(f"            {arg}," for arg in args), "        ),"]
+
+
+def _tuple(items: Sequence[int]) -> str:
+    return f"({', '.join(map(str, items))}{',' if len(items) == 1 else ''})"
+
+
+def _strings(items: Sequence[str]) -> str:
+    joined = ", ".join(f'"{item}"' for item in items)
+    return f"({joined}{',' if len(items) == 1 else ''})"
+
+
+def _range_text(layers: list[int]) -> str:
+    """`0..31`, or `0,2,4`: the runtime's `Param` table expands it."""
+    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
+        return f"{layers[0]}..{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
+def _ranges(layers: list[int]) -> str:
+    text = _range_text(layers).replace("..", " to ").replace(",", ", ")
+    return f"layer {text}" if len(layers) == 1 else f"layers {text}"

@@ -1,0 +1,90 @@
+"""Names of local variables in generated code: those of the user's source where they fit."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Iterable
+
+from ..ir.graph import Node
+from ..ir.ops import kind_of
+from ..planner.conversion import primitive
+from ..planner.program import Compute, Convert, Sharded
+
+_RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})
+_CONVERTED = {
+    "all_gather": "full",
+    "all_reduce": "sum",
+    "reduce_scatter": "part",
+    "all_to_all": "moved",
+    "slice": "part",
+    "pad": "padded",
+    "mask": "share",
+    "nothing": "copy",
+}
+
+
+class Names:
+    """Gives each live value its own name; a name is free again after its value's last use."""
+
+    def __init__(self, reserved: Iterable[str]) -> None:
+        self._reserved = _RESERVED | set(reserved)
+        self._of: dict[Sharded, str] = {}
+        self._base: dict[Sharded, str] = {}
+        self._taken: dict[str, Sharded] = {}
+
+    def __getitem__(self, item: Sharded) -> str:
+        return self._of[item]
+
+    def __contains__(self, item: Sharded) -> bool:
+        return item in self._of
+
+    def base(self, item: Sharded) -> str:
+        """The name that `item` was given before it was made unique."""
+        return self._base[item]
+
+    def release(self, item: Sharded) -> None:
+        """`item` is not used any more."""
+        name = self._of.get(item)
+        if name is not None and self._taken.get(name) == item:
+            del self._taken[name]
+
+    def give(self, item: Sharded, base: str) -> str:
+        """A name for `item`, as near to `base` as is free."""
+        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"x_{base}"
+        base = base if base.isidentifier() else "x"
+        name, count = base, 1
+        while name in self._reserved or name in self._taken:
+            count += 1
+            name = f"{base}_{count}"
+        self._of[item], self._base[item], self._taken[name] = name, base, item
+        return name
+
+
+def base_name(statement: Compute | Convert, names: Names, dying: set[Sharded]) -> str:
+    """What the result of a statement would best be called.
+
+    In order: the name the user's line assigns it to; for a layer with weights the layer's own
+    name; the name of the operand that it replaces; the op's name.
+    """
+    if isinstance(statement, Convert):
+        base = names.base(statement.source) if statement.source in names else "x"
+        if statement.source in dying:
+            return base
+        step = statement.priced.step
+        return f"{base}_{_CONVERTED[primitive(step.a, step.b)]}"
+    node = statement.node
+    if node.loc.target:
+        return node.loc.target
+    tail = node.loc.module.rsplit(".", 1)[-1]
+    if tail and not tail.isdigit() and _owns(node):
+        return tail
+    first = statement.operands[0] if statement.operands else None
+    if first in dying and first in names and len(node.outputs) == 1:
+        return names.base(first)
+    return node.op.split(".")[1].strip("_")
+
+
+def _owns(node: Node) -> bool:
+    """Is the node the main op of its module?"""
+    weighted = ("aten.embedding.default", "aten.layer_norm.default", "aten.rms_norm.default")
+    return kind_of(node) == "matmul" or node.op in weighted

@@ -1,0 +1,40 @@
+"""A plan to the text of its generated module, and to the command that runs it."""
+
+from __future__ import annotations
+
+from ..planner.plan import Plan
+from ..planner.report import format_bytes, format_seconds
+from .module import write_source
+
+
+def module_source(plan: Plan) -> str:
+    """The generated module of `plan`: one file for all ranks, the same bytes every time."""
+    return write_source(
+        plan.program,
+        plan.mesh,
+        summary=_summary(plan),
+        phase=plan.request.phase,
+        optimizer=plan.request.optimizer,
+    )
+
+
+def _summary(plan: Plan) -> str:
+    request = plan.request
+    unit = "training step" if plan.training else "prefill"
+    made = request.target or "a model given to shardwright.plan"
+    batch = f"batch {request.batch} x {request.seq} tokens, {request.dtype}"
+    return "\n".join(
+        [
+            f"{plan.graph.name} over {request.gpus} x {request.cluster}: {plan.mesh}.",
+            "",
+            f"Made from {made}, {batch}.",
+            f"Predicted: {format_seconds(plan.seconds)} per {unit}, "
+            f"{format_bytes(plan.memory.total)} per GPU.",
+            "",
+            "Run a demonstration step:",
+            f"    torchrun --nproc-per-node {request.gpus} sharded_model.py",
+            "",
+            "Comments show each result's shape, with the mesh axes that cut a dim (`4096/tp`) and",
+            "those whose ranks hold summands (`+ tp`), and the line it comes from.",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Clusters, compute and collective costs, memory."""

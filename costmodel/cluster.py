@@ -1,0 +1,394 @@
+"""The machine a plan is priced on: what one GPU does, and what connects it to the others.
+
+A cluster is one TOML file.  The built-in ones lie in `clusters/`, each figure with its source in a
+comment beside it; a user's own file has the same fields.  It may start from a built-in one with
+`base` and change only what differs:
+
+    base = "h100"                      # every figure that is not given here
+    device = "H100 with 200 Gb/s Ethernet"
+    memory_bytes = 70e9                # leave room for another process
+
+    [inter_node]
+    bytes_per_s = 25e9                 # 200 Gb/s, one NIC per GPU
+
+Unknown fields are refused, so that a typing error never becomes a silent default.
+All units are SI: bytes, seconds, FLOP/s, bytes/s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from importlib import resources
+from math import inf, isfinite
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+BUILT_IN = ("a100", "b200", "cpu", "h100", "h200", "l40s", "mi300x", "rtx4090")
+
+_DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "float64": "fp64",
+    "double": "fp64",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+}
+
+
+class ClusterError(ValueError):
+    """A cluster that is unknown, or whose file cannot be used; the message says what would do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """How near one kind of kernel comes to the datasheet.
+
+    seconds = floor_s + (compute ** overlap + traffic ** overlap) ** (1 / overlap) with
+    compute = flops / (efficiency * peak), traffic = bytes / (bandwidth_efficiency * bandwidth).
+    overlap = 1 adds the two (nothing overlaps); a large one takes the larger (all overlaps).
+    """
+
+    floor_s: float
+    efficiency: float
+    bandwidth_efficiency: float
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """Matrix multiplication as tiles handed to processors in waves (see `compute.matmul_s`)."""
+
+    floor_s: float
+    efficiency: float
+    bandwidth_efficiency: float
+    overlap: float
+    wave_s: float
+    split_s: float
+    throttle: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What one GPU can receive from its neighbours in one direction (see `collective`).
+
+    `group_bytes_per_s` holds (GPUs taking part, bytes/s) pairs where the rate depends on their
+    number: PCIe without peer-to-peer falls with every GPU that joins; with one link for each pair
+    of GPUs it grows with the group.  Empty where every GPU reaches the full rate in any group.
+    """
+
+    bytes_per_s: float
+    efficiency: float
+    launch_s: float
+    hop_s: float
+    ramp_s_per_sqrt_byte: float = 0.0
+    exchange_s: float = 0.0
+    copy_bytes_per_s: float = inf
+    switch_reduce_bytes_per_s: float = 0.0
+    group_bytes_per_s: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """`gpus` equal devices, `gpus_per_node` in a node; every figure is per GPU.
+
+    `memory_bytes` is what a plan may fill: capacity less what driver, context and communication
+    buffers take.  `flops` pairs a dtype (`bf16`, `fp16`, `fp32`, `fp64`, `fp8`) with dense FLOP/s.
+    Without `tiles`, `compute.matmul_s` is the plain roofline of the `matmul` kernel.
+    """
+
+    name: str
+    device: str
+    gpus: int
+    gpus_per_node: int
+    memory_bytes: float
+    bandwidth_bytes_per_s: float
+    processors: int
+    small_head_cost: float
+    decode_pass_s: float
+    flops: tuple[tuple[str, float], ...]
+    matmul: Kernel
+    attention: Kernel
+    decode: Kernel
+    memory: Kernel
+    tiles: Tiles | None
+    intra_node: Link
+    inter_node: Link
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of one GPU for `bf16`, `bfloat16`, `torch.bfloat16`, ...
+
+        Raises `ClusterError` for a dtype this device has no rate for.
+        """
+        short = short_dtype(dtype)
+        for name, rate in self.flops:
+            if name == short:
+                return rate
+        known = ", ".join(name for name, _ in self.flops)
+        raise ClusterError(
+            f"{self.name} ({self.device}) has no FLOP/s for dtype `{dtype}`; it has {known}. "
+            "Choose one of these, or add the rate under [flops] in a cluster file."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.gpus} x {self.name}"
+
+
+def short_dtype(dtype: str) -> str:
+    """`bf16` for `bf16`, `bfloat16` and `torch.bfloat16`; unknown names come back as they are."""
+    name = dtype.removeprefix("torch.")
+    return _DTYPES.get(name, name)
+
+
+class _Rule(NamedTuple):
+    meaning: str  # what an error says was expected
+    low: float = 0.0
+    high: float = inf
+    strict: bool = True  # must exceed `low`, not only reach it
+
+
+_SECONDS = _Rule("seconds, 0 or more", strict=False)
+_SHARE = _Rule("a share of the datasheet's figure, above 0 and at most 1", high=1.0)
+_RATE = _Rule("bytes/s above 0")
+_OVERLAP = _Rule("1 (compute and traffic add up) or more", low=1.0, strict=False)
+
+_KERNEL_RULES = {
+    "floor_s": _SECONDS,
+    "efficiency": _SHARE,
+    "bandwidth_efficiency": _SHARE,
+    "overlap": _OVERLAP,
+}
+_TILE_RULES = _KERNEL_RULES | {
+    "wave_s": _SECONDS,
+    "split_s": _SECONDS,
+    "throttle": _Rule("0 or more", strict=False),
+}
+_LINK_RULES = {
+    "bytes_per_s": _Rule("bytes/s per GPU and direction, above 0"),
+    "efficiency": _SHARE,
+    "launch_s": _SECONDS,
+    "hop_s": _SECONDS,
+    "ramp_s_per_sqrt_byte": _Rule("seconds per square root of a byte, 0 or more", strict=False),
+    "exchange_s": _SECONDS,
+    "copy_bytes_per_s": _RATE,
+    "switch_reduce_bytes_per_s": _Rule("bytes/s, or 0 for no such switch", strict=False),
+}
+_TOP_RULES = {
+    "gpus_per_node": _Rule("a whole number, at least 1", low=1, strict=False),
+    "memory_bytes": _Rule("bytes above 0"),
+    "bandwidth_bytes_per_s": _RATE,
+    "processors": _Rule("a whole number, at least 1", low=1, strict=False),
+    "small_head_cost": _Rule("a factor, at least 1", low=1.0, strict=False),
+    "decode_pass_s": _SECONDS,
+}
+_WHOLE = ("gpus_per_node", "processors")
+_TEXT = ("base", "device")
+_TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
+_KERNELS = ("matmul", "attention", "decode", "memory")
+_FLOPS = ("bf16", "fp16", "fp32", "fp64", "fp8")
+
+_Part = TypeVar("_Part", Kernel, Tiles, Link)
+
+
+def load_cluster(name_or_path: str | PathLike[str], gpus: int | None = None) -> Cluster:
+    """The built-in cluster of that name, or the one a TOML file describes.
+
+    `gpus` is how many GPUs there are in all, one node's by default.  Anything that ends in
+    `.toml` or contains a folder separator is taken as a file.  Raises `ClusterError`.
+
+    >>> load_cluster("h100", gpus=64).intra_node.bytes_per_s
+    450000000000.0
+    """
+    text = str(name_or_path)
+    is_file = text.endswith(".toml") or "/" in text or "\\" in text
+    name = Path(text).stem if is_file else text
+    if is_file:
+        where, table = text, _parse(_read_file(Path(text)), text)
+    else:
+        where, table = f"{name}.toml", _built_in(name)
+    cluster = _build(name, _inherit(table, where), where)
+    if gpus is None:
+        return cluster
+    if gpus < 1:
+        raise ClusterError(f"gpus={gpus}: a cluster has at least one GPU")
+    return replace(cluster, gpus=gpus)
+
+
+def built_in_text(name: str) -> str:
+    """The TOML text, comments with the sources included, of a built-in cluster."""
+    if name not in BUILT_IN:
+        raise ClusterError(_unknown(name))
+    folder = resources.files(__name__.rpartition(".")[0]) / "clusters"
+    return (folder / f"{name}.toml").read_text("utf-8")
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
+    hint = f"; did you mean `{near[0]}`?" if near else "."
+    return (
+        f"unknown cluster `{name}`{hint} Built in: {', '.join(BUILT_IN)}. "
+        "Or give a path that ends in .toml."
+    )
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"cluster file {path} cannot be read: {error}") from error
+
+
+def _built_in(name: str) -> dict[str, Any]:
+    return _parse(built_in_text(name), f"{name}.toml")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ClusterError(f"{where}: not valid TOML: {error}") from error
+
+
+def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """`table` over the tables of its `base`, field by field."""
+    _refuse_unknown(table, (*_TEXT, *_TOP_RULES, *_TABLES), where, "")
+    base = table.get("base")
+    if base is None:
+        return table
+    if not isinstance(base, str) or base not in BUILT_IN:
+        raise ClusterError(f"{where}: base: {_unknown(str(base))}")
+    return _merge(_inherit(_built_in(base), f"{base}.toml"), table)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict) and key != "group_bytes_per_s":
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
+    kernels = _table(table, "kernels", where)
+    _refuse_unknown(kernels, _KERNELS, where, "kernels")
+    parts: dict[str, Kernel] = {}
+    for kind in _KERNELS:
+        body = _table(kernels, kind, where, "kernels")
+        parts[kind] = _part(Kernel, _KERNEL_RULES, body, where, f"kernels.{kind}")
+    tiles = None
+    if "tiles" in table:
+        tiles = _part(Tiles, _TILE_RULES, _table(table, "tiles", where), where, "tiles")
+    top = {key: _number(table, key, rule, where, "") for key, rule in _TOP_RULES.items()}
+    for key in _WHOLE:
+        if top[key] != int(top[key]):
+            raise ClusterError(f"{where}: {key}: expected a whole number, got {top[key]}")
+    device = table.get("device")
+    if not isinstance(device, str):
+        raise ClusterError(f"{where}: device: expected the device's name in quotes, got {device!r}")
+    return Cluster(
+        name=name,
+        device=device,
+        gpus=int(top["gpus_per_node"]),
+        gpus_per_node=int(top["gpus_per_node"]),
+        memory_bytes=top["memory_bytes"],
+        bandwidth_bytes_per_s=top["bandwidth_bytes_per_s"],
+        processors=int(top["processors"]),
+        small_head_cost=top["small_head_cost"],
+        decode_pass_s=top["decode_pass_s"],
+        flops=_flops(_table(table, "flops", where), where),
+        tiles=tiles,
+        intra_node=_link(table, "intra_node", where),
+        inter_node=_link(table, "inter_node", where),
+        matmul=parts["matmul"],
+        attention=parts["attention"],
+        decode=parts["decode"],
+        memory=parts["memory"],
+    )
+
+
+def _flops(table: dict[str, Any], where: str) -> tuple[tuple[str, float], ...]:
+    _refuse_unknown(table, _FLOPS, where, "flops")
+    if not table:
+        raise ClusterError(f"{where}: [flops]: expected at least one of {', '.join(_FLOPS)}")
+    rule = _Rule("dense FLOP/s above 0")
+    return tuple((key, _number(table, key, rule, where, "flops")) for key in _FLOPS if key in table)
+
+
+def _link(table: dict[str, Any], key: str, where: str) -> Link:
+    body = dict(_table(table, key, where))
+    groups = body.pop("group_bytes_per_s", None)
+    link = _part(Link, _LINK_RULES, body, where, key)
+    if groups is None:
+        return link
+    section = f"{key}.group_bytes_per_s"
+    if not isinstance(groups, dict) or not groups or not all(k.isdigit() for k in groups):
+        raise ClusterError(
+            f"{where}: [{section}]: expected a table of GPUs taking part = bytes/s, "
+            f"such as 2 = 20e9, got {groups!r}"
+        )
+    pairs = sorted((int(k), _number(groups, k, _RATE, where, section)) for k in groups)
+    return replace(link, group_bytes_per_s=tuple(pairs))
+
+
+def _part(
+    kind: type[_Part], rules: Mapping[str, _Rule], table: dict[str, Any], where: str, section: str
+) -> _Part:
+    _refuse_unknown(table, tuple(rules), where, section)
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
+    values: dict[str, Any] = {
+        key: _number(table, key, rule, where, section)
+        for key, rule in rules.items()
+        if key in table or key not in optional
+    }
+    return kind(**values)
+
+
+def _table(table: dict[str, Any], key: str, where: str, parent: str = "") -> dict[str, Any]:
+    section = f"{parent}.{key}" if parent else key
+    value = table.get(key)
+    if not isinstance(value, dict):
+        got = "nothing" if value is None else repr(value)
+        raise ClusterError(
+            f"{where}: expected a table [{section}], got {got}; "
+            'add it, or start from a built-in cluster with base = "h100"'
+        )
+    return value
+
+
+def _number(table: dict[str, Any], key: str, rule: _Rule, where: str, section: str) -> float:
+    place = f"{where}: {f'[{section}] ' if section else ''}{key}"
+    if key not in table:
+        raise ClusterError(
+            f"{place}: missing; expected {rule.meaning}. Give it, or start from a built-in cluster "
+            'with base = "h100".'
+        )
+    value = table[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ClusterError(f"{place}: expected {rule.meaning}, got {value!r}")
+    number = float(value)
+    low_ok = number > rule.low if rule.strict else number >= rule.low
+    if not isfinite(number) or not low_ok or number > rule.high:
+        raise ClusterError(f"{place}: expected {rule.meaning}, got {value!r}")
+    return number
+
+
+def _refuse_unknown(
+    table: Mapping[str, Any], known: tuple[str, ...], where: str, section: str
+) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            place = f"[{section}] " if section else ""
+            raise ClusterError(
+                f"{where}: {place}{key}: no such field; {hint}Known here: {', '.join(known)}."
+            )

@@ -1,0 +1,1 @@
+"""Capture, ops and their factor rules, specs, mesh, folding, text form."""

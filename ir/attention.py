@@ -1,0 +1,145 @@
+"""The operator `shardwright::attention`: attention kept whole by capture.
+
+Shapes: q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv), result (b, hq, sq, dv); hq is a
+multiple of hkv, and query head h reads key head h // (hq / hkv).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention_math(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    """softmax(cap(scale * q k^T) + mask) v, written out; differentiable by autograd.
+
+    `causal`: query i sees keys j <= i.  `window` w > 0: query i sees keys j > i - w.  `mask`: bool
+    (True = attend) or additive, broadcastable to (b, hq, sq, sk).  `softcap` c > 0: scores become
+    c * tanh(scores / c).  A query that sees no key gives zeros.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(scores.dtype)
+    seen = _seen(q.shape[2], k.shape[2], mask, causal, window, q.device)
+    if seen is None:
+        weights = torch.softmax(scores, -1, dtype=_accumulation(scores.dtype))
+    else:
+        scores = scores.masked_fill(~seen, float("-inf"))
+        # a row without any visible key would be 0 / 0: give it zeros, and zero gradients
+        empty = ~seen.any(-1, keepdim=True)
+        scores = scores.masked_fill(empty, 0.0)
+        weights = torch.softmax(scores, -1, dtype=_accumulation(scores.dtype))
+        weights = weights.masked_fill(empty, 0.0)
+    weights = weights.to(q.dtype)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ v
+
+
+def _seen(
+    sq: int, sk: int, mask: Tensor | None, causal: bool, window: int, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may attend to, broadcastable to (b, hq, sq, sk); None means all."""
+    seen = mask if mask is not None and mask.dtype == torch.bool else None
+    if not causal and window <= 0:
+        return seen
+    rows = torch.arange(sq, device=device)[:, None]
+    columns = torch.arange(sk, device=device)[None, :]
+    if causal:
+        band = columns <= rows
+        if window > 0:
+            band = band & (columns > rows - window)
+    else:
+        band = columns > rows - window
+    return band if seen is None else seen & band
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    """Softmax runs in at least 32 bits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("shardwright::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    """`attention_math` as one operator, so that tracing keeps it whole.
+
+    Raises ValueError with `dropout_p` > 0: its backward computes the weights again, and could not
+    draw the same zeros.
+    """
+    if dropout_p > 0:
+        raise ValueError(
+            f"shardwright::attention cannot be run with dropout_p={dropout_p}: it is an operator "
+            "for tracing; call `attention_math`, or set the attention dropout to 0"
+        )
+    return attention_math(q, k, v, mask, scale, causal, window, softcap, 0.0).clone()
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    dropout_p: float,
+) -> Tensor:
+    """Shape and dtype of the result."""
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and a floating-point mask, by running the formula again."""
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    wanted: tuple[bool, ...] = ctx.needs_input_grad[:4]
+    leaves = [
+        None if value is None else value.detach().requires_grad_(need)
+        for value, need in zip(saved, wanted, strict=True)
+    ]
+    with torch.enable_grad():
+        output = attention_math(*leaves, *ctx.options)  # type: ignore[arg-type]
+    needed = [leaf for leaf, need in zip(leaves, wanted, strict=True) if leaf is not None and need]
+    found = iter(torch.autograd.grad(output, needed, grad))
+    grads = [next(found) if need else None for need in wanted]
+    return (*grads, None, None, None, None, None)
+
+
+attention.register_fake(_attention_fake)
+attention.register_autograd(_attention_backward, setup_context=_save_inputs)
+
+__all__ = ["attention", "attention_math"]

@@ -1,0 +1,200 @@
+"""The graph that everything else reads: values, nodes, loops over repeated blocks.
+
+Flat, frozen data.  A `Value` is known by its name, unique in the graph; a `Node` lists its
+arguments by the names of the op's schema, every argument present (defaults filled in), tensors as
+`Value`s.  Capture makes a flat graph; `fold` replaces runs of repeated nodes by a `Loop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeAlias, Union
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Global shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor in the graph.
+
+    `differentiable` says that a gradient flows back through it: it is floating point and depends
+    on a trainable parameter (or on a floating-point input that requires grad).
+    """
+
+    name: str
+    type: TensorType
+    differentiable: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type}"
+
+
+Arg: TypeAlias = Union[
+    Value, int, float, bool, str, None, torch.dtype, "tuple[Arg, ...]"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loc:
+    """Where a node comes from in the user's program."""
+
+    file: str = ""  # path of the source file, as short as the report prints it: `model.py`
+    line: int = 0
+    module: str = ""  # path of the innermost module: `model.layers.0.self_attn.q_proj`
+    module_class: str = ""  # its class name: `Linear`
+    target: str = ""  # the name that the source line assigns the value to, if it has one
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else (self.module or "?")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation: `op` is the registry's name, `aten.linear.default` or `shardwright.attention`.
+
+    `args` holds (schema name, argument) pairs in schema order.
+    """
+
+    name: str
+    op: str
+    args: tuple[tuple[str, Arg], ...]
+    outputs: tuple[Value, ...]
+    loc: Loc = field(default_factory=Loc)
+
+    def arg(self, name: str) -> Arg:
+        """The argument called `name` in the op's schema."""
+        for key, value in self.args:
+            if key == name:
+                return value
+        raise KeyError(f"{self.op} has no argument `{name}`; it has {[k for k, _ in self.args]}")
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """Tensor operands in argument order, lists flattened, repeats kept."""
+        return tuple(value for _, arg in self.args for value in values_in(arg))
+
+    @property
+    def output(self) -> Value:
+        """The first (usually only) output."""
+        return self.outputs[0]
+
+
+def values_in(arg: Arg) -> Iterator[Value]:
+    """All `Value`s inside a possibly nested argument, in order."""
+    if isinstance(arg, Value):
+        yield arg
+    elif isinstance(arg, tuple):
+        for item in arg:
+            yield from values_in(item)
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter, buffer or constant.
+
+    `name` is the original qualified name (`model.layers.0.mlp.up_proj.weight`); inside a `Block`
+    it is relative to the loop's path and index (`mlp.up_proj.weight`).  `aliases` are further
+    names under which the same tensor appears in state dicts (tied weights).  `data` holds
+    the values of what no state dict carries: non-persistent buffers and constants, as a
+    (nested) tuple of Python numbers.
+    """
+
+    name: str
+    value: Value
+    kind: str = "parameter"  # parameter | buffer (persistent) | constant (data is in `data`)
+    aliases: tuple[str, ...] = ()
+    data: tuple[object, ...] | float | int | bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The body of a loop: one distinct repeated block, seen as a function.
+
+    `inputs` are first the carried values, then the loop's invariants, in the order of
+    `Loop.carried` and `Loop.invariants`; `outputs` are the carried values for the next iteration.
+    """
+
+    class_name: str  # class of the user's module: `LlamaDecoderLayer`
+    params: tuple[Param, ...]
+    inputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """`for i, kind in enumerate(order): carried = blocks[kind](carried, invariants)`.
+
+    `path` is the module list that is looped over (`model.layers`).  All blocks take the same
+    inputs and give the same outputs; `outputs` are the carried values after the last iteration.
+    """
+
+    name: str
+    path: str
+    blocks: tuple[Block, ...]
+    order: tuple[int, ...]
+    carried: tuple[Value, ...]  # values before the first iteration
+    invariants: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A user input by its keyword; `labels` names its dims (`b`, `s`) where they are known."""
+
+    name: str
+    value: Value
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A model output: the path of keys to it in what the model returns (`("logits",)`, `(0,)`)."""
+
+    path: tuple[str | int, ...]
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A captured model.  `body` is in topological order."""
+
+    name: str  # class of the model: `LlamaForCausalLM`
+    inputs: tuple[Input, ...]
+    params: tuple[Param, ...]
+    body: tuple[Node | Loop, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """The loops of the body, in order."""
+        return tuple(item for item in self.body if isinstance(item, Loop))
+
+
+__all__ = [
+    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "TensorType",
+    "Value", "values_in",
+]  # fmt: skip

@@ -1,0 +1,361 @@
+"""Everything that knows Hugging Face `transformers`, which is imported only when it is used.
+
+Capture wants attention as one operator, and it wants causal and windowed masks as two numbers
+instead of a q x k tensor.  `shardwright_attention` switches a model over for that: transformers'
+own registries then call the two functions at the bottom of this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attention
+
+NAME = "shardwright"
+
+_MISSING = "this needs the package `transformers`: pip install 'shardwright[hf]'"
+
+# what an attention layer may pass along that changes nothing in what it computes
+_HARMLESS = frozenset(
+    {
+        "position_ids",  # rotary layers have used them already
+        "cache_position",
+        "cache_params",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "num_items_in_batch",
+        "seq_idx",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "layer_idx",
+        "deterministic",
+        "training",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskInfo:
+    """What a mask made by transformers means: `band` in numbers, the rest as a tensor."""
+
+    causal: bool
+    window: int
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class _Trace:
+    """Masks handed out while one model is traced: (stand-in tensor, its meaning)."""
+
+    positions_given: bool
+    masks: list[tuple[Tensor, MaskInfo]] = field(default_factory=list)
+
+    def lookup(self, mask: Tensor) -> MaskInfo | None:
+        return next((info for stand_in, info in self.masks if stand_in is mask), None)
+
+
+_trace: ContextVar[_Trace | None] = ContextVar("_trace", default=None)
+
+
+def is_huggingface(model: nn.Module) -> bool:
+    """Is `model` a transformers model?  Does not import transformers."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+@contextmanager
+def shardwright_attention(model: nn.Module, *, positions_given: bool = False) -> Generator[None]:
+    """Inside, `model` and its submodels call `shardwright::attention` and keep no KV cache.
+
+    `positions_given`: the caller passes `position_ids`, which may pack several sequences into one
+    row; a mask that separates them is then built as a tensor.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, _mask)
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+    before = [
+        (c, c._attn_implementation_internal, c.__dict__.get("use_cache")) for c in configs.values()
+    ]
+    token = _trace.set(_Trace(positions_given))
+    try:
+        for config, _, use_cache in before:
+            config._attn_implementation_internal = NAME
+            if use_cache is not None:
+                config.use_cache = False
+        yield
+    finally:
+        _trace.reset(token)
+        for config, implementation, use_cache in before:
+            config._attn_implementation_internal = implementation
+            if use_cache is not None:
+                config.use_cache = use_cache
+
+
+def rebuild(model: nn.Module) -> nn.Module:
+    """A new model of the same class and config; the caller's factory modes decide where it lies."""
+    from transformers.initialization import no_init_weights
+
+    cls: Any = type(model)
+    with no_init_weights():
+        return cls._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+
+def from_config(
+    config: Any, *, batch: int, seq: int, phase: str, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
+
+    The class is the one named in the config's `architectures`.  `phase` is `train` (inputs have
+    `labels`) or `prefill`.  Raises ValueError for a file that is no config, or a class that is
+    not in transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"to plan a Hugging Face model, {_MISSING}") from error
+    if isinstance(config, (str, Path)):
+        config = _load_config(transformers, Path(config))
+    names: list[str] = list(getattr(config, "architectures", None) or [])
+    if not names:
+        raise ValueError(
+            f"the config of `{config.model_type}` has no `architectures`: name the class to build "
+            'there, for example `"architectures": ["LlamaForCausalLM"]`'
+        )
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ValueError(
+            f"`architectures` names `{names[0]}`, which is not in transformers "
+            f"{transformers.__version__}; models with their own code need a Python file with "
+            "`build_model`"
+        )
+    with torch.device("meta"):
+        model: nn.Module = cls._from_config(config, dtype=dtype)
+    return model, _example_inputs(model, batch, seq, phase)
+
+
+def _load_config(transformers: Any, path: Path) -> Any:
+    """The transformers config at `path`, a file or a folder with a `config.json`."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: no `config.json` there")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(file))
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{file}: transformers cannot read this config: {error}") from error
+
+
+def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[str, Tensor]:
+    """Token ids for every input that the model's task needs."""
+    if phase not in ("train", "prefill"):
+        raise ValueError(f"phase must be `train` or `prefill`, got `{phase}`")
+
+    def ids() -> Tensor:
+        return torch.zeros(batch, seq, dtype=torch.long, device="meta")
+
+    inputs = {"input_ids": ids()}
+    config: Any = model.config
+    if config.is_encoder_decoder and phase == "prefill":
+        inputs["decoder_input_ids"] = ids()
+    if phase == "train":
+        inputs["labels"] = ids()
+    return inputs
+
+
+# ---- what transformers calls -------------------------------------------------------------------
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """A stand-in for the mask that transformers describes by `mask_function`.
+
+    The stand-in has the shape of the whole mask and is never read: `_attention_forward` knows it
+    by identity and takes its meaning from the trace.
+    """
+    trace = _trace.get()
+    if trace is None:
+        raise ValueError(
+            f"attention implementation `{NAME}` works only while a model is captured; "
+            'set `attn_implementation="sdpa"` to run it'
+        )
+    if q_offset != 0 or kv_offset != 0:
+        raise ValueError("capture runs without a KV cache, but the model passed cached positions")
+    overlays = _overlays(mask_function, trace.positions_given)
+    band = _band(overlays)
+    if band is not None:
+        padding = None if attention_mask is None else attention_mask.to(torch.bool)
+        info = MaskInfo(*band, None if padding is None else padding[:, None, None, :])
+    elif use_vmap:
+        raise ValueError(
+            "the model adds a mask function of its own to the attention mask "
+            f"({', '.join(_name(f) for f in overlays)}); pass the whole mask as a 4-D "
+            "`attention_mask` instead"
+        )
+    else:  # any other index-based mask: as a tensor, exactly
+        from transformers.masking_utils import sdpa_mask
+
+        info = MaskInfo(
+            False,
+            0,
+            sdpa_mask(
+                batch_size,
+                q_length,
+                kv_length,
+                mask_function=_without_packing(mask_function, trace.positions_given),
+                attention_mask=attention_mask,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                device=device,
+            ),
+        )
+    stand_in = torch.ones((), dtype=torch.bool, device=device)
+    stand_in = stand_in.expand(batch_size, 1, q_length, kv_length)
+    trace.masks.append((stand_in, info))
+    return stand_in
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` as transformers' layers call it; (b, s, h, d) out."""
+    for name, argument in kwargs.items():
+        if argument is not None and argument is not False and name not in _HARMLESS:
+            raise ValueError(
+                f"{type(module).__name__} passes `{name}` to its attention, which "
+                "`shardwright::attention` does not know"
+            )
+    trace = _trace.get()
+    info = None
+    if attention_mask is not None and trace is not None:
+        info = trace.lookup(attention_mask)
+        if info is None and trace.masks:
+            raise ValueError(
+                f"{type(module).__name__} changes the attention mask between making it and using "
+                "it; its meaning is lost. Pass the whole mask as a 4-D `attention_mask`"
+            )
+    if info is None:  # the model makes no mask itself, or the user gave a whole one
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if sliding_window is not None and attention_mask is None:
+            raise ValueError(
+                f"{type(module).__name__} passes sliding_window={sliding_window} but no mask; "
+                "transformers' own implementations disagree on what that means"
+            )
+        info = MaskInfo(
+            bool(causal) and attention_mask is None and query.shape[2] > 1, 0, attention_mask
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    output = attention(
+        query,
+        key,
+        value,
+        info.mask,
+        float(scale),
+        info.causal,
+        info.window,
+        float(softcap or 0.0),
+        float(dropout),
+    )
+    return output.transpose(1, 2), None
+
+
+# ---- what a mask function means: transformers builds them as closures --------------------------
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """`sliding_window_overlay` for the closure that `sliding_window_overlay(4)` returns."""
+    return getattr(function, "__qualname__", repr(function)).split(".")[0]
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that `function` closes over, by name."""
+    if not isinstance(function, FunctionType):
+        return {}
+    cells = function.__closure__ or ()
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
+    }
+
+
+def _overlays(function: Any, positions_given: bool) -> tuple[Callable[..., Any], ...]:
+    """The mask functions whose intersection `function` is.
+
+    Without `position_ids` from the caller a row is one sequence: the model counts positions from
+    0 itself.  The masks that transformers adds for packed rows while tracing are then left out.
+    """
+    name = _name(function)
+    if name == "and_masks":
+        parts = [_overlays(part, positions_given) for part in _closure(function)["mask_functions"]]
+        return tuple(part for group in parts for part in group)
+    if not positions_given:
+        if name == "packed_sequence_mask_function":
+            return ()
+        if name == "remap_positions_for_packed_sequence":
+            return _overlays(_closure(function)["mask_function"], positions_given)
+    return (function,)
+
+
+def _without_packing(function: Any, positions_given: bool) -> Callable[..., Any]:
+    """The mask function of `_overlays` as one function again."""
+    from transformers.masking_utils import and_masks
+
+    return and_masks(*_overlays(function, positions_given))
+
+
+def _band(overlays: tuple[Callable[..., Any], ...]) -> tuple[bool, int] | None:
+    """(causal, window) if the overlays mean just that, else None.  Window 0 is none."""
+    causal, window = False, 0
+    for overlay in overlays:
+        name = _name(overlay)
+        if name == "causal_mask_function":
+            causal = True
+        elif name == "sliding_window_overlay":
+            width = int(_closure(overlay)["sliding_window"])
+            window = min(window, width) if window else width
+        elif name != "bidirectional_mask_function":
+            return None
+    return causal, window
+
+
+__all__ = ["MaskInfo", "from_config", "is_huggingface", "rebuild", "shardwright_attention"]

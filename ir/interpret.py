@@ -1,0 +1,128 @@
+"""Run a graph on real tensors, node by node: the meaning that every pass must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import attention_math
+from .graph import Arg, Graph, Loop, Node, Param, Value
+
+_REDUCTION = {1: "mean", 2: "sum"}
+
+
+def interpret(
+    graph: Graph, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> dict[tuple[str | int, ...], Tensor]:
+    """The graph's outputs by their paths; autograd works through all of it.
+
+    `params` maps the original names of parameters and persistent buffers to tensors (a state
+    dict); constants come from the graph.  Raises KeyError for a missing name, ValueError for an
+    op that does not exist.
+    """
+    device = next(iter(inputs.values())).device
+    env = {item.value.name: inputs[item.name] for item in graph.inputs}
+    with torch.device(device):
+        _bind(graph.params, "", params, env)
+        for item in graph.body:
+            if isinstance(item, Node):
+                _run(item, env)
+            else:
+                _run_loop(item, params, env)
+    return {output.path: env[output.value.name] for output in graph.outputs}
+
+
+def _bind(
+    declared: Sequence[Param], prefix: str, params: Mapping[str, Tensor], env: dict[str, Tensor]
+) -> None:
+    """Put the tensors of the declared parameters into `env`."""
+    for param in declared:
+        if param.kind == "constant":
+            env[param.value.name] = torch.tensor(param.data, dtype=param.value.type.dtype)
+        else:
+            env[param.value.name] = params[prefix + param.name]
+
+
+def _run_loop(loop: Loop, params: Mapping[str, Tensor], env: dict[str, Tensor]) -> None:
+    """Run the blocks one after another."""
+    carried = [env[value.name] for value in loop.carried]
+    invariants = [env[value.name] for value in loop.invariants]
+    for index, kind in enumerate(loop.order):
+        block = loop.blocks[kind]
+        names = [value.name for value in block.inputs]
+        inner = dict(zip(names, [*carried, *invariants], strict=True))
+        _bind(block.params, f"{loop.path}.{index}.", params, inner)
+        for node in block.nodes:
+            _run(node, inner)
+        carried = [inner[value.name] for value in block.outputs]
+    env.update({value.name: tensor for value, tensor in zip(loop.outputs, carried, strict=True)})
+
+
+def _run(node: Node, env: dict[str, Tensor]) -> None:
+    """Run one node."""
+    args = {name: _real(arg, env) for name, arg in node.args}
+    result = operator(node.op)(**args)
+    results = result if isinstance(result, (tuple, list)) else [result]
+    for value, tensor in zip(node.outputs, results, strict=True):
+        if tuple(tensor.shape) != value.type.shape or tensor.dtype != value.type.dtype:
+            raise ValueError(
+                f"{node.loc}: `{node.op}` gives {tensor.dtype} {list(tensor.shape)}, but the graph "
+                f"says {value}"
+            )
+        env[value.name] = tensor
+
+
+def _real(arg: Arg, env: Mapping[str, Tensor]) -> Any:
+    if isinstance(arg, Value):
+        return env[arg.name]
+    return [_real(item, env) for item in arg] if isinstance(arg, tuple) else arg
+
+
+def operator(op: str) -> Callable[..., Any]:
+    """The function that `Node.op` names, taking the node's arguments by name."""
+    if op in _OURS:
+        return _OURS[op]
+    packet, _, overload = op.removeprefix("aten.").rpartition(".")
+    function = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if function is None:
+        raise ValueError(f"there is no operator `{op}`")
+
+    def call(**args: Any) -> Any:
+        # placement arguments are None in the graph and mean the default; `self` may be positional
+        schema = function._schema.arguments
+        positional = [args[a.name] for a in schema if a.name in args and not a.kwarg_only]
+        keywords = {a.name: args[a.name] for a in schema if a.name in args and a.kwarg_only}
+        return function(*positional, **keywords)
+
+    return call
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, reduction: int, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """Cross entropy over the last dim of `logits`, any number of leading dims."""
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        reduction=_REDUCTION[reduction],
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _affine(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """input @ weight + bias with weight (in, out)."""
+    return input @ weight + bias
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    "shardwright.attention": attention_math,
+    "shardwright.affine": _affine,
+    "shardwright.cross_entropy": _cross_entropy,
+}
+
+__all__ = ["interpret", "operator"]

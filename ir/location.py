@@ -1,0 +1,73 @@
+"""Where a captured node comes from: file, line, module, and the name its line assigns it to."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+_FRAME = re.compile(r'^ *File "(?P<file>[^"]*)", line (?P<line>\d+), in', re.MULTILINE)
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_SELF = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """The innermost statement around a line: its first line, and the name(s) it assigns."""
+
+    line: int
+    target: str
+
+
+@lru_cache(maxsize=4096)
+def innermost_frame(stack_trace: str) -> tuple[str, int]:
+    """(path, line) of the innermost frame outside torch and this package; ("", 0) without one."""
+    found = [(m["file"], int(m["line"])) for m in _FRAME.finditer(stack_trace)]
+    for path, line in reversed(found):
+        full = os.path.abspath(path)
+        if not full.startswith((_TORCH, _SELF, os.path.realpath(_SELF) + os.sep)):
+            return path, line
+    return "", 0
+
+
+def statement(path: str, line: int) -> Statement:
+    """The statement of file `path` that `line` belongs to."""
+    return _statements(path).get(line, Statement(line, ""))
+
+
+@lru_cache(maxsize=256)
+def _statements(path: str) -> dict[int, Statement]:
+    """Line -> statement, for every line of a simple (not compound) statement of the file."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(path)))
+    except SyntaxError:  # a file of another language, or changed since it was imported
+        return {}
+    table: dict[int, Statement] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            entry = Statement(node.lineno, _target(node))
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                table[line] = entry
+    return table
+
+
+def _target(node: ast.stmt) -> str:
+    """`x` for `x = ...`, `x: T = ...` and `x += ...`; "" for anything else.
+
+    `a, b = ...` gives "": which of its names a node is can't be told from the line.
+    """
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target = node.targets[0]
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        target = node.target
+    else:
+        return ""
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+__all__ = ["Statement", "innermost_frame", "statement"]

@@ -1,0 +1,1154 @@
+"""The registry of ops: everything about an op in one place.
+
+Each op declares its factor rule, how it is written in a generated module, what kind of work it is
+and which of its tensors autograd keeps for the backward pass.  Strategies, local shapes, FLOPs,
+communication and memory all follow from these.  An op that is not here gets `opaque_rule`: it runs
+replicated, and the report names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+from .graph import Node, Value, values_in
+from .rule import Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
+
+Kind = Literal["matmul", "attention", "elementwise", "view"]
+
+
+class Render(Protocol):
+    """What an op needs to know to write itself for one rank."""
+
+    def arg(self, name: str) -> str:
+        """Source text of the argument `name`."""
+        ...
+
+    def items(self, name: str) -> list[str]:
+        """Source texts of the items of the list argument `name`."""
+        ...
+
+    def sizes(self) -> list[str]:
+        """Source text of the local size of each dim of the first result."""
+        ...
+
+    def axis(self, factor: str) -> str:
+        """The `Axis` expression that cuts `factor`, or an empty string."""
+        ...
+
+    def sharded_axes(self) -> tuple[str, ...]:
+        """Names of the mesh axes over which the result is sharded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One op: `emit` is a template over schema names (`F.silu({self})`) or a function."""
+
+    rule: Callable[[Node], Rule]
+    emit: str | Callable[[Node, Render], str]
+    kind: Kind = "elementwise"
+    saves: tuple[str, ...] = ()  # schema names that autograd keeps; "result" is the output
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(names: str, op: Op) -> None:
+    """Add `op` under one or more space-separated names; a second registration is an error."""
+    for name in names.split():
+        if name in OPS:
+            raise ValueError(f"duplicate registration of op `{name}`")
+        OPS[name] = op
+
+
+def find_op(name: str) -> Op | None:
+    """The op called `name`, or None if it has no rule (it then runs replicated)."""
+    return OPS.get(name)
+
+
+def rule_of(node: Node) -> Rule:
+    """The factor rule of `node`; an op without one keeps every dim whole."""
+    op = OPS.get(node.op)
+    return op.rule(node) if op else _opaque(node)
+
+
+def kind_of(node: Node) -> Kind:
+    """What kind of work the node is; unknown ops count as elementwise."""
+    op = OPS.get(node.op)
+    return op.kind if op else "elementwise"
+
+
+def saved_values(node: Node) -> tuple[Value, ...]:
+    """Values that autograd keeps from this node for the backward pass (unknown op: all of them)."""
+    if not any(out.differentiable for out in node.outputs):
+        return ()
+    op = OPS.get(node.op)
+    if op is None:
+        return (*node.operands, *node.outputs)
+    kept: list[Value] = []
+    for name in op.saves:
+        kept += node.outputs[:1] if name == "result" else values_in(node.arg(name))
+    return tuple(kept)
+
+
+def matmul_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int]:
+    """(batch, m, n, k) of a matmul-like node when its factors are cut `ways` times."""
+    rule = rule_of(node)
+    left, right = (_factors(dims) for dims in rule.operands[:2])
+    result = _factors(rule.results[0])
+
+    def size(factors: set[str]) -> int:
+        return prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)
+
+    return (
+        size(left & right & result),
+        size((left - right) & result),
+        size((right - left) & result),
+        size((left & right) - result),
+    )
+
+
+def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int]:
+    """(batch, query heads, kv heads, query length, kv length, head dim) of a local attention."""
+    rule = rule_of(node)
+
+    def size(factor: str) -> int:
+        return -(-rule.sizes.get(factor, 1) // ways.get(factor, 1))
+
+    return size("b"), size("n") * size("g"), size("n"), size("q"), size("k"), size("d")
+
+
+def _factors(dims: Dims) -> set[str]:
+    return {factor for dim in dims for factor in dim}
+
+
+# --- helpers for rules -------------------------------------------------------------------------
+
+
+def _shapes(values: Sequence[Value]) -> list[tuple[int, ...]]:
+    return [value.type.shape for value in values]
+
+
+def _opaque(node: Node) -> Rule:
+    return opaque_rule(_shapes(node.operands), _shapes(node.outputs))
+
+
+def _text(rule: str, **options: object) -> Callable[[Node], Rule]:
+    def build(node: Node) -> Rule:
+        return parse_rule(rule, _shapes(node.operands), _shapes(node.outputs), **options)  # type: ignore[arg-type]
+
+    return build
+
+
+def _elementwise(
+    *linear: str, passes: bool = False, uneven: bool = True
+) -> Callable[[Node], Rule]:
+    """Broadcasting; each item of `linear` names the args in which the op is jointly linear.
+
+    `uneven` must be False where the op or its derivative is infinite or undefined at 0: there
+    the padding would become NaN, and 0 * NaN spoils sums over the dim in the backward pass.
+    """
+
+    def build(node: Node) -> Rule:
+        position: dict[str, list[int]] = {}
+        at = 0
+        for name, arg in node.args:
+            count = len(list(values_in(arg)))
+            position[name] = list(range(at, at + count))
+            at += count
+        groups: list[list[int]] = []
+        for names in linear:
+            parts = [position.get(name, []) for name in names.split()]
+            if all(parts):  # a scalar in a sum is not linear: P + 1 would add it on every rank
+                groups.append([i for part in parts for i in part])
+        shapes, result = _shapes(node.operands), node.output.type.shape
+        return broadcast_rule(shapes, result, linear=groups, passes=passes, uneven=uneven)
+
+    return build
+
+
+def _dim(node: Node, name: str, rank: int) -> int:
+    dim = node.arg(name)
+    assert isinstance(dim, int)
+    return dim % max(rank, 1)
+
+
+def _dims(node: Node, name: str, rank: int) -> tuple[int, ...]:
+    dims = node.arg(name)
+    if dims is None or dims == ():
+        return tuple(range(rank))
+    if isinstance(dims, int):
+        dims = (dims,)
+    assert isinstance(dims, tuple)
+    return tuple(int(d) % max(rank, 1) for d in dims)  # type: ignore[arg-type]
+
+
+def _along(node: Node, dims: Sequence[int], *, linear: bool = False, uneven: bool = True) -> Rule:
+    """One operand, same rank out: elementwise except along `dims`, which stay whole."""
+    operand, results = node.operands[0], node.outputs
+    sizes: dict[str, int] = {}
+    whole: set[str] = set()
+
+    def label(shape: Sequence[int], tag: str) -> Dims:
+        out: list[tuple[str, ...]] = []
+        for i, size in enumerate(shape):
+            name = f"{tag}{i}" if i in dims else f"d{i}"
+            if i in dims:
+                whole.add(name)
+            sizes[name] = size
+            out.append((name,))
+        return tuple(out)
+
+    operand_dims = label(operand.type.shape, "x")
+    result_dims = tuple(label(r.type.shape, f"y{k}_") for k, r in enumerate(results))
+    return Rule(
+        operands=(operand_dims,),
+        results=result_dims,
+        sizes=sizes,
+        whole=frozenset(whole),
+        linear=(frozenset({0}),) if linear else (),
+        uneven=frozenset(sizes) - whole if uneven else frozenset(),
+        passes=linear,
+    )
+
+
+def _reduce(*, additive: bool) -> Callable[[Node], Rule]:
+    """A reduction over `dim`; an additive one may be cut along it and gives partial sums."""
+
+    def build(node: Node) -> Rule:
+        shape = node.operands[0].type.shape
+        named = {name for name, _ in node.args}
+        dims = _dims(node, "dim", len(shape)) if "dim" in named else tuple(range(len(shape)))
+        keep = bool(node.arg("keepdim")) if "keepdim" in named else False
+        operand = tuple((f"d{i}",) for i in range(len(shape)))
+        result: list[tuple[str, ...]] = []
+        for i in range(len(shape)):
+            if i not in dims:
+                result.append((f"d{i}",))
+            elif keep:
+                result.append(())
+        sizes = {f"d{i}": size for i, size in enumerate(shape)}
+        reduced = frozenset(f"d{i}" for i in dims)
+        floating = node.output.type.dtype.is_floating_point
+        return Rule(
+            operands=(operand,),
+            results=tuple(tuple(result) for _ in node.outputs),
+            sizes=sizes,
+            whole=frozenset() if additive and floating else reduced,
+            linear=(frozenset({0}),) if additive and floating else (),
+            uneven=frozenset(sizes) - reduced,
+        )
+
+    return build
+
+
+# --- helpers for emission ----------------------------------------------------------------------
+
+
+def call(function: str, *args: str, **kwargs: str) -> str:
+    """Source of a call; keyword arguments with an empty value are left out."""
+    named = [f"{key}={value}" for key, value in kwargs.items() if value]
+    return f"{function}({', '.join([*args, *named])})"
+
+
+def _optional(render: Render, name: str, default: str = "None") -> str:
+    text = render.arg(name)
+    return "" if text == default else text
+
+
+# --- elementwise -------------------------------------------------------------------------------
+
+
+def _unary(table: str, saves: str = "self", *, linear: bool = False, uneven: bool = True) -> None:
+    for line in table.strip().splitlines():
+        name, template = line.split(maxsplit=1)
+        rule = _elementwise(*(["self"] if linear else []), passes=linear, uneven=uneven)
+        register(name, Op(rule, template, saves=(saves,) if saves else ()))
+
+
+_unary(
+    """
+    aten.relu.default       F.relu({self})
+    aten.tanh.default       torch.tanh({self})
+    aten.sigmoid.default    torch.sigmoid({self})
+    aten.exp.default        torch.exp({self})
+    aten.exp2.default       torch.exp2({self})
+    aten.expm1.default      torch.expm1({self})
+    """,
+    saves="result",
+)
+_unary(
+    """
+    aten.rsqrt.default      torch.rsqrt({self})
+    aten.sqrt.default       torch.sqrt({self})
+    aten.reciprocal.default torch.reciprocal({self})
+    """,
+    saves="result",
+    uneven=False,
+)
+_unary(
+    """
+    aten.log.default        torch.log({self})
+    aten.log2.default       torch.log2({self})
+    aten.log10.default      torch.log10({self})
+    aten.log1p.default      torch.log1p({self})
+    """,
+    uneven=False,
+)
+_unary(
+    """
+    aten.silu.default       F.silu({self})
+    aten.cos.default        torch.cos({self})
+    aten.sin.default        torch.sin({self})
+    aten.abs.default        torch.abs({self})
+    aten.erf.default        torch.erf({self})
+    aten.softplus.default   F.softplus({self}, {beta}, {threshold})
+    aten.log_sigmoid.default F.logsigmoid({self})
+    aten.elu.default        F.elu({self}, {alpha})
+    aten.hardswish.default  F.hardswish({self})
+    aten.hardsigmoid.default F.hardsigmoid({self})
+    aten.leaky_relu.default F.leaky_relu({self}, {negative_slope})
+    aten.clamp_min.default  torch.clamp({self}, min={min})
+    aten.clamp_max.default  torch.clamp({self}, max={max})
+    aten.square.default     torch.square({self})
+    aten.hardtanh.default   F.hardtanh({self}, {min_val}, {max_val})
+    aten.mish.default       F.mish({self})
+    """
+)
+_unary(
+    """
+    aten.neg.default        -{self}
+    aten.clone.default      {self}.clone()
+    aten.contiguous.default {self}.contiguous()
+    aten.alias.default      {self}
+    aten.detach.default     {self}.detach()
+    aten.lift_fresh_copy.default {self}.clone()
+    """,
+    saves="",
+    linear=True,
+)
+_unary(
+    """
+    aten.eq.Scalar          {self} == {other}
+    aten.ne.Scalar          {self} != {other}
+    aten.lt.Scalar          {self} < {other}
+    aten.le.Scalar          {self} <= {other}
+    aten.gt.Scalar          {self} > {other}
+    aten.ge.Scalar          {self} >= {other}
+    aten.logical_not.default torch.logical_not({self})
+    aten.bitwise_not.default ~{self}
+    aten.floor.default      torch.floor({self})
+    aten.ceil.default       torch.ceil({self})
+    aten.round.default      torch.round({self})
+    aten.trunc.default      torch.trunc({self})
+    aten.sign.default       torch.sign({self})
+    aten.isnan.default      torch.isnan({self})
+    aten.isinf.default      torch.isinf({self})
+    aten.isfinite.default   torch.isfinite({self})
+    aten.floor_divide.Scalar {self} // {other}
+    aten.remainder.Scalar   {self} % {other}
+    aten.bitwise_and.Scalar {self} & {other}
+    aten.bitwise_or.Scalar  {self} | {other}
+    aten.bitwise_xor.Scalar {self} ^ {other}
+    """,
+    saves="",
+)
+
+
+def _binary(table: str) -> None:
+    for line in table.strip().splitlines():
+        name, template = line.split(maxsplit=1)
+        register(name, Op(_elementwise(uneven=False), template))
+
+
+_binary(
+    """
+    aten.eq.Tensor          {self} == {other}
+    aten.ne.Tensor          {self} != {other}
+    aten.lt.Tensor          {self} < {other}
+    aten.le.Tensor          {self} <= {other}
+    aten.gt.Tensor          {self} > {other}
+    aten.ge.Tensor          {self} >= {other}
+    aten.bitwise_and.Tensor {self} & {other}
+    aten.bitwise_or.Tensor  {self} | {other}
+    aten.bitwise_xor.Tensor {self} ^ {other}
+    aten.logical_and.default torch.logical_and({self}, {other})
+    aten.logical_or.default torch.logical_or({self}, {other})
+    aten.logical_xor.default torch.logical_xor({self}, {other})
+    aten.floor_divide.default {self} // {other}
+    aten.remainder.Tensor   {self} % {other}
+    aten.__and__.Tensor     {self} & {other}
+    aten.__or__.Tensor      {self} | {other}
+    """
+)
+
+
+def _emit_gelu(node: Node, render: Render) -> str:
+    approximate = _optional(render, "approximate", '"none"')
+    return call("F.gelu", render.arg("self"), approximate=approximate)
+
+
+register("aten.gelu.default", Op(_elementwise(), _emit_gelu, saves=("self",)))
+register(
+    "aten.mul.Tensor aten.mul.Scalar",
+    Op(_elementwise("self", "other", passes=True), "{self} * {other}", saves=("self", "other")),
+)
+
+
+def _div_rule(node: Node) -> Rule:
+    by_number = not isinstance(node.arg("other"), Value)
+    return _elementwise("self", passes=True, uneven=by_number)(node)
+
+
+register(
+    "aten.div.Tensor aten.div.Scalar",
+    Op(_div_rule, "{self} / {other}", saves=("self", "other")),
+)
+
+
+def _emit_div_mode(node: Node, render: Render) -> str:
+    mode = render.arg("rounding_mode")
+    return call("torch.div", render.arg("self"), render.arg("other"), rounding_mode=mode)
+
+
+def _div_mode_rule(node: Node) -> Rule:
+    if node.arg("rounding_mode") is None:
+        return _div_rule(node)
+    return _elementwise(uneven=not isinstance(node.arg("other"), Value))(node)
+
+
+register(
+    "aten.div.Tensor_mode aten.div.Scalar_mode",
+    Op(_div_mode_rule, _emit_div_mode, saves=("self", "other")),
+)
+register(
+    "aten.maximum.default",
+    Op(_elementwise(), "torch.maximum({self}, {other})", saves=("self", "other")),
+)
+register(
+    "aten.minimum.default",
+    Op(_elementwise(), "torch.minimum({self}, {other})", saves=("self", "other")),
+)
+
+
+def _power_rule(node: Node) -> Rule:
+    exponent = node.arg("exponent")
+    whole = isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()
+    return _elementwise(uneven=whole)(node)
+
+
+def _emit_power(node: Node, render: Render) -> str:
+    """`10000.0**x`: no spaces between plain names and numbers, which is how ruff formats it."""
+    base, exponent = render.arg("self"), render.arg("exponent")
+    plain = all(_PLAIN.fullmatch(text) for text in (base, exponent))
+    base = f"({base})" if base.startswith("-") else base
+    return f"{base}**{exponent}" if plain else f"{base} ** {exponent}"
+
+
+_PLAIN = re.compile(r"-?(\w|\.|e-)+")
+register("aten.pow.Tensor_Scalar", Op(_power_rule, "{self}.pow({exponent})", saves=("self",)))
+register(
+    "aten.pow.Tensor_Tensor",
+    Op(_power_rule, _emit_power, saves=("self", "exponent", "result")),
+)
+register("aten.pow.Scalar", Op(_power_rule, _emit_power, saves=("exponent", "result")))
+
+
+def _emit_clamp(node: Node, render: Render) -> str:
+    low, high = (_optional(render, name) for name in ("min", "max"))
+    return call("torch.clamp", render.arg("self"), min=low, max=high)
+
+
+register("aten.clamp.default", Op(_elementwise(), _emit_clamp, saves=("self",)))
+
+
+def _emit_like(function: str, *names: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        made, given = node.output.type.dtype, node.operands[0].type.dtype
+        args = [render.arg(name) for name in ("self", *names)]
+        return call(function, *args, dtype=str(made) if made != given else "")
+
+    return emit
+
+
+register("aten.zeros_like.default", Op(_elementwise(), _emit_like("torch.zeros_like")))
+register("aten.ones_like.default", Op(_elementwise(), _emit_like("torch.ones_like")))
+register(
+    "aten.full_like.default", Op(_elementwise(), _emit_like("torch.full_like", "fill_value"))
+)
+
+
+def _emit_sum_of(sign: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        scaled = node.arg("alpha") != 1
+        other = f"{render.arg('alpha')} * {render.arg('other')}" if scaled else render.arg("other")
+        return f"{render.arg('self')} {sign} {other}"
+
+    return emit
+
+
+_sum_rule = _elementwise("self other", passes=True)
+register("aten.add.Tensor aten.add.Scalar", Op(_sum_rule, _emit_sum_of("+")))
+register("aten.sub.Tensor aten.sub.Scalar", Op(_sum_rule, _emit_sum_of("-")))
+
+
+def _emit_rsub(node: Node, render: Render) -> str:
+    if node.arg("alpha") != 1:
+        return f"{render.arg('other')} - {render.arg('alpha')} * {render.arg('self')}"
+    return f"{render.arg('other')} - {render.arg('self')}"
+
+
+register("aten.rsub.Scalar aten.rsub.Tensor", Op(_elementwise("self other"), _emit_rsub))
+register(
+    "aten.where.self",
+    Op(
+        _elementwise("self other", passes=True),
+        "torch.where({condition}, {self}, {other})",
+        saves=("condition",),
+    ),
+)
+register(
+    "aten.where.ScalarOther aten.where.ScalarSelf aten.where.Scalar",
+    Op(_elementwise(), "torch.where({condition}, {self}, {other})", saves=("condition",)),
+)
+
+
+def _masked_fill_rule(node: Node) -> Rule:
+    value = node.arg("value")
+    linear = ["self"] if value == 0 else ["self value"] if isinstance(value, Value) else []
+    return _elementwise(*linear, passes=bool(linear))(node)
+
+
+register(
+    "aten.masked_fill.Scalar aten.masked_fill.Tensor",
+    Op(_masked_fill_rule, "{self}.masked_fill({mask}, {value})", saves=("mask",)),
+)
+
+
+def _cast_rule(node: Node) -> Rule:
+    """A cast moves partial sums only between floating types."""
+    floats = (
+        node.operands[0].type.dtype.is_floating_point and node.output.type.dtype.is_floating_point
+    )
+    return (_elementwise("self", passes=True) if floats else _elementwise())(node)
+
+
+def _emit_cast(node: Node, render: Render) -> str:
+    return f"{render.arg('self')}.to({node.output.type.dtype})"
+
+
+register(
+    "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default",
+    Op(_cast_rule, _emit_cast),
+)
+
+
+def _emit_dropout(node: Node, render: Render) -> str:
+    axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
+    generator = f"self.generator({axes})"
+    return call("ops.dropout", render.arg("input"), render.arg("p"), "self.training", generator)
+
+
+def _dropout_rule(node: Node) -> Rule:
+    shape = node.output.type.shape
+    return broadcast_rule([shape], shape, linear=[[0]], passes=True)
+
+
+register("aten.dropout.default", Op(_dropout_rule, _emit_dropout, saves=("result",)))
+
+
+# --- along one dim -----------------------------------------------------------------------------
+
+
+def _dim_rule(*, linear: bool = False) -> Callable[[Node], Rule]:
+    def build(node: Node) -> Rule:
+        rank = len(node.operands[0].type.shape)
+        return _along(node, [_dim(node, "dim", rank)], linear=linear)
+
+    return build
+
+
+def _emit_softmax(function: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        return call(
+            function, render.arg("self"), dim=render.arg("dim"), dtype=_optional(render, "dtype")
+        )
+
+    return emit
+
+
+register("aten.softmax.int", Op(_dim_rule(), _emit_softmax("F.softmax"), saves=("result",)))
+register("aten.log_softmax.int", Op(_dim_rule(), _emit_softmax("F.log_softmax"), saves=("result",)))
+register("aten.cumsum.default", Op(_dim_rule(linear=True), "{self}.cumsum({dim})"))
+
+
+def _norm_rule(node: Node) -> Rule:
+    shape = node.arg("normalized_shape")
+    assert isinstance(shape, tuple)
+    whole = " ".join(f"[h{i}]" for i in range(len(shape)))
+    operands = ", ".join([f"... {whole}", *[whole] * (len(node.operands) - 1)])
+    return _text(f"{operands} -> ... {whole}", uneven="")(node)
+
+
+def _emit_layer_norm(node: Node, render: Render) -> str:
+    args = [render.arg(name) for name in ("input", "normalized_shape")]
+    weight, bias = (_optional(render, name) for name in ("weight", "bias"))
+    if weight and bias:
+        return call("F.layer_norm", *args, weight, bias, eps=render.arg("eps"))
+    return call("F.layer_norm", *args, weight=weight, bias=bias, eps=render.arg("eps"))
+
+
+def _emit_rms_norm(node: Node, render: Render) -> str:
+    args = [render.arg(name) for name in ("input", "normalized_shape")]
+    weight = _optional(render, "weight")
+    return call("F.rms_norm", *args, *([weight] if weight else []), eps=_optional(render, "eps"))
+
+
+register("aten.layer_norm.default", Op(_norm_rule, _emit_layer_norm, saves=("input",)))
+register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input",)))
+
+
+# --- reductions --------------------------------------------------------------------------------
+
+
+def _emit_reduce(name: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        named = {key for key, _ in node.args}
+        dims = render.arg("dim") if "dim" in named else ""
+        keep = "True" if "keepdim" in named and node.arg("keepdim") else ""
+        dtype = _optional(render, "dtype") if "dtype" in named else ""
+        text = call(
+            f"{render.arg('self')}.{name}", *([dims] if dims else []), keepdim=keep, dtype=dtype
+        )
+        if name != "mean":
+            return text
+        rank = len(node.operands[0].type.shape)
+        reduced = _dims(node, "dim", rank) if "dim" in named else range(rank)
+        cut = [axis for i in reduced if (axis := render.axis(f"d{i}"))]
+        return text + "".join(f" / {axis}.size" for axis in cut)  # local means average
+
+    return emit
+
+
+register(
+    "aten.sum.dim_IntList aten.sum.default",
+    Op(_reduce(additive=True), _emit_reduce("sum")),
+)
+register(
+    "aten.mean.dim aten.mean.default",
+    Op(_reduce(additive=True), _emit_reduce("mean")),
+)
+register(
+    "aten.amax.default", Op(_reduce(additive=False), _emit_reduce("amax"), saves=("self", "result"))
+)
+register(
+    "aten.amin.default", Op(_reduce(additive=False), _emit_reduce("amin"), saves=("self", "result"))
+)
+register("aten.any.dim aten.any.default", Op(_reduce(additive=False), _emit_reduce("any")))
+register("aten.all.dim aten.all.default", Op(_reduce(additive=False), _emit_reduce("all")))
+register("aten.argmax.default", Op(_reduce(additive=False), _emit_reduce("argmax")))
+
+
+# --- views -------------------------------------------------------------------------------------
+
+
+def _view_rule(node: Node) -> Rule:
+    return reshape_rule(node.operands[0].type.shape, node.output.type.shape)
+
+
+def _emit_view(node: Node, render: Render) -> str:
+    return call(f"{render.arg('self')}.reshape", *render.sizes())
+
+
+register(
+    "aten.view.default aten.reshape.default aten._unsafe_view.default aten.unsqueeze.default"
+    " aten.squeeze.dim aten.squeeze.dims aten.squeeze.default aten.flatten.using_ints aten.unflatten.int",
+    Op(_view_rule, _emit_view, kind="view"),
+)
+
+
+def _permute(node: Node, order: Sequence[int]) -> Rule:
+    shape = node.operands[0].type.shape
+    operand = tuple((f"d{i}",) for i in range(len(shape)))
+    sizes = {f"d{i}": size for i, size in enumerate(shape)}
+    return Rule(
+        operands=(operand,),
+        results=(tuple(operand[i] for i in order),),
+        sizes=sizes,
+        linear=(frozenset({0}),),
+        uneven=frozenset(sizes),
+        passes=True,
+    )
+
+
+def _transpose_rule(node: Node) -> Rule:
+    rank = len(node.operands[0].type.shape)
+    order = list(range(rank))
+    a, b = _dim(node, "dim0", rank), _dim(node, "dim1", rank)
+    order[a], order[b] = order[b], order[a]
+    return _permute(node, order)
+
+
+def _permute_rule(node: Node) -> Rule:
+    return _permute(node, _dims(node, "dims", len(node.operands[0].type.shape)))
+
+
+register("aten.transpose.int", Op(_transpose_rule, "{self}.transpose({dim0}, {dim1})", kind="view"))
+register("aten.permute.default", Op(_permute_rule, "{self}.permute({dims})", kind="view"))
+
+
+def _reversed_rule(node: Node) -> Rule:
+    return _permute(node, list(reversed(range(len(node.operands[0].type.shape)))))
+
+
+register("aten.t.default", Op(_reversed_rule, "{self}.t()", kind="view"))
+register("aten.numpy_T.default", Op(_reversed_rule, "{self}.T", kind="view"))
+
+
+def _expand_rule(node: Node) -> Rule:
+    """New rows of a broadcast dim are a factor of the result alone: each rank makes its own."""
+    return broadcast_rule(_shapes(node.operands), node.output.type.shape, linear=[[0]])
+
+
+def _emit_expand(node: Node, render: Render) -> str:
+    return call(f"{render.arg('self')}.expand", *render.sizes())
+
+
+register("aten.expand.default", Op(_expand_rule, _emit_expand, kind="view"))
+
+
+def _slice_rule(node: Node) -> Rule:
+    return _along(node, [_dim(node, "dim", len(node.operands[0].type.shape))], linear=True)
+
+
+def _emit_slice(node: Node, render: Render) -> str:
+    rank = len(node.operands[0].type.shape)
+    dim = _dim(node, "dim", rank)
+    size = node.operands[0].type.shape[dim]
+    start, end, step = (node.arg(name) for name in ("start", "end", "step"))
+    first = "" if start in (None, 0) else str(start)
+    last = "" if end is None or (isinstance(end, int) and end >= size) else str(end)
+    window = f"{first}:{last}" + (f":{step}" if step not in (None, 1) else "")
+    if dim == rank - 1 and rank > 1:
+        return f"{render.arg('self')}[..., {window}]"
+    return f"{render.arg('self')}[{', '.join([':'] * dim + [window])}]"
+
+
+register("aten.slice.Tensor", Op(_slice_rule, _emit_slice, kind="view"))
+
+
+def _select_rule(node: Node) -> Rule:
+    shape = node.operands[0].type.shape
+    dim = _dim(node, "dim", len(shape))
+    operand = tuple((f"d{i}",) for i in range(len(shape)))
+    sizes = {f"d{i}": size for i, size in enumerate(shape)}
+    return Rule(
+        operands=(operand,),
+        results=(tuple(d for i, d in enumerate(operand) if i != dim),),
+        sizes=sizes,
+        whole=frozenset({f"d{dim}"}),
+        linear=(frozenset({0}),),
+        passes=True,
+    )
+
+
+register("aten.select.int", Op(_select_rule, "{self}.select({dim}, {index})", kind="view"))
+
+
+def _split_rule(node: Node) -> Rule:
+    return _along(node, [_dim(node, "dim", len(node.operands[0].type.shape))], linear=True)
+
+
+def _emit_split(method: str, how: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        text = call(f"{render.arg('self')}.{method}", render.arg(how), dim=render.arg("dim"))
+        return text if len(node.outputs) > 1 else f"{text}[0]"
+
+    return emit
+
+
+register("aten.chunk.default", Op(_split_rule, _emit_split("chunk", "chunks"), kind="view"))
+register("aten.split.Tensor", Op(_split_rule, _emit_split("split", "split_size"), kind="view"))
+register(
+    "aten.split_with_sizes.default aten.split.sizes",
+    Op(_split_rule, _emit_split("split", "split_sizes"), kind="view"),
+)
+
+
+def _unbind_rule(node: Node) -> Rule:
+    rule = _select_rule(node)
+    return Rule(
+        operands=rule.operands,
+        results=rule.results * len(node.outputs),
+        sizes=rule.sizes,
+        whole=rule.whole,
+        linear=rule.linear,
+        passes=True,
+    )
+
+
+def _emit_unbind(node: Node, render: Render) -> str:
+    text = call(f"{render.arg('self')}.unbind", render.arg("dim"))
+    return text if len(node.outputs) > 1 else f"{text}[0]"
+
+
+register("aten.unbind.int", Op(_unbind_rule, _emit_unbind, kind="view"))
+
+
+def _cat_rule(node: Node) -> Rule:
+    shape = node.output.type.shape
+    dim = _dim(node, "dim", len(shape))
+    sizes = {f"d{i}": size for i, size in enumerate(shape) if i != dim}
+    operands: list[Dims] = []
+    for k, value in enumerate(node.operands):
+        sizes[f"x{k}"] = value.type.shape[dim]
+        operands.append(tuple((f"x{k}",) if i == dim else (f"d{i}",) for i in range(len(shape))))
+    sizes["y"] = shape[dim]
+    result = tuple(("y",) if i == dim else (f"d{i}",) for i in range(len(shape)))
+    whole = frozenset({"y", *(f"x{k}" for k in range(len(node.operands)))})
+    group = frozenset(range(len(node.operands)))
+    return Rule(
+        operands=tuple(operands), results=(result,), sizes=sizes, whole=whole, linear=(group,)
+    )
+
+
+register("aten.cat.default", Op(_cat_rule, "torch.cat({tensors}, dim={dim})"))
+
+
+def _stack_rule(node: Node) -> Rule:
+    shape = node.output.type.shape
+    dim = _dim(node, "dim", len(shape))
+    result = tuple((f"d{i}",) for i in range(len(shape)))
+    operand = tuple(d for i, d in enumerate(result) if i != dim)
+    n = len(node.operands)
+    return Rule(
+        operands=(operand,) * n,
+        results=(result,),
+        sizes={f"d{i}": size for i, size in enumerate(shape)},
+        whole=frozenset({f"d{dim}"}),
+        linear=(frozenset(range(n)),),
+    )
+
+
+register("aten.stack.default", Op(_stack_rule, "torch.stack({tensors}, dim={dim})"))
+
+
+def _pad_rule(node: Node) -> Rule:
+    pad = node.arg("pad")
+    assert isinstance(pad, tuple)
+    rank = len(node.operands[0].type.shape)
+    dims = [rank - 1 - k for k in range(len(pad) // 2) if pad[2 * k] or pad[2 * k + 1]]
+    return _along(node, dims, linear=node.arg("value") in (None, 0))
+
+
+def _emit_pad(node: Node, render: Render) -> str:
+    mode = _optional(render, "mode", '"constant"') if "mode" in dict(node.args) else ""
+    value = _optional(render, "value") if node.arg("value") != 0 else ""
+    return call("F.pad", render.arg("self"), render.arg("pad"), mode=mode, value=value)
+
+
+register("aten.pad.default aten.constant_pad_nd.default", Op(_pad_rule, _emit_pad))
+
+
+def _roll_rule(node: Node) -> Rule:
+    rank = len(node.operands[0].type.shape)
+    return _along(node, _dims(node, "dims", rank), linear=True)
+
+
+def _emit_roll(node: Node, render: Render) -> str:
+    dims = [render.arg("dims")] if node.arg("dims") else []
+    return call(f"{render.arg('self')}.roll", render.arg("shifts"), *dims)
+
+
+register("aten.roll.default", Op(_roll_rule, _emit_roll))
+register("aten.flip.default", Op(_roll_rule, "{self}.flip({dims})"))
+
+
+def _triangle_rule(node: Node) -> Rule:
+    rank = len(node.operands[0].type.shape)
+    return _along(node, [rank - 2, rank - 1], linear=True)
+
+
+def _emit_triangle(function: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        diagonal = [render.arg("diagonal")] if node.arg("diagonal") else []
+        return call(function, render.arg("self"), *diagonal)
+
+    return emit
+
+
+register("aten.tril.default", Op(_triangle_rule, _emit_triangle("torch.tril")))
+register("aten.triu.default", Op(_triangle_rule, _emit_triangle("torch.triu")))
+
+
+def _repeat_interleave_rule(node: Node) -> Rule:
+    """`b n s d -> b (n r) s d`: the repeated dim keeps its blocks."""
+    shape, result = node.operands[0].type.shape, node.output.type.shape
+    if node.arg("dim") is None:
+        return _opaque(node)
+    dim = _dim(node, "dim", len(shape))
+    sizes = {f"d{i}": size for i, size in enumerate(shape)} | {"r": result[dim] // shape[dim]}
+    operand = tuple((f"d{i}",) for i in range(len(shape)))
+    out = tuple((f"d{i}", "r") if i == dim else (f"d{i}",) for i in range(len(shape)))
+    return Rule(
+        operands=(operand,), results=(out,), sizes=sizes, whole=frozenset({"r"}),
+        linear=(frozenset({0}),), passes=True,
+    )  # fmt: skip
+
+
+register(
+    "aten.repeat_interleave.self_int",
+    Op(_repeat_interleave_rule, "{self}.repeat_interleave({repeats}, dim={dim})"),
+)
+
+
+# --- creation: every rank makes the whole, then slices for free ----------------------------------
+
+
+def _emit_factory(function: str, *names: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        args = [render.arg(name) for name in names]
+        return call(function, *args, dtype=str(node.output.type.dtype), device="self.device")
+
+    return emit
+
+
+register("aten.arange.default", Op(_opaque, _emit_factory("torch.arange", "end")))
+register("aten.arange.start", Op(_opaque, _emit_factory("torch.arange", "start", "end")))
+register(
+    "aten.arange.start_step", Op(_opaque, _emit_factory("torch.arange", "start", "end", "step"))
+)
+
+
+def _sized_factory(function: str, *names: str) -> Op:
+    """A constant fill: the result's dims are factors, so that each rank makes its own part."""
+
+    def rule(node: Node) -> Rule:
+        return broadcast_rule([], node.output.type.shape, passes=False)
+
+    def emit(node: Node, render: Render) -> str:
+        sizes = render.sizes()
+        shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+        args = [shape, *(render.arg(name) for name in names)]
+        return call(function, *args, dtype=str(node.output.type.dtype), device="self.device")
+
+    return Op(rule, emit)
+
+
+register("aten.full.default", _sized_factory("torch.full", "fill_value"))
+register("aten.zeros.default", _sized_factory("torch.zeros"))
+register("aten.ones.default", _sized_factory("torch.ones"))
+register("aten.new_zeros.default", _sized_factory("torch.zeros"))
+register("aten.new_ones.default", _sized_factory("torch.ones"))
+register("aten.scalar_tensor.default", Op(_opaque, _emit_factory("torch.tensor", "s")))
+
+
+# --- matrix products -----------------------------------------------------------------------------
+
+
+def _linear_rule(node: Node) -> Rule:
+    if len(node.operands) == 3:
+        return _text("... k, o k, o -> ... o", uneven="o", addends=[2])(node)
+    return _text("... k, o k -> ... o", uneven="o")(node)
+
+
+def _emit_linear(node: Node, render: Render) -> str:
+    bias = _optional(render, "bias")
+    return call("F.linear", render.arg("input"), render.arg("weight"), *([bias] if bias else []))
+
+
+register(
+    "aten.linear.default",
+    Op(
+        _linear_rule,
+        _emit_linear,
+        kind="matmul",
+        saves=("input", "weight"),
+    ),
+)
+
+
+register(
+    "shardwright.affine",
+    Op(  # the weight is [in, out], as in GPT-2's Conv1D
+        _text("... k, k o, o -> ... o", uneven="o", addends=[2]),
+        "{input} @ {weight} + {bias}",
+        kind="matmul",
+        saves=("input", "weight"),
+    ),
+)
+
+
+def _addmm_rule(node: Node) -> Rule:
+    bias, _, _ = _shapes(node.operands)
+    if len(bias) != 1 or node.arg("beta") != 1 or node.arg("alpha") != 1:
+        return _opaque(node)
+    return _text("o, m k, k o -> m o", uneven="o", addends=[0])(node)
+
+
+def _emit_addmm(node: Node, render: Render) -> str:
+    scale = {name: "" if node.arg(name) == 1 else render.arg(name) for name in ("beta", "alpha")}
+    args = [render.arg(name) for name in ("self", "mat1", "mat2")]
+    return call("torch.addmm", *args, **scale)
+
+
+register("aten.addmm.default", Op(_addmm_rule, _emit_addmm, kind="matmul", saves=("mat1", "mat2")))
+register(
+    "aten.mm.default",
+    Op(_text("m k, k n -> m n"), "{self} @ {mat2}", kind="matmul", saves=("self", "mat2")),
+)
+register(
+    "aten.bmm.default",
+    Op(_text("b m k, b k n -> b m n"), "{self} @ {mat2}", kind="matmul", saves=("self", "mat2")),
+)
+
+
+def _matmul_rule(node: Node) -> Rule:
+    left, right = _shapes(node.operands)
+    if len(left) < 2 or len(right) < 2:
+        return _opaque(node)
+    batch = node.output.type.shape[:-2]
+    sizes = {f"i{i}": size for i, size in enumerate(batch) if size != 1}
+    sizes |= {"m": left[-2], "k": left[-1], "n": right[-1]}
+
+    def dims(shape: Sequence[int], last: tuple[str, str]) -> Dims:
+        lead = len(batch) - (len(shape) - 2)
+        outer = tuple((f"i{lead + i}",) if n != 1 else () for i, n in enumerate(shape[:-2]))
+        return (*outer, (last[0],), (last[1],))
+
+    return Rule(
+        operands=(dims(left, ("m", "k")), dims(right, ("k", "n"))),
+        results=(dims((*batch, 1, 1), ("m", "n")),),
+        sizes=sizes,
+    )
+
+
+register(
+    "aten.matmul.default",
+    Op(_matmul_rule, "{self} @ {other}", kind="matmul", saves=("self", "other")),
+)
+
+
+def _einsum_rule(node: Node) -> Rule:
+    equation = str(node.arg("equation")).replace(" ", "")
+    terms = equation.replace("->", ",").split(",")
+    if "." in equation or "->" not in equation or any(len(set(t)) < len(t) for t in terms):
+        return _opaque(node)  # `ii` is a diagonal, which a cut would change
+    return _text(" ".join(equation).replace("- >", "->").replace(" ,", ","))(node)
+
+
+def _emit_einsum(node: Node, render: Render) -> str:
+    return call("torch.einsum", render.arg("equation"), *render.items("tensors"))
+
+
+register(
+    "aten.einsum.default",
+    Op(_einsum_rule, _emit_einsum, kind="matmul", saves=("tensors",)),
+)
+
+
+# --- lookup, attention, loss ---------------------------------------------------------------------
+
+
+def _emit_embedding(node: Node, render: Render) -> str:
+    ids, weight = render.arg("indices"), render.arg("weight")
+    padding = "" if node.arg("padding_idx") in (None, -1) else render.arg("padding_idx")
+    axis = render.axis("v")
+    if axis:
+        rows = str(node.operands[0].type.shape[0])
+        return call("ops.vocab_embedding", ids, weight, axis, size=rows, padding_idx=padding)
+    return call("F.embedding", ids, weight, padding_idx=padding)
+
+
+def _embedding_rule(node: Node) -> Rule:
+    if node.arg("scale_grad_by_freq"):
+        return _opaque(node)  # the frequency counts need all tokens
+    return _text("v h, ... -> ... h", uneven="v")(node)
+
+
+register("aten.embedding.default", Op(_embedding_rule, _emit_embedding, saves=("indices",)))
+
+
+def _attention_rule(node: Node) -> Rule:
+    query, key = node.operands[:2]
+    heads, groups = key.type.shape[1], query.type.shape[1] // key.type.shape[1]
+    sizes = {
+        "b": query.type.shape[0], "n": heads, "g": groups, "q": query.type.shape[2],
+        "k": key.type.shape[2], "d": query.type.shape[3],
+    }  # fmt: skip
+    mask = node.arg("mask")
+    term = ""
+    if isinstance(mask, Value):
+        names = ("b", "(n g)", "q", "[k]")[4 - len(mask.type.shape) :]
+        pairs = zip(names, mask.type.shape, strict=True)
+        term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
+    text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
+    return _text(text, sizes=sizes)(node)
+
+
+def _emit_attention(node: Node, render: Render) -> str:
+    query = render.arg("q")
+    axis = render.axis("q")
+    kwargs = {
+        "scale": render.arg("scale"),
+        "causal": "True" if node.arg("causal") else "",
+        "window": render.arg("window") if node.arg("window") else "",
+        "softcap": render.arg("softcap") if node.arg("softcap") else "",
+        "query_start": f"{axis}.rank * {query}.size(2)" if axis else "",
+    }
+    if node.arg("dropout_p"):
+        axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
+        kwargs["dropout_p"] = f"{render.arg('dropout_p')} if self.training else 0.0"
+        kwargs["generator"] = f"self.generator({axes})"
+    mask = _optional(render, "mask")
+    args = [query, render.arg("k"), render.arg("v"), *([mask] if mask else [])]
+    return call("ops.attention", *args, **kwargs)
+
+
+register(
+    "shardwright.attention",
+    Op(_attention_rule, _emit_attention, kind="attention", saves=("q", "k", "v", "result")),
+)
+
+_REDUCTION = {1: "mean", 2: "sum"}
+
+
+def _cross_entropy_rule(node: Node) -> Rule:
+    if node.arg("reduction") not in _REDUCTION:
+        return _opaque(node)
+    vocabulary = "v" if node.arg("label_smoothing") == 0 else "[v]"
+    return _text(f"... {vocabulary}, ... -> ", uneven="v", inside="v")(node)
+
+
+def _emit_cross_entropy(node: Node, render: Render) -> str:
+    reduction = node.arg("reduction")
+    logits = node.operands[0].type.shape
+    assert isinstance(reduction, int)
+    if reduction not in _REDUCTION:
+        raise ValueError(
+            f"{node.loc}: cross_entropy with reduction='none' is not supported in a generated "
+            "module; reduce with 'mean' or 'sum'"
+        )
+    tokens = [axis for i in range(len(logits) - 1) if (axis := render.axis(f"i{i}"))]
+    vocab = render.axis("v")
+    return call(
+        "ops.cross_entropy",
+        render.arg("logits"),
+        render.arg("labels"),
+        ignore_index="" if node.arg("ignore_index") == -100 else render.arg("ignore_index"),
+        reduction="" if reduction == 1 else f'"{_REDUCTION[reduction]}"',
+        label_smoothing="" if node.arg("label_smoothing") == 0 else render.arg("label_smoothing"),
+        vocab_axis=vocab,
+        vocab_size=str(logits[-1]) if vocab else "",
+        token_axes=f"({', '.join(tokens)},)" if tokens else "",
+    )
+
+
+register(
+    "shardwright.cross_entropy",
+    Op(_cross_entropy_rule, _emit_cross_entropy, saves=("logits", "labels")),
+)

@@ -1,0 +1,1 @@
+"""Strategies, the sharding problem, its solvers, the plan."""

@@ -1,0 +1,545 @@
+"""From regions to a `ShardingProblem`, and from its solution back to decisions.
+
+1. Every input, parameter, carried value of a loop, region and output is a node; its strategies are
+   specs, or a region's strategies.
+2. Where a value is used, an edge charges the conversion from the spec it is made in to the
+   spec that is needed, forward and backward, times how often it runs.
+3. A conversion that several users in one scope may share is a two-strategy node (used or not): it
+   is paid once.
+4. A loop is one block per kind, with costs and memory times its repeats.  What the block carries to
+   its next iteration has one spec, the same at the block's start and end.
+5. Memory is live bytes over the forward and backward pass: parameters with gradients and optimizer
+   states always, what autograd keeps from its forward to its backward time, operands and
+   results of a node while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..costmodel.compute import elementwise_s
+from ..costmodel.memory import optimizer_step_bytes, parameter_state_bytes
+from ..ir.graph import Graph, Loop, Node, Param, TensorType, Value
+from ..ir.ops import kind_of, rule_of, saved_values
+from ..ir.rule import Choice
+from ..ir.spec import R, S, Spec, is_shard
+from .conversion import Conversions, Network, spec_fits
+from .pricing import Work, local_bytes, price
+from .problem import Edge, ProblemNode, ShardingProblem, Usage
+from .regions import Region, Strategy, make_regions, node_specs, scopes
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is planned for: phase, optimizer, and bytes per GPU (None: no limit)."""
+
+    training: bool
+    optimizer: str
+    memory_bytes: float | None
+
+
+class Restriction:
+    """Which strategies may be chosen; the default allows all.  Baselines and pins narrow it."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """May `region` run so?"""
+        return True
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """May the parameter called `name` (loops as `path.*.rest`) be stored so?"""
+        return True
+
+    def allows_gather(self, axis: int) -> bool:
+        """May a parameter that is sharded over `axis` be gathered over it?"""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """A solved problem in the graph's own words; keys are names of nodes and values.
+
+    `choices`: per node its choice on each axis.  `specs`: the spec of every input, parameter,
+    loop-carried value (under the name of the loop's output) and output (`outputs`, by value).
+    """
+
+    choices: dict[str, tuple[Choice, ...]]
+    specs: dict[str, Spec]
+    outputs: dict[str, Spec]
+
+
+@dataclass(slots=True)
+class _User:
+    """One node of the problem that needs a value: per strategy the specs that it needs."""
+
+    node: int
+    needs: list[tuple[Spec, ...]]
+    weight: int
+    scope: int  # users in the same scope share conversions
+
+
+@dataclass(slots=True)
+class _Flow:
+    """A value between the node that makes it and the nodes that need it."""
+
+    value: Value
+    node: int
+    specs: list[Spec]
+    users: list[_User] = field(default_factory=list)
+    param: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ParamRef:
+    """A parameter with the name that reports and pins know, and how many layers have it."""
+
+    param: Param
+    name: str
+    weight: int
+    trainable: bool
+
+
+def all_params(graph: Graph) -> list[ParamRef]:
+    """Every parameter, buffer and constant; those of a loop once, as `path.*.rest`."""
+    refs = [ParamRef(p, p.name, 1, p.value.differentiable) for p in graph.params]
+    for scope in scopes(graph):
+        if scope.block is not None and scope.loop is not None:
+            refs += [
+                ParamRef(p, f"{scope.loop.path}.*.{p.name}", scope.weight, p.value.differentiable)
+                for p in scope.block.params
+            ]
+    return refs
+
+
+class Builder:
+    """Builds the problem of one graph on one network, and reads its solution."""
+
+    def __init__(self, graph: Graph, network: Network, setting: Setting) -> None:
+        self.graph = graph
+        self.network = network
+        self.setting = setting
+        self.sizes = network.mesh.sizes
+        self.regions = make_regions(graph, self.sizes, training=setting.training)
+        self._conversions: dict[tuple[TensorType, bool, bool], Conversions] = {}
+        self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
+        self._bytes: dict[tuple[str, Spec], int] = {}
+        self._alias = _aliases(graph)
+
+    # -- prices that reports and lowering also ask for ----------------------------------------
+
+    def conversions(self, value: Value, *, param: bool) -> Conversions:
+        """The conversions of a value's type (a parameter is gathered again for backward)."""
+        gradient = self.setting.training and value.differentiable
+        key = (value.type, gradient, param and gradient)
+        if key not in self._conversions:
+            self._conversions[key] = Conversions(
+                value.type, self.network, gradient=gradient, regather=param and gradient
+            )
+        return self._conversions[key]
+
+    def local_bytes(self, value: Value, spec: Spec) -> int:
+        """Bytes that one rank holds of `value` in `spec`."""
+        key = (value.name, spec)
+        if key not in self._bytes:
+            self._bytes[key] = local_bytes(value, spec, self.sizes)
+        return self._bytes[key]
+
+    def work(self, node: Node, choices: tuple[Choice, ...]) -> Work:
+        """Seconds of one node under its choices."""
+        key = (node.name, choices)
+        if key not in self._work:
+            self._work[key] = price(node, choices, self.network, training=self.setting.training)
+        return self._work[key]
+
+    def outer_name(self, name: str) -> str:
+        """The name outside the loop of a value that a block takes in; others as they are."""
+        return self._alias.get(name, name)
+
+    def optimizer_s(self, ref: ParamRef, spec: Spec) -> float:
+        """Seconds that one parameter adds to the (fused) optimizer step when stored in `spec`."""
+        if not (ref.trainable and self.setting.training):
+            return 0.0
+        value, cluster = ref.param.value, self.network.cluster
+        itemsize = value.type.dtype.itemsize
+        numel = local_bytes(value, spec, self.sizes) // itemsize
+        moved = optimizer_step_bytes(numel, itemsize, self.setting.optimizer)
+        return float(elementwise_s(float(moved), cluster)) - float(elementwise_s(0.0, cluster))
+
+    # -- the problem --------------------------------------------------------------------------
+
+    def build(self, restriction: Restriction) -> _Built:
+        """The problem under a restriction, with the index that `read` needs."""
+        built = _Built(self, restriction)
+        built.add_sources()
+        built.add_regions()
+        built.add_outputs()
+        built.add_edges()
+        return built
+
+
+def _aliases(graph: Graph) -> dict[str, str]:
+    """Names inside blocks of values that come from outside: carried ones, and invariants."""
+    alias: dict[str, str] = {}
+    for loop in graph.loops:
+        for block in loop.blocks:
+            carried = block.inputs[: len(loop.carried)]
+            for inner, out in zip(carried, loop.outputs, strict=True):
+                alias[inner.name] = out.name
+            for inner, outer in zip(block.inputs[len(carried) :], loop.invariants, strict=True):
+                alias[inner.name] = outer.name
+    return alias
+
+
+class _Built:
+    """A problem under construction, then with its index."""
+
+    def __init__(self, builder: Builder, restriction: Restriction) -> None:
+        self.builder = builder
+        self.restriction = restriction
+        self.nodes: list[ProblemNode] = []
+        self.edges: list[Edge] = []
+        self.flows: dict[str, _Flow] = {}
+        self.strategies: list[list[Strategy]] = []  # of each region, as far as allowed
+        self.region_nodes: list[int] = []
+        self.output_nodes: dict[str, tuple[int, list[Spec]]] = {}
+        self.params = {ref.param.value.name for ref in all_params(builder.graph)}
+        self.horizon = 2 * len(builder.regions) + 2
+
+    def problem(self) -> ShardingProblem:
+        """The finished problem."""
+        name = f"{self.builder.graph.name} on {self.builder.network.mesh}"
+        limit = self.builder.setting.memory_bytes
+        return ShardingProblem(name, tuple(self.nodes), tuple(self.edges), limit)
+
+    def read(self, assignment: Sequence[int]) -> Decisions:
+        """The decisions that an assignment stands for."""
+        choices: dict[str, tuple[Choice, ...]] = {}
+        for region, index, strategies in zip(
+            self.builder.regions, self.region_nodes, self.strategies, strict=True
+        ):
+            taken = strategies[assignment[index]]
+            for node, choice in zip(region.nodes, taken.choices, strict=True):
+                choices[node.name] = choice
+        made = {value.name for region in self.builder.regions for value in region.values}
+        specs = {
+            name: flow.specs[assignment[flow.node]]
+            for name, flow in self.flows.items()
+            if name not in made
+        }
+        outputs = {n: specs_[assignment[i]] for n, (i, specs_) in self.output_nodes.items()}
+        return Decisions(choices, specs, outputs)
+
+    def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float]:
+        """(bytes kept for backward, bytes of what runs) that are live at `time`."""
+        kept = running = 0.0
+        for index in self.region_nodes:
+            for position, usage in enumerate(self.nodes[index].usages):
+                if time is not None and usage.start <= time < usage.end:
+                    size = float(usage.bytes[assignment[index]])
+                    if position == 0 and self.builder.setting.training:
+                        kept += size
+                    else:
+                        running += size
+        return kept, running
+
+    # 1. sources ---------------------------------------------------------------------------------
+
+    def add_sources(self) -> None:
+        """Nodes for inputs, parameters and what loops carry."""
+        for item in self.builder.graph.inputs:
+            self._source(item.value, item.name, self._storage(item.value))
+        for ref in all_params(self.builder.graph):
+            self._param(ref)
+        for loop in self.builder.graph.loops:
+            for value in loop.outputs:
+                self._source(value, f"{loop.path} carries {value.name}", self._storage(value))
+
+    def _storage(self, value: Value, also: Iterable[Spec] = ()) -> list[Spec]:
+        """Specs of `R` and `S` that divide evenly, and those of `also` that do not."""
+        shape, sizes = value.type.shape, self.builder.sizes
+        states = [R, *map(S, range(len(shape)))]
+        every = product(states, repeat=len(sizes))
+        extra = {s for s in also if all(a == R or is_shard(a) for a in s)}
+        return [
+            s
+            for s in every
+            if spec_fits(shape, s, sizes) and (_even(shape, s, sizes) or s in extra)
+        ]
+
+    def _source(self, value: Value, name: str, specs: list[Spec]) -> None:
+        self.flows[value.name] = _Flow(value, len(self.nodes), specs)
+        self.nodes.append(ProblemNode(name, np.zeros(len(specs))))
+
+    def _param(self, ref: ParamRef) -> None:
+        value, sizes = ref.param.value, self.builder.sizes
+        needed = {
+            spec
+            for region in self.builder.regions
+            for i, operand in enumerate(region.operands)
+            if operand.name == value.name
+            for strategy in region.strategies
+            for spec in strategy.requires[i]
+        }
+        every = self._storage(value, needed)
+        specs = [s for s in every if self.restriction.allows_storage(ref.param, ref.name, s)]
+        specs = specs or every
+        setting = self.builder.setting
+        trainable = ref.trainable and setting.training
+        numel = [local_bytes(value, s, sizes) // value.type.dtype.itemsize for s in specs]
+        states = [
+            parameter_state_bytes(
+                n, value.type.dtype.itemsize, setting.optimizer, trainable=trainable
+            )
+            for n in numel
+        ]
+        costs = np.zeros(len(specs))
+        if trainable:
+            costs = np.array([self.builder.optimizer_s(ref, s) for s in specs])
+        total = np.array([float(s.total) for s in states])
+        usage = Usage(0, self.horizon, ref.weight * total)
+        self.flows[value.name] = _Flow(value, len(self.nodes), specs, param=True)
+        self.nodes.append(ProblemNode(ref.name, ref.weight * costs, (usage,)))
+
+    def flow(self, name: str) -> _Flow:
+        """The flow of a value, also under the name that a block knows it by."""
+        return self.flows[self.builder.outer_name(name)]
+
+    # 2. regions ---------------------------------------------------------------------------------
+
+    def add_regions(self) -> None:
+        """A node for each region, and its needs as users of the values it takes."""
+        keepers = self._keepers()
+        scope_ids: dict[int, int] = {}
+        starts: dict[int, int] = {}
+        for time, region in enumerate(self.builder.regions, start=1):
+            scope = scope_ids.setdefault(id(region.scope), len(scope_ids))
+            starts.setdefault(scope, time)
+        for time, region in enumerate(self.builder.regions, start=1):
+            allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
+            strategies = allowed or list(region.strategies)
+            index = len(self.nodes)
+            scope = scope_ids[id(region.scope)]
+            self.strategies.append(strategies)
+            self.region_nodes.append(index)
+            self.nodes.append(self._region_node(region, strategies, time, starts[scope], keepers))
+            for i, value in enumerate(region.values):
+                specs = [s.produces[i] for s in strategies]
+                self.flows[value.name] = _Flow(value, index, specs)
+        for region, index, strategies in zip(
+            self.builder.regions, self.region_nodes, self.strategies, strict=True
+        ):
+            for i, value in enumerate(region.operands):
+                once = self._is_invariant(value.name, region)
+                weight = 1 if once else region.scope.weight
+                needs = [s.requires[i] for s in strategies]
+                scope = -1 if once else scope_ids[id(region.scope)]
+                self.flow(value.name).users.append(_User(index, needs, weight, scope))
+        for loop in self.builder.graph.loops:
+            self._tie(loop)
+
+    def _is_invariant(self, name: str, region: Region) -> bool:
+        loop, block = region.scope.loop, region.scope.block
+        if loop is None or block is None:
+            return False
+        return any(value.name == name for value in block.inputs[len(loop.carried) :])
+
+    def _tie(self, loop: Loop) -> None:
+        """What enters the loop, and what each block gives on, takes the carried value's spec."""
+        for position, out in enumerate(loop.outputs):
+            carried = self.flows[out.name]
+            needs = [(spec,) for spec in carried.specs]
+            entering = self.flow(loop.carried[position].name)
+            entering.users.append(_User(carried.node, needs, 1, -1))
+            for kind, block in enumerate(loop.blocks):
+                inner = self.flow(block.outputs[position].name)
+                weight = loop.order.count(kind)
+                inner.users.append(_User(carried.node, needs, weight, -2 - carried.node))
+
+    def _keepers(self) -> dict[str, int]:
+        """Which region counts the memory of a value that autograd keeps: one region per value."""
+        keepers: dict[str, int] = {}
+        for index, region in enumerate(self.builder.regions):
+            for node in region.nodes:
+                for value in saved_values(node):
+                    keepers.setdefault(value.name, index)
+        for index, region in enumerate(self.builder.regions):
+            kept = {v.name for node in region.nodes for v in saved_values(node)}
+            for value in region.values:
+                if value.name in kept:
+                    keepers[value.name] = index
+        return keepers
+
+    def _region_node(
+        self,
+        region: Region,
+        strategies: list[Strategy],
+        time: int,
+        start: int,
+        keepers: dict[str, int],
+    ) -> ProblemNode:
+        """Costs of each strategy; memory kept for backward and held while the region runs."""
+        weight, training = region.scope.weight, self.builder.setting.training
+        me = time - 1
+        costs, kept, held = (np.zeros(len(strategies)) for _ in range(3))
+        for i, strategy in enumerate(strategies):
+            measured = self._measure(region, strategy, me, keepers)
+            costs[i], kept[i], held[i] = measured
+        end = self.horizon
+        if not training:
+            last = max(self._last_use(region), time) + 1
+            return ProblemNode(region.name, weight * costs, (Usage(time, last, held),))
+        usages = (
+            Usage(start, end - start, weight * kept),
+            Usage(time, time + 1, held),
+            Usage(end - time - 1, end - time, 2 * held),  # values and their gradients
+        )
+        return ProblemNode(region.name, weight * costs, usages)
+
+    def _last_use(self, region: Region) -> int:
+        made = {value.name for value in region.values}
+        uses = [
+            time
+            for time, other in enumerate(self.builder.regions, start=1)
+            if any(value.name in made for value in other.operands)
+        ]
+        return max(uses, default=0)
+
+    def _measure(
+        self, region: Region, strategy: Strategy, me: int, keepers: dict[str, int]
+    ) -> tuple[float, float, float]:
+        """(seconds, bytes kept for backward, bytes held at the widest node) of one run."""
+        training = self.builder.setting.training
+        produced = {v.name: s for v, s in zip(region.values, strategy.produces, strict=True)}
+        needed = {v.name: s for v, s in zip(region.operands, strategy.requires, strict=True)}
+        seconds = 0.0
+        kept: dict[str, float] = {}
+        widest = 0.0
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            seconds += self.builder.work(node, choices).seconds
+            seconds += self._inner_conversions(node, choices, produced)
+            for value in saved_values(node) if training else ():
+                if value.name in self.params or keepers[value.name] != me:
+                    continue
+                spec = produced.get(value.name) or needed[value.name][0]
+                kept[value.name] = self.builder.local_bytes(value, spec)
+            if kind_of(node) != "view":
+                specs = {**{n: s[0] for n, s in needed.items()}, **produced}
+                touched = {v.name: v for v in (*node.operands, *node.outputs)}
+                held = sum(self.builder.local_bytes(v, specs[n]) for n, v in touched.items())
+                widest = max(widest, held)
+        return seconds, sum(kept.values()), widest
+
+    def _inner_conversions(
+        self, node: Node, choices: tuple[Choice, ...], produced: dict[str, Spec]
+    ) -> float:
+        """Seconds to reduce the result of a reduction inside the region."""
+        needs, _ = node_specs(node, rule_of(node), choices, self.builder.setting.training)
+        return sum(
+            self.builder.conversions(value, param=False).seconds(produced[value.name], need)
+            for value, need in zip(node.operands, needs, strict=True)
+            if value.name in produced and produced[value.name] != need
+        )
+
+    # 3. outputs ---------------------------------------------------------------------------------
+
+    def add_outputs(self) -> None:
+        """The model's outputs leave whole or sharded, never as partial sums."""
+        for out in self.builder.graph.outputs:
+            if out.value.name in self.output_nodes:
+                continue
+            index = len(self.nodes)
+            flow = self.flow(out.value.name)
+            specs = self._storage(out.value, flow.specs)
+            self.output_nodes[out.value.name] = (index, specs)
+            self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))
+            flow.users.append(_User(index, [(spec,) for spec in specs], 1, -1))
+
+    # 4. edges -----------------------------------------------------------------------------------
+
+    def add_edges(self) -> None:
+        """Conversions: direct edges, and shared ones through two-strategy nodes."""
+        for flow in self.flows.values():
+            by_scope: dict[int, list[_User]] = {}
+            for user in flow.users:
+                by_scope.setdefault(user.scope, []).append(user)
+            for users in by_scope.values():
+                self._connect(flow, users)
+
+    def _connect(self, flow: _Flow, users: list[_User]) -> None:
+        conversions = self.builder.conversions(flow.value, param=flow.param)
+        sources = list(dict.fromkeys(flow.specs))
+        row_of = np.array([sources.index(spec) for spec in flow.specs])
+        shared = self._shared_targets(users)
+        targets = list(dict.fromkeys(t for u in users for needs in u.needs for t in needs))
+        prices = self._prices(flow, conversions, sources, targets)
+
+        def column(target: Spec) -> Floats:
+            return prices[:, targets.index(target)]
+
+        for target in shared:
+            seconds = column(target)
+            if not seconds.any():
+                continue
+            index = len(self.nodes)
+            self.nodes.append(ProblemNode(f"{flow.value.name} -> {target}", np.zeros(2)))
+            weight = users[0].weight
+            pay = np.stack([np.zeros(len(row_of)), weight * seconds[row_of]], axis=1)
+            self.edges.append(Edge(flow.node, index, pay))
+            for user in users:
+                uses = np.array([target in needs for needs in user.needs])
+                if uses.any():
+                    rule = np.where(uses[:, None] & np.array([True, False])[None], np.inf, 0.0)
+                    self.edges.append(Edge(user.node, index, rule))
+        for user in users:
+            targets = list(dict.fromkeys(t for needs in user.needs for t in needs))
+            own = [t for t in targets if t not in shared]
+            if not own:
+                continue
+            matrix = np.zeros((len(row_of), len(user.needs)))
+            for target in own:
+                uses = np.array([target in needs for needs in user.needs], dtype=float)
+                seconds = column(target)[row_of]
+                with np.errstate(invalid="ignore"):
+                    extra = user.weight * seconds[:, None] * uses[None, :]
+                matrix += np.where(uses[None, :] > 0, extra, 0.0)
+            if matrix.any() and flow.node != user.node:
+                self.edges.append(Edge(flow.node, user.node, matrix))
+
+    def _prices(
+        self, flow: _Flow, conversions: Conversions, sources: list[Spec], targets: list[Spec]
+    ) -> Floats:
+        """Seconds from each source to each target; inf where a parameter must not be gathered."""
+        prices = conversions.matrix(sources, targets)
+        if flow.param:
+            for axis in range(len(self.builder.sizes)):
+                if self.restriction.allows_gather(axis):
+                    continue
+                for i, a in enumerate(sources):
+                    for j, b in enumerate(targets):
+                        if is_shard(a[axis]) and a[axis] != b[axis]:
+                            prices[i, j] = np.inf
+        return prices
+
+    def _shared_targets(self, users: list[_User]) -> list[Spec]:
+        """Specs that at least two of the users may need."""
+        count: dict[Spec, int] = {}
+        for user in users:
+            for target in dict.fromkeys(t for needs in user.needs for t in needs):
+                count[target] = count.get(target, 0) + 1
+        return [target for target, n in count.items() if n > 1]
+
+
+def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
+    for dim, size in enumerate(shape):
+        ways = 1
+        for state, n in zip(spec, sizes, strict=True):
+            ways *= n if state == dim else 1
+        if size % ways:
+            return False
+    return True

@@ -1,0 +1,319 @@
+"""What it costs to bring a value from one spec to another, and by which steps.
+
+A conversion is a path of single-axis steps over the lattice of specs (plus all-reduces over
+several axes at once).  Each step has one forward and one backward primitive:
+
+    forward    value state of a -> value state of b      (whole W, slice S, partial P)
+    backward   the forward primitive of dual(b) -> dual(a)
+
+| from \\ to | W          | S(j)           | P        |
+|-----------|------------|----------------|----------|
+| W         | nothing    | slice          | mask     |
+| S(i)      | all-gather | all-to-all     | zero-pad |
+| P         | all-reduce | reduce-scatter | nothing  |
+
+`R` and `V` are both whole as values, and differ in their gradient: whole or partial.
+The cheapest path is found by Dijkstra's algorithm, so a pair of specs without a direct collective
+(a dim cut by two axes, of which the outer one is to be gathered) is still right, at its true price.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.collective import AxisLink, axis_links, collective_s, joint_link
+from ..costmodel.compute import Number, elementwise_s
+from ..ir.graph import TensorType
+from ..ir.mesh import Mesh
+from ..ir.spec import P, R, S, Spec, State, V, dual, format_state, is_shard, local_shape
+
+_MOVES = {  # (value state, value state) -> collective, by kind of state
+    ("W", "S"): "slice",
+    ("W", "P"): "mask",
+    ("S", "W"): "all_gather",
+    ("S", "S"): "all_to_all",
+    ("S", "P"): "pad",
+    ("P", "W"): "all_reduce",
+    ("P", "S"): "reduce_scatter",
+}
+COLLECTIVES = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter"})
+
+
+def value_kind(state: State) -> str:
+    """`W`, `S` or `P`: what a rank holds of a value in `state`."""
+    return "S" if is_shard(state) else "P" if state == P else "W"
+
+
+def primitive(a: State, b: State) -> str:
+    """The forward primitive from state `a` to `b`: a collective, a local move, or `nothing`.
+
+    >>> primitive(S(0), V), primitive(dual(V), dual(S(0)))   # FSDP: forward and backward
+    ('all_gather', 'reduce_scatter')
+    """
+    if a == b:
+        return "nothing"
+    return _MOVES.get((value_kind(a), value_kind(b)), "nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Change the state on `axes` (one, or several that are reduced together) from `a` to `b`."""
+
+    axes: tuple[int, ...]
+    a: State
+    b: State
+
+    def __str__(self) -> str:
+        return f"{self.axes}: {format_state(self.a)} -> {format_state(self.b)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One collective of a step: its kind, the axes, and the bytes it is called with.
+
+    `bytes` follows `costmodel.collective`: the whole buffer for all-gather, reduce-scatter
+    and all-reduce, the local buffer for all-to-all.
+    """
+
+    kind: str
+    axes: tuple[int, ...]
+    bytes: int
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Network:
+    """A mesh on a cluster: the links of its axes, alone and together."""
+
+    mesh: Mesh
+    cluster: Cluster
+
+    @cached_property
+    def links(self) -> dict[tuple[int, ...], AxisLink]:
+        """Link of every set of axes, keyed by axis numbers."""
+        axes = range(len(self.mesh.axes))
+        links: dict[tuple[int, ...], AxisLink] = {}
+        for i, link in enumerate(axis_links(self.mesh, self.cluster)):
+            links[(i,)] = link
+        for n in range(2, len(self.mesh.axes) + 1):
+            for subset in combinations(axes, n):
+                links[subset] = joint_link(self.mesh, self.cluster, subset)
+        return links
+
+    @cached_property
+    def _prices(self) -> dict[tuple[object, ...], float]:
+        return {}
+
+    def once(self, key: tuple[object, ...], price: Callable[[], Number]) -> float:
+        """`price()`, worked out the first time that `key` is asked for on this network."""
+        if key not in self._prices:
+            self._prices[key] = float(price())
+        return self._prices[key]
+
+    def seconds(self, kind: str, axes: tuple[int, ...], n_bytes: float) -> float:
+        """Seconds of one primitive: a collective, or a local copy of `n_bytes`."""
+        if kind == "nothing":
+            return 0.0
+        if kind in COLLECTIVES:
+            return self.once(
+                (kind, axes, n_bytes), lambda: collective_s(kind, n_bytes, self.links[axes])
+            )
+        return self.traffic_seconds(2.0 * n_bytes)
+
+    def traffic_seconds(self, n_bytes: float) -> float:
+        """Seconds of an elementwise kernel that reads and writes `n_bytes` in all."""
+        return self.once(("bytes", n_bytes), lambda: elementwise_s(n_bytes, self.cluster))
+
+
+def spec_fits(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
+    """May `spec` cut this shape?  A dim that does not divide may be cut by one axis at most."""
+    ways: dict[int, list[int]] = {}
+    for state, n in zip(spec, sizes, strict=True):
+        if is_shard(state):
+            ways.setdefault(state, []).append(n)
+    return all(
+        dim < len(shape)
+        and (shape[dim] % prod(cuts) == 0 or (len(cuts) == 1 and shape[dim] >= cuts[0]))
+        for dim, cuts in ways.items()
+    )
+
+
+class Conversions:
+    """Cheapest conversions between all specs of one tensor type on one network.
+
+    `gradient` says whether a gradient flows back.  `regather` prices a parameter in training: what
+    forward gathers is not kept for backward but gathered a second time.
+    """
+
+    def __init__(
+        self, kind: TensorType, network: Network, *, gradient: bool, regather: bool = False
+    ) -> None:
+        self.type = kind
+        self.network = network
+        self.gradient = gradient
+        self.regather = regather
+        self._sizes = network.mesh.sizes
+        dims = map(S, range(len(kind.shape)))
+        self._states = (R, P, *((V,) if gradient else ()), *dims)
+        self._steps: dict[Spec, list[tuple[Step, Spec, float]]] = {}
+        self._legal: dict[Spec, bool] = {}
+        self._local: dict[Spec, int] = {}
+        self._from: dict[Spec, tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]] = {}
+
+    def canonical(self, spec: Spec) -> Spec:
+        """Without a gradient `V` and `R` are the same state."""
+        return spec if self.gradient else tuple(R if state == V else state for state in spec)
+
+    def seconds(self, a: Spec, b: Spec) -> float:
+        """Seconds of the cheapest conversion, forward and backward; inf where there is none."""
+        return float(self.matrix([a], [b])[0, 0])
+
+    def matrix(self, froms: Sequence[Spec], tos: Sequence[Spec]) -> NDArray[np.float64]:
+        """Seconds from each of `froms` (rows) to each of `tos` (columns)."""
+        index, distance = self._all_pairs
+        rows = [index[self.canonical(spec)] for spec in froms]
+        columns = [index[self.canonical(spec)] for spec in tos]
+        return distance[np.ix_(rows, columns)]
+
+    def path(self, a: Spec, b: Spec) -> tuple[Step, ...]:
+        """The steps of the cheapest conversion."""
+        a, b = self.canonical(a), self.canonical(b)
+        if a == b:
+            return ()
+        before = self._search(a)[1]
+        if b not in before:
+            raise ValueError(f"no conversion of {self.type} from {a} to {b}")
+        steps: list[Step] = []
+        while b != a:
+            b, step = before[b]
+            steps.append(step)
+        return tuple(reversed(steps))
+
+    def traffic(self, a: Spec, b: Spec) -> tuple[Traffic, ...]:
+        """Every collective that the conversion runs, forward and backward."""
+        out: list[Traffic] = []
+        spec = self.canonical(a)
+        for step in self.path(a, b):
+            out += self.step_traffic(step, spec)
+            spec = _apply(spec, step)
+        return tuple(out)
+
+    # -- the search -------------------------------------------------------------------------
+
+    @cached_property
+    def _all_pairs(self) -> tuple[dict[Spec, int], NDArray[np.float64]]:
+        """(row of each spec, seconds between all pairs), by the algorithm of Floyd and Warshall."""
+        specs = [s for s in product(self._states, repeat=len(self._sizes)) if self._fits(s)]
+        index = {spec: i for i, spec in enumerate(specs)}
+        distance = np.full((len(specs), len(specs)), np.inf)
+        np.fill_diagonal(distance, 0.0)
+        for spec, row in index.items():
+            for _, following, seconds in self._neighbours(spec):
+                column = index[following]
+                distance[row, column] = min(distance[row, column], seconds)
+        for k in range(len(specs)):
+            np.minimum(distance, distance[:, k, None] + distance[k], out=distance)
+        return index, distance
+
+    def _search(self, a: Spec) -> tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]:
+        """Dijkstra from `a` over all specs; ties are broken by fewer steps, then by order."""
+        if a in self._from:
+            return self._from[a]
+        distance: dict[Spec, float] = {a: 0.0}
+        before: dict[Spec, tuple[Spec, Step]] = {}
+        done: set[Spec] = set()
+        queue: list[tuple[float, int, Spec]] = [(0.0, 0, a)]
+        while queue:
+            cost, hops, spec = heapq.heappop(queue)
+            if spec in done:
+                continue
+            done.add(spec)
+            for step, following, seconds in self._neighbours(spec):
+                total = cost + seconds
+                if following not in done and total < distance.get(following, float("inf")):
+                    distance[following] = total
+                    before[following] = (spec, step)
+                    heapq.heappush(queue, (total, hops + 1, following))
+        self._from[a] = distance, before
+        return distance, before
+
+    def _neighbours(self, spec: Spec) -> list[tuple[Step, Spec, float]]:
+        if spec not in self._steps:
+            self._steps[spec] = [
+                (step, _apply(spec, step), self._seconds(step, spec))
+                for step in self._legal_steps(spec)
+            ]
+        return self._steps[spec]
+
+    def _legal_steps(self, spec: Spec) -> list[Step]:
+        axes = range(len(spec))
+        steps = [
+            Step((axis,), spec[axis], b)
+            for axis in axes
+            for b in self._states
+            if b != spec[axis] and self._minor_most(spec, axis, b)
+        ]
+        for n in range(2, len(spec) + 1):
+            for subset, (a, b) in product(combinations(axes, n), ((R, V), (P, R), (P, V))):
+                joint = all(spec[axis] == a for axis in subset)
+                if joint and (self.gradient or V not in (a, b)):
+                    steps.append(Step(subset, a, b))
+        return [
+            step for step in steps if spec_fits(self.type.shape, _apply(spec, step), self._sizes)
+        ]
+
+    def _fits(self, spec: Spec) -> bool:
+        if spec not in self._legal:
+            self._legal[spec] = spec_fits(self.type.shape, spec, self._sizes)
+        return self._legal[spec]
+
+    def _minor_most(self, spec: Spec, axis: int, b: State) -> bool:
+        """A collective moves contiguous blocks only where no later axis cuts the same dim."""
+        later = spec[axis + 1 :]
+        return all(not is_shard(state) or state not in later for state in (spec[axis], b))
+
+    def _seconds(self, step: Step, spec: Spec) -> float:
+        """A tiny cost per step makes the shortest of equally cheap paths the cheapest."""
+        return self.step_seconds(step, spec) + 1e-12
+
+    def step_seconds(self, step: Step, spec: Spec) -> float:
+        """Seconds of one step from `spec`, forward and backward."""
+        moves = self._moves(step, spec, local=True)
+        return sum(self.network.seconds(t.kind, t.axes, t.bytes) for t in moves)
+
+    def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
+        """The collectives of one step from `spec`."""
+        return tuple(self._moves(step, spec, local=False))
+
+    def _moves(self, step: Step, spec: Spec, *, local: bool) -> list[Traffic]:
+        forward = primitive(step.a, step.b)
+        backward = primitive(dual(step.b), dual(step.a)) if self.gradient else "nothing"
+        kinds = [(forward, False), (backward, True)]
+        if self.regather and forward == "all_gather":
+            kinds.append((forward, True))
+        out: list[Traffic] = []
+        for kind, is_backward in kinds:
+            if kind in COLLECTIVES or (local and kind != "nothing"):
+                n_bytes = self._bytes(spec, step, whole=kind != "all_to_all")
+                out.append(Traffic(kind, step.axes, n_bytes, is_backward))
+        return out
+
+    def _bytes(self, spec: Spec, step: Step, *, whole: bool) -> int:
+        """Local bytes at this point of the path, with the step's own axes gathered if `whole`."""
+        at = tuple(R if whole and axis in step.axes else state for axis, state in enumerate(spec))
+        return (
+            int(np.prod(local_shape(self.type.shape, at, self._sizes))) * self.type.dtype.itemsize
+        )
+
+
+def _apply(spec: Spec, step: Step) -> Spec:
+    return tuple(step.b if axis in step.axes else state for axis, state in enumerate(spec))

@@ -1,0 +1,135 @@
+"""The plan: what was decided, what it costs, and how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..ir.graph import Graph, Value
+from ..ir.mesh import Mesh
+from ..ir.spec import Spec
+from .build import Decisions
+from .program import PricedStep, Program, lower
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for; enough to build the model again for `plan verify`."""
+
+    target: str  # `model.py:build_model`, a config folder, or "" for a model given by the API
+    gpus: int
+    cluster: str
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    optimizer: str
+    memory_bytes: float
+    pins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per GPU at the peak, by kind."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """An ordinary plan priced by the same model; `seconds` is None if it does not fit memory."""
+
+    name: str
+    mesh: str
+    seconds: float | None
+    peak_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the plan was found: solver status, relative gap, seconds of each planning step."""
+
+    solver: str
+    status: str
+    gap: float
+    meshes: int
+    seconds: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSeconds:
+    """Seconds of one run of a node, forward and backward."""
+
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to cut a model over a mesh.  `print(plan)` explains it.
+
+    `seconds` is one step (training) or one forward pass (prefill), as the cost model prices it.
+    `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
+    """
+
+    request: Request
+    graph: Graph
+    mesh: Mesh
+    decisions: Decisions
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
+    work: dict[str, NodeSeconds]
+    seconds: float
+    optimizer_s: float
+    memory: Memory
+    baselines: tuple[Baseline, ...]
+    search: Search
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def training(self) -> bool:
+        """Is this a plan for training steps?"""
+        return self.request.phase == "train"
+
+    @cached_property
+    def program(self) -> Program:
+        """The statements that one rank runs."""
+
+        def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+            return self.paths[value.name, a, b]
+
+        return lower(self.graph, self.decisions, paths, training=self.training)
+
+    def __str__(self) -> str:
+        from .report import format_plan
+
+        return format_plan(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON data."""
+        from .store import plan_to_json
+
+        return plan_to_json(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write `plan.json`; `load_plan` gives an equal plan back."""
+        from .store import save_plan
+
+        save_plan(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote.  Raises PlanError naming the field that is malformed."""
+        from .store import read_plan
+
+        return read_plan(Path(path))

@@ -1,0 +1,154 @@
+"""Seconds and bytes of one node on one rank, for a choice of factors.
+
+Forward and backward are priced from the local sizes of the node's factors: matrix products and
+attention by their shapes, everything else by the bytes it moves.  Causal attention is charged for
+the scores that the busiest rank computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..costmodel.compute import attention_s, matmul_s
+from ..ir.graph import Node, Value
+from ..ir.ops import attention_dims, find_op, kind_of, matmul_dims, rule_of
+from ..ir.rule import Choice
+from ..ir.spec import Spec, local_shape
+from .conversion import Network
+from .regions import node_specs
+
+# Flash attention: 2 matrix products forward, 5 backward (arXiv:2307.08691, section 3.1)
+_ATTENTION_BACKWARD = 2.5
+# Loss over a sharded vocabulary: all-reduces of fp32 numbers per token, the maximum first, then
+# the sum of exponentials and the label's logit together
+_VOCABULARY_REDUCTIONS = (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Seconds of one node on one rank."""
+
+    forward_s: float
+    backward_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+def local_bytes(value: Value, spec: Spec, sizes: tuple[int, ...]) -> int:
+    """Bytes that one rank holds of `value` in `spec`."""
+    n = 1
+    for size in local_shape(value.type.shape, spec, sizes):
+        n *= size
+    return n * value.type.dtype.itemsize
+
+
+def price(node: Node, choices: tuple[Choice, ...], network: Network, *, training: bool) -> Work:
+    """Seconds of `node` on the busiest rank under `choices` (one per mesh axis)."""
+    sizes = network.mesh.sizes
+    ways = rule_of(node).ways(choices, sizes)
+    if ways is None:
+        raise ValueError(f"{node.loc}: {node.op} cannot be cut {choices} over {network.mesh}")
+    backward = training and any(value.differentiable for value in node.outputs)
+    match kind_of(node):
+        case "view" if find_op(node.op) is not None:
+            return Work(0.0, 0.0)
+        case "matmul":
+            return _price_matmul(node, ways, network, backward)
+        case "attention":
+            return _price_attention(node, ways, network, backward)
+        case _:
+            work = _price_traffic(node, choices, network, training, backward)
+            reduced = _price_inside(node, choices, network)
+            return Work(work.forward_s + reduced, work.backward_s)
+
+
+def _price_matmul(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:
+    batch, m, n, k = matmul_dims(node, ways)
+    dtype = str(node.output.type.dtype)
+
+    def product(m: int, n: int, k: int) -> float:
+        return network.once(
+            ("matmul", m, n, k, batch, dtype),
+            lambda: matmul_s(m, n, k, batch, dtype, network.cluster),
+        )
+
+    back = 0.0
+    if backward:
+        left, right = _factors_operands(node)
+        back += product(m, k, n) if left.differentiable else 0.0
+        back += product(k, n, m) if right.differentiable else 0.0
+    return Work(product(m, n, k), back)
+
+
+def _factors_operands(node: Node) -> tuple[Value, Value]:
+    """The two multiplied operands (an addmm's bias comes first)."""
+    first = 1 if node.op == "aten.addmm.default" else 0
+    return node.operands[first], node.operands[first + 1]
+
+
+def _price_attention(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:
+    dims = attention_dims(node, ways)
+    share = scores_share(node, ways.get("q", 1))
+    dtype = str(node.output.type.dtype)
+    forward = network.once(
+        ("attention", *dims, share, dtype),
+        lambda: attention_s(*dims, dtype, network.cluster, share),
+    )
+    return Work(forward, _ATTENTION_BACKWARD * forward if backward else 0.0)
+
+
+def scores_share(node: Node, query_ways: int) -> float:
+    """Share of the scores (local queries x keys) that the busiest rank computes.
+
+    Causal attention computes the lower triangle; with queries cut in contiguous blocks the last
+    rank has the longest rows: 1 - 1 / (2 ways).  A window of w keys bounds each row by w.
+    """
+    keys = node.operands[1].type.shape[2]
+    share = 1.0 - 1.0 / (2 * query_ways) if node.arg("causal") else 1.0
+    window = node.arg("window")
+    if isinstance(window, int) and 0 < window < keys:
+        band = window / keys if node.arg("causal") else min(1.0, 2 * window / keys)
+        share = min(share, band)
+    return share
+
+
+def _price_traffic(
+    node: Node, choices: tuple[Choice, ...], network: Network, training: bool, backward: bool
+) -> Work:
+    needs, gives = node_specs(node, rule_of(node), choices, training)
+    sizes = network.mesh.sizes
+    table = node.operands[0] if node.op == "aten.embedding.default" else None
+    reads = sum(
+        local_bytes(value, spec, sizes)
+        for value, spec in zip(node.operands, needs, strict=True)
+        if value is not table  # a lookup reads the rows it returns, not the table
+    )
+    writes = sum(local_bytes(v, spec, sizes) for v, spec in zip(node.outputs, gives, strict=True))
+    if table is not None:
+        reads += writes
+    forward = network.traffic_seconds(float(reads + writes))
+    if not backward:
+        return Work(forward, 0.0)
+    gradients = sum(
+        local_bytes(value, spec, sizes)
+        for value, spec in zip(node.operands, needs, strict=True)
+        if value.differentiable
+    )
+    return Work(forward, network.traffic_seconds(float(reads + writes + gradients)))
+
+
+def _price_inside(node: Node, choices: tuple[Choice, ...], network: Network) -> float:
+    """Seconds of the collectives that an op runs itself (a loss over a sharded vocabulary)."""
+    inside = rule_of(node).inside
+    axes = tuple(axis for axis, choice in enumerate(choices) if choice in inside)
+    if not axes:
+        return 0.0
+    ways = rule_of(node).ways(choices, network.mesh.sizes) or {}
+    rows = 1
+    for dim in rule_of(node).operands[0][:-1]:
+        for factor in dim:
+            rows *= -(-rule_of(node).sizes[factor] // ways.get(factor, 1))
+    return sum(network.seconds("all_reduce", axes, 4.0 * n * rows) for n in _VOCABULARY_REDUCTIONS)

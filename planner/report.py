@@ -1,0 +1,281 @@
+"""A plan in words: the winner against the ordinary plans, what binds, each block, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from ..ir.labels import DimLabels, factor_labels, label_dims
+from ..ir.mesh import Mesh
+from ..ir.ops import kind_of
+from ..ir.rule import Choice
+from ..ir.spec import format_spec
+from .plan import Baseline, Plan
+from .program import Compute, Convert, LoopCall, PricedStep
+
+_WORDS = {  # what cutting a factor is called, by kind of op
+    "matmul": {"o": "columns", "k": "rows"},
+    "attention": {"n": "heads", "q": "queries, K/V gathered"},
+    "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
+    "shardwright.cross_entropy": {"v": "vocabulary"},
+}
+_LABELS = {"b": "batch", "s": "sequence"}
+
+
+def format_plan(plan: Plan) -> str:
+    """The whole report, as `plan` prints it."""
+    parts = [
+        _winner(plan),
+        _ordinary(plan),
+        _binding(plan),
+        *_tables(plan),
+        _memory(plan),
+        _search(plan),
+    ]
+    if plan.notes:
+        parts.append("Notes\n" + "\n".join(f"  {note}" for note in plan.notes))
+    return "\n\n".join(part for part in parts if part)
+
+
+def format_seconds(s: float) -> str:
+    """`1.23 s`, `45.6 ms`, `789 us`.
+
+    >>> format_seconds(0.0456)
+    '45.6 ms'
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if s * scale >= 1.0:
+            return f"{s * scale:.3g} {unit}"
+    return f"{s * 1e6:.3g} us"
+
+
+def format_bytes(n: float) -> str:
+    """`67.1 MB`, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+# -- the sentence ---------------------------------------------------------------------------------
+
+
+def _winner(plan: Plan) -> str:
+    unit = "step" if plan.training else "prefill"
+    request = plan.request
+    text = (
+        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
+        f"{format_seconds(plan.seconds)} per {unit} (predicted)"
+    )
+    fitting = [b for b in plan.baselines if b.seconds is not None]
+    if not fitting:
+        return f"{text}; no ordinary plan fits the memory."
+    best = min(fitting, key=lambda b: b.seconds or 0.0)
+    assert best.seconds is not None
+    ratio = best.seconds / plan.seconds
+    versus = (
+        f"the best ordinary plan, {best.name} on {best.mesh}, takes {format_seconds(best.seconds)}"
+    )
+    if ratio < 1.005:
+        return f"{text}; {versus}: no better plan exists under this cost model."
+    return f"{text}, {ratio:.2f}x faster: {versus}."
+
+
+def _ordinary(plan: Plan) -> str:
+    if not plan.baselines:
+        return ""
+    rows: list[tuple[str, ...]] = [("ordinary plan", "mesh", "time", "memory per GPU")]
+    rows += [_baseline_row(plan, b) for b in plan.baselines]
+    return table(rows)
+
+
+def _baseline_row(plan: Plan, b: Baseline) -> tuple[str, ...]:
+    fits = format_seconds(b.seconds) if b.seconds is not None else "does not fit"
+    return (b.name, b.mesh, fits, format_bytes(b.peak_bytes))
+
+
+def _binding(plan: Plan) -> str:
+    compute, communication = split_seconds(plan)
+    limit = plan.request.memory_bytes
+    share = plan.memory.total / limit
+    axes = ", ".join(f"{name} {format_seconds(s)}" for name, s in communication.items() if s)
+    total = sum(communication.values())
+    text = (
+        f"Time: compute {format_seconds(compute)}, communication {format_seconds(total)}"
+        + (f" ({axes})" if axes else "")
+        + (f", optimizer {format_seconds(plan.optimizer_s)}" if plan.optimizer_s else "")
+        + "."
+    )
+    if share > 0.9:
+        bound = f"memory binds ({share:.0%} of {format_bytes(limit)})"
+    elif total > compute:
+        busiest = max(communication, key=lambda name: communication[name])
+        bound = f"the links of {busiest} bind"
+    else:
+        bound = "compute binds"
+    return f"{text} What limits it: {bound}."
+
+
+def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
+    """(seconds of compute, seconds of communication per mesh axis) of one step."""
+    compute = 0.0
+    axes = dict.fromkeys(plan.mesh.names, 0.0)
+    for statement, times in plan.program.flat():
+        if isinstance(statement, Compute):
+            work = plan.work[statement.node.name]
+            compute += times * (work.forward_s + work.backward_s)
+        else:
+            name = "+".join(plan.mesh.names[axis] for axis in statement.priced.step.axes)
+            axes[name] = axes.get(name, 0.0) + times * statement.priced.seconds
+    return compute, axes
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _tables(plan: Plan) -> list[str]:
+    labels = label_dims(plan.graph)
+    out: list[str] = []
+    outside: list[Compute | Convert] = []
+    for statement in plan.program.statements:
+        if not isinstance(statement, LoopCall):
+            outside.append(statement)
+            continue
+        for kind, body in enumerate(statement.bodies):
+            times = statement.loop.order.count(kind)
+            title = f"{statement.loop.path}: {times} x {body.block.class_name}"
+            out.append(f"{title}\n{_block_table(plan, body.statements, labels)}")
+    return [f"outside the layers\n{_block_table(plan, outside, labels)}", *out]
+
+
+def _block_table(
+    plan: Plan, statements: Iterable[Compute | Convert], labels: dict[str, DimLabels]
+) -> str:
+    rows: list[tuple[str, ...]] = [("op", "strategy", "result", "communication", "time")]
+    pending: list[Convert] = []
+    for light, group in groupby(statements, key=_is_light):
+        items = list(group)
+        if light:
+            rows += _light_rows(plan, [i for i in items if isinstance(i, Compute)])
+            continue
+        for item in items:
+            if isinstance(item, Convert):
+                pending.append(item)
+                continue
+            rows.append(_row(plan, item, pending, labels))
+            pending = []
+    for item in pending:
+        rows.append(("", "", "", _communication([item.priced], plan.mesh), ""))
+    return table(rows)
+
+
+def _is_light(item: Compute | Convert) -> bool:
+    if isinstance(item, Convert):
+        return False
+    heavy = ("aten.embedding.default", "shardwright.cross_entropy")
+    return kind_of(item.node) in ("elementwise", "view") and item.node.op not in heavy
+
+
+def _light_rows(plan: Plan, items: list[Compute]) -> list[tuple[str, ...]]:
+    """Consecutive elementwise ops and views in one row."""
+    seconds = sum(
+        plan.work[i.node.name].forward_s + plan.work[i.node.name].backward_s for i in items
+    )
+    if not seconds:
+        return []
+    result = format_spec(items[-1].outputs[0].spec)
+    return [(f"{len(items)} elementwise ops", "", result, "", format_seconds(seconds))]
+
+
+def _row(
+    plan: Plan, item: Compute, before: list[Convert], labels: dict[str, DimLabels]
+) -> tuple[str, ...]:
+    node = item.node
+    work = plan.work[node.name]
+    name = node.loc.module.rsplit(".", 1)[-1] or node.op.split(".")[1]
+    if kind_of(node) == "attention" or name.isdigit():
+        name = node.op.split(".")[1]
+    return (
+        name,
+        strategy_text(item, plan.mesh, labels),
+        format_spec(item.outputs[0].spec),
+        _communication([c.priced for c in before], plan.mesh),
+        format_seconds(work.forward_s + work.backward_s),
+    )
+
+
+def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:
+    """`dp: batch, tp: heads`."""
+    known = factor_labels(item.node, labels)
+    words = _WORDS.get(item.node.op) or _WORDS.get(kind_of(item.node), {})
+    parts = [
+        f"{name}: {_choice_text(choice, known, words)}"
+        for name, choice in zip(mesh.names, item.choices, strict=True)
+        if choice not in ("R", "V")
+    ]
+    return ", ".join(parts) or "replicated"
+
+
+def _choice_text(choice: Choice, known: dict[str, str], words: dict[str, str]) -> str:
+    if choice in words:
+        return words[choice]
+    if choice in known:
+        return _LABELS.get(known[choice], known[choice])
+    return "partial sums" if choice.startswith("P") else choice
+
+
+def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:
+    """`tp all-gather 67 MB 0.2 ms`, summed over steps of the same kind."""
+    totals: dict[tuple[str, str], list[float]] = {}
+    for priced in steps:
+        step = priced.step
+        kinds = [t.kind for t in priced.traffic if not t.backward]
+        kinds += [f"backward {t.kind}" for t in priced.traffic if t.backward and not kinds]
+        if not kinds:
+            continue
+        axes = "+".join(mesh.names[a] for a in step.axes)
+        entry = totals.setdefault((axes, kinds[0].replace("_", "-")), [0.0, 0.0])
+        entry[0] += max(t.bytes for t in priced.traffic)
+        entry[1] += priced.seconds
+    return ", ".join(
+        f"{axes} {kind} {format_bytes(n)} {format_seconds(s)}"
+        for (axes, kind), (n, s) in totals.items()
+    )
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  " + "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _memory(plan: Plan) -> str:
+    memory, limit = plan.memory, plan.request.memory_bytes
+    kinds = (
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("running op", memory.transient),
+    )
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
+    return (
+        f"Memory per GPU: {format_bytes(memory.total)} of {format_bytes(limit)} "
+        f"({memory.total / limit:.0%}): {parts}."
+    )
+
+
+def _search(plan: Plan) -> str:
+    search = plan.search
+    times = ", ".join(f"{name} {format_seconds(s)}" for name, s in search.seconds)
+    proof = "proven optimal" if search.status == "optimal" else f"{search.status}"
+    return (
+        f"Solver: {search.solver}, {proof}, gap {search.gap:.1e}, {search.meshes} "
+        f"mesh{'es' if search.meshes > 1 else ''} tried. Planning: {times}."
+    )

@@ -1,0 +1,164 @@
+"""Ordinary plans as restrictions: DDP, FSDP, Megatron TP+SP, and what a user pins.
+
+A baseline gives every mesh axis a role and lets the solver find the cheapest plan within it, so
+that it is priced by the same model as the winner, and can never beat it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..ir.graph import Graph, Param
+from ..ir.labels import factor_labels, label_dims
+from ..ir.mesh import Mesh
+from ..ir.ops import kind_of
+from ..ir.spec import Spec, format_spec, is_shard, parse_spec
+from .build import Restriction, all_params
+from .errors import PlanError
+from .regions import Region, Strategy, scopes
+
+ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A user's own decision: parameters or modules that match `pattern` take `spec`."""
+
+    pattern: str
+    spec: Spec
+
+    @staticmethod
+    def parse(text: str, mesh_axes: int | None = None) -> Pin:
+        """`*.q_proj.weight=R,S0`: one state per mesh axis, outermost axis first."""
+        pattern, sign, spec = text.partition("=")
+        if not sign or not pattern:
+            raise PlanError(f"--pin {text}: expected PATTERN=SPEC, such as '*.q_proj.weight=R,S0'")
+        try:
+            states = parse_spec(spec)
+        except ValueError as error:
+            raise PlanError(f"--pin {text}: {error}") from error
+        if mesh_axes is not None and len(states) != mesh_axes:
+            raise PlanError(
+                f"--pin {text}: {len(states)} states for a mesh of {mesh_axes} axes; give one "
+                "state per axis, and the mesh itself with --mesh"
+            )
+        return Pin(pattern, states)
+
+
+class Pins(Restriction):
+    """Keeps the user's pins.  A pin that matches nothing, or cannot be kept, is an error."""
+
+    def __init__(self, pins: Sequence[Pin], graph: Graph) -> None:
+        self.pins = pins
+        names = [ref.name for ref in all_params(graph)]
+        modules = {_module(node.loc.module) for scope in scopes(graph) for node in scope.nodes}
+        for pin in pins:
+            if not any(fnmatchcase(name, pin.pattern) for name in (*names, *modules)):
+                some = ", ".join(names[:4])
+                raise PlanError(
+                    f"--pin {pin.pattern}: no parameter or module has such a name; parameters are "
+                    f"named like {some}"
+                )
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """Only the pinned spec for a parameter that is pinned by name."""
+        wanted = [pin.spec for pin in self.pins if fnmatchcase(name, pin.pattern)]
+        return all(spec == w for w in wanted)
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """A pinned module's last node must give its result in the pinned spec."""
+        for pin in self.pins:
+            matching = [n for n in region.nodes if fnmatchcase(_module(n.loc.module), pin.pattern)]
+            if not matching:
+                continue
+            last = matching[-1].output.name
+            made = {v.name: s for v, s in zip(region.values, strategy.produces, strict=True)}
+            if made[last] != pin.spec:
+                return False
+        return True
+
+
+def _module(path: str) -> str:
+    """A module's path with layer numbers as `*`."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+class Roles(Restriction):
+    """One role per mesh axis: `ddp`, `fsdp` or `tp`.
+
+    A data axis cuts the batch wherever an op has one; a tensor axis cuts anything else, but never
+    the sequence of attention, and its parameters are never gathered.
+    """
+
+    def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh) -> None:
+        self.roles = tuple(roles)
+        self.mesh = mesh
+        labels = label_dims(graph)
+        self._labels = {
+            node.name: factor_labels(node, labels) for s in scopes(graph) for node in s.nodes
+        }
+        self._batched: dict[tuple[int, int], bool] = {}
+
+    @property
+    def name(self) -> str:
+        """`FSDP x TP+SP`; axes with the same role count as one."""
+        return " x ".join(ROLES[role] for role in dict.fromkeys(self.roles))
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """Does the strategy keep every axis to its role?"""
+        for axis, role in enumerate(self.roles):
+            cuts = self._cuts(region, strategy, axis)
+            if role == "tp":
+                sequence = any(kind_of(n) == "attention" for n in region.nodes) and "s" in cuts
+                if "b" in cuts or sequence:
+                    return False
+            elif self._can_cut_batch(region, axis):
+                if "b" not in cuts:
+                    return False
+            elif cuts:
+                return False
+        return True
+
+    def _can_cut_batch(self, region: Region, axis: int) -> bool:
+        key = (id(region), axis)
+        if key not in self._batched:
+            self._batched[key] = any("b" in self._cuts(region, s, axis) for s in region.strategies)
+        return self._batched[key]
+
+    def _cuts(self, region: Region, strategy: Strategy, axis: int) -> set[str]:
+        """Labels of the factors that are cut over `axis`; `?` for one without a label."""
+        found: set[str] = set()
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            choice = choices[axis]
+            if choice not in ("R", "V") and not choice.startswith("P"):
+                found.add(self._labels[node.name].get(choice, "?"))
+        return found
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """DDP replicates parameters; FSDP shards those that some dim of divides."""
+        for axis, (role, state) in enumerate(zip(self.roles, spec, strict=True)):
+            if role == "ddp" and is_shard(state):
+                return False
+            if role == "fsdp" and not is_shard(state) and self._divides(param, axis):
+                return False
+        return True
+
+    def _divides(self, param: Param, axis: int) -> bool:
+        return any(size % self.mesh.sizes[axis] == 0 for size in param.value.type.shape)
+
+    def allows_gather(self, axis: int) -> bool:
+        """Tensor parallelism never gathers a parameter."""
+        return self.roles[axis] != "tp"
+
+
+def ordinary_roles(mesh: Mesh) -> list[tuple[str, ...]]:
+    """The ordinary plans on a mesh: one role on all axes, and data outside with tensor inside."""
+    n = len(mesh.axes)
+    pure = [(role,) * n for role in ROLES]
+    mixed = [(role,) * (n - 1) + ("tp",) for role in ("ddp", "fsdp")] if n > 1 else []
+    return [*pure, *mixed]
+
+
+__all__ = ["Pin", "Pins", "Roles", "format_spec", "ordinary_roles"]

@@ -1,0 +1,349 @@
+"""From a graph to the best plan: try meshes, solve each, price the ordinary plans beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+
+from ..costmodel.cluster import Cluster
+from ..costmodel.memory import parameter_state_bytes
+from ..ir.graph import Graph, Node, Value
+from ..ir.labels import factor_labels, label_dims
+from ..ir.mesh import Mesh
+from ..ir.ops import find_op, kind_of, matmul_dims
+from ..ir.spec import Spec
+from .build import Builder, Decisions, Restriction, Setting, all_params
+from .conversion import Network, Step
+from .errors import InfeasibleError, PlanError
+from .infeasible import explain
+from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
+from .pricing import local_bytes
+from .problem import evaluate
+from .program import PricedStep, lower
+from .regions import scopes
+from .roles import Pin, Pins, Roles, ordinary_roles
+from .solvers import Solution, solve
+
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent in each planning step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Generator[None]:
+        """Add the time of the `with` block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """The optimum on one mesh."""
+
+    builder: Builder
+    decisions: Decisions
+    solution: Solution
+    seconds: float
+    peak_bytes: float
+    activations: float
+    transient: float
+
+
+def make_plan(
+    graph: Graph,
+    cluster: Cluster,
+    request: Request,
+    *,
+    mesh: Mesh | None,
+    pins: Sequence[str],
+    solver: str,
+    time_limit_s: float,
+    clock: Clock,
+    progress: Progress,
+) -> Plan:
+    """The cheapest plan over all candidate meshes (or on `mesh`).
+
+    Raises InfeasibleError if none fits the memory.
+    """
+    setting = setting_of(request)
+    meshes = [mesh] if mesh is not None else candidate_meshes(request.gpus, cluster)
+    if pins and mesh is None:
+        raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
+    best: _Solved | None = None
+    for candidate in meshes:
+        progress(f"solving {candidate}")
+        restriction = (
+            Pins([Pin.parse(p, len(candidate.axes)) for p in pins], graph)
+            if pins
+            else Restriction()
+        )
+        solved = _solve(
+            graph, candidate, cluster, setting, restriction, solver, time_limit_s, clock
+        )
+        if solved is not None and (best is None or solved.seconds < best.seconds * (1 - 1e-9)):
+            best = solved
+    if best is None:
+        raise InfeasibleError(explain(graph, cluster, meshes, setting, request))
+    progress("pricing the ordinary plans")
+    with clock.step("baselines"):
+        baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
+    return _assemble(graph, request, best, baselines, len(meshes), solver, clock)
+
+
+def setting_of(request: Request) -> Setting:
+    """What the problem builder needs to know of a request."""
+    return Setting(request.phase == "train", request.optimizer, request.memory_bytes)
+
+
+def candidate_meshes(gpus: int, cluster: Cluster) -> list[Mesh]:
+    """Meshes worth trying: one to three axes, the inner ones within a node.
+
+    The innermost axis is the one that talks most; an axis that leaves the node is the outermost,
+    or the middle one of three.
+    """
+    node = min(cluster.gpus_per_node, gpus)
+    shapes: list[tuple[int, ...]] = [(gpus,)]
+    inner = [n for n in _divisors(node) if 1 < n < gpus and gpus % n == 0]
+    shapes += [(gpus // n, n) for n in inner]
+    if gpus <= node:
+        shapes += [
+            (gpus // (a * b), a, b)
+            for b in inner
+            for a in _divisors(gpus // b)
+            if a > 1 and gpus // (a * b) > 1
+        ]
+    else:
+        shapes += [
+            (gpus // (a * node), a, node)
+            for a in (2, 4, 8)
+            if gpus % (a * node) == 0 and gpus > a * node
+        ]
+    names = {1: ("x",), 2: ("x", "y"), 3: ("x", "y", "z")}
+    return [Mesh(tuple(zip(names[len(s)], s, strict=True))) for s in shapes]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _solve(
+    graph: Graph,
+    mesh: Mesh,
+    cluster: Cluster,
+    setting: Setting,
+    restriction: Restriction,
+    solver: str,
+    time_limit_s: float,
+    clock: Clock,
+    builder: Builder | None = None,
+) -> _Solved | None:
+    with clock.step("problem"):
+        builder = builder or Builder(graph, Network(mesh, cluster), setting)
+        built = builder.build(restriction)
+        problem = built.problem()
+    with clock.step("solve"):
+        solution = solve(problem, solver=solver, time_limit_s=time_limit_s)
+    if solution.assignment is None:
+        if solution.status == "unknown":
+            raise PlanError(
+                f"the solver found no plan on {mesh} within {time_limit_s:.0f} s; give it more "
+                "with --time-limit, or a smaller mesh with --mesh"
+            )
+        return None
+    evaluation = evaluate(problem, solution.assignment)
+    activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
+    return _Solved(
+        builder,
+        built.read(solution.assignment),
+        solution,
+        evaluation.cost,
+        evaluation.peak_usage,
+        activations,
+        transient,
+    )
+
+
+def _baselines(
+    graph: Graph,
+    cluster: Cluster,
+    setting: Setting,
+    meshes: Sequence[Mesh],
+    best: _Solved,
+    solver: str,
+    time_limit_s: float,
+) -> tuple[Baseline, ...]:
+    """The ordinary plans on meshes that were searched, so that none can beat the winner."""
+    unlimited = Setting(setting.training, setting.optimizer, None)
+    rows: list[Baseline] = []
+    clock = Clock()
+    for mesh in _baseline_meshes(meshes, best, cluster):
+        builder = Builder(graph, Network(mesh, cluster), setting)
+        free: Builder | None = None
+        pure = len(meshes) > 1 and len(mesh.axes) > 1  # they are priced on the one-axis mesh
+        for roles in ordinary_roles(mesh):
+            if pure and len(set(roles)) == 1:
+                continue
+            restriction = Roles(roles, graph, mesh)
+            size = "x".join(map(str, mesh.sizes))
+            solved = _solve(
+                graph, mesh, cluster, setting, restriction, solver, time_limit_s, clock, builder
+            )
+            if solved is not None:
+                rows.append(Baseline(restriction.name, size, solved.seconds, solved.peak_bytes))
+                continue
+            free = free or Builder(graph, builder.network, unlimited)
+            solved = _solve(
+                graph, mesh, cluster, unlimited, restriction, solver, time_limit_s, clock, free
+            )
+            if solved is not None:
+                rows.append(Baseline(restriction.name, size, None, solved.peak_bytes))
+    return tuple(rows)
+
+
+def _baseline_meshes(meshes: Sequence[Mesh], best: _Solved, cluster: Cluster) -> list[Mesh]:
+    """One axis, a node's GPUs as the inner axis (all or half of them), and the winner's own."""
+    node = min(cluster.gpus_per_node, meshes[0].ranks)
+    inner = (node, node // 2)
+    return [
+        mesh
+        for mesh in meshes
+        if len(mesh.axes) == 1
+        or (len(mesh.axes) == 2 and mesh.sizes[1] in inner)
+        or mesh == best.builder.network.mesh
+    ]
+
+
+def _assemble(
+    graph: Graph,
+    request: Request,
+    best: _Solved,
+    baselines: tuple[Baseline, ...],
+    meshes: int,
+    solver: str,
+    clock: Clock,
+) -> Plan:
+    builder, decisions = best.builder, best.decisions
+    mesh = name_axes(graph, builder.network.mesh, decisions)
+    params = {ref.param.value.name for ref in all_params(graph)}
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
+
+    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in params)
+        steps: list[PricedStep] = []
+        at = a
+        for step in conversions.path(a, b):
+            following = tuple(step.b if i in step.axes else s for i, s in enumerate(at))
+            steps.append(
+                PricedStep(
+                    step, conversions.step_seconds(step, at), conversions.step_traffic(step, at)
+                )
+            )
+            at = following
+        paths[value.name, a, b] = tuple(steps)
+        return paths[value.name, a, b]
+
+    lower(graph, decisions, price_path, training=builder.setting.training)
+    work = {
+        node.name: NodeSeconds(w.forward_s, w.backward_s)
+        for scope in scopes(graph)
+        for node in scope.nodes
+        for w in [builder.work(node, decisions.choices[node.name])]
+    }
+    memory, optimizer_s = _memory(graph, best)
+    search = Search(
+        solver,
+        best.solution.status,
+        best.solution.gap if isfinite(best.solution.gap) else 0.0,
+        meshes,
+        tuple(clock.seconds.items()),
+    )
+    return Plan(
+        request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory, baselines,
+        search, _notes(graph),
+    )  # fmt: skip
+
+
+def _memory(graph: Graph, best: _Solved) -> tuple[Memory, float]:
+    """Peak bytes by kind, and the seconds of the optimizer step."""
+    builder, sizes = best.builder, best.builder.sizes
+    setting = builder.setting
+    parameters = gradients = states = 0.0
+    for ref in all_params(graph):
+        value = ref.param.value
+        n = local_bytes(value, best.decisions.specs[value.name], sizes)
+        itemsize = value.type.dtype.itemsize
+        state = parameter_state_bytes(
+            n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
+        )
+        parameters += ref.weight * state.parameter
+        gradients += ref.weight * state.gradient
+        states += ref.weight * state.optimizer
+    seconds = sum(
+        ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
+        for ref in all_params(graph)
+    )
+    memory = Memory(parameters, gradients, states, best.activations, best.transient)
+    return memory, seconds
+
+
+def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
+    """The mesh with its axes named by their main use: dp, cp (sequence of attention) or tp.
+
+    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.
+    """
+    labels = label_dims(graph)
+    names: list[str] = []
+    for axis, _ in enumerate(mesh.axes):
+        votes: dict[str, float] = {}
+        for scope in scopes(graph):
+            for node in scope.nodes:
+                if kind_of(node) in ("matmul", "attention"):
+                    use = _use_of(node, decisions.choices[node.name][axis], labels)
+                    weight = scope.weight * _flops(node)
+                    votes[use] = votes.get(use, 0.0) + weight
+        names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
+    for name in list(names):
+        if names.count(name) > 1:
+            same = [k for k, other in enumerate(names) if other == name]
+            for count, k in enumerate(same, start=1):
+                names[k] = f"{name}{count}"
+    return Mesh(tuple((name, size) for name, (_, size) in zip(names, mesh.axes, strict=True)))
+
+
+def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
+    if choice in ("R", "V"):
+        return "tp"
+    label = factor_labels(node, labels).get(choice, "")
+    return {"b": "dp", "s": "cp"}.get(label, "tp")
+
+
+def _flops(node: Node) -> float:
+    if kind_of(node) == "matmul":
+        batch, m, n, k = matmul_dims(node, {})
+        return 2.0 * batch * m * n * k
+    return float(node.output.type.numel)
+
+
+def _notes(graph: Graph) -> tuple[str, ...]:
+    """Ops that have no rule run replicated: say which and where."""
+    seen: dict[str, str] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if find_op(node.op) is None:
+                seen.setdefault(node.op, str(node.loc))
+    return tuple(
+        f"`{op}` ({loc}) has no sharding rule and runs replicated" for op, loc in seen.items()
+    )
+
+
+__all__ = ["Clock", "Step", "candidate_meshes", "make_plan"]

@@ -1,0 +1,114 @@
+"""Solvers of the sharding problem behind one door.
+
+`solve` presolves, splits the problem into independent parts, gives each to the chosen back end, and
+has the evaluator price the answer in the problem as it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from math import fsum, inf
+from time import perf_counter
+from types import MappingProxyType
+
+from ..presolve import Infeasible, split
+from ..presolve import presolve as reduce
+from ..problem import ShardingProblem
+from .base import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
+
+# What summing in another order may change, relative to the larger of cost and offset.
+_SAME_COST = 1e-9
+
+
+# Each back end is imported when first used: their modelling layers take a second to load.
+
+
+def _highs(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    from .highs import solve
+
+    return solve(problem, time_limit_s=time_limit_s)
+
+
+def _cp_sat(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    from .cpsat import solve
+
+    return solve(problem, time_limit_s=time_limit_s)
+
+
+def _pyomo(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    from .pyomo_highs import solve
+
+    return solve(problem, time_limit_s=time_limit_s)
+
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {"highs": _highs, "cp-sat": _cp_sat, "pyomo": _pyomo}
+)
+
+
+def solve(
+    problem: ShardingProblem,
+    solver: str = "highs",
+    time_limit_s: float = 60.0,
+    presolve: bool = True,
+) -> Solution:
+    """Solve `problem` with the back end `solver` (a key of `SOLVERS`).
+
+    The answer's cost is the evaluator's for `problem` itself.  Raises `ValueError` for an unknown
+    solver or a time limit that is not positive, `SolverError` if a solver's answer is wrong.
+    """
+    if solver not in SOLVERS:
+        near = get_close_matches(solver, SOLVERS, n=1)
+        tip = f"; did you mean `{near[0]}`?" if near else ""
+        raise ValueError(f"unknown solver `{solver}`{tip} There are {', '.join(SOLVERS)}.")
+    if not time_limit_s > 0:
+        raise ValueError(f"the time limit must be positive, got {time_limit_s} s")
+    started = perf_counter()
+    reduced = reduce(problem) if presolve else None
+    if isinstance(reduced, Infeasible):
+        seconds = perf_counter() - started
+        return Solution(None, inf, inf, "infeasible", seconds, reduced.reason)
+    inner = problem if reduced is None else reduced.problem
+    found = _solve_parts(inner, SOLVERS[solver], started, time_limit_s)
+    if found.assignment is None:
+        return replace(found, seconds=perf_counter() - started)
+    assignment = found.assignment if reduced is None else reduced.restore(found.assignment)
+    checked = conclude(problem, assignment, found.bound, perf_counter() - started)
+    if abs(checked.cost - found.cost) > _SAME_COST * max(abs(checked.cost), abs(found.cost)):
+        raise SolverError(
+            f"`{problem.name}`: {solver} says {found.cost!r}, the evaluator {checked.cost!r}"
+        )
+    return checked
+
+
+def _solve_parts(
+    problem: ShardingProblem, solver: Solver, started: float, time_limit_s: float
+) -> Solution:
+    """Solve each independent part in the time that is left; `seconds` is not filled in."""
+    parts = split(problem)
+    full = [0] * len(problem.nodes)
+    inside = {n for part in parts for n in part.nodes}
+    bounds = [float(n.costs[0]) for k, n in enumerate(problem.nodes) if k not in inside]
+    complete = True
+    for part in parts:
+        left = time_limit_s - (perf_counter() - started)
+        found = solver(part.problem, time_limit_s=max(left, LEAST_S))
+        if found.status == "infeasible":
+            return found
+        bounds.append(found.bound)
+        if found.assignment is None:
+            complete = False
+            continue
+        for n, choice in zip(part.nodes, found.assignment, strict=False):
+            full[n] = choice
+    bound = fsum(bounds) if -inf not in bounds else -inf
+    if not complete:
+        return Solution(None, inf, bound, "unknown", 0.0)
+    return conclude(problem, tuple(full), bound, 0.0)
+
+
+__all__ = [
+    "RELATIVE_GAP", "SOLVERS", "Solution", "Solver", "SolverError", "Status", "solve",
+]  # fmt: skip

@@ -1,0 +1,120 @@
+"""Pyomo with HiGHS: the tight formulation written down once more, plainly.
+
+Nothing is shared with the default solver but the problem: no grouping of equal rows, no lazy
+memory rows, another modelling layer, another copy of HiGHS.  It is slower and meant for checking.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyomo.environ as pyo
+from pyomo.contrib.appsi.base import TerminationCondition
+from pyomo.contrib.appsi.solvers.highs import Highs
+
+from ..problem import ShardingProblem
+from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude, whole_costs
+
+_PROVEN_EMPTY = (
+    TerminationCondition.infeasible,
+    TerminationCondition.infeasibleOrUnbounded,  # every variable is bounded
+)
+_ANSWERED = (TerminationCondition.optimal, TerminationCondition.maxTimeLimit)
+
+
+def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    """Solve by Pyomo and HiGHS; see `planner.solvers.solve` for presolve and checks."""
+    started = perf_counter()
+    # costs per unit, bytes per limit: tolerances are absolute, 1e-7 or so
+    unit = _middle_cost(problem)
+    model: Any = _model(problem, unit)
+    solver: Any = Highs()
+    solver.config.load_solution = False
+    solver.config.time_limit = max(LEAST_S, time_limit_s - (perf_counter() - started))
+    whole = whole_costs(problem)
+    solver.highs_options = {
+        "mip_rel_gap": 0.0 if whole else RELATIVE_GAP / 2,
+        "mip_abs_gap": 0.999 / unit if whole else 0.0,
+    }
+    found = solver.solve(model)
+    seconds = perf_counter() - started
+    if found.termination_condition in _PROVEN_EMPTY:
+        reason = "no assignment satisfies all edges and memory rows"
+        return Solution(None, inf, inf, "infeasible", seconds, reason)
+    if found.termination_condition not in _ANSWERED:
+        raise SolverError(f"Pyomo's HiGHS stopped with {found.termination_condition.name}")
+    bound = -inf if found.best_objective_bound is None else found.best_objective_bound * unit
+    if found.best_feasible_objective is None:
+        return Solution(None, inf, bound, "unknown", seconds)
+    found.solution_loader.load_vars()
+    assignment = tuple(
+        max(range(node.costs.size), key=lambda k, n=n: model.s[n, k].value or 0.0)
+        for n, node in enumerate(problem.nodes)
+    )
+    return conclude(problem, assignment, bound, perf_counter() - started)
+
+
+def _middle_cost(problem: ShardingProblem) -> float:
+    """The median size of a nonzero cost over 100; 1 where all are zero."""
+    costs = np.concatenate([x.costs.reshape(-1) for x in (*problem.nodes, *problem.edges)])
+    sizes = np.abs(costs[np.isfinite(costs) & (costs != 0)])
+    return float(np.median(sizes)) / 100 if sizes.size else 1.0
+
+
+def _model(problem: ShardingProblem, unit: float) -> Any:
+    nodes, edges = problem.nodes, problem.edges
+    pairs = [
+        (k, i, j)
+        for k, edge in enumerate(edges)
+        for i, j in np.argwhere(np.isfinite(edge.costs)).tolist()
+    ]
+    choices = [(n, k) for n, node in enumerate(nodes) for k in range(node.costs.size)]
+    allowed = [(n, k) for n, k in choices if nodes[n].costs[k] < inf]
+    model: Any = pyo.ConcreteModel()
+    model.s = pyo.Var(choices, domain=pyo.Binary)
+    model.e = pyo.Var(pairs, domain=pyo.NonNegativeReals)
+    for n, k in set(choices) - set(allowed):
+        model.s[n, k].fix(0)
+    model.cost = pyo.Objective(
+        expr=sum(float(nodes[n].costs[k]) / unit * model.s[n, k] for n, k in allowed)
+        + sum(float(edges[k].costs[i, j]) / unit * model.e[k, i, j] for k, i, j in pairs)
+    )
+    model.rows = pyo.ConstraintList()
+    for n, node in enumerate(nodes):
+        model.rows.add(sum(model.s[n, k] for k in range(node.costs.size)) == 1)
+    by_row: dict[tuple[int, int], list[Any]] = {}
+    by_col: dict[tuple[int, int], list[Any]] = {}
+    for k, i, j in pairs:
+        by_row.setdefault((k, i), []).append(model.e[k, i, j])
+        by_col.setdefault((k, j), []).append(model.e[k, i, j])
+    for k, edge in enumerate(edges):
+        for i in range(edge.costs.shape[0]):
+            model.rows.add(sum(by_row.get((k, i), [])) - model.s[edge.a, i] == 0)
+        for j in range(edge.costs.shape[1]):
+            model.rows.add(sum(by_col.get((k, j), [])) - model.s[edge.b, j] == 0)
+    _add_memory(model, problem)
+    return model
+
+
+def _add_memory(model: Any, problem: ShardingProblem) -> None:
+    """One row for each time at which something starts: the live sum only grows then."""
+    if problem.usage_limit is None:
+        return
+    scale = 1e6 / problem.capacity if problem.capacity > 0 else 1.0
+    usages = [(n, usage) for n, node in enumerate(problem.nodes) for usage in node.usages]
+    for time in sorted({usage.start for _, usage in usages if usage.start < usage.end}):
+        live = [(n, usage.bytes) for n, usage in usages if usage.start <= time < usage.end]
+        if sum(float(sizes.max()) for _, sizes in live) > problem.capacity:
+            total = sum(
+                size * scale * model.s[n, k]
+                for n, sizes in live
+                for k, size in enumerate(sizes.tolist())
+                if size
+            )
+            model.rows.add(total <= problem.capacity * scale)
+
+
+__all__ = ["solve"]

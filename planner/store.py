@@ -1,0 +1,211 @@
+"""A plan as JSON and back.  A plan file is data: nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..ir.mesh import Mesh
+from ..ir.serialize import graph_from_json, graph_to_json
+from ..ir.spec import Spec, format_spec, parse_spec
+from .build import Decisions
+from .conversion import Step, Traffic
+from .errors import PlanError
+from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
+from .program import PricedStep
+
+SCHEMA = "shardwright.plan/1"
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON data, with its schema version."""
+    d = plan.decisions
+    return {
+        "schema": SCHEMA,
+        "request": _fields(plan.request),
+        "mesh": [[name, size] for name, size in plan.mesh.axes],
+        "seconds": plan.seconds,
+        "optimizer_s": plan.optimizer_s,
+        "memory": _fields(plan.memory),
+        "baselines": [_fields(b) for b in plan.baselines],
+        "search": {**_fields(plan.search), "seconds": [list(row) for row in plan.search.seconds]},
+        "notes": list(plan.notes),
+        "choices": {name: list(choices) for name, choices in d.choices.items()},
+        "specs": {name: format_spec(spec) for name, spec in d.specs.items()},
+        "outputs": {name: format_spec(spec) for name, spec in d.outputs.items()},
+        "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
+        "conversions": [
+            {
+                "value": value,
+                "from": format_spec(a),
+                "to": format_spec(b),
+                "steps": [_step_to_json(step) for step in steps],
+            }
+            for (value, a, b), steps in plan.paths.items()
+        ],
+        "graph": graph_to_json(plan.graph),
+    }
+
+
+def _fields(item: Any) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in item.__slots__}
+
+
+def _step_to_json(priced: PricedStep) -> dict[str, Any]:
+    step = priced.step
+    return {
+        "axes": list(step.axes),
+        "from": format_spec((step.a,)),
+        "to": format_spec((step.b,)),
+        "seconds": priced.seconds,
+        "traffic": [[t.kind, list(t.axes), t.bytes, t.backward] for t in priced.traffic],
+    }
+
+
+def plan_from_json(data: object) -> Plan:
+    """Inverse of `plan_to_json`.  Raises PlanError naming the field that is wrong."""
+    reader = _Reader(data, "plan")
+    schema = reader.get("schema", str)
+    if schema != SCHEMA:
+        raise PlanError(f"plan field `schema` is `{schema}`; this version reads `{SCHEMA}`")
+    try:
+        graph = graph_from_json(reader.get("graph", dict))
+    except ValueError as error:
+        raise PlanError(f"plan field `graph`: {error}") from error
+    axes = tuple((str(name), int(size)) for name, size in reader.rows("mesh", 2))
+    search = reader.child("search")
+    return Plan(
+        request=reader.build("request", Request),
+        graph=graph,
+        mesh=_mesh(axes),
+        decisions=_decisions(reader),
+        paths=dict(_path(row) for row in reader.children("conversions")),
+        work={n: NodeSeconds(*map(float, v)) for n, v in reader.get("work", dict).items()},
+        seconds=reader.get("seconds", float),
+        optimizer_s=reader.get("optimizer_s", float),
+        memory=reader.build("memory", Memory),
+        baselines=tuple(row.make(Baseline) for row in reader.children("baselines")),
+        search=Search(
+            search.get("solver", str),
+            search.get("status", str),
+            search.get("gap", float),
+            search.get("meshes", int),
+            tuple((str(name), float(s)) for name, s in search.rows("seconds", 2)),
+        ),
+        notes=tuple(map(str, reader.get("notes", list))),
+    )
+
+
+def _mesh(axes: tuple[tuple[str, int], ...]) -> Mesh:
+    try:
+        return Mesh(axes)
+    except ValueError as error:
+        raise PlanError(f"plan field `mesh`: {error}") from error
+
+
+def _decisions(reader: _Reader) -> Decisions:
+    choices = {n: tuple(map(str, c)) for n, c in reader.get("choices", dict).items()}
+    return Decisions(choices, reader.specs("specs"), reader.specs("outputs"))
+
+
+def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]:
+    steps: list[PricedStep] = []
+    for step in row.children("steps"):
+        traffic = tuple(
+            Traffic(str(kind), tuple(map(int, axes)), int(n), bool(back))
+            for kind, axes, n, back in step.rows("traffic", 4)
+        )
+        a, b = step.spec("from")[0], step.spec("to")[0]
+        axes = tuple(map(int, step.get("axes", list)))
+        steps.append(PricedStep(Step(axes, a, b), step.get("seconds", float), traffic))
+    return (row.get("value", str), row.spec("from"), row.spec("to")), tuple(steps)
+
+
+class _Reader:
+    """Reads fields of a JSON object; every complaint names the field by its path."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, Mapping):
+            raise PlanError(f"`{where}` must be a JSON object, got {type(data).__name__}")
+        self._data: Mapping[str, Any] = data
+        self._where = where
+
+    def get(self, name: str, kind: type) -> Any:
+        """The field `name`, which must be of `kind` (an int will do for a float)."""
+        if name not in self._data:
+            raise PlanError(f"`{self._where}` has no field `{name}`")
+        value = self._data[name]
+        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not fits:
+            raise PlanError(
+                f"`{self._where}.{name}` must be {kind.__name__}, got {type(value).__name__}"
+            )
+        return value
+
+    def child(self, name: str) -> _Reader:
+        """The object in field `name`."""
+        return _Reader(self.get(name, dict), f"{self._where}.{name}")
+
+    def children(self, name: str) -> list[_Reader]:
+        """The objects of the list in field `name`."""
+        rows = self.get(name, list)
+        return [_Reader(row, f"{self._where}.{name}[{i}]") for i, row in enumerate(rows)]
+
+    def rows(self, name: str, width: int) -> list[list[Any]]:
+        """The lists of `width` items in field `name`."""
+        rows = self.get(name, list)
+        for i, row in enumerate(rows):
+            if not isinstance(row, list) or len(row) != width:
+                raise PlanError(f"`{self._where}.{name}[{i}]` must be a list of {width} items")
+        return rows
+
+    def spec(self, name: str) -> Spec:
+        """The spec in field `name`."""
+        try:
+            return parse_spec(self.get(name, str))
+        except ValueError as error:
+            raise PlanError(f"`{self._where}.{name}`: {error}") from error
+
+    def specs(self, name: str) -> dict[str, Spec]:
+        """The object of specs in field `name`."""
+        child = self.child(name)
+        return {key: child.spec(key) for key in child._data}
+
+    def make(self, kind: type[Any]) -> Any:
+        """A flat dataclass from this object's fields of the same names."""
+        values: dict[str, Any] = {}
+        for name in kind.__slots__:
+            if name not in self._data:
+                raise PlanError(f"`{self._where}` has no field `{name}`")
+            value = self._data[name]
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return kind(**values)
+
+    def build(self, name: str, kind: type[Any]) -> Any:
+        """The flat dataclass in field `name`."""
+        return self.child(name).make(kind)
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write the plan as JSON."""
+    path.write_text(json.dumps(plan_to_json(plan), indent=1) + "\n", encoding="utf-8")
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in `path`, a plan.json or a folder with one."""
+    path = path / "plan.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanError(
+            f"cannot read `{path}`: {error.strerror}; give the folder of a plan"
+        ) from error
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"`{path}` is not JSON: line {error.lineno}: {error.msg}") from error
+    return plan_from_json(data)

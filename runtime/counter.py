@@ -1,0 +1,85 @@
+"""What the collectives moved: calls and bytes by operation, axis and phase."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+Phase: TypeAlias = Literal["forward", "backward"]
+
+
+class Key(NamedTuple):
+    """One row of the count: `op` is `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`."""
+
+    op: str
+    axis: str
+    phase: Phase
+
+
+@dataclass(slots=True)
+class Count:
+    """`calls` collectives that brought `bytes` to this rank."""
+
+    calls: int = 0
+    bytes: float = 0.0
+
+
+@dataclass(slots=True)
+class CollectiveCounter:
+    """The collectives of this rank while `count_collectives` was active.
+
+    Bytes are what a rank must receive with ring algorithms over p ranks, padding included:
+    all-gather and reduce-scatter (p-1)/p of the whole, all-reduce 2(p-1)/p of the whole,
+    all-to-all (p-1)/p of the local part.
+    """
+
+    counts: dict[Key, Count] = field(default_factory=dict[Key, Count])
+
+    def record(self, op: str, axis: str, phase: Phase, nbytes: float) -> None:
+        """Add one collective that brought `nbytes` to this rank."""
+        count = self.counts.setdefault(Key(op, axis, phase), Count())
+        count.calls += 1
+        count.bytes += nbytes
+
+    def bytes(
+        self, op: str | None = None, axis: str | None = None, phase: Phase | None = None
+    ) -> float:
+        """Bytes of all rows that match; `None` matches everything."""
+        return sum(count.bytes for _, count in self._matching(op, axis, phase))
+
+    def calls(
+        self, op: str | None = None, axis: str | None = None, phase: Phase | None = None
+    ) -> int:
+        """Collectives of all rows that match; `None` matches everything."""
+        return sum(count.calls for _, count in self._matching(op, axis, phase))
+
+    def _matching(
+        self, op: str | None, axis: str | None, phase: Phase | None
+    ) -> Iterator[tuple[Key, Count]]:
+        for key, count in self.counts.items():
+            if op in (None, key.op) and axis in (None, key.axis) and phase in (None, key.phase):
+                yield key, count
+
+
+# A plain list and not a context variable: autograd runs CUDA backward passes in threads of its
+# own, which do not inherit the context of the thread that called `backward`.
+active: list[CollectiveCounter] = []
+
+
+@contextmanager
+def count_collectives() -> Generator[CollectiveCounter]:
+    """Count the collectives of this rank inside the `with` block.
+
+    >>> with count_collectives() as counter:
+    ...     pass
+    >>> counter.bytes("all_gather", axis="tp", phase="forward")
+    0
+    """
+    counter = CollectiveCounter()
+    active.append(counter)
+    try:
+        yield counter
+    finally:
+        active.remove(counter)

@@ -1,0 +1,510 @@
+"""The base class of generated modules: shards in, shards out, checkpoints, a demonstration."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checkpoint import Safetensors, Source, StateDict
+from .collectives import WHOLE, Move
+from .layers import Layer, install_layers, per_layer
+from .layout import Spec, block, blocks, local_shape, parse_spec
+from .mesh import Mesh, stable_seed
+from .regather import regathering
+
+Path_: TypeAlias = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter, buffer or constant of the original model: full shape, and how it is sharded.
+
+    `buffer` is a persistent one; `constant` what no state dict carries, with its values in
+    `data` as (nested) tuples of numbers.  `aliases` are further names of the same tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: str
+    kind: Literal["parameter", "buffer", "constant"] = "parameter"
+    aliases: tuple[str, ...] = ()
+    data: object = None
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A keyword of the original model's forward: planned full shape, and how it is sharded.
+
+    Dims in `free` may have other sizes than planned.  Integers are below `high` (the
+    demonstration draws them so).
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    free: tuple[int, ...] = ()
+    high: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor in what the original model returns, by its path of keys, `()` if it is bare."""
+
+    path: tuple[str | int, ...]
+    spec: str
+    shape: tuple[int, ...]
+
+
+class Outputs(dict[str, Any]):
+    """A dictionary whose entries are attributes, too: `out["loss"]` is `out.loss`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output `{name}`; there are {list(self)}") from None
+
+
+class Namespace(nn.Module):
+    """A bare container, so that parameters keep their dotted names; `layers[0]` is `layers.0`."""
+
+    def __getitem__(self, index: int) -> Any:
+        return getattr(self, str(index))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._modules.values())
+
+
+class ShardedModule(nn.Module):
+    """A model of which this rank holds its part; generated modules are subclasses.
+
+    A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name),
+    `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks) and defines `forward`.  Every tensor
+    of `PARAMETERS` is registered under its original dotted name and holds this rank's slice: zeros
+    until it is loaded or `reset_parameters` is called.  `PHASE` and `OPTIMIZER` serve `demo`; a
+    module that never calls `gather_parameter` may say `REGATHER = False`, which saves the
+    bookkeeping of saved tensors (about 4 microseconds for each).
+    """
+
+    MESH: ClassVar[Mapping[str, int]]
+    PARAMETERS: ClassVar[Mapping[str, Param]]
+    INPUTS: ClassVar[Mapping[str, Input]]
+    OUTPUTS: ClassVar[Sequence[Output]]
+    LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
+    PHASE: ClassVar[Literal["train", "prefill"]] = "train"
+    OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
+    REGATHER: ClassVar[bool] = True
+
+    def __init__(self, mesh: Mesh | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.mesh = Mesh.create(self.MESH, device) if mesh is None else mesh
+        if dict(zip(self.mesh.names, self.mesh.sizes, strict=True)) != dict(self.MESH):
+            wanted = " x ".join(f"{name}={size}" for name, size in self.MESH.items())
+            raise ValueError(f"this module was planned for mesh {wanted}, got {self.mesh}")
+        install_layers(self, self.mesh, self.LAYERS)
+        for name, param in self.PARAMETERS.items():
+            self._register(name, param)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "PARAMETERS" in cls.__dict__:
+            cls.PARAMETERS = per_layer(cls.PARAMETERS)  # pyright: ignore[reportConstantRedefinition]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, after which gathered parameters are freed (see `regathering`)."""
+        if not self.REGATHER:
+            return super().__call__(*args, **kwargs)
+        with regathering(self.mesh):
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.mesh.device
+
+    def generator(self, *sharded_axes: str) -> torch.Generator:
+        """Random numbers that differ along `sharded_axes` and agree along all others."""
+        return self.mesh.generator(sharded_axes)
+
+    def local_part(self, whole: Tensor, spec: str) -> Tensor:
+        """This rank's slice of a whole tensor in `spec`, such as the spec of an output."""
+        own = blocks(whole.shape, parse_spec(spec), self.mesh.sizes, self.mesh.coordinates)
+        return whole[tuple(slice(part.start, part.stop) for part in own)]
+
+    def pack(self, *tensors: Tensor) -> Any:
+        """This rank's outputs in the structure that the original model returns."""
+        paths = [output.path for output in self.OUTPUTS]
+        return _rebuild(dict(zip(paths, tensors, strict=True)))
+
+    # --- parameters in ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        tensors: Mapping[str, Tensor],
+        mesh: Mesh | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The module with this rank's slices of full `tensors`, as the original's `state_dict()`.
+
+        Of tied tensors one name is enough.  Raises ValueError listing everything that is
+        missing, unexpected or of the wrong shape.
+        """
+        model = cls(mesh, device)
+        model._load(StateDict(tensors))
+        return model
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        mesh: Mesh | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The module with weights from a safetensors file or a Hugging Face folder of them.
+
+        Each rank reads its own slices only.  Errors as in `from_state_dict`.
+        """
+        with Safetensors(path) as source:
+            model = cls(mesh, device)
+            model._load(source)
+        return model
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Random weights that depend on `seed` and the names alone, not on mesh or specs.
+
+        Matrices are normal with variance 1 / (last dim), vectors near 1, biases near 0.  Buffers
+        are zero.
+        """
+        for name, param in self.PARAMETERS.items():
+            if param.kind == "constant":
+                continue
+            whole = torch.zeros(param.shape, dtype=param.dtype, device=self.mesh.device)
+            if param.kind == "parameter" and param.dtype.is_floating_point:
+                generator = torch.Generator(self.mesh.device)
+                generator.manual_seed(stable_seed(seed, name))
+                spread = 0.02 if len(param.shape) < 2 else param.shape[-1] ** -0.5
+                whole.normal_(0.0, spread, generator=generator)
+                if len(param.shape) < 2 and not name.endswith("bias"):
+                    whole += 1.0
+            self._fill(name, StateDict({name: whole}), name)
+
+    # --- batches in, results out -----------------------------------------------------------------
+
+    def shard_inputs(self, **batch: Tensor) -> dict[str, Tensor]:
+        """This rank's part of a full batch, on its device; keywords as the original's forward.
+
+        Raises ValueError naming the input whose name, dtype or shape does not fit the plan.
+        """
+        missing = [name for name in self.INPUTS if name not in batch]
+        unknown = [name for name in batch if name not in self.INPUTS]
+        if missing or unknown:
+            raise ValueError(
+                f"the module takes the inputs {', '.join(self.INPUTS) or 'none'};"
+                + (f" missing: {', '.join(missing)}" if missing else "")
+                + (f" unknown: {', '.join(unknown)}" if unknown else "")
+            )
+        return {name: self._shard_input(name, batch[name]) for name in self.INPUTS}
+
+    @torch.no_grad()
+    def gather_outputs(self, out: Any) -> Any:
+        """What the original model would return: full tensors, without gradients."""
+        entries: dict[Path_, Tensor] = {}
+        for output in self.OUTPUTS:
+            local = _look_up(out, output.path)
+            spec = parse_spec(output.spec)
+            shape = _true_shape(local, spec, self.mesh, output.shape)
+            entries[output.path] = gather_whole(local.detach(), spec, shape, self.mesh)
+        return _rebuild(entries)
+
+    @torch.no_grad()
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """Original names -> full gradients; None for parameters that have none."""
+        gradients: dict[str, Tensor | None] = {}
+        for name, param in self.PARAMETERS.items():
+            if param.kind == "parameter":
+                grad = self.local(name).grad
+                gradients[name] = None if grad is None else self._gather(grad, param)
+        return gradients
+
+    @torch.no_grad()
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Original names (aliases too) -> full tensors, on this rank's device."""
+        tensors: dict[str, Tensor] = {}
+        for name, param in self.PARAMETERS.items():
+            if param.kind == "constant":
+                continue
+            whole = self._gather(self.local(name).detach(), param)
+            for key in (name, *param.aliases):
+                tensors[key] = whole
+        return tensors
+
+    def local(self, name: str) -> Tensor:
+        """This rank's slice of the parameter, buffer or constant of that original name."""
+        found: Any = self
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+
+    # --- demonstration ---------------------------------------------------------------------------
+
+    @classmethod
+    def demo(cls, steps: int = 3) -> None:
+        """Run `steps` steps on random weights and inputs; rank 0 prints time and peak memory."""
+        model = cls()
+        model.reset_parameters()
+        batch = model.shard_inputs(**cls._random_batch())
+        optimizer = _make_optimizer(cls.OPTIMIZER, model)
+        seconds: list[float] = []
+        for _ in range(steps + 1):
+            _wait_for_all(model.mesh)
+            start = time.perf_counter()
+            value = model._demo_step(batch, optimizer)
+            _wait_for_all(model.mesh)
+            seconds.append(time.perf_counter() - start)
+            if model.mesh.rank == 0:
+                label = "warm-up" if len(seconds) == 1 else f"step {len(seconds) - 1}"
+                print(f"{label}: {seconds[-1] * 1e3:.1f} ms{value}", flush=True)
+        if model.mesh.rank == 0:
+            best = min(seconds[1:]) * 1e3
+            peak = _peak_bytes(model.mesh.device) / 1e9
+            print(f"{model.mesh}: best {best:.1f} ms per step, peak {peak:.2f} GB on rank 0")
+
+    def _demo_step(self, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer | None) -> str:
+        if self.PHASE != "train":
+            with torch.no_grad():
+                self(**batch)
+            return ""
+        out = self(**batch)
+        results = [_look_up(out, output.path) for output in self.OUTPUTS]
+        trained = [result for result in results if result.requires_grad]
+        scalars = [result for result in trained if result.ndim == 0]
+        loss = scalars[0] if scalars else torch.stack([r.float().sum() for r in trained]).sum()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        self.zero_grad(set_to_none=True)
+        return f", loss {loss.item():.4f}" if scalars else ""
+
+    @classmethod
+    def _random_batch(cls) -> dict[str, Tensor]:
+        """The same full batch on every rank."""
+        generator = torch.Generator().manual_seed(0)
+        batch: dict[str, Tensor] = {}
+        for name, spec in cls.INPUTS.items():
+            if spec.dtype.is_floating_point:
+                batch[name] = torch.randn(spec.shape, generator=generator).to(spec.dtype)
+            elif spec.dtype == torch.bool:
+                batch[name] = torch.ones(spec.shape, dtype=torch.bool)
+            else:
+                numbers = torch.randint(0, spec.high, spec.shape, generator=generator)
+                batch[name] = numbers.to(spec.dtype)
+        return batch
+
+    # --- details ---------------------------------------------------------------------------------
+
+    def _register(self, name: str, param: Param) -> None:
+        spec = parse_spec(param.spec)
+        shape = local_shape(param.shape, spec, self.mesh.sizes)
+        owner, leaf = _owner(self, name)
+        present = getattr(owner, leaf, None)
+        if present is not None:
+            if tuple(present.shape) != shape:
+                raise ValueError(
+                    f"`{name}` was built with shape {tuple(present.shape)}, not {shape}"
+                )
+            tensor = present
+        else:
+            tensor = torch.zeros(shape, dtype=param.dtype, device=self.mesh.device)
+            if param.kind == "parameter":
+                trained = param.trainable and param.dtype.is_floating_point
+                tensor = nn.Parameter(tensor, requires_grad=trained)
+        for key in (name, *param.aliases):
+            owner, leaf = _owner(self, key)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            else:
+                owner.register_buffer(leaf, tensor, persistent=param.kind == "buffer")
+        if param.kind == "constant":
+            data = torch.tensor(param.data, dtype=param.dtype).reshape(param.shape)
+            self._fill(name, StateDict({name: data}), name)
+
+    @torch.no_grad()
+    def _load(self, source: Source) -> None:
+        wanted = {n: p for n, p in self.PARAMETERS.items() if p.kind != "constant"}
+        given = set(source.names())
+        found = {
+            name: [key for key in (name, *param.aliases) if key in given]
+            for name, param in wanted.items()
+        }
+        known = {key for name, param in wanted.items() for key in (name, *param.aliases)}
+        problems = [f"missing: {name}" for name, keys in found.items() if not keys]
+        for key in sorted(given - known):
+            constant = key in self.PARAMETERS
+            reason = " (the plan holds its values; leave it out)" if constant else ""
+            problems.append(f"unexpected: {key}{reason}")
+        for name, keys in found.items():
+            shapes = {key: source.shape(key) for key in keys}
+            problems += [
+                f"wrong shape: {key} is {shape}, the plan has {wanted[name].shape}"
+                for key, shape in shapes.items()
+                if shape != wanted[name].shape
+            ]
+        if problems:
+            raise ValueError(
+                f"{source.title} does not fit this module ({len(problems)} problems):\n  "
+                + "\n  ".join(problems)
+            )
+        for name, keys in found.items():
+            self._fill(name, source, keys[0])
+            for key in keys[1:]:
+                self._check_tied(name, source, key)
+
+    @torch.no_grad()
+    def _fill(self, name: str, source: Source, key: str) -> None:
+        """Copy this rank's slice of `key` into the tensor called `name`; padding rows are 0."""
+        param, local = self.PARAMETERS[name], self.local(name)
+        own = source.read(key, self._slices(param))
+        if own.is_floating_point() != param.dtype.is_floating_point:
+            raise ValueError(f"{source.title}: {key} is {own.dtype}, the plan has {param.dtype}")
+        local.zero_()
+        local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
+
+    def _check_tied(self, name: str, source: Source, key: str) -> None:
+        own = source.read(key, self._slices(self.PARAMETERS[name]))
+        local = self.local(name)[tuple(slice(0, rows) for rows in own.shape)]
+        if not torch.equal(local, own.to(local)):
+            raise ValueError(
+                f"{source.title}: {key} and {name} are one tensor in this module but differ there"
+            )
+
+    def _slices(self, param: Param) -> tuple[slice, ...]:
+        spec = parse_spec(param.spec)
+        own = blocks(param.shape, spec, self.mesh.sizes, self.mesh.coordinates)
+        return tuple(slice(part.start, part.stop) for part in own)
+
+    def _gather(self, x: Tensor, param: Param) -> Tensor:
+        return gather_whole(x, parse_spec(param.spec), param.shape, self.mesh)
+
+    def _shard_input(self, name: str, x: Tensor) -> Tensor:
+        wanted = self.INPUTS[name]
+        shape = tuple(x.shape)
+        fits = len(shape) == len(wanted.shape) and all(
+            dim in wanted.free or size == planned
+            for dim, (size, planned) in enumerate(zip(shape, wanted.shape, strict=False))
+        )
+        if not fits or x.dtype != wanted.dtype:
+            free = f" (dims {list(wanted.free)} may differ)" if wanted.free else ""
+            raise ValueError(
+                f"input `{name}` is {x.dtype} {shape}; the plan has {wanted.dtype}"
+                f" {wanted.shape}{free}"
+            )
+        spec = parse_spec(wanted.spec)
+        for dim, size in enumerate(shape):
+            axes = [axis for axis, state in zip(self.mesh.axes, spec, strict=True) if state == dim]
+            ways = 1
+            for axis in axes:
+                ways *= axis.size
+            if size % ways:
+                names = " x ".join(f"{axis.name}={axis.size}" for axis in axes)
+                raise ValueError(
+                    f"input `{name}` dim {dim} has size {size}, which {names} does not divide"
+                )
+        own = blocks(shape, spec, self.mesh.sizes, self.mesh.coordinates)
+        part = x[tuple(slice(rows.start, rows.stop) for rows in own)]
+        return part.to(self.mesh.device).contiguous()
+
+
+def gather_whole(x: Tensor, spec: Spec, shape: Sequence[int], mesh: Mesh) -> Tensor:
+    """The whole tensor of `shape` from this rank's part in `spec` (states R, V and S)."""
+    cuts: list[tuple[int, int]] = [
+        (state, size) for state, size in zip(spec, mesh.sizes, strict=True)
+    ]
+    for number in reversed(range(len(cuts))):  # the minor-most axis on a dim goes first
+        dim, _ = cuts[number]
+        axis = mesh.axes[number]
+        if dim < 0 or axis.size == 1:
+            continue
+        majors = [(ways, 0) for state, ways in cuts[:number] if state == dim]
+        size = block(shape[dim], majors).rows
+        x = axis.move(x, Move(dim, WHOLE, size), "forward")
+    return x
+
+
+def _true_shape(local: Tensor, spec: Spec, mesh: Mesh, planned: Sequence[int]) -> tuple[int, ...]:
+    """Full shape of an output: as planned where that explains the local size, else its multiple."""
+    expected = local_shape(planned, spec, mesh.sizes)
+    ways = [1] * local.ndim
+    for state, size in zip(spec, mesh.sizes, strict=True):
+        if state >= 0:
+            ways[state] *= size
+    return tuple(
+        planned[dim] if size == expected[dim] else size * ways[dim]
+        for dim, size in enumerate(local.shape)
+    )
+
+
+def _look_up(out: Any, path: Path_) -> Tensor:
+    for key in path:
+        out = out[key]
+    return out
+
+
+def _rebuild(entries: Mapping[Path_, Tensor]) -> Any:
+    """The nested structure that has each tensor at its path: tuples for numbers, else Outputs."""
+    if () in entries:
+        return entries[()]
+    groups: dict[str | int, dict[Path_, Tensor]] = {}
+    for path, tensor in entries.items():
+        groups.setdefault(path[0], {})[path[1:]] = tensor
+    if all(isinstance(key, int) for key in groups):
+        return tuple(_rebuild(group) for _, group in sorted(groups.items()))
+    return Outputs({str(key): _rebuild(group) for key, group in groups.items()})
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds `name`, containers made as needed, and the last part of the name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        child = dict(root.named_children()).get(part)
+        if child is None:
+            child = Namespace()
+            root.add_module(part, child)
+        root = child
+    return root, leaf
+
+
+def _make_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer | None:
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if kind == "none" or not trained:
+        return None
+    return torch.optim.AdamW(trained) if kind == "adamw" else torch.optim.SGD(trained)
+
+
+def _wait_for_all(mesh: Mesh) -> None:
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    if mesh.size > 1:
+        dist.barrier()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most bytes held so far: of tensors on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,237 @@
+"""The Python API: what the command `plan` does, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .codegen.write import module_source
+from .costmodel.cluster import load_cluster
+from .ir.capture import capture
+from .ir.fold import fold
+from .ir.graph import Graph
+from .ir.mesh import Mesh
+from .loading import DTYPES, Loaded, load_target
+from .planner import plan as plans
+from .planner.build import Builder, Restriction
+from .planner.conversion import Network
+from .planner.errors import PlanError
+from .planner.iopddl import write_problem
+from .planner.roles import Pin, Pins
+from .planner.search import Clock, make_plan, setting_of
+
+PHASES = ("train", "prefill")
+Request = plans.Request
+
+
+@dataclass(frozen=True)
+class Plan(plans.Plan):
+    """A plan with what the other rooms make of it: the module, the problem, the command to run."""
+
+    @staticmethod
+    def of(base: plans.Plan) -> Plan:
+        """The same plan."""
+        return Plan(**{f.name: getattr(base, f.name) for f in fields(base)})
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote.  Raises PlanError naming the field that is malformed."""
+        return Plan.of(plans.Plan.load(path))
+
+    def module_source(self) -> str:
+        """The generated module as text."""
+        return module_source(self)
+
+    def write_module(self, path: str | Path) -> None:
+        """Write the module that runs this plan under torchrun."""
+        Path(path).write_text(self.module_source(), encoding="utf-8")
+
+    def launch_command(self, module: str) -> str:
+        """The torchrun command that runs the module's demonstration."""
+        node = load_cluster(self.request.cluster, self.request.gpus).gpus_per_node
+        gpus = self.request.gpus
+        if gpus <= node:
+            return f"torchrun --nproc-per-node {gpus} {module}"
+        return (
+            f"torchrun --nnodes {-(-gpus // node)} --nproc-per-node {node} --rdzv-backend c10d "
+            f"--rdzv-endpoint HOST:29500 {module}"
+        )
+
+    def dump_problem(self, path: str | Path) -> None:
+        """Write the sharding problem on this plan's mesh in the IOPDDL format."""
+        cluster = load_cluster(self.request.cluster, self.request.gpus)
+        builder = Builder(self.graph, Network(self.mesh, cluster), setting_of(self.request))
+        pins = [Pin.parse(text, len(self.mesh.axes)) for text in self.request.pins]
+        built = builder.build(Pins(pins, self.graph) if pins else Restriction())
+        write_problem(built.problem(), Path(path))
+
+
+class Progress(Protocol):
+    """Told of each planning step, and of the fraction of it that is done."""
+
+    def __call__(self, step: str, done: float | None = None) -> None:
+        """A step begins, or has come to `done`."""
+        ...
+
+
+def _silent(step: str, done: float | None = None) -> None:
+    """No progress is shown."""
+
+
+def plan(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    gpus: int,
+    cluster: str = "h100",
+    phase: str = "train",
+    mesh: str | None = None,
+    pins: Sequence[str] = (),
+    memory_bytes: int | None = None,
+    optimizer: str | None = None,
+    solver: str = "highs",
+    time_limit_s: float = 60.0,
+    progress: Progress = _silent,
+) -> Plan:
+    """The cheapest way to run `model(**inputs)` on `gpus` GPUs, proven under the cost model.
+
+    `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
+    Dim 0 of every input is taken as the batch and dim 1 as the sequence.  `cluster` is a built-in name or
+    the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`) fixes
+    the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
+
+    Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
+    """
+    labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in inputs.items()}
+    loaded = Loaded(model, dict(inputs), labels, None)
+    first = next(iter(inputs.values()), None)
+    batch = first.shape[0] if first is not None and first.ndim else 1
+    seq = first.shape[1] if first is not None and first.ndim > 1 else 1
+    parameter = next(model.parameters(), torch.empty(0))
+    request = _request(
+        "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
+        optimizer, memory_bytes, pins,
+    )  # fmt: skip
+    return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, Clock())
+
+
+def plan_file(
+    target: str,
+    *,
+    gpus: int,
+    cluster: str,
+    phase: str,
+    batch: int,
+    seq: int,
+    dtype: str,
+    memory_bytes: int | None,
+    mesh: str | None,
+    pins: Sequence[str],
+    optimizer: str,
+    solver: str,
+    time_limit_s: float,
+    progress: Progress = _silent,
+) -> Plan:
+    """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
+    request = _request(
+        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins
+    )
+    clock = Clock()
+    progress("build the model")
+    with clock.step("model"):
+        loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype=dtype)
+    return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, clock)
+
+
+def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
+    """The folded graph of a loaded model, its inputs' dims labelled."""
+    graph = fold(capture(loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild))
+    inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
+    return replace(graph, inputs=inputs)
+
+
+def _request(
+    target: str,
+    gpus: int,
+    cluster: str,
+    phase: str,
+    batch: int,
+    seq: int,
+    dtype: str,
+    optimizer: str | None,
+    memory_bytes: int | None,
+    pins: Sequence[str],
+) -> Request:
+    if phase not in PHASES:
+        raise PlanError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
+    if dtype not in DTYPES:
+        raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
+    machine = load_cluster(cluster, gpus)
+    optimizer = optimizer or ("adamw" if phase == "train" else "none")
+    memory = float(memory_bytes or machine.memory_bytes)
+    return Request(target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins))
+
+
+def _plan(
+    loaded: Loaded,
+    request: Request,
+    mesh: str | None,
+    pins: Sequence[str],
+    solver: str,
+    time_limit_s: float,
+    progress: Progress,
+    clock: Clock,
+) -> Plan:
+    fixed = parse_mesh(mesh, request.gpus) if mesh else None
+    progress("capture the graph")
+    with clock.step("capture"):
+        graph = capture_graph(loaded, training=request.phase == "train")
+    made = make_plan(
+        graph,
+        load_cluster(request.cluster, request.gpus),
+        request,
+        mesh=fixed,
+        pins=pins,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        clock=clock,
+        progress=progress,
+    )
+    return Plan.of(made)
+
+
+def parse_mesh(text: str, gpus: int) -> Mesh:
+    """`2x4`, or `dp=2,tp=4` with names; outermost axis first.
+
+    >>> str(parse_mesh("2x4", 8))
+    'x=2 x y=4'
+    """
+    parts = (
+        [part for part in text.replace("x", ",").split(",")] if "=" not in text else text.split(",")
+    )
+    axes: list[tuple[str, int]] = []
+    for part, default in zip(parts, ("x", "y", "z", "u"), strict=False):
+        name, sign, size = part.partition("=")
+        name, size = (name.strip(), size) if sign else (default, name)
+        if not size.strip().isdigit() or int(size) < 1:
+            raise PlanError(f"--mesh {text}: expected sizes such as 2x4, or dp=2,tp=4")
+        axes.append((name, int(size)))
+    if not 1 <= len(axes) <= 3 or len(axes) != len(parts):
+        raise PlanError(f"--mesh {text}: a mesh has one to three axes")
+    mesh = Mesh(tuple(axes))
+    if mesh.ranks != gpus:
+        raise PlanError(f"--mesh {text} has {mesh.ranks} GPUs, --gpus says {gpus}; they must agree")
+    return mesh
+
+
+def load_plan(path: str | Path) -> Plan:
+    """A plan that `Plan.save` wrote.  Raises PlanError naming the field that is malformed."""
+    return Plan.load(path)
+
+
+__all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file"]

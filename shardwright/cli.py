@@ -1,0 +1,516 @@
+"""The command `plan`: reads the command line, calls `api`, prints, writes.
+
+Results go to stdout, progress and errors to stderr.  Exit codes: 0 done, 1 no plan fits (or a
+verification failed), 2 the command line or a file it names is wrong.  Nothing here imports torch
+before the command line and the places to write to are known to be good.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .api import Plan
+
+PLAN_FILE = "plan.json"
+MODULE_FILE = "sharded_model.py"
+_OURS = {PLAN_FILE, MODULE_FILE, "__pycache__"}  # what may lie in an output folder that we reuse
+
+
+class Phase(StrEnum):
+    """What the model is run for."""
+
+    TRAIN = "train"
+    PREFILL = "prefill"
+
+
+class Dtype(StrEnum):
+    """Number format of the parameters."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+class Optimizer(StrEnum):
+    """Whose states take memory beside parameters and gradients."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+    NONE = "none"
+
+
+class Solver(StrEnum):
+    """The back end that picks the strategies."""
+
+    HIGHS = "highs"
+    CP_SAT = "cp-sat"
+    PYOMO = "pyomo"
+
+
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "terminal_width": 100,  # the same text in every terminal, so that a golden file can hold it
+}
+_EPILOG = """\b
+More commands (`plan COMMAND --help` explains each):
+  plan show DIR      print a saved plan again
+  plan verify DIR    run a plan's module on CPU processes and compare it with the original model
+  plan solve FILE    solve a sharding problem in the IOPDDL format
+
+\b
+Examples:
+  plan examples/llama.py --gpus 2 --cluster cpu --dtype float32
+  plan examples/configs/llama3-8b --gpus 64 --seq 8192 --batch 64
+  plan model.py:build_large --gpus 8 --memory 40GB --pin '*.q_proj.weight=R,S0' --mesh dp=4,tp=2
+
+Exit codes: 0 a plan was found, 1 no plan fits, 2 something is wrong with the command line or with
+a file that it names."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
+tools = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line `plan ARGUMENTS` (default: this process's own) and exit.
+
+    The first argument is a model or the name of a further command; `./show` plans a model that is
+    called `show`.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    further = arguments and arguments[0] in {info.name for info in tools.registered_commands}
+    typer.main.get_command(tools if further else app).main(arguments, prog_name="plan")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `80GB` (10^9), `80GiB` (2^30) or a plain number of bytes as `64e9`.
+
+    >>> parse_bytes("80GB"), parse_bytes("1.5 KiB"), parse_bytes("64e9")
+    (80000000000, 1536, 64000000000)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*(?:([kmgt]?)(i?)b)?", text.strip(), re.I)
+    if match is None:
+        raise typer.BadParameter(f"`{text}` is not a size; expected one like 80GB, 80GiB or 64e9")
+    number, prefix, binary = match.groups()
+    size = float(number) * (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
+    if not 1 <= size < 2**63:
+        raise typer.BadParameter(f"`{text}` is not the memory of a GPU; expected one like 80GB")
+    return int(size)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"shardwright {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=_EPILOG)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="a Python file that defines build_model() and example_inputs(batch, seq), "
+            "`model.py:function` for another builder; or a Hugging Face config.json, or a folder "
+            "with one",
+        ),
+    ],
+    gpus: Annotated[
+        int, typer.Option(metavar="N", min=1, help="GPUs to use in all, e.g. --gpus 8")
+    ],
+    phase: Annotated[
+        Phase, typer.Option(help="what to plan for, e.g. --phase prefill")
+    ] = Phase.TRAIN,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="one per GPU",
+            help="sequences in the batch, over all GPUs together, e.g. --batch 64",
+        ),
+    ] = None,
+    seq: Annotated[
+        int, typer.Option(metavar="N", min=1, help="tokens in a sequence, e.g. --seq 8192")
+    ] = 1024,
+    dtype: Annotated[
+        Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
+    ] = Dtype.BFLOAT16,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="the machines: a100, h100, h200, b200, l40s, rtx4090, mi300x, cpu (processes on "
+            "this machine), or a file that describes yours, e.g. --cluster a100",
+        ),
+    ] = "h100",
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            parser=parse_bytes,
+            show_default="the cluster's",
+            help="memory that a plan may fill on each GPU, e.g. --memory 64GB (or 64GiB, 64e9)",
+        ),
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            show_default="searched",
+            help="the grid of GPUs, slowest links first, e.g. --mesh 2x4 or --mesh dp=2,tp=4",
+        ),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SPEC",
+            show_default=False,
+            help="a decision of your own, kept and priced: a glob of tensor names and a state per "
+            "mesh axis (R replicated, S0, S1, ... sharded along that dim), e.g. "
+            "--pin '*.q_proj.weight=R,S0'; may be repeated",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Optimizer | None,
+        typer.Option(
+            show_default="adamw; none with --phase prefill",
+            help="the optimizer whose states take memory, e.g. --optimizer sgd",
+        ),
+    ] = None,
+    solver: Annotated[
+        Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
+    ] = Solver.HIGHS,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            help="stop the search then, with the best plan so far, e.g. --time-limit 10",
+        ),
+    ] = 60.0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help=f"folder for {PLAN_FILE} and {MODULE_FILE}; an earlier plan in it is replaced, "
+            "anything else refused, e.g. --out plans/8b",
+        ),
+    ] = Path("plan_out"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the plan as JSON instead of the report")
+    ] = False,
+    dump_problem: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="also write the problem that was solved, in the IOPDDL format, e.g. "
+            "--dump-problem problem.json.gz",
+        ),
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Plan how to cut MODEL over N GPUs, and write the PyTorch module that runs it so.
+
+    No GPU is needed and no weights are allocated: the model is traced with its shapes only. The
+    plan is the fastest under the cost model that fits into memory, and the report says why.
+    """
+    with _errors_as_exit_codes():
+        _check_output_folder(out)
+        if dump_problem is not None:
+            _check_output_file(dump_problem)
+        with _Progress() as progress:
+            progress("load PyTorch")
+            from .api import plan_file
+
+            made = plan_file(
+                model,
+                gpus=gpus,
+                cluster=cluster,
+                phase=phase.value,
+                batch=gpus if batch is None else batch,
+                seq=seq,
+                dtype=dtype.value,
+                memory_bytes=memory,
+                mesh=mesh,
+                pins=tuple(pin or ()),
+                optimizer=(optimizer or _default_optimizer(phase)).value,
+                solver=solver.value,
+                time_limit_s=time_limit,
+                progress=progress,
+            )
+            progress("write the module")
+            written = _write(made, out, dump_problem)
+        _report(made, out, written, as_json=as_json)
+
+
+@tools.command("show")
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the plan as JSON instead of the report")
+    ] = False,
+) -> None:
+    """Print a saved plan again, e.g. `plan show plan_out`."""
+    with _errors_as_exit_codes():
+        path = _existing_plan(folder)
+        from .api import load_plan
+
+        saved = load_plan(path)
+        print(json.dumps(saved.to_json(), indent=2) if as_json else saved)
+
+
+@tools.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")],
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="as few as keep the plan's structure",
+            help="processes to start on this machine, e.g. --ranks 4",
+        ),
+    ] = None,
+) -> None:
+    """Run a plan's module beside the original model and compare, e.g. `plan verify plan_out`.
+
+    Starts gloo processes on this machine's CPUs, gives both models the same random weights and
+    inputs (sizes shrunk along dims where that keeps the plan's structure), and prints the largest
+    error of outputs, loss and gradients. Exits with 1 where it exceeds the tolerance.
+    """
+    with _errors_as_exit_codes():
+        _existing_plan(folder)
+        with _Progress() as progress:
+            progress("run both models")
+            from .api import verify as run_verification
+
+            verification = run_verification(folder, ranks)
+        print(verification)
+    if not verification.ok:
+        raise typer.Exit(1)
+
+
+@tools.command("solve")
+def solve(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a problem: IOPDDL as .json or .json.gz")
+    ],
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            help="stop the search then, with the best assignment so far, e.g. --time-limit 30",
+        ),
+    ] = 300.0,
+    solver: Annotated[
+        Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
+    ] = Solver.HIGHS,
+) -> None:
+    """Solve a sharding problem: cost, bound, status, assignment, e.g. `plan solve problem.json`."""
+    with _errors_as_exit_codes():
+        if not file.is_file():
+            raise ValueError(f"there is no file `{file}`")
+        with _Progress() as progress:
+            progress("solve")
+            from .planner.iopddl import solve_file
+
+            solution = solve_file(file, time_limit, solver.value)
+        print(solution)
+
+
+def _default_optimizer(phase: Phase) -> Optimizer:
+    return Optimizer.ADAMW if phase is Phase.TRAIN else Optimizer.NONE
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Generator[None, None, None]:
+    """Print what users can act on as one sentence; any other exception is ours: a traceback."""
+    from .planner.errors import InfeasibleError
+
+    try:
+        yield
+    except BrokenPipeError:  # the reader of stdout left, as `head` does: not a user's mistake
+        raise
+    except InfeasibleError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError) as error:
+        print(f"plan: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _check_output_folder(out: Path) -> None:
+    """Refuse, before any work, a folder that holds anything but an earlier plan."""
+    if not out.exists():
+        _check_parents(out)
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out `{out}` is a file; name a folder, as in `--out {out}_plan`")
+    found = {path.name for path in out.iterdir()}
+    foreign = sorted(found - _OURS)
+    if foreign or (found and not _is_plan(out / PLAN_FILE)):
+        named = foreign or sorted(found)
+        shown = ", ".join(f"`{name}`" for name in named[:3]) + (" ..." if named[3:] else "")
+        raise ValueError(
+            f"--out `{out}` holds {shown}, which is not a plan; nothing there is overwritten: "
+            f"name a new folder, as in `--out {out / 'plan_out'}`"
+        )
+
+
+def _check_output_file(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"--dump-problem `{path}` is a folder; name a file, as in `problem.json`")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    """The nearest ancestor of `path` that exists must be a folder; the others will be made."""
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise ValueError(f"cannot write `{path}`: `{ancestor}` is a file, not a folder")
+
+
+def _is_plan(path: Path) -> bool:
+    """Is this a plan.json of ours, of whatever version?"""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "schema" in content
+
+
+def _existing_plan(folder: Path) -> Path:
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"there is no plan in `{folder}`: no file `{path}`; "
+            f"`plan MODEL --gpus N --out {folder}` makes one"
+        )
+    return path
+
+
+def _write(made: Plan, out: Path, dump_problem: Path | None) -> tuple[Path, ...]:
+    """Write the plan's files, each whole or not at all; gives their paths in the order to list.
+
+    They are written under a temporary name beside their place (so on the same file system) and
+    moved there when all of them are complete.
+    """
+    with _temporary_folder(out if out.is_dir() else out.parent) as draft:
+        made.save(draft / PLAN_FILE)
+        made.write_module(draft / MODULE_FILE)
+        if dump_problem is not None:
+            with _temporary_folder(dump_problem.parent) as problem_draft:
+                made.dump_problem(problem_draft / dump_problem.name)
+                (problem_draft / dump_problem.name).replace(dump_problem)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (MODULE_FILE, PLAN_FILE):
+            (draft / name).replace(out / name)
+    files = (out / PLAN_FILE, out / MODULE_FILE)
+    return files if dump_problem is None else (*files, dump_problem)
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Generator[Path, None, None]:
+    """A new empty folder in `parent`, gone at the end, and `parent` too if it was made in vain."""
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".plan-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        for ancestor in made:
+            if any(ancestor.iterdir()):
+                break
+            ancestor.rmdir()
+
+
+def _report(made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool) -> None:
+    """The report, the files and the next commands; with `as_json` stdout is the JSON alone."""
+    print(json.dumps(made.to_json(), indent=2) if as_json else made)
+    notes = [
+        "Written",
+        *(f"  {path}" for path in written),
+        "Next",
+        f"  {made.launch_command(str(out / MODULE_FILE))}",
+        f"  plan verify {shlex.quote(str(out))}",
+    ]
+    print("", *notes, sep="\n", file=sys.stderr if as_json else sys.stdout)
+
+
+class _Progress:
+    """What is being done, on stderr: a bar for what takes longer than a second.
+
+    Called with the name of each step as it begins, and then, where the step knows, with the
+    fraction of it that is done: `progress("solve"); progress("solve", 0.5)`.  Where stderr is not a
+    terminal, each step is one plain line.
+    """
+
+    _QUIET_S = 1.0
+
+    def __enter__(self) -> _Progress:
+        from threading import Timer
+
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        self._step: str | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._timer = Timer(self._QUIET_S, self._bar.start)
+        self._timer.daemon = True
+        if self._console.is_terminal:
+            self._timer.start()
+        return self
+
+    def __call__(self, step: str, done: float | None = None) -> None:
+        if step != self._step and not self._console.is_terminal:
+            print(f"plan: {step}", file=sys.stderr, flush=True)
+        if step != self._step:
+            self._step = step
+            self._bar.reset(self._task, description=step, total=None)
+        if done is not None:
+            self._bar.update(self._task, total=1.0, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._timer.is_alive():
+            self._timer.join()
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+
+if __name__ == "__main__":
+    main()

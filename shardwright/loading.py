@@ -1,0 +1,194 @@
+"""From what the user names on the command line to a model on the meta device and example inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .planner.errors import PlanError
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model on the meta device, its example inputs, and how to build it again.
+
+    `labels` names the dims of each input (`b`, `s`); `rebuild` makes the model anew on the device
+    of the caller's choice, None where it cannot be.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    labels: dict[str, tuple[str, ...]]
+    rebuild: Callable[[], nn.Module] | None
+
+
+def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
+    """The model that `target` names: `model.py`, `model.py:builder`, `config.json` or its folder.
+
+    Raises PlanError for a target that is missing or does not define what it must.
+    """
+    path, _, builder = target.partition(":")
+    if Path(path).is_dir() or path.endswith(".json"):
+        return _load_config(Path(path), batch=batch, seq=seq, phase=phase, dtype=dtype)
+    if not path.endswith(".py"):
+        raise PlanError(
+            f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a Hugging "
+            "Face config.json, or a folder with one"
+        )
+    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, phase)
+
+
+def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
+    """The same model with real (random) weights."""
+    path, _, builder = target.partition(":")
+    if path.endswith(".py"):
+        module = _import_file(Path(path))
+        with torch.device(device):
+            return _function(module, builder or "build_model", path)().to(DTYPES[dtype])
+    import transformers
+
+    loaded = load_target(target, batch=1, seq=8, phase="train", dtype=dtype)
+    model_class: Any = getattr(transformers, type(loaded.model).__name__)
+    with torch.device(device):
+        return model_class._from_config(loaded.model.config, dtype=DTYPES[dtype])
+
+
+def _load_config(path: Path, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
+    from .ir.huggingface import from_config
+
+    if not path.exists():
+        raise PlanError(f"`{path}` does not exist")
+    model, inputs = from_config(path, batch=batch, seq=seq, phase=phase, dtype=DTYPES[dtype])
+    longest = getattr(model.config, "max_position_embeddings", None)
+    learned = getattr(model.config, "position_embedding_type", "absolute") == "absolute"
+    if isinstance(longest, int) and seq > longest and learned and _has_position_table(model):
+        raise PlanError(
+            f"{type(model).__name__} has {longest} positions, the sequence has {seq} tokens; use "
+            f"--seq {longest} or less"
+        )
+    return Loaded(model, inputs, {name: ("b", "s") for name in inputs}, None)
+
+
+def _has_position_table(model: nn.Module) -> bool:
+    return any(
+        "position" in name or name.endswith("wpe.weight") for name, _ in model.named_parameters()
+    )
+
+
+def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, phase: str) -> Loaded:
+    module = _import_file(path)
+    build = _function(module, builder, str(path))
+    example = _function(module, "example_inputs", str(path))
+    with torch.device("meta"):
+        model = _call(path, builder, build)
+        if not isinstance(model, nn.Module):
+            raise PlanError(
+                f"{path}: `{builder}` must return an nn.Module, got {type(model).__name__}"
+            )
+        model = model.to(DTYPES[dtype])
+        inputs = _checked(path, _call(path, "example_inputs", example, batch, seq))
+        labels = _labels(path, example, inputs, batch, seq)
+    if phase != "train":
+        inputs = {name: x for name, x in inputs.items() if name != "labels"}
+    return Loaded(model, inputs, labels, lambda: _call(path, builder, build).to(DTYPES[dtype]))
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise PlanError(
+            f"`{path}` does not exist; give the path of the Python file with your model"
+        )
+    name = f"_shardwright_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while the file runs
+    with _beside(path), _reported(path, "importing the file"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _beside(path: Path) -> Generator[None]:
+    """The file's own folder is importable, as when it is run as a script."""
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+
+
+@contextmanager
+def _reported(path: Path, doing: str) -> Generator[None]:
+    """Whatever the user's code raises becomes one sentence with its line, the cause attached."""
+    try:
+        yield
+    except Exception as error:  # the user's code may raise anything
+        frames = [f for f in inspect.trace() if Path(f.filename).resolve() == path.resolve()]
+        line = f"{path.name}:{frames[-1].lineno}" if frames else path.name
+        raise PlanError(f"{line}: {doing} failed: {type(error).__name__}: {error}") from error
+
+
+def _call(path: Path, name: str, function: Callable[..., Any], *args: object) -> Any:
+    with _reported(path, f"`{name}`"):
+        return function(*args)
+
+
+def _function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = [
+            n
+            for n, v in vars(module).items()
+            if inspect.isfunction(v) and v.__module__ == module.__name__
+        ]
+        raise PlanError(
+            f"{path} does not define `{name}`; it must define `build_model() -> nn.Module` and "
+            f"`example_inputs(batch: int, seq: int) -> dict[str, Tensor]`. It defines: "
+            f"{', '.join(defined) or 'no functions'}"
+        )
+    return function
+
+
+def _checked(path: Path, inputs: object) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping) or not all(isinstance(x, Tensor) for x in inputs.values()):
+        raise PlanError(
+            f"{path}: `example_inputs` must return a dict of tensors by keyword of forward, got "
+            f"{type(inputs).__name__}"
+        )
+    return {str(name): x for name, x in inputs.items()}
+
+
+def _labels(
+    path: Path, example: Callable[..., Any], inputs: dict[str, Tensor], batch: int, seq: int
+) -> dict[str, tuple[str, ...]]:
+    """A dim that grows with `batch` is `b`, one that grows with `seq` is `s`."""
+    wider = _checked(path, _call(path, "example_inputs", example, 2 * batch, seq))
+    longer = _checked(path, _call(path, "example_inputs", example, batch, 2 * seq))
+    out: dict[str, tuple[str, ...]] = {}
+    for name, x in inputs.items():
+        names = [""] * x.ndim
+        for dim in range(x.ndim):
+            if wider[name].shape[dim] != x.shape[dim]:
+                names[dim] = "b"
+            elif longer[name].shape[dim] != x.shape[dim]:
+                names[dim] = "s"
+        out[name] = tuple(names)
+    return out

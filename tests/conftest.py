@@ -1,0 +1,72 @@
+"""What all tests share: golden files, the shared data folder, one thread, fixed random examples."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported, here and in every process a test starts: ranks share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)
+
+# The same examples in every run, so that a red build is red again on the next machine; no deadline,
+# because the first example of a test pays for torch's lazy set-up.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--accept`."""
+    parser.addoption(
+        "--accept",
+        action="store_true",
+        help="rewrite the files in tests/golden with what the code gives now; read the diff after",
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden("help.txt", text)`: `text` equals tests/golden/help.txt; `--accept` rewrites it."""
+    accept: bool = request.config.getoption("--accept")
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if accept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name} does not exist; `pytest --accept` writes it")
+        want = path.read_text(encoding="utf-8")
+        if want != text:
+            diff = "".join(
+                difflib.unified_diff(
+                    want.splitlines(keepends=True),
+                    text.splitlines(keepends=True),
+                    f"tests/golden/{name}",
+                    "now",
+                )
+            )
+            pytest.fail(f"differs from its golden file; `pytest --accept` rewrites it\n{diff}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of measured data and public problems beside the checkout; without it, skip."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the data folder {SHARED_DATA}, which is not part of the repository")
+    return SHARED_DATA

@@ -1,0 +1,169 @@
+"""Cluster files: built-in ones load and cite sources; bad ones are refused by name."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwright.costmodel.cluster import BUILT_IN, ClusterError, built_in_text, load_cluster
+
+_NUMBER = re.compile(r"^\s*[\w.]+\s*=\s*[-+0-9.]")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_loads(name: str) -> None:
+    cluster = load_cluster(name)
+    assert cluster.name == name
+    assert cluster.gpus == cluster.gpus_per_node == 8
+    assert cluster.peak("torch.bfloat16") == cluster.peak("bf16") > 0
+    assert cluster.intra_node.bytes_per_s > cluster.inter_node.bytes_per_s
+    assert load_cluster(name, gpus=64).gpus == 64
+    assert hash(cluster) == hash(load_cluster(name))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_figure_has_a_source(name: str) -> None:
+    figures = [line for line in built_in_text(name).splitlines() if _NUMBER.match(line)]
+    assert figures
+    for line in figures:
+        comment = line.partition("#")[2].strip()
+        assert len(comment) >= 6, f"{name}.toml: no source beside `{line}`"
+
+
+@pytest.mark.parametrize(
+    "name, bf16, memory_bandwidth, link, capacity",
+    [  # datasheets: dense FLOP/s, bytes/s, bytes/s per direction, marketed bytes
+        ("a100", 312e12, 2.039e12, 300e9, 80e9),
+        ("h100", 989.4e12, 3.35e12, 450e9, 80e9),
+        ("h200", 989.4e12, 4.8e12, 450e9, 141e9),
+        ("b200", 2250e12, 8e12, 900e9, 180e9),
+        ("l40s", 362.05e12, 864e9, 32e9, 48e9),
+        ("rtx4090", 165.2e12, 1008e9, 32e9, 24e9),
+        ("mi300x", 1307.4e12, 5.3e12, 448e9, 192e9),
+    ],
+)
+def test_datasheet(
+    name: str, bf16: float, memory_bandwidth: float, link: float, capacity: float
+) -> None:
+    cluster = load_cluster(name)
+    assert cluster.peak("bfloat16") == bf16
+    assert cluster.bandwidth_bytes_per_s == memory_bandwidth
+    assert cluster.intra_node.bytes_per_s == link
+    assert 0.9 * capacity < cluster.memory_bytes < capacity
+
+
+@pytest.mark.parametrize(
+    "given, hint", [("h1000", "did you mean `h100`?"), ("H100", "did you mean `h100`?")]
+)
+def test_unknown_name_suggests(given: str, hint: str) -> None:
+    with pytest.raises(ClusterError, match=re.escape(hint)) as caught:
+        load_cluster(given)
+    assert "Built in: a100, b200, cpu, h100, h200, l40s, mi300x, rtx4090" in str(caught.value)
+
+
+def test_unknown_name_without_a_near_one() -> None:
+    with pytest.raises(ClusterError, match="unknown cluster `zzzz`. Built in: a100"):
+        load_cluster("zzzz")
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_user_file_over_a_base(tmp_path: Path) -> None:
+    text = 'base = "h100"\nmemory_bytes = 70e9\n[inter_node]\nbytes_per_s = 25e9\n'
+    cluster = load_cluster(_file(tmp_path, text), gpus=16)
+    h100 = load_cluster("h100")
+    assert (cluster.name, cluster.gpus, cluster.memory_bytes) == ("mine", 16, 70e9)
+    assert cluster.inter_node.bytes_per_s == 25e9
+    assert cluster.inter_node.hop_s == h100.inter_node.hop_s
+    assert (cluster.intra_node, cluster.tiles) == (h100.intra_node, h100.tiles)
+
+
+def test_docstring_example_loads(tmp_path: Path) -> None:
+    import shardwright.costmodel.cluster as module
+
+    example = re.search(r"(?m)^    base = .*?(?=^\S)", module.__doc__ or "", re.S | re.M)
+    assert example
+    cluster = load_cluster(_file(tmp_path, re.sub(r"(?m)^    ", "", example.group())))
+    assert cluster.inter_node.bytes_per_s == 25e9
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_copy_of_a_built_in_file_is_a_user_file(name: str, tmp_path: Path) -> None:
+    copy, original = load_cluster(_file(tmp_path, built_in_text(name))), load_cluster(name)
+    assert copy.flops == original.flops and copy.intra_node == original.intra_node
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('base = "h100"\n', None),
+        ("memory_bytes = \n", "mine.toml: not valid TOML"),
+        ('base = "h10"\n', "mine.toml: base: unknown cluster `h10`; did you mean `h100`?"),
+        ('base = "h100"\nmemory = 1\n', "memory: no such field; did you mean `memory_bytes`?"),
+        ('base = "h100"\n[intra_node]\nhops_s = 1\n', "[intra_node] hops_s: no such field; did"),
+        ('base = "h100"\n[flops]\nbf61 = 1\n', "[flops] bf61: no such field; did you mean `bf16`"),
+        ('base = "h100"\n[kernels.gemm]\n', "[kernels] gemm: no such field"),
+        ('base = "h100"\nmemory_bytes = "80GB"\n', "memory_bytes: expected bytes above 0, got '8"),
+        ('base = "h100"\nmemory_bytes = true\n', "memory_bytes: expected bytes above 0, got True"),
+        ('base = "h100"\nmemory_bytes = nan\n', "memory_bytes: expected bytes above 0, got nan"),
+        ('base = "h100"\ngpus_per_node = 7.5\n', "gpus_per_node: expected a whole number, got 7.5"),
+        ('base = "h100"\nflops = 3\n', "expected a table [flops], got 3"),
+        (
+            'base = "h100"\n[kernels.matmul]\nefficiency = 1.2\n',
+            "[kernels.matmul] efficiency: expected a share of the datasheet's figure, above 0 and "
+            "at most 1, got 1.2",
+        ),
+        (
+            'base = "h100"\n[intra_node.group_bytes_per_s]\ntwo = 1e9\n',
+            "[intra_node.group_bytes_per_s]: expected a table of GPUs taking part = bytes/s",
+        ),
+        ('device = "x"\n', "mine.toml: expected a table [kernels], got nothing; add it, or start"),
+        (
+            built_in_text("h100").replace("hop_s = 4e-6", "# "),
+            "mine.toml: [inter_node] hop_s: missing; expected seconds, 0 or more.",
+        ),
+    ],
+)
+def test_bad_file_names_the_field(tmp_path: Path, text: str, said: str | None) -> None:
+    path = _file(tmp_path, text)
+    if said is None:  # the good case stands above the bad ones
+        load_cluster(path)
+        return
+    with pytest.raises(ClusterError, match=re.escape(said)):
+        load_cluster(path)
+
+
+def test_missing_file_and_bad_count() -> None:
+    with pytest.raises(ClusterError, match="cluster file nowhere/x.toml cannot be read"):
+        load_cluster("nowhere/x.toml")
+    with pytest.raises(ClusterError, match="gpus=0: a cluster has at least one GPU"):
+        load_cluster("h100", gpus=0)
+
+
+def test_dtype_without_a_rate_is_refused() -> None:
+    with pytest.raises(ClusterError, match="a100 .* has no FLOP/s for dtype `fp8`; it has bf16"):
+        load_cluster("a100").peak("fp8")
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, shardwright.costmodel.collective, shardwright.costmodel.compute, "
+        "shardwright.costmodel.memory; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["cluster", "compute", "collective", "memory"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"shardwright.costmodel.{module}"))
+    assert result.attempted and not result.failed

@@ -1,0 +1,215 @@
+"""Each canonical pass on the smallest graph that shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.ir.attention import attention, attention_math
+from shardwright.ir.capture import capture
+from shardwright.ir.evaluate import describe_mask
+from shardwright.ir.graph import Graph, Node
+from shardwright.ir.interpret import interpret
+
+
+class Call(nn.Module):
+    """A module around a function of tensors and one parameter `w`."""
+
+    def __init__(self, function: Callable[..., Any], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        return self.function(x, self.w) if y is None else self.function(x, self.w, y)
+
+
+def captured(
+    function: Callable[..., Any], x: Tensor, *shape: int, y: Tensor | None = None
+) -> Graph:
+    """The graph of `function(x, w[, y])`, checked against running it."""
+    model = Call(function, *shape)
+    inputs = {"x": x} if y is None else {"x": x, "y": y}
+    graph = capture(model, inputs, training=True)
+    (found,) = interpret(graph, dict(model.named_parameters()), inputs).values()
+    torch.testing.assert_close(found, model(**inputs), rtol=0, atol=1e-12)
+    return graph
+
+
+def nodes(graph: Graph) -> list[Node]:
+    return [node for node in graph.body if isinstance(node, Node)]
+
+
+def ops(graph: Graph) -> list[str]:
+    return [node.op for node in nodes(graph)]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_identities_vanish() -> None:
+    graph = captured(
+        lambda x, w: (x.view(3, 4).expand(3, 4)[:].contiguous().clone() + 0).to(x.dtype) * w,
+        normal(3, 4),
+        4,
+    )
+    assert ops(graph) == ["aten.mul.Tensor"]
+
+
+def test_adding_zero_that_changes_the_dtype_stays() -> None:
+    graph = captured(lambda x, w: (x + 0.0) * w, torch.arange(3), 3)
+    assert len(ops(graph)) == 2
+
+
+def test_reshapes_join_and_have_whole_shapes() -> None:
+    graph = captured(lambda x, w: (x.view(4, -1) * w).view(2, 2, -1).flatten(1), normal(2, 6), 3)
+    assert ops(graph) == ["aten.reshape.default", "aten.mul.Tensor", "aten.reshape.default"]
+    assert [n.arg("shape") for n in nodes(graph) if "reshape" in n.op] == [(4, 3), (2, 6)]
+
+
+def test_transposes_have_one_name_and_cancel() -> None:
+    graph = captured(lambda x, w: x.t().T @ w.transpose(-2, -1), normal(3, 4), 5, 4)
+    assert ops(graph) == ["aten.transpose.int", "aten.matmul.default"]
+    assert (nodes(graph)[0].arg("dim0"), nodes(graph)[0].arg("dim1")) == (0, 1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_keeps_tokens_apart(reduction: str) -> None:
+    def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        logits = x @ w
+        return F.cross_entropy(
+            logits.reshape(-1, 7), labels.reshape(-1), reduction=reduction, label_smoothing=0.1
+        )
+
+    labels = torch.tensor([[1, 2, -100], [4, 5, 6]])
+    (node,) = [n for n in nodes(captured(loss, normal(2, 3, 4), 4, 7, y=labels)) if "cross" in n.op]
+    assert node.op == "shardwright.cross_entropy"
+    assert [value.type.shape for value in node.operands] == [(2, 3, 7), (2, 3)]
+
+
+def test_other_cross_entropies_stay() -> None:
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    spatial = captured(
+        lambda x, w, y: F.cross_entropy((x @ w).transpose(1, 2), y), normal(2, 3, 4), 4, 7, y=labels
+    )
+    weighted = captured(
+        lambda x, w, y: F.cross_entropy(x.view(6, 4), y.view(6) % 4, weight=w.detach().exp()),
+        normal(2, 3, 4), 4, y=labels,
+    )  # fmt: skip
+    for graph in (spatial, weighted):
+        assert "aten.cross_entropy_loss.default" in ops(graph)
+
+
+def test_mm_on_merged_tokens_is_matmul() -> None:
+    graph = captured(lambda x, w: torch.mm(x.view(6, 4), w).view(2, 3, 5), normal(2, 3, 4), 4, 5)
+    assert ops(graph) == ["aten.matmul.default"]
+
+
+def test_heads_and_tokens_merged_at_once() -> None:
+    graph = captured(
+        lambda x, w: torch.mm(x.reshape(6, 4), w).view(2, 3, 5), normal(2, 3, 2, 2), 4, 5
+    )
+    assert ops(graph) == ["aten.reshape.default", "aten.matmul.default"]
+    assert nodes(graph)[0].arg("shape") == (2, 3, 4)
+
+
+def test_mixing_tokens_keeps_them_merged() -> None:
+    graph = captured(lambda x, w: (x.view(6, 4) * w).cumsum(0), normal(2, 3, 4), 4)
+    assert ops(graph)[-2:] == ["aten.reshape.default", "aten.cumsum.default"]
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+def attend(mask: Callable[[int], Tensor], causal: bool = False) -> Node:
+    """The attention node of a model with that constant mask over 8 positions."""
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x * w, x, x, attn_mask=mask(8), is_causal=causal)
+
+    (node,) = [n for n in nodes(captured(forward, normal(2, 2, 8, 4), 4)) if "attention" in n.op]
+    return node
+
+
+def band(size: int, window: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).tril().triu(1 - window)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (lambda s: torch.ones(s, s, dtype=torch.bool), (False, 0)),
+        (lambda s: band(s, s), (True, 0)),
+        (lambda s: band(s, 3), (True, 3)),
+        (lambda s: torch.zeros(s, s).double().masked_fill(~band(s, s), -math.inf), (True, 0)),
+    ],
+)
+def test_constant_masks_become_numbers(mask: Callable[[int], Tensor], expected: object) -> None:
+    node = attend(mask)
+    assert node.arg("mask") is None
+    assert (node.arg("causal"), node.arg("window")) == expected
+    assert node.arg("scale") == 0.5
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda s: band(s, s).flip(1) | torch.eye(s, dtype=torch.bool),
+        lambda s: -(torch.arange(s)[:, None] - torch.arange(s)).abs().double(),
+    ],
+)
+def test_other_constant_masks_stay(mask: Callable[[int], Tensor]) -> None:
+    assert attend(mask).arg("mask") is not None
+
+
+def test_describe_mask_refuses_rows_without_keys() -> None:
+    mask = band(4, 4)
+    mask[2] = False
+    assert describe_mask(mask, 4, 4, False, 0) is None
+
+
+@pytest.mark.parametrize("masked", ["none", "bool", "additive", "empty row"])
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 3), (False, 3)])
+def test_attention_operator_against_sdpa(masked: str, causal: bool, window: int) -> None:
+    q, k, v = normal(2, 4, 8, 4), normal(2, 2, 8, 4), normal(2, 2, 8, 6)
+    seen = band(8, window or 8) if causal else torch.ones(8, 8, dtype=torch.bool)
+    seen = seen if causal or not window else seen.triu(1 - window)
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(2, 1, 8, 8) > 0.3
+        mask = mask | torch.eye(8, dtype=torch.bool)
+    if masked == "additive":
+        mask = normal(1, 4, 8, 8)
+    if masked == "empty row":
+        mask = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+        mask[1] = False
+    whole = seen.expand(2, 4, 8, 8)
+    if mask is not None and mask.dtype == torch.bool:
+        whole = whole & mask
+    added = torch.zeros(2, 4, 8, 8).double().masked_fill(~whole, -math.inf)
+    added = added + mask if masked == "additive" and mask is not None else added
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    expected = F.scaled_dot_product_attention(q, k, v, added, scale=0.3, enable_gqa=True)
+    expected = expected.nan_to_num(0.0)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), tensors, materialize_grads=True)
+    for function in (attention, attention_math):
+        found = function(q, k, v, mask, 0.3, causal, window, 0.0, 0.0)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        grads = torch.autograd.grad((found * weight).sum(), tensors)
+        for a, b in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(a, b.nan_to_num(0.0), rtol=0, atol=1e-10)
+
+
+def test_attention_operator_checks() -> None:
+    q, k, v = (normal(1, 2, 4, 4).requires_grad_() for _ in range(3))
+    torch.library.opcheck(attention, (q, k, v, None, 0.5, True, 2, 3.0, 0.0))
+    with pytest.raises(ValueError, match="dropout_p=0.1"):
+        attention(q, k, v, None, 0.5, True, 0, 0.0, 0.1)

@@ -1,0 +1,246 @@
+"""Run a graph under any decisions on gloo ranks, and compare it with one process.
+
+Correctness must never depend on the solver's choice, so tests draw decisions at random too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.codegen.module import write_source
+from shardwright.costmodel.cluster import load_cluster
+from shardwright.ir.graph import Arg, Block, Graph, Loop, Node, TensorType, Value
+from shardwright.ir.interpret import interpret
+from shardwright.ir.mesh import Mesh
+from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
+from shardwright.planner.conversion import Network
+from shardwright.planner.program import PricedStep, Program, lower
+from shardwright.runtime import RankPool, count_collectives
+
+AXES = ("x", "y", "z")
+
+
+def mesh_of(*sizes: int) -> Mesh:
+    """A mesh with axes x, y, z."""
+    return Mesh(tuple(zip(AXES, sizes, strict=False)))
+
+
+def builder_of(graph: Graph, mesh: Mesh, *, training: bool = True) -> Builder:
+    """The problem builder on the gloo cluster, without a memory limit."""
+    setting = Setting(training, "none", None)
+    return Builder(graph, Network(mesh, load_cluster("cpu")), setting)
+
+
+def random_decisions(builder: Builder, seed: int) -> Decisions:
+    """Any strategy for every region, any storage for every parameter: mostly very bad ones."""
+    rng = random.Random(seed)
+    built = builder.build(Restriction())
+    return built.read([rng.randrange(node.costs.size) for node in built.nodes])
+
+
+def program_of(builder: Builder, decisions: Decisions) -> Program:
+    """The program of one rank under `decisions`."""
+    params = {ref.param.value.name for ref in all_params(builder.graph)}
+
+    def paths(value: Value, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in params)
+        steps: list[PricedStep] = []
+        at = a
+        for step in conversions.path(a, b):
+            steps.append(
+                PricedStep(
+                    step, conversions.step_seconds(step, at), conversions.step_traffic(step, at)
+                )
+            )
+            at = tuple(step.b if i in step.axes else s for i, s in enumerate(at))
+        return tuple(steps)
+
+    return lower(builder.graph, decisions, paths, training=builder.setting.training)
+
+
+def source_of(builder: Builder, decisions: Decisions) -> str:
+    """The generated module under `decisions`."""
+    phase = "train" if builder.setting.training else "prefill"
+    program = program_of(builder, decisions)
+    return write_source(
+        program, builder.network.mesh, summary="A test.", phase=phase, optimizer="none"
+    )
+
+
+def widened(graph: Graph) -> Graph:
+    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order."""
+
+    def kind(t: TensorType) -> TensorType:
+        return TensorType(t.shape, torch.float64) if t.dtype.is_floating_point else t
+
+    def value(v: Value) -> Value:
+        return Value(v.name, kind(v.type), v.differentiable)
+
+    def arg(a: Arg) -> Arg:
+        if isinstance(a, Value):
+            return value(a)
+        if isinstance(a, tuple):
+            return tuple(arg(item) for item in a)
+        return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
+
+    def node(n: Node) -> Node:
+        args = tuple((name, arg(a)) for name, a in n.args)
+        return replace(n, args=args, outputs=tuple(map(value, n.outputs)))
+
+    def block(b: Block) -> Block:
+        return replace(
+            b,
+            params=tuple(replace(p, value=value(p.value)) for p in b.params),
+            inputs=tuple(map(value, b.inputs)),
+            nodes=tuple(map(node, b.nodes)),
+            outputs=tuple(map(value, b.outputs)),
+        )
+
+    def item(i: Node | Loop) -> Node | Loop:
+        if isinstance(i, Node):
+            return node(i)
+        return replace(
+            i,
+            blocks=tuple(map(block, i.blocks)),
+            carried=tuple(map(value, i.carried)),
+            invariants=tuple(map(value, i.invariants)),
+            outputs=tuple(map(value, i.outputs)),
+        )
+
+    return replace(
+        graph,
+        inputs=tuple(replace(i, value=value(i.value)) for i in graph.inputs),
+        params=tuple(replace(p, value=value(p.value)) for p in graph.params),
+        body=tuple(map(item, graph.body)),
+        outputs=tuple(replace(o, value=value(o.value)) for o in graph.outputs),
+    )
+
+
+def reference(
+    graph: Graph, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Outputs by path, and the gradient of every parameter, of one process.
+
+    The gradient is that of the loss, or of a fixed random combination of all outputs.
+    """
+    leaves = {
+        n: p.detach().clone().requires_grad_(p.is_floating_point()) for n, p in params.items()
+    }
+    entries = {str(path): t for path, t in interpret(graph, leaves, inputs).items()}
+    combine(entries).backward()
+    return (
+        {path: t.detach() for path, t in entries.items()},
+        {name: leaf.grad for name, leaf in leaves.items()},
+    )
+
+
+def flatten(outputs: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """(path, tensor) pairs of a nested structure of outputs."""
+    if isinstance(outputs, Tensor):
+        return [(path, outputs)]
+    pairs = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    return [leaf for key, item in pairs for leaf in flatten(item, (*path, key))]
+
+
+def combine(entries: Mapping[str, Tensor]) -> Tensor:
+    """The loss if there is one, else a sum of all floating outputs with fixed weights."""
+    scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
+    if scalars:
+        return scalars[0]
+    parts = [(t * weights_like(t)).sum() for t in entries.values() if t.requires_grad]
+    return torch.stack(parts).sum()
+
+
+def weights_like(t: Tensor) -> Tensor:
+    """Fixed numbers between -1 and 1 of the shape of `t`."""
+    return torch.sin(torch.arange(t.numel(), dtype=t.dtype).reshape(t.shape) * 12.9898)
+
+
+def run_module(
+    source: str, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None], dict[str, float]]:
+    """In one rank: run a generated module; whole outputs, whole gradients, counted bytes by op."""
+    module = _import_source(source)
+    model = module.ShardedModel.from_state_dict(params)
+    with count_collectives() as counter:
+        out = model(**model.shard_inputs(**inputs))
+        entries = {str(path): t for path, t in flatten(out)}
+        _combine_local(model, entries).backward()
+    counted: dict[str, float] = {}
+    for key, count in counter.counts.items():
+        counted[key.op] = counted.get(key.op, 0.0) + count.bytes
+    whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
+    return whole, model.full_gradients(), counted
+
+
+def _combine_local(model: Any, entries: dict[str, Tensor]) -> Tensor:
+    scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
+    if scalars:
+        return scalars[0]
+    specs = {str(o.path): o for o in model.OUTPUTS}
+    parts: list[Tensor] = []
+    for path, t in entries.items():
+        if t.requires_grad:
+            weights = weights_like(torch.empty(specs[path].shape, dtype=t.dtype))
+            parts.append((t * model.local_part(weights, specs[path].spec)).sum())
+    return torch.stack(parts).sum()
+
+
+def _import_source(source: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "generated.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location("generated", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["generated"] = module
+        spec.loader.exec_module(module)
+    return module
+
+
+def check(
+    pool: RankPool,
+    builder: Builder,
+    decisions: Decisions,
+    params: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    expected: tuple[dict[str, Tensor], dict[str, Tensor | None]],
+    *,
+    tolerance: float,
+) -> dict[str, float]:
+    """Run on all ranks and compare with `reference`; returns the bytes that rank 0 counted.
+
+    Errors are relative to the largest entry of the expected tensor.
+    """
+    source = source_of(builder, decisions)
+    results = pool.run(run_module, source, dict(params), dict(inputs))
+    for rank, (outputs, gradients, _) in enumerate(results):
+        for path, want in expected[0].items():
+            assert_close(outputs[path], want, tolerance, f"rank {rank} output {path}")
+        for name, want in expected[1].items():
+            if want is not None and name in gradients:
+                got = gradients[name]
+                assert got is not None, f"rank {rank}: no gradient for {name}"
+                assert_close(got, want, tolerance, f"rank {rank} gradient of {name}")
+    return results[0][2]
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    """Largest difference at most `tolerance` times the largest expected entry (at least 1e-3)."""
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    if not want.is_floating_point():
+        assert torch.equal(got, want), what
+        return
+    scale = max(want.abs().max().item(), 1e-3) if want.numel() else 1.0
+    error = (got - want).abs().max().item() / scale if want.numel() else 0.0
+    assert error <= tolerance, f"{what}: relative error {error:.3g}, allowed {tolerance:.3g}"
