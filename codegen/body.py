@@ -41,6 +41,7 @@ class BodyEmitter:
         self.names = Names(mesh.names)
         self.axes_used: set[str] = set()
         self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
+        self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self._uses = self._count_uses()
         self._last = self._last_uses()
 
@@ -102,11 +103,10 @@ class BodyEmitter:
         size = _uneven_size(item, self.mesh)
         gradient = item.source.value.differentiable
         match primitive(step.a, step.b):
-            case "all_gather" if item.param and step.b == V:
-                return f"{axis}.gather_parameter({source}, {step.a}{size})"
             case "all_gather":
                 back = ', backward="slice"' if gradient and step.b == R else ""
-                return f"{axis}.all_gather({source}, {step.a}{size}{back})"
+                method = "gather_parameter" if item.param else "all_gather"
+                return f"{axis}.{method}({source}, {step.a}{size}{back})"
             case "all_reduce":
                 back = ', backward="all_reduce"' if gradient and step.b == V else ""
                 return f"{axis}.all_reduce({source}{back})"
@@ -229,10 +229,32 @@ def render(item: Compute, body: BodyEmitter) -> str:
     renderer = _Renderer(item, body)
     op = find_op(item.node.op)
     if op is None:
-        return renderer.plain_call()
-    if not isinstance(op.emit, str):
-        return op.emit(item.node, renderer)
-    return op.emit.format(**{name: renderer.arg(name) for name, _ in item.node.args})
+        text = renderer.plain_call()
+    elif isinstance(op.emit, str):
+        text = op.emit.format(**{name: renderer.arg(name) for name, _ in item.node.args})
+    else:
+        text = op.emit(item.node, renderer)
+    if not renderer.sized:
+        body.baked |= _written_sizes(item.node, body.labels)
+    return text
+
+
+def _written_sizes(node: Node, labels: dict[str, DimLabels]) -> set[str]:
+    """Labels of dims whose full size is among the numbers that the node is called with."""
+    values = (*node.operands, *node.outputs)
+    sizes = {
+        size: label
+        for value in values
+        for size, label in zip(value.type.shape, labels.get(value.name, ()), strict=False)
+        if label
+    }
+    counts = ("end", "start", "size", "shape", "split_size", "split_sizes", "length", "pad")
+    found: set[str] = set()
+    for name, arg in node.args:
+        if name in counts:
+            numbers = [n for n in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(n, int)]
+            found |= {label for n in numbers for label in sizes.get(n, ())}
+    return found
 
 
 class _Renderer:
@@ -243,6 +265,7 @@ class _Renderer:
         self.body = body
         self.node: Node = item.node
         self._operands = iter(item.operands)
+        self.sized = False  # did the op ask for its sizes, so that none is written as a number?
         self._texts: dict[str, str] = {}
         self._items: dict[str, list[str]] = {}
         for name, arg in self.node.args:
@@ -277,37 +300,53 @@ class _Renderer:
         return f"torch.ops.{self.node.op}({', '.join(args)})"
 
     def sizes(self) -> list[str]:
-        """Local size of each dim of the first result, written so that it holds for any batch."""
+        """Local size of each dim of the first result, written so that it holds for any batch.
+
+        A dim of the batch or sequence is read off an operand, left to torch (`-1`), or read off
+        another live tensor; only if none of these can be, the planned size is written.
+        """
+        self.sized = True
         rule, ways = rule_of(self.node), self._ways()
-        result = rule.results[0]
         shape = self.node.output.type.shape
-        labels = self.body.labels.get(self.node.output.name, ())
+        labels = self.body.labels.get(self.node.output.name, ((),) * len(shape))
+        infer = bool(rule.operands) and self.node.op != "aten.expand.default"
         out: list[str] = []
-        for dim, factors in enumerate(result):
-            label = labels[dim] if dim < len(labels) else ()
-            source = self._same_dim(factors) if label else None
-            if source is not None:
-                out.append(source)
-            elif (
-                label
-                and "-1" not in out
-                and self.node.op != "aten.expand.default"
-                and rule.operands
-            ):
-                out.append("-1")
-            elif factors:
-                out.append(str(prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)))
-            else:
-                out.append(str(shape[dim]))
+        for dim, (factors, label) in enumerate(zip(rule.results[0], labels, strict=True)):
+            planned = prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)
+            text = str(planned if factors else shape[dim])
+            if label and shape[dim] != 1:
+                found = self._same_dim(factors) or self._other_dim(dim, label)
+                if found is None and infer and "-1" not in out:
+                    found = "-1"
+                if found is None:
+                    self.body.baked |= set(label)
+                text = found or text
+            out.append(text)
         return out
 
     def _same_dim(self, factors: tuple[str, ...]) -> str | None:
         """`x.size(0)` of an operand dim with just these factors."""
-        if not factors:
-            return None
         for operand, dims in zip(self.item.operands, rule_of(self.node).operands, strict=True):
             if factors in dims and operand not in self.body.inline:
                 return f"{self.body.text(operand)}.size({dims.index(factors)})"
+        return None
+
+    def _other_dim(self, dim: int, label: tuple[str, ...]) -> str | None:
+        """The size of dim `dim` of the result, from any live tensor that has such a dim."""
+        if len(label) != 1:
+            return None
+        mine = {i for i, state in enumerate(self.item.outputs[0].spec) if state == dim}
+        for other in self.body.names.live():
+            labels = self.body.labels.get(other.value.name, ())
+            for place, theirs in enumerate(labels):
+                if theirs != label or other.value.type.shape[place] == 1:
+                    continue
+                cut = {i for i, state in enumerate(other.spec) if state == place}
+                if mine - cut:
+                    continue
+                factors = [self.body.axis_text(Step((i,), R, S(0))) for i in sorted(cut - mine)]
+                size = f"{self.body.text(other)}.size({place})"
+                return " * ".join([size, *(f"{axis}.size" for axis in factors)])
         return None
 
     def _ways(self) -> dict[str, int]:

@@ -8,9 +8,9 @@ from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec, format_spec, local_shape
-from ..planner.program import BlockBody, Compute, LoopCall, Program, Sharded
+from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded
 from .body import BodyEmitter, parameter_path
-from .source import check, statement
+from .source import WIDTH, check, statement
 
 
 def write_source(program: Program, mesh: Mesh, *, summary: str, phase: str, optimizer: str) -> str:
@@ -33,6 +33,7 @@ class _Writer:
         self.optimizer = optimizer
         self.labels: dict[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
+        self.baked: set[str] = set()  # labels of dims whose planned size the text holds
         self.class_of: dict[tuple[str, int], str] = {}
         self._name_classes()
 
@@ -92,6 +93,7 @@ class _Writer:
             item = Sharded(param.value, spec)
             emitter.define_parameter(item, parameter_path(param.name))
         lines = emitter.lines(2)
+        self.baked |= emitter.baked
         used = sorted(call.loop.order.count(k) for k in [kind])
         names = [f"{name}: Tensor" for name in (*carried, *arguments)]
         results = [emitter.text(out) for out in body.outputs]
@@ -150,6 +152,7 @@ class _Writer:
         for param, spec in program.params:
             emitter.define_parameter(Sharded(param.value, spec), parameter_path(param.name))
         lines = emitter.lines(2)
+        self.baked |= emitter.baked
         results = ", ".join(emitter.text(out) for out in program.outputs)
         arguments = ", ".join(["self", *(f"{name}: Tensor" for name in names)])
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
@@ -160,6 +163,7 @@ class _Writer:
             f"    MESH = {{{sizes}}}",
             f'    PHASE = "{self.phase}"',
             f'    OPTIMIZER = "{self.optimizer}"',
+            *([] if self._gathers_parameters() else ["    REGATHER = False"]),
             *self._layers_table(),
             *self._parameters_table(),
             *self._inputs_table(),
@@ -170,6 +174,12 @@ class _Writer:
             *lines,
             f"        return self.pack({results})",
         ]
+
+    def _gathers_parameters(self) -> bool:
+        return any(
+            isinstance(item, Convert) and item.param and item.primitive == "all_gather"
+            for item, _ in self.program.flat()
+        )
 
     def _layers_table(self) -> list[str]:
         if not self.loops:
@@ -211,13 +221,19 @@ class _Writer:
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
         comment = f"{list(local)} here" if local != param.value.type.shape else ""
         lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)
-        return lines if len(lines) <= 2 else _one_per_line(f'"{name}": Param(', args, comment)
+        if all(len(line) <= WIDTH for line in lines):
+            return lines
+        return _one_per_line(f'"{name}": Param(', args, comment)
 
     def _inputs_table(self) -> list[str]:
         lines = ["    INPUTS = {"]
         for source, item in zip(self.program.graph.inputs, self.program.inputs, strict=True):
             kind = item.value.type
             args = [f'"{format_spec(item.spec)}"', _tuple(kind.shape), str(kind.dtype)]
+            labels = source.labels or ("",) * len(kind.shape)
+            free = [i for i, label in enumerate(labels) if label and label not in self.baked]
+            if free:
+                args.append(f"free={_tuple(free)}")
             if high := self._index_limit(item.value):
                 args.append(f"high={high}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)

@@ -42,6 +42,10 @@ class Names:
         """The name that `item` was given before it was made unique."""
         return self._base[item]
 
+    def live(self) -> list[Sharded]:
+        """Everything that has a name now, oldest first."""
+        return list(self._taken.values())
+
     def release(self, item: Sharded) -> None:
         """`item` is not used any more."""
         name = self._of.get(item)

@@ -142,4 +142,21 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attention.register_fake(_attention_fake)
 attention.register_autograd(_attention_backward, setup_context=_save_inputs)
 
-__all__ = ["attention", "attention_math"]
+
+@torch.library.custom_op("shardwright::mask_stand_in", mutates_args=())
+def mask_stand_in(place: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """Stands for an attention mask whose meaning is known otherwise; its values mean nothing.
+
+    bool (batch, 1, queries, keys) on the device of `place`.
+    """
+    return torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=place.device)
+
+
+def _stand_in_fake(place: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """Shape and dtype of the stand-in."""
+    return place.new_empty((batch, 1, queries, keys), dtype=torch.bool)
+
+
+mask_stand_in.register_fake(_stand_in_fake)
+
+__all__ = ["attention", "attention_math", "mask_stand_in"]

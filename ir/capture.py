@@ -29,7 +29,7 @@ from .fx import UnsupportedNode, convert
 from .graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from .location import innermost_frame
 from .repeat import Repeats, cut, repeats
-from .rewrite import remove_dead
+from .rewrite import flat, remove_dead
 
 # A constant with more elements than this would make the plan file unreadable.
 _CONSTANT_LIMIT = 2**22
@@ -245,7 +245,22 @@ def _finish(
         raise CaptureError(str(error)) from error
     outputs = _outputs(program, returned)
     graph = remove_dead(Graph(type(model).__name__, inputs, params, tuple(nodes), outputs))
+    _check_masks(graph)
     return canonicalise(_with_data(graph, model, program, tensors, rebuild))
+
+
+def _check_masks(graph: Graph) -> None:
+    """Raise CaptureError where a node reads a mask that only our attention operator understands."""
+    stand_ins: set[str] = set()
+    for node in flat(graph):
+        if node.op == "shardwright.mask_stand_in.default":
+            stand_ins.add(node.output.name)
+        elif any(value.name in stand_ins for value in node.operands):
+            raise CaptureError(
+                f"{node.loc}: {node.loc.module_class} computes with the attention mask itself, "
+                "outside transformers' attention functions; its attention cannot be kept whole. "
+                'Pass a whole 4-D `attention_mask`, or build the model with attention "sdpa"'
+            )
 
 
 def _bind_placeholders(

@@ -192,20 +192,36 @@ class _Converter:
         if op in _DETACH:
             op = "aten.detach.default"
         written = _written(target) if not op.startswith("aten.detach") else None
-        if written is not None:
+        if op == "aten.copy_.default":
+            op, args = "aten.clone.default", self.copied(operands[0].type, operands[1], node)
+        elif written is not None:
             op = self.functional_name(target, node)
         outputs = self.emit(op, args, node.name, _tensor_types(node), differentiable, node)
         self.note_views(target, operands, outputs)
         is_tuple = isinstance(node.meta["val"], (tuple, list))
         env[node] = outputs if is_tuple else outputs[0]
         if written is not None:
-            self.rebind(dict(args)[written], outputs[0], env, node)
+            self.rebind(operands[0], outputs[0], env, node)
 
     # ---- in-place ops --------------------------------------------------------------------------
+
+    def copied(self, to: TensorType, source: Value, node: fx.Node) -> tuple[tuple[str, Arg], ...]:
+        """Arguments of a clone that has the values of `source` in the type of what it overwrites."""
+        grad = source.differentiable
+        if source.type.dtype != to.dtype:
+            cast = TensorType(source.type.shape, to.dtype)
+            args = _cast_args(source, to.dtype)
+            source = self.emit("aten.to.dtype", args, "cast", [cast], grad, node)[0]
+        if source.type.shape != to.shape:
+            args = (("self", source), ("size", to.shape), ("implicit", False))
+            source = self.emit("aten.expand.default", args, "expand", [to], grad, node)[0]
+        return (("self", source), ("memory_format", None))
 
     def functional_name(self, target: OpOverload, node: fx.Node) -> str:
         """`aten.add.Tensor` for `aten.add_.Tensor`."""
         packet, _, overload = str(target).rpartition(".")
+        if packet == "aten.zero_":
+            return "aten.zeros_like.default"
         name = packet.removeprefix("aten.").rstrip("_")
         if not hasattr(getattr(torch.ops.aten, name, None), overload):
             raise UnsupportedNode(f"`{target}` changes its argument in place; use its other form")

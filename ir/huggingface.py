@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attention
+from .attention import attention, mask_stand_in
 
 NAME = "shardwright"
 
@@ -86,31 +86,39 @@ def shardwright_attention(model: nn.Module, *, positions_given: bool = False) ->
     `positions_given`: the caller passes `position_ids`, which may pack several sequences into one
     row; a mask that separates them is then built as a tensor.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, _mask)
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            configs[id(config)] = config
-    before = [
-        (c, c._attn_implementation_internal, c.__dict__.get("use_cache")) for c in configs.values()
-    ]
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs: dict[int, Any] = {id(module.config): module.config for module in models}
+    # submodels that write attention out themselves keep doing so
+    switched: dict[int, Any] = {id(m.config): m.config for m in models if _can_switch(m)}
+    caching = [(config, config.use_cache) for config in configs.values() if _caches(config)]
+    before = [(config, config._attn_implementation_internal) for config in switched.values()]
     token = _trace.set(_Trace(positions_given))
     try:
-        for config, _, use_cache in before:
+        for config, _ in before:
             config._attn_implementation_internal = NAME
-            if use_cache is not None:
-                config.use_cache = False
+        for config, _ in caching:
+            config.use_cache = False
         yield
     finally:
         _trace.reset(token)
-        for config, implementation, use_cache in before:
+        for config, implementation in before:
             config._attn_implementation_internal = implementation
-            if use_cache is not None:
-                config.use_cache = use_cache
+        for config, use_cache in caching:
+            config.use_cache = use_cache
+
+
+def _can_switch(model: Any) -> bool:
+    """Does the model look its attention function up in transformers' registry?"""
+    return model._can_set_attn_implementation()
+
+
+def _caches(config: Any) -> bool:
+    """Would the model return a KV cache?"""
+    return bool(getattr(config, "use_cache", False))
 
 
 def rebuild(model: nn.Module) -> nn.Module:
@@ -200,8 +208,8 @@ def _mask(
 ) -> Tensor:
     """A stand-in for the mask that transformers describes by `mask_function`.
 
-    The stand-in has the shape of the whole mask and is never read: `_attention_forward` knows it
-    by identity and takes its meaning from the trace.
+    The stand-in has the shape of the whole mask and must never be read: `_attention_forward`
+    knows it by identity and takes its meaning from the trace.  Capture refuses a graph that does.
     """
     trace = _trace.get()
     if trace is None:
@@ -239,8 +247,7 @@ def _mask(
                 device=device,
             ),
         )
-    stand_in = torch.ones((), dtype=torch.bool, device=device)
-    stand_in = stand_in.expand(batch_size, 1, q_length, kv_length)
+    stand_in = mask_stand_in(torch.empty(0, device=device), batch_size, q_length, kv_length)
     trace.masks.append((stand_in, info))
     return stand_in
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, Protocol
+
+import torch
 
 from .graph import Node, Value, values_in
 from .rule import Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
@@ -51,10 +53,13 @@ class Op:
     rule: Callable[[Node], Rule]
     emit: str | Callable[[Node, Render], str]
     kind: Kind = "elementwise"
-    saves: tuple[str, ...] = ()  # schema names that autograd keeps; "result" is the output
+    # schema names that autograd keeps, "result" for the output; `weight if input`: only where the
+    # gradient of `input` is needed
+    saves: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}
+_CASTS = "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default"
 
 
 def register(names: str, op: Op) -> None:
@@ -82,6 +87,14 @@ def kind_of(node: Node) -> Kind:
     return op.kind if op else "elementwise"
 
 
+def is_view(node: Node) -> bool:
+    """Do the outputs share the memory of the first operand?"""
+    if not node.operands:
+        return False
+    same = all(out.type.dtype == node.operands[0].type.dtype for out in node.outputs)
+    return same and (kind_of(node) == "view" or node.op in _CASTS.split())
+
+
 def saved_values(node: Node) -> tuple[Value, ...]:
     """Values that autograd keeps from this node for the backward pass (unknown op: all of them)."""
     if not any(out.differentiable for out in node.outputs):
@@ -90,7 +103,10 @@ def saved_values(node: Node) -> tuple[Value, ...]:
     if op is None:
         return (*node.operands, *node.outputs)
     kept: list[Value] = []
-    for name in op.saves:
+    for entry in op.saves:
+        name, _, other = entry.partition(" if ")
+        if other and not any(value.differentiable for value in values_in(node.arg(other))):
+            continue
         kept += node.outputs[:1] if name == "result" else values_in(node.arg(name))
     return tuple(kept)
 
@@ -144,9 +160,7 @@ def _text(rule: str, **options: object) -> Callable[[Node], Rule]:
     return build
 
 
-def _elementwise(
-    *linear: str, passes: bool = False, uneven: bool = True
-) -> Callable[[Node], Rule]:
+def _elementwise(*linear: str, passes: bool = False, uneven: bool = True) -> Callable[[Node], Rule]:
     """Broadcasting; each item of `linear` names the args in which the op is jointly linear.
 
     `uneven` must be False where the op or its derivative is infinite or undefined at 0: there
@@ -395,7 +409,11 @@ def _emit_gelu(node: Node, render: Render) -> str:
 register("aten.gelu.default", Op(_elementwise(), _emit_gelu, saves=("self",)))
 register(
     "aten.mul.Tensor aten.mul.Scalar",
-    Op(_elementwise("self", "other", passes=True), "{self} * {other}", saves=("self", "other")),
+    Op(
+        _elementwise("self", "other", passes=True),
+        "{self} * {other}",
+        saves=("self if other", "other if self"),
+    ),
 )
 
 
@@ -406,7 +424,7 @@ def _div_rule(node: Node) -> Rule:
 
 register(
     "aten.div.Tensor aten.div.Scalar",
-    Op(_div_rule, "{self} / {other}", saves=("self", "other")),
+    Op(_div_rule, "{self} / {other}", saves=("self if other", "other")),
 )
 
 
@@ -477,9 +495,7 @@ def _emit_like(function: str, *names: str) -> Callable[[Node, Render], str]:
 
 register("aten.zeros_like.default", Op(_elementwise(), _emit_like("torch.zeros_like")))
 register("aten.ones_like.default", Op(_elementwise(), _emit_like("torch.ones_like")))
-register(
-    "aten.full_like.default", Op(_elementwise(), _emit_like("torch.full_like", "fill_value"))
-)
+register("aten.full_like.default", Op(_elementwise(), _emit_like("torch.full_like", "fill_value")))
 
 
 def _emit_sum_of(sign: str) -> Callable[[Node, Render], str]:
@@ -541,10 +557,7 @@ def _emit_cast(node: Node, render: Render) -> str:
     return f"{render.arg('self')}.to({node.output.type.dtype})"
 
 
-register(
-    "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default",
-    Op(_cast_rule, _emit_cast),
-)
+register(_CASTS, Op(_cast_rule, _emit_cast))
 
 
 def _emit_dropout(node: Node, render: Render) -> str:
@@ -583,7 +596,56 @@ def _emit_softmax(function: str) -> Callable[[Node, Render], str]:
 
 register("aten.softmax.int", Op(_dim_rule(), _emit_softmax("F.softmax"), saves=("result",)))
 register("aten.log_softmax.int", Op(_dim_rule(), _emit_softmax("F.log_softmax"), saves=("result",)))
-register("aten.cumsum.default", Op(_dim_rule(linear=True), "{self}.cumsum({dim})"))
+
+
+def _cumsum_rule(node: Node) -> Rule:
+    return _dim_rule(linear=node.output.type.dtype == node.operands[0].type.dtype)(node)
+
+
+def _emit_cumsum(node: Node, render: Render) -> str:
+    dtype = _optional(render, "dtype")
+    return call(f"{render.arg('self')}.cumsum", render.arg("dim"), dtype=dtype)
+
+
+register("aten.cumsum.default", Op(_cumsum_rule, _emit_cumsum))
+register("aten.cumprod.default", Op(_dim_rule(), "{self}.cumprod({dim})", saves=("self", "result")))
+register("aten.glu.default", Op(_dim_rule(), "F.glu({self}, dim={dim})", saves=("self",)))
+
+
+def _emit_sort(node: Node, render: Render) -> str:
+    descending = "True" if node.arg("descending") else ""
+    return call(f"{render.arg('self')}.sort", dim=render.arg("dim"), descending=descending)
+
+
+register("aten.sort.default", Op(_dim_rule(), _emit_sort, saves=("result",)))
+
+
+def _emit_topk(node: Node, render: Render) -> str:
+    flags = {name: "" if node.arg(name) else "False" for name in ("largest", "sorted")}
+    return call(f"{render.arg('self')}.topk", render.arg("k"), dim=render.arg("dim"), **flags)
+
+
+register("aten.topk.default", Op(_dim_rule(), _emit_topk, saves=("result",)))
+
+
+def _diff_rule(node: Node) -> Rule:
+    if len(node.operands) > 1:
+        return _opaque(node)  # values to put before or after
+    return _dim_rule(linear=node.operands[0].type.dtype.is_floating_point)(node)
+
+
+def _emit_diff(node: Node, render: Render) -> str:
+    return call(
+        "torch.diff",
+        render.arg("self"),
+        n="" if node.arg("n") == 1 else render.arg("n"),
+        dim="" if node.arg("dim") == -1 else render.arg("dim"),
+        prepend=_optional(render, "prepend"),
+        append=_optional(render, "append"),
+    )
+
+
+register("aten.diff.default", Op(_diff_rule, _emit_diff))
 
 
 def _norm_rule(node: Node) -> Rule:
@@ -608,8 +670,10 @@ def _emit_rms_norm(node: Node, render: Render) -> str:
     return call("F.rms_norm", *args, *([weight] if weight else []), eps=_optional(render, "eps"))
 
 
-register("aten.layer_norm.default", Op(_norm_rule, _emit_layer_norm, saves=("input",)))
-register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input",)))
+register(
+    "aten.layer_norm.default", Op(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias"))
+)
+register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input", "weight")))
 
 
 # --- reductions --------------------------------------------------------------------------------
@@ -618,8 +682,9 @@ register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input",
 def _emit_reduce(name: str) -> Callable[[Node, Render], str]:
     def emit(node: Node, render: Render) -> str:
         named = {key for key, _ in node.args}
-        dims = render.arg("dim") if "dim" in named else ""
         keep = "True" if "keepdim" in named and node.arg("keepdim") else ""
+        dims = render.arg("dim") if "dim" in named else ""
+        dims = "" if dims == "None" and not keep else dims
         dtype = _optional(render, "dtype") if "dtype" in named else ""
         text = call(
             f"{render.arg('self')}.{name}", *([dims] if dims else []), keepdim=keep, dtype=dtype
@@ -651,6 +716,84 @@ register(
 register("aten.any.dim aten.any.default", Op(_reduce(additive=False), _emit_reduce("any")))
 register("aten.all.dim aten.all.default", Op(_reduce(additive=False), _emit_reduce("all")))
 register("aten.argmax.default", Op(_reduce(additive=False), _emit_reduce("argmax")))
+register("aten.argmin.default", Op(_reduce(additive=False), _emit_reduce("argmin")))
+register("aten.max.dim", Op(_reduce(additive=False), _emit_reduce("max"), saves=("self",)))
+register("aten.min.dim", Op(_reduce(additive=False), _emit_reduce("min"), saves=("self",)))
+register("aten.max.default", Op(_reduce(additive=False), _emit_reduce("max"), saves=("self",)))
+register("aten.min.default", Op(_reduce(additive=False), _emit_reduce("min"), saves=("self",)))
+register(
+    "aten.logsumexp.default",
+    Op(_reduce(additive=False), _emit_reduce("logsumexp"), saves=("self", "result")),
+)
+
+
+def _emit_spread(name: str) -> Callable[[Node, Render], str]:
+    """Variance or standard deviation; the two overloads say the same in different words."""
+
+    def emit(node: Node, render: Render) -> str:
+        named = {key for key, _ in node.args}
+        if "unbiased" in named:
+            correction = "" if node.arg("unbiased") else "0"
+        else:
+            correction = "" if node.arg("correction") in (None, 1) else render.arg("correction")
+        dims = [render.arg("dim")] if node.arg("dim") is not None else []
+        keep = "True" if node.arg("keepdim") else ""
+        return call(f"{render.arg('self')}.{name}", *dims, correction=correction, keepdim=keep)
+
+    return emit
+
+
+register(
+    "aten.var.correction aten.var.dim",
+    Op(_reduce(additive=False), _emit_spread("var"), saves=("self",)),
+)
+register(
+    "aten.std.correction aten.std.dim",
+    Op(_reduce(additive=False), _emit_spread("std"), saves=("self", "result")),
+)
+
+
+def _emit_vector_norm(node: Node, render: Render) -> str:
+    keep = "True" if node.arg("keepdim") else ""
+    return call(
+        "torch.linalg.vector_norm",
+        render.arg("self"),
+        render.arg("ord"),
+        dim=_optional(render, "dim"),
+        keepdim=keep,
+        dtype=_optional(render, "dtype"),
+    )
+
+
+register(
+    "aten.linalg_vector_norm.default",
+    Op(_reduce(additive=False), _emit_vector_norm, saves=("self", "result")),
+)
+
+
+def _mse_rule(node: Node) -> Rule:
+    shape = node.operands[0].type.shape
+    if _shapes(node.operands) != [shape, shape] or node.arg("reduction") not in _REDUCTION:
+        return _opaque(node)
+    return _text("..., ... -> ")(node)
+
+
+def _emit_mse(node: Node, render: Render) -> str:
+    reduction = node.arg("reduction")
+    name = _REDUCTION.get(reduction, "none") if isinstance(reduction, int) else "none"
+    text = call(
+        "F.mse_loss",
+        render.arg("self"),
+        render.arg("target"),
+        reduction="" if name == "mean" else f'"{name}"',
+    )
+    rank = len(node.operands[0].type.shape) if name == "mean" else 0
+    cut = [axis for i in range(rank) if (axis := render.axis(f"i{i}"))]
+    return text + "".join(f" / {axis}.size" for axis in cut)  # local means average
+
+
+_REDUCTION = {1: "mean", 2: "sum"}
+register("aten.mse_loss.default", Op(_mse_rule, _emit_mse, saves=("self", "target")))
 
 
 # --- views -------------------------------------------------------------------------------------
@@ -666,7 +809,8 @@ def _emit_view(node: Node, render: Render) -> str:
 
 register(
     "aten.view.default aten.reshape.default aten._unsafe_view.default aten.unsqueeze.default"
-    " aten.squeeze.dim aten.squeeze.dims aten.squeeze.default aten.flatten.using_ints aten.unflatten.int",
+    " aten.squeeze.dim aten.squeeze.dims aten.squeeze.default aten.flatten.using_ints"
+    " aten.unflatten.int",
     Op(_view_rule, _emit_view, kind="view"),
 )
 
@@ -774,9 +918,10 @@ def _emit_split(method: str, how: str) -> Callable[[Node, Render], str]:
 register("aten.chunk.default", Op(_split_rule, _emit_split("chunk", "chunks"), kind="view"))
 register("aten.split.Tensor", Op(_split_rule, _emit_split("split", "split_size"), kind="view"))
 register(
-    "aten.split_with_sizes.default aten.split.sizes",
+    "aten.split_with_sizes.default",
     Op(_split_rule, _emit_split("split", "split_sizes"), kind="view"),
 )
+register("aten.split.sizes", Op(_split_rule, _emit_split("split", "split_size"), kind="view"))
 
 
 def _unbind_rule(node: Node) -> Rule:
@@ -906,6 +1051,129 @@ register(
 )
 
 
+def _repeat_rule(node: Node) -> Rule:
+    """Dims that are not repeated may be cut; a cut of a repeated one would change the order."""
+    shape, result = node.operands[0].type.shape, node.output.type.shape
+    lead = len(result) - len(shape)
+    sizes: dict[str, int] = {}
+    operand: list[tuple[str, ...]] = []
+    out: list[tuple[str, ...]] = []
+    for i, size in enumerate(result):
+        own = shape[i - lead] if i >= lead else 1
+        sizes |= {f"r{i}": size // own if own else 1, f"d{i}": own}
+        out.append((f"r{i}", f"d{i}"))
+        if i >= lead:
+            operand.append((f"d{i}",))
+    return Rule(
+        operands=(tuple(operand),), results=(tuple(out),), sizes=sizes,
+        whole=frozenset(f"r{i}" for i in range(len(result))),
+        linear=(frozenset({0}),), passes=True,
+    )  # fmt: skip
+
+
+register("aten.repeat.default", Op(_repeat_rule, "{self}.repeat({repeats})"))
+
+
+# --- picking by index ----------------------------------------------------------------------------
+
+
+def _index_select_rule(node: Node) -> Rule:
+    """`d0 [x1] d2, j -> d0 j d2`."""
+    shape, rank = node.operands[0].type.shape, len(node.operands[0].type.shape)
+    if rank == 0 or len(node.operands[1].type.shape) != 1:
+        return _opaque(node)
+    dim = _dim(node, "dim", rank)
+    operand = tuple(("x",) if i == dim else (f"d{i}",) for i in range(rank))
+    sizes = {d[0]: size for d, size in zip(operand, shape, strict=True)}
+    return Rule(
+        operands=(operand, (("j",),)),
+        results=(tuple(("j",) if i == dim else (f"d{i}",) for i in range(rank)),),
+        sizes=sizes | {"j": node.operands[1].type.shape[0]},
+        whole=frozenset({"x"}),
+        linear=(frozenset({0}),),
+    )
+
+
+register(
+    "aten.index_select.default",
+    Op(_index_select_rule, "{self}.index_select({dim}, {index})", saves=("index",)),
+)
+
+
+def _gather_rule(node: Node) -> Rule:
+    """Dims of equal size in source and index may be cut, and the picked dim of the index."""
+    (source, index), sizes = _shapes(node.operands), dict[str, int]()
+    if not source or not index:
+        return _opaque(node)
+    dim = _dim(node, "dim", len(source))
+    whole: set[str] = set()
+    left: list[tuple[str, ...]] = []
+    right: list[tuple[str, ...]] = []
+    for i, (a, b) in enumerate(zip(source, index, strict=True)):
+        if i != dim and a == b:
+            left.append((f"d{i}",))
+            right.append((f"d{i}",))
+            sizes[f"d{i}"] = a
+            continue
+        left.append((f"x{i}",))
+        right.append((f"j{i}",))
+        sizes |= {f"x{i}": a, f"j{i}": b}
+        whole |= {f"x{i}"} if i == dim else {f"x{i}", f"j{i}"}
+    return Rule(
+        operands=(tuple(left), tuple(right)),
+        results=(tuple(right),),
+        sizes=sizes,
+        whole=frozenset(whole),
+        linear=(frozenset({0}),),
+    )
+
+
+register("aten.gather.default", Op(_gather_rule, "{self}.gather({dim}, {index})", saves=("index",)))
+
+
+def _index_rule(node: Node) -> Rule:
+    """`x[:, i, j]`: dims that are not indexed may be cut, and those of the broadcast indices."""
+    indices = node.arg("indices")
+    assert isinstance(indices, tuple)
+    at = [i for i, index in enumerate(indices) if isinstance(index, Value)]
+    shape, picks = node.operands[0].type.shape, _shapes(node.operands[1:])
+    kinds = {index.type.dtype for index in node.operands[1:]}
+    if not at or at != list(range(at[0], at[-1] + 1)) or kinds & {torch.bool, torch.uint8}:
+        return _opaque(node)
+    rank = max(len(pick) for pick in picks)
+    result = node.output.type.shape[at[0] : at[0] + rank]
+    sizes = {f"j{k}": size for k, size in enumerate(result) if size != 1}
+
+    def pick_dims(pick: Sequence[int]) -> Dims:
+        lead = rank - len(pick)
+        return tuple((f"j{lead + k}",) if size != 1 else () for k, size in enumerate(pick))
+
+    operand = tuple((f"x{i}",) if i in at else (f"d{i}",) for i in range(len(shape)))
+    sizes |= {d[0]: size for d, size in zip(operand, shape, strict=True)}
+    return Rule(
+        operands=(operand, *(pick_dims(pick) for pick in picks)),
+        results=((*operand[: at[0]], *pick_dims(result), *operand[at[-1] + 1 :]),),
+        sizes=sizes,
+        whole=frozenset(f"x{i}" for i in at),
+        linear=(frozenset({0}),),
+    )
+
+
+def _emit_index(node: Node, render: Render) -> str:
+    items = [":" if text == "None" else text for text in render.items("indices")]
+    return f"{render.arg('self')}[{', '.join(items)}]"
+
+
+register("aten.index.Tensor", Op(_index_rule, _emit_index, saves=("indices",)))
+
+
+def _one_hot_rule(node: Node) -> Rule:
+    return _text("... -> ... [c]")(node)
+
+
+register("aten.one_hot.default", Op(_one_hot_rule, "F.one_hot({self}, {num_classes})"))
+
+
 # --- creation: every rank makes the whole, then slices for free ----------------------------------
 
 
@@ -917,8 +1185,18 @@ def _emit_factory(function: str, *names: str) -> Callable[[Node, Render], str]:
     return emit
 
 
-register("aten.arange.default", Op(_opaque, _emit_factory("torch.arange", "end")))
-register("aten.arange.start", Op(_opaque, _emit_factory("torch.arange", "start", "end")))
+def _emit_arange(node: Node, render: Render) -> str:
+    """Counting whole numbers from 0: its length may be that of the sequence, so it is a size."""
+    start = node.arg("start") if node.op == "aten.arange.start" else 0
+    end = node.arg("end")
+    if start != 0 or not isinstance(end, int):
+        names = ("end",) if node.op == "aten.arange.default" else ("start", "end")
+        return _emit_factory("torch.arange", *names)(node, render)
+    dtype = str(node.output.type.dtype)
+    return call("torch.arange", render.sizes()[0], dtype=dtype, device="self.device")
+
+
+register("aten.arange.default aten.arange.start", Op(_opaque, _emit_arange))
 register(
     "aten.arange.start_step", Op(_opaque, _emit_factory("torch.arange", "start", "end", "step"))
 )
@@ -928,7 +1206,12 @@ def _sized_factory(function: str, *names: str) -> Op:
     """A constant fill: the result's dims are factors, so that each rank makes its own part."""
 
     def rule(node: Node) -> Rule:
-        return broadcast_rule([], node.output.type.shape, passes=False)
+        """`new_zeros` takes a tensor, of which it reads nothing but the dtype."""
+        made = broadcast_rule([], node.output.type.shape, passes=False)
+        given = opaque_rule(_shapes(node.operands), [])
+        return replace(
+            made, operands=given.operands, sizes={**made.sizes, **given.sizes}, whole=given.whole
+        )
 
     def emit(node: Node, render: Render) -> str:
         sizes = render.sizes()
@@ -940,6 +1223,7 @@ def _sized_factory(function: str, *names: str) -> Op:
 
 
 register("aten.full.default", _sized_factory("torch.full", "fill_value"))
+register("aten.new_full.default", _sized_factory("torch.full", "fill_value"))
 register("aten.zeros.default", _sized_factory("torch.zeros"))
 register("aten.ones.default", _sized_factory("torch.ones"))
 register("aten.new_zeros.default", _sized_factory("torch.zeros"))
@@ -967,7 +1251,7 @@ register(
         _linear_rule,
         _emit_linear,
         kind="matmul",
-        saves=("input", "weight"),
+        saves=("input if weight", "weight if input"),
     ),
 )
 
@@ -978,7 +1262,7 @@ register(
         _text("... k, k o, o -> ... o", uneven="o", addends=[2]),
         "{input} @ {weight} + {bias}",
         kind="matmul",
-        saves=("input", "weight"),
+        saves=("input if weight", "weight if input"),
     ),
 )
 
@@ -996,14 +1280,27 @@ def _emit_addmm(node: Node, render: Render) -> str:
     return call("torch.addmm", *args, **scale)
 
 
-register("aten.addmm.default", Op(_addmm_rule, _emit_addmm, kind="matmul", saves=("mat1", "mat2")))
+register(
+    "aten.addmm.default",
+    Op(_addmm_rule, _emit_addmm, kind="matmul", saves=("mat1 if mat2", "mat2 if mat1")),
+)
 register(
     "aten.mm.default",
-    Op(_text("m k, k n -> m n"), "{self} @ {mat2}", kind="matmul", saves=("self", "mat2")),
+    Op(
+        _text("m k, k n -> m n"),
+        "{self} @ {mat2}",
+        kind="matmul",
+        saves=("self if mat2", "mat2 if self"),
+    ),
 )
 register(
     "aten.bmm.default",
-    Op(_text("b m k, b k n -> b m n"), "{self} @ {mat2}", kind="matmul", saves=("self", "mat2")),
+    Op(
+        _text("b m k, b k n -> b m n"),
+        "{self} @ {mat2}",
+        kind="matmul",
+        saves=("self if mat2", "mat2 if self"),
+    ),
 )
 
 
@@ -1029,7 +1326,7 @@ def _matmul_rule(node: Node) -> Rule:
 
 register(
     "aten.matmul.default",
-    Op(_matmul_rule, "{self} @ {other}", kind="matmul", saves=("self", "other")),
+    Op(_matmul_rule, "{self} @ {other}", kind="matmul", saves=("self if other", "other if self")),
 )
 
 
@@ -1113,8 +1410,6 @@ register(
     "shardwright.attention",
     Op(_attention_rule, _emit_attention, kind="attention", saves=("q", "k", "v", "result")),
 )
-
-_REDUCTION = {1: "mean", 2: "sum"}
 
 
 def _cross_entropy_rule(node: Node) -> Rule:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..costmodel.compute import elementwise_s
 from ..costmodel.memory import optimizer_step_bytes, parameter_state_bytes
 from ..ir.graph import Graph, Loop, Node, Param, TensorType, Value
-from ..ir.ops import kind_of, rule_of, saved_values
+from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec, is_shard
 from .conversion import Conversions, Network, spec_fits
@@ -105,6 +105,17 @@ class ParamRef:
     trainable: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NodeCost:
+    """One run of a node on one rank: seconds, bytes of its operands and results together, what
+    autograd keeps (value, bytes), and the spec that each operand is needed in."""
+
+    seconds: float
+    held: float
+    kept: tuple[tuple[str, int], ...]
+    needs: tuple[tuple[Value, Spec], ...]
+
+
 def all_params(graph: Graph) -> list[ParamRef]:
     """Every parameter, buffer and constant; those of a loop once, as `path.*.rest`."""
     refs = [ParamRef(p, p.name, 1, p.value.differentiable) for p in graph.params]
@@ -129,19 +140,40 @@ class Builder:
         self._conversions: dict[tuple[TensorType, bool, bool], Conversions] = {}
         self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
         self._bytes: dict[tuple[str, Spec], int] = {}
+        self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
         self._alias = _aliases(graph)
+        self._needed_again = _needed_again(graph, self._alias)
 
     # -- prices that reports and lowering also ask for ----------------------------------------
 
     def conversions(self, value: Value, *, param: bool) -> Conversions:
-        """The conversions of a value's type (a parameter is gathered again for backward)."""
+        """The conversions of a value's type; a parameter that backward needs is gathered again."""
         gradient = self.setting.training and value.differentiable
-        key = (value.type, gradient, param and gradient)
+        regather = param and self.setting.training and value.name in self._needed_again
+        key = (value.type, gradient, regather)
         if key not in self._conversions:
             self._conversions[key] = Conversions(
-                value.type, self.network, gradient=gradient, regather=param and gradient
+                value.type, self.network, gradient=gradient, regather=regather
             )
         return self._conversions[key]
+
+    def node_cost(self, node: Node, choices: tuple[Choice, ...]) -> NodeCost:
+        """What one run of a node costs under its choices."""
+        key = (node.name, choices)
+        if key not in self._costs:
+            needs, gives = node_specs(node, rule_of(node), choices, self.setting.training)
+            specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
+            held = 0
+            if kind_of(node) != "view":
+                held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
+            kept = saved_values(node) if self.setting.training else ()
+            self._costs[key] = NodeCost(
+                self.work(node, choices).seconds,
+                float(held),
+                tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
+                tuple(zip(node.operands, needs, strict=True)),
+            )
+        return self._costs[key]
 
     def local_bytes(self, value: Value, spec: Spec) -> int:
         """Bytes that one rank holds of `value` in `spec`."""
@@ -181,6 +213,22 @@ class Builder:
         built.add_outputs()
         built.add_edges()
         return built
+
+
+def _needed_again(graph: Graph, alias: dict[str, str]) -> frozenset[str]:
+    """Names of the parameters that autograd keeps for backward, themselves or as a view.
+
+    A matrix product keeps its weight; a lookup does not keep its table.
+    """
+    source = {ref.param.value.name: ref.param.value.name for ref in all_params(graph)}
+    source |= {inner: source[outer] for inner, outer in alias.items() if outer in source}
+    needed: set[str] = set()
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            needed |= {source[v.name] for v in saved_values(node) if v.name in source}
+            if is_view(node) and node.operands[0].name in source:
+                source |= {v.name: source[node.operands[0].name] for v in node.outputs}
+    return frozenset(needed)
 
 
 def _aliases(graph: Graph) -> dict[str, str]:
@@ -362,8 +410,11 @@ class _Built:
                 inner.users.append(_User(carried.node, needs, weight, -2 - carried.node))
 
     def _keepers(self) -> dict[str, int]:
-        """Which region counts the memory of a value that autograd keeps: one region per value."""
-        keepers: dict[str, int] = {}
+        """Which region counts the memory of a value that autograd keeps: one region per value.
+
+        Parameters are not counted: they are there anyway, or gathered again.
+        """
+        keepers: dict[str, int] = dict.fromkeys(self.params, -1)
         for index, region in enumerate(self.builder.regions):
             for node in region.nodes:
                 for value in saved_values(node):
@@ -414,37 +465,19 @@ class _Built:
         self, region: Region, strategy: Strategy, me: int, keepers: dict[str, int]
     ) -> tuple[float, float, float]:
         """(seconds, bytes kept for backward, bytes held at the widest node) of one run."""
-        training = self.builder.setting.training
-        produced = {v.name: s for v, s in zip(region.values, strategy.produces, strict=True)}
-        needed = {v.name: s for v, s in zip(region.operands, strategy.requires, strict=True)}
-        seconds = 0.0
-        kept: dict[str, float] = {}
-        widest = 0.0
+        produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
+        seconds = widest = 0.0
+        kept: dict[str, int] = {}
         for node, choices in zip(region.nodes, strategy.choices, strict=True):
-            seconds += self.builder.work(node, choices).seconds
-            seconds += self._inner_conversions(node, choices, produced)
-            for value in saved_values(node) if training else ():
-                if value.name in self.params or keepers[value.name] != me:
-                    continue
-                spec = produced.get(value.name) or needed[value.name][0]
-                kept[value.name] = self.builder.local_bytes(value, spec)
-            if kind_of(node) != "view":
-                specs = {**{n: s[0] for n, s in needed.items()}, **produced}
-                touched = {v.name: v for v in (*node.operands, *node.outputs)}
-                held = sum(self.builder.local_bytes(v, specs[n]) for n, v in touched.items())
-                widest = max(widest, held)
-        return seconds, sum(kept.values()), widest
-
-    def _inner_conversions(
-        self, node: Node, choices: tuple[Choice, ...], produced: dict[str, Spec]
-    ) -> float:
-        """Seconds to reduce the result of a reduction inside the region."""
-        needs, _ = node_specs(node, rule_of(node), choices, self.builder.setting.training)
-        return sum(
-            self.builder.conversions(value, param=False).seconds(produced[value.name], need)
-            for value, need in zip(node.operands, needs, strict=True)
-            if value.name in produced and produced[value.name] != need
-        )
+            cost = self.builder.node_cost(node, choices)
+            seconds += cost.seconds
+            widest = max(widest, cost.held)
+            kept |= {n: size for n, size in cost.kept if keepers.get(n) == me}
+            for value, need in cost.needs:
+                if produced.get(value.name, need) != need:  # the result of a reduction
+                    conversions = self.builder.conversions(value, param=False)
+                    seconds += conversions.seconds(produced[value.name], need)
+        return seconds, float(sum(kept.values())), widest
 
     # 3. outputs ---------------------------------------------------------------------------------
 

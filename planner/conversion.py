@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
 from math import prod
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,10 @@ _MOVES = {  # (value state, value state) -> collective, by kind of state
     ("P", "W"): "all_reduce",
     ("P", "S"): "reduce_scatter",
 }
+# A price for the step itself, so that the shortest of equally cheap paths is the cheapest
+STEP_S = 1e-12
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
 COLLECTIVES = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter"})
 
 
@@ -129,6 +134,12 @@ class Network:
             )
         return self.traffic_seconds(2.0 * n_bytes)
 
+    def seconds_of(self, kind: str, axes: tuple[int, ...], n_bytes: Ints) -> Floats:
+        """`seconds` for an array of bytes."""
+        different, where = np.unique(n_bytes, return_inverse=True)
+        prices = np.array([self.seconds(kind, axes, int(n)) for n in different])
+        return prices[where]
+
     def traffic_seconds(self, n_bytes: float) -> float:
         """Seconds of an elementwise kernel that reads and writes `n_bytes` in all."""
         return self.once(("bytes", n_bytes), lambda: elementwise_s(n_bytes, self.cluster))
@@ -147,11 +158,51 @@ def spec_fits(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> boo
     )
 
 
+class _Lattice:
+    """All legal specs of one shape as an array, so that steps are found for many at once."""
+
+    def __init__(
+        self, states: tuple[State, ...], shape: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> None:
+        every = list(product(states, repeat=len(sizes)))
+        self.specs = [spec for spec in every if spec_fits(shape, spec, sizes)]
+        self._array = np.array(self.specs).reshape(len(self.specs), len(sizes))
+        self._digit = {state: i for i, state in enumerate(states)}
+        self._powers = len(states) ** np.arange(len(sizes))[::-1]
+        self._row = np.full(len(every), -1)
+        self._code = np.array(
+            [sum(self._digit[s] * int(p) for s, p in zip(spec, self._powers, strict=True))
+             for spec in self.specs]
+        )  # fmt: skip
+        self._row[self._code] = np.arange(len(self.specs))
+        self.numel = np.array([prod(local_shape(shape, spec, sizes)) for spec in self.specs])
+
+    def replaced(self, rows: Ints, axes: tuple[int, ...], state: State) -> Ints:
+        """Rows of the specs with `state` on `axes`; -1 where that spec is not legal."""
+        code = self._code[rows]
+        for axis in axes:
+            old = np.array([self._digit[s] for s in self._array[rows, axis].tolist()], dtype=int)
+            code = code + (self._digit[state] - old) * self._powers[axis]
+        return self._row[code]
+
+    def moves(self, axes: tuple[int, ...], a: State, b: State) -> tuple[Ints, Ints]:
+        """(rows, columns) of the legal steps a -> b: see `Conversions._minor_most`."""
+        here = np.all(self._array[:, axes] == a, axis=1)
+        for state in (a, b):
+            if is_shard(state):
+                later = self._array[:, axes[0] + 1 :]
+                here &= np.all(later != state, axis=1)
+        rows = np.flatnonzero(here)
+        columns = self.replaced(rows, axes, b)
+        legal = columns >= 0
+        return rows[legal], columns[legal]
+
+
 class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
-    `gradient` says whether a gradient flows back.  `regather` prices a parameter in training: what
-    forward gathers is not kept for backward but gathered a second time.
+    `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward needs:
+    what forward gathers is not kept but gathered a second time.
     """
 
     def __init__(
@@ -177,7 +228,7 @@ class Conversions:
         """Seconds of the cheapest conversion, forward and backward; inf where there is none."""
         return float(self.matrix([a], [b])[0, 0])
 
-    def matrix(self, froms: Sequence[Spec], tos: Sequence[Spec]) -> NDArray[np.float64]:
+    def matrix(self, froms: Sequence[Spec], tos: Sequence[Spec]) -> Floats:
         """Seconds from each of `froms` (rows) to each of `tos` (columns)."""
         index, distance = self._all_pairs
         rows = [index[self.canonical(spec)] for spec in froms]
@@ -210,19 +261,55 @@ class Conversions:
     # -- the search -------------------------------------------------------------------------
 
     @cached_property
-    def _all_pairs(self) -> tuple[dict[Spec, int], NDArray[np.float64]]:
+    def _all_pairs(self) -> tuple[dict[Spec, int], Floats]:
         """(row of each spec, seconds between all pairs), by the algorithm of Floyd and Warshall."""
-        specs = [s for s in product(self._states, repeat=len(self._sizes)) if self._fits(s)]
-        index = {spec: i for i, spec in enumerate(specs)}
-        distance = np.full((len(specs), len(specs)), np.inf)
+        lattice = _Lattice(self._states, self.type.shape, self._sizes)
+        distance = np.full((len(lattice.specs), len(lattice.specs)), np.inf)
         np.fill_diagonal(distance, 0.0)
-        for spec, row in index.items():
-            for _, following, seconds in self._neighbours(spec):
-                column = index[following]
-                distance[row, column] = min(distance[row, column], seconds)
-        for k in range(len(specs)):
+        axes = range(len(self._sizes))
+        for axis in axes:
+            for a, b in product(self._states, repeat=2):
+                if a != b:
+                    self._add_steps(distance, lattice, (axis,), a, b)
+        for n in range(2, len(self._sizes) + 1):
+            for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
+                self._add_steps(distance, lattice, subset, a, b)
+        for k in range(len(distance)):
             np.minimum(distance, distance[:, k, None] + distance[k], out=distance)
-        return index, distance
+        return {spec: i for i, spec in enumerate(lattice.specs)}, distance
+
+    def _add_steps(
+        self, distance: Floats, lattice: _Lattice, axes: tuple[int, ...], a: State, b: State
+    ) -> None:
+        """Enter the price of the step a -> b on `axes` from every spec where it is legal."""
+        rows, columns = lattice.moves(axes, a, b)
+        if len(rows) == 0:
+            return
+        numel = lattice.numel[lattice.replaced(rows, axes, R)]  # as in `_bytes`
+        ways = prod(self._sizes[axis] for axis in axes)
+        if is_shard(a) and is_shard(b):
+            numel = lattice.numel[rows] * lattice.numel[columns] * ways // numel
+        elif is_shard(a) or is_shard(b):
+            numel = lattice.numel[rows if is_shard(a) else columns] * ways
+        n_bytes = numel * self.type.dtype.itemsize
+        seconds = np.full(len(rows), STEP_S)
+        for kind, _ in self._kinds(a, b):
+            seconds += self.network.seconds_of(kind, axes, n_bytes)
+        np.minimum.at(distance, (rows, columns), seconds)
+
+    @property
+    def _joint_moves(self) -> tuple[tuple[State, State], ...]:
+        """Conversions that several axes make in one collective."""
+        return ((R, V), (P, R), (P, V)) if self.gradient else ((P, R),)
+
+    def _kinds(self, a: State, b: State) -> list[tuple[str, bool]]:
+        """(primitive, is it in backward) of every move that a step a -> b makes."""
+        kinds = [(primitive(a, b), False)]
+        if self.gradient:
+            kinds.append((primitive(dual(b), dual(a)), True))
+        if self.regather and kinds[0][0] == "all_gather":
+            kinds.append(("all_gather", True))
+        return [(kind, backward) for kind, backward in kinds if kind != "nothing"]
 
     def _search(self, a: Spec) -> tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]:
         """Dijkstra from `a` over all specs; ties are broken by fewer steps, then by order."""
@@ -263,9 +350,8 @@ class Conversions:
             if b != spec[axis] and self._minor_most(spec, axis, b)
         ]
         for n in range(2, len(spec) + 1):
-            for subset, (a, b) in product(combinations(axes, n), ((R, V), (P, R), (P, V))):
-                joint = all(spec[axis] == a for axis in subset)
-                if joint and (self.gradient or V not in (a, b)):
+            for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
+                if all(spec[axis] == a for axis in subset):
                     steps.append(Step(subset, a, b))
         return [
             step for step in steps if spec_fits(self.type.shape, _apply(spec, step), self._sizes)
@@ -282,8 +368,7 @@ class Conversions:
         return all(not is_shard(state) or state not in later for state in (spec[axis], b))
 
     def _seconds(self, step: Step, spec: Spec) -> float:
-        """A tiny cost per step makes the shortest of equally cheap paths the cheapest."""
-        return self.step_seconds(step, spec) + 1e-12
+        return self.step_seconds(step, spec) + STEP_S
 
     def step_seconds(self, step: Step, spec: Spec) -> float:
         """Seconds of one step from `spec`, forward and backward."""
@@ -295,25 +380,30 @@ class Conversions:
         return tuple(self._moves(step, spec, local=False))
 
     def _moves(self, step: Step, spec: Spec, *, local: bool) -> list[Traffic]:
-        forward = primitive(step.a, step.b)
-        backward = primitive(dual(step.b), dual(step.a)) if self.gradient else "nothing"
-        kinds = [(forward, False), (backward, True)]
-        if self.regather and forward == "all_gather":
-            kinds.append((forward, True))
         out: list[Traffic] = []
-        for kind, is_backward in kinds:
-            if kind in COLLECTIVES or (local and kind != "nothing"):
-                n_bytes = self._bytes(spec, step, whole=kind != "all_to_all")
-                out.append(Traffic(kind, step.axes, n_bytes, is_backward))
+        for kind, is_backward in self._kinds(step.a, step.b):
+            if local or kind in COLLECTIVES:
+                out.append(Traffic(kind, step.axes, self._bytes(spec, step), is_backward))
         return out
 
-    def _bytes(self, spec: Spec, step: Step, *, whole: bool) -> int:
-        """Local bytes at this point of the path, with the step's own axes gathered if `whole`."""
-        at = tuple(R if whole and axis in step.axes else state for axis, state in enumerate(spec))
-        return (
-            int(np.prod(local_shape(self.type.shape, at, self._sizes))) * self.type.dtype.itemsize
-        )
+    def _bytes(self, spec: Spec, step: Step) -> int:
+        """Bytes that a rank holds at this point of the path with the step's own axes gathered.
+
+        A dim that is cut comes in blocks of equal size, the padding of the last one included; an
+        all-to-all holds one block of the dim that it cuts, for the other dim is whole only then.
+        """
+        shape = list(local_shape(self.type.shape, _at(spec, step, R), self._sizes))
+        ways = prod(self._sizes[axis] for axis in step.axes)
+        cut = [state for state in (step.a, step.b) if is_shard(state)]
+        for dim in cut:
+            shape[dim] = -(-shape[dim] // ways) * ways
+        return prod(shape) * self.type.dtype.itemsize // (ways if len(cut) == 2 else 1)
 
 
 def _apply(spec: Spec, step: Step) -> Spec:
-    return tuple(step.b if axis in step.axes else state for axis, state in enumerate(spec))
+    return _at(spec, step, step.b)
+
+
+def _at(spec: Spec, step: Step, here: State) -> Spec:
+    """`spec` with the step's own axes in the state `here`."""
+    return tuple(here if axis in step.axes else state for axis, state in enumerate(spec))

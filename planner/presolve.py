@@ -35,6 +35,7 @@ from .problem import (
     ShardingProblem,
     Usage,
     live_rows,
+    whole_costs,
 )
 
 # A reparametrised edge whose entries are all this small relative to its largest is separable:
@@ -42,7 +43,6 @@ from .problem import (
 _DUST = 1e-13
 # Elementary steps that one min-plus product may take, and pairs one dominance check may look at.
 _PRODUCT_LIMIT = 20_000_000
-_ROUNDS = 50
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FIXED = "(fixed)"
@@ -185,9 +185,9 @@ class _Reduction:
 
     `adj[a][b]` is the matrix between a and b with a's strategies as rows; `adj[b][a]` is its
     transpose, a view.  `dirty` and `dirty_edges` are the nodes (edges) whose surroundings
-    (matrices) changed since `simplify` last saw them, `undecided` those since `dominate` did, `shrunk` those
-    that lost strategies since `propagate`.
-    `base[r]` are the bytes live in row r whatever is chosen, as differences between rows.
+    (matrices) changed since `simplify` last saw them, `undecided` the nodes for which that holds
+    of `dominate`, `shrunk` those that lost strategies since `propagate`.  `base_change[r]` is
+    what is live in row r whatever is chosen, less the same of row r - 1.
     """
 
     def __init__(self, problem: ShardingProblem) -> None:
@@ -200,6 +200,7 @@ class _Reduction:
         self.alive = [True] * count
         self.steps: list[_Step] = []
         self.offset = 0.0
+        self.dust = 0.0 if whole_costs(problem) else _DUST
         self.dirty: set[int] = set(range(count))
         self.dirty_edges: set[tuple[int, int]] = set()
         self.shrunk: set[int] = set(range(count))
@@ -297,10 +298,10 @@ class _Reduction:
     # the reductions
 
     def run(self) -> None:
-        """Apply all reductions until nothing changes."""
+        """Apply all reductions until nothing changes (each takes something away, so it ends)."""
         self.propagate()
         self.memory()
-        for _ in range(_ROUNDS):
+        while True:
             self.propagate()
             while self.dirty or self.dirty_edges:
                 edges = sorted(self.dirty_edges)
@@ -333,7 +334,7 @@ class _Reduction:
 
     def revise(self, a: int, b: int) -> None:
         """Drop b's strategies that no strategy of a allows."""
-        allowed = np.isfinite(self.adj[a][b]).any(axis=0)
+        allowed = _any_rows(np.isfinite(self.adj[a][b]))
         if not allowed.all():
             self.shrink(b, allowed)
 
@@ -354,7 +355,7 @@ class _Reduction:
         cols = left.min(axis=0)
         left = left - cols[None, :] if cols.any() else left
         if left is not costs:
-            dust = _DUST * max(float(np.abs(rows).max()), float(np.abs(cols).max()))
+            dust = self.dust * max(float(np.abs(rows).max()), float(np.abs(cols).max()))
             left = np.where(left <= dust, 0.0, left)
             self.cost[a] = self.cost[a] + rows
             self.cost[b] = self.cost[b] + cols
@@ -487,7 +488,7 @@ class _Reduction:
             if least.any():
                 self._charge(live, least)
                 live.bytes = live.bytes - least[:, None]
-            self._set_usages(n, live.at(live.bytes.any(axis=1)))
+            self._set_usages(n, live.at(_any_rows(live.bytes.T != 0)))
 
     def _set_usages(self, n: int, live: _Live) -> None:
         self.usages[n] = live if live.first.size else None
@@ -523,7 +524,7 @@ class _Reduction:
                 at = level == k
                 row = table[k]
                 room[at] = np.minimum(row[live.first[at]], row[live.stop[at] - 2**k])
-            fits = (live.bytes <= room[:, None]).all(axis=0)
+            fits = ~_any_rows(live.bytes > room[:, None])
             if not fits.all():
                 self.shrink(n, fits)
                 changed = True
@@ -576,7 +577,7 @@ class _Reduction:
         left = total <= 0
         wins[i[left], j[left]] = True
         tie_lost = wins & wins.T & (np.arange(count)[:, None] > np.arange(count)[None, :])
-        return ~(wins & ~tie_lost).any(axis=0)
+        return ~_any_rows(wins & ~tie_lost)
 
     # the result
 
@@ -635,6 +636,11 @@ def _undominated_rows(
     left = np.zeros_like(mask)
     left[rows] = True
     return left
+
+
+def _any_rows(mask: BoolArray) -> BoolArray:
+    """Which columns are true in any row."""
+    return np.logical_or.reduce(mask, axis=0)
 
 
 def _as_usages(live: _Live | None) -> tuple[Usage, ...]:
@@ -701,8 +707,8 @@ class Part:
 def split(problem: ShardingProblem) -> tuple[Part, ...]:
     """The parts that no edge and no memory row joins, smallest first.
 
-    Every row is taken to bind (presolve drops the others).  A node with one strategy and no
-    edges joins nothing and is in no part: it takes strategy 0.
+    For presolved problems: every row is taken to bind, and a node with one strategy and no
+    edges is in no part, as nothing is left to decide or to check about it.
     """
     ends = [end for edge in problem.edges for end in (edge.a, edge.b)]
     linked = set(ends)

@@ -219,6 +219,13 @@ def _peak(problem: ShardingProblem, assignment: Sequence[int]) -> tuple[float, i
     return float(total[first]), times[first]
 
 
+def whole_costs(problem: ShardingProblem) -> bool:
+    """Are all costs integers (or inf), so that two different costs differ by at least 1?"""
+    return all(
+        bool((item.costs == np.rint(item.costs)).all()) for item in (*problem.nodes, *problem.edges)
+    )
+
+
 def brute_force(problem: ShardingProblem) -> tuple[tuple[int, ...], float] | None:
     """An optimal assignment and its cost by trying everything; None if nothing is feasible.
 
@@ -285,4 +292,5 @@ def live_rows(starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray, Int
 __all__ = [
     "BRUTE_FORCE_LIMIT", "Edge", "Evaluation", "FloatArray", "IntArray", "LIMIT_TOLERANCE",
     "ProblemNode", "ShardingProblem", "Usage", "brute_force", "evaluate", "live_rows",
+    "whole_costs",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from ..ir.ops import rule_of
 from ..ir.rule import Choice
 from ..ir.spec import R, Spec, V
 from .build import Decisions
-from .conversion import Step, Traffic
+from .conversion import Step, Traffic, primitive
 from .regions import node_specs
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
@@ -48,6 +48,11 @@ class Convert:
     priced: PricedStep
     param: bool
     user: str  # name of the node that asked first
+
+    @property
+    def primitive(self) -> str:
+        """What it runs in forward: `all_gather`, `slice`, `nothing`, ..."""
+        return primitive(self.priced.step.a, self.priced.step.b)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from .build import Restriction, all_params
 from .errors import PlanError
 from .regions import Region, Strategy, scopes
 
-ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP"}
+ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP", "cp": "CP"}
+_DATA = {"ddp": "b", "fsdp": "b", "cp": "s"}  # roles that cut one dim of the data wherever it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,10 @@ def _module(path: str) -> str:
 
 
 class Roles(Restriction):
-    """One role per mesh axis: `ddp`, `fsdp` or `tp`.
+    """One role per mesh axis: `ddp`, `fsdp`, `cp` or `tp`.
 
-    A data axis cuts the batch wherever an op has one; a tensor axis cuts anything else, but never
-    the sequence of attention, and its parameters are never gathered.
+    A data axis cuts the batch (`cp`: the sequence) wherever an op has one; a tensor axis cuts
+    anything else, but never the sequence of attention, and its parameters are never gathered.
     """
 
     def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh) -> None:
@@ -99,7 +100,7 @@ class Roles(Restriction):
         self._labels = {
             node.name: factor_labels(node, labels) for s in scopes(graph) for node in s.nodes
         }
-        self._batched: dict[tuple[int, int], bool] = {}
+        self._cuttable: dict[tuple[int, int], bool] = {}
 
     @property
     def name(self) -> str:
@@ -114,18 +115,20 @@ class Roles(Restriction):
                 sequence = any(kind_of(n) == "attention" for n in region.nodes) and "s" in cuts
                 if "b" in cuts or sequence:
                     return False
-            elif self._can_cut_batch(region, axis):
-                if "b" not in cuts:
+            elif self._can_cut(region, axis, _DATA[role]):
+                if _DATA[role] not in cuts:
                     return False
             elif cuts:
                 return False
         return True
 
-    def _can_cut_batch(self, region: Region, axis: int) -> bool:
+    def _can_cut(self, region: Region, axis: int, label: str) -> bool:
         key = (id(region), axis)
-        if key not in self._batched:
-            self._batched[key] = any("b" in self._cuts(region, s, axis) for s in region.strategies)
-        return self._batched[key]
+        if key not in self._cuttable:
+            self._cuttable[key] = any(
+                label in self._cuts(region, s, axis) for s in region.strategies
+            )
+        return self._cuttable[key]
 
     def _cuts(self, region: Region, strategy: Strategy, axis: int) -> set[str]:
         """Labels of the factors that are cut over `axis`; `?` for one without a label."""

@@ -152,13 +152,20 @@ class Axis:
         """
         return self.convert(x, _front(dim), P, size)
 
-    def gather_parameter(self, x: Tensor, dim: int, size: int | None = None) -> Tensor:
-        """`all_gather(x, dim, size)` whose result is gathered again for backward, not kept.
+    def gather_parameter(
+        self,
+        x: Tensor,
+        dim: int,
+        size: int | None = None,
+        *,
+        backward: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+    ) -> Tensor:
+        """`all_gather` whose result is gathered again for backward, not kept.
 
         That needs `with regathering(mesh)` around the forward pass; without it this is
         a plain all-gather.
         """
-        whole = self.all_gather(x, dim, size)
+        whole = self.all_gather(x, dim, size, backward=backward)
         memory = self.mesh.parameter_memory
         if memory is not None and self.size > 1:
             memory.remember(whole, x, self, dim, size)

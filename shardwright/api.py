@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .planner.errors import PlanError
 from .planner.iopddl import write_problem
 from .planner.roles import Pin, Pins
 from .planner.search import Clock, make_plan, setting_of
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 PHASES = ("train", "prefill")
 Request = plans.Request
@@ -234,4 +237,15 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.load(path)
 
 
-__all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file"]
+def verify(folder: str | Path, ranks: int | None = None) -> Verification:
+    """Run the module of the plan in `folder` on gloo ranks of this machine beside the original.
+
+    `print` shows the result, `.ok` says whether every output, the loss and every gradient agree.
+    Raises PlanError where the plan cannot be run on `ranks` processes.
+    """
+    from .verify import verify as run
+
+    return run(Path(folder), ranks)
+
+
+__all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file", "verify"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in every process a test starts: ranks share few cores.
@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+
+from shardwright.runtime import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -70,3 +72,18 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data folder {SHARED_DATA}, which is not part of the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], RankPool]]:
+    """`pool(3)` is a pool of three ranks, started once: starting processes is what takes long."""
+    pools: dict[int, RankPool] = {}
+
+    def of(ranks: int) -> RankPool:
+        if ranks not in pools:
+            pools[ranks] = RankPool(ranks)
+        return pools[ranks]
+
+    yield of
+    for each in pools.values():
+        each.close()

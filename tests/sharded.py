@@ -10,21 +10,23 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.cluster import load_cluster
-from shardwright.ir.graph import Arg, Block, Graph, Loop, Node, TensorType, Value
+from shardwright.ir.graph import Graph, Value
 from shardwright.ir.interpret import interpret
 from shardwright.ir.mesh import Mesh
+from shardwright.ir.widen import widened as widened  # for the tests that import it from here
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
 from shardwright.planner.conversion import Network
 from shardwright.planner.program import PricedStep, Program, lower
+from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 
 AXES = ("x", "y", "z")
@@ -77,55 +79,6 @@ def source_of(builder: Builder, decisions: Decisions) -> str:
     )
 
 
-def widened(graph: Graph) -> Graph:
-    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order."""
-
-    def kind(t: TensorType) -> TensorType:
-        return TensorType(t.shape, torch.float64) if t.dtype.is_floating_point else t
-
-    def value(v: Value) -> Value:
-        return Value(v.name, kind(v.type), v.differentiable)
-
-    def arg(a: Arg) -> Arg:
-        if isinstance(a, Value):
-            return value(a)
-        if isinstance(a, tuple):
-            return tuple(arg(item) for item in a)
-        return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
-
-    def node(n: Node) -> Node:
-        args = tuple((name, arg(a)) for name, a in n.args)
-        return replace(n, args=args, outputs=tuple(map(value, n.outputs)))
-
-    def block(b: Block) -> Block:
-        return replace(
-            b,
-            params=tuple(replace(p, value=value(p.value)) for p in b.params),
-            inputs=tuple(map(value, b.inputs)),
-            nodes=tuple(map(node, b.nodes)),
-            outputs=tuple(map(value, b.outputs)),
-        )
-
-    def item(i: Node | Loop) -> Node | Loop:
-        if isinstance(i, Node):
-            return node(i)
-        return replace(
-            i,
-            blocks=tuple(map(block, i.blocks)),
-            carried=tuple(map(value, i.carried)),
-            invariants=tuple(map(value, i.invariants)),
-            outputs=tuple(map(value, i.outputs)),
-        )
-
-    return replace(
-        graph,
-        inputs=tuple(replace(i, value=value(i.value)) for i in graph.inputs),
-        params=tuple(replace(p, value=value(p.value)) for p in graph.params),
-        body=tuple(map(item, graph.body)),
-        outputs=tuple(replace(o, value=value(o.value)) for o in graph.outputs),
-    )
-
-
 def reference(
     graph: Graph, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
@@ -168,17 +121,22 @@ def weights_like(t: Tensor) -> Tensor:
 
 def run_module(
     source: str, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor | None], dict[str, float]]:
-    """In one rank: run a generated module; whole outputs, whole gradients, counted bytes by op."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None], dict[tuple[str, str, str], float]]:
+    """In one rank: run a generated module; whole outputs, whole gradients, counted bytes.
+
+    Without training there is no backward pass and no gradient.
+    """
     module = _import_source(source)
     model = module.ShardedModel.from_state_dict(params)
     with count_collectives() as counter:
-        out = model(**model.shard_inputs(**inputs))
-        entries = {str(path): t for path, t in flatten(out)}
-        _combine_local(model, entries).backward()
-    counted: dict[str, float] = {}
-    for key, count in counter.counts.items():
-        counted[key.op] = counted.get(key.op, 0.0) + count.bytes
+        if model.PHASE == "train":
+            out = model(**model.shard_inputs(**inputs))
+            entries = {str(path): t for path, t in flatten(out)}
+            _combine_local(model, entries).backward()
+        else:
+            with torch.no_grad():
+                out = model.eval()(**model.shard_inputs(**inputs))
+    counted = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
     whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
     return whole, model.full_gradients(), counted
 
@@ -217,22 +175,23 @@ def check(
     expected: tuple[dict[str, Tensor], dict[str, Tensor | None]],
     *,
     tolerance: float,
-) -> dict[str, float]:
-    """Run on all ranks and compare with `reference`; returns the bytes that rank 0 counted.
+) -> None:
+    """Run on all ranks; results are as `reference` says, and bytes as predicted.
 
     Errors are relative to the largest entry of the expected tensor.
     """
     source = source_of(builder, decisions)
     results = pool.run(run_module, source, dict(params), dict(inputs))
-    for rank, (outputs, gradients, _) in enumerate(results):
+    moved = predicted_bytes(program_of(builder, decisions), builder.network.mesh)
+    for rank, (outputs, gradients, counted) in enumerate(results):
         for path, want in expected[0].items():
             assert_close(outputs[path], want, tolerance, f"rank {rank} output {path}")
         for name, want in expected[1].items():
-            if want is not None and name in gradients:
+            if want is not None and name in gradients and builder.setting.training:
                 got = gradients[name]
                 assert got is not None, f"rank {rank}: no gradient for {name}"
                 assert_close(got, want, tolerance, f"rank {rank} gradient of {name}")
-    return results[0][2]
+        assert counted == pytest.approx(dict(moved), rel=1e-12), f"rank {rank}"
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:

@@ -6,14 +6,14 @@ has the evaluator price the answer in the problem as it was given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from math import fsum, inf
 from time import perf_counter
 from types import MappingProxyType
 
-from ..presolve import Infeasible, split
+from ..presolve import Infeasible, Part, split
 from ..presolve import presolve as reduce
 from ..problem import ShardingProblem
 from .base import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
@@ -70,8 +70,11 @@ def solve(
     if isinstance(reduced, Infeasible):
         seconds = perf_counter() - started
         return Solution(None, inf, inf, "infeasible", seconds, reduced.reason)
-    inner = problem if reduced is None else reduced.problem
-    found = _solve_parts(inner, SOLVERS[solver], started, time_limit_s)
+    if reduced is None:
+        inner, parts = problem, (Part(problem, tuple(range(len(problem.nodes)))),)
+    else:
+        inner, parts = reduced.problem, split(reduced.problem)
+    found = _solve_parts(inner, parts, SOLVERS[solver], started, time_limit_s)
     if found.assignment is None:
         return replace(found, seconds=perf_counter() - started)
     assignment = found.assignment if reduced is None else reduced.restore(found.assignment)
@@ -84,15 +87,20 @@ def solve(
 
 
 def _solve_parts(
-    problem: ShardingProblem, solver: Solver, started: float, time_limit_s: float
+    problem: ShardingProblem,
+    parts: Sequence[Part],
+    solver: Solver,
+    started: float,
+    time_limit_s: float,
 ) -> Solution:
     """Solve each independent part in the time that is left; `seconds` is not filled in."""
-    parts = split(problem)
     full = [0] * len(problem.nodes)
     inside = {n for part in parts for n in part.nodes}
     bounds = [float(n.costs[0]) for k, n in enumerate(problem.nodes) if k not in inside]
     complete = True
     for part in parts:
+        if not part.nodes:
+            continue
         left = time_limit_s - (perf_counter() - started)
         found = solver(part.problem, time_limit_s=max(left, LEAST_S))
         if found.status == "infeasible":

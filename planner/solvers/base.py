@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from ..problem import ShardingProblem, evaluate
+from ..problem import ShardingProblem, evaluate, whole_costs
 
 # "Optimal" means that cost and bound differ by less than this, relative to the cost.
 RELATIVE_GAP = 1e-6
@@ -19,7 +19,7 @@ Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 class SolverError(RuntimeError):
-    """A solver failed, or gave an answer that the evaluator does not confirm: a bug in it or here."""
+    """A solver failed, or gave an answer that the evaluator does not confirm: a bug."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,6 @@ class Solution:
         if self.cost == self.bound:
             return 0.0
         return (self.cost - self.bound) / abs(self.cost) if self.cost else float("inf")
-
-
-def whole_costs(problem: ShardingProblem) -> bool:
-    """Are all costs integers (or inf), so that two different costs differ by at least 1?"""
-    return all(
-        bool((item.costs == np.rint(item.costs)).all()) for item in (*problem.nodes, *problem.edges)
-    )
 
 
 def _smallest_cost(problem: ShardingProblem) -> float:
@@ -99,5 +92,4 @@ __all__ = [
     "SolverError",
     "Status",
     "conclude",
-    "whole_costs",
 ]

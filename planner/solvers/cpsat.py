@@ -10,8 +10,8 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from ..presolve import group_rows
-from ..problem import FloatArray, ShardingProblem
-from .base import Solution, SolverError, conclude, whole_costs
+from ..problem import FloatArray, ShardingProblem, whole_costs
+from .base import Solution, SolverError, conclude
 from .formulation import Memory
 
 # CP-SAT needs integers; sums of objective terms and of a memory row must fit in 64 bits with room

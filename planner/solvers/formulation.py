@@ -117,9 +117,8 @@ class Memory:
         row = self.rows[position]
         live = np.nonzero((self.first <= row) & (row < self.stop))[0]
         index = np.concatenate([np.arange(self.at[u], self.at[u + 1]) for u in live])
-        total = np.bincount(
-            self.variable[index], weights=self.bytes[index], minlength=self.strategies
-        )
+        total = np.zeros(self.strategies)
+        np.add.at(total, self.variable[index], self.bytes[index])
         used = np.nonzero(total)[0]
         return used, total[used]
 

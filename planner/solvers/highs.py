@@ -17,8 +17,8 @@ import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
-from ..problem import FloatArray, IntArray, ShardingProblem
-from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude, whole_costs
+from ..problem import FloatArray, IntArray, ShardingProblem, whole_costs
+from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 from .formulation import Formulation, formulate
 
 # Above this many nonzeros memory rows are added only when violated, so many at a time.

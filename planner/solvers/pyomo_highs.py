@@ -2,31 +2,61 @@
 
 Nothing is shared with the default solver but the problem: no grouping of equal rows, no lazy
 memory rows, another modelling layer, another copy of HiGHS.  It is slower and meant for checking.
+
+It runs as a program of its own (`python -m`, a pickled call on stdin, the pickled answer on
+stdout): the HiGHS that Pyomo drives and the one inside OR-tools are shared libraries of one
+name, and a process can load only one of them.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
 from math import inf
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyomo.environ as pyo
-from pyomo.contrib.appsi.base import TerminationCondition
-from pyomo.contrib.appsi.solvers.highs import Highs
 
-from ..problem import ShardingProblem
-from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude, whole_costs
+from ..problem import ShardingProblem, whole_costs
+from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 
-_PROVEN_EMPTY = (
-    TerminationCondition.infeasible,
-    TerminationCondition.infeasibleOrUnbounded,  # every variable is bounded
-)
-_ANSWERED = (TerminationCondition.optimal, TerminationCondition.maxTimeLimit)
+_START_S = 30.0  # what starting Python and importing Pyomo may take on a busy machine
 
 
 def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
-    """Solve by Pyomo and HiGHS; see `planner.solvers.solve` for presolve and checks."""
+    """Solve by Pyomo and HiGHS; see `planner.solvers.solve` for presolve and checks.
+
+    Building the model counts towards the time limit, starting the process does not.
+    """
+    started = perf_counter()
+    call = [sys.executable, "-m", __name__]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(
+            call,
+            input=pickle.dumps((problem, time_limit_s)),
+            capture_output=True,
+            env=environment,
+            timeout=2 * time_limit_s + _START_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Solution(None, inf, -inf, "unknown", perf_counter() - started)
+    if done.returncode:
+        raise SolverError(f"the Pyomo process failed: {done.stderr.decode(errors='replace')}")
+    found = cast(Solution, pickle.loads(done.stdout))
+    return replace(found, seconds=perf_counter() - started)
+
+
+def solve_here(problem: ShardingProblem, time_limit_s: float) -> Solution:
+    """What `solve` does, in this process, which must not load OR-tools."""
+    from pyomo.contrib.appsi.base import TerminationCondition
+    from pyomo.contrib.appsi.solvers.highs import Highs
+
     started = perf_counter()
     # costs per unit, bytes per limit: tolerances are absolute, 1e-7 or so
     unit = _middle_cost(problem)
@@ -40,12 +70,13 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
         "mip_abs_gap": 0.999 / unit if whole else 0.0,
     }
     found = solver.solve(model)
-    seconds = perf_counter() - started
-    if found.termination_condition in _PROVEN_EMPTY:
+    seconds, why = perf_counter() - started, found.termination_condition
+    # every variable is bounded, so "infeasible or unbounded" is infeasible
+    if why in (TerminationCondition.infeasible, TerminationCondition.infeasibleOrUnbounded):
         reason = "no assignment satisfies all edges and memory rows"
         return Solution(None, inf, inf, "infeasible", seconds, reason)
-    if found.termination_condition not in _ANSWERED:
-        raise SolverError(f"Pyomo's HiGHS stopped with {found.termination_condition.name}")
+    if why not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit):
+        raise SolverError(f"Pyomo's HiGHS stopped with {why.name}")
     bound = -inf if found.best_objective_bound is None else found.best_objective_bound * unit
     if found.best_feasible_objective is None:
         return Solution(None, inf, bound, "unknown", seconds)
@@ -73,7 +104,7 @@ def _model(problem: ShardingProblem, unit: float) -> Any:
     ]
     choices = [(n, k) for n, node in enumerate(nodes) for k in range(node.costs.size)]
     allowed = [(n, k) for n, k in choices if nodes[n].costs[k] < inf]
-    model: Any = pyo.ConcreteModel()
+    model = cast(Any, pyo.ConcreteModel())
     model.s = pyo.Var(choices, domain=pyo.Binary)
     model.e = pyo.Var(pairs, domain=pyo.NonNegativeReals)
     for n, k in set(choices) - set(allowed):
@@ -117,4 +148,16 @@ def _add_memory(model: Any, problem: ShardingProblem) -> None:
             model.rows.add(total <= problem.capacity * scale)
 
 
-__all__ = ["solve"]
+def _main() -> None:
+    """Answer one call: what HiGHS prints goes to stderr, stdout holds the answer alone."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    problem, time_limit_s = cast("tuple[ShardingProblem, float]", pickle.load(sys.stdin.buffer))
+    with os.fdopen(answer, "wb") as out:
+        pickle.dump(solve_here(problem, time_limit_s), out)
+
+
+if __name__ == "__main__":
+    _main()
+
+__all__ = ["solve", "solve_here"]

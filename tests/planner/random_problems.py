@@ -12,7 +12,7 @@ INF = float("inf")
 
 @st.composite
 def problems(draw: st.DrawFn) -> ShardingProblem:
-    """Small problems: ties, infinities, parallel edges, self-loops, several usages, tight limits."""
+    """Ties, infinities, parallel edges, self-loops, followers, several usages, tight limits."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     count = draw(st.integers(1, 6))
     levels = draw(st.sampled_from([2, 5, 1000]))

@@ -66,7 +66,7 @@ def node(name: str, *costs: float, usage: tuple[float, ...] | None = None) -> Pr
 def reduce(
     *nodes: ProblemNode, edges: tuple[Edge, ...] = (), limit: float | None = None
 ) -> list[str]:
-    """Names of what is left, with the number of strategies."""
+    """Names of the nodes that are left, with the number of strategies."""
     reduced = presolve(ShardingProblem("p", nodes, edges, limit))
     assert not isinstance(reduced, Infeasible), reduced.reason
     return [f"{n.name}:{n.costs.size}" for n in reduced.problem.nodes]
@@ -90,7 +90,7 @@ def test_a_follower_is_merged_with_its_memory() -> None:
 
 def test_a_row_that_cannot_bind_is_dropped() -> None:
     a, b = node("a", 0.0, 1.0, usage=(6.0, 1.0)), node("b", 0.0, 1.0, usage=(6.0, 1.0))
-    assert reduce(a, b, limit=11) == ["a:2", "b:2"]
+    assert reduce(a, b, limit=11) == ["a:2", "b:2", f"{FIXED}:1"]
     assert reduce(a, b, limit=12) == []
 
 
@@ -98,7 +98,7 @@ def test_dominated_strategies_go_only_if_they_are_no_smaller() -> None:
     b = node("b", 0.0, 9.0, usage=(6.0, 1.0))
     # a's strategy 1 is dearer and larger than 0; 2 is dearer but smaller
     a = node("a", 1.0, 2.0, 3.0, usage=(5.0, 5.0, 1.0))
-    assert reduce(a, b, limit=8) == ["a:2", "b:2"]
+    assert reduce(a, b, limit=8) == ["a:2", "b:2", f"{FIXED}:1"]
 
 
 def test_infeasible_problems_say_why() -> None:

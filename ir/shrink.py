@@ -1,0 +1,678 @@
+"""A planned graph with smaller sizes, cut in the same way: what `plan verify` can run anywhere.
+
+Factor rules tie the dims of a node's operands and results together.  Over the whole graph they
+leave a few independent sizes, the *atoms*: a dim that one op sees as a whole and a reshape
+takes apart into heads and head width is the product of two.  Each atom gets the smallest size that
+keeps the plan's structure, then every shape and every argument that holds a size follows.
+
+What keeps the structure: no size becomes 1 (a size-1 dim has no factor); what the plan cuts evenly
+stays a multiple of the ways it is cut, what it cuts unevenly stays uneven; ratios that an op
+fixes (halves of a rotary embedding, a fused projection) stay; a loop keeps two layers of each kind.
+Sizes whose role is not known (an op without a rule, a table read at computed places) stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import gcd, prod
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .graph import Arg, Graph, Loop, Node, Param, TensorType, Value
+from .interpret import interpret
+from .mesh import Mesh
+from .ops import find_op, rule_of
+from .rewrite import with_args
+from .rule import Choice, opaque_rule
+from .spec import Spec, is_shard
+from .widen import rebuilt
+
+# Smallest sizes that are chosen: of any atom, of a sequence, of a vocabulary.
+_LEAST, _LEAST_TOKENS, _LEAST_ROWS = 4, 16, 32
+# Ratios between a dim and its parts above this are taken for differences.
+_RATIO = 8
+_LAYERS_PER_KIND = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """The smaller graph, and the sizes that changed: (what, from, to)."""
+
+    graph: Graph
+    changes: tuple[tuple[str, int, int], ...]
+
+
+def shrink(
+    graph: Graph,
+    choices: Mapping[str, tuple[Choice, ...]],
+    specs: Iterable[tuple[str, Spec]],
+    old: Mesh,
+    new: Mesh,
+    *,
+    tokens_only: bool = False,
+) -> Shrunk:
+    """`graph` with smaller sizes that `choices` (by node) and `specs` (by value) fit on `new`.
+
+    `specs` are all that any value takes on its way, repeats allowed.  Each axis size of `new`
+    divides that of `old`.  `tokens_only`: only dims labelled as batch or sequence change.
+    Raises ValueError if the smaller graph does not come out right, naming the node.
+    """
+    if any(a % b for a, b in zip(old.sizes, new.sizes, strict=True)):
+        raise ValueError(f"mesh {new} does not divide mesh {old}")
+    values = {value.name: value for value in _values(graph)}
+    atoms = _Atoms()
+    for node in _nodes(graph):
+        _tie_node(atoms, node)
+    for loop in graph.loops:
+        _tie_loop(atoms, loop)
+    _fix_tables(atoms, graph)
+    demands = _Demands(atoms, old.sizes, new.sizes)
+    for node in _nodes(graph):
+        demands.node(node, choices[node.name])
+    for name, spec in specs:
+        demands.value(values[name], spec)
+    sizes = _choose(atoms, demands, _floors(atoms, graph, tokens_only))
+    small = _rewrite(graph, atoms, sizes, shorten=not tokens_only)
+    _check(graph, small, choices, new)
+    return Shrunk(small, _changes(graph, small))
+
+
+# --- sizes and how they hang together -----------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Atom:
+    """A size; it may turn out to equal another's (`same`), or to be a product (`parts`)."""
+
+    size: int
+    fixed: bool = False
+    same: _Atom | None = None
+    parts: tuple[_Atom, ...] = ()
+
+
+@dataclass(slots=True)
+class _Atoms:
+    """The atoms of every dim of every value; `sums` holds (a, b, c) for a = b + c."""
+
+    dims: dict[tuple[str, int], _Atom] = field(default_factory=dict)
+    sums: list[tuple[_Atom, _Atom, int]] = field(default_factory=list)
+
+    def dim(self, value: Value, dim: int) -> _Atom:
+        """The size of one dim."""
+        dim %= len(value.type.shape)
+        return self.dims.setdefault((value.name, dim), _Atom(value.type.shape[dim]))
+
+    def all_of(self, value: Value) -> list[_Atom]:
+        """The sizes of all dims."""
+        return [self.dim(value, i) for i in range(len(value.type.shape))]
+
+    def flat(self, items: Sequence[_Atom]) -> list[_Atom]:
+        """What the product of `items` is made of, major to minor; sizes of 1 are left out."""
+        out: list[_Atom] = []
+        for item in items:
+            while item.same is not None:
+                item = item.same
+            if item.parts:
+                out += self.flat(item.parts)
+            elif item.size != 1:
+                out.append(item)
+        return out
+
+    def fix(self, *items: _Atom) -> None:
+        """These sizes stay."""
+        for atom in self.flat(items):
+            atom.fixed = True
+
+    def equate(self, left: Sequence[_Atom], right: Sequence[_Atom]) -> None:
+        """Two products are the same number, made up in the same order; else both stay."""
+        a, b = self.flat(left), self.flat(right)
+        while a and b:
+            x, y = a.pop(), b.pop()
+            if x.same is not None or x.parts or y.same is not None or y.parts:
+                a += self.flat([x])  # changed by an earlier round
+                b += self.flat([y])
+            elif x.size == y.size:
+                if x is not y:
+                    y.same, x.fixed = x, x.fixed or y.fixed
+            elif x.size % y.size == 0:
+                a.append(_split(x, y))
+            elif y.size % x.size == 0:
+                b.append(_split(y, x))
+            else:
+                self.fix(x, y, *a, *b)
+                return
+        self.fix(*a, *b)
+
+    def ratio(self, atom: _Atom, times: int, unit: _Atom) -> None:
+        """`atom` is `times` units, for good."""
+        self.equate([atom], [_Atom(times, fixed=True), unit])
+
+
+def _split(atom: _Atom, minor: _Atom) -> _Atom:
+    """Make `atom` a product whose minor part is `minor`; gives the major part."""
+    major = _Atom(atom.size // minor.size, atom.fixed)
+    minor.fixed = minor.fixed or atom.fixed
+    atom.parts = (major, minor)
+    return major
+
+
+def _nodes(graph: Graph) -> Iterator[Node]:
+    for item in graph.body:
+        if isinstance(item, Node):
+            yield item
+        else:
+            for block in item.blocks:
+                yield from block.nodes
+
+
+def _params(graph: Graph) -> Iterator[Param]:
+    yield from graph.params
+    for loop in graph.loops:
+        for block in loop.blocks:
+            yield from block.params
+
+
+def _values(graph: Graph) -> Iterator[Value]:
+    yield from (item.value for item in graph.inputs)
+    yield from (param.value for param in _params(graph))
+    for node in _nodes(graph):
+        yield from node.outputs
+    for loop in graph.loops:
+        yield from loop.outputs
+        for block in loop.blocks:
+            yield from block.inputs
+
+
+def _tie_loop(atoms: _Atoms, loop: Loop) -> None:
+    outer = (*loop.carried, *loop.invariants)
+    for block in loop.blocks:
+        pairs = [*zip(block.inputs, outer, strict=True)]
+        pairs += [*zip(block.outputs, loop.outputs, strict=True)]
+        pairs += [*zip(block.outputs, loop.carried, strict=True)]
+        for a, b in pairs:
+            for x, y in zip(atoms.all_of(a), atoms.all_of(b), strict=True):
+                atoms.equate([x], [y])
+
+
+def _tie_node(atoms: _Atoms, node: Node) -> None:
+    """What the node says about the sizes of its operands and results."""
+    if node.op in _TIES:
+        _TIES[node.op](atoms, node)
+    rule = rule_of(node)
+    shapes = [v.type.shape for v in node.operands], [v.type.shape for v in node.outputs]
+    if rule == opaque_rule(*shapes):
+        if node.op not in _TIES:
+            atoms.fix(*(a for v in (*node.operands, *node.outputs) for a in atoms.all_of(v)))
+        return
+    factors = {name: _Atom(size) for name, size in rule.sizes.items()}
+    for value, dims in zip(
+        (*node.operands, *node.outputs), (*rule.operands, *rule.results), strict=True
+    ):
+        for dim, names in enumerate(dims):
+            atoms.equate([atoms.dim(value, dim)], [factors[name] for name in names])
+    if "view" in node.op or "reshape" in node.op or "flatten" in node.op:
+        atoms.fix(*(factors[name] for name in rule.whole))
+
+
+def _tie_same(atoms: _Atoms, node: Node) -> None:
+    """The result has the shape of the operand."""
+    pairs = zip(atoms.all_of(node.operands[0]), atoms.all_of(node.output), strict=True)
+    for x, y in pairs:
+        atoms.equate([x], [y])
+
+
+def _tie_free(atoms: _Atoms, node: Node) -> None:
+    """Any size will do; an argument follows it."""
+
+
+def _tie_slice(atoms: _Atoms, node: Node) -> None:
+    operand = node.operands[0]
+    dim = _int(node, "dim") % len(operand.type.shape)
+    x, y = atoms.dim(operand, dim), atoms.dim(node.output, dim)
+    start = _start(node, x.size)
+    unit = gcd(start, x.size, y.size)
+    if x.size == y.size:
+        atoms.equate([x], [y])
+    elif _int(node, "step") != 1:
+        atoms.fix(x, y)
+    elif x.size // unit <= _RATIO:
+        shared = _Atom(unit)
+        atoms.ratio(x, x.size // unit, shared)
+        atoms.ratio(y, y.size // unit, shared)
+    elif x.size - y.size <= _RATIO:
+        atoms.sums.append((x, y, x.size - y.size))
+    elif start == 0:
+        atoms.fix(x)  # the beginning of a table, as long as needed
+    else:
+        atoms.fix(x, y)
+
+
+def _tie_parts(atoms: _Atoms, node: Node) -> None:
+    """Split and chunk: parts of one dim."""
+    operand = node.operands[0]
+    dim = _int(node, "dim") % len(operand.type.shape)
+    _tie_sum(atoms, atoms.dim(operand, dim), [atoms.dim(out, dim) for out in node.outputs])
+
+
+def _tie_cat(atoms: _Atoms, node: Node) -> None:
+    dim = _int(node, "dim") % len(node.output.type.shape)
+    _tie_sum(atoms, atoms.dim(node.output, dim), [atoms.dim(v, dim) for v in node.operands])
+
+
+def _tie_sum(atoms: _Atoms, whole: _Atom, parts: list[_Atom]) -> None:
+    """`whole` is the sum of `parts`: multiples of a common unit, or one part and a few rows."""
+    unit = gcd(*(part.size for part in parts))
+    largest = max(parts, key=lambda part: part.size)
+    if whole.size // unit <= 2 * _RATIO:
+        shared = _Atom(unit)
+        for item in (whole, *parts):
+            atoms.ratio(item, item.size // unit, shared)
+    elif whole.size - largest.size <= _RATIO:
+        atoms.fix(*(part for part in parts if part is not largest))
+        atoms.sums.append((whole, largest, whole.size - largest.size))
+    else:
+        atoms.fix(whole, *parts)
+
+
+def _tie_pad(atoms: _Atoms, node: Node) -> None:
+    operand, pads = node.operands[0], node.arg("pad")
+    assert isinstance(pads, tuple)
+    for dim in range(len(operand.type.shape)):
+        x, y = atoms.dim(operand, dim), atoms.dim(node.output, dim)
+        if x.size == y.size:
+            atoms.equate([x], [y])
+        else:
+            atoms.sums.append((y, x, y.size - x.size))
+
+
+def _tie_select(atoms: _Atoms, node: Node) -> None:
+    operand = node.operands[0]
+    dim = _int(node, "dim")
+    size = operand.type.shape[dim]
+    if _int(node, "index") not in (0, -1, size - 1):
+        atoms.fix(atoms.dim(operand, dim))
+
+
+def _tie_stack(atoms: _Atoms, node: Node) -> None:
+    atoms.fix(atoms.dim(node.output, _int(node, "dim")))
+
+
+def _tie_unbind(atoms: _Atoms, node: Node) -> None:
+    atoms.fix(atoms.dim(node.operands[0], _int(node, "dim")))
+
+
+def _tie_repeat(atoms: _Atoms, node: Node) -> None:
+    """`repeats` stays."""
+    dim = _int(node, "dim") % len(node.output.type.shape)
+    x, y = atoms.dim(node.operands[0], dim), atoms.dim(node.output, dim)
+    atoms.equate([y], [x, _Atom(y.size // x.size, fixed=True)])
+
+
+def _tie_gather(atoms: _Atoms, node: Node) -> None:
+    """The result is shaped like the indices; the dim that is read keeps its rows."""
+    source, index = node.operands
+    dim = _int(node, "dim") % len(source.type.shape)
+    for i in range(len(source.type.shape)):
+        atoms.equate([atoms.dim(index, i)], [atoms.dim(node.output, i)])
+        x, y = atoms.dim(source, i), atoms.dim(index, i)
+        if i == dim or x.size != y.size:
+            atoms.fix(x)
+        else:
+            atoms.equate([x], [y])
+
+
+_TIES: dict[str, Callable[[_Atoms, Node], None]] = {
+    **dict.fromkeys(
+        (
+            "aten.softmax.int", "aten.log_softmax.int", "aten.cumsum.default", "aten.roll.default",
+            "aten.flip.default", "aten.tril.default", "aten.triu.default",
+        ),
+        _tie_same,
+    ),
+    **dict.fromkeys(
+        (
+            "aten.arange.default", "aten.arange.start", "aten.arange.start_step",
+            "aten.scalar_tensor.default",
+        ),
+        _tie_free,
+    ),
+    "aten.slice.Tensor": _tie_slice,
+    **dict.fromkeys(
+        ("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"), _tie_parts
+    ),
+    "aten.cat.default": _tie_cat,
+    **dict.fromkeys(("aten.pad.default", "aten.constant_pad_nd.default"), _tie_pad),
+    "aten.select.int": _tie_select,
+    "aten.unbind.int": _tie_unbind,
+    "aten.stack.default": _tie_stack,
+    "aten.repeat_interleave.self_int": _tie_repeat,
+    "aten.gather.default": _tie_gather,
+}  # fmt: skip
+
+
+def _fix_tables(atoms: _Atoms, graph: Graph) -> None:
+    """Tables that are read at computed places (positions) keep their rows."""
+    direct = _passed_on(graph)
+    for node in _nodes(graph):
+        if node.op == "aten.embedding.default":
+            table, indices = node.operands
+            if indices.name not in direct:
+                atoms.fix(atoms.dim(table, 0))
+
+
+def _passed_on(graph: Graph) -> set[str]:
+    """Values that hold the numbers of an input, only arranged otherwise."""
+    direct = {item.value.name for item in graph.inputs}
+    for node in _nodes(graph):
+        op = find_op(node.op)
+        moves = (op is not None and op.kind == "view") or node.op.startswith("aten.to.")
+        if moves and all(value.name in direct for value in node.operands):
+            direct |= {out.name for out in node.outputs}
+    return direct
+
+
+# --- what the plan asks of the sizes ------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Demands:
+    """Per atom: the numbers that must divide it, and those that must not."""
+
+    atoms: _Atoms
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    multiple: dict[_Atom, set[int]] = field(default_factory=dict)
+    uneven: dict[_Atom, set[int]] = field(default_factory=dict)
+
+    def node(self, node: Node, choices: Sequence[Choice]) -> None:
+        """Each factor is cut by the axes that chose it."""
+        rule = rule_of(node)
+        tensors = [*zip(node.operands, rule.operands, strict=True)]
+        tensors += [*zip(node.outputs, rule.results, strict=True)]
+        for factor in {choice for choice in choices if choice in rule.sizes}:
+            axes = [i for i, choice in enumerate(choices) if choice == factor]
+            for value, dims in tensors:
+                for dim, names in enumerate(dims):
+                    if factor in names:  # a factor that may be cut is the major one of its dim
+                        whole = self.atoms.flat([self.atoms.dim(value, dim)])
+                        self._cut(_leading(whole, rule.sizes[factor]), axes)
+
+    def value(self, value: Value, spec: Spec) -> None:
+        """Each dim is cut by the axes that shard it."""
+        for dim in {state for state in spec if is_shard(state)}:
+            axes = [i for i, state in enumerate(spec) if state == dim]
+            self._cut(self.atoms.flat([self.atoms.dim(value, dim)]), axes)
+
+    def _cut(self, items: Sequence[_Atom], axes: Sequence[int]) -> None:
+        before = prod(self.old[axis] for axis in axes)
+        ways = prod(self.new[axis] for axis in axes)
+        if ways == 1:
+            return
+        if prod(atom.size for atom in items) % before:
+            if len(items) == 1:
+                self.uneven.setdefault(items[0], set()).add(ways)
+            return
+        for atom in items:  # the major ones first: they are what is cut
+            share = gcd(atom.size, ways)
+            self.multiple.setdefault(atom, set()).add(share)
+            ways //= share
+
+    def met(self, atom: _Atom, size: int) -> bool:
+        """Would `size` do for `atom`?"""
+        return all(size % n == 0 for n in self.multiple.get(atom, ())) and all(
+            size % n and size >= n for n in self.uneven.get(atom, ())
+        )
+
+
+def _leading(items: Sequence[_Atom], size: int) -> list[_Atom]:
+    """The major atoms whose product is `size`."""
+    taken: list[_Atom] = []
+    for atom in items:
+        if prod(a.size for a in taken) >= size:
+            break
+        taken.append(atom)
+    return taken
+
+
+def _floors(atoms: _Atoms, graph: Graph, tokens_only: bool) -> dict[_Atom, int]:
+    """The smallest size of each atom that may change."""
+    floors: dict[_Atom, int] = {}
+    for item in graph.inputs:
+        for dim, label in enumerate(item.labels):
+            if label:
+                for atom in atoms.flat([atoms.dim(item.value, dim)]):
+                    floors[atom] = _LEAST if label == "b" else _LEAST_TOKENS
+    if tokens_only:
+        return floors
+    for node in _nodes(graph):
+        if node.op in ("aten.embedding.default", "shardwright.cross_entropy"):
+            table = node.operands[0]
+            rows = 0 if node.op == "aten.embedding.default" else len(table.type.shape) - 1
+            for atom in atoms.flat([atoms.dim(table, rows)]):
+                floors[atom] = max(floors.get(atom, 0), _LEAST_ROWS)
+    for dim in atoms.dims.values():
+        for atom in atoms.flat([dim]):
+            floors.setdefault(atom, _LEAST)
+    return floors
+
+
+def _choose(atoms: _Atoms, demands: _Demands, floors: Mapping[_Atom, int]) -> dict[_Atom, int]:
+    """A new size for every atom that changes."""
+    chosen: dict[_Atom, int] = {}
+    taken: set[int] = set()
+    for group in _groups(atoms, floors):
+        base, _ = group[0]
+        if any(atom.fixed or atom not in floors for atom, _ in group):
+            continue
+        floor = max(floors[atom] - offset for atom, offset in group)
+        fits = [
+            size
+            for size in range(max(floor, 2), min(base.size, floor + 256))
+            if all(size + k > 1 and demands.met(atom, size + k) for atom, k in group)
+            and (base.size % 2 or size % 2 == 0)  # even stays even
+        ]
+        # different sizes for different things: a dim taken for another then shows
+        size = next((n for n in fits if n not in taken), fits[0] if fits else base.size)
+        taken.add(size)
+        chosen.update({atom: size + offset for atom, offset in group})
+    return chosen
+
+
+def _groups(atoms: _Atoms, floors: Mapping[_Atom, int]) -> list[list[tuple[_Atom, int]]]:
+    """Atoms that differ by a constant from one another: (atom, its size minus the first's)."""
+    near: dict[_Atom, list[tuple[_Atom, int]]] = {}
+    for a, b, offset in atoms.sums:
+        x, y = atoms.flat([a]), atoms.flat([b])
+        if len(x) != 1 or len(y) != 1:
+            atoms.fix(a, b)
+            continue
+        near.setdefault(y[0], []).append((x[0], offset))
+        near.setdefault(x[0], []).append((y[0], -offset))
+    seen: set[_Atom] = set()
+    groups: list[list[tuple[_Atom, int]]] = []
+    for first in [*floors, *near]:
+        if first in seen:
+            continue
+        seen.add(first)
+        group = [(first, 0)]
+        for atom, offset in group:
+            for other, more in near.get(atom, ()):
+                if other not in seen:
+                    seen.add(other)
+                    group.append((other, offset + more))
+        groups.append(group)
+    return groups
+
+
+# --- the graph with the new sizes ---------------------------------------------------------------
+
+
+def _rewrite(graph: Graph, atoms: _Atoms, sizes: Mapping[_Atom, int], *, shorten: bool) -> Graph:
+    def shape(value: Value) -> tuple[int, ...]:
+        return tuple(
+            prod(sizes.get(atom, atom.size) for atom in atoms.flat([item]))
+            for item in atoms.all_of(value)
+        )
+
+    def value(old: Value) -> Value:
+        return replace(old, type=TensorType(shape(old), old.type.dtype))
+
+    def node(old: Node) -> Node:
+        same = all(shape(v) == v.type.shape for v in (*old.operands, *old.outputs))
+        return old if same else with_args(old, **_new_args(old, shape))
+
+    def param(old: Param) -> Param:
+        return old if old.data is None else replace(old, data=_cut_data(old.data, shape(old.value)))
+
+    def order(old: tuple[int, ...]) -> tuple[int, ...]:
+        kept: list[int] = []
+        for kind in old:
+            if kept.count(kind) < _LAYERS_PER_KIND:
+                kept.append(kind)
+        return tuple(kept)
+
+    return rebuilt(
+        graph, value=value, node=node, param=param, order=order if shorten else lambda old: old
+    )
+
+
+def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | float | int | bool:
+    """The first entries of nested tuples along every dim."""
+    if not shape:
+        assert isinstance(data, (float, int))
+        return data
+    assert isinstance(data, tuple)
+    return tuple(_cut_data(item, shape[1:]) for item in data[: shape[0]])
+
+
+def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, Arg]:
+    """The arguments of `node` that hold a size, for the new shapes."""
+    names = {name for name, _ in node.args}
+    result = shape(node.output)
+    given = shape(node.operands[0]) if node.operands else ()
+    changes: dict[str, Arg] = {}
+    for name in ("size", "shape"):
+        if name in names and isinstance(node.arg(name), tuple):
+            changes[name] = result
+    match node.op:
+        case "aten.unflatten.int":
+            first = _int(node, "dim") % len(given)
+            changes["sizes"] = result[first : first + len(result) - len(given) + 1]
+        case "aten.layer_norm.default" | "aten.rms_norm.default":
+            inner = node.arg("normalized_shape")
+            assert isinstance(inner, tuple)
+            changes["normalized_shape"] = result[len(result) - len(inner) :]
+        case "aten.arange.default" | "aten.arange.start" | "aten.arange.start_step":
+            start = _int(node, "start") if "start" in names else 0
+            step = _int(node, "step") if "step" in names else 1
+            changes["end"] = start + step * result[0]
+        case "aten.slice.Tensor":
+            changes |= _new_slice(node, given, result)
+        case "aten.split.Tensor":
+            changes["split_size"] = result[_int(node, "dim")]
+        case "aten.split_with_sizes.default":
+            dim = _int(node, "dim")
+            changes["split_sizes"] = tuple(shape(out)[dim] for out in node.outputs)
+        case "aten.select.int":
+            dim, index = _int(node, "dim"), _int(node, "index")
+            if index > 0 and index == node.operands[0].type.shape[dim] - 1:
+                changes["index"] = given[dim] - 1
+        case "aten.embedding.default":
+            padding = node.arg("padding_idx")
+            if isinstance(padding, int):
+                changes["padding_idx"] = min(padding, given[0] - 1)
+        case "shardwright.attention":
+            changes["window"] = _new_window(node, shape)
+        case _:
+            pass
+    return changes
+
+
+def _new_slice(node: Node, given: Sequence[int], result: Sequence[int]) -> dict[str, Arg]:
+    """Bounds of the slice: from the start, to the end, or the same parts of the whole."""
+    old = node.operands[0].type.shape
+    dim = _int(node, "dim") % len(old)
+    before, after = node.output.type.shape[dim], result[dim]
+    start = _start(node, old[dim])
+    if start == 0:
+        first = 0
+    elif start + before == old[dim]:
+        first = given[dim] - after
+    else:
+        first = start * after // before
+    return {"start": first, "end": first + after if first + after < given[dim] else 2**63 - 1}
+
+
+def _new_window(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> int:
+    """A window that hides something still does."""
+    window = node.arg("window")
+    assert isinstance(window, int)
+    before, after = node.operands[1].type.shape[2], shape(node.operands[1])[2]
+    if window <= 0 or before == after:
+        return window
+    return after if window >= before else max(1, min(window, after // 2))
+
+
+def _int(node: Node, name: str) -> int:
+    value = node.arg(name)
+    if not isinstance(value, int):
+        raise ValueError(f"{node.loc}: argument `{name}` of `{node.op}` is {value}, not a number")
+    return value
+
+
+def _start(node: Node, size: int) -> int:
+    start = node.arg("start")
+    return (start + size if start < 0 else min(start, size)) if isinstance(start, int) else 0
+
+
+# --- the proof that it came out right -----------------------------------------------------------
+
+
+def _check(
+    graph: Graph, small: Graph, choices: Mapping[str, tuple[Choice, ...]], mesh: Mesh
+) -> None:
+    """Every op gives the shape that the graph says, has the factors that it had, and can be cut."""
+    for old, new in zip(_nodes(graph), _nodes(small), strict=True):
+        a, b = rule_of(old), rule_of(new)
+        alike = (a.operands, a.results, a.whole) == (b.operands, b.results, b.whole)
+        if not alike or b.ways(choices[new.name], mesh.sizes) is None:
+            raise ValueError(f"{new.loc}: `{new.op}` cannot be planned alike with sizes {b.sizes}")
+    with FakeTensorMode():
+        state = {name: _empty(value) for name, value in state_of(small).items()}
+        interpret(small, state, {item.name: _empty(item.value) for item in small.inputs})
+
+
+def _empty(value: Value) -> torch.Tensor:
+    return torch.empty(value.type.shape, dtype=value.type.dtype)
+
+
+def state_of(graph: Graph) -> dict[str, Value]:
+    """Every parameter and persistent buffer by its original name, layers counted out."""
+    named = {p.name: p.value for p in graph.params if p.kind != "constant"}
+    for loop in graph.loops:
+        for index, kind in enumerate(loop.order):
+            for param in loop.blocks[kind].params:
+                if param.kind != "constant":
+                    named[f"{loop.path}.{index}.{param.name}"] = param.value
+    return named
+
+
+def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
+    """Batch, sequence, layers, and the sizes of parameters, each once, where they changed."""
+    words = {"b": "batch", "s": "sequence"}
+    found: dict[tuple[str, int, int], None] = {}
+    for a, b in zip(graph.inputs, small.inputs, strict=True):
+        for label, x, y in zip(a.labels, a.value.type.shape, b.value.type.shape, strict=False):
+            if label:
+                found[words.get(label, label), x, y] = None
+    for a, b in zip(graph.loops, small.loops, strict=True):
+        found[f"layers of {a.path}", len(a.order), len(b.order)] = None
+    for a, b in zip(_params(graph), _params(small), strict=True):
+        for x, y in zip(a.value.type.shape, b.value.type.shape, strict=True):
+            found["parameter dims", x, y] = None
+    return tuple(change for change in found if change[1] != change[2])
+
+
+__all__ = ["Shrunk", "shrink", "state_of"]

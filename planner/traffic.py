@@ -1,0 +1,151 @@
+"""What a program's collectives move in one step: bytes by operation, axis and phase.
+
+This is the count that `runtime.count_collectives` makes on a rank, known before running: every
+conversion of the program, the collectives inside ops (a loss over a sharded vocabulary, counting
+tokens), and the second gathering of parameters that backward needs.  In backward only what a
+gradient reaches is counted: with a scalar loss among the outputs, the gradient starts there alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+from ..costmodel.collective import wire_bytes
+from ..ir.mesh import Mesh
+from ..ir.ops import is_view, rule_of, saved_values
+from ..ir.spec import local_shape
+from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
+
+_COUNT_BYTES = 8  # the number of labels is an int64
+_Gathers: TypeAlias = Mapping[Sharded, tuple[Convert, ...]]
+
+
+class Moved(NamedTuple):
+    """A row of the count; `axis` joins the names of several axes taken as one: `dp_tp`."""
+
+    op: str
+    axis: str
+    phase: str  # forward | backward
+
+
+def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
+    """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
+    walk = _Walk(mesh)
+    trained = [out for out in program.outputs if out.value.differentiable]
+    scalars = [out for out in trained if out.value.type.shape == ()]
+    walk.run(program.statements, set(scalars[:1] or trained), {})
+    return walk.moved
+
+
+class _Walk:
+    """Goes through statements from the last to the first, with what a gradient reaches."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.moved: dict[Moved, float] = {}
+
+    def run(
+        self, statements: Sequence[Statement], live: set[Sharded], entering: _Gathers
+    ) -> set[Sharded]:
+        """Count `statements`; `live` grows by what a gradient reaches, and is returned.
+
+        `entering` are gathered parameters that come from outside.
+        """
+        gathers = _gathers(statements, entering)
+        for item in reversed(statements):
+            if isinstance(item, LoopCall):
+                live |= self._loop(item, live, gathers)
+            elif isinstance(item, Convert):
+                self._convert(item, item.target in live)
+                if item.target in live and item.source.value.differentiable:
+                    live.add(item.source)
+            else:
+                self._inside(item)
+                if live.intersection(item.outputs):
+                    live.update(o for o in item.operands if o.value.differentiable)
+                    self._gather_again(item, gathers)
+        return live
+
+    def _loop(self, call: LoopCall, live: set[Sharded], gathers: _Gathers) -> set[Sharded]:
+        """Count the layers from the last to the first; what of the outside a gradient reaches."""
+        n = len(call.carried)
+        reached: set[Sharded] = set()
+        carried = [out in live for out in call.outputs]
+        for kind in reversed(call.loop.order):
+            body = call.bodies[kind]
+            inner = _inner(call, body)
+            entering = {inner[a]: gathers[a] for a in call.arguments if a in gathers}
+            ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
+            names = {item.value.name for item in self.run(body.statements, ends, entering)}
+            carried = [value.name in names for value in body.block.inputs[:n]]
+            reached |= {a for a in call.arguments if inner[a].value.name in names}
+        return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
+
+    def _convert(self, item: Convert, live: bool) -> None:
+        for traffic in item.priced.traffic:
+            again = traffic.backward and traffic.kind == item.primitive == "all_gather"
+            if not again and (live or not traffic.backward):
+                self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
+
+    def _gather_again(self, item: Compute, gathers: _Gathers) -> None:
+        """Gathered parameters that the node keeps are gathered when backward comes to it."""
+        kept = {value.name for value in saved_values(item.node)}
+        for operand in dict.fromkeys(item.operands):
+            for convert in gathers.get(operand, ()) if operand.value.name in kept else ():
+                forward = next(t for t in convert.priced.traffic if not t.backward)
+                self._add("all_gather", forward.axes, True, forward.bytes)
+
+    def _inside(self, item: Compute) -> None:
+        """A loss over a sharded vocabulary, and the number of labels over sharded tokens."""
+        if item.node.op != "shardwright.cross_entropy":
+            return
+        logits, rule = item.operands[0], rule_of(item.node)
+        *tokens, vocabulary = ((f, self._axes(item, f)) for dim in rule.operands[0] for f in dim)
+        shape = local_shape(logits.value.type.shape, logits.spec, self.mesh.sizes)
+        itemsize = max(4, logits.value.type.dtype.itemsize)  # half precision is computed in fp32
+        rows = prod(shape[:-1]) * itemsize
+        if axes := vocabulary[1]:
+            self._add("all_reduce", axes, False, rows)  # the largest logit
+            self._add("all_reduce", axes, False, 2 * rows)  # sum of exponentials, label's logit
+        if item.node.arg("reduction") == 1:  # mean
+            for _, axes in tokens:
+                if axes:
+                    self._add("all_reduce", axes, False, _COUNT_BYTES)
+
+    def _axes(self, item: Compute, factor: str) -> tuple[int, ...]:
+        return tuple(i for i, choice in enumerate(item.choices) if choice == factor)
+
+    def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: int) -> None:
+        ways = prod(self.mesh.sizes[axis] for axis in axes)
+        name = "_".join(self.mesh.names[axis] for axis in axes)
+        key = Moved(kind, name, "backward" if backward else "forward")
+        moved = float(wire_bytes(kind, float(n_bytes), ways))
+        if moved:
+            self.moved[key] = self.moved.get(key, 0.0) + moved
+
+
+def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:
+    """The loop's arguments by the names that a block knows them by."""
+    inputs = body.block.inputs[len(call.carried) :]
+    of = {outer.name: i for outer, i in zip(call.loop.invariants, inputs, strict=True)}
+    return {a: Sharded(of[a.value.name], a.spec) for a in call.arguments}
+
+
+def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
+    """The gathering steps behind each parameter that was gathered, and behind views of it."""
+    found = dict(entering)
+    for item in statements:
+        if isinstance(item, Convert):
+            before = found.get(item.source, ())
+            if item.param and item.primitive == "all_gather":
+                found[item.target] = (*before, item)
+            elif item.primitive == "nothing":
+                found[item.target] = before
+        elif isinstance(item, Compute) and is_view(item.node):
+            found |= {out: found.get(item.operands[0], ()) for out in item.outputs}
+    return found
+
+
+__all__ = ["Moved", "predicted_bytes"]

@@ -1,0 +1,595 @@
+"""Run a plan's module on gloo ranks beside the original model, and compare every number.
+
+The module that runs is the plan's own file where this machine can run it; else the module that
+the same decisions give for smaller sizes (`ir.shrink`).  Everything is computed in float64, so
+that the order of sums does not matter and a wrong result cannot hide behind rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .codegen.module import write_source
+from .codegen.write import module_source
+from .ir.graph import Graph, Node, Value
+from .ir.interpret import interpret
+from .ir.mesh import Mesh
+from .ir.ops import kind_of
+from .ir.shrink import shrink, state_of
+from .ir.spec import Spec
+from .ir.widen import widened, without_dropout
+from .loading import build_real
+from .planner.errors import PlanError
+from .planner.plan import Plan
+from .planner.program import PricedStep, lower
+from .runtime import RankError, run_ranks
+
+MODULE_FILE = "sharded_model.py"
+
+# What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
+_PARAMETER_BYTES, _RESULT_BYTES, _FLOPS = 4e9, 1e9, 1e12
+_MOST_PARAMETERS = 2e8  # and after shrinking
+_MOST_RANKS = 8
+_TIMEOUT_S = 600.0
+# Largest relative error that rounding explains, by the narrowest format that is computed in.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A tensor is compared on the scale of its largest entry, or of this part of its kind's largest.
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The largest relative errors against one reference: what -> (error, name of the worst)."""
+
+    reference: str
+    tolerance: float
+    errors: dict[str, tuple[float, str]]
+
+    @property
+    def ok(self) -> bool:
+        """Is every error within the tolerance?  (NaN is not.)"""
+        return all(error <= self.tolerance for error, _ in self.errors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `plan verify` found; `failure` is why the module could not be run or compared."""
+
+    name: str
+    planned: Mesh
+    mesh: Mesh
+    ran: str
+    changes: tuple[tuple[str, int, int], ...]
+    comparisons: tuple[Comparison, ...]
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Does the plan's module do what the original does?"""
+        return not self.failure and all(comparison.ok for comparison in self.comparisons)
+
+    def __str__(self) -> str:
+        lines = [f"{'PASS' if self.ok else 'FAIL'}: {self.name} on {self.mesh.ranks} ranks"]
+        lines.append(f"  mesh        {self.mesh}" + _planned(self.planned, self.mesh))
+        lines.append(f"  module      {self.ran}")
+        if self.changes:
+            lines += _wrapped("  sizes       ", [f"{w} {a} -> {b}" for w, a, b in self.changes])
+        for comparison in self.comparisons:
+            lines.append(
+                f"  reference   {comparison.reference}: relative errors up to "
+                f"{comparison.tolerance:.0e} are rounding"
+            )
+            for what, (error, worst) in comparison.errors.items():
+                mark = "" if error <= comparison.tolerance else "   TOO LARGE"
+                lines.append(f"    {what:<10}{error:10.2e}   {worst}{mark}")
+        if self.failure:
+            lines.append(f"  {self.failure}")
+        return "\n".join(lines)
+
+
+def _planned(planned: Mesh, mesh: Mesh) -> str:
+    return "" if planned == mesh else f" (planned: {planned})"
+
+
+def _wrapped(head: str, items: list[str]) -> list[str]:
+    lines = [head]
+    for item in items:
+        if len(lines[-1]) + len(item) > 98:
+            lines.append(" " * len(head))
+        lines[-1] += item if not lines[-1].strip() or lines[-1] == head else f", {item}"
+    return lines
+
+
+def verify(folder: Path, ranks: int | None = None) -> Verification:
+    """Run the module in `folder` on `ranks` processes, and the original, on the same numbers.
+
+    Default: the plan's own number of ranks where that is at most 8 and this machine can run the model
+    as it is, else as few as keep every mesh axis.  Raises PlanError where no such run exists.
+    """
+    plan = Plan.load(folder)
+    path = folder / MODULE_FILE
+    if not path.is_file():
+        raise PlanError(
+            f"there is no module `{path}`; write it again: "
+            f"load_plan({str(folder)!r}).write_module({str(path)!r})"
+        )
+    text = path.read_text(encoding="utf-8")
+    edited = text != module_source(plan)
+    runnable, few_tokens = _runs_here(plan.graph), _loads_here(plan.graph)
+    own = plan.mesh.ranks <= _MOST_RANKS if ranks is None else ranks == plan.mesh.ranks
+    if own and runnable:
+        ran = f"{path}" + (", which differs from what the plan generates" if edited else "")
+        graph = widened(without_dropout(plan.graph))
+        case = _Case(plan, graph, plan.mesh, _widened_source(text), ran, (), real=True)
+        return _run(case)
+    mesh = _smaller_mesh(plan.mesh, ranks)
+    case = _shrunk_case(plan, mesh, tokens_only=few_tokens)
+    if edited:
+        reason = (
+            f"{path} differs from what the plan generates, and only a plan can be run smaller: "
+            f"{_advice(plan, runnable)}, or plan again"
+        )
+        return Verification(plan.graph.name, plan.mesh, mesh, case.ran, case.changes, (), reason)
+    return _run(case)
+
+
+def _advice(plan: Plan, runnable: bool) -> str:
+    if runnable:
+        return f"give --ranks {plan.mesh.ranks} to run the file itself"
+    return "this model is too large to run as it is on this machine"
+
+
+# --- what is run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A module to run, with the graph that says what it must give, both in float64."""
+
+    plan: Plan
+    graph: Graph
+    mesh: Mesh
+    source: str
+    ran: str
+    changes: tuple[tuple[str, int, int], ...]
+    real: bool  # sizes of parameters are the original's
+
+
+def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
+    specs = list(_specs(plan))
+    shrunk = shrink(
+        plan.graph, plan.decisions.choices, specs, plan.mesh, mesh, tokens_only=tokens_only
+    )
+    count = sum(value.type.numel for value in state_of(shrunk.graph).values())
+    if count > _MOST_PARAMETERS:
+        raise PlanError(
+            f"{plan.graph.name} still has {count:.2g} parameter elements when its sizes are shrunk as "
+            f"far as they can be (at most {_MOST_PARAMETERS:.0e} are run): it has an op whose sizes "
+            "are not known to be free; verify a smaller configuration of the same model"
+        )
+    wide = widened(shrunk.graph)
+    free = {k: tuple(_unpriced(s) for s in steps) for k, steps in plan.paths.items()}
+
+    def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+        return free[value.name, a, b]
+
+    program = lower(wide, plan.decisions, paths, training=plan.training)
+    source = write_source(
+        program,
+        mesh,
+        summary=f"{plan.graph.name}, smaller, on {mesh}.",
+        phase=plan.request.phase,
+        optimizer="none",
+    )
+    return _Case(
+        plan,
+        without_dropout(wide),
+        mesh,
+        source,
+        "generated from the plan's decisions for these sizes",
+        shrunk.changes,
+        tokens_only,
+    )
+
+
+def _unpriced(priced: PricedStep) -> PricedStep:
+    """The same step without price and bytes, which do not hold for other sizes."""
+    return replace(priced, seconds=0.0, traffic=())
+
+
+def _specs(plan: Plan) -> Iterator[tuple[str, Spec]]:
+    """Every spec that a value takes, with the value's name."""
+    yield from plan.decisions.specs.items()
+    yield from plan.decisions.outputs.items()
+    for (name, a, b), steps in plan.paths.items():
+        yield name, a
+        yield name, b
+        for priced in steps:
+            axes = priced.step.axes
+            a = tuple(priced.step.b if i in axes else state for i, state in enumerate(a))
+            yield name, a
+
+
+def _smaller_mesh(mesh: Mesh, ranks: int | None) -> Mesh:
+    """Axis sizes that divide the planned ones: `ranks` in all, every axis kept if possible.
+
+    Default: each axis as short as it can be, and at most 8 ranks.
+    """
+    every = list(product(*(_divisors(size) for size in mesh.sizes)))
+    allowed = [s for s in every if (prod(s) <= _MOST_RANKS if ranks is None else prod(s) == ranks)]
+    if not allowed:
+        options = sorted({prod(sizes) for sizes in every})
+        raise PlanError(
+            f"--ranks {ranks}: each axis of the plan's mesh {mesh} must shrink to a divisor of its "
+            f"size; possible numbers of ranks are {', '.join(map(str, options[:12]))}"
+        )
+    best = min(allowed, key=lambda s: (s.count(1), prod(s), [-n for n in s]))
+    return Mesh(tuple(zip(mesh.names, best, strict=True)))
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _loads_here(graph: Graph) -> bool:
+    """May every rank and this process hold all parameters?"""
+    count = sum(value.type.numel for value in state_of(graph).values())
+    return 8 * count * (_MOST_RANKS + 1) < _PARAMETER_BYTES
+
+
+def _runs_here(graph: Graph) -> bool:
+    """May every rank hold parameters and results, and run a step in well under a minute?"""
+    results = flops = 0.0
+    for node, repeats in _repeated(graph):
+        size = float(sum(out.type.numel for out in node.outputs)) * repeats
+        results += 8 * size
+        kind = kind_of(node)
+        if kind == "matmul":
+            flops += 6 * size * node.operands[0].type.shape[-1]
+        elif kind == "attention":
+            keys = node.operands[1].type.shape[2]
+            results += 24 * size / node.output.type.shape[-1] * keys
+            flops += 12 * size * keys
+    return _loads_here(graph) and results < _RESULT_BYTES and flops < _FLOPS
+
+
+def _repeated(graph: Graph) -> Iterator[tuple[Node, int]]:
+    """Every node with how often it runs."""
+    for item in graph.body:
+        if isinstance(item, Node):
+            yield item, 1
+        else:
+            for kind, block in enumerate(item.blocks):
+                yield from ((node, item.order.count(kind)) for node in block.nodes)
+
+
+def _widened_source(text: str) -> str:
+    """The module with every floating dtype as float64."""
+    return re.sub(r"\btorch\.(bfloat16|float16|float32)\b", "torch.float64", text)
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+def _run(case: _Case) -> Verification:
+    state, inputs = _random_state(case), _random_inputs(case.graph)
+    references = [_captured(case, state, inputs)]
+    if case.real and case.plan.request.target:
+        references.append(_original(case, state, inputs))
+    failure = ""
+    comparisons: tuple[Comparison, ...] = ()
+    with tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder:
+        torch.save(
+            {"state": state, "inputs": inputs, "expected": [r.expected for r in references]},
+            Path(folder) / "case.pt",
+        )
+        (Path(folder) / "generated.py").write_text(case.source, encoding="utf-8")
+        try:
+            found = run_ranks(
+                compare_on_rank,
+                case.mesh.ranks,
+                folder,
+                case.plan.training,
+                timeout_s=_TIMEOUT_S,
+            )
+        except (RankError, TimeoutError) as error:
+            failure = f"the module did not run: {_brief(error)}"
+        else:
+            comparisons = tuple(
+                Comparison(r.title, r.tolerance, _worst([rank[i] for rank in found]))
+                for i, r in enumerate(references)
+            )
+    plan = case.plan
+    return Verification(
+        plan.graph.name, plan.mesh, case.mesh, case.ran, case.changes, comparisons, failure
+    )
+
+
+def _brief(error: BaseException) -> str:
+    """The first and the last line of a rank's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
+
+
+Errors = dict[str, tuple[float, str]]
+
+
+def _worst(ranks: list[Errors]) -> Errors:
+    """Per kind the largest error on any rank; NaN counts as largest."""
+    return {
+        what: max((rank[what] for rank in ranks), key=lambda e: (e[0] != e[0], e[0]))
+        for what in ranks[0]
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    title: str
+    tolerance: float
+    expected: tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs by path, gradients by name
+
+
+def _captured(
+    case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> _Reference:
+    """The captured graph in one process."""
+    leaves = _leaves(case, state)
+    with torch.set_grad_enabled(case.plan.training):
+        entries = {str(path): t for path, t in interpret(case.graph, leaves, inputs).items()}
+    title = "the captured graph in one process, float64"
+    return _Reference(title, _TOLERANCE[torch.float64], _expected(case, entries, leaves))
+
+
+def _original(
+    case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> _Reference:
+    """The user's own model, as precise as the narrowest format that it computes in."""
+    model = build_real(case.plan.request.target, "float64").eval()
+    unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
+    if unknown:
+        raise PlanError(
+            f"`{case.plan.request.target}` has changed since it was planned: it has no "
+            f"{', '.join(unknown[:3])}; plan it again"
+        )
+    leaves = {n: p for n, p in model.named_parameters() if n in state}
+    watch = _NarrowestDtype()
+    with torch.set_grad_enabled(case.plan.training), watch:
+        out = model(**inputs)
+    found = {str(path): t for path, t in _flatten(out)}
+    paths = [str(output.path) for output in case.graph.outputs]
+    entries = {path: found[path] for path in paths if path in found}
+    name = type(model).__name__
+    title = f"{name} itself from {case.plan.request.target}, {str(watch.dtype)[6:]}"
+    return _Reference(title, _TOLERANCE[watch.dtype], _expected(case, entries, leaves))
+
+
+class _NarrowestDtype(TorchDispatchMode):
+    """Notes the narrowest floating format that any op computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, Tensor) and _TOLERANCE.get(item.dtype, 0) > _TOLERANCE[self.dtype]:
+                self.dtype = item.dtype
+        return out
+
+
+def _leaves(case: _Case, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    trained = {n for n, value in state_of(case.graph).items() if value.differentiable}
+    train = case.plan.training
+    return {
+        name: t.clone().requires_grad_(train and name in trained) for name, t in state.items()
+    }
+
+
+def _expected(
+    case: _Case, entries: dict[str, Tensor], leaves: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs, and the gradients of the loss (or of `_combined` outputs)."""
+    if case.plan.training:
+        weights = {path: _weights_like(t) for path, t in entries.items()}
+        _combined(entries, weights).backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {path: t.detach() for path, t in entries.items()}, gradients
+
+
+def _combined(entries: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """The loss if there is one, else a sum of all trained outputs with fixed weights."""
+    scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
+    if scalars:
+        return scalars[0]
+    parts = [(t * weights[path].to(t)).sum() for path, t in entries.items() if t.requires_grad]
+    if not parts:
+        raise PlanError("no output of this model has a gradient; plan it with --phase prefill")
+    return torch.stack(parts).sum()
+
+
+def _weights_like(t: Tensor) -> Tensor:
+    """Fixed numbers between -1 and 1 of the shape of `t`."""
+    return torch.sin(torch.arange(t.numel(), dtype=torch.float64) * 12.9898).reshape(t.shape)
+
+
+def _flatten(outputs: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """(path, tensor) pairs of a nested structure of outputs."""
+    if isinstance(outputs, Tensor):
+        return [(path, outputs)]
+    if isinstance(outputs, Mapping):
+        pairs: Any = outputs.items()
+    elif isinstance(outputs, (tuple, list)):
+        pairs = enumerate(outputs)
+    else:
+        return []
+    return [leaf for key, item in pairs for leaf in _flatten(item, (*path, key))]
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+def _random_state(case: _Case) -> dict[str, Tensor]:
+    """Weights under which every op matters: about unit variance through every layer.
+
+    Persistent buffers of the original model keep their values where it can be built.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds = {p.name: p.kind for p in case.graph.params}
+    for loop in case.graph.loops:
+        for index, kind in enumerate(loop.order):
+            for p in loop.blocks[kind].params:
+                kinds[f"{loop.path}.{index}.{p.name}"] = p.kind
+    buffers: Mapping[str, Tensor] = {}
+    if case.real and case.plan.request.target and "buffer" in kinds.values():
+        buffers = dict(build_real(case.plan.request.target, "float64").named_buffers())
+    state: dict[str, Tensor] = {}
+    for name, value in state_of(case.graph).items():
+        shape, dtype = value.type.shape, value.type.dtype
+        if kinds[name] == "buffer" and name in buffers:
+            state[name] = buffers[name].to(dtype)
+        elif not dtype.is_floating_point:
+            state[name] = torch.ones(shape, dtype=dtype) * (dtype == torch.bool)
+        else:
+            spread = 0.1 if len(shape) < 2 else shape[-1] ** -0.5
+            state[name] = torch.randn(shape, generator=generator, dtype=dtype) * spread
+            if len(shape) < 2 and not name.endswith("bias"):
+                state[name] += 1.0
+    return state
+
+
+def _random_inputs(graph: Graph) -> dict[str, Tensor]:
+    """Inputs as the graph can take them: indices in range, one label in eight ignored."""
+    generator = torch.Generator().manual_seed(1)
+    inputs: dict[str, Tensor] = {}
+    for item in graph.inputs:
+        shape, dtype = item.value.type.shape, item.value.type.dtype
+        if dtype.is_floating_point:
+            inputs[item.name] = torch.randn(shape, generator=generator, dtype=dtype)
+            continue
+        limits, ignored = _index_limits(graph, item.value.name)
+        if not limits:
+            inputs[item.name] = torch.ones(shape, dtype=dtype)
+            continue
+        numbers = torch.randint(0, min(limits), shape, generator=generator)
+        if ignored is not None:
+            numbers[torch.rand(shape, generator=generator) < 1 / 8] = ignored
+        inputs[item.name] = numbers.to(dtype)
+    return inputs
+
+
+def _index_limits(graph: Graph, name: str) -> tuple[list[int], int | None]:
+    """Rows of the tables that the integers of this input look up; the label that is ignored.
+
+    The latter only where the input is nothing but labels.
+    """
+    limits: list[int] = []
+    ignored: list[int | None] = []
+    reached = {name}
+    for node, _ in _repeated(graph):
+        hit = [i for i, operand in enumerate(node.operands) if operand.name in reached]
+        if not hit:
+            continue
+        if node.op == "aten.embedding.default":
+            limits.append(node.operands[0].type.shape[0])
+            ignored.append(None)
+        elif node.op == "shardwright.cross_entropy":
+            limits.append(node.operands[0].type.shape[-1])
+            index = node.arg("ignore_index")
+            ignored.append(index if isinstance(index, int) else None)
+        elif not node.output.type.dtype.is_floating_point:
+            reached |= {out.name for out in node.outputs}
+    same = ignored[0] if ignored and all(index == ignored[0] for index in ignored) else None
+    return limits, same
+
+
+# --- in each rank -------------------------------------------------------------------------------
+
+
+def compare_on_rank(folder: str, training: bool) -> list[Errors]:
+    """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
+    case = torch.load(Path(folder) / "case.pt", mmap=True, weights_only=True)
+    module = _import_source(Path(folder) / "generated.py")
+    model = module.ShardedModel.from_state_dict(case["state"]).eval()
+    local = model.shard_inputs(**case["inputs"])
+    with torch.set_grad_enabled(training):
+        out = model(**local)
+    if training:
+        _local_loss(model, out).backward()
+    outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
+    gradients = model.full_gradients() if training else {}
+    return [
+        {
+            **_output_errors(outputs, expected[0]),
+            **({"gradients": _errors(gradients, expected[1])} if training else {}),
+        }
+        for expected in case["expected"]
+    ]
+
+
+def _local_loss(model: Any, out: Any) -> Tensor:
+    """This rank's part of `_combined`."""
+    specs = {str(o.path): o for o in model.OUTPUTS}
+    entries = {str(path): t for path, t in _flatten(out)}
+    weights = {
+        path: model.local_part(_weights_like(torch.empty(specs[path].shape)), specs[path].spec)
+        for path in entries
+    }
+    return _combined(entries, weights)
+
+
+def _output_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Errors:
+    """Scalars (the loss) apart from the others."""
+    parts = {
+        "loss": {path: t for path, t in want.items() if t.ndim == 0},
+        "outputs": {path: t for path, t in want.items() if t.ndim},
+    }
+    return {what: _errors(got, part) for what, part in parts.items() if part}
+
+
+def _errors(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest error and whose it is; a tensor that is missing or misshapen counts as inf."""
+    largest = max((_largest(t) for t in want.values()), default=0.0)
+    worst = (0.0, "")
+    for name, expected in want.items():
+        found = got.get(name)
+        error = float("inf")
+        if found is not None and found.shape == expected.shape:
+            scale = max(_largest(expected), _FLOOR * largest) or 1.0
+            error = _largest(found.double() - expected.double()) / scale
+        if not worst[1] or error > worst[0] or error != error:
+            worst = (error, name)
+        if error != error:
+            break
+    return worst
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def _import_source(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("_shardwright_generated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+__all__ = ["Comparison", "Verification", "verify"]

@@ -1,0 +1,136 @@
+"""Every model family on gloo ranks equals one process: outputs, all gradients, bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.ops import kind_of
+from shardwright.planner.build import Builder, Decisions, Restriction
+from shardwright.planner.roles import Roles
+from shardwright.planner.solvers import solve
+from shardwright.runtime import RankPool
+from tests.endtoend.families import FAMILIES, Case, case, case32
+from tests.sharded import builder_of, check, mesh_of, program_of, random_decisions
+
+Pool = Callable[[int], RankPool]
+MESHES = ((2,), (4,), (2, 2), (2, 2, 2))
+
+# Each family on one mesh; the slow tests run the rest.
+ROTATED = [(name, MESHES[i % len(MESHES)]) for i, name in enumerate(FAMILIES)]
+OTHERS = [(name, sizes) for name in FAMILIES for sizes in MESHES if (name, sizes) not in ROTATED]
+ROLES = (
+    (("ddp",), (2,)), (("fsdp",), (2,)), (("tp",), (4,)), (("cp",), (4,)),
+    (("ddp", "tp"), (2, 2)), (("fsdp", "tp"), (2, 2)), (("fsdp", "cp"), (2, 2)),
+    (("fsdp", "cp", "tp"), (2, 2, 2)),
+)  # fmt: skip
+
+
+@cache
+def builder(name: str, sizes: tuple[int, ...], kind: str = "train") -> Builder:
+    """The problem builder of a family on a mesh; `kind` is train, eval or float32."""
+    graph = case32(name).graph if kind == "float32" else case(name, kind == "train").graph
+    return builder_of(graph, mesh_of(*sizes), training=kind != "eval")
+
+
+def planned(made: Builder, restriction: Restriction | None = None) -> Decisions:
+    """The optimum under a restriction."""
+    built = made.build(restriction or Restriction())
+    solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
+    assert solution.status == "optimal" and solution.assignment is not None
+    return built.read(solution.assignment)
+
+
+def run(pool: Pool, made: Builder, decisions: Decisions, of: Case, tolerance: float = 1e-9) -> None:
+    ranks = pool(made.network.mesh.ranks)
+    check(ranks, made, decisions, of.params, of.inputs, of.expected, tolerance=tolerance)
+
+
+def ids(value: object) -> str:
+    """`2x2` for a mesh, `fsdp-tp` for roles."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return ("x" if isinstance(value[0], int) else "-").join(map(str, value))
+
+
+@pytest.mark.parametrize(("name", "sizes"), ROTATED, ids=ids)
+def test_the_optimal_plan(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
+    made = builder(name, sizes)
+    run(pool, made, planned(made), case(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes"), OTHERS, ids=ids)
+def test_the_optimal_plan_on_all_meshes(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
+    made = builder(name, sizes)
+    run(pool, made, planned(made), case(name))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_decisions(pool: Pool, name: str, seed: int) -> None:
+    made = builder(name, (2, 2))
+    run(pool, made, random_decisions(made, seed), case(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize("sizes", MESHES, ids=ids)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_decisions_on_all_meshes(
+    pool: Pool, name: str, sizes: tuple[int, ...], seed: int
+) -> None:
+    made = builder(name, sizes)
+    run(pool, made, random_decisions(made, seed), case(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "encoder_decoder"])
+@pytest.mark.parametrize(("roles", "sizes"), ROLES, ids=ids)
+def test_each_parallelism(
+    pool: Pool, name: str, roles: tuple[str, ...], sizes: tuple[int, ...]
+) -> None:
+    made = builder(name, sizes)
+    decisions = planned(made, Roles(roles, made.graph, made.network.mesh))
+    assert_attention_is_cut(made, decisions, roles)
+    run(pool, made, decisions, case(name))
+
+
+def assert_attention_is_cut(made: Builder, decisions: Decisions, roles: tuple[str, ...]) -> None:
+    """Attention takes part in every axis in the way of its role."""
+    factors = {"ddp": "b", "fsdp": "b", "cp": "q", "tp": "n"}
+    nodes = [n for region in made.regions for n in region.nodes if kind_of(n) == "attention"]
+    assert nodes
+    for node in nodes:
+        for role, choice in zip(roles, decisions.choices[node.name], strict=True):
+            assert choice == factors[role] or (role == "tp" and choice in ("R", "V")), node
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_equals_the_original_model(pool: Pool, name: str) -> None:
+    """Against the model itself, not its graph."""
+    made = builder(name, (2, 2), "float32")
+    run(pool, made, random_decisions(made, 3), case32(name), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bert", "encoder_decoder"])
+def test_prefill(pool: Pool, name: str) -> None:
+    made = builder(name, (2, 2), "eval")
+    for decisions in (planned(made), random_decisions(made, 5)):
+        run(pool, made, decisions, case(name, training=False))
+
+
+def test_parallel_roles_differ_in_what_they_move(pool: Pool) -> None:
+    """A guard on the tests above: roles are not just other names for the same plan."""
+    from shardwright.planner.traffic import predicted_bytes
+
+    seen: set[frozenset[object]] = set()
+    for role in ("ddp", "fsdp", "tp", "cp"):
+        made = builder("llama", (4,))
+        decisions = planned(made, Roles((role,), made.graph, made.network.mesh))
+        moved = predicted_bytes(program_of(made, decisions), made.network.mesh)
+        seen.add(frozenset(moved.items()))
+    assert len(seen) == 4
