@@ -24,7 +24,7 @@ COLUMNS = "{:10} {:8} {:11} {:>15} {:>15} {:>9} {:>15} {:>8}"
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Solvers side by side on IOPDDL instances")
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S")
     parser.add_argument("--solver", action="append", choices=list(SOLVERS))

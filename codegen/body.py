@@ -33,11 +33,14 @@ class BodyEmitter:
         outputs: Sequence[Sharded],
         mesh: Mesh,
         labels: dict[str, DimLabels],
+        *,
+        recompute: bool = False,
     ) -> None:
         self.statements = statements
         self.outputs = outputs
         self.mesh = mesh
         self.labels = labels
+        self.recompute = recompute
         self.names = Names(mesh.names)
         self.axes_used: set[str] = set()
         self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
@@ -178,7 +181,9 @@ class BodyEmitter:
         carried = [self.names.give(v, b) for v, b in zip(item.outputs, bases, strict=True)]
         lines = [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
         lines.append(f"{pad}for layer in {parameter_path(item.loop.path)}:")
-        call = f"{', '.join(carried)} = layer({', '.join([*carried, *arguments])})"
+        passed = ", ".join([*carried, *arguments])
+        run = f"self.recompute(layer, {passed})" if self.recompute else f"layer({passed})"
+        call = f"{', '.join(carried)} = {run}"
         return [*lines, *statement(call, indent + 1, self.layout(item.outputs[0]))]
 
     # -- uses ---------------------------------------------------------------------------------

@@ -144,7 +144,13 @@ class _Writer:
 
     def _model_class(self) -> list[str]:
         program = self.program
-        emitter = BodyEmitter(program.statements, program.outputs, self.mesh, self.labels)
+        emitter = BodyEmitter(
+            program.statements,
+            program.outputs,
+            self.mesh,
+            self.labels,
+            recompute=program.recompute,
+        )
         names = [
             emitter.define(item, source.name)
             for item, source in zip(program.inputs, program.graph.inputs, strict=True)
@@ -154,7 +160,10 @@ class _Writer:
         lines = emitter.lines(2)
         self.baked |= emitter.baked
         results = ", ".join(emitter.text(out) for out in program.outputs)
-        arguments = ", ".join(["self", *(f"{name}: Tensor" for name in names)])
+        sources = [source.name for source in program.graph.inputs]
+        arguments = ", ".join(["self", *(f"{name}: Tensor" for name in sources)])
+        pairs = zip(names, sources, strict=True)  # they differ where a mesh axis has the name
+        renamed = [f"        {name} = {source}" for name, source in pairs if name != source]
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
         return [
             "class ShardedModel(ShardedModule):",
@@ -170,6 +179,7 @@ class _Writer:
             *self._outputs_table(),
             "",
             f"    def forward({arguments}) -> object:",
+            *renamed,
             *self._axes_line(emitter),
             *lines,
             f"        return self.pack({results})",

@@ -69,7 +69,7 @@ def capture_folded(
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     _check_inputs(model, inputs)
     with _mode(model, training):
-        short = repeats(model, inputs, lambda: _attention(model, inputs))
+        short = repeats(model, inputs, lambda: _on_meta(model, inputs))
     if short is not None:
         with cut(model, short.kept):
             graph = fold(capture(model, inputs, training=training, rebuild=rebuild), classes)
@@ -124,9 +124,9 @@ def export(
     _check_inputs(model, inputs)
     tensors = _Tensors.of(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        arguments = {name: _fake(value) for name, value in inputs.items()}
-    with _mode(model, training), _attention(model, inputs), _fake_tensors(model, fake):
+    arguments = {name: _fake(value, fake) for name, value in inputs.items()}
+    make = functools.partial(_fake, mode=fake)
+    with _mode(model, training), _attention(model, inputs), _replaced(model, make):
         try:
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
         except Exception as error:  # `forward` is the user's code: it may raise anything
@@ -171,39 +171,49 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, object]) -> None:
 # ---- fake tensors ------------------------------------------------------------------------------
 
 
-def _fake(value: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype on "cpu", to be called under a fake mode."""
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu")
-
-
-@contextmanager
-def _fake_tensors(model: nn.Module, mode: FakeTensorMode) -> Generator[None]:
-    """Inside, the model's parameters and buffers are fake CPU tensors; ties are kept.
+def _fake(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A tensor of the same shape and dtype, without memory, that says it is on the CPU.
 
     Fake CPU tensors rather than meta tensors: `torch.arange(n)` in a forward gives a CPU tensor,
     and a model on the meta device could not add the two.
     """
+    with mode:
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+
+
+@contextmanager
+def _on_meta(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[None]:
+    """Inside, `model` runs on meta tensors as it would be exported."""
+    with (
+        _attention(model, inputs),
+        _replaced(model, functools.partial(torch.empty_like, device="meta")),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Inside, the model's parameters and buffers are what `make` makes of them; ties are kept."""
     twins: dict[int, Tensor] = {}
     before: list[tuple[nn.Module, str, Tensor]] = []
 
     def twin(value: Tensor) -> Tensor:
         if id(value) not in twins:
-            fake = _fake(value)
+            new = make(value.detach())
             if isinstance(value, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=value.requires_grad)
-            twins[id(value)] = fake
+                new = nn.Parameter(new, requires_grad=value.requires_grad)
+            twins[id(value)] = new
         return twins[id(value)]
 
     try:
-        with mode:
-            for module in model.modules():
-                own = (
-                    *module.named_parameters(recurse=False, remove_duplicate=False),
-                    *module.named_buffers(recurse=False, remove_duplicate=False),
-                )
-                for name, value in own:
-                    before.append((module, name, value))
-                    setattr(module, name, twin(value))
+        for module in model.modules():
+            own = (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            )
+            for name, value in own:
+                before.append((module, name, value))
+                setattr(module, name, twin(value))
         yield
     finally:
         for module, name, value in before:
@@ -232,7 +242,7 @@ def _finish(
     rebuild: Callable[[], nn.Module] | None,
 ) -> Graph:
     """Convert and canonicalise."""
-    bound, inputs, params = _bind_placeholders(program, tensors)
+    bound, inputs, params, lifted = _bind_placeholders(program, tensors)
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(
@@ -246,7 +256,7 @@ def _finish(
     outputs = _outputs(program, returned)
     graph = remove_dead(Graph(type(model).__name__, inputs, params, tuple(nodes), outputs))
     _check_masks(graph)
-    return canonicalise(_with_data(graph, model, program, tensors, rebuild))
+    return canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
 
 
 def _check_masks(graph: Graph) -> None:
@@ -265,12 +275,14 @@ def _check_masks(graph: Graph) -> None:
 
 def _bind_placeholders(
     program: ExportedProgram, tensors: _Tensors
-) -> tuple[dict[fx.Node, Value | None], tuple[Input, ...], tuple[Param, ...]]:
-    """Values of the graph's placeholders; all inputs; all parameters and buffers of the model."""
+) -> tuple[dict[fx.Node, Value | None], tuple[Input, ...], tuple[Param, ...], dict[str, Tensor]]:
+    """Values of the graph's placeholders; all inputs; all parameters, buffers and constants of the
+    model; the tensors of those constants that are no buffers, by name."""
     params = {p.name: p for p in _params(tensors)}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     bound: dict[fx.Node, Value | None] = {}
     inputs: list[Input] = []
+    lifted: dict[str, Tensor] = {}
     for node in program.graph_module.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -288,12 +300,20 @@ def _bind_placeholders(
             bound[node] = params[tensors.first[spec.target]].value
         elif spec.kind is InputKind.CONSTANT_TENSOR and isinstance(value, Tensor):
             assert spec.target is not None
-            constant = Value(spec.target, TensorType(tuple(value.shape), value.dtype))
-            params[spec.target] = Param(spec.target, constant, "constant")
+            # export numbers them through the model; numbered by module, equal layers stay equal
+            owner = spec.target.rpartition(".")[0]
+            owner = f"{owner}." if owner else ""
+            number = sum(name.startswith(f"{owner}constant_") for name in lifted)
+            name = f"{owner}constant_{number}"
+            tensor = program.constants[spec.target]
+            assert isinstance(tensor, Tensor)
+            lifted[name] = tensor
+            constant = Value(name, TensorType(tuple(value.shape), value.dtype))
+            params[name] = Param(name, constant, "constant")
             bound[node] = constant
         else:
             raise CaptureError(f"the model uses `{spec.target}`, which is no tensor")
-    return bound, tuple(inputs), tuple(params.values())
+    return bound, tuple(inputs), tuple(params.values()), lifted
 
 
 def _params(tensors: _Tensors) -> Iterator[Param]:
@@ -343,8 +363,8 @@ def _leaves(
 def _with_data(
     graph: Graph,
     model: nn.Module,
-    program: ExportedProgram,
     tensors: _Tensors,
+    lifted: Mapping[str, Tensor],
     rebuild: Callable[[], nn.Module] | None,
 ) -> Graph:
     """Fill in the values of the constants that the graph reads, and drop the others."""
@@ -359,8 +379,7 @@ def _with_data(
     except UnknownConstant as error:
         raise CaptureError(str(error)) from error
     for param in needed:
-        value = data.get(param.name, program.constants.get(param.name))
-        assert isinstance(value, Tensor)
+        value = data[param.name] if param.name in data else lifted[param.name]
         if value.device.type == "meta":
             raise CaptureError(
                 f"a tensor of shape {tuple(value.shape)} that `forward` uses has no values: it is "

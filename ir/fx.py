@@ -206,7 +206,7 @@ class _Converter:
     # ---- in-place ops --------------------------------------------------------------------------
 
     def copied(self, to: TensorType, source: Value, node: fx.Node) -> tuple[tuple[str, Arg], ...]:
-        """Arguments of a clone that has the values of `source` in the type of what it overwrites."""
+        """Arguments of a clone of `source` in the type of what it overwrites."""
         grad = source.differentiable
         if source.type.dtype != to.dtype:
             cast = TensorType(source.type.shape, to.dtype)

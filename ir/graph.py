@@ -52,9 +52,7 @@ class Value:
         return f"{self.name}: {self.type}"
 
 
-Arg: TypeAlias = Union[
-    Value, int, float, bool, str, None, torch.dtype, "tuple[Arg, ...]"
-]
+Arg: TypeAlias = Union[Value, int, float, bool, str, None, torch.dtype, "tuple[Arg, ...]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Loc:
         return f"{self.file}:{self.line}" if self.file else (self.module or "?")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Node:
     """One operation: `op` is the registry's name, `aten.linear.default` or `shardwright.attention`.
 

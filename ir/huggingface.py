@@ -171,7 +171,8 @@ def _load_config(transformers: Any, path: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(str(file))
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{file}: transformers cannot read this config: {error}") from error
+        reason = str(error).strip().split("\n")[0]  # what follows is about installing
+        raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
 
 
 def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, Protocol
+from weakref import ref
 
 import torch
 
@@ -59,7 +60,9 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_CASTS = "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default"
+_CASTS = (
+    "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default"
+)
 
 
 def register(names: str, op: Op) -> None:
@@ -76,9 +79,21 @@ def find_op(name: str) -> Op | None:
 
 
 def rule_of(node: Node) -> Rule:
-    """The factor rule of `node`; an op without one keeps every dim whole."""
-    op = OPS.get(node.op)
-    return op.rule(node) if op else _opaque(node)
+    """The factor rule of `node`; an op without one keeps every dim whole.
+
+    A rule is made once per node and forgotten with it.
+    """
+    known = _rules.get(id(node))
+    if known is not None and known[0]() is node:
+        return known[1]
+    op, key = OPS.get(node.op), id(node)
+    rule = op.rule(node) if op else _opaque(node)
+    _rules[key] = (ref(node, lambda _: _rules.pop(key, None)), rule)
+    return rule
+
+
+# By identity: hashing a node means hashing every argument, dearer than making its rule anew.
+_rules: dict[int, tuple[ref[Node], Rule]] = {}
 
 
 def kind_of(node: Node) -> Kind:
@@ -717,10 +732,14 @@ register("aten.any.dim aten.any.default", Op(_reduce(additive=False), _emit_redu
 register("aten.all.dim aten.all.default", Op(_reduce(additive=False), _emit_reduce("all")))
 register("aten.argmax.default", Op(_reduce(additive=False), _emit_reduce("argmax")))
 register("aten.argmin.default", Op(_reduce(additive=False), _emit_reduce("argmin")))
-register("aten.max.dim", Op(_reduce(additive=False), _emit_reduce("max"), saves=("self",)))
-register("aten.min.dim", Op(_reduce(additive=False), _emit_reduce("min"), saves=("self",)))
-register("aten.max.default", Op(_reduce(additive=False), _emit_reduce("max"), saves=("self",)))
-register("aten.min.default", Op(_reduce(additive=False), _emit_reduce("min"), saves=("self",)))
+register("aten.max.dim", Op(_reduce(additive=False), _emit_reduce("max"), saves=("result",)))
+register("aten.min.dim", Op(_reduce(additive=False), _emit_reduce("min"), saves=("result",)))
+register(
+    "aten.max.default", Op(_reduce(additive=False), _emit_reduce("max"), saves=("self", "result"))
+)
+register(
+    "aten.min.default", Op(_reduce(additive=False), _emit_reduce("min"), saves=("self", "result"))
+)
 register(
     "aten.logsumexp.default",
     Op(_reduce(additive=False), _emit_reduce("logsumexp"), saves=("self", "result")),
@@ -1128,7 +1147,7 @@ def _gather_rule(node: Node) -> Rule:
     )
 
 
-register("aten.gather.default", Op(_gather_rule, "{self}.gather({dim}, {index})", saves=("index",)))
+register("aten.gather.default", Op(_gather_rule, "{self}.gather({dim}, {index})", saves=("self", "index")))
 
 
 def _index_rule(node: Node) -> Rule:
@@ -1354,11 +1373,12 @@ register(
 def _emit_embedding(node: Node, render: Render) -> str:
     ids, weight = render.arg("indices"), render.arg("weight")
     padding = "" if node.arg("padding_idx") in (None, -1) else render.arg("padding_idx")
+    by_frequency = "True" if node.arg("scale_grad_by_freq") else ""
     axis = render.axis("v")
     if axis:
         rows = str(node.operands[0].type.shape[0])
         return call("ops.vocab_embedding", ids, weight, axis, size=rows, padding_idx=padding)
-    return call("F.embedding", ids, weight, padding_idx=padding)
+    return call("F.embedding", ids, weight, padding_idx=padding, scale_grad_by_freq=by_frequency)
 
 
 def _embedding_rule(node: Node) -> Rule:

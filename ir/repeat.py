@@ -11,7 +11,7 @@ stands for the whole one if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,12 +58,17 @@ class _Recorder(TorchFunctionMode):
     number of the call in its scope, number of the result).
     """
 
-    def __init__(self, labels: Mapping[int, object], keep: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.log = _Log()
         self.scope: _Scope = None
-        self.labels: dict[int, object] = dict(labels)
-        self.keep: list[Tensor] = list(keep)  # so that no id is used twice
+        self.labels: dict[int, object] = {}
+        self.keep: list[Tensor] = []  # so that no id is used twice
+
+    def name(self, labels: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+        """Give tensors labels of their own."""
+        self.labels |= {id(tensor): labels[name] for name, tensor in tensors.items()}
+        self.keep += tensors.values()
 
     def enter(self, scope: _Scope) -> None:
         self.scope = scope
@@ -122,15 +127,12 @@ def repeats(
     inputs: Mapping[str, Tensor],
     prepared: Callable[[], AbstractContextManager[None]],
 ) -> Repeats | None:
-    """How few layers of `model`, on the meta device, stand for all of it; None if it needs all.
+    """How few layers of `model` stand for all of it; None if it needs all.
 
-    `prepared` gives the context to run `model` in.
+    `prepared` gives the context to run `model` in, its tensors on the meta device.
     """
-    tensors = [*model.parameters(), *model.buffers()]
     stacks = _candidates(model)
-    if not stacks or any(tensor.device.type != "meta" for tensor in tensors):
-        return None
-    whole = _record(model, inputs, stacks, prepared)
+    whole = _record(model, inputs, stacks, prepared) if stacks else None
     stacks = {} if whole is None else {p: n for p, n in stacks.items() if _in_order(whole, p, n)}
     if whole is None or not stacks:
         return None
@@ -195,10 +197,8 @@ def _record(
 ) -> _Log | None:
     """Run `forward` on meta tensors and write down its calls; None if it does not run there."""
     arguments = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in inputs.items()}
-    labels: dict[int, object] = {id(t): ("input", name) for name, t in arguments.items()}
-    tables = (model.named_parameters(), model.named_buffers())
-    labels |= {id(t): ("param", name) for table in tables for name, t in table}
-    recorder = _Recorder(labels, list(arguments.values()))
+    recorder = _Recorder()
+    recorder.name({name: ("input", name) for name in arguments}, arguments)
     handles: list[Any] = []
     for path in stacks:
         stack = model.get_submodule(path)
@@ -207,8 +207,11 @@ def _record(
             handles += _watch(layer, (path, index), recorder)
     try:
         # models that ask whether they are being exported must answer as they will in `export`
-        with prepared(), _compiling_state_context(), torch.device("meta"), recorder:
-            result = model(**arguments)
+        with prepared(), _compiling_state_context(), torch.device("meta"):
+            tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+            recorder.name({name: ("param", name) for name in tensors}, tensors)
+            with recorder:
+                result = model(**arguments)
             recorder.log.returned = tuple(
                 recorder.label(leaf) for leaf in pytree.tree_leaves(result)
             )

@@ -60,7 +60,7 @@ class Rule:
     addends: frozenset[int] = frozenset()  # operands added to the result (a bias): `P` when it is
     passes: bool = False  # worth running on `V`: views and elementwise ops
     _choices: dict[str, tuple[tuple[State, ...], tuple[State, ...]]] = field(
-        default_factory=dict, compare=False, repr=False
+        default_factory=dict, init=False, compare=False, repr=False
     )
 
     def choices(self) -> dict[Choice, tuple[tuple[State, ...], tuple[State, ...]]]:
@@ -68,8 +68,10 @@ class Rule:
         if not self._choices:
             n_in, n_out = len(self.operands), len(self.results)
             self._choices["R"] = ((R,) * n_in, (R,) * n_out)
+            # factors that appear in operands: leaving one out of a result sums over it
+            summed = {f for dims in self.operands for dim in dims for f in dim}
             for factor in self.sizes:
-                if states := self._cut(factor):
+                if states := self._cut(factor, summed):
                     self._choices[factor] = states
             if self.passes:
                 self._choices["V"] = ((V,) * n_in, (V,) * n_out)
@@ -78,7 +80,9 @@ class Rule:
                 self._choices[f"P{i}"] = (operands, (P,) * n_out)
         return self._choices
 
-    def _cut(self, factor: str) -> tuple[tuple[State, ...], tuple[State, ...]] | None:
+    def _cut(
+        self, factor: str, summed: set[str]
+    ) -> tuple[tuple[State, ...], tuple[State, ...]] | None:
         """States when `factor` is cut, or None where that would need data to move."""
         if factor in self.whole or self.sizes[factor] == 1:
             return None
@@ -88,18 +92,13 @@ class Rule:
         n = len(self.operands)
         absent = R if factor in self.inside else P
         results = tuple(absent if place is None else S(place) for place in places[n:])
-        if P in results and factor not in self._summed:
+        if P in results and factor not in summed:
             return None
         missing = [P if i in self.addends and P in results else V for i in range(n)]
         operands = tuple(
             missing[i] if place is None else S(place) for i, place in enumerate(places[:n])
         )
         return operands, results
-
-    @property
-    def _summed(self) -> set[str]:
-        """Factors that appear in operands: leaving one out of a result sums over it."""
-        return {f for dims in self.operands for dim in dims for f in dim}
 
     def ways(self, choices: Sequence[Choice], axis_sizes: Sequence[int]) -> dict[str, int] | None:
         """How many ways each factor is cut, or None where a size does not divide.
@@ -149,7 +148,8 @@ def parse_rule(
 ) -> Rule:
     """A `Rule` from its text and the shapes of one node.
 
-    `sizes` gives factor sizes that the shapes alone do not tell (all but one factor of a product).
+    `sizes` gives factor sizes that the shapes alone do not tell (a product whose factors stand
+    nowhere alone).  Raises ValueError if text and shapes do not fit.
 
     >>> rule = parse_rule("... k, o k -> ... o", [(2, 8, 4), (6, 4)], [(2, 8, 6)])
     >>> sorted(rule.choices())
@@ -165,8 +165,8 @@ def parse_rule(
     parsed = [
         _parse_term(term, len(shape), whole) for term, shape in zip(terms, shapes, strict=True)
     ]
-    for dims, shape in zip(parsed, shapes, strict=True):
-        _learn_sizes(text, dims, shape, known)
+    pairs = [p for d, shape in zip(parsed, shapes, strict=True) for p in zip(d, shape, strict=True)]
+    _learn_sizes(text, pairs, known)
     used = {f for dims in parsed for dim in dims for f in dim}
     n = len(operand_shapes)
     return Rule(
@@ -204,17 +204,22 @@ def _parse_term(term: str, rank: int, whole: set[str]) -> Dims:
     return tuple(dim for dim in dims if dim is not None)
 
 
-def _learn_sizes(text: str, dims: Dims, shape: Sequence[int], known: dict[str, int]) -> None:
-    for dim, size in zip(dims, shape, strict=True):
+def _learn_sizes(text: str, pairs: Sequence[tuple[Dim, int]], known: dict[str, int]) -> None:
+    """Put the size of every factor into `known`, from all (dim, its size)."""
+    for _ in pairs:  # each round can tell the last unknown factor of further dims
+        for dim, size in pairs:
+            unknown = [f for f in dim if f not in known]
+            if len(unknown) == 1:
+                known[unknown[0]] = size // prod(known[f] for f in dim if f in known)
+        if all(f in known for dim, _ in pairs for f in dim):
+            break
+    for dim, size in pairs:
         unknown = [f for f in dim if f not in known]
-        rest = prod(known[f] for f in dim if f in known)
-        if len(unknown) > 1:
-            raise ValueError(f"rule `{text}`: sizes of {unknown} are not known")
         if unknown:
-            known[unknown[0]] = size // rest
-            rest *= known[unknown[0]]
-        if dim and rest != size:
-            raise ValueError(f"rule `{text}`: factors {dim} make {rest}, the dim has size {size}")
+            raise ValueError(f"rule `{text}`: sizes of {unknown} are not known")
+        made = prod(known[f] for f in dim)
+        if dim and made != size:
+            raise ValueError(f"rule `{text}`: factors {dim} make {made}, the dim has size {size}")
 
 
 def broadcast_rule(

@@ -8,6 +8,7 @@ is a ValueError that says which field it is.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -130,12 +131,16 @@ def graph_from_json(data: Any) -> Graph:
     body = tuple(_read_item(item, scope) for item in field["body"].items())
     outputs = tuple(
         Output(
-            tuple(key.one_of(str, int) for key in item["path"].items()),
+            tuple(_read_key(key) for key in item["path"].items()),
             item["value"].read_from(scope),
         )
         for item in field["outputs"].items()
     )
-    return Graph(field["name"].of(str), inputs, params, body, outputs)
+    return Graph(field["name"].text(), inputs, params, body, outputs)
+
+
+def _read_key(field: _Field) -> str | int:
+    return field.text() if isinstance(field.data, str) else field.of(int)
 
 
 class _Field:
@@ -172,6 +177,20 @@ class _Field:
             raise self.wrong("a value of type " + " or ".join(kind.__name__ for kind in kinds))
         return self.data
 
+    def word(self) -> str:
+        """A name that stands as code in a generated module: letters, digits, `_` and dots."""
+        name = self.of(str)
+        if not re.fullmatch(r"[\w.]*", name):
+            raise self.wrong("a name of letters, digits, `_` and dots")
+        return name
+
+    def text(self) -> str:
+        """Text that stands in a string or a comment of a generated module, and cannot leave it."""
+        text = self.of(str)
+        if not text.isprintable() or '"' in text or "\\" in text:
+            raise self.wrong("one line of text without quotes and backslashes")
+        return text
+
     def many(self, kind: type[_T]) -> tuple[_T, ...]:
         return tuple(item.of(kind) for item in self.items())
 
@@ -190,7 +209,7 @@ class _Field:
 
 def _read_value(field: _Field, scope: dict[str, Value]) -> Value:
     """A definition; it enters the scope."""
-    name = field["name"].of(str)
+    name = field["name"].text()
     if name in scope:
         raise field["name"].wrong("a name that is not taken yet")
     shape = field["shape"].many(int)
@@ -203,7 +222,7 @@ def _read_value(field: _Field, scope: dict[str, Value]) -> Value:
 
 def _read_input(field: _Field, scope: dict[str, Value]) -> Input:
     value = _read_value(field["value"], scope)
-    return Input(field["name"].of(str), value, field["labels"].many(str))
+    return Input(field["name"].word(), value, field["labels"].many(str))
 
 
 def _read_param(field: _Field, scope: dict[str, Value]) -> Param:
@@ -211,10 +230,10 @@ def _read_param(field: _Field, scope: dict[str, Value]) -> Param:
     if kind not in _KINDS:
         raise field["kind"].wrong(f"one of {', '.join(_KINDS)}")
     return Param(
-        field["name"].of(str),
+        field["name"].text(),
         _read_value(field["value"], scope),
         kind,
-        field["aliases"].many(str),
+        tuple(alias.text() for alias in field["aliases"].items()),
         _read_data(field["data"]),
     )
 
@@ -246,7 +265,7 @@ def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
         parts = pair.items()
         if len(parts) != 2:
             raise pair.wrong("a pair [name, argument]")
-        name = parts[0].of(str)
+        name = parts[0].word()
         args.append((name, _read_arg(_Field(parts[1].data, f"{pair.path}.{name}"), scope)))
     loc = field["loc"].items()
     if len(loc) != 5:
@@ -254,10 +273,10 @@ def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
     file, line, *names = loc
     return Node(
         field["name"].of(str),
-        field["op"].of(str),
+        field["op"].word(),
         tuple(args),
         tuple(_read_value(item, scope) for item in field["outputs"].items()),
-        Loc(file.of(str), line.of(int), *(name.of(str) for name in names)),
+        Loc(file.text(), line.of(int), *(name.text() for name in names)),
     )
 
 
@@ -290,7 +309,7 @@ def _read_loop(field: _Field, scope: dict[str, Value]) -> Loop:
         if len(block.outputs) != len(carried):
             raise item["outputs"].wrong(f"{len(carried)} outputs")
     outputs = tuple(_read_value(item, scope) for item in field["outputs"].items())
-    name, path = field["loop"].of(str), field["path"].of(str)
+    name, path = field["loop"].text(), field["path"].word()
     return Loop(name, path, blocks, order, carried, invariants, outputs)
 
 
@@ -300,7 +319,7 @@ def _read_block(field: _Field) -> Block:
     inputs = tuple(_read_value(item, scope) for item in field["inputs"].items())
     nodes = tuple(_read_node(item, scope) for item in field["nodes"].items())
     outputs = tuple(item.read_from(scope) for item in field["outputs"].items())
-    return Block(field["class_name"].of(str), params, inputs, nodes, outputs)
+    return Block(field["class_name"].word(), params, inputs, nodes, outputs)
 
 
 __all__ = ["graph_from_json", "graph_to_json"]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..costmodel.compute import elementwise_s
 from ..costmodel.memory import optimizer_step_bytes, parameter_state_bytes
-from ..ir.graph import Graph, Loop, Node, Param, TensorType, Value
+from ..ir.graph import Graph, Loop, Node, Param, Value
 from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec, is_shard
@@ -38,11 +38,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is planned for: phase, optimizer, and bytes per GPU (None: no limit)."""
+    """What is planned for: phase, optimizer, and bytes per GPU (None: no limit).
+
+    `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
+    """
 
     training: bool
     optimizer: str
     memory_bytes: float | None
+    recompute: bool = False
 
 
 class Restriction:
@@ -60,6 +64,12 @@ class Restriction:
         """May a parameter that is sharded over `axis` be gathered over it?"""
         return True
 
+    def none_allowed(self, name: str, value: Value, sizes: tuple[int, ...]) -> None:
+        """No storage of the parameter `name` is allowed: all will be, unless this raises."""
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """No strategy of `region` is allowed: all will be, unless this raises."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
@@ -72,6 +82,7 @@ class Decisions:
     choices: dict[str, tuple[Choice, ...]]
     specs: dict[str, Spec]
     outputs: dict[str, Spec]
+    recompute: bool = False  # layers of loops run forward again in backward
 
 
 @dataclass(slots=True)
@@ -110,6 +121,7 @@ class NodeCost:
     """One run of a node on one rank: seconds, bytes of its operands and results together, what
     autograd keeps (value, bytes), and the spec that each operand is needed in."""
 
+    forward_s: float
     seconds: float
     held: float
     kept: tuple[tuple[str, int], ...]
@@ -137,23 +149,34 @@ class Builder:
         self.setting = setting
         self.sizes = network.mesh.sizes
         self.regions = make_regions(graph, self.sizes, training=setting.training)
-        self._conversions: dict[tuple[TensorType, bool, bool], Conversions] = {}
+        self._conversions: dict[tuple[object, ...], Conversions] = {}
         self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
         self._bytes: dict[tuple[str, Spec], int] = {}
         self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
         self._alias = _aliases(graph)
         self._needed_again = _needed_again(graph, self._alias)
+        self.block_values = _block_values(graph)
 
     # -- prices that reports and lowering also ask for ----------------------------------------
 
-    def conversions(self, value: Value, *, param: bool) -> Conversions:
-        """The conversions of a value's type; a parameter that backward needs is gathered again."""
+    def conversions(self, value: Value, *, param: bool, inside: bool = False) -> Conversions:
+        """The conversions of a value's type; a parameter that backward needs is gathered again.
+
+        `inside` says that the conversion is made in a layer: if layers are recomputed, it runs
+        twice there, and what is gathered the second time serves backward.
+        """
         gradient = self.setting.training and value.differentiable
-        regather = param and self.setting.training and value.name in self._needed_again
-        key = (value.type, gradient, regather)
+        again = self.setting.recompute and (inside or value.name in self.block_values)
+        needed = param and self.setting.training and value.name in self._needed_again
+        key = (value.type, gradient, needed and not again, again, param)
         if key not in self._conversions:
             self._conversions[key] = Conversions(
-                value.type, self.network, gradient=gradient, regather=regather
+                value.type,
+                self.network,
+                gradient=gradient,
+                regather=needed and not again,
+                again=again,
+                param=param,
             )
         return self._conversions[key]
 
@@ -167,8 +190,10 @@ class Builder:
             if kind_of(node) != "view":
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
             kept = saved_values(node) if self.setting.training else ()
+            work = self.work(node, choices)
             self._costs[key] = NodeCost(
-                self.work(node, choices).seconds,
+                work.forward_s,
+                work.seconds,
                 float(held),
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),
@@ -211,8 +236,19 @@ class Builder:
         built.add_sources()
         built.add_regions()
         built.add_outputs()
-        built.add_edges()
+        if built.least_memory() <= (self.setting.memory_bytes or np.inf):
+            built.add_edges()
         return built
+
+
+def _block_values(graph: Graph) -> frozenset[str]:
+    """Names of everything that belongs to a block of a loop."""
+    names: set[str] = set()
+    for loop in graph.loops:
+        for block in loop.blocks:
+            names |= {v.name for v in block.inputs} | {p.value.name for p in block.params}
+            names |= {v.name for node in block.nodes for v in node.outputs}
+    return frozenset(names)
 
 
 def _needed_again(graph: Graph, alias: dict[str, str]) -> frozenset[str]:
@@ -258,12 +294,26 @@ class _Built:
         self.output_nodes: dict[str, tuple[int, list[Spec]]] = {}
         self.params = {ref.param.value.name for ref in all_params(builder.graph)}
         self.horizon = 2 * len(builder.regions) + 2
+        self.spans = _spans(builder.regions)
+        self.loop_scopes: set[int] = set()  # numbers of the scopes that are blocks of loops
 
     def problem(self) -> ShardingProblem:
         """The finished problem."""
         name = f"{self.builder.graph.name} on {self.builder.network.mesh}"
         limit = self.builder.setting.memory_bytes
         return ShardingProblem(name, tuple(self.nodes), tuple(self.edges), limit)
+
+    def least_memory(self) -> float:
+        """Bytes that are live at the fullest time when every node takes its smallest strategy.
+
+        More than the limit proves that no plan fits, before a single edge is priced.
+        """
+        change = np.zeros(self.horizon + 2)
+        for node in self.nodes:
+            for usage in node.usages:
+                change[usage.start] += usage.bytes.min()
+                change[usage.end] -= usage.bytes.min()
+        return float(np.cumsum(change).max())
 
     def read(self, assignment: Sequence[int]) -> Decisions:
         """The decisions that an assignment stands for."""
@@ -281,7 +331,7 @@ class _Built:
             if name not in made
         }
         outputs = {n: specs_[assignment[i]] for n, (i, specs_) in self.output_nodes.items()}
-        return Decisions(choices, specs, outputs)
+        return Decisions(choices, specs, outputs, self.builder.setting.recompute)
 
     def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float]:
         """(bytes kept for backward, bytes of what runs) that are live at `time`."""
@@ -306,7 +356,18 @@ class _Built:
             self._param(ref)
         for loop in self.builder.graph.loops:
             for value in loop.outputs:
-                self._source(value, f"{loop.path} carries {value.name}", self._storage(value))
+                specs = self._storage(value)
+                usages = self._kept_inputs(loop, value, specs)
+                self._source(value, f"{loop.path} carries {value.name}", specs, usages)
+
+    def _kept_inputs(self, loop: Loop, value: Value, specs: list[Spec]) -> tuple[Usage, ...]:
+        """Layers that are recomputed keep what they take in, one for each layer."""
+        if not self.builder.setting.recompute:
+            return ()
+        spans = [self.spans[id(r.scope)] for r in self.builder.regions if r.scope.loop is loop]
+        start = min(first for first, _ in spans)
+        size = np.array([float(self.builder.local_bytes(value, spec)) for spec in specs])
+        return (Usage(start, self.horizon - start, len(loop.order) * size),)
 
     def _storage(self, value: Value, also: Iterable[Spec] = ()) -> list[Spec]:
         """Specs of `R` and `S` that divide evenly, and those of `also` that do not."""
@@ -320,9 +381,11 @@ class _Built:
             if spec_fits(shape, s, sizes) and (_even(shape, s, sizes) or s in extra)
         ]
 
-    def _source(self, value: Value, name: str, specs: list[Spec]) -> None:
+    def _source(
+        self, value: Value, name: str, specs: list[Spec], usages: tuple[Usage, ...] = ()
+    ) -> None:
         self.flows[value.name] = _Flow(value, len(self.nodes), specs)
-        self.nodes.append(ProblemNode(name, np.zeros(len(specs))))
+        self.nodes.append(ProblemNode(name, np.zeros(len(specs)), usages))
 
     def _param(self, ref: ParamRef) -> None:
         value, sizes = ref.param.value, self.builder.sizes
@@ -336,7 +399,9 @@ class _Built:
         }
         every = self._storage(value, needed)
         specs = [s for s in every if self.restriction.allows_storage(ref.param, ref.name, s)]
-        specs = specs or every
+        if not specs:
+            self.restriction.none_allowed(ref.name, value, sizes)
+            specs = every
         setting = self.builder.setting
         trainable = ref.trainable and setting.training
         numel = [local_bytes(value, s, sizes) // value.type.dtype.itemsize for s in specs]
@@ -364,18 +429,19 @@ class _Built:
         """A node for each region, and its needs as users of the values it takes."""
         keepers = self._keepers()
         scope_ids: dict[int, int] = {}
-        starts: dict[int, int] = {}
-        for time, region in enumerate(self.builder.regions, start=1):
-            scope = scope_ids.setdefault(id(region.scope), len(scope_ids))
-            starts.setdefault(scope, time)
+        for region in self.builder.regions:
+            number = scope_ids.setdefault(id(region.scope), len(scope_ids))
+            if region.scope.loop is not None:
+                self.loop_scopes.add(number)
         for time, region in enumerate(self.builder.regions, start=1):
             allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
+            if not allowed:
+                self.restriction.no_strategy(region, self.builder.sizes)
             strategies = allowed or list(region.strategies)
             index = len(self.nodes)
-            scope = scope_ids[id(region.scope)]
             self.strategies.append(strategies)
             self.region_nodes.append(index)
-            self.nodes.append(self._region_node(region, strategies, time, starts[scope], keepers))
+            self.nodes.append(self._region_node(region, strategies, time, keepers))
             for i, value in enumerate(region.values):
                 specs = [s.produces[i] for s in strategies]
                 self.flows[value.name] = _Flow(value, index, specs)
@@ -431,7 +497,6 @@ class _Built:
         region: Region,
         strategies: list[Strategy],
         time: int,
-        start: int,
         keepers: dict[str, int],
     ) -> ProblemNode:
         """Costs of each strategy; memory kept for backward and held while the region runs."""
@@ -445,12 +510,20 @@ class _Built:
         if not training:
             last = max(self._last_use(region), time) + 1
             return ProblemNode(region.name, weight * costs, (Usage(time, last, held),))
+        start, last = self.spans[id(region.scope)]
+        if self._recomputed(region):  # one layer at a time, while its backward runs
+            memory = Usage(end - last - 1, end - start, kept)
+        else:
+            memory = Usage(start, end - start, weight * kept)
         usages = (
-            Usage(start, end - start, weight * kept),
+            memory,
             Usage(time, time + 1, held),
             Usage(end - time - 1, end - time, 2 * held),  # values and their gradients
         )
         return ProblemNode(region.name, weight * costs, usages)
+
+    def _recomputed(self, region: Region) -> bool:
+        return self.builder.setting.recompute and region.scope.loop is not None
 
     def _last_use(self, region: Region) -> int:
         made = {value.name for value in region.values}
@@ -466,11 +539,12 @@ class _Built:
     ) -> tuple[float, float, float]:
         """(seconds, bytes kept for backward, bytes held at the widest node) of one run."""
         produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
+        again = self._recomputed(region)
         seconds = widest = 0.0
         kept: dict[str, int] = {}
         for node, choices in zip(region.nodes, strategy.choices, strict=True):
             cost = self.builder.node_cost(node, choices)
-            seconds += cost.seconds
+            seconds += cost.seconds + (cost.forward_s if again else 0.0)
             widest = max(widest, cost.held)
             kept |= {n: size for n, size in cost.kept if keepers.get(n) == me}
             for value, need in cost.needs:
@@ -505,7 +579,8 @@ class _Built:
                 self._connect(flow, users)
 
     def _connect(self, flow: _Flow, users: list[_User]) -> None:
-        conversions = self.builder.conversions(flow.value, param=flow.param)
+        inside = users[0].scope in self.loop_scopes
+        conversions = self.builder.conversions(flow.value, param=flow.param, inside=inside)
         sources = list(dict.fromkeys(flow.specs))
         row_of = np.array([sources.index(spec) for spec in flow.specs])
         shared = self._shared_targets(users)
@@ -566,6 +641,15 @@ class _Built:
             for target in dict.fromkeys(t for needs in user.needs for t in needs):
                 count[target] = count.get(target, 0) + 1
         return [target for target, n in count.items() if n > 1]
+
+
+def _spans(regions: list[Region]) -> dict[int, tuple[int, int]]:
+    """(first, last) time of each scope; region i runs at time i + 1."""
+    spans: dict[int, tuple[int, int]] = {}
+    for time, region in enumerate(regions, start=1):
+        first, _ = spans.get(id(region.scope), (time, time))
+        spans[id(region.scope)] = (first, time)
+    return spans
 
 
 def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:

@@ -186,12 +186,12 @@ class _Lattice:
         return self._row[code]
 
     def moves(self, axes: tuple[int, ...], a: State, b: State) -> tuple[Ints, Ints]:
-        """(rows, columns) of the legal steps a -> b: see `Conversions._minor_most`."""
+        """(rows, columns) of the legal steps a -> b: see `_contiguous`."""
         here = np.all(self._array[:, axes] == a, axis=1)
+        others = [i for i in range(axes[0] + 1, self._array.shape[1]) if i not in axes]
         for state in (a, b):
             if is_shard(state):
-                later = self._array[:, axes[0] + 1 :]
-                here &= np.all(later != state, axis=1)
+                here &= np.all(self._array[:, others] != state, axis=1)
         rows = np.flatnonzero(here)
         columns = self.replaced(rows, axes, b)
         legal = columns >= 0
@@ -201,17 +201,28 @@ class _Lattice:
 class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
-    `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward needs:
-    what forward gathers is not kept but gathered a second time.
+    `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward
+    needs: what forward gathers is not kept but gathered a second time.  `again` prices a value of
+    a layer that is recomputed: everything that forward does is done twice.  `param`: a parameter
+    is gathered, never summed up from zero-padded parts, so that the runtime can gather it again.
     """
 
     def __init__(
-        self, kind: TensorType, network: Network, *, gradient: bool, regather: bool = False
+        self,
+        kind: TensorType,
+        network: Network,
+        *,
+        gradient: bool,
+        regather: bool = False,
+        again: bool = False,
+        param: bool = False,
     ) -> None:
         self.type = kind
         self.network = network
         self.gradient = gradient
         self.regather = regather
+        self.again = again
+        self.param = param
         self._sizes = network.mesh.sizes
         dims = map(S, range(len(kind.shape)))
         self._states = (R, P, *((V,) if gradient else ()), *dims)
@@ -269,7 +280,7 @@ class Conversions:
         axes = range(len(self._sizes))
         for axis in axes:
             for a, b in product(self._states, repeat=2):
-                if a != b:
+                if a != b and self._may_leave(a):
                     self._add_steps(distance, lattice, (axis,), a, b)
         for n in range(2, len(self._sizes) + 1):
             for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
@@ -300,11 +311,20 @@ class Conversions:
     @property
     def _joint_moves(self) -> tuple[tuple[State, State], ...]:
         """Conversions that several axes make in one collective."""
-        return ((R, V), (P, R), (P, V)) if self.gradient else ((P, R),)
+        dims = [state for state in self._states if is_shard(state)]
+        wholes = (R, V) if self.gradient else (R,)
+        moves = [(R, V)] if self.gradient else []
+        moves += [(state, whole) for state in dims for whole in wholes]
+        if not self.param:
+            moves += [(P, other) for other in (*wholes, *dims)]
+        return tuple(moves)
+
+    def _may_leave(self, a: State) -> bool:
+        return not (self.param and a == P)
 
     def _kinds(self, a: State, b: State) -> list[tuple[str, bool]]:
         """(primitive, is it in backward) of every move that a step a -> b makes."""
-        kinds = [(primitive(a, b), False)]
+        kinds = [(primitive(a, b), False)] * (2 if self.again else 1)
         if self.gradient:
             kinds.append((primitive(dual(b), dual(a)), True))
         if self.regather and kinds[0][0] == "all_gather":
@@ -347,11 +367,13 @@ class Conversions:
             Step((axis,), spec[axis], b)
             for axis in axes
             for b in self._states
-            if b != spec[axis] and self._minor_most(spec, axis, b)
+            if b != spec[axis]
+            and self._may_leave(spec[axis])
+            and _contiguous(spec, (axis,), spec[axis], b)
         ]
         for n in range(2, len(spec) + 1):
             for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
-                if all(spec[axis] == a for axis in subset):
+                if all(spec[axis] == a for axis in subset) and _contiguous(spec, subset, a, b):
                     steps.append(Step(subset, a, b))
         return [
             step for step in steps if spec_fits(self.type.shape, _apply(spec, step), self._sizes)
@@ -361,11 +383,6 @@ class Conversions:
         if spec not in self._legal:
             self._legal[spec] = spec_fits(self.type.shape, spec, self._sizes)
         return self._legal[spec]
-
-    def _minor_most(self, spec: Spec, axis: int, b: State) -> bool:
-        """A collective moves contiguous blocks only where no later axis cuts the same dim."""
-        later = spec[axis + 1 :]
-        return all(not is_shard(state) or state not in later for state in (spec[axis], b))
 
     def _seconds(self, step: Step, spec: Spec) -> float:
         return self.step_seconds(step, spec) + STEP_S
@@ -407,3 +424,13 @@ def _apply(spec: Spec, step: Step) -> Spec:
 def _at(spec: Spec, step: Step, here: State) -> Spec:
     """`spec` with the step's own axes in the state `here`."""
     return tuple(here if axis in step.axes else state for axis, state in enumerate(spec))
+
+
+def _contiguous(spec: Spec, axes: tuple[int, ...], a: State, b: State) -> bool:
+    """Are the blocks that a step a -> b on `axes` moves contiguous?
+
+    They are if no other axis after the first of `axes` cuts the same dim: axes cut a dim in mesh
+    order, so such an axis has cut it finer, or has its cuts between theirs.
+    """
+    others = [state for i, state in enumerate(spec) if i > axes[0] and i not in axes]
+    return all(not is_shard(state) or state not in others for state in (a, b))

@@ -557,7 +557,7 @@ class _Reduction:
         smaller = ~np.eye(count, dtype=bool)
         live = self.usages[n]
         if live is not None:
-            for size in np.unique(live.bytes, axis=0):
+            for size in live.bytes[group_rows(live.bytes)[0]]:
                 smaller &= size[:, None] <= size[None, :]
         # a cheap necessary condition first: the column where j is cheapest (0, normalised)
         gap = cost[:, None] - cost[None, :]

@@ -104,14 +104,13 @@ def scores_share(node: Node, query_ways: int) -> float:
     """Share of the scores (local queries x keys) that the busiest rank computes.
 
     Causal attention computes the lower triangle; with queries cut in contiguous blocks the last
-    rank has the longest rows: 1 - 1 / (2 ways).  A window of w keys bounds each row by w.
+    rank has the longest rows: 1 - 1 / (2 ways).  A causal window of w keys bounds each row by w.
     """
     keys = node.operands[1].type.shape[2]
     share = 1.0 - 1.0 / (2 * query_ways) if node.arg("causal") else 1.0
     window = node.arg("window")
-    if isinstance(window, int) and 0 < window < keys:
-        band = window / keys if node.arg("causal") else min(1.0, 2 * window / keys)
-        share = min(share, band)
+    if isinstance(window, int) and 0 < window < keys and node.arg("causal"):
+        share = min(share, window / keys)
     return share
 
 

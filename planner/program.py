@@ -102,6 +102,7 @@ class Program:
     params: tuple[tuple[Param, Spec], ...]
     statements: tuple[Statement, ...]
     outputs: tuple[Sharded, ...]
+    recompute: bool = False  # layers run forward again in backward, and keep only their inputs
 
     def flat(self) -> list[tuple[Convert | Compute, int]]:
         """Every statement with how often it runs, loops opened."""
@@ -150,7 +151,8 @@ class _Lowering:
             top.fetch(out.value, self.decisions.outputs[out.value.name], "output")
             for out in graph.outputs
         )
-        return Program(graph, inputs, params, tuple(statements), outputs)
+        recompute = self.decisions.recompute
+        return Program(graph, inputs, params, tuple(statements), outputs, recompute)
 
     def _loop(self, loop: Loop, top: _Scope) -> LoopCall:
         carried_specs = [self.decisions.specs[value.name] for value in loop.outputs]

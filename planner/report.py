@@ -114,17 +114,20 @@ def _binding(plan: Plan) -> str:
         bound = f"the links of {busiest} bind"
     else:
         bound = "compute binds"
-    return f"{text} What limits it: {bound}."
+    recompute = " Layers keep only their inputs and are recomputed in backward."
+    return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
 
 
 def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
     """(seconds of compute, seconds of communication per mesh axis) of one step."""
     compute = 0.0
     axes = dict.fromkeys(plan.mesh.names, 0.0)
+    outside = {id(statement) for statement in plan.program.statements}
     for statement, times in plan.program.flat():
         if isinstance(statement, Compute):
             work = plan.work[statement.node.name]
-            compute += times * (work.forward_s + work.backward_s)
+            again = plan.program.recompute and id(statement) not in outside
+            compute += times * ((2 if again else 1) * work.forward_s + work.backward_s)
         else:
             name = "+".join(plan.mesh.names[axis] for axis in statement.priced.step.axes)
             axes[name] = axes.get(name, 0.0) + times * statement.priced.seconds

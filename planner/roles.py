@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
-from ..ir.graph import Graph, Param
+from ..ir.graph import Graph, Param, Value
 from ..ir.labels import factor_labels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.ops import kind_of
@@ -79,6 +80,38 @@ class Pins(Restriction):
             if made[last] != pin.spec:
                 return False
         return True
+
+    def none_allowed(self, name: str, value: Value, sizes: tuple[int, ...]) -> None:
+        """A pin that its parameter cannot have is refused."""
+        pins = [pin for pin in self.pins if fnmatchcase(name, pin.pattern)]
+        if len({pin.spec for pin in pins}) > 1:
+            texts = " and ".join(f"{pin.pattern}={format_spec(pin.spec)}" for pin in pins)
+            raise PlanError(f"--pin {texts}: `{name}` cannot be both; keep one")
+        pin = pins[0]
+        shape = list(value.type.shape)
+        reason = "a parameter is stored whole (R) or sharded (S0, S1, ...)"
+        for dim in {state for state in pin.spec if is_shard(state)}:
+            ways = prod(n for n, s in zip(sizes, pin.spec, strict=True) if s == dim)
+            if dim >= len(shape):
+                reason = f"it has no dim {dim}, dims count from 0"
+            elif shape[dim] % ways:
+                reason = f"{ways} ranks do not divide its dim {dim} of size {shape[dim]}"
+        raise PlanError(
+            f"--pin {pin.pattern}={format_spec(pin.spec)}: `{name}` of shape {shape} cannot be kept so "
+            f"on a mesh of {' x '.join(map(str, sizes))}: {reason}"
+        )
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """A pin that its module's result cannot have is refused."""
+        for pin in self.pins:
+            nodes = [n for n in region.nodes if fnmatchcase(_module(n.loc.module), pin.pattern)]
+            if nodes:
+                raise PlanError(
+                    f"--pin {pin.pattern}={format_spec(pin.spec)}: no way to run `{nodes[-1].loc.module}` "
+                    f"leaves its result of shape {list(nodes[-1].output.type.shape)} so on a mesh of "
+                    f"{' x '.join(map(str, sizes))}; the sizes must divide, and the op must be able "
+                    "to give it"
+                )
 
 
 def _module(path: str) -> str:

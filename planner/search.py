@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from ..costmodel.cluster import Cluster
@@ -28,6 +28,8 @@ from .roles import Pin, Pins, Roles, ordinary_roles
 from .solvers import Solution, solve
 
 Progress = Callable[[str], None]
+
+_SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory
 
 
 @dataclass(slots=True)
@@ -79,25 +81,39 @@ def make_plan(
     meshes = [mesh] if mesh is not None else candidate_meshes(request.gpus, cluster)
     if pins and mesh is None:
         raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-    best: _Solved | None = None
-    for candidate in meshes:
-        progress(f"solving {candidate}")
-        restriction = (
-            Pins([Pin.parse(p, len(candidate.axes)) for p in pins], graph)
-            if pins
-            else Restriction()
-        )
-        solved = _solve(
-            graph, candidate, cluster, setting, restriction, solver, time_limit_s, clock
-        )
-        if solved is not None and (best is None or solved.seconds < best.seconds * (1 - 1e-9)):
-            best = solved
+
+    def attempt(mesh: Mesh, variant: Setting) -> _Solved | None:
+        again = ", layers recomputed" if variant.recompute else ""
+        progress(f"solving {mesh}{again}")
+        kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
+        restriction = Pins(kept, graph) if kept else Restriction()
+        return _solve(graph, mesh, cluster, variant, restriction, solver, time_limit_s, clock)
+
+    best = _cheapest([attempt(mesh, setting) for mesh in meshes])
+    if _short_of_memory(best, setting):
+        variant = replace(setting, recompute=True)
+        best = _cheapest([best, *(attempt(mesh, variant) for mesh in meshes)])
     if best is None:
         raise InfeasibleError(explain(graph, cluster, meshes, setting, request))
     progress("pricing the ordinary plans")
     with clock.step("baselines"):
-        baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
+        baselines = _baselines(
+            graph, cluster, best.builder.setting, meshes, best, solver, time_limit_s
+        )
     return _assemble(graph, request, best, baselines, len(meshes), solver, clock)
+
+
+def _cheapest(solved: Sequence[_Solved | None]) -> _Solved | None:
+    """The one with the fewest seconds; of equal ones the first."""
+    found = [one for one in solved if one is not None]
+    return min(found, key=lambda one: float(f"{one.seconds:.9e}")) if found else None
+
+
+def _short_of_memory(best: _Solved | None, setting: Setting) -> bool:
+    """May recomputing layers help?  It costs time and gives nothing but memory."""
+    if not setting.training or setting.memory_bytes is None:
+        return False
+    return best is None or best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
 
 
 def setting_of(request: Request) -> Setting:
@@ -183,7 +199,7 @@ def _baselines(
     time_limit_s: float,
 ) -> tuple[Baseline, ...]:
     """The ordinary plans on meshes that were searched, so that none can beat the winner."""
-    unlimited = Setting(setting.training, setting.optimizer, None)
+    unlimited = replace(setting, memory_bytes=None)
     rows: list[Baseline] = []
     clock = Clock()
     for mesh in _baseline_meshes(meshes, best, cluster):

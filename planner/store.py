@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
 from .program import PricedStep
 
 SCHEMA = "shardwright.plan/1"
+_PLAIN: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "choices": {name: list(choices) for name, choices in d.choices.items()},
         "specs": {name: format_spec(spec) for name, spec in d.specs.items()},
         "outputs": {name: format_spec(spec) for name, spec in d.outputs.items()},
+        "recompute": d.recompute,
         "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
         "conversions": [
             {
@@ -74,7 +77,7 @@ def plan_from_json(data: object) -> Plan:
         graph = graph_from_json(reader.get("graph", dict))
     except ValueError as error:
         raise PlanError(f"plan field `graph`: {error}") from error
-    axes = tuple((str(name), int(size)) for name, size in reader.rows("mesh", 2))
+    axes = reader.rows("mesh", str, int)
     search = reader.child("search")
     return Plan(
         request=reader.build("request", Request),
@@ -82,7 +85,9 @@ def plan_from_json(data: object) -> Plan:
         mesh=_mesh(axes),
         decisions=_decisions(reader),
         paths=dict(_path(row) for row in reader.children("conversions")),
-        work={n: NodeSeconds(*map(float, v)) for n, v in reader.get("work", dict).items()},
+        work={
+            n: NodeSeconds(*reader.row("work", n, float, float)) for n in reader.get("work", dict)
+        },
         seconds=reader.get("seconds", float),
         optimizer_s=reader.get("optimizer_s", float),
         memory=reader.build("memory", Memory),
@@ -92,7 +97,7 @@ def plan_from_json(data: object) -> Plan:
             search.get("status", str),
             search.get("gap", float),
             search.get("meshes", int),
-            tuple((str(name), float(s)) for name, s in search.rows("seconds", 2)),
+            search.rows("seconds", str, float),
         ),
         notes=tuple(map(str, reader.get("notes", list))),
     )
@@ -107,18 +112,19 @@ def _mesh(axes: tuple[tuple[str, int], ...]) -> Mesh:
 
 def _decisions(reader: _Reader) -> Decisions:
     choices = {n: tuple(map(str, c)) for n, c in reader.get("choices", dict).items()}
-    return Decisions(choices, reader.specs("specs"), reader.specs("outputs"))
+    recompute = reader.get("recompute", bool)
+    return Decisions(choices, reader.specs("specs"), reader.specs("outputs"), recompute)
 
 
 def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]:
     steps: list[PricedStep] = []
     for step in row.children("steps"):
         traffic = tuple(
-            Traffic(str(kind), tuple(map(int, axes)), int(n), bool(back))
-            for kind, axes, n, back in step.rows("traffic", 4)
+            Traffic(kind, tuple(axes), n, back)
+            for kind, axes, n, back in step.rows("traffic", str, list, int, bool)
         )
         a, b = step.spec("from")[0], step.spec("to")[0]
-        axes = tuple(map(int, step.get("axes", list)))
+        axes = step.many("axes", int)
         steps.append(PricedStep(Step(axes, a, b), step.get("seconds", float), traffic))
     return (row.get("value", str), row.spec("from"), row.spec("to")), tuple(steps)
 
@@ -136,15 +142,20 @@ class _Reader:
         """The field `name`, which must be of `kind` (an int will do for a float)."""
         if name not in self._data:
             raise PlanError(f"`{self._where}` has no field `{name}`")
-        value = self._data[name]
-        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return self._checked(self._data[name], kind, f"{self._where}.{name}")
+
+    def _checked(self, value: Any, kind: type, where: str) -> Any:
+        if kind is float and type(value) is int:
             return float(value)
-        if not fits:
-            raise PlanError(
-                f"`{self._where}.{name}` must be {kind.__name__}, got {type(value).__name__}"
-            )
+        if type(value) is not kind:
+            raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
         return value
+
+    def many(self, name: str, kind: type) -> tuple[Any, ...]:
+        """The list in field `name`, its items of `kind`."""
+        where = f"{self._where}.{name}"
+        items = enumerate(self.get(name, list))
+        return tuple(self._checked(item, kind, f"{where}[{i}]") for i, item in items)
 
     def child(self, name: str) -> _Reader:
         """The object in field `name`."""
@@ -155,13 +166,20 @@ class _Reader:
         rows = self.get(name, list)
         return [_Reader(row, f"{self._where}.{name}[{i}]") for i, row in enumerate(rows)]
 
-    def rows(self, name: str, width: int) -> list[list[Any]]:
-        """The lists of `width` items in field `name`."""
-        rows = self.get(name, list)
-        for i, row in enumerate(rows):
-            if not isinstance(row, list) or len(row) != width:
-                raise PlanError(f"`{self._where}.{name}[{i}]` must be a list of {width} items")
-        return rows
+    def rows(self, name: str, *kinds: type) -> tuple[tuple[Any, ...], ...]:
+        """The lists in field `name`, each with one item of each of `kinds`."""
+        rows = enumerate(self.get(name, list))
+        return tuple(self._row(row, f"{self._where}.{name}[{i}]", kinds) for i, row in rows)
+
+    def row(self, name: str, key: str, *kinds: type) -> tuple[Any, ...]:
+        """The list under `key` of the object in field `name`, with one item of each of `kinds`."""
+        return self._row(self.get(name, dict)[key], f"{self._where}.{name}.{key}", kinds)
+
+    def _row(self, row: Any, where: str, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+        if not isinstance(row, list) or len(row) != len(kinds):
+            raise PlanError(f"`{where}` must be a list of {len(kinds)} items")
+        pairs = zip(row, kinds, strict=True)
+        return tuple(self._checked(item, kind, where) for item, kind in pairs)
 
     def spec(self, name: str) -> Spec:
         """The spec in field `name`."""
@@ -177,13 +195,18 @@ class _Reader:
 
     def make(self, kind: type[Any]) -> Any:
         """A flat dataclass from this object's fields of the same names."""
-        values: dict[str, Any] = {}
-        for name in kind.__slots__:
-            if name not in self._data:
-                raise PlanError(f"`{self._where}` has no field `{name}`")
-            value = self._data[name]
-            values[name] = tuple(value) if isinstance(value, list) else value
-        return kind(**values)
+        return kind(**{item.name: self._field(item.name, str(item.type)) for item in fields(kind)})
+
+    def _field(self, name: str, annotation: str) -> Any:
+        """The field of a dataclass: `annotation` is its type as the source has it."""
+        if annotation.endswith(" | None") and self._data.get(name, 0) is None:
+            return None
+        if annotation == "tuple[str, ...]":
+            return self.many(name, str)
+        value = self.get(name, _PLAIN[annotation.removesuffix(" | None")])
+        if isinstance(value, str) and not (value.isprintable() and '"""' not in value):
+            raise PlanError(f"`{self._where}.{name}` must be one line of text, got {value[:40]!r}")
+        return value
 
     def build(self, name: str, kind: type[Any]) -> Any:
         """The flat dataclass in field `name`."""

@@ -4,6 +4,8 @@ This is the count that `runtime.count_collectives` makes on a rank, known before
 conversion of the program, the collectives inside ops (a loss over a sharded vocabulary, counting
 tokens), and the second gathering of parameters that backward needs.  In backward only what a
 gradient reaches is counted: with a scalar loss among the outputs, the gradient starts there alone.
+Layers that are recomputed run forward twice, the second time until everything is back that
+autograd had kept: what comes after in the layer is not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Moved(NamedTuple):
 
 def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
     """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
-    walk = _Walk(mesh)
+    walk = _Walk(mesh, program.recompute)
     trained = [out for out in program.outputs if out.value.differentiable]
     scalars = [out for out in trained if out.value.type.shape == ()]
     walk.run(program.statements, set(scalars[:1] or trained), {})
@@ -42,30 +44,39 @@ def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
 class _Walk:
     """Goes through statements from the last to the first, with what a gradient reaches."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, recompute: bool) -> None:
         self.mesh = mesh
+        self.recompute = recompute
         self.moved: dict[Moved, float] = {}
 
     def run(
-        self, statements: Sequence[Statement], live: set[Sharded], entering: _Gathers
+        self,
+        statements: Sequence[Statement],
+        live: set[Sharded],
+        entering: _Gathers,
+        *,
+        again: int = 0,
     ) -> set[Sharded]:
         """Count `statements`; `live` grows by what a gradient reaches, and is returned.
 
-        `entering` are gathered parameters that come from outside.
+        `entering` are gathered parameters that come from outside; the first `again` statements
+        run forward twice.
         """
-        gathers = _gathers(statements, entering)
-        for item in reversed(statements):
+        gathers = _gathers(statements, {} if again else entering)
+        for at, item in reversed(list(enumerate(statements))):
+            times = 2 if at < again else 1
             if isinstance(item, LoopCall):
                 live |= self._loop(item, live, gathers)
             elif isinstance(item, Convert):
-                self._convert(item, item.target in live)
+                self._convert(item, item.target in live, times)
                 if item.target in live and item.source.value.differentiable:
                     live.add(item.source)
             else:
-                self._inside(item)
+                self._inside(item, times)
                 if live.intersection(item.outputs):
                     live.update(o for o in item.operands if o.value.differentiable)
-                    self._gather_again(item, gathers)
+                    if not again:  # what is gathered the second time serves backward
+                        self._gather_again(item, gathers)
         return live
 
     def _loop(self, call: LoopCall, live: set[Sharded], gathers: _Gathers) -> set[Sharded]:
@@ -78,16 +89,21 @@ class _Walk:
             inner = _inner(call, body)
             entering = {inner[a]: gathers[a] for a in call.arguments if a in gathers}
             ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-            names = {item.value.name for item in self.run(body.statements, ends, entering)}
+            again = _kept_until(body.statements) if self.recompute and ends else 0
+            reaches = self.run(body.statements, ends, entering, again=again)
+            names = {item.value.name for item in reaches}
             carried = [value.name in names for value in body.block.inputs[:n]]
             reached |= {a for a in call.arguments if inner[a].value.name in names}
         return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
 
-    def _convert(self, item: Convert, live: bool) -> None:
-        for traffic in item.priced.traffic:
-            again = traffic.backward and traffic.kind == item.primitive == "all_gather"
-            if not again and (live or not traffic.backward):
-                self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
+    def _convert(self, item: Convert, live: bool, times: int) -> None:
+        forward = [t for t in item.priced.traffic if not t.backward]
+        for traffic in forward[:1] * times:
+            self._add(traffic.kind, traffic.axes, False, traffic.bytes)
+        for traffic in item.priced.traffic if live else ():
+            again = traffic.kind == item.primitive == "all_gather"  # see `_gather_again`
+            if traffic.backward and not again:
+                self._add(traffic.kind, traffic.axes, True, traffic.bytes)
 
     def _gather_again(self, item: Compute, gathers: _Gathers) -> None:
         """Gathered parameters that the node keeps are gathered when backward comes to it."""
@@ -97,7 +113,7 @@ class _Walk:
                 forward = next(t for t in convert.priced.traffic if not t.backward)
                 self._add("all_gather", forward.axes, True, forward.bytes)
 
-    def _inside(self, item: Compute) -> None:
+    def _inside(self, item: Compute, times: int) -> None:
         """A loss over a sharded vocabulary, and the number of labels over sharded tokens."""
         if item.node.op != "shardwright.cross_entropy":
             return
@@ -105,14 +121,14 @@ class _Walk:
         *tokens, vocabulary = ((f, self._axes(item, f)) for dim in rule.operands[0] for f in dim)
         shape = local_shape(logits.value.type.shape, logits.spec, self.mesh.sizes)
         itemsize = max(4, logits.value.type.dtype.itemsize)  # half precision is computed in fp32
-        rows = prod(shape[:-1]) * itemsize
+        rows = times * prod(shape[:-1]) * itemsize
         if axes := vocabulary[1]:
             self._add("all_reduce", axes, False, rows)  # the largest logit
             self._add("all_reduce", axes, False, 2 * rows)  # sum of exponentials, label's logit
         if item.node.arg("reduction") == 1:  # mean
             for _, axes in tokens:
                 if axes:
-                    self._add("all_reduce", axes, False, _COUNT_BYTES)
+                    self._add("all_reduce", axes, False, times * _COUNT_BYTES)
 
     def _axes(self, item: Compute, factor: str) -> tuple[int, ...]:
         return tuple(i for i, choice in enumerate(item.choices) if choice == factor)
@@ -124,6 +140,12 @@ class _Walk:
         moved = float(wire_bytes(kind, float(n_bytes), ways))
         if moved:
             self.moved[key] = self.moved.get(key, 0.0) + moved
+
+
+def _kept_until(statements: Sequence[Statement]) -> int:
+    """How many statements run until the last one of which autograd keeps something."""
+    kept = [i for i, s in enumerate(statements) if isinstance(s, Compute) and saved_values(s.node)]
+    return kept[-1] + 1 if kept else 0
 
 
 def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:

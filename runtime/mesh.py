@@ -9,7 +9,8 @@ import atexit
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -138,6 +139,33 @@ class Mesh:
             generator.manual_seed(stable_seed(self._shared_seed(), key, indices))
             self._generators[key] = generator
         return self._generators[key]
+
+    def replayed_randomness(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for a first run and its repetition, which draws the same random numbers."""
+        before: dict[tuple[str, ...], torch.Tensor] = {}
+
+        @contextmanager
+        def first() -> Generator[None]:
+            before.update({key: g.get_state() for key, g in self._generators.items()})
+            yield
+
+        @contextmanager
+        def second() -> Generator[None]:
+            now = {key: g.get_state() for key, g in self._generators.items()}
+            for key, generator in self._generators.items():
+                if key in before:
+                    generator.set_state(before[key])
+                else:  # made in the first run
+                    generator.manual_seed(generator.initial_seed())
+            try:
+                yield
+            finally:
+                for key, state in now.items():
+                    self._generators[key].set_state(state)
+
+        return first(), second()
 
     def manual_seed(self, seed: int) -> None:
         """Start all generators of this mesh anew from `seed`, the same on every rank."""

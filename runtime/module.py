@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import Safetensors, Source, StateDict
 from .collectives import WHOLE, Move
@@ -138,6 +139,21 @@ class ShardedModule(nn.Module):
     def generator(self, *sharded_axes: str) -> torch.Generator:
         """Random numbers that differ along `sharded_axes` and agree along all others."""
         return self.mesh.generator(sharded_axes)
+
+    def recompute(self, layer: nn.Module, *inputs: Tensor) -> Any:
+        """`layer(*inputs)`, keeping only the inputs: backward runs the layer's forward again.
+
+        Dropout draws the same masks the second time.
+        """
+        if not torch.is_grad_enabled():
+            return layer(*inputs)
+        return checkpoint(
+            layer,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self.mesh.replayed_randomness,
+        )
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
         """This rank's slice of a whole tensor in `spec`, such as the spec of an output."""

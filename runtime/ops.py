@@ -216,7 +216,7 @@ def attention(
     """softmax(q k^T scale) v for q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv).
 
     Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
-    j <= p if `causal`; j > p - window (and j < p + window if not causal) if `window` > 0; and
+    j <= p if `causal`; j > p - window if `window` > 0; and
     `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
     `softcap` > 0 makes scores softcap * tanh(scores / softcap).  Query head h uses key head
     h // (hq // hkv).  Result (b, hq, sq, dv).
@@ -253,7 +253,7 @@ def attention(
 def _reach(sq: int, sk: int, causal: bool, window: int, query_start: int) -> tuple[int, int]:
     """First and last + 1 of the keys that some query may attend; at least one key."""
     end = query_start + sq
-    last = min(sk, end if causal else end + window - 1 if window else sk)
+    last = min(sk, end) if causal else sk
     first = max(0, query_start - window + 1) if window else 0
     last = max(last, 1)
     return min(first, last - 1), last
@@ -278,8 +278,6 @@ def _with_positions(
         allowed &= key <= query
     if window:
         allowed &= key > query - window
-        if not causal:
-            allowed &= key < query + window
     if mask is None:
         return allowed
     if mask.dtype == torch.bool:

@@ -16,7 +16,7 @@ from .ir.capture import capture
 from .ir.fold import fold
 from .ir.graph import Graph
 from .ir.mesh import Mesh
-from .loading import DTYPES, Loaded, load_target
+from .loading import DTYPES, Loaded, load_target, quiet_torch
 from .planner import plan as plans
 from .planner.build import Builder, Restriction
 from .planner.conversion import Network
@@ -153,7 +153,9 @@ def plan_file(
 
 def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
     """The folded graph of a loaded model, its inputs' dims labelled."""
-    graph = fold(capture(loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild))
+    with quiet_torch():
+        flat = capture(loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild)
+    graph = fold(flat)
     inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
     return replace(graph, inputs=inputs)
 

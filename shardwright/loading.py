@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,37 @@ def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) ->
             "Face config.json, or a folder with one"
         )
     return _load_file(Path(path), builder or "build_model", batch, seq, dtype, phase)
+
+
+@contextmanager
+def quiet_torch() -> Generator[None]:
+    """What torch.export logs and prints on its way to an exception stays off the user's screen.
+
+    The exception says it in one sentence; other output, of the model too, comes through.
+    """
+    before, stderr = logging.root.manager.disable, sys.stderr
+    logging.disable(logging.CRITICAL)
+    sys.stderr = _WithoutExport(stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        sys.stderr = stderr
+
+
+class _WithoutExport:
+    """stderr without what torch/export/_trace.py prints: the graph up to the failure."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, unless it is torch.export that prints."""
+        caller = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
+        return len(text) if caller == "torch.export._trace" else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:

@@ -524,7 +524,7 @@ def _index_limits(graph: Graph, name: str) -> tuple[list[int], int | None]:
 def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
     case = torch.load(Path(folder) / "case.pt", mmap=True, weights_only=True)
-    module = _import_source(Path(folder) / "generated.py")
+    module = import_source(Path(folder) / "generated.py")
     model = module.ShardedModel.from_state_dict(case["state"]).eval()
     local = model.shard_inputs(**case["inputs"])
     with torch.set_grad_enabled(training):
@@ -583,7 +583,8 @@ def _largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
-def _import_source(path: Path) -> Any:
+def import_source(path: Path) -> Any:
+    """The generated module in the file `path`."""
     spec = importlib.util.spec_from_file_location("_shardwright_generated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -17,9 +17,14 @@ from ..presolve import Infeasible, Part, split
 from ..presolve import presolve as reduce
 from ..problem import ShardingProblem
 from .base import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
+from .heuristic import search
 
 # What summing in another order may change, relative to the larger of cost and offset.
 _SAME_COST = 1e-9
+# More strategies than this after presolve: exact solvers may find nothing in a minute.
+_LARGE = 5000
+# The share of the time kept for search where the exact solver finds nothing.
+_RESERVED = 0.15
 
 
 # Each back end is imported when first used: their modelling layers take a second to load.
@@ -74,7 +79,7 @@ def solve(
         inner, parts = problem, (Part(problem, tuple(range(len(problem.nodes)))),)
     else:
         inner, parts = reduced.problem, split(reduced.problem)
-    found = _solve_parts(inner, parts, SOLVERS[solver], started, time_limit_s)
+    found = _solve_parts(inner, parts, SOLVERS[solver], started, time_limit_s, presolve)
     if found.assignment is None:
         return replace(found, seconds=perf_counter() - started)
     assignment = found.assignment if reduced is None else reduced.restore(found.assignment)
@@ -92,6 +97,7 @@ def _solve_parts(
     solver: Solver,
     started: float,
     time_limit_s: float,
+    searchable: bool,
 ) -> Solution:
     """Solve each independent part in the time that is left; `seconds` is not filled in."""
     full = [0] * len(problem.nodes)
@@ -101,8 +107,8 @@ def _solve_parts(
     for part in parts:
         if not part.nodes:
             continue
-        left = time_limit_s - (perf_counter() - started)
-        found = solver(part.problem, time_limit_s=max(left, LEAST_S))
+        left = max(LEAST_S, time_limit_s - (perf_counter() - started))
+        found = _solve_part(part.problem, solver, left, searchable)
         if found.status == "infeasible":
             return found
         bounds.append(found.bound)
@@ -115,6 +121,37 @@ def _solve_parts(
     if not complete:
         return Solution(None, inf, bound, "unknown", 0.0)
     return conclude(problem, tuple(full), bound, 0.0)
+
+
+def _solve_part(
+    problem: ShardingProblem, solver: Solver, time_limit_s: float, searchable: bool
+) -> Solution:
+    """Solve one part: a large one by search first, a small one by search only if all else fails.
+
+    `searchable` says that the problem is presolved, as search needs it.
+    """
+    if not searchable:
+        return solver(problem, time_limit_s=time_limit_s)
+    started = perf_counter()
+    if sum(node.costs.size for node in problem.nodes) > _LARGE:
+        first = search(problem, time_limit_s=time_limit_s / 2)
+        if first.status == "optimal":
+            return first
+        left = max(LEAST_S, time_limit_s - (perf_counter() - started))
+        return _better(first, solver(problem, time_limit_s=left))
+    found = solver(problem, time_limit_s=(1 - _RESERVED) * time_limit_s)
+    if found.assignment is not None or found.status == "infeasible":
+        return found
+    return _better(found, search(problem, time_limit_s=_RESERVED * time_limit_s))
+
+
+def _better(one: Solution, other: Solution) -> Solution:
+    """The cheaper assignment with the better bound of two solutions of one problem."""
+    if "infeasible" in (one.status, other.status):
+        return one if one.status == "infeasible" else other
+    best, bound = min(one, other, key=lambda s: s.cost), max(one.bound, other.bound)
+    status = "optimal" if "optimal" in (one.status, other.status) else best.status
+    return replace(best, bound=bound, status=status)
 
 
 __all__ = [

@@ -105,27 +105,27 @@ def _model(problem: ShardingProblem, unit: float) -> Any:
     choices = [(n, k) for n, node in enumerate(nodes) for k in range(node.costs.size)]
     allowed = [(n, k) for n, k in choices if nodes[n].costs[k] < inf]
     model = cast(Any, pyo.ConcreteModel())
-    model.s = pyo.Var(choices, domain=pyo.Binary)
-    model.e = pyo.Var(pairs, domain=pyo.NonNegativeReals)
+    model.s = s = cast(Any, pyo.Var(choices, domain=pyo.Binary))
+    model.e = e = cast(Any, pyo.Var(pairs, domain=pyo.NonNegativeReals))
+    model.rows = rows = cast(Any, pyo.ConstraintList())
     for n, k in set(choices) - set(allowed):
-        model.s[n, k].fix(0)
+        s[n, k].fix(0)
     model.cost = pyo.Objective(
-        expr=sum(float(nodes[n].costs[k]) / unit * model.s[n, k] for n, k in allowed)
-        + sum(float(edges[k].costs[i, j]) / unit * model.e[k, i, j] for k, i, j in pairs)
+        expr=sum(float(nodes[n].costs[k]) / unit * s[n, k] for n, k in allowed)
+        + sum(float(edges[k].costs[i, j]) / unit * e[k, i, j] for k, i, j in pairs)
     )
-    model.rows = pyo.ConstraintList()
     for n, node in enumerate(nodes):
-        model.rows.add(sum(model.s[n, k] for k in range(node.costs.size)) == 1)
+        rows.add(sum(s[n, k] for k in range(node.costs.size)) == 1)
     by_row: dict[tuple[int, int], list[Any]] = {}
     by_col: dict[tuple[int, int], list[Any]] = {}
     for k, i, j in pairs:
-        by_row.setdefault((k, i), []).append(model.e[k, i, j])
-        by_col.setdefault((k, j), []).append(model.e[k, i, j])
+        by_row.setdefault((k, i), []).append(e[k, i, j])
+        by_col.setdefault((k, j), []).append(e[k, i, j])
     for k, edge in enumerate(edges):
         for i in range(edge.costs.shape[0]):
-            model.rows.add(sum(by_row.get((k, i), [])) - model.s[edge.a, i] == 0)
+            rows.add(sum(by_row.get((k, i), [])) - s[edge.a, i] == 0)
         for j in range(edge.costs.shape[1]):
-            model.rows.add(sum(by_col.get((k, j), [])) - model.s[edge.b, j] == 0)
+            rows.add(sum(by_col.get((k, j), [])) - s[edge.b, j] == 0)
     _add_memory(model, problem)
     return model
 

@@ -60,7 +60,9 @@ def build(name: str) -> nn.Module:
     match name:
         case "gpt":
             example = example_module("gpt")
-            return example.GPT(example.GPTConfig(_VOCABULARY, max_seq=12, layers=2, heads=4, width=32))
+            return example.GPT(
+                example.GPTConfig(_VOCABULARY, max_seq=12, layers=2, heads=4, width=32)
+            )
         case "llama_example":
             example = example_module("llama")
             config = example.LlamaConfig(64, layers=2, width=32, heads=4, kv_heads=2, mlp_width=48)
@@ -80,7 +82,11 @@ def build(name: str) -> nn.Module:
 
 def inputs_of(name: str, sizes: tuple[int, int] = (_BATCH, _SEQ)) -> dict[str, Tensor]:
     """A batch whose labels are missing (-100) in other numbers in every row."""
-    tokens = {"gpt": ["tokens"], "llama_example": ["tokens"], "encoder_decoder": ["source", "target"]}
+    tokens = {
+        "gpt": ["tokens"],
+        "llama_example": ["tokens"],
+        "encoder_decoder": ["source", "target"],
+    }
     names = tokens.get(name, ["input_ids"])
     inputs = {k: v % 61 for k, v in batch(*sizes, *names, "labels").items()}
     rows, columns = torch.meshgrid(torch.arange(sizes[0]), torch.arange(sizes[1]), indexing="ij")
@@ -88,11 +94,17 @@ def inputs_of(name: str, sizes: tuple[int, int] = (_BATCH, _SEQ)) -> dict[str, T
     return inputs
 
 
+def _captured(model: nn.Module, inputs: dict[str, Tensor], training: bool) -> Graph:
+    """The folded graph with its inputs' dims called b and s, as the command line does."""
+    graph = fold(capture(model, inputs, training=training))
+    return replace(graph, inputs=tuple(replace(i, labels=("b", "s")) for i in graph.inputs))
+
+
 @cache
 def case(name: str, training: bool = True) -> Case:
     """The family's case in float64, for comparisons to 1e-9."""
     model, inputs = build(name), inputs_of(name)
-    graph = widened(fold(capture(model, inputs, training=training)))
+    graph = widened(_captured(model, inputs, training))
     params = {n: t.double() if t.is_floating_point() else t for n, t in model.state_dict().items()}
     return Case(name, graph, params, inputs, reference(graph, params, inputs))
 
@@ -101,16 +113,10 @@ def case(name: str, training: bool = True) -> Case:
 def case32(name: str) -> Case:
     """The family's case in float32; what is expected comes from the original model itself."""
     model, inputs = build(name).float(), inputs_of(name)
-    graph = fold(capture(model, inputs, training=True))
+    graph = _captured(model, inputs, training=True)
     params = {n: t.detach().clone() for n, t in model.state_dict().items()}
     out = model(**inputs)
     out["loss"].backward()
     outputs = {str(o.path): out[o.path[0]].detach() for o in graph.outputs}
     gradients = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
     return Case(name, graph, params, inputs, (outputs, gradients))
-
-
-def labelled(graph: Graph) -> Graph:
-    """The graph with its inputs' dims called b and s, as the command line does."""
-    inputs = tuple(replace(i, labels=("b", "s")) for i in graph.inputs)
-    return replace(graph, inputs=inputs)

@@ -176,6 +176,37 @@ def test_deep_models_are_captured_from_a_few_layers(family: str) -> None:
     check_same(model, short, batch(2, 12, "input_ids", "labels"), TOLERANCE)
 
 
+def test_models_that_write_attention_out_keep_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as t
+
+    config = t.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        hidden_dropout=0.0, attention_dropout=0.0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = t.FalconForCausalLM(config).double()
+    inputs = batch(2, 12, "input_ids", "labels")
+    graph = capture_folded(model, inputs, training=True)
+    assert graph.loops[0].order == (0, 0, 0, 0)
+    model.config.use_cache = False
+    check_same(model, graph, inputs, TOLERANCE)
+    monkeypatch.setattr(t.FalconForCausalLM, "_can_set_attn_implementation", lambda _: True)
+    with pytest.raises(CaptureError, match="computes with the attention mask itself"):
+        capture(model, inputs, training=True)
+
+
+def test_unknown_attention_arguments_are_refused_by_name() -> None:
+    import transformers as t
+
+    config = t.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = t.T5ForConditionalGeneration(config)
+    with pytest.raises(CaptureError, match="T5Attention passes `position_bias`"):
+        capture(model, batch(2, 12, "input_ids", "labels"), training=True)
+
+
 # ---- plain PyTorch -----------------------------------------------------------------------------
 
 

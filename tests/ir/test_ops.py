@@ -6,6 +6,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
+from operator import mod
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import pytest
@@ -14,23 +17,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.codegen.module import write_source
+from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Arg, Graph, Input, Node, Output, Param, TensorType, Value
 from shardwright.ir.interpret import interpret, operator
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import OPS, find_op, kind_of, matmul_dims, register, rule_of, saved_values
 from shardwright.ir.rule import Choice
 from shardwright.ir.spec import P, R, S, Spec, V, is_shard
-from shardwright.planner.build import Builder, Decisions
-from shardwright.planner.conversion import spec_fits
+from shardwright.planner.build import Decisions
+from shardwright.planner.conversion import Conversions as TypeConversions
+from shardwright.planner.conversion import Network, spec_fits
+from shardwright.planner.program import PricedStep, Program, lower
 from shardwright.planner.regions import node_specs
 from shardwright.runtime import RankPool
 from tests.sharded import (
-    _import_source,
     assert_close,
-    builder_of,
     flatten,
     mesh_of,
-    program_of,
     weights_like,
 )
 
@@ -111,7 +114,9 @@ example(
     lambda d: {"self": d.positive()},
     lambda d: {"self": d.positive(4, 5, 8)},
 )
-example("aten.gelu.default", lambda d: {"self": d.x()}, lambda d: {"self": d.x(), "approximate": "tanh"})
+example(
+    "aten.gelu.default", lambda d: {"self": d.x()}, lambda d: {"self": d.x(), "approximate": "tanh"}
+)
 example("aten.hardtanh.default", lambda d: {"self": d.x(), "min_val": -0.5, "max_val": 0.25})
 example("aten.clamp_min.default", lambda d: {"self": d.x(), "min": -0.25})
 example("aten.clamp_max.default", lambda d: {"self": d.x(), "max": 0.25})
@@ -501,7 +506,8 @@ def single(op: str, given: Args) -> Single:
     made = operator(op)(**{name: _real(arg, leaves) for name, arg in args})
     made = list(made) if isinstance(made, tuple | list) else [made]
     outputs = tuple(
-        Value(f"y{i}", TensorType(tuple(t.shape), t.dtype), t.requires_grad) for i, t in enumerate(made)
+        Value(f"y{i}", TensorType(tuple(t.shape), t.dtype), t.requires_grad)
+        for i, t in enumerate(made)
     )
     node = Node("node", op, args, outputs)
     unused = Value("unused", TensorType((4,), torch.int64))
@@ -557,7 +563,8 @@ def run_task(
 ) -> Result:
     """In one rank: run one generated module forward and backward."""
     try:
-        module = _import_source(source)
+        module = ModuleType("generated")
+        exec(compile(source, "generated", "exec"), module.__dict__)
         model = module.ShardedModel.from_state_dict(params)
         out = model(**model.shard_inputs(**inputs))
         entries = {str(path): t for path, t in flatten(out)}
@@ -566,7 +573,9 @@ def run_task(
         for path, t in entries.items():
             if t.requires_grad:
                 weights = weights_like(torch.empty(specs[path].shape, dtype=t.dtype))
-                parts.append((t * model.local_part(weights, specs[path].spec)).sum())
+                own = model.local_part(weights, specs[path].spec)
+                real = t[tuple(slice(size) for size in own.shape)]  # without padding
+                parts.append((real * own).sum())
         if parts:
             torch.stack(parts).sum().backward()
         whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
@@ -576,10 +585,9 @@ def run_task(
 
 
 def decisions(
-    builder: Builder, case: Single, choices: tuple[Choice, ...], rng: random.Random
+    case: Single, choices: tuple[Choice, ...], sizes: tuple[int, ...], rng: random.Random
 ) -> Decisions:
     """These choices for the node, and any layout for what it takes and gives."""
-    sizes = builder.network.mesh.sizes
     needs, gives = node_specs(case.node, rule_of(case.node), choices, training=True)
     needed = {value.name: spec for value, spec in zip(case.node.operands, needs, strict=True)}
     specs: dict[str, Spec] = {}
@@ -603,8 +611,14 @@ def any_layout(
     shape = value.type.shape
     every = product([R, *map(S, range(len(shape)))], repeat=len(sizes))
     legal = [spec for spec in every if spec_fits(shape, spec, sizes)]
-    even = [s for s in legal if all(d < 0 or shape[d] % (n * 2) == 0 or len(sizes) == 1 and shape[d] % n == 0 for d, n in zip(s, sizes, strict=True))]
-    return rng.choice(legal if uneven else even)
+    if uneven:
+        return rng.choice(legal)
+    return rng.choice([spec for spec in legal if _even(shape, spec, sizes)])
+
+
+def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
+    ways = [prod(n for s, n in zip(spec, sizes, strict=True) if s == d) for d in range(len(shape))]
+    return not any(map(mod, shape, ways))
 
 
 def legal_choices(node: Node, mesh: Mesh) -> list[tuple[Choice, ...]]:
@@ -614,17 +628,41 @@ def legal_choices(node: Node, mesh: Mesh) -> list[tuple[Choice, ...]]:
     return [choices for choices in every if rule.ways(choices, mesh.sizes) is not None]
 
 
-def tasks_of(op: str, mesh: Mesh, limit: int | None) -> Iterator[tuple[Task, Result]]:
-    """Generated modules of all (or `limit` random) legal choices for the op's examples."""
-    for number, make in enumerate(EXAMPLES[op]):
+class Conversions:
+    """The cheapest conversions on one mesh, shared by all cases."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.network = Network(mesh, load_cluster("cpu"))
+        self.known: dict[tuple[TensorType, bool, bool], TypeConversions] = {}
+
+    def program(self, case: Single, taken: Decisions) -> Program:
+        """The program of one rank."""
+        params = {param.value.name for param in case.graph.params}
+
+        def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+            key = (value.type, value.differentiable, value.name in params)
+            if key not in self.known:
+                self.known[key] = TypeConversions(
+                    value.type, self.network, gradient=key[1], regather=key[1] and key[2]
+                )
+            return tuple(PricedStep(step, 0.0, ()) for step in self.known[key].path(a, b))
+
+        return lower(case.graph, taken, paths, training=True)
+
+
+def tasks_of(
+    op: str, conversions: Conversions, examples: int | None = None, limit: int | None = None
+) -> Iterator[tuple[Task, Result]]:
+    """Generated modules of all (or `limit` random) legal choices for the op's (first) examples."""
+    mesh = conversions.network.mesh
+    for number, make in enumerate(EXAMPLES[op][:examples]):
         seed = sum(map(ord, op)) + 1000 * number
         rng = random.Random(seed)
         case = single(op, make(Draw(seed)))
-        builder = builder_of(case.graph, mesh)
         want = expected(case)
         legal = legal_choices(case.node, mesh)
         for choices in rng.sample(legal, min(limit or len(legal), len(legal))):
-            program = program_of(builder, decisions(builder, case, choices, rng))
+            program = conversions.program(case, decisions(case, choices, mesh.sizes, rng))
             source = write_source(program, mesh, summary=op, phase="train", optimizer="none")
             yield (f"{op} example {number} cut {choices}", source, case.params, case.inputs), want
 
@@ -633,13 +671,25 @@ def test_every_op_has_an_example() -> None:
     assert set(EXAMPLES) == set(OPS)
 
 
-@pytest.mark.parametrize(("sizes", "limit"), [((2,), None), ((2, 2), 3)], ids=["2", "2x2"])
-def test_sharded_equals_whole(sizes: tuple[int, ...], limit: int | None) -> None:
-    mesh = mesh_of(*sizes)
-    pairs = [pair for op in OPS for pair in tasks_of(op, mesh, limit)]
-    tasks = [task for task, _ in pairs]
+def test_every_choice_on_one_axis() -> None:
+    check_all(mesh_of(2))
+
+
+def test_some_choices_on_two_axes() -> None:
+    check_all(mesh_of(2, 2), examples=1, limit=1)
+
+
+@pytest.mark.slow
+def test_many_choices_on_two_axes() -> None:
+    check_all(mesh_of(2, 2), limit=4)
+
+
+def check_all(mesh: Mesh, examples: int | None = None, limit: int | None = None) -> None:
+    """Run all cases in one pool of ranks, and compare outputs and gradients."""
+    conversions = Conversions(mesh)
+    pairs = [pair for op in OPS for pair in tasks_of(op, conversions, examples, limit)]
     with RankPool(mesh.ranks) as pool:
-        results = pool.run(run_tasks, tasks, timeout_s=200)
+        results = pool.run(run_tasks, [task for task, _ in pairs], timeout_s=280)
     for rank, of_rank in enumerate(results):
         for (task, want), got in zip(pairs, of_rank, strict=True):
             compare(f"rank {rank}: {task[0]}", got, want)
@@ -657,3 +707,73 @@ def compare(name: str, got: Result, want: Result) -> None:
             continue
         assert mine is not None, f"{name}: no gradient of {param}"
         assert_close(mine, tensor, 1e-9, f"{name}: gradient of {param}")
+
+
+# --- prices --------------------------------------------------------------------------------------
+
+PRODUCTS = [op for op in OPS if kind_of(single(op, EXAMPLES[op][0](Draw(0))).node) == "matmul"]
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_matmul_dims_are_what_torch_counts(op: str) -> None:
+    for make in EXAMPLES[op]:
+        case = single(op, make(Draw(1)))
+        rule = rule_of(case.node)
+        if rule.whole:  # without a rule the dims say nothing
+            continue
+        batch, m, n, k = matmul_dims(case.node, {})
+        with FlopCounterMode(display=False) as counter:
+            interpret(case.graph, case.params, case.inputs)
+        assert counter.get_total_flops() == 2 * batch * m * n * k
+        for choice in rule.sizes:
+            ways = rule.ways((choice,), (2,))
+            if ways is not None and rule.sizes[choice] % 2 == 0:
+                assert 2 * prod(matmul_dims(case.node, ways)) == batch * m * n * k
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_autograd_keeps(op: str) -> None:
+    """Tensors that autograd holds after the forward pass are among those that the op declares.
+
+    Declared may be more (an op keeps what its backward needs in the worst case), and what is as
+    small as a row (statistics of a norm, a scalar) does not count.
+    """
+    case = single(op, EXAMPLES[op][0](Draw(2)))
+    if not any(value.differentiable for value in case.node.outputs):
+        assert saved_values(case.node) == ()
+        return
+    leaves = {n: t.clone().requires_grad_() for n, t in case.params.items()}
+    held: dict[int, Tensor] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        outputs = list(interpret(case.graph, leaves, case.inputs).values())
+    named = {t.untyped_storage().data_ptr(): n for n, t in (leaves | case.inputs).items()}
+    results = {t.untyped_storage().data_ptr() for t in outputs}
+    declared = {value.name for value in saved_values(case.node)}
+    made = {value.name for value in case.node.outputs}
+    for pointer in held:
+        if pointer in named:
+            assert named[pointer] in declared, f"keeps operand {named[pointer]}"
+        elif pointer in results:
+            assert declared & made, "keeps its result"
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+
+def test_a_second_registration_is_an_error() -> None:
+    with pytest.raises(ValueError, match="duplicate registration of op `aten.relu.default`"):
+        register("aten.relu.default", OPS["aten.relu.default"])
+
+
+def test_an_op_without_a_rule_is_whole_and_keeps_everything() -> None:
+    value = Value("x", TensorType((4, 6), torch.float32), differentiable=True)
+    made = Value("y", TensorType((4, 6), torch.float32), differentiable=True)
+    node = Node("n", "aten.unheard_of.default", (("self", value),), (made,))
+    assert find_op(node.op) is None and kind_of(node) == "elementwise"
+    assert set(rule_of(node).choices()) == {"R"}
+    assert saved_values(node) == (value, made)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.planner.iopddl import read_problem
+from shardwright.planner.presolve import Infeasible
+from shardwright.planner.presolve import presolve as reduce
 from shardwright.planner.problem import (
     Edge,
     ProblemNode,
@@ -19,6 +21,7 @@ from shardwright.planner.problem import (
     evaluate,
 )
 from shardwright.planner.solvers import SOLVERS, Solution, SolverError, solve
+from shardwright.planner.solvers.heuristic import search
 from tests.planner.random_problems import problems
 
 INF = float("inf")
@@ -103,6 +106,42 @@ def test_units_do_not_matter(solver: str, scale: float) -> None:
     want, found = solve(problem, solver=solver), solve(scaled, solver=solver)
     assert found.status == "optimal"
     assert found.cost == pytest.approx(want.cost * scale, rel=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_search_never_claims_too_much(problem: ShardingProblem) -> None:
+    reduced = reduce(problem)
+    if isinstance(reduced, Infeasible) or not reduced.problem.nodes:
+        return
+    want, found = brute_force(reduced.problem), search(reduced.problem, time_limit_s=0.2)
+    if want is None:
+        assert found.assignment is None
+        return
+    assert found.bound <= want[1] + 1e-9 * max(1.0, abs(want[1]))
+    if found.assignment is not None:
+        assert found.cost >= want[1] - 1e-12
+        assert evaluate(reduced.problem, found.assignment).feasible
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_comes_close(seed: int) -> None:
+    """On a loose grid it finds the optimum within a few per cent, with a bound below it."""
+    problem = grid(6, seed, 0.0)
+    want = solve(problem)
+    reduced = reduce(problem)
+    assert not isinstance(reduced, Infeasible)
+    found = search(reduced.problem, time_limit_s=20)
+    assert want.cost * 0.85 <= found.bound <= want.cost <= found.cost <= want.cost * 1.1
+
+
+def test_search_steps_in_where_the_solver_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lazy(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+        return Solution(None, INF, -INF, "unknown", 0.0)
+
+    monkeypatch.setattr("shardwright.planner.solvers.SOLVERS", {"lazy": lazy})
+    found = solve(grid(4, 1, 0.0), solver="lazy", time_limit_s=10)
+    assert found.assignment is not None and found.bound <= found.cost < INF
 
 
 def test_an_empty_problem_costs_nothing() -> None:

@@ -152,8 +152,7 @@ def reference_attention(
     for i, j in product(range(q.shape[2]), range(k.shape[2])):
         at = query_start + i
         ahead, behind = j > at, bool(window) and j <= at - window
-        beyond = bool(window) and not causal and j >= at + window
-        if (causal and ahead) or behind or beyond:
+        if (causal and ahead) or behind:
             scores[:, :, i, j] = -torch.inf
     if mask is not None:
         scores = (

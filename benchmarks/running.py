@@ -1,0 +1,425 @@
+"""One training step of a generated module beside the same layout written by hand with torch.
+
+    python -m benchmarks.running [--layout tp tp+sp fsdp] [--ranks 2 4] [--rounds 9]
+
+Ours is the generated module of the plan whose roles are fixed (`planner.roles`); by hand is
+`parallelize_module` (with `loss_parallel`) or `fully_shard` on the same model with the same weights
+and inputs, on gloo ranks of one thread each, in float32.  A step is forward and backward, until
+every rank has its whole gradient.
+
+Time: both are in the same processes and take turns; a round's time is that of its slowest rank,
+and medians of all rounds are compared.  So is the processor time of all ranks together, which says
+more where other work shares the cores (waiting for a rank that the system has stopped is no
+processor time).  Memory: each side in fresh processes of its own, the peak
+of the resident set (VmHWM, reset just before the step) over what the process had before the model
+was made, after a step of a tiny model of the same layout.  Blocks of 64 KiB and more are given back
+to the system when they are freed, so that the resident set is what is alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwright.api import capture_graph
+from shardwright.codegen.module import write_source
+from shardwright.costmodel.cluster import load_cluster
+from shardwright.ir.graph import Graph, Param, Value
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.spec import S, Spec
+from shardwright.loading import Loaded
+from shardwright.planner.build import Builder, Setting, all_params
+from shardwright.planner.conversion import Network
+from shardwright.planner.program import PricedStep, lower
+from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.roles import Roles
+from shardwright.planner.solvers import solve
+from shardwright.runtime import RankPool
+
+Layout: TypeAlias = Literal["tp", "tp+sp", "fsdp"]
+Side: TypeAlias = Literal["ours", "by hand"]
+Step: TypeAlias = Callable[[], float]  # runs one step, returns the loss of the whole batch
+
+SIDES: tuple[Side, ...] = ("ours", "by hand")
+_EXAMPLE = Path(__file__).parents[1] / "examples" / "llama.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Sizes of the model, and of the whole batch."""
+
+    vocab_size: int
+    layers: int
+    width: int
+    mlp_width: int
+    batch: int
+    seq: int
+
+
+MIDDLE = Size(vocab_size=8192, layers=4, width=512, mlp_width=1408, batch=4, seq=int(__import__("os").environ.get("SEQ","256")))
+TINY = Size(vocab_size=128, layers=1, width=64, mlp_width=128, batch=4, seq=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a rank needs to run both sides; `sources` are the generated modules."""
+
+    layout: Layout
+    ranks: int
+    sources: tuple[tuple[Size, str], ...]
+
+
+def main() -> None:
+    """Print one row per layout and number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layout", nargs="+", choices=get_args(Layout), default=get_args(Layout))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    columns = "{:7} {:>5}" + " | {:>9} {:>9} {:>6}" * 3 + " | {:>9}"
+    print(columns.format("", "", "time", "", "", "cpu time", "", "", "peak", "", "", ""))
+    print(columns.format("layout", "ranks", *("ours", "by hand", "ratio") * 3, "loss diff"))
+    for layout in args.layout:
+        for ranks in args.ranks:
+            row = compare(layout, ranks, args.rounds)
+            print(
+                columns.format(
+                    layout,
+                    ranks,
+                    *_pair(row.seconds, 1e3, "ms"),
+                    *_pair(row.cpu_seconds, 1e3, "ms"),
+                    *_pair(row.peak, 1e-6, "MB"),
+                    f"{abs(row.losses[0] - row.losses[1]):.1e}",
+                ),
+                flush=True,
+            )
+
+
+def _pair(pair: tuple[float, float], scale: float, unit: str) -> tuple[str, str, str]:
+    ours, theirs = pair
+    return f"{ours * scale:.1f} {unit}", f"{theirs * scale:.1f} {unit}", f"{ours / theirs:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Ours and by hand: median seconds of a step, largest peak of a rank in bytes, loss."""
+
+    seconds: tuple[float, float]
+    cpu_seconds: tuple[float, float]
+    peak: tuple[float, float]
+    losses: tuple[float, float]
+
+
+def compare(layout: Layout, ranks: int, rounds: int) -> Row:
+    """Run both sides of one layout."""
+    case = Case(layout, ranks, tuple((s, planned(layout, ranks, s)) for s in (TINY, MIDDLE)))
+    with RankPool(ranks) as pool:
+        timed = pool.run(measure_time, case, rounds, timeout_s=600.0)
+    wall = [_median_round(max, [rank[side].seconds for rank in timed]) for side in (0, 1)]
+    cpu = [_median_round(sum, [rank[side].cpu_seconds for rank in timed]) for side in (0, 1)]
+    peaks: list[int] = []
+    for side in SIDES:
+        with RankPool(ranks) as pool:
+            peaks.append(max(pool.run(measure_peak, case, side, timeout_s=300.0)))
+    first, second = timed[0]
+    return Row(
+        (wall[0], wall[1]), (cpu[0], cpu[1]), (peaks[0], peaks[1]), (first.loss, second.loss)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One rank's seconds per round, and the loss."""
+
+    seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
+    loss: float
+
+
+def _median_round(
+    over_ranks: Callable[[tuple[float, ...]], float], ranks: Sequence[tuple[float, ...]]
+) -> float:
+    return median(over_ranks(times) for times in zip(*ranks, strict=True))
+
+
+# --- in each rank --------------------------------------------------------------------------------
+
+
+def measure_time(case: Case, rounds: int) -> tuple[Timed, Timed]:
+    """Both sides by turns, after one step of each that is not counted."""
+    steps = [make_step(case, side, MIDDLE) for side in SIDES]
+    losses = [step() for step in steps]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    cpu: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        for side in order:
+            dist.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            steps[side]()
+            seconds[side].append(time.perf_counter() - start)
+            cpu[side].append(time.process_time() - cpu_start)
+    first, second = (Timed(tuple(seconds[k]), tuple(cpu[k]), losses[k]) for k in (0, 1))
+    return first, second
+
+
+def measure_peak(case: Case, side: Side) -> int:
+    """Bytes that the model and its second step add to this process at their peak."""
+    give_back = ctypes.CDLL(None)
+    m_mmap_threshold, m_trim_threshold = -3, -1
+    give_back.mallopt(m_mmap_threshold, 65536)
+    give_back.mallopt(m_trim_threshold, 65536)
+    make_step(case, side, TINY)()
+    gc.collect()
+    give_back.malloc_trim(0)
+    before = _status("VmRSS")
+    step = make_step(case, side, MIDDLE)
+    step()
+    gc.collect()
+    give_back.malloc_trim(0)
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == key:
+            return int(rest.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
+
+
+def make_step(case: Case, side: Side, size: Size) -> Step:
+    """The step of one side, its model built and its inputs in place; same weights on both."""
+    torch.manual_seed(0)
+    model = llama().Llama(config_of(size))
+    batch = whole_batch(size)
+    step = _our_step(case, model, batch, size) if side == "ours" else _hand(case, model, batch)
+    return step
+
+
+def whole_batch(size: Size) -> dict[str, Tensor]:
+    """The same tokens on every rank."""
+    tokens = torch.randint(
+        0, size.vocab_size, (size.batch, size.seq), generator=torch.Generator().manual_seed(0)
+    )
+    return {"tokens": tokens, "labels": torch.roll(tokens, -1, dims=1)}
+
+
+def _our_step(case: Case, model: nn.Module, batch: dict[str, Tensor], size: Size) -> Step:
+    sharded = _import(dict(case.sources)[size]).ShardedModel.from_state_dict(model.state_dict())
+    del model
+    inputs = sharded.shard_inputs(**batch)
+
+    def step() -> float:
+        out = sharded(**inputs)
+        out["loss"].backward()
+        sharded.zero_grad(set_to_none=True)
+        return out["loss"].item()
+
+    return step
+
+
+def _hand(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    mesh = init_device_mesh("cpu", (case.ranks,), mesh_dim_names=("x",))
+    if case.layout == "fsdp":
+        return _fsdp_step(model, batch, mesh)
+    return _tensor_parallel_step(model, batch, mesh, sequence=case.layout == "tp+sp")
+
+
+def _fsdp_step(model: nn.Module, batch: dict[str, Tensor], mesh: DeviceMesh) -> Step:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    inputs = {name: x.chunk(ranks)[rank].contiguous() for name, x in batch.items()}
+
+    def step() -> float:
+        out = model(**inputs)
+        out["loss"].backward()
+        model.zero_grad(set_to_none=True)
+        loss = out["loss"].detach() / ranks  # as ours, which returns the loss of the whole batch
+        dist.all_reduce(loss)
+        return loss.item()
+
+    return step
+
+
+def _tensor_parallel_step(
+    model: nn.Module, batch: dict[str, Tensor], mesh: DeviceMesh, *, sequence: bool
+) -> Step:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        ParallelStyle,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        loss_parallel,
+        parallelize_module,
+    )
+
+    stream = Shard(1) if sequence else Replicate()
+    whole = Replicate()
+    styles: dict[str, ParallelStyle] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(stream, None), desired_input_layouts=(whole, None)
+        ),
+        "layers.*.mlp": PrepareModuleInput(input_layouts=stream, desired_input_layouts=whole),
+        "head": ColwiseParallel(input_layouts=stream, use_local_output=False),
+    }
+    for name in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.gate_proj",
+                 "mlp.up_proj"):  # fmt: skip
+        styles[f"layers.*.{name}"] = ColwiseParallel()
+    for name in ("attention.o_proj", "mlp.down_proj"):
+        styles[f"layers.*.{name}"] = RowwiseParallel(output_layouts=stream)
+    if sequence:
+        for name in ("layers.*.attention_norm", "layers.*.mlp_norm", "norm"):
+            styles[name] = SequenceParallel()
+    parallelize_module(model, mesh, styles)
+
+    def step() -> float:
+        with loss_parallel():
+            out = model(**batch)
+            out["loss"].backward()
+        _finish_gradients(model)
+        model.zero_grad(set_to_none=True)
+        return out["loss"].detach().full_tensor().item()
+
+    return step
+
+
+def _finish_gradients(model: nn.Module) -> None:
+    """Add up the gradients that DTensor left as summands, as an optimizer would."""
+    from torch.distributed.tensor import DTensor
+
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements):
+            assert isinstance(parameter, DTensor)
+            parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    layers = model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    return iter(layers)
+
+
+def _import(source: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sharded_model.py"
+        path.write_text(source)
+        return _import_file(path, f"sharded_model_{abs(hash(source))}")
+
+
+def _import_file(path: Path, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+@cache
+def llama() -> Any:
+    """examples/llama.py as a module."""
+    return _import_file(_EXAMPLE, "llama")
+
+
+def config_of(size: Size) -> Any:
+    """The example's configuration of that size."""
+    return llama().LlamaConfig(
+        vocab_size=size.vocab_size,
+        layers=size.layers,
+        width=size.width,
+        heads=8,
+        kv_heads=4,
+        mlp_width=size.mlp_width,
+    )
+
+
+@cache
+def _graph(size: Size) -> Graph:
+    with torch.device("meta"):
+        model = llama().Llama(config_of(size))
+        inputs = {name: x.to("meta") for name, x in whole_batch(size).items()}
+    labels = {name: ("b", "s") for name in inputs}
+    return capture_graph(Loaded(model, inputs, labels, None), training=True)
+
+
+class _Fixed(Roles):
+    """The role of the layout, as it is written by hand.
+
+    Tensor parallelism cuts the embedding by vocabulary, and the sequence only where asked to.
+    """
+
+    def __init__(self, layout: Layout, graph: Graph, mesh: Mesh) -> None:
+        super().__init__(["fsdp" if layout == "fsdp" else "tp"], graph, mesh)
+        self.sequence = layout != "tp"
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """As the roles; and no sequence is cut if none is to be."""
+        whole = self.sequence or "s" not in self._cuts(region, strategy, 0)
+        return whole and super().allows(region, strategy)
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """As the roles; and the rows of the embedding are cut."""
+        if name.startswith("embedding") and spec != (S(0),):
+            return False
+        return super().allows_storage(param, name, spec)
+
+
+def planned(layout: Layout, ranks: int, size: Size) -> str:
+    """Source of the generated module for a layout."""
+    graph, mesh = _graph(size), Mesh((("x", ranks),))
+    builder = Builder(graph, Network(mesh, load_cluster("cpu")), Setting(True, "none", None))
+    built = builder.build(_Fixed(layout, graph, mesh))
+    solution = solve(built.problem())
+    if solution.assignment is None:
+        raise RuntimeError(f"no plan for {layout} on {ranks} ranks: {solution.status}")
+    params = {ref.param.value.name for ref in all_params(graph)}
+
+    def paths(value: Value, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in params)
+        return tuple(
+            PricedStep(step, conversions.step_seconds(step, a), conversions.step_traffic(step, a))
+            for step in conversions.path(a, b)
+        )
+
+    program = lower(graph, built.read(solution.assignment), paths, training=True)
+    return write_source(
+        program, mesh, summary=f"{layout} on {ranks}.", phase="train", optimizer="none"
+    )
+
+
+if __name__ == "__main__":
+    from benchmarks.running import main as run  # so that ranks find the functions by this name
+
+    run()

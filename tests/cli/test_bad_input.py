@@ -1,0 +1,309 @@
+"""Bad input: exit code 2 (1 where no plan fits), one sentence that helps, nothing written.
+
+The real planner behind the real command line, in this process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shardwright.runtime import RankError, run_ranks
+from shardwright.verify import import_source
+
+if TYPE_CHECKING:
+    from .conftest import Ran, Run
+
+NET = """import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        {line}
+        return self.down(torch.relu(self.up(x)))
+
+"""
+BUILD = """
+def build_model():
+    return Net()
+"""
+INPUTS = """
+def example_inputs(batch, seq):
+    return {"x": torch.randn(batch, seq, 16)}
+"""
+FORWARD = NET.format(line="pass")
+OPTIONS = (
+    "--cluster cpu --dtype float32 --batch 4 --seq 8 --optimizer none --out folder/out".split()
+)
+
+
+def refused(run: Run, *arguments: str, code: int = 2) -> str:
+    """Run `plan` on what is refused: its one sentence, after checking that all else is right."""
+    before = snapshot()
+    ran = run(*arguments)
+    assert ran.code == code, ran.err
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    assert snapshot() == before
+    said = [line for line in ran.err.splitlines() if not progress(line)]
+    assert len(said) == 1, ran.err
+    return said[0]
+
+
+def progress(line: str) -> bool:
+    """Is this what is being done, not what went wrong?"""
+    words = line.removeprefix("plan: ")
+    doing = ("load PyTorch", "build the model", "capture", "solving", "pricing", "write", "run both")
+    return line.startswith("plan: ") and words.startswith(doing)
+
+
+def snapshot() -> dict[str, bytes | None]:
+    """Every file and folder here, with the files' contents."""
+    paths = [p for p in Path().rglob("*") if "__pycache__" not in p.parts]
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def model(text: str) -> str:
+    """A model file with this text."""
+    Path("model.py").write_text(text)
+    return "model.py"
+
+
+def planned(run: Run, gpus: int = 2) -> Ran:
+    """A good plan in folder/out."""
+    ran = run(model(FORWARD + BUILD + INPUTS), "--gpus", str(gpus), *OPTIONS)
+    assert ran.code == 0, ran.err
+    return ran
+
+
+# --- the model file -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (FORWARD + INPUTS, "model.py does not define `build_model`; it must define `build_model()"),
+        (FORWARD + INPUTS, "It defines: example_inputs"),
+        (FORWARD + BUILD, "model.py does not define `example_inputs`"),
+        (
+            FORWARD + "def build_model():\n    return Net(8 // 0)\n" + INPUTS,
+            "model.py:15: `build_model` failed: ZeroDivisionError: integer division",
+        ),
+        (
+            FORWARD + "def build_model():\n    Net()\n" + INPUTS,
+            "`build_model` must return an nn.Module, got NoneType",
+        ),
+        (
+            FORWARD + "def build_model(size):\n    return Net(size)\n" + INPUTS,
+            "`build_model` failed: TypeError: build_model() missing 1 required",
+        ),
+        ("def build_model(:\n", "model.py: importing the file failed: SyntaxError: invalid syntax"),
+        (
+            "import nosuchmodule\n",
+            "model.py:1: importing the file failed: ModuleNotFoundError: No module named 'nosuchm",
+        ),
+    ],
+)
+def test_build_model(text: str, said: str, run: Run) -> None:
+    assert said in refused(run, model(text), "--gpus", "2", *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "inputs, said",
+    [
+        ('{"y": torch.randn(batch, seq, 16)}', "Net.forward takes no `y`; it takes `x`"),
+        ("{}", "Net.forward needs `x`, which is not among the inputs"),
+        ("torch.randn(batch, seq, 16)", "`example_inputs` must return a dict of tensors"),
+        ('{"x": batch}', "`example_inputs` must return a dict of tensors"),
+        ('{"x": torch.randn(batch, 0 // 0)}', "`example_inputs` failed: ZeroDivisionError"),
+        (
+            '{"x": torch.randn(batch, seq, 15)}',
+            "model.py:12: Net cannot be traced: RuntimeError: a and b must have same reduction dim",
+        ),
+    ],
+)
+def test_example_inputs(inputs: str, said: str, run: Run) -> None:
+    text = f"def example_inputs(batch, seq):\n    return {inputs}\n"
+    assert said in refused(run, model(FORWARD + BUILD + text), "--gpus", "2", *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("x = x * x.mean().item()", "model.py:11: a number that depends on the data is read out"),
+        ("x = -x if x.sum() > 0 else x", "model.py:11: Net decides by the values of a tensor"),
+        ("x = x[torch.nonzero(x > 0)[0]]", "model.py:11: `aten.nonzero.default` returns a tensor"),
+        ("x = torch.from_numpy(x.numpy())", "model.py:11: Net cannot be traced: RuntimeError"),
+    ],
+)
+def test_what_export_refuses_names_the_line(line: str, said: str, run: Run) -> None:
+    text = NET.format(line=line) + BUILD + INPUTS
+    assert said in refused(run, model(text), "--gpus", "2", *OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "target, content, said",
+    [
+        ("nowhere.py", None, "`nowhere.py` does not exist; give the path of the Python file"),
+        ("notes.txt", "", "`notes.txt` is not a model: give a Python file"),
+        ("config.json", "{not json", "transformers cannot read this config: It looks like"),
+        ("config.json", '{"model_type": "unheard"}', "transformers cannot read this config"),
+    ],
+)
+def test_models_that_are_none(target: str, content: str | None, said: str, run: Run) -> None:
+    if content is not None:
+        Path(target).write_text(content)
+    assert said in refused(run, target, "--gpus", "2", *OPTIONS)
+
+
+# --- meshes, sizes, pins, clusters, memory ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--gpus 2 --mesh 2x4", "--mesh 2x4 has 8 GPUs, --gpus says 2; they must agree"),
+        ("--gpus 2 --mesh twoxfour", "expected sizes such as 2x4, or dp=2,tp=4"),
+        ("--gpus 2 --mesh 1x1x1x2", "a mesh has one to three axes"),
+        ("--gpus 4 --mesh dp=2,dp=2", "mesh axis names must be distinct identifiers"),
+        ("--gpus 2 --cluster h10", "unknown cluster `h10`; did you mean `h100`?"),
+        ("--gpus 2 --cluster mine.toml", "cluster file mine.toml cannot be read"),
+        ("--gpus 2 --pin up.weight=R", "--pin needs --mesh"),
+        ("--gpus 2 --mesh 2 --pin up.wait=R", "--pin up.wait: no parameter or module has such"),
+        ("--gpus 2 --mesh 2 --pin up.weight=Q", "`Q` is not a sharding state"),
+        ("--gpus 2 --mesh 2 --pin up.weight=S0,R", "2 states for a mesh of 1 axes"),
+        (
+            "--gpus 2 --mesh 2 --pin up.weight=S2",
+            "`up.weight` of shape [64, 16] cannot be kept so on a mesh of 2: it has no dim 2",
+        ),
+        (
+            "--gpus 9 --mesh 3x3 --pin up.weight=S0,S0",
+            "on a mesh of 3 x 3: 9 ranks do not divide its dim 0 of size 64",
+        ),
+    ],
+)
+def test_options(words: str, said: str, run: Run) -> None:
+    target = model(FORWARD + BUILD + INPUTS)
+    assert said in refused(run, target, *OPTIONS, *words.split())
+
+
+def test_dims_that_do_not_divide_are_planned_around(run: Run) -> None:
+    ran = run(model(FORWARD + BUILD + INPUTS), "--gpus", "3", *OPTIONS)
+    assert ran.code == 0, ran.err
+    assert "PASS" in run("verify", "folder/out").out
+
+
+@pytest.mark.parametrize(
+    "toml, said",
+    [
+        ("name = \n", "bad.toml: not valid TOML: Invalid value (at line 1"),
+        ("flopz = 3\n", "bad.toml: flopz: no such field"),
+        ('base = "h10"\n', "did you mean `h100`?"),
+        ('base = "h100"\nmemory_bytes = "many"\n', "memory_bytes"),
+    ],
+)
+def test_cluster_files(toml: str, said: str, run: Run) -> None:
+    Path("bad.toml").write_text(toml)
+    target = model(FORWARD + BUILD + INPUTS)
+    assert said in refused(run, target, "--gpus", "2", *OPTIONS, "--cluster", "bad.toml")
+
+
+def test_too_little_memory(run: Run) -> None:
+    target = model(FORWARD + BUILD + INPUTS)
+    said = refused(run, target, "--gpus", "2", *OPTIONS, "--memory", "1KB", code=1)
+    assert said.startswith("plan: no plan fits") and "parameters" in said
+
+
+def test_an_output_folder_that_holds_something_else(run: Run) -> None:
+    Path("folder/out").mkdir(parents=True)
+    Path("folder/out/thesis.tex").write_text("x")
+    target = model(FORWARD + BUILD + INPUTS)
+    said = refused(run, target, "--gpus", "2", *OPTIONS)
+    assert "holds `thesis.tex`, which is not a plan; nothing there is overwritten" in said
+
+
+# --- saved plans --------------------------------------------------------------------------------
+
+
+def test_malformed_plans_name_the_field_and_run_nothing(run: Run) -> None:
+    planned(run)
+    path = Path("folder/out/plan.json")
+    good = json.loads(path.read_text())
+    evil = "__import__('pathlib').Path('owned').touch()"
+
+    def edited(**changes: Any) -> str:
+        path.write_text(json.dumps(good | changes))
+        return refused(run, "show", "folder/out")
+
+    assert "plan field `schema` is `9`; this version reads" in edited(schema="9")
+    assert "`plan.mesh` must be list, got int" in edited(mesh=2)
+    assert "`plan.mesh[0]`" in edited(mesh=[["x"]])
+    assert "`plan.mesh[0]`" in edited(mesh=[["x", evil]])
+    assert "`plan.seconds` must be float, got str" in edited(seconds=evil)
+    assert "`plan.request` has no field `target`" in edited(request={})
+    assert "`plan.request.gpus` must be int" in edited(request=good["request"] | {"gpus": "2"})
+    assert "`plan.specs." in edited(specs={name: "Q" for name in good["specs"]})
+    assert "`plan.choices." in edited(choices={name: 3 for name in good["choices"]})
+    assert "`plan.work." in edited(work={name: [evil, 1] for name in good["work"]})
+    assert "plan field `graph`" in edited(graph={"name": evil})
+    body = [{**node, "op": evil} for node in good["graph"]["body"]]
+    assert "graph.body[0].op: expected a name" in edited(graph=good["graph"] | {"body": body})
+    missing = {key: value for key, value in good.items() if key != "memory"}
+    path.write_text(json.dumps(missing))
+    assert "`plan` has no field `memory`" in refused(run, "show", "folder/out")
+    path.write_text("{")
+    assert "is not JSON: line 1" in refused(run, "show", "folder/out")
+    path.write_text("[]")
+    assert "must be a JSON object, got list" in refused(run, "show", "folder/out")
+    assert not Path("owned").exists()
+
+
+def load_error(text: str, tensors: Mapping[str, torch.Tensor], ranks: int) -> str:
+    """What a rank says about a checkpoint with these tensors."""
+    save_file(dict(tensors), "weights.safetensors")
+    Path("generated.py").write_text(text)
+    here = Path.cwd()
+    with pytest.raises(RankError) as error:
+        run_ranks(_load, ranks, str(here / "generated.py"), str(here / "weights.safetensors"))
+    return str(error.value)
+
+
+def _load(module: str, weights: str) -> None:
+    import_source(Path(module)).ShardedModel.from_checkpoint(weights)
+
+
+def test_checkpoints_that_do_not_fit_and_a_plan_on_other_ranks(run: Run) -> None:
+    planned(run)
+    text = Path("folder/out/sharded_model.py").read_text()
+    good = {
+        "up.weight": torch.zeros(64, 16),
+        "up.bias": torch.zeros(64),
+        "down.weight": torch.zeros(16, 64),
+        "down.bias": torch.zeros(16),
+    }
+    said = load_error(text, {n: t for n, t in good.items() if n != "up.bias"}, 2)
+    assert "weights.safetensors does not fit this module (1 problems)" in said
+    assert "missing: up.bias" in said
+    said = load_error(text, good | {"down.bias": torch.zeros(17)}, 2)
+    assert "wrong shape: down.bias is (17,), the plan has (16,)" in said
+    said = load_error(text, good | {"extra": torch.zeros(1)}, 2)
+    assert "unexpected: extra" in said
+    said = load_error(text, good, 1).splitlines()[-1]
+    assert "2" in said and "1" in said and "rank" in said

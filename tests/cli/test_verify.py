@@ -1,0 +1,96 @@
+"""`plan verify`: what passes, what is shrunk, and that a wrong module is caught."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Ran, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def planned(run: Run, target: str, words: str) -> None:
+    """A plan in the folder `out`."""
+    arguments = [str(ROOT / "examples" / target), "--out", "out", *words.split()]
+    ran = run(*arguments)
+    assert ran.code == 0, ran.err
+
+
+def passed(ran: Ran, *said: str) -> None:
+    assert ran.code == 0 and ran.out.startswith("PASS: "), ran.out + ran.err
+    for text in said:
+        assert text in ran.out, ran.out
+    errors = [float(e) for e in re.findall(r"(?:loss|outputs|gradients) +(\S+)  ", ran.out)]
+    assert len(errors) % 3 == 0 and max(errors) < 1e-4 and max(errors[:3]) < 1e-9, ran.out
+
+
+SMALL = "--cluster cpu --dtype float32 --batch 4 --seq 16 --gpus 2"
+
+
+def test_the_file_itself_beside_the_original_and_a_broken_one(run: Run) -> None:
+    planned(run, "gpt.py", SMALL + " --mesh tp=2")
+    passed(run("verify", "out"), "module      out/sharded_model.py\n", "GPT itself from")
+
+    path = Path("out/sharded_model.py")
+    good = path.read_text()
+    broken = re.sub(r"F\.gelu\((\w+)", r"1.001 * F.gelu(\1", good, count=1)
+    assert broken != good
+    path.write_text(broken)
+    ran = run("verify", "out")
+    assert ran.code == 1 and ran.out.startswith("FAIL: "), ran.out
+    assert "TOO LARGE" in ran.out and "differs from what the plan generates" in ran.out
+
+    path.write_text(good + "\n1 / 0\n")
+    ran = run("verify", "out")
+    assert ran.code == 1 and "the module did not run" in ran.out and "ZeroDivision" in ran.out
+
+    path.unlink()
+    ran = run("verify", "out")
+    assert ran.code == 2 and "there is no module `out/sharded_model.py`" in ran.err
+
+
+def test_a_dropped_collective_is_caught(run: Run) -> None:
+    pin = "--mesh tp=2 --pin layers.*.mlp.up_proj.weight=S0 --pin layers.*.mlp.up_proj=S2"
+    planned(run, "llama.py", f"{SMALL} {pin}")
+    path = Path("out/sharded_model.py")
+    good = path.read_text()
+    pattern = r"tp\.(all_reduce|reduce_scatter|all_gather)\((\w+)[^()]*\)"
+    broken, count = re.subn(pattern, r"\2", good, count=1)
+    assert count == 1, good
+    path.write_text(broken)
+    ran = run("verify", "out")
+    assert ran.code == 1 and ran.out.startswith("FAIL: "), ran.out
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("gpt2", "--gpus 8 --mesh 2x4 --batch 16 --seq 1024"),
+        ("llama3-8b", "--gpus 16 --mesh 4x4 --batch 16 --seq 4096"),
+    ],
+)
+def test_large_models_are_shrunk(config: str, words: str, run: Run) -> None:
+    planned(run, f"configs/{config}", words)
+    ran = run("verify", "out")
+    passed(ran, "on 4 ranks", "(planned: ", "layers of ", "sequence ")
+    path = Path("out/sharded_model.py")
+    path.write_text(path.read_text().replace("all_reduce", "copy", 1) + "\n")
+    ran = run("verify", "out")
+    assert ran.code == 1 and "only a plan can be run smaller" in ran.out
+
+
+def test_fewer_ranks(run: Run) -> None:
+    planned(run, "encoder_decoder.py", SMALL.replace("--gpus 2", "--gpus 4 --mesh dp=2,tp=2"))
+    passed(run("verify", "out", "--ranks", "2"), "(planned: dp=2 x tp=2)", "EncoderDecoder itself")
+    ran = run("verify", "out", "--ranks", "3")
+    assert ran.code == 2 and "possible numbers of ranks are 1, 2, 4" in ran.err
