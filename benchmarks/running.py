@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,7 +72,14 @@ class Size:
     seq: int
 
 
-MIDDLE = Size(vocab_size=8192, layers=4, width=512, mlp_width=1408, batch=4, seq=int(__import__("os").environ.get("SEQ","256")))
+MIDDLE = Size(
+    vocab_size=8192,
+    layers=4,
+    width=512,
+    mlp_width=1408,
+    batch=4,
+    seq=int(__import__("os").environ.get("SEQ", "256")),
+)
 TINY = Size(vocab_size=128, layers=1, width=64, mlp_width=128, batch=4, seq=16)
 
 

@@ -64,7 +64,7 @@ class _Writer:
         )
         body = "\n".join(self.summary.splitlines())
         return [
-            f'"""{body}\n"""',
+            f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
             "",
             "from __future__ import annotations",
             "",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 
 WIDTH = 100
+_METHOD = re.compile(r"(?<=\))\.\w+(\([^()]*\))?$")
 
 
 def statement(text: str, indent: int, comment: str = "") -> list[str]:
@@ -23,22 +25,32 @@ def statement(text: str, indent: int, comment: str = "") -> list[str]:
     return [*above, *_wrapped(text, indent)]
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
-    """Break the outermost call or bracket: its items on one line, else one to a line."""
+def _wrapped(text: str, indent: int, tail: str = "") -> list[str]:
+    """`text` + `tail` in one line, else with the outermost last bracket opened, inside out.
+
+    The items of a bracket stand on one line if they fit, else each on its own with a comma.
+    What does not end in a bracket, such as `x = f(a) * b`, is put into one, an operand a line.
+    """
     pad, inner = "    " * indent, "    " * (indent + 1)
-    bracket = _last_bracket(text)
-    if bracket is None:
-        return [pad + text]
+    if len(pad + text + tail) <= WIDTH:
+        return [pad + text + tail]
+    bracket, method = _last_bracket(text), _METHOD.search(text)
+    if method and (bracket is None or len(pad + text[: bracket[0] + 1]) > WIDTH):
+        # `f(a, b).to(torch.float32)`: open the call before
+        text, tail = text[: method.start()], method.group() + tail
+        bracket = _last_bracket(text)
+    if bracket is None or len(pad + text[: bracket[0] + 1]) > WIDTH:
+        name, equals, value = text.partition(" = ")
+        if not equals:
+            return [pad + text + tail]
+        parts = [value] if len(inner + value) <= WIDTH else _operands(value)
+        lines = [line for part in parts for line in _wrapped(part, indent + 1)]
+        return [f"{pad}{name} = (", *lines, f"{pad}){tail}"]
     start, items = bracket
-    close = text[-1] if text[-1] in ")]}" else ")"
-    head = text[: start + 1]
-    line = inner + ", ".join(items)
-    if len(line) <= WIDTH:
-        return [pad + head, line, pad + close]
-    lines = [pad + head]
-    for item in items:
-        lines += [inner + item + ","]
-    return [*lines, pad + close]
+    lines = [inner + ", ".join(items)]
+    if len(lines[0]) > WIDTH:
+        lines = [line for item in items for line in _wrapped(item, indent + 1, ",")]
+    return [pad + text[: start + 1], *lines, pad + text[-1] + tail]
 
 
 def _last_bracket(text: str) -> tuple[int, list[str]] | None:
@@ -60,6 +72,19 @@ def _last_bracket(text: str) -> tuple[int, list[str]] | None:
             depth -= 1
     items = _split(text[start + 1 : -1])
     return (start, items) if items else None
+
+
+def _operands(text: str) -> list[str]:
+    """`a @ f(b + c) + d` -> `a @ f(b + c)`, `+ d`: apart at its loosest operators."""
+    for operators in ((" + ", " - "), (" * ", " / ", " @ ")):
+        depth, cuts = 0, [0]
+        for i, char in enumerate(text):
+            depth += (char in "([{") - (char in ")]}")
+            if depth == 0 and text[i : i + 3] in operators:
+                cuts.append(i)
+        if len(cuts) > 1:
+            return [text[a:b].strip() for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
+    return [text]
 
 
 def _split(text: str) -> list[str]:

@@ -92,7 +92,13 @@ class Node:
     @property
     def operands(self) -> tuple[Value, ...]:
         """Tensor operands in argument order, lists flattened, repeats kept."""
-        return tuple(value for _, arg in self.args for value in values_in(arg))
+        found: list[Value] = []
+        for _, arg in self.args:
+            if isinstance(arg, Value):
+                found.append(arg)
+            elif isinstance(arg, tuple):
+                found.extend(values_in(arg))
+        return tuple(found)
 
     @property
     def output(self) -> Value:

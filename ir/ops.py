@@ -9,7 +9,7 @@ replicated, and the report names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, Protocol
@@ -129,7 +129,8 @@ def saved_values(node: Node) -> tuple[Value, ...]:
 def matmul_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int]:
     """(batch, m, n, k) of a matmul-like node when its factors are cut `ways` times."""
     rule = rule_of(node)
-    left, right = (_factors(dims) for dims in rule.operands[:2])
+    factors = [d for i, d in enumerate(rule.operands) if i not in rule.addends]
+    left, right = (_factors(dims) for dims in factors[:2])
     result = _factors(rule.results[0])
 
     def size(factors: set[str]) -> int:
@@ -168,9 +169,19 @@ def _opaque(node: Node) -> Rule:
     return opaque_rule(_shapes(node.operands), _shapes(node.outputs))
 
 
-def _text(rule: str, **options: object) -> Callable[[Node], Rule]:
+def _text(
+    rule: str,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    uneven: str = "",
+    inside: str = "",
+    addends: Sequence[int] = (),
+) -> Callable[[Node], Rule]:
     def build(node: Node) -> Rule:
-        return parse_rule(rule, _shapes(node.operands), _shapes(node.outputs), **options)  # type: ignore[arg-type]
+        operands, results = _shapes(node.operands), _shapes(node.outputs)
+        return parse_rule(
+            rule, operands, results, sizes=sizes, uneven=uneven, inside=inside, addends=addends
+        )
 
     return build
 
@@ -213,7 +224,7 @@ def _dims(node: Node, name: str, rank: int) -> tuple[int, ...]:
     if isinstance(dims, int):
         dims = (dims,)
     assert isinstance(dims, tuple)
-    return tuple(int(d) % max(rank, 1) for d in dims)  # type: ignore[arg-type]
+    return tuple(d % max(rank, 1) for d in dims if isinstance(d, int))
 
 
 def _along(node: Node, dims: Sequence[int], *, linear: bool = False, uneven: bool = True) -> Rule:
@@ -646,7 +657,7 @@ register("aten.topk.default", Op(_dim_rule(), _emit_topk, saves=("result",)))
 def _diff_rule(node: Node) -> Rule:
     if len(node.operands) > 1:
         return _opaque(node)  # values to put before or after
-    return _dim_rule(linear=node.operands[0].type.dtype.is_floating_point)(node)
+    return _dim_rule(linear=node.output.type.dtype.is_floating_point)(node)
 
 
 def _emit_diff(node: Node, render: Render) -> str:
@@ -688,7 +699,7 @@ def _emit_rms_norm(node: Node, render: Render) -> str:
 register(
     "aten.layer_norm.default", Op(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias"))
 )
-register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input", "weight")))
+register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input", "weight if input")))
 
 
 # --- reductions --------------------------------------------------------------------------------
@@ -1147,7 +1158,10 @@ def _gather_rule(node: Node) -> Rule:
     )
 
 
-register("aten.gather.default", Op(_gather_rule, "{self}.gather({dim}, {index})", saves=("self", "index")))
+register(
+    "aten.gather.default",
+    Op(_gather_rule, "{self}.gather({dim}, {index})", saves=("self", "index")),
+)
 
 
 def _index_rule(node: Node) -> Rule:
@@ -1279,7 +1293,7 @@ register(
     "shardwright.affine",
     Op(  # the weight is [in, out], as in GPT-2's Conv1D
         _text("... k, k o, o -> ... o", uneven="o", addends=[2]),
-        "{input} @ {weight} + {bias}",
+        "F.linear({input}, {weight}.T, {bias})",
         kind="matmul",
         saves=("input if weight", "weight if input"),
     ),

@@ -220,7 +220,7 @@ def _agreeing(
     Of choices with the same states at the region's border the first is kept: factors are tried
     before `R`, so it is the one that cuts most.
     """
-    rules = [rule_of(node) for node in nodes]
+    ways = [_different_choices(node, training) for node in nodes]
     found: dict[tuple[_States, _States], tuple[Choice, ...]] = {}
 
     def extend(at: int, states: dict[str, State], border: _States, taken: list[Choice]) -> bool:
@@ -228,16 +228,11 @@ def _agreeing(
             found.setdefault((tuple(dict.fromkeys(border)), tuple(states.items())), tuple(taken))
             return len(found) <= 4 * _MAX_PER_AXIS
         node = nodes[at]
-        for choice, (needs, gives) in _ordered(rules[at]):
-            needed = [
-                _plain(s, training and v.differentiable)
-                for s, v in zip(needs, node.operands, strict=True)
-            ]
+        for choice, needed, made in ways[at]:
             if not _agrees(node, needed, states, nodes):
                 continue
             inner = dict(states)
-            for value, state in zip(node.outputs, gives, strict=True):
-                inner[value.name] = _plain(state, training and value.differentiable)
+            inner |= {value.name: state for value, state in zip(node.outputs, made, strict=True)}
             outside = tuple(
                 (v.name, s)
                 for v, s in zip(node.operands, needed, strict=True)
@@ -256,9 +251,22 @@ def _agreeing(
     return list(kept.values()) if len(kept) <= _MAX_PER_AXIS or len(nodes) == 1 else None
 
 
-def _ordered(rule: Rule) -> list[tuple[Choice, tuple[tuple[State, ...], tuple[State, ...]]]]:
-    choices = rule.choices()
-    return sorted(choices.items(), key=lambda item: item[0] not in rule.sizes)
+def _different_choices(node: Node, training: bool) -> list[tuple[Choice, list[State], list[State]]]:
+    """(choice, states of the operands, states of the outputs), factors first.
+
+    Of choices with the same states (`R` and `V` where there is no gradient) the first is kept:
+    otherwise a region of n nodes would have 2^n equal strategies.
+    """
+    rule = rule_of(node)
+    out: list[tuple[Choice, list[State], list[State]]] = []
+    for choice, states in sorted(rule.choices().items(), key=lambda c: c[0] not in rule.sizes):
+        needed, made = (
+            [_plain(s, training and v.differentiable) for s, v in zip(side, values, strict=True)]
+            for side, values in zip(states, (node.operands, node.outputs), strict=True)
+        )
+        if not any((needed, made) == row[1:] for row in out):
+            out.append((choice, needed, made))
+    return out
 
 
 def _agrees(node: Node, needs: list[State], states: dict[str, State], nodes: list[Node]) -> bool:

@@ -97,8 +97,8 @@ class Pins(Restriction):
             elif shape[dim] % ways:
                 reason = f"{ways} ranks do not divide its dim {dim} of size {shape[dim]}"
         raise PlanError(
-            f"--pin {pin.pattern}={format_spec(pin.spec)}: `{name}` of shape {shape} cannot be kept so "
-            f"on a mesh of {' x '.join(map(str, sizes))}: {reason}"
+            f"--pin {pin.pattern}={format_spec(pin.spec)}: `{name}` of shape {shape} cannot be "
+            f"kept so on a mesh of {' x '.join(map(str, sizes))}: {reason}"
         )
 
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
@@ -106,11 +106,13 @@ class Pins(Restriction):
         for pin in self.pins:
             nodes = [n for n in region.nodes if fnmatchcase(_module(n.loc.module), pin.pattern)]
             if nodes:
+                last = nodes[-1]
                 raise PlanError(
-                    f"--pin {pin.pattern}={format_spec(pin.spec)}: no way to run `{nodes[-1].loc.module}` "
-                    f"leaves its result of shape {list(nodes[-1].output.type.shape)} so on a mesh of "
-                    f"{' x '.join(map(str, sizes))}; the sizes must divide, and the op must be able "
-                    "to give it"
+                    f"--pin {pin.pattern}={format_spec(pin.spec)}: no way to run "
+                    f"`{last.loc.module}` leaves its result of shape "
+                    f"{list(last.output.type.shape)} so on a mesh of "
+                    f"{' x '.join(map(str, sizes))}; the sizes must divide, and the op must be "
+                    "able to give it"
                 )
 
 

@@ -87,7 +87,9 @@ def make_plan(
         progress(f"solving {mesh}{again}")
         kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
         restriction = Pins(kept, graph) if kept else Restriction()
-        return _solve(graph, mesh, cluster, variant, restriction, solver, time_limit_s, clock)
+        with clock.step("problem"):
+            builder = Builder(graph, Network(mesh, cluster), variant)
+        return _solve(builder, restriction, solver, time_limit_s, clock)
 
     best = _cheapest([attempt(mesh, setting) for mesh in meshes])
     if _short_of_memory(best, setting):
@@ -97,9 +99,7 @@ def make_plan(
         raise InfeasibleError(explain(graph, cluster, meshes, setting, request))
     progress("pricing the ordinary plans")
     with clock.step("baselines"):
-        baselines = _baselines(
-            graph, cluster, best.builder.setting, meshes, best, solver, time_limit_s
-        )
+        baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
     return _assemble(graph, request, best, baselines, len(meshes), solver, clock)
 
 
@@ -124,8 +124,8 @@ def setting_of(request: Request) -> Setting:
 def candidate_meshes(gpus: int, cluster: Cluster) -> list[Mesh]:
     """Meshes worth trying: one to three axes, the inner ones within a node.
 
-    The innermost axis is the one that talks most; an axis that leaves the node is the outermost,
-    or the middle one of three.
+    The innermost axis is the one that talks most.  Across nodes there is one mesh of three axes: a
+    node's GPUs inside, and up to eight nodes between them and the outermost axis.
     """
     node = min(cluster.gpus_per_node, gpus)
     shapes: list[tuple[int, ...]] = [(gpus,)]
@@ -139,11 +139,8 @@ def candidate_meshes(gpus: int, cluster: Cluster) -> list[Mesh]:
             if a > 1 and gpus // (a * b) > 1
         ]
     else:
-        shapes += [
-            (gpus // (a * node), a, node)
-            for a in (2, 4, 8)
-            if gpus % (a * node) == 0 and gpus > a * node
-        ]
+        middle = [a for a in (8, 4, 2) if gpus % (a * node) == 0 and gpus > a * node]
+        shapes += [(gpus // (a * node), a, node) for a in middle[:1]]
     names = {1: ("x",), 2: ("x", "y"), 3: ("x", "y", "z")}
     return [Mesh(tuple(zip(names[len(s)], s, strict=True))) for s in shapes]
 
@@ -153,18 +150,15 @@ def _divisors(n: int) -> list[int]:
 
 
 def _solve(
-    graph: Graph,
-    mesh: Mesh,
-    cluster: Cluster,
-    setting: Setting,
+    builder: Builder,
     restriction: Restriction,
     solver: str,
     time_limit_s: float,
     clock: Clock,
-    builder: Builder | None = None,
 ) -> _Solved | None:
+    """The optimum of one problem; None if nothing fits its memory."""
+    mesh = builder.network.mesh
     with clock.step("problem"):
-        builder = builder or Builder(graph, Network(mesh, cluster), setting)
         built = builder.build(restriction)
         problem = built.problem()
     with clock.step("solve"):
@@ -199,28 +193,31 @@ def _baselines(
     time_limit_s: float,
 ) -> tuple[Baseline, ...]:
     """The ordinary plans on meshes that were searched, so that none can beat the winner."""
-    unlimited = replace(setting, memory_bytes=None)
+    settings = [setting]
+    if best.builder.setting.recompute:
+        settings.append(best.builder.setting)
     rows: list[Baseline] = []
     clock = Clock()
     for mesh in _baseline_meshes(meshes, best, cluster):
-        builder = Builder(graph, Network(mesh, cluster), setting)
+        network = Network(mesh, cluster)
+        builders = [Builder(graph, network, each) for each in settings]
         free: Builder | None = None
-        pure = len(meshes) > 1 and len(mesh.axes) > 1  # they are priced on the one-axis mesh
+        searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans are priced on one axis
         for roles in ordinary_roles(mesh):
-            if pure and len(set(roles)) == 1:
+            if searched and len(set(roles)) == 1:
                 continue
             restriction = Roles(roles, graph, mesh)
+
+            def priced(builder: Builder, restriction: Roles = restriction) -> _Solved | None:
+                return _solve(builder, restriction, solver, time_limit_s, clock)
+
             size = "x".join(map(str, mesh.sizes))
-            solved = _solve(
-                graph, mesh, cluster, setting, restriction, solver, time_limit_s, clock, builder
-            )
+            solved = _cheapest([priced(builder) for builder in builders])
             if solved is not None:
                 rows.append(Baseline(restriction.name, size, solved.seconds, solved.peak_bytes))
                 continue
-            free = free or Builder(graph, builder.network, unlimited)
-            solved = _solve(
-                graph, mesh, cluster, unlimited, restriction, solver, time_limit_s, clock, free
-            )
+            free = free or Builder(graph, network, replace(settings[-1], memory_bytes=None))
+            solved = priced(free)
             if solved is not None:
                 rows.append(Baseline(restriction.name, size, None, solved.peak_bytes))
     return tuple(rows)

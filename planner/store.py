@@ -111,7 +111,8 @@ def _mesh(axes: tuple[tuple[str, int], ...]) -> Mesh:
 
 
 def _decisions(reader: _Reader) -> Decisions:
-    choices = {n: tuple(map(str, c)) for n, c in reader.get("choices", dict).items()}
+    rows = reader.child("choices")
+    choices = {name: rows.many(name, str) for name in reader.get("choices", dict)}
     recompute = reader.get("recompute", bool)
     return Decisions(choices, reader.specs("specs"), reader.specs("outputs"), recompute)
 

@@ -110,8 +110,9 @@ class _Walk:
         kept = {value.name for value in saved_values(item.node)}
         for operand in dict.fromkeys(item.operands):
             for convert in gathers.get(operand, ()) if operand.value.name in kept else ():
-                forward = next(t for t in convert.priced.traffic if not t.backward)
-                self._add("all_gather", forward.axes, True, forward.bytes)
+                for traffic in convert.priced.traffic:
+                    if traffic.backward and traffic.kind == "all_gather":
+                        self._add("all_gather", traffic.axes, True, traffic.bytes)
 
     def _inside(self, item: Compute, times: int) -> None:
         """A loss over a sharded vocabulary, and the number of labels over sharded tokens."""

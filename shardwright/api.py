@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .codegen.write import module_source
 from .costmodel.cluster import load_cluster
-from .ir.capture import capture
-from .ir.fold import fold
+from .ir.capture import capture_folded
 from .ir.graph import Graph
 from .ir.mesh import Mesh
 from .loading import DTYPES, Loaded, load_target, quiet_torch
@@ -104,9 +103,9 @@ def plan(
     """The cheapest way to run `model(**inputs)` on `gpus` GPUs, proven under the cost model.
 
     `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
-    Dim 0 of every input is taken as the batch and dim 1 as the sequence.  `cluster` is a built-in name or
-    the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`) fixes
-    the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
+    Dim 0 of every input is taken as the batch and dim 1 as the sequence.  `cluster` is a built-in
+    name or the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`)
+    fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
@@ -154,8 +153,9 @@ def plan_file(
 def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
     """The folded graph of a loaded model, its inputs' dims labelled."""
     with quiet_torch():
-        flat = capture(loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild)
-    graph = fold(flat)
+        graph = capture_folded(
+            loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild
+        )
     inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
     return replace(graph, inputs=inputs)
 

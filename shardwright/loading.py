@@ -50,8 +50,8 @@ def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) ->
         return _load_config(Path(path), batch=batch, seq=seq, phase=phase, dtype=dtype)
     if not path.endswith(".py"):
         raise PlanError(
-            f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a Hugging "
-            "Face config.json, or a folder with one"
+            f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a "
+            "Hugging Face config.json, or a folder with one"
         )
     return _load_file(Path(path), builder or "build_model", batch, seq, dtype, phase)
 

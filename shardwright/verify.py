@@ -116,8 +116,8 @@ def _wrapped(head: str, items: list[str]) -> list[str]:
 def verify(folder: Path, ranks: int | None = None) -> Verification:
     """Run the module in `folder` on `ranks` processes, and the original, on the same numbers.
 
-    Default: the plan's own number of ranks where that is at most 8 and this machine can run the model
-    as it is, else as few as keep every mesh axis.  Raises PlanError where no such run exists.
+    Default: the plan's own number of ranks where that is at most 8 and this machine can run the
+    model as it is, else as few as keep every mesh axis.  Raises PlanError where no such run exists.
     """
     plan = Plan.load(folder)
     path = folder / MODULE_FILE
@@ -152,7 +152,7 @@ def _advice(plan: Plan, runnable: bool) -> str:
     return "this model is too large to run as it is on this machine"
 
 
-# --- what is run ------------------------------------------------------------------------------------
+# --- what is run --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +176,9 @@ def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
     count = sum(value.type.numel for value in state_of(shrunk.graph).values())
     if count > _MOST_PARAMETERS:
         raise PlanError(
-            f"{plan.graph.name} still has {count:.2g} parameter elements when its sizes are shrunk as "
-            f"far as they can be (at most {_MOST_PARAMETERS:.0e} are run): it has an op whose sizes "
-            "are not known to be free; verify a smaller configuration of the same model"
+            f"{plan.graph.name} still has {count:.2g} parameter elements when its sizes are shrunk "
+            f"as far as they can be (at most {_MOST_PARAMETERS:.0e} are run): it has an op whose "
+            "sizes are not known to be free; verify a smaller configuration of the same model"
         )
     wide = widened(shrunk.graph)
     free = {k: tuple(_unpriced(s) for s in steps) for k, steps in plan.paths.items()}
@@ -342,9 +342,7 @@ class _Reference:
     expected: tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs by path, gradients by name
 
 
-def _captured(
-    case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> _Reference:
+def _captured(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> _Reference:
     """The captured graph in one process."""
     leaves = _leaves(case, state)
     with torch.set_grad_enabled(case.plan.training):
@@ -353,9 +351,7 @@ def _captured(
     return _Reference(title, _TOLERANCE[torch.float64], _expected(case, entries, leaves))
 
 
-def _original(
-    case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> _Reference:
+def _original(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> _Reference:
     """The user's own model, as precise as the narrowest format that it computes in."""
     model = build_real(case.plan.request.target, "float64").eval()
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
@@ -383,9 +379,7 @@ class _NarrowestDtype(TorchDispatchMode):
         super().__init__()
         self.dtype = torch.float64
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for item in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(item, Tensor) and _TOLERANCE.get(item.dtype, 0) > _TOLERANCE[self.dtype]:
@@ -396,9 +390,7 @@ class _NarrowestDtype(TorchDispatchMode):
 def _leaves(case: _Case, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     trained = {n for n, value in state_of(case.graph).items() if value.differentiable}
     train = case.plan.training
-    return {
-        name: t.clone().requires_grad_(train and name in trained) for name, t in state.items()
-    }
+    return {name: t.clone().requires_grad_(train and name in trained) for name, t in state.items()}
 
 
 def _expected(

@@ -83,9 +83,9 @@ class _Node:
 class _Search:
     """Messages, memory prices and the sweeps over them.
 
-    `shift[e][end]` is what edge e has given to its end's strategies; whatever it is, the minima of
-    the shifted edges and nodes add up to a lower bound.  `prices[r]` >= 0 is what a byte costs in row r.
-    `room[r]` is the limit less what nodes with one strategy keep live.
+    `shift[e][end]` is what edge e has given to its end's strategies; whatever it is, the minima
+    of the shifted edges and nodes add up to a lower bound.  `prices[r]` >= 0 is what a byte costs
+    in row r, `room[r]` is the limit less what nodes with one strategy keep live.
     """
 
     def __init__(self, problem: ShardingProblem) -> None:

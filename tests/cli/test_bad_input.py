@@ -64,7 +64,15 @@ def refused(run: Run, *arguments: str, code: int = 2) -> str:
 def progress(line: str) -> bool:
     """Is this what is being done, not what went wrong?"""
     words = line.removeprefix("plan: ")
-    doing = ("load PyTorch", "build the model", "capture", "solving", "pricing", "write", "run both")
+    doing = (
+        "load PyTorch",
+        "build the model",
+        "capture",
+        "solving",
+        "pricing",
+        "write",
+        "run both",
+    )
     return line.startswith("plan: ") and words.startswith(doing)
 
 
@@ -173,7 +181,7 @@ def test_models_that_are_none(target: str, content: str | None, said: str, run: 
     assert said in refused(run, target, "--gpus", "2", *OPTIONS)
 
 
-# --- meshes, sizes, pins, clusters, memory ----------------------------------------------------------
+# --- meshes, sizes, pins, clusters, memory ------------------------------------------------------
 
 
 @pytest.mark.parametrize(

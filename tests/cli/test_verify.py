@@ -19,9 +19,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+TINY = """import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 32)
+        self.up = nn.Linear(32, 128)
+        self.down = nn.Linear(128, 32)
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        x = x + self.down(F.gelu(self.up(x)))
+        return {"logits": x @ self.table.weight.t()}
+
+def build_model():
+    return Tiny()
+
+def example_inputs(batch, seq):
+    return {"tokens": torch.randint(0, 50, (batch, seq))}
+"""
+
+
 def planned(run: Run, target: str, words: str) -> None:
-    """A plan in the folder `out`."""
-    arguments = [str(ROOT / "examples" / target), "--out", "out", *words.split()]
+    """A plan of an example (or of the tiny model) in the folder `out`."""
+    Path("tiny.py").write_text(TINY)
+    path = target if target == "tiny.py" else str(ROOT / "examples" / target)
+    arguments = [path, "--out", "out", *words.split()]
     ran = run(*arguments)
     assert ran.code == 0, ran.err
 
@@ -31,15 +57,19 @@ def passed(ran: Ran, *said: str) -> None:
     for text in said:
         assert text in ran.out, ran.out
     errors = [float(e) for e in re.findall(r"(?:loss|outputs|gradients) +(\S+)  ", ran.out)]
-    assert len(errors) % 3 == 0 and max(errors) < 1e-4 and max(errors[:3]) < 1e-9, ran.out
+    assert len(errors) >= 2 and max(errors) < 1e-4 and max(errors[:2]) < 1e-9, ran.out
 
 
 SMALL = "--cluster cpu --dtype float32 --batch 4 --seq 16 --gpus 2"
 
 
 def test_the_file_itself_beside_the_original_and_a_broken_one(run: Run) -> None:
-    planned(run, "gpt.py", SMALL + " --mesh tp=2")
-    passed(run("verify", "out"), "module      out/sharded_model.py\n", "GPT itself from")
+    planned(run, "tiny.py", SMALL + " --mesh tp=2")
+    passed(
+        run("verify", "out"),
+        "module      out/sharded_model.py\n",
+        "Tiny itself from tiny.py, float64",
+    )
 
     path = Path("out/sharded_model.py")
     good = path.read_text()
@@ -91,6 +121,8 @@ def test_large_models_are_shrunk(config: str, words: str, run: Run) -> None:
 
 def test_fewer_ranks(run: Run) -> None:
     planned(run, "encoder_decoder.py", SMALL.replace("--gpus 2", "--gpus 4 --mesh dp=2,tp=2"))
-    passed(run("verify", "out", "--ranks", "2"), "(planned: dp=2 x tp=2)", "EncoderDecoder itself")
+    passed(
+        run("verify", "out", "--ranks", "2"), " on 2 ranks", "(planned: ", "EncoderDecoder itself"
+    )
     ran = run("verify", "out", "--ranks", "3")
     assert ran.code == 2 and "possible numbers of ranks are 1, 2, 4" in ran.err
