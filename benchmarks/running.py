@@ -78,7 +78,7 @@ MIDDLE = Size(
     width=512,
     mlp_width=1408,
     batch=4,
-    seq=int(__import__("os").environ.get("SEQ", "256")),
+    seq=256,
 )
 TINY = Size(vocab_size=128, layers=1, width=64, mlp_width=128, batch=4, seq=16)
 
@@ -94,7 +94,7 @@ class Case:
 
 def main() -> None:
     """Print one row per layout and number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--layout", nargs="+", choices=get_args(Layout), default=get_args(Layout))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--rounds", type=int, default=9)

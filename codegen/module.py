@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
@@ -227,7 +228,7 @@ class _Writer:
         if param.aliases:
             args.append(f"aliases={_strings(param.aliases)}")
         if param.data is not None:
-            args.append(f"data={param.data!r}")
+            args.append(f"data={_data_text(param.data)}")
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
         comment = f"{list(local)} here" if local != param.value.type.shape else ""
         lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)
@@ -287,6 +288,24 @@ def _arguments(names: Sequence[str]) -> list[str]:
 def _one_per_line(head: str, args: list[str], comment: str) -> list[str]:
     above = [f"        # {comment}"] if comment else []
     return [*above, f"        {head}", *(f"            {arg}," for arg in args), "        ),"]
+
+
+def _data_text(data: object) -> str:
+    """A constant as an expression: `(0,) * 512`, `tuple(range(512))`, or number by number.
+
+    >>> _data_text(((1,) * 12, (2,) * 12)), _data_text((1, 2))
+    ('((1,) * 12, (2,) * 12)', '(1, 2)')
+    """
+    if isinstance(data, float) and not isfinite(data):
+        return f'float("{data}")'
+    if not isinstance(data, tuple):
+        return repr(data)
+    items: list[str] = [_data_text(item) for item in data]
+    if len(items) > 8 and len(set(items)) == 1:
+        return f"({items[0]},) * {len(items)}"
+    if len(items) > 8 and items == [str(i) for i in range(len(items))]:
+        return f"tuple(range({len(items)}))"
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def _tuple(items: Sequence[int]) -> str:

@@ -699,7 +699,9 @@ def _emit_rms_norm(node: Node, render: Render) -> str:
 register(
     "aten.layer_norm.default", Op(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias"))
 )
-register("aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input", "weight if input")))
+register(
+    "aten.rms_norm.default", Op(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
+)
 
 
 # --- reductions --------------------------------------------------------------------------------

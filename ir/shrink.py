@@ -551,7 +551,7 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
     """The arguments of `node` that hold a size, for the new shapes."""
     names = {name for name, _ in node.args}
     result = shape(node.output)
-    given: tuple[int, ...] = shape(node.operands[0]) if node.operands else ()
+    given = tuple(size for value in node.operands[:1] for size in shape(value))
     changes: dict[str, Arg] = {}
     for name in ("size", "shape"):
         if name in names and isinstance(node.arg(name), tuple):

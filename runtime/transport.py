@@ -72,6 +72,11 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
         out = torch.empty_like(x[0])
         _nccl_reduce_scatter(out.view(-1), _summable(x).view(-1), group=group)
         return out
+    if group.size() == 2:  # added up where it arrives: the own row is not copied
+        rank = group.rank()
+        other = torch.empty_like(x[rank])
+        _exchange(x, [other, other], group)
+        return other.add_(x[rank])
     return _reduce(all_to_all(x, group), "sum")
 
 
@@ -85,9 +90,11 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: Reduction = "sum") -> Tensor:
     return out
 
 
-def _exchange(send: Sequence[Tensor] | Tensor, receive: Tensor, group: ProcessGroup) -> None:
+def _exchange(
+    send: Sequence[Tensor] | Tensor, receive: Sequence[Tensor] | Tensor, group: ProcessGroup
+) -> None:
     """`send[i]` to every other rank i, and from it into `receive[i]`."""
-    if receive.numel() == 0:
+    if receive[0].numel() == 0:
         return
     rank, ways = group.rank(), group.size()
     ahead = [(rank + step) % ways for step in range(1, ways)]

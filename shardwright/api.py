@@ -105,7 +105,8 @@ def plan(
     `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
     Dim 0 of every input is taken as the batch and dim 1 as the sequence.  `cluster` is a built-in
     name or the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`)
-    fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
+    fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and
+    priced.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """

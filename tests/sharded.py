@@ -128,7 +128,7 @@ def run_module(
 
     Without training there is no backward pass and no gradient.
     """
-    module = _import_source(source)
+    module = import_source(source)
     model = module.ShardedModel.from_state_dict(params)
     with count_collectives() as counter:
         if model.PHASE == "train":
@@ -158,7 +158,7 @@ def _combine_local(model: Any, entries: dict[str, Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _import_source(source: str) -> Any:
+def import_source(source: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "generated.py"
         path.write_text(source)

@@ -19,7 +19,7 @@ from ..problem import FloatArray, IntArray, ShardingProblem, live_rows, whole_co
 from .base import Solution, conclude
 
 _POLISH_SWEEPS = 20
-_DECODE_EVERY = 3  # rounds
+_DECODE_EVERY = 3  # rounds, once something is found
 # The bound is taken to rise by this much at most in one step on the memory prices.
 _FIRST_STEP = 0.05
 _SMALLEST_STEP = 1e-4
@@ -38,8 +38,9 @@ def search(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
     state, whole = _Search(problem), whole_costs(problem)
     bound, cost, best, step, turn = -inf, inf, None, 1.0, 0
     while step > _SMALLEST_STEP:
-        _, decoded = state.sweep(True, turn % _DECODE_EVERY == 0)
-        if turn % _DECODE_EVERY == 0:
+        decode = best is None or turn % _DECODE_EVERY == 0
+        _, decoded = state.sweep(True, decode)
+        if decode:
             over, price, polished = state.polish(decoded, until)
             if over <= 0 and price < cost:
                 cost, best = price, tuple(polished)
@@ -47,7 +48,8 @@ def search(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
         proven = state.bound()
         step = min(1.0, 1.1 * step) if proven > bound else 0.8 * step
         bound = max(bound, proven)
-        if cost - bound <= 1e-7 * abs(cost) or perf_counter() > until:
+        met = best is not None and cost - bound <= 1e-7 * abs(cost)
+        if met or perf_counter() > until:
             break
         state.reprice(alone, step * min(cost - bound, _FIRST_STEP * abs(bound) + 1e-12))
         turn += 1

@@ -120,9 +120,7 @@ def test_large_models_are_shrunk(config: str, words: str, run: Run) -> None:
 
 
 def test_fewer_ranks(run: Run) -> None:
-    planned(run, "encoder_decoder.py", SMALL.replace("--gpus 2", "--gpus 4 --mesh dp=2,tp=2"))
-    passed(
-        run("verify", "out", "--ranks", "2"), " on 2 ranks", "(planned: ", "EncoderDecoder itself"
-    )
+    planned(run, "tiny.py", SMALL.replace("--gpus 2", "--gpus 4 --mesh dp=2,tp=2"))
+    passed(run("verify", "out", "--ranks", "2"), " on 2 ranks", "(planned: ", "Tiny itself")
     ran = run("verify", "out", "--ranks", "3")
     assert ran.code == 2 and "possible numbers of ranks are 1, 2, 4" in ran.err

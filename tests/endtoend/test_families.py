@@ -32,9 +32,10 @@ ROLES = (
 
 @cache
 def builder(name: str, sizes: tuple[int, ...], kind: str = "train") -> Builder:
-    """The problem builder of a family on a mesh; `kind` is train, eval or float32."""
-    graph = case32(name).graph if kind == "float32" else case(name, kind == "train").graph
-    return builder_of(graph, mesh_of(*sizes), training=kind != "eval")
+    """The problem builder of a family on a mesh; `kind` is train, recompute, eval or float32."""
+    graph = case32(name).graph if kind == "float32" else case(name, kind != "eval").graph
+    mesh = mesh_of(*sizes)
+    return builder_of(graph, mesh, training=kind != "eval", recompute=kind == "recompute")
 
 
 class Parallel(Restriction):
@@ -131,6 +132,13 @@ def test_prefill(pool: Pool, name: str) -> None:
     made = builder(name, (2, 2), "eval")
     for decisions in (planned(made, Parallel()), random_decisions(made, 5)):
         run(pool, made, decisions, case(name, training=False))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "encoder_decoder"])
+def test_recomputed_layers(pool: Pool, name: str) -> None:
+    made = builder(name, (2, 2), "recompute")
+    for decisions in (planned(made, Parallel()), random_decisions(made, 7)):
+        run(pool, made, decisions, case(name))
 
 
 def test_parallel_roles_differ_in_what_they_move(pool: Pool) -> None:

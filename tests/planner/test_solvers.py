@@ -135,6 +135,15 @@ def test_search_comes_close(seed: int) -> None:
     assert want.cost * 0.85 <= found.bound <= want.cost <= found.cost <= want.cost * 1.1
 
 
+def test_search_goes_on_until_something_fits() -> None:
+    """A tight grid, where the first pass finds nothing feasible."""
+    problem = grid(6, 2, 0.3, limit=36.0)
+    reduced = reduce(problem)
+    assert not isinstance(reduced, Infeasible)
+    assert search(reduced.problem, time_limit_s=0).assignment is None
+    assert search(reduced.problem, time_limit_s=30).assignment is not None
+
+
 def test_search_steps_in_where_the_solver_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def lazy(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
         return Solution(None, INF, -INF, "unknown", 0.0)

@@ -1,0 +1,69 @@
+"""The text of a captured graph and of a generated module, byte for byte.
+
+`pytest --accept` rewrites the files; read the diff.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardwright
+from shardwright.ir.capture import capture
+from shardwright.ir.fold import fold
+from shardwright.ir.text import format_graph
+from tests.endtoend.families import ROOT, build, example_module, inputs_of
+from tests.sharded import builder_of, mesh_of, random_decisions, source_of
+
+Golden = Callable[[str, str], None]
+
+
+@cache
+def llama_module() -> str:
+    """The example's code with four layers of a 1B model, planned for one node."""
+    example = example_module("llama")
+    config = example.LlamaConfig(
+        vocab_size=32_000, layers=4, width=2048, heads=32, kv_heads=8, mlp_width=5632
+    )
+    with torch.device("meta"):
+        model = example.Llama(config).bfloat16()
+        tokens = torch.zeros(8, 2048, dtype=torch.int64)
+    inputs = {"tokens": tokens, "labels": tokens}
+    plan = shardwright.plan(model, inputs, gpus=4, mesh="2x2", cluster="h100")
+    return plan.module_source()
+
+
+@pytest.mark.parametrize("name", ["llama_example", "gpt2"])
+def test_captured_graph(golden: Golden, name: str) -> None:
+    graph = fold(capture(build(name), inputs_of(name), training=True))
+    golden(f"graph_{name}.txt", format_graph(graph))
+
+
+def test_generated_module(golden: Golden) -> None:
+    golden("llama_2x2.py", llama_module())
+
+
+def test_generated_modules_are_formatted(tmp_path: Path) -> None:
+    """`ruff format` would leave them as they are, and ruff's rules find nothing."""
+    (tmp_path / "planned.py").write_text(llama_module())
+    for name in ("gpt", "llama_example", "encoder_decoder"):
+        graph = fold(capture(build(name), inputs_of(name), training=True))
+        labels = tuple(replace(i, labels=("b", "s")) for i in graph.inputs)
+        for sizes in ((2,), (2, 2)):
+            made = builder_of(replace(graph, inputs=labels), mesh_of(*sizes))
+            for seed in range(3):
+                source = source_of(made, random_decisions(made, seed))
+                (tmp_path / f"{name}_{len(sizes)}_{seed}.py").write_text(source)
+    options = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", str(tmp_path)]
+    for command in (["format", "--check", "--diff"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *options], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
