@@ -47,4 +47,4 @@ types: $(READY) ## pyright, strict
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## the measured comparisons, one after the other
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for name in planning running; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done

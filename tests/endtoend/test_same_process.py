@@ -9,12 +9,7 @@ from multiprocessing import get_context
 import shardwright
 from tests.endtoend.families import build, inputs_of
 
-REQUESTS = (
-    ("gpt", 2, "train"),
-    ("llama", 4, "train"),
-    ("gpt", 4, "prefill"),
-    ("llama", 2, "train"),
-)
+REQUESTS = (("gpt", 2, "train"), ("llama", 4, "train"), ("gpt", 4, "prefill"))
 
 
 def plan_text(name: str, gpus: int, phase: str) -> str:
@@ -26,9 +21,10 @@ def plan_text(name: str, gpus: int, phase: str) -> str:
     return json.dumps(data, sort_keys=True) + plan.module_source()
 
 
-def test_the_order_of_plans_does_not_matter() -> None:
-    forward = [plan_text(*request) for request in REQUESTS]
-    backward = [plan_text(*request) for request in reversed(REQUESTS)]
-    assert forward == backward[::-1]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone:
-        assert forward == list(alone.map(plan_text, *zip(*REQUESTS, strict=True)))
+def test_a_plan_does_not_depend_on_earlier_ones() -> None:
+    together = [plan_text(*request) for request in (*REQUESTS, REQUESTS[0])]
+    assert together[0] == together[-1]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as alone:
+        separate = list(alone.map(plan_text, *zip(*REQUESTS[1:], strict=True)))
+    assert together[1:-1] == separate
