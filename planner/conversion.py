@@ -299,7 +299,8 @@ class Conversions:
         numel = lattice.numel[lattice.replaced(rows, axes, R)]  # as in `_bytes`
         ways = prod(self._sizes[axis] for axis in axes)
         if is_shard(a) and is_shard(b):
-            numel = lattice.numel[rows] * lattice.numel[columns] * ways // numel
+            exact = lattice.numel.astype(object)  # the product does not fit 64 bits
+            numel = (exact[rows] * exact[columns] * ways // numel).astype(np.int64)
         elif is_shard(a) or is_shard(b):
             numel = lattice.numel[rows if is_shard(a) else columns] * ways
         n_bytes = numel * self.type.dtype.itemsize
