@@ -48,7 +48,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """An ordinary plan priced by the same model; `seconds` is None if it does not fit memory."""
+    """An ordinary plan priced by the same model.
+
+    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.
+    """
 
     name: str
     mesh: str

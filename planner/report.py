@@ -91,8 +91,9 @@ def _ordinary(plan: Plan) -> str:
 
 
 def _baseline_row(plan: Plan, b: Baseline) -> tuple[str, ...]:
-    fits = format_seconds(b.seconds) if b.seconds is not None else "does not fit"
-    return (b.name, b.mesh, fits, format_bytes(b.peak_bytes))
+    if b.seconds is None:
+        return (b.name, b.mesh, "does not fit", f"at least {format_bytes(b.peak_bytes)}")
+    return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
 
 
 def _binding(plan: Plan) -> str:

@@ -201,25 +201,20 @@ def _baselines(
     for mesh in _baseline_meshes(meshes, best, cluster):
         network = Network(mesh, cluster)
         builders = [Builder(graph, network, each) for each in settings]
-        free: Builder | None = None
         searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans are priced on one axis
         for roles in ordinary_roles(mesh):
             if searched and len(set(roles)) == 1:
                 continue
             restriction = Roles(roles, graph, mesh)
-
-            def priced(builder: Builder, restriction: Roles = restriction) -> _Solved | None:
-                return _solve(builder, restriction, solver, time_limit_s, clock)
-
             size = "x".join(map(str, mesh.sizes))
-            solved = _cheapest([priced(builder) for builder in builders])
+            solved = _cheapest(
+                [_solve(each, restriction, solver, time_limit_s, clock) for each in builders]
+            )
             if solved is not None:
                 rows.append(Baseline(restriction.name, size, solved.seconds, solved.peak_bytes))
-                continue
-            free = free or Builder(graph, network, replace(settings[-1], memory_bytes=None))
-            solved = priced(free)
-            if solved is not None:
-                rows.append(Baseline(restriction.name, size, None, solved.peak_bytes))
+            else:
+                least = min(each.build(restriction).least_memory() for each in builders)
+                rows.append(Baseline(restriction.name, size, None, least))
     return tuple(rows)
 
 
