@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from math import isfinite, prod
 
 import torch
@@ -41,8 +42,8 @@ class BodyEmitter:
         self.mesh = mesh
         self.labels = labels
         self.recompute = recompute
-        self.names = Names(mesh.names)
-        self.axes_used: set[str] = set()
+        self.names = Names(_axis_names(mesh))
+        self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self._uses = self._count_uses()
@@ -144,12 +145,10 @@ class BodyEmitter:
         return "; ".join(parts)
 
     def axis_text(self, step: Step) -> str:
-        """The axis (or joined axes) of a step: a local variable, or `self.mesh["dp", "tp"]`."""
-        names = [self.mesh.names[axis] for axis in step.axes]
-        if len(names) == 1:
-            self.axes_used.add(names[0])
-            return names[0]
-        return "self.mesh[" + ", ".join(f'"{name}"' for name in names) + "]"
+        """The local variable of the axis of a step, or of its axes joined: `dp`, `dp_tp`."""
+        names = tuple(self.mesh.names[axis] for axis in step.axes)
+        self.axes_used.add(names)
+        return "_".join(names)
 
     def _compute(self, item: Compute, dying: set[Sharded], indent: int) -> list[str]:
         text = render(item, self)
@@ -217,6 +216,12 @@ def _reads(item: Statement) -> tuple[Sharded, ...]:
     if isinstance(item, Compute):
         return item.operands
     return (*item.carried, *item.arguments)
+
+
+def _axis_names(mesh: Mesh) -> list[str]:
+    """Names of all axes and of all joined axes."""
+    counts = range(1, len(mesh.names) + 1)
+    return ["_".join(names) for n in counts for names in combinations(mesh.names, n)]
 
 
 def _uneven_size(item: Convert, mesh: Mesh) -> str:

@@ -135,10 +135,12 @@ class _Writer:
         return target or item.value.name.split(".")[-1]
 
     def _axes_line(self, emitter: BodyEmitter) -> list[str]:
+        """`tp = self.mesh["tp"]` for every axis that the body names, single ones first."""
+        order = self.mesh.names.index
+        used = sorted(emitter.axes_used, key=lambda names: (len(names), [order(n) for n in names]))
         return [
-            f'        {name} = self.mesh["{name}"]'
-            for name in self.mesh.names
-            if name in emitter.axes_used
+            f"        {'_'.join(names)} = self.mesh[{', '.join(map(_quoted, names))}]"
+            for names in used
         ]
 
     # -- the model ----------------------------------------------------------------------------
@@ -278,6 +280,10 @@ class _Writer:
 
     def _foot(self) -> list[str]:
         return ['if __name__ == "__main__":', "    ShardedModel.demo()"]
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 def _arguments(names: Sequence[str]) -> list[str]:
