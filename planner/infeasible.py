@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..costmodel.cluster import Cluster
 from ..costmodel.memory import parameter_state_bytes
 from ..ir.graph import Graph
-from ..ir.mesh import Mesh
 from .build import Setting, all_params
 from .plan import Request
+from .report import format_bytes
 
 
-def explain(
-    graph: Graph, cluster: Cluster, meshes: Sequence[Mesh], setting: Setting, request: Request
-) -> str:
+def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) -> str:
     """A sentence on what fills the memory, and what would fit.
 
     States are counted as if sharded over every GPU, which no plan can beat; what is left is too
@@ -29,14 +25,14 @@ def explain(
         for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):
             parts[i] += ref.weight * part
     total = sum(parts)
-    gb = 1e9
     limit = request.memory_bytes
     share = total / request.gpus
     needed = max(1, -(-int(total) // max(1, int(0.8 * limit))))
+    parameters, gradients, states = map(format_bytes, parts)
     text = (
-        f"no plan fits {limit / gb:.1f} GB per GPU on {request.gpus} x {cluster.name}: parameters "
-        f"{parts[0] / gb:.1f} GB, gradients {parts[1] / gb:.1f} GB and optimizer states "
-        f"{parts[2] / gb:.1f} GB are {share / gb:.1f} GB per GPU even when sharded over all of them"
+        f"no plan fits {format_bytes(limit)} per GPU on {request.gpus} x {cluster.name}: "
+        f"parameters {parameters}, gradients {gradients} and optimizer states {states} are "
+        f"{format_bytes(share)} per GPU even when sharded over all of them"
     )
     if share >= 0.9 * limit:
         grown = max(needed, request.gpus + 1)

@@ -96,7 +96,7 @@ def make_plan(
         variant = replace(setting, recompute=True)
         best = _cheapest([best, *(attempt(mesh, variant) for mesh in meshes)])
     if best is None:
-        raise InfeasibleError(explain(graph, cluster, meshes, setting, request))
+        raise InfeasibleError(explain(graph, cluster, setting, request))
     progress("pricing the ordinary plans")
     with clock.step("baselines"):
         baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
