@@ -15,8 +15,9 @@ from ..ir.ops import find_op, rule_of
 from ..ir.spec import P, R, S, V, is_shard
 from ..planner.conversion import Step, primitive
 from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement
+from ..planner.report import format_bytes, format_seconds
 from .names import Names, base_name
-from .source import bytes_text, seconds_text, statement
+from .source import statement
 
 
 def parameter_path(name: str) -> str:
@@ -134,14 +135,14 @@ class BodyEmitter:
         backward = [t for t in item.priced.traffic if t.backward]
         parts = [self.layout(item.target)]
         if forward:
-            parts.append(bytes_text(forward[0].bytes))
+            parts.append(format_bytes(forward[0].bytes))
         if backward:
             kinds = " and ".join(t.kind.replace("_", "-") for t in backward)
             parts.append(
-                f"backward {kinds}" + ("" if forward else f" {bytes_text(backward[0].bytes)}")
+                f"backward {kinds}" + ("" if forward else f" {format_bytes(backward[0].bytes)}")
             )
         if item.priced.traffic:
-            parts.append(seconds_text(item.priced.seconds))
+            parts.append(format_seconds(item.priced.seconds))
         return "; ".join(parts)
 
     def axis_text(self, step: Step) -> str:

@@ -111,24 +111,3 @@ def check(source: str) -> str:
     """`source`, after making sure that it is valid Python."""
     ast.parse(source)
     return source
-
-
-def bytes_text(n: float) -> str:
-    """`67.1 MB`: decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
-def seconds_text(s: float) -> str:
-    """`12.3 ms`: three digits.
-
-    >>> seconds_text(0.0123), seconds_text(2e-6)
-    ('12.3 ms', '2 us')
-    """
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if s * scale >= 1.0:
-            return f"{s * scale:.3g} {unit}"
-    return f"{s * 1e6:.3g} us"
