@@ -91,16 +91,18 @@ def make_plan(
             builder = Builder(graph, Network(mesh, cluster), variant)
         return _solve(builder, restriction, solver, time_limit_s, clock)
 
-    best = _cheapest([attempt(mesh, setting) for mesh in meshes])
-    if _short_of_memory(best, setting):
+    tried = [attempt(mesh, setting) for mesh in meshes]
+    if _short_of_memory(_cheapest(tried), setting):
         variant = replace(setting, recompute=True)
-        best = _cheapest([best, *(attempt(mesh, variant) for mesh in meshes)])
+        tried += [attempt(mesh, variant) for mesh in meshes]
+    best = _cheapest(tried)
     if best is None:
         raise InfeasibleError(explain(graph, cluster, setting, request))
     progress("pricing the ordinary plans")
     with clock.step("baselines"):
         baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
-    return _assemble(graph, request, best, baselines, len(meshes), solver, clock)
+    proven = all(one is None or one.solution.status == "optimal" for one in tried)
+    return _assemble(graph, request, best, baselines, len(meshes), solver, clock, proven)
 
 
 def _cheapest(solved: Sequence[_Solved | None]) -> _Solved | None:
@@ -239,7 +241,9 @@ def _assemble(
     meshes: int,
     solver: str,
     clock: Clock,
+    proven: bool,
 ) -> Plan:
+    """The plan; it is optimal only if the problem of every mesh was solved to its end."""
     builder, decisions = best.builder, best.decisions
     mesh = name_axes(graph, builder.network.mesh, decisions)
     params = {ref.param.value.name for ref in all_params(graph)}
@@ -270,7 +274,7 @@ def _assemble(
     memory, optimizer_s = _memory(graph, best)
     search = Search(
         solver,
-        best.solution.status,
+        "optimal" if proven else "feasible",
         best.solution.gap if isfinite(best.solution.gap) else 0.0,
         meshes,
         tuple(clock.seconds.items()),

@@ -67,7 +67,8 @@ class Plan(plans.Plan):
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""
         cluster = load_cluster(self.request.cluster, self.request.gpus)
-        builder = Builder(self.graph, Network(self.mesh, cluster), setting_of(self.request))
+        setting = replace(setting_of(self.request), recompute=self.decisions.recompute)
+        builder = Builder(self.graph, Network(self.mesh, cluster), setting)
         pins = [Pin.parse(text, len(self.mesh.axes)) for text in self.request.pins]
         built = builder.build(Pins(pins, self.graph) if pins else Restriction())
         write_problem(built.problem(), Path(path))
