@@ -23,6 +23,10 @@ From rule and choice follow the required state of each operand and the state of 
 | `Pi`   | in group i: `P`         | others: `V`        |                | `P`               |
 
 (*) an addend, such as a bias, is `P` where the result is `P`: it must be added once, not per rank.
+
+Some ops can also be cut in ways that no single factor describes, because they communicate while
+they run: attention over a sharded sequence, experts on different ranks.  Such a choice is an
+`Algorithm`: it has a name, the factors that it cuts, and the states that it takes and gives.
 """
 
 from __future__ import annotations
@@ -38,6 +42,20 @@ from .spec import P, R, S, State, V
 Dim: TypeAlias = tuple[str, ...]  # factors of one dim, major to minor; () for a size-1 dim
 Dims: TypeAlias = tuple[Dim, ...]
 Choice: TypeAlias = str
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A way to run an op over an axis that communicates inside the op.
+
+    `cuts` are the factors of which each rank computes its part, the one that gives the choice its
+    meaning (and label) first.  A node uses at most one algorithm, on one axis, and no other axis
+    cuts its factors.
+    """
+
+    cuts: tuple[str, ...]
+    operands: tuple[State, ...]
+    results: tuple[State, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +77,7 @@ class Rule:
     )  # contracted factors that the op itself reduces: result `R`
     addends: frozenset[int] = frozenset()  # operands added to the result (a bias): `P` when it is
     passes: bool = False  # worth running on `V`: views and elementwise ops
+    algorithms: Mapping[str, Algorithm] = field(default_factory=dict[str, Algorithm])
     _choices: dict[str, tuple[tuple[State, ...], tuple[State, ...]]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -78,6 +97,8 @@ class Rule:
             for i, group in enumerate(self.linear):
                 operands = tuple(P if k in group else V for k in range(n_in))
                 self._choices[f"P{i}"] = (operands, (P,) * n_out)
+            for name, way in self.algorithms.items():
+                self._choices[name] = (way.operands, way.results)
         return self._choices
 
     def _cut(
@@ -100,6 +121,12 @@ class Rule:
         )
         return operands, results
 
+    def cuts(self, choice: Choice) -> tuple[str, ...]:
+        """The factors that a choice cuts; none for `R`, `V` and partial sums."""
+        if choice in self.algorithms:
+            return self.algorithms[choice].cuts
+        return (choice,) if choice in self.sizes else ()
+
     def ways(self, choices: Sequence[Choice], axis_sizes: Sequence[int]) -> dict[str, int] | None:
         """How many ways each factor is cut, or None where a size does not divide.
 
@@ -107,9 +134,16 @@ class Rule:
         about where the padded blocks begin.
         """
         ways: dict[str, int] = {}
+        alone: set[str] = set()  # factors that an algorithm cuts
         for choice, n in zip(choices, axis_sizes, strict=True):
-            if choice in self.sizes:
-                ways[choice] = ways.get(choice, 1) * n
+            for factor in self.cuts(choice):
+                ways[factor] = ways.get(factor, 1) * n
+            if choice in self.algorithms:
+                if alone:
+                    return None
+                alone.update(self.algorithms[choice].cuts)
+        if any(choice in alone for choice in choices):
+            return None
         for factor, n in ways.items():
             size = self.sizes[factor]
             if size % n == 0:
