@@ -385,6 +385,11 @@ class KVCache:
         """Drop the tokens of sequence i at positions >= lengths[i], in all layers of the table."""
         self.table.truncate(lengths)
 
+    def clear(self) -> None:
+        """Forget all tokens, in all layers of the table, also after a step that failed half-way."""
+        self.table.truncate([0] * self.table.batch)
+        self._steps = self.table.steps
+
 
 def owners(positions: Tensor, ranks: int) -> Tensor:
     """Which of `ranks` keeps the token at each position: page by page in turn.
