@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention.cached import cached_attention as cached_attention
 from .collectives import Axis
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -54,6 +55,22 @@ def dropout(
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     kept.bernoulli_(1.0 - p, generator=generator)
     return (x * kept) * (1.0 / (1.0 - p))  # backward keeps one byte per element, the mask
+
+
+def last_token(x: Tensor, positions: Tensor, axis: Axis | None = None) -> Tensor:
+    """The row of `x` (b, t, ...) with the highest of `positions` (b, t) per sequence: (b, 1, ...).
+
+    With `axis` the tokens of a sequence are sharded over it and the result is partial (`P`) over
+    it: all ranks but the one that holds the token give zeros.  A sequence of padding alone (all
+    positions -1) gives a meaningless row.
+    """
+    highest, index = positions.max(1)
+    index = index.view(-1, *[1] * (x.ndim - 1)).expand(-1, 1, *x.shape[2:])
+    own = x.gather(1, index)
+    if axis is None or axis.size == 1:
+        return own
+    elsewhere = axis.reduce(highest, "max") != highest
+    return own.masked_fill(elsewhere.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 # --- cross entropy -------------------------------------------------------------------------------
