@@ -33,17 +33,17 @@ class CacheFullError(RuntimeError):
 class Step:
     """New tokens, as they were given and where they were stored.
 
-    `given` is the tensor that the caller passed, `positions` (b, t) the same on the CPU with -1 for
-    what this rank does not keep.  Token `rows[i]` of the flattened (b, t) goes to `slots[i]`.
-    `onto_empty`: the cache held nothing before.  `memory` keeps what the layers of the step share.
+    `given` is the tensor that the caller passed, `whole` (b, t) the same on the CPU, `positions`
+    (b, t) that with -1 for what this rank does not keep.  Token `rows[i]` of the flattened (b, t)
+    goes to `slots[i]` of the pool.  `memory` keeps what the layers of the step share.
     """
 
     number: int
     given: Tensor
+    whole: Tensor
     positions: Tensor
     rows: Tensor
     slots: Tensor
-    onto_empty: bool
     memory: dict[object, Any] = field(default_factory=dict[object, Any])
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:
@@ -182,17 +182,17 @@ class PageTable:
                 f" {tuple(positions.shape)}"
             )
         host = positions.detach().cpu()
+        kept = host
         if axis is not None:
-            host = host.where(owners(host, axis.size) == axis.rank, -1)
+            kept = host.where(owners(host, axis.size) == axis.rank, -1)
         # Row by row in the order of positions, padding in front.
-        ordered, order = torch.sort(host, dim=1)
+        ordered, order = torch.sort(kept, dim=1)
         new = ordered >= 0
         self._check_order(ordered, new)
         added = new.sum(1)
         if self.window:
             self._forget()
         self._take_pages(added)
-        onto_empty = not bool(self.counts.any())
         places = self.counts[:, None] + new.cumsum(1) - 1  # slot in the sequence
         self._write_positions(ordered, new, places)
         sequence, column = new.nonzero(as_tuple=True)
@@ -201,7 +201,12 @@ class PageTable:
         self.counts = self.counts + added
         self._changed()
         return Step(
-            self.steps, positions, host, rows.to(self.device), slots.to(self.device), onto_empty
+            self.steps,
+            positions,
+            host,
+            kept,
+            rows.to(self.device),
+            slots.to(self.device),
         )
 
     def _check_order(self, ordered: Tensor, new: Tensor) -> None:

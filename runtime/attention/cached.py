@@ -60,7 +60,8 @@ def cached_attention(
 
     local   No axis cuts the sequence.
     ring    New tokens are sharded, each rank caches its own; K and V of the cache circulate:
-            (p-1) b hkv s (d + dv) e bytes in p-1 messages, each under way while a block is computed.
+            (p-1) b hkv s (d + dv) e bytes in p-1 messages, each under way while a block
+            is computed.
     gather  The same in one all-gather.  Memory for p times b hkv s (d + dv) e bytes.
     pass_q  New tokens as for ring; queries circulate, (p-1) b hq t d e bytes in p-1 messages, and
             partial results return, (p-1) b hq t (dv e + 4) bytes in one all-to-all.
@@ -114,7 +115,7 @@ def _local(
 ) -> Tensor:
     k, v, key_positions = cache.gathered()
     into = start(q, v, sinks)
-    parts = _parts_of_step(step, "own", scores, lambda: (step.positions, key_positions))
+    parts = _parts_of_step(step, "own", scores, step.positions, key_positions)
     _attend(into, q, k, v, parts, scores)
     return into.out
 
@@ -131,7 +132,7 @@ def _ring(
     for hop_number in range(link.size):
         source = (link.rank - hop_number) % link.size
         hop = link.shift(buffer, "forward") if hop_number < link.size - 1 else None
-        parts = _parts_of_step(step, source, scores, lambda: (step.positions, everywhere[source]))  # noqa: B023
+        parts = _parts_of_step(step, source, scores, step.positions, everywhere[source])
         _attend(into, q, k, v, parts, scores)
         if hop is not None:
             (buffer,) = hop.wait()
@@ -151,7 +152,7 @@ def _gather(
     for behind in range(link.size):  # the order of a ring, so that both give the same bits
         source = (link.rank - behind) % link.size
         k, v = unpack(rows[source], k.shape, v.shape)
-        parts = _parts_of_step(step, source, scores, lambda: (step.positions, everywhere[source]))  # noqa: B023
+        parts = _parts_of_step(step, source, scores, step.positions, everywhere[source])
         _attend(into, q, k, v, parts, scores)
     return into.out
 
@@ -168,7 +169,7 @@ def _pass_q(
     for hop_number in range(link.size):
         owner = (link.rank - hop_number) % link.size
         hop = link.shift(here, "forward") if hop_number < link.size - 1 else None
-        parts = _parts_of_step(step, owner, scores, lambda: (everywhere[owner], key_positions))  # noqa: B023
+        parts = _parts_of_step(step, owner, scores, everywhere[owner], key_positions)
         _attend(partials[owner], here, k, v, parts, scores)
         if hop is not None:
             (here,) = hop.wait()
@@ -184,7 +185,7 @@ def _tree(
     assert axis is not None
     k, v, key_positions = cache.gathered()
     own = Partial.empty(q, v.shape[3])
-    parts = _parts_of_step(step, "own", scores, lambda: (step.given.cpu(), key_positions))
+    parts = _parts_of_step(step, "own", scores, step.whole, key_positions)
     _attend(own, q, k, v, parts, scores)
     whole = merge_over(own, Link(axis))
     if sinks is not None:
@@ -243,11 +244,11 @@ def _padded(cache: KVCache, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _parts_of_step(
-    step: Step, source: int | str, scores: Scores, positions: Callable[[], tuple[Tensor, Tensor]]
+    step: Step, source: int | str, scores: Scores, queries: Tensor, keys: Tensor
 ) -> _Parts:
     """`parts_of` for the keys or queries of `source`, found once for all layers of the step."""
     key = (source, scores.causal, scores.window, scores.plain)
-    return step.once(key, lambda: parts_of(*positions(), scores))
+    return step.once(key, lambda: parts_of(queries, keys, scores))
 
 
 def parts_of(queries: Tensor, keys: Tensor, scores: Scores) -> _Parts:
