@@ -260,8 +260,8 @@ class PageTable:
             f"the KV cache is full: {wanted} new tokens do not fit on this rank, where"
             f" {self.batch} sequences hold {int(self.counts.sum())} tokens; {free} of {self.pages}"
             f" pages of {PAGE} tokens are free, which is {free * PAGE} tokens, and {open_slots}"
-            " slots in pages that sequences have begun; truncate sequences, or make the cache with"
-            " more tokens or pages"
+            " slots in pages that sequences have begun (a page belongs to one sequence); truncate"
+            " sequences, or make the cache with more tokens or pages"
         )
 
     def _write_positions(self, ordered: Tensor, new: Tensor, places: Tensor) -> None:

@@ -291,7 +291,8 @@ class ShardedModule(nn.Module):
         """Empty KV caches for `batch` sequences of up to `tokens` tokens each.
 
         `total_tokens` is what all sequences hold together (default: batch * tokens): with fewer,
-        long sequences use the memory that short ones leave.  Replaces the caches that are there.
+        long sequences use the memory that short ones leave.  Where the batch is sharded, each rank
+        has its share of the total for its own sequences.  Replaces the caches that are there.
         """
         self._serving = Serving(self, batch, tokens, total_tokens)
 
