@@ -7,6 +7,7 @@ tokens included.  Who may attend whom follows from positions alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -20,7 +21,7 @@ from .links import Link, pack, unpack
 from .partial import Partial
 from .pass_q import _return as return_partials  # pyright: ignore[reportPrivateUsage]
 from .pieces import Piece, cut, fuse
-from .scores import Scores
+from .scores import Mask, Scores
 from .task import Options, check_heads, start
 from .tokens import Run
 from .tree import merge_over
@@ -29,6 +30,10 @@ CacheAlgorithm: TypeAlias = Literal["local", "ring", "gather", "pass_q", "tree"]
 
 # Sequences of the batch, and what their queries attend.
 _Parts: TypeAlias = list[tuple[slice, tuple[Piece, ...]]]
+
+# One query each of so many sequences with different keys is computed at once, under a mask, if
+# padding is at most half: a kernel call per sequence would take longer.
+_MANY_PARTS = 4
 
 
 def cached_attention(
@@ -115,8 +120,8 @@ def _local(
 ) -> Tensor:
     k, v, key_positions = cache.gathered()
     into = start(q, v, sinks)
-    parts = _parts_of_step(step, "own", scores, step.positions, key_positions)
-    _attend(into, q, k, v, parts, scores)
+    work = _work(cache, step, "own", scores, step.positions, key_positions)
+    _attend(into, q, k, v, work, scores)
     return into.out
 
 
@@ -132,8 +137,8 @@ def _ring(
     for hop_number in range(link.size):
         source = (link.rank - hop_number) % link.size
         hop = link.shift(buffer, "forward") if hop_number < link.size - 1 else None
-        parts = _parts_of_step(step, source, scores, step.positions, everywhere[source])
-        _attend(into, q, k, v, parts, scores)
+        work = _work(cache, step, source, scores, step.positions, everywhere[source])
+        _attend(into, q, k, v, work, scores)
         if hop is not None:
             (buffer,) = hop.wait()
             k, v = unpack(buffer, k.shape, v.shape)
@@ -152,8 +157,8 @@ def _gather(
     for behind in range(link.size):  # the order of a ring, so that both give the same bits
         source = (link.rank - behind) % link.size
         k, v = unpack(rows[source], k.shape, v.shape)
-        parts = _parts_of_step(step, source, scores, step.positions, everywhere[source])
-        _attend(into, q, k, v, parts, scores)
+        work = _work(cache, step, source, scores, step.positions, everywhere[source])
+        _attend(into, q, k, v, work, scores)
     return into.out
 
 
@@ -169,8 +174,8 @@ def _pass_q(
     for hop_number in range(link.size):
         owner = (link.rank - hop_number) % link.size
         hop = link.shift(here, "forward") if hop_number < link.size - 1 else None
-        parts = _parts_of_step(step, owner, scores, everywhere[owner], key_positions)
-        _attend(partials[owner], here, k, v, parts, scores)
+        work = _work(cache, step, owner, scores, everywhere[owner], key_positions)
+        _attend(partials[owner], here, k, v, work, scores)
         if hop is not None:
             (here,) = hop.wait()
     into = start(q, v, sinks)
@@ -185,8 +190,8 @@ def _tree(
     assert axis is not None
     k, v, key_positions = cache.gathered()
     own = Partial.empty(q, v.shape[3])
-    parts = _parts_of_step(step, "own", scores, step.whole, key_positions)
-    _attend(own, q, k, v, parts, scores)
+    work = _work(cache, step, "own", scores, step.whole, key_positions)
+    _attend(own, q, k, v, work, scores)
     whole = merge_over(own, Link(axis))
     if sinks is not None:
         sink = Partial.of_sinks(sinks, q, v.shape[3])
@@ -206,10 +211,35 @@ _ALGORITHMS: dict[str, _Algorithm] = {
 }
 
 
-def _attend(into: Partial, q: Tensor, k: Tensor, v: Tensor, parts: _Parts, scores: Scores) -> None:
-    for batch, pieces in parts:
-        some = Partial(into.out[batch], into.lse[batch])
-        attend(some, q[batch], k[batch], v[batch], pieces, scores)
+def _attend(into: Partial, q: Tensor, k: Tensor, v: Tensor, work: _Work, scores: Scores) -> None:
+    """Merge attention of `q` over `k`, `v` into `into`, as `work` says."""
+    if work.attended is None:
+        for batch, pieces in work.parts:
+            some = Partial(into.out[batch], into.lse[batch])
+            attend(some, q[batch], k[batch], v[batch], pieces, scores)
+        return
+    # The query heads that share a key head stand in for queries: K and V are read once for all.
+    heads = (k.shape[1], -1)
+    q = q.unflatten(1, heads).squeeze(3)
+    grouped = Partial(
+        into.out.unflatten(1, heads).squeeze(3), into.lse.unflatten(1, heads).squeeze(3)
+    )
+    if q.device.type == "cpu" and scores.plain and q.shape[3] == v.shape[3]:
+        grouped.add_(*_flash_with_mask(q, k, v, work.attended, scores.scale))
+        return
+    everything = Piece(0, q.shape[2], 0, k.shape[2], 0, 0, "full")
+    attend(grouped, q, k, v, (everything,), replace(scores, mask=Mask(keys=work.attended)))
+
+
+def _flash_with_mask(
+    q: Tensor, k: Tensor, v: Tensor, attended: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) where all queries of a sequence attend the keys (b, s) that are True."""
+    mask = torch.zeros(attended.shape, dtype=q.dtype).masked_fill_(~attended, -torch.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = kernel(q, k, v, 0.0, False, attn_mask=mask[:, None, None], scale=scale)
+    nothing = ~attended.any(1)[:, None, None]  # for which the kernel says 0
+    return out, lse.masked_fill(nothing, -torch.inf)
 
 
 def _key_positions(cache: KVCache, step: Step, link: Link) -> Tensor:
@@ -243,12 +273,41 @@ def _padded(cache: KVCache, width: int) -> tuple[Tensor, Tensor]:
 # --- who attends whom ----------------------------------------------------------------------------
 
 
-def _parts_of_step(
-    step: Step, source: int | str, scores: Scores, queries: Tensor, keys: Tensor
-) -> _Parts:
-    """`parts_of` for the keys or queries of `source`, found once for all layers of the step."""
-    key = (source, scores.causal, scores.window, scores.plain)
-    return step.once(key, lambda: parts_of(queries, keys, scores))
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What to compute: the pieces of `parts`, or, if there is one query each, the `attended` keys.
+
+    `attended` (b, s) is True for rows that a sequence's query attends, on the device.
+    """
+
+    parts: _Parts
+    attended: Tensor | None = None
+
+
+def _work(
+    cache: KVCache, step: Step, source: int | str, scores: Scores, queries: Tensor, keys: Tensor
+) -> _Work:
+    """For the keys or queries of `source`, found once for all layers of the step."""
+
+    def make() -> _Work:
+        parts = parts_of(queries, keys, scores)
+        if queries.shape[1] == 1 and len(parts) > _MANY_PARTS:
+            attended = _attended(queries, keys, scores)
+            if 2 * int(attended.sum()) >= attended.numel():
+                return _Work([], attended.to(cache.table.device))
+        return _Work(parts)
+
+    return step.once((source, scores.causal, scores.window, scores.plain), make)
+
+
+def _attended(queries: Tensor, keys: Tensor, scores: Scores) -> Tensor:
+    """Which keys (b, s) the only query (b, 1) of each sequence attends."""
+    attended = (keys >= 0) & (queries >= 0)
+    if scores.causal:
+        attended &= keys <= queries
+    if scores.window:
+        attended &= keys > queries - scores.window
+    return attended
 
 
 def parts_of(queries: Tensor, keys: Tensor, scores: Scores) -> _Parts:

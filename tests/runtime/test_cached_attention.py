@@ -67,6 +67,14 @@ CASES = {
     "one sequence": replace(PLAIN, steps=((70,), (1,), (1,), (33,))),
     "equal lengths": replace(PLAIN, steps=((33, 33), (1, 1), (8, 8), (-8, -8), (1, 1))),
     "short": replace(PLAIN, steps=((1, 2), (1, 1), (1, 0))),
+    "many sequences": replace(
+        PLAIN,
+        options={"window": 40},
+        steps=((9, 30, 31, 25, 40, 0, 33), (1,) * 7, (1, 1, 1, 0, 1, 1, 1)),
+    ),
+    "many sequences, sinks, softcap": replace(
+        PLAIN, options={"softcap": 2.0}, sinks=True, steps=((20, 30, 31, 25, 40, 28), (1,) * 6)
+    ),
     "in order": replace(PLAIN, balanced=False),
     "in order, window": replace(PLAIN, balanced=False, options={"window": 12}),
 }
