@@ -35,7 +35,8 @@ class Step:
 
     `given` is the tensor that the caller passed, `whole` (b, t) the same on the CPU, `positions`
     (b, t) that with -1 for what this rank does not keep.  Token `rows[i]` of the flattened (b, t)
-    goes to `slots[i]` of the pool.  `memory` keeps what the layers of the step share.
+    goes to `slots[i]` of the pool.  `owner` is the axis whose ranks keep the pages they own, if the
+    tokens were given to all of them.  `memory` keeps what the layers of the step share.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Step:
     positions: Tensor
     rows: Tensor
     slots: Tensor
+    owner: str | None = None
     memory: dict[object, Any] = field(default_factory=dict[object, Any])
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:
@@ -136,6 +138,11 @@ class PageTable:
                 " every layer must store every step once, before the next begins and before"
                 " anything is dropped"
             )
+        if step.owner != (None if axis is None else axis.name):
+            raise ValueError(
+                "KV cache: layers that share a table must all keep what they are given, or all keep"
+                f" the pages that they own on one axis; got axis {axis} after {step.owner}"
+            )
         if positions is not step.given and not torch.equal(positions, step.given):
             raise ValueError("KV cache: the positions differ from those of the first layer")
         return step
@@ -207,6 +214,7 @@ class PageTable:
             kept,
             rows.to(self.device),
             slots.to(self.device),
+            None if axis is None else axis.name,
         )
 
     def _check_order(self, ordered: Tensor, new: Tensor) -> None:

@@ -31,9 +31,9 @@ CacheAlgorithm: TypeAlias = Literal["local", "ring", "gather", "pass_q", "tree"]
 # Sequences of the batch, and what their queries attend.
 _Parts: TypeAlias = list[tuple[slice, tuple[Piece, ...]]]
 
-# One query each of so many sequences with different keys is computed at once, under a mask, if
-# padding is at most half: a kernel call per sequence would take longer.
-_MANY_PARTS = 4
+# One query each of more than so many sequences of different lengths is computed at once, under a
+# mask, if at most half of the keys are masked: a kernel call per sequence would take longer.
+_MANY = 4
 
 
 def cached_attention(
@@ -73,9 +73,9 @@ def cached_attention(
     tree    Every rank has all new tokens and caches the pages that it owns (`cache.owners`); the
             result is whole.  Two all-reduces in float32, of b hq t and b hq t (dv + 1) numbers.
 
-    Once per step, not per layer, ring and gather share the cached positions (all-gathers of 8 bytes
-    and of b s * 4 bytes a rank), pass_q those of the queries (b t * 4).  With float64 inputs, 4 and
-    float32 above are 8 and float64.
+    Once per step, not per layer, ring and gather share the cached positions (all-gathers of 8 and
+    of b s * 4 bytes a rank), pass_q those of the queries (8 and b t * 4).
+    With float64 inputs partial results are float64: 8 bytes where pass_q and tree have 4.
 
     Raises ValueError for tensors, positions or options that do not fit, CacheFullError if the
     cache has no room on this rank.
@@ -120,7 +120,7 @@ def _local(
 ) -> Tensor:
     k, v, key_positions = cache.gathered()
     into = start(q, v, sinks)
-    work = _work(cache, step, "own", scores, step.positions, key_positions)
+    work = _work(cache, step, "own", scores, step.whole, key_positions)
     _attend(into, q, k, v, work, scores)
     return into.out
 
@@ -137,7 +137,9 @@ def _ring(
     for hop_number in range(link.size):
         source = (link.rank - hop_number) % link.size
         hop = link.shift(buffer, "forward") if hop_number < link.size - 1 else None
-        work = _work(cache, step, source, scores, step.positions, everywhere[source])
+        work = _work(
+            cache, step, ("keys", source, link.name), scores, step.positions, everywhere[source]
+        )
         _attend(into, q, k, v, work, scores)
         if hop is not None:
             (buffer,) = hop.wait()
@@ -157,7 +159,9 @@ def _gather(
     for behind in range(link.size):  # the order of a ring, so that both give the same bits
         source = (link.rank - behind) % link.size
         k, v = unpack(rows[source], k.shape, v.shape)
-        work = _work(cache, step, source, scores, step.positions, everywhere[source])
+        work = _work(
+            cache, step, ("keys", source, link.name), scores, step.positions, everywhere[source]
+        )
         _attend(into, q, k, v, work, scores)
     return into.out
 
@@ -168,13 +172,15 @@ def _pass_q(
     assert axis is not None
     link = Link(axis)
     k, v, key_positions = cache.gathered()
-    everywhere = step.once("queries", lambda: _shared(step.positions, link, cache.table.device))
+    everywhere = _query_positions(cache, step, link)
     partials = [Partial.empty(q, v.shape[3]) for _ in range(link.size)]
     here = q.contiguous()
     for hop_number in range(link.size):
         owner = (link.rank - hop_number) % link.size
         hop = link.shift(here, "forward") if hop_number < link.size - 1 else None
-        work = _work(cache, step, owner, scores, everywhere[owner], key_positions)
+        work = _work(
+            cache, step, ("queries", owner, link.name), scores, everywhere[owner], key_positions
+        )
         _attend(partials[owner], here, k, v, work, scores)
         if hop is not None:
             (here,) = hop.wait()
@@ -247,19 +253,38 @@ def _key_positions(cache: KVCache, step: Step, link: Link) -> Tensor:
 
     def make() -> Tensor:
         own = cache.table.positions
-        device = cache.table.device
-        widths = link.all_gather(torch.tensor([own.shape[1]], device=device), "forward")
-        missing = int(widths.max()) - own.shape[1]
-        return _shared(F.pad(own, (0, missing), value=-1), link, device)
+        missing = max(_widths(own, link, cache)) - own.shape[1]
+        return _shared(F.pad(own, (0, missing), value=-1), link, cache)
 
-    return step.once("keys", make)
+    return step.once(("keys", link.name), make)
 
 
-def _shared(positions: Tensor, link: Link, device: torch.device) -> Tensor:
+def _query_positions(cache: KVCache, step: Step, link: Link) -> Tensor:
+    """Positions of the queries of each rank (ranks, b, t) on the CPU."""
+
+    def make() -> Tensor:
+        widths = _widths(step.positions, link, cache)
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"cached_attention: the ranks of `{link.name}` have {widths} new tokens; `pass_q`"
+                " needs the same number on all, padded with position -1"
+            )
+        return _shared(step.positions, link, cache)
+
+    return step.once(("queries", link.name), make)
+
+
+def _widths(positions: Tensor, link: Link, cache: KVCache) -> list[int]:
+    """The ranks' numbers of columns."""
+    own = torch.tensor([positions.shape[1]], device=cache.table.device)
+    return link.all_gather(own, "forward").flatten().tolist()
+
+
+def _shared(positions: Tensor, link: Link, cache: KVCache) -> Tensor:
     """The ranks' `positions` (b, n) of one width (ranks, b, n) on the CPU."""
     if not positions.shape[1]:
         return positions.expand(link.size, *positions.shape)
-    everywhere = link.all_gather(positions.to(device, torch.int32), "forward")
+    everywhere = link.all_gather(positions.to(cache.table.device, torch.int32), "forward")
     return everywhere.to("cpu", torch.int64)
 
 
@@ -285,19 +310,19 @@ class _Work:
 
 
 def _work(
-    cache: KVCache, step: Step, source: int | str, scores: Scores, queries: Tensor, keys: Tensor
+    cache: KVCache, step: Step, pairs: object, scores: Scores, queries: Tensor, keys: Tensor
 ) -> _Work:
-    """For the keys or queries of `source`, found once for all layers of the step."""
+    """For queries (b, t) and keys (b, s) that are called `pairs`, found once for all layers."""
 
     def make() -> _Work:
-        parts = parts_of(queries, keys, scores)
-        if queries.shape[1] == 1 and len(parts) > _MANY_PARTS:
+        single = queries.shape[1] == 1 and len(queries) > _MANY
+        if single and not (_all_rows_equal(queries) and _all_rows_equal(keys)):
             attended = _attended(queries, keys, scores)
             if 2 * int(attended.sum()) >= attended.numel():
                 return _Work([], attended.to(cache.table.device))
-        return _Work(parts)
+        return _Work(parts_of(queries, keys, scores))
 
-    return step.once((source, scores.causal, scores.window, scores.plain), make)
+    return step.once((pairs, scores.causal, scores.window, scores.plain), make)
 
 
 def _attended(queries: Tensor, keys: Tensor, scores: Scores) -> Tensor:

@@ -247,7 +247,7 @@ def test_counts_are_as_documented(pool: Pool, algorithm: str) -> None:
     once_per_step = {
         "ring": 8 + batch * 16 * 4,
         "gather": 8 + batch * 16 * 4,
-        "pass_q": batch * t * 4,
+        "pass_q": 8 + batch * t * 4,
     }
     for counter, s in pool(3).run(count, algorithm, layers):
         assert s == 16
@@ -320,6 +320,52 @@ def test_refuses_gradients() -> None:
         cached_attention(x, x, x, cache, at)
     with torch.no_grad():
         torch.testing.assert_close(cached_attention(x, x, x, cache, at), x.detach())
+
+
+def mixed_layers() -> list[Tensor]:
+    axis = Mesh.create({"cp": 2})["cp"]
+    table = PageTable(1, 10)
+    names = ["ring", "pass_q", "gather", "ring"]
+    caches = [KVCache(1, 0, 2, 4, dtype=F64, table=table) for _ in names]
+    generator = torch.Generator().manual_seed(axis.rank)
+    x = torch.randn(1, 2, 9, 4, generator=generator, dtype=F64)
+    at = torch.arange(9)[None] + 9 * axis.rank
+    layers = zip(names, caches, strict=True)
+    return [cached_attention(x, x, x, c, at, algorithm=n, axis=axis) for n, c in layers]  # pyright: ignore
+
+
+def test_layers_may_differ_in_algorithm(pool: Pool) -> None:
+    for first, *others in pool(2).run(mixed_layers):
+        for other in others:
+            torch.testing.assert_close(other, first, **EXACT)
+
+
+def refuse_mixture() -> None:
+    axis, table = Mesh.create({"cp": 2})["cp"], PageTable(1, 10)
+    x, at = torch.randn(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    caches = [KVCache(1, 0, 1, 4, table=table) for _ in range(2)]
+    cached_attention(x, x, x, caches[0], at, algorithm="tree", axis=axis)
+    with pytest.raises(ValueError, match="got axis None after cp"):
+        cached_attention(x, x, x, caches[1], at)
+
+
+def uneven_queries() -> None:
+    axis = Mesh.create({"cp": 2})["cp"]
+    count = 2 + axis.rank
+    x, at = torch.randn(1, 1, count, 4), torch.arange(count)[None] + 2 * axis.rank
+    with pytest.raises(ValueError, match=r"ranks of `cp` have \[2, 3\] new tokens; `pass_q` needs"):
+        cached_attention(x, x, x, KVCache(1, 32, 1, 4), at, algorithm="pass_q", axis=axis)
+    caches = [KVCache(1, 32, 1, 4) for _ in range(2)]
+    ring, gather = (
+        cached_attention(x, x, x, cache, at, algorithm=name, axis=axis)  # pyright: ignore
+        for name, cache in zip(("ring", "gather"), caches, strict=True)
+    )
+    torch.testing.assert_close(ring, gather)
+
+
+def test_ranks_with_different_numbers_of_tokens(pool: Pool) -> None:
+    pool(2).run(refuse_mixture)
+    pool(2).run(uneven_queries)
 
 
 def test_local_refuses_an_axis(pool: Pool) -> None:
