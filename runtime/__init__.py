@@ -9,6 +9,7 @@ from .attention import (
     merge,
     pass_q_attention,
     ring_attention,
+    shared_prefix_attention,
     tree_attention,
     ulysses_attention,
     usp_attention,
@@ -37,5 +38,6 @@ __all__ = [
     "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
     "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge", "ops",
     "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
-    "tree_attention", "ulysses_attention", "usp_attention", "vocab_embedding", "window_attention",
+    "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
+    "vocab_embedding", "window_attention",
 ]  # fmt: skip

@@ -21,6 +21,13 @@ from shardwright.runtime import (
     count_collectives,
     last_token,
 )
+from shardwright.runtime.attention.volumes import (
+    Sizes,
+    gather_kv_volume,
+    pass_q_volume,
+    ring_volume,
+    tree_volume,
+)
 from shardwright.runtime.generate import arrange
 
 Pool = Callable[[int], RankPool]
@@ -241,35 +248,37 @@ def count(algorithm: str, layers: int) -> tuple[CollectiveCounter, int]:
     return counter, int(table.counts.max())
 
 
+VOLUMES = {
+    "ring": ring_volume,
+    "gather": gather_kv_volume,
+    "pass_q": pass_q_volume,
+    "tree": tree_volume,
+}
+
+
 @pytest.mark.parametrize("algorithm", SHARDED)
 def test_counts_are_as_documented(pool: Pool, algorithm: str) -> None:
-    layers, batch, hq, hkv, t, d, dv, e, p = 3, 2, 4, 2, 16, 8, 6, 4, 3
-    once_per_step = {
-        "ring": 8 + batch * 16 * 4,
-        "gather": 8 + batch * 16 * 4,
-        "pass_q": 8 + batch * t * 4,
+    """Per layer what attention without a cache moves; per step the positions."""
+    layers, ranks, batch, t = 3, 3, 2, 48 if algorithm == "tree" else 16
+    shared = {
+        "ring": [8, batch * 16 * 4],
+        "gather": [8, batch * 16 * 4],
+        "pass_q": [8, batch * t * 4],
     }
-    for counter, s in pool(3).run(count, algorithm, layers):
+    for counter, s in pool(ranks).run(count, algorithm, layers):
         assert s == 16
-        kv = (p - 1) * batch * hkv * s * (d + dv) * e
-        shared = (p - 1) * once_per_step.get(algorithm, 0)
-        if algorithm == "ring":
-            assert counter.bytes("send_recv") == layers * kv
-            assert counter.messages("send_recv") == layers * (p - 1)
-            assert counter.bytes() == layers * kv + shared
-        elif algorithm == "gather":
-            assert counter.bytes("all_gather") == counter.bytes() == layers * kv + shared
-            assert counter.calls("all_gather") == layers + 2
-        elif algorithm == "pass_q":
-            assert counter.bytes("send_recv") == layers * (p - 1) * batch * hq * t * d * e
-            back = (p - 1) * batch * hq * t * (dv * e + 4)
-            assert counter.bytes("all_to_all") == layers * back
-            assert counter.bytes("all_gather") == shared
-        else:
-            tokens = batch * hq * 3 * t
-            reduced = 2 * (p - 1) / p * (tokens + tokens * (dv + 1)) * 4
-            assert counter.bytes("all_reduce") == pytest.approx(layers * reduced)
-            assert counter.calls() == counter.calls("all_reduce") == 2 * layers
+        sizes = Sizes(batch, 4, 2, q_rows=t, k_rows=s, head_dim=8, v_dim=6, itemsize=4)
+        want: dict[str, tuple[float, int]] = {}
+        for (op, phase), (nbytes, messages) in VOLUMES[algorithm](sizes, ranks).items():
+            if phase == "forward":
+                want[op] = layers * nbytes, layers * messages
+        for once in shared.get(algorithm, []):
+            nbytes, messages = want.get("all_gather", (0, 0))
+            want["all_gather"] = nbytes + (ranks - 1) * once, messages + ranks - 1
+        for op, (nbytes, messages) in want.items():
+            assert counter.bytes(op) == pytest.approx(nbytes)
+            assert counter.messages(op) == messages
+        assert counter.bytes() == pytest.approx(sum(nbytes for nbytes, _ in want.values()))
 
 
 def test_ring_and_gather_give_the_same_bits(pool: Pool) -> None:
