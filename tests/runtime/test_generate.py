@@ -261,6 +261,10 @@ def test_stops(pool: Pool, name: str, greedy: list[list[int]]) -> None:
     model = toy({}).from_state_dict(weights())
     out = model.generate(torch.tensor(PROMPTS[:1]), 20, eos_token_id=stop[0])
     assert out[:, len(PROMPTS[0]) :].tolist() == first and len(first[0]) < 20
+    ids, lengths = padded(PROMPTS)
+    model.generate(ids, 20, lengths=lengths, eos_token_id=stop)
+    ends = [next((j for j, token in enumerate(row) if token in stop), 19) for row in want]
+    assert model.cached_lengths.tolist() == (lengths + torch.tensor(ends)).tolist()
 
 
 def generate_one(build: tuple[Callable[..., type], Any]) -> list[list[int]]:
