@@ -290,8 +290,8 @@ def go_back() -> list[Tensor]:
     model.append(tokens[:, 100:])
     model.truncate([118])
     after = model.decode(torch.tensor([1]))
-    with pytest.raises(ValueError, match="cannot go back to 80|another rank has dropped"):
-        model.truncate([80])
+    with pytest.raises(ValueError, match="cannot go back to 90|another rank has dropped"):
+        model.truncate([90])  # which only one of the ranks cannot
     assert model.cached_lengths.tolist() == [119]
     return [after[0], model.decode(torch.tensor([2]))[0]]
 
