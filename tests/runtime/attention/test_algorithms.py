@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shardwright import runtime
 from shardwright.runtime import Layout, Mask, Mesh, RankError, pass_q_attention, ring_attention
 from shardwright.runtime.attention.volumes import (
     Sizes,
@@ -256,8 +257,6 @@ def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -
 
 
 def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
-    from shardwright import runtime
-
     axis = Mesh.create({"cp": 2})["cp"]
     q, k, v = (torch.ones(shape) for shape in shapes)
     getattr(runtime, name)(q, k, v, group=axis, **options)
@@ -297,6 +296,28 @@ def test_refusals(
 ) -> None:
     with pytest.raises(RankError, match=message):
         pool(2).run(refuse, name, options, shapes)
+
+
+def disagree(name: str, what: str) -> None:
+    mesh = Mesh.create({"cp": 3})
+    rows, dtype = 6 + (what == "rows" and mesh.rank == 1), torch.float32
+    if what == "dtype" and mesh.rank == 2:
+        dtype = torch.float64
+    q = torch.ones(1, 3, rows, 8, dtype=dtype)
+    options = {"window": 3} if name == WINDOW else {}
+    getattr(runtime, name)(q, q, q, group=mesh["cp"], **options)
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, "tree_attention"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("rows", r"differ in rows of q: \[6, 7, 6\]"), ("dtype", r"differ in dtype: \[1, 1, 0\]")],
+)
+def test_every_rank_refuses_shards_that_differ(
+    pool: Pool, name: str, what: str, message: str
+) -> None:
+    with pytest.raises(RankError, match=message):
+        pool(3).run(disagree, name, what)
 
 
 def mix_dtypes() -> None:
