@@ -57,11 +57,13 @@ def cut(
 
     Keys before position `prefix` are attended by every query of their document.
     """
+    of_document: dict[int, list[Run]] = {}
+    for k in k_runs:
+        of_document.setdefault(k.document, []).append(k)
     return tuple(
         piece
         for q in q_runs
-        for k in k_runs
-        if q.document == k.document
+        for k in of_document.get(q.document, ())
         for piece in _cut_with_prefix(q, k, causal, window, prefix)
     )
 

@@ -190,6 +190,10 @@ class Task:
         attend(into, q, k, v, self.pieces(source), self.scores)
 
 
+# Tensors that `save` always keeps.
+_SAVED = 6
+
+
 def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
     """What the queries have before the first key: nothing, or the sinks."""
     if sinks is None:
@@ -197,16 +201,26 @@ def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
     return Partial.of_sinks(sinks, q, v.shape[3])
 
 
-def save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], into: Partial) -> Tensor:
-    """Keep for backward what the inputs and the final result are; the result in q's dtype."""
+def save(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    into: Partial,
+    *more: Tensor,
+) -> Tensor:
+    """Keep inputs, final result and `more` tensors for backward; the result in q's dtype."""
     q, k, v, sinks = inputs
     out = into.out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, sinks, out, into.lse)
+    ctx.save_for_backward(q, k, v, sinks, out, into.lse, *more)
     return out
+
+
+def saved_more(ctx: Any) -> tuple[Tensor, ...]:
+    """The `more` tensors that `save` kept."""
+    return ctx.saved_tensors[_SAVED:]
 
 
 def saved(ctx: Any, grad: Tensor) -> tuple[Queries, Tensor, Tensor, Tensor | None]:
     """(queries, k, v, gradient of the sinks) from what `save` kept."""
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+    q, k, v, sinks, out, lse = ctx.saved_tensors[:_SAVED]
     queries = Queries.of(q, out, lse, grad.to(q.dtype))
     return queries, k, v, None if sinks is None else sinks_gradient(sinks, queries)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from shardwright import runtime
-from shardwright.runtime import Layout, Mask, Mesh, RankError, pass_q_attention, ring_attention
+from shardwright.runtime import (
+    Layout,
+    Mask,
+    Mesh,
+    RankError,
+    RankPool,
+    pass_q_attention,
+    ring_attention,
+)
 from shardwright.runtime.attention.volumes import (
     Sizes,
     Volume,
@@ -60,6 +71,7 @@ CASES = {
     "empty shards": Case(layout="zigzag", length=2),
     "one token": Case(length=1, sinks=True),
     "no token": Case(length=0),
+    "no sequence": Case(batch=0),
 }
 
 
@@ -318,6 +330,31 @@ def test_every_rank_refuses_shards_that_differ(
 ) -> None:
     with pytest.raises(RankError, match=message):
         pool(3).run(disagree, name, what)
+
+
+def lose_a_peer(name: str) -> str:
+    """What a rank is told when rank 1 leaves between two calls."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    options: dict[str, Any] = {"group": group, "layout": Layout.contiguous(600, 3)}
+    q = torch.ones(1, 3, 200, 64)
+    getattr(runtime, name)(q, q, q, **options)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        dist.destroy_process_group(group)
+        return ""
+    try:
+        getattr(runtime, name)(q, q, q, **options)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", [RING, GATHER, PASS_Q, ULYSSES])
+def test_every_rank_is_told_of_a_lost_peer(name: str) -> None:
+    with RankPool(3) as pool:  # its own: a group is lost with the test
+        told = pool.run(lose_a_peer, name, timeout_s=60.0)
+    for rank in (0, 2):
+        assert f"attention: rank {rank} of 3 on `group` lost the other ranks" in told[rank]
 
 
 def mix_dtypes() -> None:
