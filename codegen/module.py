@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from functools import cached_property
+from math import isfinite, lcm, prod
 
 from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
@@ -252,10 +253,35 @@ class _Writer:
             free = [i for i, label in enumerate(labels) if label and label not in self.baked]
             if free:
                 args.append(f"free={_tuple(free)}")
+                steps = [self._steps.get(label, 1) for label in labels]
+                if any(steps[dim] > 1 for dim in free):
+                    args.append(f"step={_tuple(steps)}")
             if high := self._index_limit(item.value):
                 args.append(f"high={high}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
         return [*lines, "    }"]
+
+    @cached_property
+    def _steps(self) -> dict[str, int]:
+        """By label (`b`, `s`) the least number of rows that every cut of such a dim divides."""
+        items = [*self.program.inputs, *self.program.outputs]
+        for statement_, _ in self.program.flat():
+            if isinstance(statement_, Convert):
+                items += [statement_.source, statement_.target]
+            else:
+                items += [*statement_.operands, *statement_.outputs]
+        steps: dict[str, int] = {}
+        for item in set(items):
+            zigzag = self.program.zigzag.get(item.value.name, frozenset())
+            labels = self.labels.get(item.value.name, ())
+            pairs = zip(item.value.type.shape, labels, strict=False)
+            for dim, (size, names) in enumerate(pairs):
+                cut = zip(self.mesh.sizes, item.spec, strict=True)
+                ways = prod(n for n, state in cut if state == dim)
+                ways *= 2 if dim in zigzag and ways > 1 else 1
+                if names and ways > 1 and size % ways == 0:
+                    steps[names[0]] = lcm(steps.get(names[0], 1), ways)
+        return steps
 
     def _index_limit(self, value: Value) -> int | None:
         """Integers of this input are below the rows of the table that they look up."""

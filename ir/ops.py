@@ -1475,12 +1475,8 @@ def _emit_attention(node: Node, render: Render) -> str:
     }
     name, axis = render.algorithm()
     if name:
-        zigzag = f"ops.Layout.zigzag({query}.size(2) * {axis}.size, {axis}.size)"
-        kwargs = {
-            "group": axis,
-            **kwargs,
-            "layout": zigzag if render.order() == "zigzag" else "",
-        }
+        layout = f"ops.Layout.{render.order()}({query}.size(2) * {axis}.size, {axis}.size)"
+        kwargs = {"group": axis, **kwargs, "layout": layout}
         return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
     axis = render.axis("q") if node.arg("causal") or node.arg("window") else ""
     kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis else ""

@@ -49,14 +49,15 @@ class Param:
 class Input:
     """A keyword of the original model's forward: planned full shape, and how it is sharded.
 
-    Dims in `free` may have other sizes than planned.  Integers are below `high` (the
-    demonstration draws them so).
+    Dims in `free` may have other sizes than planned: multiples of `step`, which has one number per
+    dim (default: 1).  Integers are below `high` (the demonstration draws them so).
     """
 
     spec: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     free: tuple[int, ...] = ()
+    step: tuple[int, ...] = ()
     high: int = 2
 
 
@@ -623,6 +624,11 @@ class ShardedModule(nn.Module):
                 raise ValueError(
                     f"input `{name}` dim {dim} has size {size}, which {names}{twice} does not"
                     " divide"
+                )
+            if wanted.step and size % wanted.step[dim] and size != wanted.shape[dim]:
+                raise ValueError(
+                    f"input `{name}` dim {dim} has size {size}; the plan cuts what is computed"
+                    f" from it, so it must be a multiple of {wanted.step[dim]}"
                 )
         return self.local_part(x, wanted.spec).to(self.mesh.device).contiguous()
 
