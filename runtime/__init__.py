@@ -6,12 +6,13 @@ from .counter import CollectiveCounter, count_collectives
 from .launch import RankError, RankPool, run_ranks
 from .layers import Layer, per_layer
 from .mesh import Mesh
-from .module import Input, Namespace, Output, Outputs, Param, ShardedModule
+from .module import Input, Namespace, Output, Outputs, ShardedModule
 from .ops import attention, cross_entropy, dropout, vocab_embedding
+from .parameters import Param, Part
 from .regather import regathering
 
 __all__ = [
     "Axis", "CollectiveCounter", "Input", "Layer", "Mesh", "Namespace", "Output", "Outputs",
-    "Param", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
+    "Param", "Part", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
     "cross_entropy", "dropout", "ops", "per_layer", "regathering", "run_ranks", "vocab_embedding",
 ]  # fmt: skip

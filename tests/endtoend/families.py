@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph
+from shardwright.ir.unfuse import unfuse
 from tests.ir.models import batch, huggingface_configs, huggingface_model
 from tests.sharded import reference, widened
 
@@ -95,8 +96,8 @@ def inputs_of(name: str, sizes: tuple[int, int] = (_BATCH, _SEQ)) -> dict[str, T
 
 
 def _captured(model: nn.Module, inputs: dict[str, Tensor], training: bool) -> Graph:
-    """The folded graph with its inputs' dims called b and s, as the command line does."""
-    graph = fold(capture(model, inputs, training=training))
+    """The folded graph with its inputs' dims called b and s, fused projections apart."""
+    graph = unfuse(fold(capture(model, inputs, training=training)))
     return replace(graph, inputs=tuple(replace(i, labels=("b", "s")) for i in graph.inputs))
 
 
