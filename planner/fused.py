@@ -13,9 +13,10 @@ from ..ir.graph import Graph
 from ..ir.mesh import Mesh
 from ..ir.unfuse import unfuse
 from .build import all_params
-from .errors import PlanError
+from .errors import InfeasibleError, PlanError
 from .plan import Baseline, Plan, Request
 from .report import format_seconds
+from .roles import Pin, Pins
 from .search import Clock, Progress, make_plan
 
 
@@ -37,43 +38,69 @@ def make_faster_plan(
     `make_plan` raises where neither way gives a plan.
     """
 
-    def planned(graph: Graph, progress: Progress) -> Plan:
-        return make_plan(
-            graph, cluster, request, mesh=mesh, pins=pins, solver=solver,
-            time_limit_s=time_limit_s, clock=clock, progress=progress,
-        )  # fmt: skip
-
-    def progress_apart(step: str) -> None:
-        progress(f"{step}, fused projections apart")
-
-    apart = unfuse(graph)
-    if apart is graph:
-        return planned(graph, progress)
+    variants = _variants(graph, pins)
     found: list[Plan] = []
     errors: list[PlanError] = []
-    for variant, report in ((graph, progress), (apart, progress_apart)):
+    for variant in variants:
+        way = "" if variant is graph else ", fused projections in parts"
         try:
-            found.append(planned(variant, report))
-        except PlanError as error:  # a pin may name what only one of them has
+            found.append(
+                make_plan(
+                    variant,
+                    cluster,
+                    request,
+                    mesh=mesh,
+                    pins=pins,
+                    solver=solver,
+                    time_limit_s=time_limit_s,
+                    clock=clock,
+                    progress=_saying(progress, way),
+                )
+            )
+        except PlanError as error:
             errors.append(error)
     if not found:
         raise errors[-1]
+    if len(variants) == 1:
+        return found[0]
+    finished = all(isinstance(error, InfeasibleError) for error in errors)
+    return _summed_up(found, _fused_names(variants[-1]), clock, finished)
+
+
+def _variants(graph: Graph, pins: Sequence[str]) -> list[Graph]:
+    """The graph whole and in parts, where they differ; without one that the pins do not know."""
+    apart = unfuse(graph)
+    if apart is graph:
+        return [graph]
+    known: list[Graph] = []
+    for variant in (graph, apart):
+        try:
+            Pins([Pin.parse(text) for text in pins], variant)
+        except PlanError:  # where neither knows them, planning says why
+            continue
+        known.append(variant)
+    return known or [apart]
+
+
+def _saying(progress: Progress, way: str) -> Progress:
+    """`progress`, with `way` after each step."""
+
+    def report(step: str) -> None:
+        progress(step + way)
+
+    return report
+
+
+def _summed_up(found: Sequence[Plan], fused: str, clock: Clock, finished: bool) -> Plan:
+    """The best plan, with what was found of both; optimal only if both problems were `finished`."""
     best = min(found, key=lambda plan: float(f"{plan.seconds:.9e}"))
-    return _summed_up(best, found, _fused_names(apart), clock)
-
-
-def _summed_up(best: Plan, found: Sequence[Plan], fused: str, clock: Clock) -> Plan:
-    """The best plan, with what was found of both."""
-    proven = all(plan.search.status == "optimal" for plan in found)
+    proven = finished and all(plan.search.status == "optimal" for plan in found)
     notes = best.notes
-    if len(found) == 2:
-        (other,) = (plan for plan in found if plan is not best)
-        ways = ("whole", "in parts") if best is found[0] else ("in parts", "whole")
-        notes = (
-            *notes,
-            f"Fused projections ({fused}) are computed {ways[0]}; {ways[1]} the best plan takes "
-            f"{format_seconds(other.seconds)}",
-        )
+    for other in found:
+        if other is not best:
+            ways = ("whole", "in parts") if best is found[0] else ("in parts", "whole")
+            seconds = format_seconds(other.seconds)
+            notes += (f"Fused projections ({fused}) are computed {ways[0]}; {ways[1]}: {seconds}",)
     search = replace(
         best.search,
         status="optimal" if proven else "feasible",
