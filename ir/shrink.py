@@ -136,6 +136,9 @@ class _Atoms:
             elif x.size == y.size:
                 if x is not y:
                     y.same, x.fixed = x, x.fixed or y.fixed
+            elif not x.size or not y.size:
+                self.fix(x, y, *a, *b)  # empty: a product that says nothing of its other sizes
+                return
             elif x.size % y.size == 0:
                 a.append(_split(x, y))
             elif y.size % x.size == 0:

@@ -77,6 +77,19 @@ def test_fused_projections_in_parts(run: Run) -> None:
     passed(run("verify", "out"), "on 2 ranks", "layers of ", "parameter dims ")
 
 
+PHI3 = """{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072,
+"intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+"num_key_value_heads": 8, "vocab_size": 32064, "pad_token_id": 32000}"""
+
+
+def test_parts_of_unequal_size_are_shrunk(run: Run) -> None:
+    Path("phi3").mkdir()
+    Path("phi3/config.json").write_text(PHI3)
+    ran = run(*"phi3 --gpus 8 --mesh 8 --batch 1 --seq 4096 --out out".split())
+    assert ran.code == 0 and "qkv_proj.weight_key_states" in ran.out, ran.out + ran.err
+    passed(run("verify", "out"), "on 2 ranks", "(planned: ", "layers of ")
+
+
 SMALL = "--cluster cpu --dtype float32 --batch 4 --seq 16 --gpus 2"
 
 
