@@ -1,18 +1,44 @@
 """What generated modules import: collectives with gradients, sharded ops, checkpoints."""
 
 from . import ops
+from .attention import (
+    Layout,
+    Mask,
+    Partial,
+    gather_kv_attention,
+    merge,
+    pass_q_attention,
+    ring_attention,
+    shared_prefix_attention,
+    tree_attention,
+    ulysses_attention,
+    usp_attention,
+    window_attention,
+)
+from .cache import CacheFullError, KVCache, PageTable
 from .collectives import Axis
 from .counter import CollectiveCounter, count_collectives
 from .launch import RankError, RankPool, run_ranks
 from .layers import Layer, per_layer
 from .mesh import Mesh
-from .module import Input, Namespace, Output, Outputs, ShardedModule
-from .ops import attention, cross_entropy, dropout, vocab_embedding
+from .module import Cache, Input, Namespace, Output, Outputs, ShardedModule
+from .ops import (
+    attention,
+    cached_attention,
+    cross_entropy,
+    dropout,
+    last_token,
+    vocab_embedding,
+)
 from .parameters import Param, Part
 from .regather import regathering
 
 __all__ = [
-    "Axis", "CollectiveCounter", "Input", "Layer", "Mesh", "Namespace", "Output", "Outputs",
-    "Param", "Part", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
-    "cross_entropy", "dropout", "ops", "per_layer", "regathering", "run_ranks", "vocab_embedding",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer", "Layout",
+    "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part", "Partial",
+    "RankError", "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
+    "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge", "ops",
+    "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
+    "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
+    "vocab_embedding", "window_attention",
 ]  # fmt: skip
