@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import isfinite, lcm, prod
 
@@ -60,11 +60,16 @@ class _Writer:
                 self.class_of[call.loop.name, kind] = name
 
     def _head(self) -> list[str]:
-        names = ["Input", "Output", "Param", "ShardedModule", "ops"]
-        if self.loops:
-            names.insert(1, "Layer")
-        if self._caches_table():
-            names.insert(0, "Cache")
+        names = [
+            *(["Cache"] if self._caches_table() else []),
+            "Input",
+            *(["Layer"] if self.loops else []),
+            "Output",
+            "Param",
+            *(["Part"] if any(p.part for p in self._params()) else []),
+            "ShardedModule",
+            "ops",
+        ]
         body = "\n".join(self.summary.splitlines())
         return [
             f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
@@ -77,6 +82,12 @@ class _Writer:
             "",
             f"from shardwright.runtime import {', '.join(names)}",
         ]
+
+    def _params(self) -> Iterator[Param]:
+        yield from (param for param, _ in self.program.params)
+        for call in self.loops:
+            for body in call.bodies:
+                yield from (param for param, _ in body.params)
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -217,16 +228,17 @@ class _Writer:
     def _parameters_table(self) -> list[str]:
         lines = ["    PARAMETERS = {"]
         for param, spec in self.program.params:
-            lines += self._param_line(param.name, param, spec)
+            lines += self._param_line("", param, spec)
         for call in self.loops:
             for kind, body in enumerate(call.bodies):
                 layers = [i for i, k in enumerate(call.loop.order) if k == kind]
                 for param, spec in body.params:
-                    path = f"{call.loop.path}.{{{_range_text(layers)}}}.{param.name}"
-                    lines += self._param_line(path, param, spec)
+                    prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
+                    lines += self._param_line(prefix, param, spec)
         return [*lines, "    }"]
 
-    def _param_line(self, name: str, param: Param, spec: Spec) -> list[str]:
+    def _param_line(self, prefix: str, param: Param, spec: Spec) -> list[str]:
+        name = prefix + param.name
         dtype = str(param.value.type.dtype)
         args = [_tuple(param.value.type.shape), dtype, f'"{format_spec(spec)}"']
         if param.kind != "parameter":
@@ -234,9 +246,11 @@ class _Writer:
         elif not param.value.differentiable:
             args.append("trainable=False")
         if param.aliases:
-            args.append(f"aliases={_strings(param.aliases)}")
+            args.append(f"aliases={_strings([prefix + alias for alias in param.aliases])}")
         if param.data is not None:
             args.append(f"data={_data_text(param.data)}")
+        if (part := param.part) is not None:
+            args.append(f'part=Part("{prefix}{part.name}", {part.dim}, {part.start})')
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
         comment = f"{list(local)} here" if local != param.value.type.shape else ""
         lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)

@@ -202,10 +202,10 @@ def arrange(
     """Which new token stands in each column (b, ways * w): 0 .. counts[i] - 1, or -1 for padding.
 
     The columns are `ways` blocks, one for each rank that shares the sequence; w is the most that
-    one of them holds, in multiples of `step`, or `width`.  `balanced` deals 2 ways chunks of each sequence out as zigzag
-    does, so that all ranks cache and compute the same, whatever the sequence's length; the rank
-    that begins depends on `starts`, so that single tokens go to the ranks page by page in turn,
-    as `owners` says.  Otherwise tokens stay in order.
+    one of them holds, in multiples of `step`, or `width`.  `balanced` deals 2 ways chunks of each
+    sequence out as zigzag does, so that all ranks cache and compute the same, whatever the
+    sequence's length; the rank that begins depends on `starts`, so that single tokens go to the
+    ranks page by page in turn, as `owners` says.  Otherwise tokens stay in order.
 
     >>> arrange(torch.tensor([0, 0]), torch.tensor([8, 3]), 2, balanced=True)
     tensor([[ 0,  1,  6,  7,  2,  3,  4,  5],
