@@ -14,7 +14,7 @@ from ..ir.mesh import Mesh
 from ..ir.ops import find_op, rule_of
 from ..ir.spec import P, R, S, V, is_shard
 from ..planner.conversion import Step, primitive
-from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement
+from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
 from ..planner.report import format_bytes, format_seconds
 from .names import Names, base_name
 from .source import statement
@@ -37,6 +37,7 @@ class BodyEmitter:
         labels: dict[str, DimLabels],
         *,
         recompute: bool = False,
+        foreseen: int | None = None,
     ) -> None:
         self.statements = statements
         self.outputs = outputs
@@ -47,6 +48,11 @@ class BodyEmitter:
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
+        # Parameters gathered by the first `foreseen` statements, and loops that gather, in order
+        self.gathers: list[Convert | LoopCall] = []
+        self.foreseen = len(statements) if foreseen is None else foreseen
+        self._parameters: set[Sharded] = set()
+        self._unused: dict[Sharded, tuple[Convert, ...]] = {}  # gathers written inline, until then
         self._uses = self._count_uses()
         self._last = self._last_uses()
 
@@ -57,6 +63,7 @@ class BodyEmitter:
     def define_parameter(self, item: Sharded, path: str) -> None:
         """A parameter, written as an attribute where it is used."""
         self.inline[item] = path
+        self._parameters.add(item)
 
     def lines(self, indent: int) -> list[str]:
         """The body's lines, without the return."""
@@ -69,7 +76,40 @@ class BodyEmitter:
                 out += self._convert(item, dying, indent)
             else:
                 out += self._compute(item, dying, indent)
+            if at < self.foreseen:
+                self._note_gathers(item)
         return out
+
+    def gather_axes(self) -> set[tuple[str, ...]]:
+        """The axes that `gather_lines` names."""
+        steps = [item.priced.step for item in self.gathers if isinstance(item, Convert)]
+        return {tuple(self.mesh.names[axis] for axis in step.axes) for step in steps}
+
+    def gather_lines(self, indent: int) -> list[str]:
+        """A line for each of `gathers`; `lines` comes first."""
+        out: list[str] = []
+        for item in self.gathers:
+            if isinstance(item, LoopCall):
+                out.append(f"{'    ' * indent}for layer in {parameter_path(item.loop.path)}:")
+                out += statement("yield from layer.gathers()", indent + 1)
+                continue
+            step = item.priced.step
+            text = f"{self.text(item.source)}, {step.a}{_uneven_size(item, self.mesh)}"
+            out += statement(f"yield Gather({self.axis_text(step)}, {text})", indent)
+        return out
+
+    def _note_gathers(self, item: Statement) -> None:
+        """Add the gathers that run at this statement: its own, and those written inline in it."""
+        ran = [gather for read in _reads(item) for gather in self._unused.pop(read, ())]
+        if isinstance(item, Convert) and is_gather(item) and item.source in self._parameters:
+            ran.append(item)
+        if isinstance(item, Convert) and item.target in self.inline:
+            self._unused[item.target] = tuple(ran)
+        else:
+            self.gathers += ran
+        if isinstance(item, LoopCall):
+            bodies = [statement_ for body in item.bodies for statement_ in body.statements]
+            self.gathers += [item] if any(map(is_gather, bodies)) else []
 
     def text(self, item: Sharded) -> str:
         """How `item` is written where it is used."""

@@ -89,7 +89,7 @@ class _Walk:
             inner = _inner(call, body)
             entering = {inner[a]: gathers[a] for a in call.arguments if a in gathers}
             ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-            again = _kept_until(body.statements) if self.recompute and ends else 0
+            again = kept_until(body.statements) if self.recompute and ends else 0
             reaches = self.run(body.statements, ends, entering, again=again)
             names = {item.value.name for item in reaches}
             carried = [value.name in names for value in body.block.inputs[:n]]
@@ -143,7 +143,7 @@ class _Walk:
             self.moved[key] = self.moved.get(key, 0.0) + moved
 
 
-def _kept_until(statements: Sequence[Statement]) -> int:
+def kept_until(statements: Sequence[Statement]) -> int:
     """How many statements run until the last one of which autograd keeps something."""
     kept = [i for i, s in enumerate(statements) if isinstance(s, Compute) and saved_values(s.node)]
     return kept[-1] + 1 if kept else 0
@@ -171,4 +171,4 @@ def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
     return found
 
 
-__all__ = ["Moved", "predicted_bytes"]
+__all__ = ["Moved", "kept_until", "predicted_bytes"]

@@ -1,6 +1,7 @@
 """What generated modules import: collectives with gradients, sharded ops, checkpoints."""
 
 from . import ops
+from .ahead import Gather
 from .collectives import Axis
 from .counter import CollectiveCounter, count_collectives
 from .launch import RankError, RankPool, run_ranks
@@ -11,7 +12,7 @@ from .ops import attention, cross_entropy, dropout, vocab_embedding
 from .regather import regathering
 
 __all__ = [
-    "Axis", "CollectiveCounter", "Input", "Layer", "Mesh", "Namespace", "Output", "Outputs",
+    "Axis", "CollectiveCounter", "Gather", "Input", "Layer", "Mesh", "Namespace", "Output", "Outputs",
     "Param", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
     "cross_entropy", "dropout", "ops", "per_layer", "regathering", "run_ranks", "vocab_embedding",
 ]  # fmt: skip
