@@ -12,7 +12,7 @@ from .ops import attention, cross_entropy, dropout, vocab_embedding
 from .regather import regathering
 
 __all__ = [
-    "Axis", "CollectiveCounter", "Gather", "Input", "Layer", "Mesh", "Namespace", "Output", "Outputs",
-    "Param", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
+    "Axis", "CollectiveCounter", "Gather", "Input", "Layer", "Mesh", "Namespace", "Output",
+    "Outputs", "Param", "RankError", "RankPool", "ShardedModule", "attention", "count_collectives",
     "cross_entropy", "dropout", "ops", "per_layer", "regathering", "run_ranks", "vocab_embedding",
 ]  # fmt: skip

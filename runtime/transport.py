@@ -26,7 +26,6 @@ class _Work(Protocol):
     def wait(self) -> object: ...
 
 
-
 # Up to so many bytes received, a CPU all-reduce is faster by copies of everything from all ranks
 # (one round of messages) than by gloo's ring: measured as above, on 2 and 4 ranks.
 _ONE_ROUND_BYTES = 512 * 1024
