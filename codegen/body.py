@@ -53,6 +53,7 @@ class BodyEmitter:
         self.foreseen = len(statements) if foreseen is None else foreseen
         self._parameters: set[Sharded] = set()
         self._unused: dict[Sharded, tuple[Convert, ...]] = {}  # gathers written inline, until then
+        self._notes: dict[Sharded, list[str]] = {}  # on what is written inline, until it is used
         self._uses = self._count_uses()
         self._last = self._last_uses()
 
@@ -131,10 +132,12 @@ class BodyEmitter:
 
     def _convert(self, item: Convert, dying: set[Sharded], indent: int) -> list[str]:
         text = self._conversion_call(item)
-        comment = self._conversion_comment(item)
+        notes = self._inline_notes(item)
         if item.param and self._uses[item.target] == 1:
             self.inline[item.target] = text
+            self._notes[item.target] = [*notes, *_inline_note(item)]
             return []
+        comment = "; ".join([self._conversion_comment(item), *notes])
         if item.param:
             name = self.names.give(item.target, item.source.value.name.rsplit(".", 2)[-2])
         else:
@@ -185,6 +188,10 @@ class BodyEmitter:
             parts.append(format_seconds(item.priced.seconds))
         return "; ".join(parts)
 
+    def _inline_notes(self, item: Statement) -> list[str]:
+        """What to say of the conversions that are written inline in a statement."""
+        return [note for read in _reads(item) for note in self._notes.pop(read, ())]
+
     def axis_text(self, step: Step) -> str:
         """The local variable of the axis of a step, or of its axes joined: `dp`, `dp_tp`."""
         names = tuple(self.mesh.names[axis] for axis in step.axes)
@@ -203,7 +210,8 @@ class BodyEmitter:
                 self.names.give(out, f"{base}_{i}") for i, out in enumerate(item.outputs)
             )
         where = f"  {item.node.loc}" if item.node.loc.file else ""
-        return statement(f"{name} = {text}", indent, self.layout(item.outputs[0]) + where)
+        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
+        return statement(f"{name} = {text}", indent, comment + where)
 
     def _name(self, item: Convert | Compute, target: Sharded, dying: set[Sharded]) -> str:
         base = base_name(item, self.names, dying)
@@ -224,7 +232,8 @@ class BodyEmitter:
         passed = ", ".join([*carried, *arguments])
         run = f"self.recompute(layer, {passed})" if self.recompute else f"layer({passed})"
         call = f"{', '.join(carried)} = {run}"
-        return [*lines, *statement(call, indent + 1, self.layout(item.outputs[0]))]
+        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
+        return [*lines, *statement(call, indent + 1, comment)]
 
     # -- uses ---------------------------------------------------------------------------------
 
@@ -249,6 +258,18 @@ class BodyEmitter:
             if isinstance(item, Convert) and item.param and self._uses.get(item.target) == 1:
                 last[item.source] = max(last.get(item.source, at), last.get(item.target, at))
         return last
+
+
+def _inline_note(item: Convert) -> list[str]:
+    """`all-gather 1.05 MB, backward all-gather and reduce-scatter, 200 us`; nothing if local."""
+    traffic = item.priced.traffic
+    if not traffic:
+        return []
+    forward = [t.kind.replace("_", "-") for t in traffic if not t.backward][:1]
+    backward = [t.kind.replace("_", "-") for t in traffic if t.backward]
+    kinds = [*forward, *([f"backward {' and '.join(backward)}"] if backward else [])]
+    kinds[0] += f" {format_bytes(traffic[0].bytes)}"
+    return [", ".join([*kinds, format_seconds(item.priced.seconds)])]
 
 
 def _reads(item: Statement) -> tuple[Sharded, ...]:

@@ -12,6 +12,7 @@ from ..ir.spec import Spec, format_spec, local_shape
 from ..planner.program import BlockBody, Compute, LoopCall, Program, Sharded, is_gather
 from ..planner.traffic import kept_until
 from .body import BodyEmitter, parameter_path
+from .names import hides
 from .source import WIDTH, check, statement
 
 
@@ -182,9 +183,15 @@ class _Writer:
         self.baked |= emitter.baked
         results = ", ".join(emitter.text(out) for out in program.outputs)
         sources = [source.name for source in program.graph.inputs]
-        arguments = ", ".join(["self", *(f"{name}: Tensor" for name in sources)])
-        pairs = zip(names, sources, strict=True)  # they differ where a mesh axis has the name
-        renamed = [f"        {name} = {source}" for name, source in pairs if name != source]
+        # an input called `torch` would hide what the body calls by that name
+        plain = [f"{name}: Tensor" for name in sources if not hides(name)]
+        hiding = [name for name in sources if hides(name)]
+        arguments = ", ".join(["self", *plain, *(["**others: Tensor"] if hiding else [])])
+        renamed = [
+            f"        {name} = " + (f'others["{source}"]' if source in hiding else source)
+            for name, source in zip(names, sources, strict=True)
+            if name != source  # also where a mesh axis or a built-in has the name
+        ]
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
         return [
             "class ShardedModel(ShardedModule):",
