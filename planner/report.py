@@ -293,7 +293,7 @@ def _memory(plan: Plan) -> str:
     )
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
     return (
-        f"Memory per GPU: {format_bytes(memory.total)} of {format_bytes(limit)} "
+        f"Memory per GPU at its peak: {format_bytes(memory.total)} of {format_bytes(limit)} "
         f"({memory.total / limit:.0%}): {parts}."
     )
 
