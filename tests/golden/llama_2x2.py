@@ -1,7 +1,7 @@
 """Llama over 4 x h100: dp1=2 x dp2=2.
 
 Made from a model given to shardwright.plan, batch 8 x 2048 tokens, bfloat16.
-Predicted: 17.8 ms per training step, 5.13 GB per GPU.
+Predicted: 17.8 ms per training step, 4.74 GB per GPU.
 
 Run a demonstration step:
     torchrun --nproc-per-node 4 sharded_model.py
