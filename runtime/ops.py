@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .collectives import Axis
+from .moe import moe as moe  # generated modules call it `ops.moe`
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
