@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .attention import attention_math
+from .experts import moe_math, moe_operator
 from .graph import Arg, Graph, Loop, Node, Param, Value
 
 _REDUCTION = {1: "mean", 2: "sum"}
@@ -119,10 +121,16 @@ def _affine(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return input @ weight + bias
 
 
+def _moe(**args: Any) -> Tensor:
+    """Which rows an expert gets depends on values, which fake tensors do not have."""
+    return moe_operator(**args) if isinstance(args["x"], FakeTensor) else moe_math(**args)
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     "shardwright.attention": attention_math,
     "shardwright.affine": _affine,
     "shardwright.cross_entropy": _cross_entropy,
+    "shardwright.moe": _moe,
 }
 
 __all__ = ["interpret", "operator"]

@@ -20,7 +20,7 @@ import torch
 from .graph import Node, Value, values_in
 from .rule import Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
 
-Kind = Literal["matmul", "attention", "elementwise", "view"]
+Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
 
 class Render(Protocol):
@@ -152,6 +152,22 @@ def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int
         return -(-rule.sizes.get(factor, 1) // ways.get(factor, 1))
 
     return size("b"), size("n") * size("g"), size("n"), size("q"), size("k"), size("d")
+
+
+def experts_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int, int]:
+    """Sizes of a local `shardwright.moe`.
+
+    (tokens, choices per token, experts, width in, hidden units of an expert, width out, matrices of
+    the first product: 2 with a gate).
+    """
+    rule = rule_of(node)
+
+    def size(factor: str) -> int:
+        return -(-rule.sizes[factor] // ways.get(factor, 1))
+
+    tokens = prod(size(factor) for dim in rule.operands[0][:-1] for factor in dim)
+    matrices = 1 if node.arg("gating") == "none" else 2
+    return tokens, size("k"), size("e"), size("h"), size("f"), size("o"), matrices
 
 
 def _factors(dims: Dims) -> set[str]:
@@ -1482,4 +1498,98 @@ def _emit_cross_entropy(node: Node, render: Render) -> str:
 register(
     "shardwright.cross_entropy",
     Op(_cross_entropy_rule, _emit_cross_entropy, saves=("logits", "labels")),
+)
+
+
+# --- routing: experts, and what their routers use -------------------------------------------------
+
+
+def _scatter_rule(node: Node) -> Rule:
+    """Dims other than that written along may be cut, where index and source are as long."""
+    shapes = _shapes(node.operands)
+    rank = len(shapes[0])
+    dim = _dim(node, "dim", rank)
+    sizes: dict[str, int] = {}
+    whole: set[str] = set()
+    operands: list[Dims] = []
+    for number, shape in enumerate(shapes):
+        dims: list[tuple[str, ...]] = []
+        for i, size in enumerate(shape):
+            shared = i != dim and all(other[i] == shapes[0][i] for other in shapes)
+            name = f"d{i}" if shared else f"x{number}_{i}"
+            sizes[name] = size
+            whole |= set() if shared else {name}
+            dims.append((name,))
+        operands.append(tuple(dims))
+    return Rule(
+        operands=tuple(operands), results=(operands[0],), sizes=sizes, whole=frozenset(whole)
+    )
+
+
+register(
+    "aten.scatter.src",
+    Op(_scatter_rule, "{self}.scatter({dim}, {index}, {src})", saves=("index",)),
+)
+register(
+    "aten.scatter_add.default",
+    Op(_scatter_rule, "{self}.scatter_add({dim}, {index}, {src})", saves=("index",)),
+)
+register(
+    "aten.scatter.value",
+    Op(_scatter_rule, "{self}.scatter({dim}, {index}, {value})", saves=("index",)),
+)
+
+
+def _moe_rule(node: Node) -> Rule:
+    """Tokens, experts, each expert's hidden units, or the width of the result.
+
+    Cutting experts (`e`) keeps the tokens whole: each rank adds up what its own experts give.  Of
+    gate and up in one matrix, the hidden units can be cut where the two alternate (`pairs`); where
+    they lie one after another, one cut would give a rank one without the other.
+    """
+    gating, transposed = node.arg("gating"), bool(node.arg("transposed"))
+    rows = {"halves": "(two f)", "pairs": "(f two)"}.get(str(gating), "f")
+    up = f"e [h] {rows}" if transposed else f"e {rows} [h]"
+    down = "e f o" if transposed else "e o f"
+    terms = {
+        "x": "... [h]", "indices": "... [k]", "weights": "... [k]",
+        "up": up, "gate": up, "down": down,
+        "up_bias": f"e {rows}", "gate_bias": f"e {rows}", "down_bias": "e o",
+    }  # fmt: skip
+    present = [name for name in terms if isinstance(node.arg(name), Value)]
+    fused = gating in ("halves", "pairs")
+    rule = parse_rule(
+        f"{', '.join(terms[name] for name in present)} -> ... o",
+        _shapes(node.operands),
+        _shapes(node.outputs),
+        sizes={"two": 2} if fused else {},
+        addends=[present.index("down_bias")] if "down_bias" in present else [],
+    )
+    return replace(rule, whole=rule.whole | {"two"}) if fused else rule
+
+
+def _emit_moe(node: Node, render: Render) -> str:
+    """Options are written where they differ from those of `runtime.moe`."""
+    named = {
+        name: _optional(render, name) for name in ("gate", "up_bias", "gate_bias", "down_bias")
+    }
+    usual = {
+        "gating": "halves", "activation": "silu", "alpha": 1.0, "limit": 0.0, "offset": 0.0,
+        "transposed": False, "weigh_input": False,
+    }  # fmt: skip
+    for name, value in usual.items():
+        named[name] = "" if node.arg(name) == value else render.arg(name)
+    axis = render.axis("e")
+    args = [render.arg(name) for name in ("x", "indices", "weights", "up", "down")]
+    return call("ops.moe", *args, **named, expert_axis=axis, partial="True" if axis else "")
+
+
+register(
+    "shardwright.moe",
+    Op(
+        _moe_rule,
+        _emit_moe,
+        kind="experts",
+        saves=("x", "indices", "weights", "up", "gate", "down"),
+    ),
 )

@@ -66,23 +66,24 @@ def moe(
 ) -> Tensor:
     """The weighted sum over a token's choices j of expert `indices[..., j]` applied to the token.
 
-    x (..., h), indices (..., k) whole numbers, weights (..., k); result like x.  Expert i computes
-    `down[i] (act(g) * (u + offset))` with u and g from `gating`:
+    x (..., h), indices (..., k) whole numbers, weights (..., k); result (..., o) in the dtype of x.
+    Expert i computes `down[i] (act(g) * (u + offset))` with u and g from `gating`:
 
     - `halves`: up is (e, 2f, h), the gate's rows first (`gate_up_proj`); `pairs`: they alternate;
     - `separate`: up and gate are (e, f, h) each;
     - `none`: up is (e, f, h), and the expert is `down[i] act(u)`.
 
-    down is (e, h, f); `transposed`: up and gate are (e, h, ...) and down (e, f, h).  Biases are
-    (e, rows of their matrix).  `limit` > 0: g is cut off above it, u on both sides.  `alpha`:
-    silu is g * sigmoid(alpha g).  `weigh_input`: the weight multiplies the token on its way in.
+    down is (e, o, f), mostly with o = h; `transposed`: up and gate are (e, h, ...), down (e, f, o).
+    Biases are (e, rows of their matrix).  `limit` > 0: g is cut off above it, u on both sides.
+    `alpha`: silu is g * sigmoid(alpha g).  `weigh_input`: the weight multiplies the token on its
+    way in.
 
     `expert_axis` cuts the experts in blocks: up, gate, down and biases are this rank's e experts of
     e * p on p ranks.  With `partial`, x, indices and weights are the same on all of the axis and
     the result is a summand.  Otherwise each rank has tokens of its own, possibly none.
 
     Bytes that a rank receives of others, forward: its experts' tokens, h values, k weights and k
-    int32 each, their number (8 bytes a rank), and one row of h values for each of its tokens and
+    int32 each, their number (8 bytes a rank), and one row of o values for each of its tokens and
     other rank that serves it.  Backward: the same without integers.  With balanced routing over
     E experts a rank serves a token with probability q = 1 - C(E - E/p, k) / C(E, k), so that n
     tokens on each rank make n (p - 1) q rows each way.
@@ -104,7 +105,7 @@ def moe(
         out = _own_part(chosen, experts, expert_axis)
     else:
         out = _dispatched(chosen, experts, expert_axis)
-    return out.view(x.shape)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 # --- the experts of one rank ---------------------------------------------------------------------
