@@ -32,7 +32,7 @@ they run: attention over a sharded sequence, experts on different ranks.  Such a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
@@ -56,6 +56,10 @@ class Algorithm:
     cuts: tuple[str, ...]
     operands: tuple[State, ...]
     results: tuple[State, ...]
+    # may it run over so many ranks, given the sizes that other axes leave of each factor?
+    fits: Callable[[Mapping[str, int], int], bool] = field(
+        default=lambda sizes, ranks: True, compare=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +138,10 @@ class Rule:
         about where the padded blocks begin.
         """
         ways: dict[str, int] = {}
-        alone: set[str] = set()  # factors that an algorithm cuts
         for choice, n in zip(choices, axis_sizes, strict=True):
             for factor in self.cuts(choice):
                 ways[factor] = ways.get(factor, 1) * n
-            if choice in self.algorithms:
-                if alone:
-                    return None
-                alone.update(self.algorithms[choice].cuts)
-        if any(choice in alone for choice in choices):
+        if not self._algorithm_fits(choices, axis_sizes, ways):
             return None
         for factor, n in ways.items():
             size = self.sizes[factor]
@@ -151,6 +150,20 @@ class Rule:
             if factor not in self.uneven or choices.count(factor) > 1 or size < n:
                 return None
         return ways
+
+    def _algorithm_fits(
+        self, choices: Sequence[Choice], axis_sizes: Sequence[int], ways: Mapping[str, int]
+    ) -> bool:
+        """At most one algorithm, alone on its factors, and one that these sizes allow."""
+        used = [(c, n) for c, n in zip(choices, axis_sizes, strict=True) if c in self.algorithms]
+        if not used:
+            return True
+        (name, ranks), *more = used
+        way = self.algorithms[name]
+        if more or any(choice in way.cuts for choice in choices):
+            return False
+        left = {f: size // ways.get(f, 1) for f, size in self.sizes.items()}
+        return way.fits(left, ranks)
 
 
 _INNER = -1

@@ -26,8 +26,18 @@ from torch.distributed import ProcessGroup
 from . import counter, transport
 from .counter import Phase
 from .layout import (
-    Block, P, R, State, V, block, from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks,
-)  # fmt: skip
+    Block,
+    P,
+    R,
+    State,
+    V,
+    block,
+    from_zigzag,
+    pad_blocks,
+    pad_tail,
+    to_zigzag,
+    trim_blocks,
+)
 
 if TYPE_CHECKING:
     from .mesh import Mesh
