@@ -256,8 +256,7 @@ class Axis:
 
     def record(self, op: str, nbytes: float, phase: Phase) -> None:
         """Tell the active counters of a collective that brings `nbytes` to this rank."""
-        for listener in counter.active:
-            listener.record(op, self.name, phase, nbytes)
+        counter.record(op, self.name, phase, nbytes, self.size)
 
 
 def _front(dim: int) -> int:
