@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import isfinite, prod
 
@@ -35,6 +35,7 @@ class BodyEmitter:
         outputs: Sequence[Sharded],
         mesh: Mesh,
         labels: dict[str, DimLabels],
+        zigzag: Mapping[str, frozenset[int]],
         *,
         recompute: bool = False,
     ) -> None:
@@ -42,6 +43,7 @@ class BodyEmitter:
         self.outputs = outputs
         self.mesh = mesh
         self.labels = labels
+        self.zigzag = zigzag  # by value, the dims whose slices are in zigzag order
         self.recompute = recompute
         self.names = Names(_axis_names(mesh))
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
@@ -107,26 +109,31 @@ class BodyEmitter:
         axis = self.axis_text(step)
         size = _uneven_size(item, self.mesh)
         gradient = item.source.value.differentiable
+        tokens = self.zigzag.get(item.source.value.name, frozenset())
+        order = ", zigzag=True" if tokens & {step.a, step.b} else ""
         match primitive(step.a, step.b):
             case "all_gather":
                 back = ', backward="slice"' if gradient and step.b == R else ""
                 method = "gather_parameter" if item.param else "all_gather"
-                return f"{axis}.{method}({source}, {step.a}{size}{back})"
+                return f"{axis}.{method}({source}, {step.a}{size}{back}{order})"
             case "all_reduce":
                 back = ', backward="all_reduce"' if gradient and step.b == V else ""
                 return f"{axis}.all_reduce({source}{back})"
             case "reduce_scatter":
-                return f"{axis}.reduce_scatter({source}, {step.b})"
+                return f"{axis}.reduce_scatter({source}, {step.b}{order})"
             case "slice":
                 back = ', backward="pad"' if gradient and step.a == V else ""
-                return f"{axis}.shard({source}, {step.b}{back})"
+                return f"{axis}.shard({source}, {step.b}{back}{order})"
             case "all_to_all":
-                return f"{axis}.all_to_all({source}, gather_dim={step.a}, shard_dim={step.b}{size})"
+                dims = f"gather_dim={step.a}, shard_dim={step.b}"
+                if order:
+                    order = f", zigzag={_tuple_text([str(dim) for dim in sorted(tokens)])}"
+                return f"{axis}.all_to_all({source}, {dims}{size}{order})"
             case "mask":
                 back = ', backward="mask"' if gradient and step.a == V else ""
                 return f"{axis}.partial({source}{back})"
             case "pad":
-                return f"{axis}.pad({source}, {step.a}{size})"
+                return f"{axis}.pad({source}, {step.a}{size}{order})"
             case _:
                 return f"{axis}.copy({source})" if step.b == V else f"{axis}.own_gradient({source})"
 
@@ -369,6 +376,18 @@ class _Renderer:
         """The `Axis` expression that cuts `factor`, or an empty string."""
         cut = tuple(i for i, choice in enumerate(self.item.choices) if choice == factor)
         return self.body.axis_text(Step(cut, R, S(0))) if cut else ""
+
+    def algorithm(self) -> tuple[str, str]:
+        """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
+        known = rule_of(self.node).algorithms
+        for axis, choice in enumerate(self.item.choices):
+            if choice in known:
+                return choice, self.body.axis_text(Step((axis,), R, S(0)))
+        return "", ""
+
+    def order(self) -> str:
+        """In which order ranks hold the tokens of a sequence: `contiguous` or `zigzag`."""
+        return "zigzag" if self.node.operands[0].name in self.body.zigzag else "contiguous"
 
     def sharded_axes(self) -> tuple[str, ...]:
         """Names of the mesh axes over which the result is sharded."""

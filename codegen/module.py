@@ -80,7 +80,9 @@ class _Writer:
 
     def _block_class(self, call: LoopCall, kind: int) -> list[str]:
         body = call.bodies[kind]
-        emitter = BodyEmitter(body.statements, body.outputs, self.mesh, self.labels)
+        emitter = BodyEmitter(
+            body.statements, body.outputs, self.mesh, self.labels, self.program.zigzag
+        )
         n = len(call.carried)
         carried = [
             emitter.define(Sharded(value, item.spec), self._argument_name(value.name, i))
@@ -152,6 +154,7 @@ class _Writer:
             program.outputs,
             self.mesh,
             self.labels,
+            program.zigzag,
             recompute=program.recompute,
         )
         names = [
@@ -242,7 +245,7 @@ class _Writer:
         lines = ["    INPUTS = {"]
         for source, item in zip(self.program.graph.inputs, self.program.inputs, strict=True):
             kind = item.value.type
-            args = [f'"{format_spec(item.spec)}"', _tuple(kind.shape), str(kind.dtype)]
+            args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
             labels = source.labels or ("",) * len(kind.shape)
             free = [i for i, label in enumerate(labels) if label and label not in self.baked]
             if free:
@@ -275,8 +278,15 @@ class _Writer:
             path = "(" + ", ".join(f'"{k}"' if isinstance(k, str) else str(k) for k in out.path)
             path += ",)" if len(out.path) == 1 else ")"
             shape = _tuple(item.value.type.shape)
-            lines += statement(f'Output({path}, "{format_spec(item.spec)}", {shape}),', 2)
+            lines += statement(f'Output({path}, "{self._spec_text(item)}", {shape}),', 2)
         return [*lines, "    )"]
+
+    def _spec_text(self, item: Sharded) -> str:
+        """`S0,Z1` for a value in spec `S0,S1` whose dim 1 is cut in zigzag order."""
+        text = format_spec(item.spec)
+        for dim in self.program.zigzag.get(item.value.name, ()):
+            text = text.replace(f"S{dim}", f"Z{dim}")
+        return text
 
     def _foot(self) -> list[str]:
         return ['if __name__ == "__main__":', "    ShardedModel.demo()"]

@@ -37,7 +37,7 @@ def label_dims(graph: Graph) -> dict[str, DimLabels]:
 
 
 def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
-    """Label of each factor of the node's rule that has one."""
+    """Label of each factor of the node's rule that has one; an algorithm has its first cut's."""
     found: dict[str, str] = {}
     rule = rule_of(node)
     values = zip((*node.operands, *node.outputs), (*rule.operands, *rule.results), strict=True)
@@ -47,6 +47,9 @@ def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
             if len(factors) == len(names):
                 for factor, name in zip(factors, names, strict=True):
                     found.setdefault(factor, name)
+    for algorithm, way in rule.algorithms.items():
+        if way.cuts[0] in found:
+            found[algorithm] = found[way.cuts[0]]
     return found
 
 

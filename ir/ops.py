@@ -18,7 +18,8 @@ from weakref import ref
 import torch
 
 from .graph import Node, Value, values_in
-from .rule import Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
+from .rule import Algorithm, Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
+from .spec import S
 
 Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
@@ -44,6 +45,14 @@ class Render(Protocol):
 
     def sharded_axes(self) -> tuple[str, ...]:
         """Names of the mesh axes over which the result is sharded."""
+        ...
+
+    def algorithm(self) -> tuple[str, str]:
+        """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
+        ...
+
+    def order(self) -> str:
+        """In which order ranks hold the tokens of a sequence: `contiguous` or `zigzag`."""
         ...
 
 
@@ -1436,19 +1445,61 @@ def _attention_rule(node: Node) -> Rule:
         pairs = zip(names, mask.type.shape, strict=True)
         term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
     text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
-    return _text(text, sizes=sizes)(node)
+    return replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+
+
+def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
+    """Ways to run self-attention over an axis that cuts queries, keys and values alike.
+
+    Dropout would need the weights of all ranks, and a mask its rows and columns: neither is known
+    to these.
+    """
+    query, key = node.operands[:2]
+    heads = query.type.shape[1]
+    if len(node.operands) > 3 or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
+        return {}
+    way = Algorithm(("q", "k"), (S(2), S(2), S(2)), (S(2),))
+    found = {"ring": way, "gather": way}
+    if heads % key.type.shape[1] == 0:
+        found["ulysses"] = replace(way, fits=_heads_divide)
+    if node.arg("window") and node.arg("causal"):
+        found["window"] = way
+    return found
+
+
+def _heads_divide(sizes: Mapping[str, int], ranks: int) -> bool:
+    """Do all ranks get as many query heads, and need as many key heads?"""
+    heads, kv_heads = sizes["n"] * sizes["g"], sizes["n"]
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+_ATTENTION = {
+    "ring": "ring_attention",
+    "gather": "gather_kv_attention",
+    "ulysses": "ulysses_attention",
+    "window": "window_attention",
+}
 
 
 def _emit_attention(node: Node, render: Render) -> str:
     query = render.arg("q")
-    axis = render.axis("q")
     kwargs = {
         "scale": render.arg("scale"),
         "causal": "True" if node.arg("causal") else "",
         "window": render.arg("window") if node.arg("window") else "",
         "softcap": render.arg("softcap") if node.arg("softcap") else "",
-        "query_start": f"{axis}.rank * {query}.size(2)" if axis else "",
     }
+    name, axis = render.algorithm()
+    if name:
+        zigzag = f"ops.Layout.zigzag({query}.size(2) * {axis}.size, {axis}.size)"
+        kwargs = {
+            "group": axis,
+            **kwargs,
+            "layout": zigzag if render.order() == "zigzag" else "",
+        }
+        return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
+    axis = render.axis("q")
+    kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis and node.arg("causal") else ""
     if node.arg("dropout_p"):
         axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
         kwargs["dropout_p"] = f"{render.arg('dropout_p')} if self.training else 0.0"
@@ -1543,9 +1594,10 @@ register(
 def _moe_rule(node: Node) -> Rule:
     """Tokens, experts, each expert's hidden units, or the width of the result.
 
-    Cutting experts (`e`) keeps the tokens whole: each rank adds up what its own experts give.  Of
-    gate and up in one matrix, the hidden units can be cut where the two alternate (`pairs`); where
-    they lie one after another, one cut would give a rank one without the other.
+    Cutting experts (`e`) keeps the tokens whole: each rank adds up what its own experts give.  The
+    algorithms `dispatch_i0`, ... cut experts and a dim of the tokens, and send tokens to experts.
+    Of gate and up in one matrix, the hidden units can be cut where the two alternate (`pairs`);
+    where they lie one after another, one cut would give a rank one without the other.
     """
     gating, transposed = node.arg("gating"), bool(node.arg("transposed"))
     rows = {"halves": "(two f)", "pairs": "(f two)"}.get(str(gating), "f")
@@ -1565,7 +1617,24 @@ def _moe_rule(node: Node) -> Rule:
         sizes={"two": 2} if fused else {},
         addends=[present.index("down_bias")] if "down_bias" in present else [],
     )
-    return replace(rule, whole=rule.whole | {"two"}) if fused else rule
+    whole = rule.whole | {"two"} if fused else rule.whole
+    return replace(rule, whole=whole, algorithms=_dispatches(rule))
+
+
+def _dispatches(rule: Rule) -> dict[str, Algorithm]:
+    """Tokens cut along one dim, experts cut, all-to-all inside: one for each dim of the tokens."""
+    stacked = (S(0),) * (len(rule.operands) - _TOKEN_OPERANDS)
+    return {
+        f"{_DISPATCH}{factor}": Algorithm(
+            (factor, "e"), ((S(dim),) * _TOKEN_OPERANDS + stacked), (S(dim),)
+        )
+        for dim, (factor,) in enumerate(rule.operands[0][:-1])
+        if rule.sizes[factor] > 1
+    }
+
+
+_DISPATCH = "dispatch_"
+_TOKEN_OPERANDS = 3  # x, indices, weights
 
 
 def _emit_moe(node: Node, render: Render) -> str:
@@ -1579,9 +1648,11 @@ def _emit_moe(node: Node, render: Render) -> str:
     }  # fmt: skip
     for name, value in usual.items():
         named[name] = "" if node.arg(name) == value else render.arg(name)
-    axis = render.axis("e")
+    _, axis = render.algorithm()
+    if partial := render.axis("e"):
+        axis = partial
     args = [render.arg(name) for name in ("x", "indices", "weights", "up", "down")]
-    return call("ops.moe", *args, **named, expert_axis=axis, partial="True" if axis else "")
+    return call("ops.moe", *args, **named, expert_axis=axis, partial="True" if partial else "")
 
 
 register(

@@ -23,12 +23,16 @@ From rule and choice follow the required state of each operand and the state of 
 | `Pi`   | in group i: `P`         | others: `V`        |                | `P`               |
 
 (*) an addend, such as a bias, is `P` where the result is `P`: it must be added once, not per rank.
+
+Some ops can also be cut in ways that no single factor describes, because they communicate while
+they run: attention over a sharded sequence, experts on different ranks.  Such a choice is an
+`Algorithm`: it has a name, the factors that it cuts, and the states that it takes and gives.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
@@ -38,6 +42,24 @@ from .spec import P, R, S, State, V
 Dim: TypeAlias = tuple[str, ...]  # factors of one dim, major to minor; () for a size-1 dim
 Dims: TypeAlias = tuple[Dim, ...]
 Choice: TypeAlias = str
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A way to run an op over an axis that communicates inside the op.
+
+    `cuts` are the factors of which each rank computes its part, the one that gives the choice its
+    meaning (and label) first.  A node uses at most one algorithm, on one axis, and no other axis
+    cuts its factors.
+    """
+
+    cuts: tuple[str, ...]
+    operands: tuple[State, ...]
+    results: tuple[State, ...]
+    # may it run over so many ranks, given the sizes that other axes leave of each factor?
+    fits: Callable[[Mapping[str, int], int], bool] = field(
+        default=lambda sizes, ranks: True, compare=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,7 @@ class Rule:
     )  # contracted factors that the op itself reduces: result `R`
     addends: frozenset[int] = frozenset()  # operands added to the result (a bias): `P` when it is
     passes: bool = False  # worth running on `V`: views and elementwise ops
+    algorithms: Mapping[str, Algorithm] = field(default_factory=dict[str, Algorithm])
     _choices: dict[str, tuple[tuple[State, ...], tuple[State, ...]]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -78,6 +101,8 @@ class Rule:
             for i, group in enumerate(self.linear):
                 operands = tuple(P if k in group else V for k in range(n_in))
                 self._choices[f"P{i}"] = (operands, (P,) * n_out)
+            for name, way in self.algorithms.items():
+                self._choices[name] = (way.operands, way.results)
         return self._choices
 
     def _cut(
@@ -100,6 +125,12 @@ class Rule:
         )
         return operands, results
 
+    def cuts(self, choice: Choice) -> tuple[str, ...]:
+        """The factors that a choice cuts; none for `R`, `V` and partial sums."""
+        if choice in self.algorithms:
+            return self.algorithms[choice].cuts
+        return (choice,) if choice in self.sizes else ()
+
     def ways(self, choices: Sequence[Choice], axis_sizes: Sequence[int]) -> dict[str, int] | None:
         """How many ways each factor is cut, or None where a size does not divide.
 
@@ -108,8 +139,10 @@ class Rule:
         """
         ways: dict[str, int] = {}
         for choice, n in zip(choices, axis_sizes, strict=True):
-            if choice in self.sizes:
-                ways[choice] = ways.get(choice, 1) * n
+            for factor in self.cuts(choice):
+                ways[factor] = ways.get(factor, 1) * n
+        if not self._algorithm_fits(choices, axis_sizes, ways):
+            return None
         for factor, n in ways.items():
             size = self.sizes[factor]
             if size % n == 0:
@@ -117,6 +150,20 @@ class Rule:
             if factor not in self.uneven or choices.count(factor) > 1 or size < n:
                 return None
         return ways
+
+    def _algorithm_fits(
+        self, choices: Sequence[Choice], axis_sizes: Sequence[int], ways: Mapping[str, int]
+    ) -> bool:
+        """At most one algorithm, alone on its factors, and one that these sizes allow."""
+        used = [(c, n) for c, n in zip(choices, axis_sizes, strict=True) if c in self.algorithms]
+        if not used:
+            return True
+        (name, ranks), *more = used
+        way = self.algorithms[name]
+        if more or any(choice in way.cuts for choice in choices):
+            return False
+        left = {f: size // ways.get(f, 1) for f, size in self.sizes.items()}
+        return way.fits(left, ranks)
 
 
 _INNER = -1

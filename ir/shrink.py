@@ -391,8 +391,8 @@ class _Demands:
         rule = rule_of(node)
         tensors = [*zip(node.operands, rule.operands, strict=True)]
         tensors += [*zip(node.outputs, rule.results, strict=True)]
-        for factor in {choice for choice in choices if choice in rule.sizes}:
-            axes = [i for i, choice in enumerate(choices) if choice == factor]
+        for factor in {factor for choice in choices for factor in rule.cuts(choice)}:
+            axes = [i for i, choice in enumerate(choices) if factor in rule.cuts(choice)]
             for value, dims in tensors:
                 for dim, names in enumerate(dims):
                     if factor in names:  # a factor that may be cut is the major one of its dim

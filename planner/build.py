@@ -29,7 +29,7 @@ from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec, is_shard
 from .conversion import Conversions, Network, spec_fits
-from .pricing import Work, local_bytes, price
+from .pricing import Work, buffer_bytes, local_bytes, price
 from .problem import Edge, ProblemNode, ShardingProblem, Usage
 from .regions import Region, Strategy, make_regions, node_specs, scopes
 
@@ -41,12 +41,14 @@ class Setting:
     """What is planned for: phase, optimizer, and bytes per GPU (None: no limit).
 
     `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
+    `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
     """
 
     training: bool
     optimizer: str
     memory_bytes: float | None
     recompute: bool = False
+    order: str = "contiguous"
 
 
 class Restriction:
@@ -83,6 +85,7 @@ class Decisions:
     specs: dict[str, Spec]
     outputs: dict[str, Spec]
     recompute: bool = False  # layers of loops run forward again in backward
+    order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
 
 
 @dataclass(slots=True)
@@ -148,7 +151,9 @@ class Builder:
         self.network = network
         self.setting = setting
         self.sizes = network.mesh.sizes
-        self.regions = make_regions(graph, self.sizes, training=setting.training)
+        self.regions = make_regions(
+            graph, self.sizes, training=setting.training, order=setting.order
+        )
         self._conversions: dict[tuple[object, ...], Conversions] = {}
         self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
         self._bytes: dict[tuple[str, Spec], int] = {}
@@ -189,6 +194,7 @@ class Builder:
             held = 0
             if kind_of(node) != "view":
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
+                held += buffer_bytes(node, choices, self.sizes)
             kept = saved_values(node) if self.setting.training else ()
             work = self.work(node, choices)
             self._costs[key] = NodeCost(
@@ -211,7 +217,10 @@ class Builder:
         """Seconds of one node under its choices."""
         key = (node.name, choices)
         if key not in self._work:
-            self._work[key] = price(node, choices, self.network, training=self.setting.training)
+            setting = self.setting
+            self._work[key] = price(
+                node, choices, self.network, training=setting.training, order=setting.order
+            )
         return self._work[key]
 
     def outer_name(self, name: str) -> str:
@@ -331,7 +340,8 @@ class _Built:
             if name not in made
         }
         outputs = {n: specs_[assignment[i]] for n, (i, specs_) in self.output_nodes.items()}
-        return Decisions(choices, specs, outputs, self.builder.setting.recompute)
+        setting = self.builder.setting
+        return Decisions(choices, specs, outputs, setting.recompute, setting.order)
 
     def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float]:
         """(bytes kept for backward, bytes of what runs) that are live at `time`."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..costmodel.compute import attention_s, matmul_s
+from ..costmodel.compute import matmul_s
 from ..ir.graph import Node, Value
-from ..ir.ops import attention_dims, find_op, kind_of, matmul_dims, rule_of
+from ..ir.ops import find_op, kind_of, matmul_dims, rule_of
 from ..ir.rule import Choice
 from ..ir.spec import Spec, local_shape
+from . import attention
 from .conversion import Network
 from .regions import node_specs
 
-# Flash attention: 2 matrix products forward, 5 backward (arXiv:2307.08691, section 3.1)
-_ATTENTION_BACKWARD = 2.5
 # Loss over a sharded vocabulary: all-reduces of fp32 numbers per token, the maximum first, then
 # the sum of exponentials and the label's logit together
 _VOCABULARY_REDUCTIONS = (1, 2)
@@ -45,8 +44,18 @@ def local_bytes(value: Value, spec: Spec, sizes: tuple[int, ...]) -> int:
     return n * value.type.dtype.itemsize
 
 
-def price(node: Node, choices: tuple[Choice, ...], network: Network, *, training: bool) -> Work:
-    """Seconds of `node` on the busiest rank under `choices` (one per mesh axis)."""
+def price(
+    node: Node,
+    choices: tuple[Choice, ...],
+    network: Network,
+    *,
+    training: bool,
+    order: str = "contiguous",
+) -> Work:
+    """Seconds of `node` on the busiest rank under `choices` (one per mesh axis).
+
+    `order` is that of the tokens on ranks which share a sequence: `contiguous` or `zigzag`.
+    """
     sizes = network.mesh.sizes
     ways = rule_of(node).ways(choices, sizes)
     if ways is None:
@@ -58,11 +67,18 @@ def price(node: Node, choices: tuple[Choice, ...], network: Network, *, training
         case "matmul":
             return _price_matmul(node, ways, network, backward)
         case "attention":
-            return _price_attention(node, ways, network, backward)
+            return _price_attention(node, choices, network, backward, order)
         case _:
             work = _price_traffic(node, choices, network, training, backward)
             reduced = _price_inside(node, choices, network)
             return Work(work.forward_s + reduced, work.backward_s)
+
+
+def buffer_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]) -> float:
+    """Bytes that a node holds beside its operands and results while it runs."""
+    if kind_of(node) != "attention":
+        return 0.0
+    return attention.buffer_bytes(attention.Local.of(node, choices, sizes, "contiguous"))
 
 
 def _price_matmul(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:
@@ -89,29 +105,12 @@ def _factors_operands(node: Node) -> tuple[Value, Value]:
     return node.operands[first], node.operands[first + 1]
 
 
-def _price_attention(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:
-    dims = attention_dims(node, ways)
-    share = scores_share(node, ways.get("q", 1))
+def _price_attention(
+    node: Node, choices: tuple[Choice, ...], network: Network, backward: bool, order: str
+) -> Work:
+    local = attention.Local.of(node, choices, network.mesh.sizes, order)
     dtype = str(node.output.type.dtype)
-    forward = network.once(
-        ("attention", *dims, share, dtype),
-        lambda: attention_s(*dims, dtype, network.cluster, share),
-    )
-    return Work(forward, _ATTENTION_BACKWARD * forward if backward else 0.0)
-
-
-def scores_share(node: Node, query_ways: int) -> float:
-    """Share of the scores (local queries x keys) that the busiest rank computes.
-
-    Causal attention computes the lower triangle; with queries cut in contiguous blocks the last
-    rank has the longest rows: 1 - 1 / (2 ways).  A causal window of w keys bounds each row by w.
-    """
-    keys = node.operands[1].type.shape[2]
-    share = 1.0 - 1.0 / (2 * query_ways) if node.arg("causal") else 1.0
-    window = node.arg("window")
-    if isinstance(window, int) and 0 < window < keys and node.arg("causal"):
-        share = min(share, window / keys)
-    return share
+    return Work(*attention.seconds(local, dtype, network, backward=backward))
 
 
 def _price_traffic(

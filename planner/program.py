@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from ..ir.graph import Block, Graph, Loop, Node, Param, Value
 from ..ir.ops import rule_of
+from ..ir.order import token_dims
 from ..ir.rule import Choice
 from ..ir.spec import R, Spec, V
 from .build import Decisions
@@ -93,7 +95,7 @@ class LoopCall:
 Statement: TypeAlias = Convert | Compute | LoopCall
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """The whole model on one rank."""
 
@@ -103,6 +105,12 @@ class Program:
     statements: tuple[Statement, ...]
     outputs: tuple[Sharded, ...]
     recompute: bool = False  # layers run forward again in backward, and keep only their inputs
+    order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
+
+    @cached_property
+    def zigzag(self) -> dict[str, frozenset[int]]:
+        """By value, the dims whose slices are in zigzag order."""
+        return token_dims(self.graph) if self.order == "zigzag" else {}
 
     def flat(self) -> list[tuple[Convert | Compute, int]]:
         """Every statement with how often it runs, loops opened."""
@@ -151,8 +159,15 @@ class _Lowering:
             top.fetch(out.value, self.decisions.outputs[out.value.name], "output")
             for out in graph.outputs
         )
-        recompute = self.decisions.recompute
-        return Program(graph, inputs, params, tuple(statements), outputs, recompute)
+        return Program(
+            graph,
+            inputs,
+            params,
+            tuple(statements),
+            outputs,
+            self.decisions.recompute,
+            self.decisions.order,
+        )
 
     def _loop(self, loop: Loop, top: _Scope) -> LoopCall:
         carried_specs = [self.decisions.specs[value.name] for value in loop.outputs]

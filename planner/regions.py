@@ -14,12 +14,13 @@ products, as far as sizes divide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
 from ..ir.graph import Block, Graph, Loop, Node, Value
 from ..ir.ops import find_op, kind_of, rule_of
+from ..ir.order import fits_order
 from ..ir.rule import Choice, Rule
 from ..ir.spec import P, R, Spec, State, V
 
@@ -85,15 +86,34 @@ class Region:
         return (heavy or list(self.nodes))[0].name
 
 
-def make_regions(graph: Graph, axis_sizes: tuple[int, ...], *, training: bool) -> list[Region]:
-    """All regions of the graph, in order of their first node."""
+def make_regions(
+    graph: Graph, axis_sizes: tuple[int, ...], *, training: bool, order: str = "contiguous"
+) -> list[Region]:
+    """All regions of the graph, in order of their first node.
+
+    `order` is how ranks that share a sequence hold its tokens: not all strategies allow zigzag.
+    """
     out: list[Region] = []
     for scope in scopes(graph):
         groups = _groups(scope)
         visible = _visible(graph, scope, groups)
         for group in groups:
             out += _regions_of(group, scope, axis_sizes, training, visible)
-    return out
+    return [_in_order(region, order) for region in out] if order != "contiguous" else out
+
+
+def _in_order(region: Region, order: str) -> Region:
+    """The region with those strategies that allow this order of the tokens."""
+    kept = tuple(
+        strategy
+        for strategy in region.strategies
+        if all(
+            fits_order(node, choice, order)
+            for node, choices in zip(region.nodes, strategy.choices, strict=True)
+            for choice in choices
+        )
+    )
+    return replace(region, strategies=kept)
 
 
 def _visible(graph: Graph, scope: Scope, groups: list[list[Node]]) -> set[str]:
@@ -221,11 +241,12 @@ def _agreeing(
     before `R`, so it is the one that cuts most.
     """
     ways = [_different_choices(node, training) for node in nodes]
-    found: dict[tuple[_States, _States], tuple[Choice, ...]] = {}
+    found: dict[tuple[_States, _States, Choice], tuple[Choice, ...]] = {}
 
     def extend(at: int, states: dict[str, State], border: _States, taken: list[Choice]) -> bool:
         if at == len(nodes):
-            found.setdefault((tuple(dict.fromkeys(border)), tuple(states.items())), tuple(taken))
+            key = (tuple(dict.fromkeys(border)), tuple(states.items()), _algorithm(nodes, taken))
+            found.setdefault(key, tuple(taken))
             return len(found) <= 4 * _MAX_PER_AXIS
         node = nodes[at]
         for choice, needed, made in ways[at]:
@@ -244,10 +265,10 @@ def _agreeing(
 
     if not extend(0, {}, (), []):
         return None
-    kept: dict[tuple[_States, _States], tuple[Choice, ...]] = {}
-    for (border, states), choices in found.items():
+    kept: dict[tuple[_States, _States, Choice], tuple[Choice, ...]] = {}
+    for (border, states, algorithm), choices in found.items():
         outputs = tuple(item for item in states if item[0] in visible)
-        kept.setdefault((border, outputs), choices)
+        kept.setdefault((border, outputs, algorithm), choices)
     return list(kept.values()) if len(kept) <= _MAX_PER_AXIS or len(nodes) == 1 else None
 
 
@@ -264,9 +285,17 @@ def _different_choices(node: Node, training: bool) -> list[tuple[Choice, list[St
             [_plain(s, training and v.differentiable) for s, v in zip(side, values, strict=True)]
             for side, values in zip(states, (node.operands, node.outputs), strict=True)
         )
-        if not any((needed, made) == row[1:] for row in out):
+        if choice in rule.algorithms or not any((needed, made) == row[1:] for row in out):
             out.append((choice, needed, made))
     return out
+
+
+def _algorithm(nodes: list[Node], choices: list[Choice]) -> Choice:
+    """The algorithm among the choices: two with the same states differ in price."""
+    for node, choice in zip(nodes, choices, strict=True):
+        if choice in rule_of(node).algorithms:
+            return choice
+    return ""
 
 
 def _agrees(node: Node, needs: list[State], states: dict[str, State], nodes: list[Node]) -> bool:

@@ -15,7 +15,14 @@ from .program import Compute, Convert, LoopCall, PricedStep
 
 _WORDS = {  # what cutting a factor is called, by kind of op
     "matmul": {"o": "columns", "k": "rows"},
-    "attention": {"n": "heads", "q": "queries, K/V gathered"},
+    "attention": {
+        "n": "heads",
+        "q": "queries, K/V gathered",
+        "ring": "sequence, ring of K/V",
+        "gather": "sequence, K/V gathered",
+        "ulysses": "sequence, exchanged for heads",
+        "window": "sequence, window's K/V from the neighbours",
+    },
     "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
     "shardwright.cross_entropy": {"v": "vocabulary"},
 }

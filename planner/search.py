@@ -14,6 +14,7 @@ from ..ir.graph import Graph, Node, Value
 from ..ir.labels import factor_labels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.ops import find_op, kind_of, matmul_dims
+from ..ir.order import is_causal_self_attention, token_dims
 from ..ir.spec import Spec
 from .build import Builder, Decisions, Restriction, Setting, all_params
 from .conversion import Network, Step
@@ -84,17 +85,24 @@ def make_plan(
 
     def attempt(mesh: Mesh, variant: Setting) -> _Solved | None:
         again = ", layers recomputed" if variant.recompute else ""
-        progress(f"solving {mesh}{again}")
+        order = ", tokens in zigzag order" if variant.order == "zigzag" else ""
+        progress(f"solving {mesh}{again}{order}")
         kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
         restriction = Pins(kept, graph) if kept else Restriction()
         with clock.step("problem"):
             builder = Builder(graph, Network(mesh, cluster), variant)
         return _solve(builder, restriction, solver, time_limit_s, clock)
 
-    tried = [attempt(mesh, setting) for mesh in meshes]
+    def attempts(setting: Setting) -> list[_Solved | None]:
+        return [
+            attempt(mesh, replace(setting, order=order))
+            for mesh in meshes
+            for order in token_orders(graph, mesh)
+        ]
+
+    tried = attempts(setting)
     if _short_of_memory(_cheapest(tried), setting):
-        variant = replace(setting, recompute=True)
-        tried += [attempt(mesh, variant) for mesh in meshes]
+        tried += attempts(replace(setting, recompute=True))
     best = _cheapest(tried)
     if best is None:
         raise InfeasibleError(explain(graph, cluster, setting, request))
@@ -116,6 +124,25 @@ def _short_of_memory(best: _Solved | None, setting: Setting) -> bool:
     if not setting.training or setting.memory_bytes is None:
         return False
     return best is None or best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
+
+
+def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
+    """The orders of tokens worth trying on `mesh`.
+
+    Zigzag balances causal attention and costs nothing, where the sequence divides; only a sliding
+    window can be cheaper over contiguous tokens.
+    """
+    causal = [
+        node
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if node.op == "shardwright.attention" and is_causal_self_attention(node)
+    ]
+    uneven = any(node.operands[0].type.shape[2] % (2 * mesh.ranks) for node in causal)
+    if uneven or not token_dims(graph):
+        return ["contiguous"]
+    windows = any(node.arg("window") for node in causal)
+    return ["contiguous", "zigzag"] if windows else ["zigzag"]
 
 
 def setting_of(request: Request) -> Setting:
@@ -176,13 +203,25 @@ def _solve(
     activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
     return _Solved(
         builder,
-        built.read(solution.assignment),
+        _plain_order(builder.graph, built.read(solution.assignment)),
         solution,
         evaluation.cost,
         evaluation.peak_usage,
         activations,
         transient,
     )
+
+
+def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
+    """Without a causal attention over a sharded sequence the order of tokens does not matter."""
+    uses = any(
+        choice in ("ring", "gather") and is_causal_self_attention(node)
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if node.op == "shardwright.attention"
+        for choice in decisions.choices[node.name]
+    )
+    return decisions if uses else replace(decisions, order="contiguous")
 
 
 def _baselines(
@@ -195,14 +234,16 @@ def _baselines(
     time_limit_s: float,
 ) -> tuple[Baseline, ...]:
     """The ordinary plans on meshes that were searched, so that none can beat the winner."""
-    settings = [setting]
-    if best.builder.setting.recompute:
-        settings.append(best.builder.setting)
+    recompute = [False, True] if best.builder.setting.recompute else [False]
     rows: list[Baseline] = []
     clock = Clock()
     for mesh in _baseline_meshes(meshes, best, cluster):
         network = Network(mesh, cluster)
-        builders = [Builder(graph, network, each) for each in settings]
+        builders = [
+            Builder(graph, network, replace(setting, recompute=again, order=order))
+            for again in recompute
+            for order in token_orders(graph, mesh)
+        ]
         searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans are priced on one axis
         for roles in ordinary_roles(mesh):
             if searched and len(set(roles)) == 1:

@@ -38,6 +38,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "specs": {name: format_spec(spec) for name, spec in d.specs.items()},
         "outputs": {name: format_spec(spec) for name, spec in d.outputs.items()},
         "recompute": d.recompute,
+        "order": d.order,
         "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
         "conversions": [
             {
@@ -113,8 +114,10 @@ def _mesh(axes: tuple[tuple[str, int], ...]) -> Mesh:
 def _decisions(reader: _Reader) -> Decisions:
     rows = reader.child("choices")
     choices = {name: rows.many(name, str) for name in reader.get("choices", dict)}
-    recompute = reader.get("recompute", bool)
-    return Decisions(choices, reader.specs("specs"), reader.specs("outputs"), recompute)
+    recompute, order = reader.get("recompute", bool), reader.get("order", str)
+    if order not in ("contiguous", "zigzag"):
+        raise PlanError(f"plan field `order` is `{order}`; expected contiguous or zigzag")
+    return Decisions(choices, reader.specs("specs"), reader.specs("outputs"), recompute, order)
 
 
 def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]:

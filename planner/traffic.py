@@ -16,8 +16,9 @@ from typing import NamedTuple, TypeAlias
 
 from ..costmodel.collective import wire_bytes
 from ..ir.mesh import Mesh
-from ..ir.ops import is_view, rule_of, saved_values
+from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.spec import local_shape
+from . import attention
 from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
 
 _COUNT_BYTES = 8  # the number of labels is an int64
@@ -34,7 +35,7 @@ class Moved(NamedTuple):
 
 def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
     """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
-    walk = _Walk(mesh, program.recompute)
+    walk = _Walk(mesh, program.recompute, program.order)
     trained = [out for out in program.outputs if out.value.differentiable]
     scalars = [out for out in trained if out.value.type.shape == ()]
     walk.run(program.statements, set(scalars[:1] or trained), {})
@@ -44,9 +45,10 @@ def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
 class _Walk:
     """Goes through statements from the last to the first, with what a gradient reaches."""
 
-    def __init__(self, mesh: Mesh, recompute: bool) -> None:
+    def __init__(self, mesh: Mesh, recompute: bool, order: str) -> None:
         self.mesh = mesh
         self.recompute = recompute
+        self.order = order
         self.moved: dict[Moved, float] = {}
 
     def run(
@@ -72,8 +74,10 @@ class _Walk:
                 if item.target in live and item.source.value.differentiable:
                     live.add(item.source)
             else:
-                self._inside(item, times)
-                if live.intersection(item.outputs):
+                live_here = bool(live.intersection(item.outputs))
+                self._attention(item, times, live_here)
+                self._loss(item, times)
+                if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
                     if not again:  # what is gathered the second time serves backward
                         self._gather_again(item, gathers)
@@ -114,7 +118,17 @@ class _Walk:
                     if traffic.backward and traffic.kind == "all_gather":
                         self._add("all_gather", traffic.axes, True, traffic.bytes)
 
-    def _inside(self, item: Compute, times: int) -> None:
+    def _attention(self, item: Compute, times: int, live: bool) -> None:
+        """An attention algorithm over a sharded sequence."""
+        if kind_of(item.node) != "attention":
+            return
+        local = attention.Local.of(item.node, item.choices, self.mesh.sizes, self.order)
+        for transfer in attention.transfers(local, backward=live):
+            runs = transfer.times * (1 if transfer.backward else times)
+            for _ in range(runs):
+                self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
+
+    def _loss(self, item: Compute, times: int) -> None:
         """A loss over a sharded vocabulary, and the number of labels over sharded tokens."""
         if item.node.op != "shardwright.cross_entropy":
             return

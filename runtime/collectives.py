@@ -25,7 +25,19 @@ from torch.distributed import ProcessGroup
 
 from . import counter, transport
 from .counter import Phase
-from .layout import Block, P, R, State, V, block, pad_blocks, pad_tail, trim_blocks
+from .layout import (
+    Block,
+    P,
+    R,
+    State,
+    V,
+    block,
+    from_zigzag,
+    pad_blocks,
+    pad_tail,
+    to_zigzag,
+    trim_blocks,
+)
 
 if TYPE_CHECKING:
     from .mesh import Mesh
@@ -40,11 +52,15 @@ _GRADIENT: dict[State, Place] = {R: WHOLE, P: WHOLE, V: SUMMAND}
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A primitive: from place to place; `size` is the true size of a source slice's dim."""
+    """A primitive: from place to place; `size` is the true size of a source slice's dim.
+
+    Slices of the dims in `zigzag` hold two chunks each, see `layout.zigzag_order`.
+    """
 
     source: Place
     target: Place
     size: int | None = None
+    zigzag: tuple[int, ...] = ()
 
 
 class Axis:
@@ -108,35 +124,51 @@ class Axis:
         size: int | None = None,
         *,
         backward: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+        zigzag: bool = False,
     ) -> Tensor:
         """S(dim) -> V. Forward all-gather, (p-1)/p n; backward reduce-scatter, (p-1)/p n.
 
         `backward="slice"` is S(dim) -> R: backward takes its slice of the gradient, 0 bytes.
-        `size` is the true size of `dim` where it does not divide by p.
+        `size` is the true size of `dim` where it does not divide by p.  `zigzag`, here and below:
+        slices hold the tokens that `layout.zigzag_order` says; the whole is in its natural order.
         """
-        return self.convert(x, _front(dim), R if backward == "slice" else V, size)
+        target = R if backward == "slice" else V
+        return self.convert(x, _front(dim), target, size, (dim,) if zigzag else ())
 
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+    def reduce_scatter(self, x: Tensor, dim: int, *, zigzag: bool = False) -> Tensor:
         """P -> S(dim). Forward reduce-scatter, (p-1)/p n; backward all-gather, (p-1)/p n."""
-        return self.convert(x, P, _front(dim))
+        return self.convert(x, P, _front(dim), zigzag=(dim,) if zigzag else ())
 
     def shard(
-        self, x: Tensor, dim: int, *, backward: Literal["all_gather", "pad"] = "all_gather"
+        self,
+        x: Tensor,
+        dim: int,
+        *,
+        backward: Literal["all_gather", "pad"] = "all_gather",
+        zigzag: bool = False,
     ) -> Tensor:
         """R -> S(dim). Forward takes its slice, 0 bytes; backward all-gather, (p-1)/p n.
 
         `backward="pad"` is V -> S(dim): backward pads the slice with zeros to the whole, 0 bytes.
         """
-        return self.convert(x, V if backward == "pad" else R, _front(dim))
+        source = V if backward == "pad" else R
+        return self.convert(x, source, _front(dim), zigzag=(dim,) if zigzag else ())
 
     def all_to_all(
-        self, x: Tensor, *, gather_dim: int, shard_dim: int, size: int | None = None
+        self,
+        x: Tensor,
+        *,
+        gather_dim: int,
+        shard_dim: int,
+        size: int | None = None,
+        zigzag: tuple[int, ...] = (),
     ) -> Tensor:
         """S(gather_dim) -> S(shard_dim). Forward and backward all-to-all, (p-1)/p n/p each.
 
-        `size` is the true size of `gather_dim` where it does not divide by p.
+        `size` is the true size of `gather_dim` where it does not divide by p; `zigzag` names
+        those of the two dims whose slices are in zigzag order.
         """
-        return self.convert(x, _front(gather_dim), _front(shard_dim), size)
+        return self.convert(x, _front(gather_dim), _front(shard_dim), size, zigzag)
 
     def partial(self, x: Tensor, *, backward: Literal["identity", "mask"] = "identity") -> Tensor:
         """R -> P. The first rank keeps the value, others take zeros; backward nothing.
@@ -145,12 +177,12 @@ class Axis:
         """
         return self.convert(x, V if backward == "mask" else R, P)
 
-    def pad(self, x: Tensor, dim: int, size: int | None = None) -> Tensor:
+    def pad(self, x: Tensor, dim: int, size: int | None = None, *, zigzag: bool = False) -> Tensor:
         """S(dim) -> P. Forward pads the slice with zeros to the whole; backward slices. 0 bytes.
 
         `size` is the true size of `dim` where it does not divide by p.
         """
-        return self.convert(x, _front(dim), P, size)
+        return self.convert(x, _front(dim), P, size, (dim,) if zigzag else ())
 
     def gather_parameter(
         self,
@@ -173,10 +205,18 @@ class Axis:
 
     # --- the general form ------------------------------------------------------------------
 
-    def convert(self, x: Tensor, source: State, target: State, size: int | None = None) -> Tensor:
+    def convert(
+        self,
+        x: Tensor,
+        source: State,
+        target: State,
+        size: int | None = None,
+        zigzag: tuple[int, ...] = (),
+    ) -> Tensor:
         """`x` in state `source` as `target` (`R`, `P`, `V` or a dim); any pair is legal.
 
-        `size` is the true size of dim `source` where that is a dim and does not divide.
+        `size` is the true size of dim `source` where that is a dim and does not divide; slices of
+        the dims in `zigzag` are in zigzag order.
         """
         for dim in (source, target):
             if dim >= x.ndim or dim < V:
@@ -185,11 +225,13 @@ class Axis:
                 )
         if self.size == 1 or source == target:
             return x
-        forward = Move(_VALUE.get(source, source), _VALUE.get(target, target), size)
+        forward = Move(_VALUE.get(source, source), _VALUE.get(target, target), size, zigzag)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.move(x, forward, "forward")
         whole_target = x.shape[target] if target >= 0 else None
-        backward = Move(_GRADIENT.get(target, target), _GRADIENT.get(source, source), whole_target)
+        backward = Move(
+            _GRADIENT.get(target, target), _GRADIENT.get(source, source), whole_target, zigzag
+        )
         return _Convert.apply(x, self, forward, backward)
 
     def move(self, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -214,8 +256,7 @@ class Axis:
 
     def record(self, op: str, nbytes: float, phase: Phase) -> None:
         """Tell the active counters of a collective that brings `nbytes` to this rank."""
-        for listener in counter.active:
-            listener.record(op, self.name, phase, nbytes)
+        counter.record(op, self.name, phase, nbytes, self.size)
 
 
 def _front(dim: int) -> int:
@@ -254,6 +295,8 @@ def _identity(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 def _slice(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     """Own rows in a buffer of their own, so that the whole can be freed."""
+    if move.target in move.zigzag:
+        x = to_zigzag(x, move.target, axis.sizes)
     rows = axis.block(x.shape[move.target])
     own = x.narrow(move.target, rows.start, rows.stop - rows.start)
     if rows.stop - rows.start < rows.rows:
@@ -268,13 +311,13 @@ def _first_keeps(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 def _gather(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     axis.record("all_gather", (axis.size - 1) * x.nbytes, phase)
     rows = transport.all_gather(x.contiguous(), axis.group)
-    return _join(rows, move.source, axis, move.size)
+    return _join(rows, move, axis)
 
 
 def _exchange(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    rows = _split(x, move.target, axis)
+    rows = _split(x, move, axis)
     axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
-    return _join(transport.all_to_all(rows, axis.group), move.source, axis, move.size)
+    return _join(transport.all_to_all(rows, axis.group), move, axis)
 
 
 def _zero_pad(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -286,7 +329,7 @@ def _zero_pad(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     whole = x.new_zeros(shape)
     valid = rows.stop - rows.start
     whole.narrow(dim, rows.start, valid).copy_(x.narrow(dim, 0, valid))
-    return whole
+    return from_zigzag(whole, dim, axis.sizes) if dim in move.zigzag else whole
 
 
 def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -294,7 +337,7 @@ def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    rows = _split(x, move.target, axis)
+    rows = _split(x, move, axis)
     axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
     return transport.reduce_scatter(rows, axis.group)
 
@@ -314,16 +357,20 @@ _PRIMITIVES: dict[tuple[Place, Place], _Primitive] = {
 }
 
 
-def _split(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """The blocks of `x` along `dim`, one per rank, stacked along a new first dim, contiguous.
+def _split(x: Tensor, move: Move, axis: Axis) -> Tensor:
+    """The blocks of `x` along `move.target`, one per rank, stacked along a new first dim.
 
-    No copy where only dims of size 1 come before `dim`.
+    Contiguous; no copy where only dims of size 1 come before the dim.
     """
-    x = pad_blocks(x, dim, axis.sizes)
+    dim = move.target
+    x = to_zigzag(x, dim, axis.sizes) if dim in move.zigzag else pad_blocks(x, dim, axis.sizes)
     return x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
 
 
-def _join(rows: Tensor, dim: int, axis: Axis, size: int | None) -> Tensor:
-    """Inverse of `_split`, the padding taken off where `size` is given."""
+def _join(rows: Tensor, move: Move, axis: Axis) -> Tensor:
+    """Inverse of `_split` along `move.source`, the padding taken off where the size is given."""
+    dim = move.source
     whole = rows.movedim(0, dim).flatten(dim, dim + 1)
-    return whole if size is None else trim_blocks(whole, dim, axis.sizes, size)
+    if dim in move.zigzag:
+        return from_zigzag(whole, dim, axis.sizes)
+    return whole if move.size is None else trim_blocks(whole, dim, axis.sizes, move.size)

@@ -1,4 +1,4 @@
-"""What the collectives moved: calls and bytes by operation, axis and phase."""
+"""What the collectives moved: calls, bytes and messages by operation, axis and phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Phase: TypeAlias = Literal["forward", "backward"]
 
 
 class Key(NamedTuple):
-    """One row of the count: `op` is `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`."""
+    """One row of the count.
+
+    `op` is `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `send_recv`.
+    """
 
     op: str
     axis: str
@@ -20,10 +23,11 @@ class Key(NamedTuple):
 
 @dataclass(slots=True)
 class Count:
-    """`calls` collectives that brought `bytes` to this rank."""
+    """`calls` collectives that brought `bytes` to this rank in `messages`."""
 
     calls: int = 0
     bytes: float = 0.0
+    messages: int = 0
 
 
 @dataclass(slots=True)
@@ -32,16 +36,19 @@ class CollectiveCounter:
 
     Bytes are what a rank must receive with ring algorithms over p ranks, padding included:
     all-gather and reduce-scatter (p-1)/p of the whole, all-reduce 2(p-1)/p of the whole,
-    all-to-all (p-1)/p of the local part.
+    all-to-all (p-1)/p of the local part; `send_recv` what is received.  Messages are counted
+    likewise, one after the other from rank to rank: p-1 for each collective, 2(p-1) for an
+    all-reduce, and one for each message that is received with `send_recv`.
     """
 
     counts: dict[Key, Count] = field(default_factory=dict[Key, Count])
 
-    def record(self, op: str, axis: str, phase: Phase, nbytes: float) -> None:
+    def record(self, op: str, axis: str, phase: Phase, nbytes: float, messages: int) -> None:
         """Add one collective that brought `nbytes` to this rank."""
         count = self.counts.setdefault(Key(op, axis, phase), Count())
         count.calls += 1
         count.bytes += nbytes
+        count.messages += messages
 
     def bytes(
         self, op: str | None = None, axis: str | None = None, phase: Phase | None = None
@@ -55,6 +62,12 @@ class CollectiveCounter:
         """Collectives of all rows that match; `None` matches everything."""
         return sum(count.calls for _, count in self._matching(op, axis, phase))
 
+    def messages(
+        self, op: str | None = None, axis: str | None = None, phase: Phase | None = None
+    ) -> int:
+        """Messages of all rows that match; `None` matches everything."""
+        return sum(count.messages for _, count in self._matching(op, axis, phase))
+
     def _matching(
         self, op: str | None, axis: str | None, phase: Phase | None
     ) -> Iterator[tuple[Key, Count]]:
@@ -66,6 +79,13 @@ class CollectiveCounter:
 # A plain list and not a context variable: autograd runs CUDA backward passes in threads of its
 # own, which do not inherit the context of the thread that called `backward`.
 active: list[CollectiveCounter] = []
+
+
+def record(op: str, axis: str, phase: Phase, nbytes: float, ranks: int) -> None:
+    """Tell the active counters of a collective over `ranks` that brings `nbytes` to this rank."""
+    messages = 1 if op == "send_recv" else (ranks - 1) * (2 if op == "all_reduce" else 1)
+    for listener in active:
+        listener.record(op, axis, phase, nbytes, messages)
 
 
 @contextmanager

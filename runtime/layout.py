@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -43,8 +44,21 @@ def parse_state(text: str) -> State:
 
 
 def parse_spec(text: str) -> Spec:
-    """The spec written `S0,R`: one state per mesh axis, outermost axis first."""
-    return tuple(parse_state(part.strip()) for part in text.split(","))
+    """The spec written `S0,R`: one state per mesh axis, outermost axis first.
+
+    `Z1` is `S1` with slices in zigzag order, which `zigzag_dims` tells.
+    """
+    return tuple(parse_state(part.strip().replace("Z", "S")) for part in text.split(","))
+
+
+def zigzag_dims(text: str) -> tuple[int, ...]:
+    """The dims that a spec cuts in zigzag order.
+
+    >>> zigzag_dims("S0,Z1,Z1")
+    (1,)
+    """
+    found = [int(part.strip()[1:]) for part in text.split(",") if part.strip().startswith("Z")]
+    return tuple(sorted(set(found)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,53 @@ def pad_blocks(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         return x
     inner = pad_blocks(x.unflatten(dim, (ways, rows)), dim + 1, sizes[1:])
     return inner.flatten(dim, dim + 1)
+
+
+def zigzag_order(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Which chunks of a sequence the ranks of axes of `sizes` hold, rank by rank.
+
+    Over p ranks a sequence is cut into 2p chunks and rank r holds chunks r and 2p - 1 - r, so that
+    all ranks have the same share of a causal mask.  A further axis cuts what a rank holds in
+    the same way.
+
+    >>> zigzag_order([2]), zigzag_order([2, 2])
+    ((0, 3, 1, 2), (0, 7, 1, 6, 2, 5, 3, 4))
+    """
+    return _zigzag(tuple(range(2 * prod(sizes))), sizes)
+
+
+def _zigzag(chunks: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    if not sizes:
+        return chunks
+    ways, width = sizes[0], len(chunks) // (2 * sizes[0])
+    parts = [chunks[i * width : (i + 1) * width] for i in range(2 * ways)]
+    held = [_zigzag(parts[r] + parts[-1 - r], sizes[1:]) for r in range(ways)]
+    return tuple(chunk for own in held for chunk in own)
+
+
+def to_zigzag(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """`x` with `dim` permuted so that contiguous blocks are what `zigzag_order` gives each rank.
+
+    Raises ValueError if the dim is not a multiple of twice the number of ranks.
+    """
+    return _permuted(x, dim, zigzag_order(sizes))
+
+
+def from_zigzag(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Inverse of `to_zigzag`."""
+    order = zigzag_order(sizes)
+    return _permuted(x, dim, sorted(range(len(order)), key=order.__getitem__))
+
+
+def _permuted(x: Tensor, dim: int, order: Sequence[int]) -> Tensor:
+    if x.shape[dim] % len(order):
+        raise ValueError(
+            f"zigzag order cuts a sequence into {len(order)} equal chunks, but dim {dim} of"
+            f" {tuple(x.shape)} has {x.shape[dim]} rows; pad it to a multiple"
+        )
+    chunks = x.unflatten(dim, (len(order), -1))
+    index = torch.tensor(order, device=x.device)
+    return chunks.index_select(dim, index).flatten(dim, dim + 1)
 
 
 def trim_blocks(x: Tensor, dim: int, sizes: Sequence[int], size: int) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoint import Safetensors, Source, StateDict
 from .collectives import WHOLE, Move
 from .layers import Layer, install_layers, per_layer
-from .layout import Spec, block, blocks, local_shape, parse_spec
+from .layout import Spec, block, blocks, local_shape, parse_spec, to_zigzag, zigzag_dims
 from .mesh import Mesh, stable_seed
 from .regather import regathering
 
@@ -157,7 +158,10 @@ class ShardedModule(nn.Module):
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
         """This rank's slice of a whole tensor in `spec`, such as the spec of an output."""
-        own = blocks(whole.shape, parse_spec(spec), self.mesh.sizes, self.mesh.coordinates)
+        states = parse_spec(spec)
+        for dim in zigzag_dims(spec):
+            whole = to_zigzag(whole, dim, _ways(states, dim, self.mesh))
+        own = blocks(whole.shape, states, self.mesh.sizes, self.mesh.coordinates)
         return whole[tuple(slice(part.start, part.stop) for part in own)]
 
     def pack(self, *tensors: Tensor) -> Any:
@@ -244,7 +248,8 @@ class ShardedModule(nn.Module):
             local = _look_up(out, output.path)
             spec = parse_spec(output.spec)
             shape = _true_shape(local, spec, self.mesh, output.shape)
-            entries[output.path] = gather_whole(local.detach(), spec, shape, self.mesh)
+            zigzag = zigzag_dims(output.spec)
+            entries[output.path] = gather_whole(local.detach(), spec, shape, self.mesh, zigzag)
         return _rebuild(entries)
 
     @torch.no_grad()
@@ -429,24 +434,32 @@ class ShardedModule(nn.Module):
                 f"input `{name}` is {x.dtype} {shape}; the plan has {wanted.dtype}"
                 f" {wanted.shape}{free}"
             )
-        spec = parse_spec(wanted.spec)
+        spec, zigzag = parse_spec(wanted.spec), zigzag_dims(wanted.spec)
         for dim, size in enumerate(shape):
-            axes = [axis for axis, state in zip(self.mesh.axes, spec, strict=True) if state == dim]
-            ways = 1
-            for axis in axes:
-                ways *= axis.size
+            ways = prod(_ways(spec, dim, self.mesh)) * (2 if dim in zigzag else 1)
             if size % ways:
-                names = " x ".join(f"{axis.name}={axis.size}" for axis in axes)
+                axes = zip(self.mesh.axes, spec, strict=True)
+                names = " x ".join(f"{a.name}={a.size}" for a, state in axes if state == dim)
+                twice = " in zigzag order (two chunks per rank)" if dim in zigzag else ""
                 raise ValueError(
-                    f"input `{name}` dim {dim} has size {size}, which {names} does not divide"
+                    f"input `{name}` dim {dim} has size {size}, which {names}{twice} does not"
+                    " divide"
                 )
-        own = blocks(shape, spec, self.mesh.sizes, self.mesh.coordinates)
-        part = x[tuple(slice(rows.start, rows.stop) for rows in own)]
-        return part.to(self.mesh.device).contiguous()
+        return self.local_part(x, wanted.spec).to(self.mesh.device).contiguous()
 
 
-def gather_whole(x: Tensor, spec: Spec, shape: Sequence[int], mesh: Mesh) -> Tensor:
-    """The whole tensor of `shape` from this rank's part in `spec` (states R, V and S)."""
+def _ways(spec: Spec, dim: int, mesh: Mesh) -> list[int]:
+    """Sizes of the axes that cut `dim`, major to minor."""
+    return [size for state, size in zip(spec, mesh.sizes, strict=True) if state == dim]
+
+
+def gather_whole(
+    x: Tensor, spec: Spec, shape: Sequence[int], mesh: Mesh, zigzag: tuple[int, ...] = ()
+) -> Tensor:
+    """The whole tensor of `shape` from this rank's part in `spec` (states R, V and S).
+
+    `zigzag` names the dims that are cut in zigzag order.
+    """
     cuts: list[tuple[int, int]] = [
         (state, size) for state, size in zip(spec, mesh.sizes, strict=True)
     ]
@@ -457,19 +470,15 @@ def gather_whole(x: Tensor, spec: Spec, shape: Sequence[int], mesh: Mesh) -> Ten
             continue
         majors = [(ways, 0) for state, ways in cuts[:number] if state == dim]
         size = block(shape[dim], majors).rows
-        x = axis.move(x, Move(dim, WHOLE, size), "forward")
+        x = axis.move(x, Move(dim, WHOLE, size, zigzag), "forward")
     return x
 
 
 def _true_shape(local: Tensor, spec: Spec, mesh: Mesh, planned: Sequence[int]) -> tuple[int, ...]:
     """Full shape of an output: as planned where that explains the local size, else its multiple."""
     expected = local_shape(planned, spec, mesh.sizes)
-    ways = [1] * local.ndim
-    for state, size in zip(spec, mesh.sizes, strict=True):
-        if state >= 0:
-            ways[state] *= size
     return tuple(
-        planned[dim] if size == expected[dim] else size * ways[dim]
+        planned[dim] if size == expected[dim] else size * prod(_ways(spec, dim, mesh))
         for dim, size in enumerate(local.shape)
     )
 

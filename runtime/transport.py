@@ -10,7 +10,7 @@ It also moves every dtype: gloo knows neither int16 nor, for all-to-all, bool.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -116,10 +116,36 @@ def _exchange(
     """`send[i]` to every other rank i, and from it into `receive[i]`; nothing for empty ones."""
     rank, ways = group.rank(), group.size()
     ahead = [(rank + step) % ways for step in range(1, ways)]
-    works = [
-        group.recv([receive[peer]], peer, 0) for peer in reversed(ahead) if receive[peer].numel()
-    ]
-    works += [group.send([send[peer]], peer, 0) for peer in ahead if send[peer].numel()]
+    wait(
+        post(
+            [(send[peer], peer) for peer in ahead if send[peer].numel()],
+            [(receive[peer], peer) for peer in reversed(ahead) if receive[peer].numel()],
+            group,
+        )
+    )
+
+
+def post(
+    send: Sequence[tuple[Tensor, int]],
+    receive: Sequence[tuple[Tensor, int]],
+    group: ProcessGroup,
+    tag: int = 0,
+) -> list[Any]:
+    """Start messages to and from ranks of `group`; `wait` ends them.
+
+    Tensors are contiguous, not empty, and stay as they are until then; nobody is its own peer.
+    Messages with one tag between two ranks arrive in the order in which they were posted.
+    """
+    if any(x.is_cuda for x, _ in (*send, *receive)):
+        messages = [dist.P2POp(dist.irecv, x, group=group, group_peer=p) for x, p in receive]
+        messages += [dist.P2POp(dist.isend, x, group=group, group_peer=p) for x, p in send]
+        return dist.batch_isend_irecv(messages)
+    works: list[Any] = [group.recv([x], peer, tag) for x, peer in receive]
+    return works + [group.send([x], peer, tag) for x, peer in send]
+
+
+def wait(works: Sequence[Any]) -> None:
+    """Until the messages that `post` started have arrived."""
     for work in works:
         work.wait()
 

@@ -322,7 +322,11 @@ def test_rule() -> None:
     assert choices["e"] == ((V, V, V, S(0), S(0), S(0), S(0), S(0), S(0)), (P,))
     assert choices["f"] == ((V, V, V, S(1), S(1), S(2), S(1), S(1), P), (P,))
     assert choices["o"] == ((V, V, V, V, V, S(1), V, V, S(1)), (S(2),))
-    assert choices["R"] == ((R,) * 9, (R,)) and set(choices) == {"R", "i0", "i1", "e", "f", "o"}
+    assert choices["R"] == ((R,) * 9, (R,))
+    tokens, stacked = (S(1),) * 3, (S(0),) * 6
+    assert choices["dispatch_i1"] == ((*tokens, *stacked), (S(1),))
+    assert set(choices) == {"R", "i0", "i1", "e", "f", "o", "dispatch_i0", "dispatch_i1"}
+    assert rule_of(node).ways(("dispatch_i1", "f"), (2, 2)) == {"i1": 2, "e": 2, "f": 2}
     assert experts_dims(node, {"i0": 2, "e": 4, "f": 2}) == (4, 2, 1, 8, 3, 8, 2)
 
 

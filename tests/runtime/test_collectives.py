@@ -237,6 +237,50 @@ def test_two_axes_on_one_dim(pool: Pool) -> None:
                 torch.testing.assert_close(columns, want[:, rank // 2 : rank // 2 + 1])
 
 
+def zigzag_on_rank(whole: Tensor, grad: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(got, wanted) of every conversion that takes or makes slices in zigzag order."""
+    mesh = Mesh.create({"dp": 2, "tp": 2})
+    dp, tp = mesh.axes
+    both = mesh["dp", "tp"]
+    chunks = whole.chunk(8, 0)
+    held = [(0, 7), (1, 6), (2, 5), (3, 4)][both.rank]
+    own = torch.cat([chunks[i] for i in held])
+    own_grad = torch.cat([grad.chunk(8, 0)[i] for i in held])
+    x = whole.clone().requires_grad_()
+    y = tp.shard(dp.shard(x, 0, zigzag=True), 0, zigzag=True)
+    back = dp.all_gather(tp.all_gather(y, 0, zigzag=True), 0, zigzag=True, backward="slice")
+    y.backward(own_grad)
+    assert x.grad is not None
+    columns = both.all_to_all(own, gather_dim=0, shard_dim=1, zigzag=(0,))
+    rows = both.all_to_all(columns, gather_dim=1, shard_dim=0, zigzag=(0,))
+    return {
+        "shard": (y.detach(), own),
+        "shard both": (both.shard(whole, 0, zigzag=True), own),
+        "gather": (back.detach(), whole),
+        "gradient": (x.grad, grad),
+        "columns": (columns, whole[:, both.rank :: 4]),
+        "rows": (rows, own),
+        "pad": (both.all_reduce(both.pad(own, 0, zigzag=True)), whole),
+        "scatter": (both.reduce_scatter(whole, 0, zigzag=True), 4 * own),
+    }
+
+
+def test_zigzag_order_is_undone_by_every_conversion(pool: Pool) -> None:
+    whole, grad = torch.randn(2, 16, 4, dtype=torch.float64)
+    for results in pool(4).run(zigzag_on_rank, whole, grad):
+        for what, (got, want) in results.items():
+            torch.testing.assert_close(got, want, msg=what)
+
+
+def refuse_zigzag() -> None:
+    Mesh.create({"tp": 2})["tp"].shard(torch.ones(6, 2), 0, zigzag=True)
+
+
+def test_zigzag_needs_two_chunks_per_rank(pool: Pool) -> None:
+    with pytest.raises(RankError, match=r"into 4 equal chunks, but dim 0 of \(6, 2\) has 6 rows"):
+        pool(2).run(refuse_zigzag)
+
+
 def differentiate_twice() -> tuple[float, float]:
     """d2/dx2 of sum(x^3) through a gather: with and without axis."""
     axis = Mesh.create({"tp": 2})["tp"]

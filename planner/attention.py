@@ -1,0 +1,232 @@
+"""Attention over a sharded sequence: what each algorithm moves, and what it takes.
+
+The algorithms are choices of `shardwright.attention` (see `ir.ops`); `runtime/attention/` runs
+them and counts the same bytes.  For p ranks along the axis, local shapes q (b, hq, s, d),
+k (b, hk, s, d), v (b, hk, s, dv), and `kv` the bytes of one rank's keys and values together:
+
+| algorithm | forward                                   | backward                               |
+|-----------|-------------------------------------------|----------------------------------------|
+| `ring`    | p - 1 hops of kv, behind the compute      | p - 1 hops of kv, p - 1 of dk, dv fp32 |
+| `gather`  | all-gather of kv                          | all-gather of kv, reduce-scatter dk, dv|
+| `ulysses` | all-to-all of q, k, v and one of the result | the same, of the gradients           |
+| `window`  | the last window - 1 rows of kv from the left | as many rows of dk, dv back, fp32   |
+
+With fewer key heads than ranks Ulysses sends each rank those that its query heads attend.  A ring
+hides its hops behind the compute, so that a step takes the longer of the two, and so does a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..costmodel.compute import attention_s
+from ..ir.graph import Node
+from ..ir.ops import attention_dims, rule_of
+from ..ir.rule import Choice
+from .conversion import Network
+
+# Flash attention: 2 matrix products forward, 5 backward (arXiv:2307.08691, section 3.1)
+BACKWARD = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """`times` collectives of `kind` over one axis, each called with `bytes` (see
+    `costmodel.collective`); `hidden` ones run while the op computes."""
+
+    kind: str
+    axis: int
+    bytes: int
+    times: int
+    backward: bool
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """One rank's part of an attention, and the algorithm that joins the parts."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    causal: bool
+    window: int
+    algorithm: str  # "" where no axis cuts queries and keys together
+    axis: int
+    ranks: int
+    zigzag: bool
+    query_ways: int  # how many ways the queries alone are cut
+
+    @staticmethod
+    def of(node: Node, choices: Sequence[Choice], sizes: Sequence[int], order: str) -> Local:
+        """The part under `choices`, one for each mesh axis; `order` of the tokens."""
+        rule = rule_of(node)
+        ways = rule.ways(choices, sizes)
+        if ways is None:
+            raise ValueError(f"{node.loc}: attention cannot be cut {tuple(choices)} over {sizes}")
+        batch, heads, kv_heads, queries, keys, key_dim = attention_dims(node, ways)
+        axis = next((i for i, choice in enumerate(choices) if choice in rule.algorithms), -1)
+        window = node.arg("window")
+        assert isinstance(window, int)
+        return Local(
+            batch, heads, kv_heads, queries, keys, key_dim, rule.sizes["e"],
+            node.output.type.dtype.itemsize, bool(node.arg("causal")), window,
+            choices[axis] if axis >= 0 else "", axis, sizes[axis] if axis >= 0 else 1,
+            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1),
+        )  # fmt: skip
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of this rank's keys and values."""
+        rows = self.batch * self.kv_heads * self.keys
+        return rows * (self.key_dim + self.value_dim) * self.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of this rank's keys and values, summed up in 32 bits or more."""
+        return self.kv_bytes // self.itemsize * max(self.itemsize, 4)
+
+    @property
+    def halo(self) -> int:
+        """Rows of keys that a window reaches to the left of this rank's own."""
+        return min(self.window - 1, self.keys * (self.ranks - 1))
+
+
+def transfers(local: Local, *, backward: bool) -> list[Transfer]:
+    """What the algorithm moves in one forward pass and, if asked for, one backward pass."""
+    p, axis = local.ranks, local.axis
+    if p == 1 or not local.algorithm:
+        return []
+    kv, gradient = local.kv_bytes, local.gradient_bytes
+    found: list[Transfer] = []
+    match local.algorithm:
+        case "ring":
+            found.append(Transfer("send_recv", axis, kv, p - 1, False, hidden=True))
+            found.append(Transfer("send_recv", axis, kv, p - 1, True, hidden=True))
+            found.append(Transfer("send_recv", axis, gradient, p - 1, True, hidden=True))
+        case "gather":
+            found.append(Transfer("all_gather", axis, kv * p, 1, False))
+            found.append(Transfer("all_gather", axis, kv * p, 1, True))
+            found.append(Transfer("reduce_scatter", axis, gradient * p, 1, True))
+        case "ulysses":
+            rows = local.batch * local.queries * local.itemsize
+            wide = rows * local.heads * local.key_dim
+            wide += kv // local.kv_heads * _kv_heads_each(local) * p
+            result = rows * local.heads * local.value_dim
+            for back in (False, True):
+                found.append(Transfer("all_to_all", axis, wide, 1, back))
+                found.append(Transfer("all_to_all", axis, result, 1, back))
+        case "window":
+            for rows in _halos(local):
+                found.append(Transfer("send_recv", axis, rows * kv // local.keys, 1, False, True))
+                back = rows * gradient // local.keys
+                found.append(Transfer("send_recv", axis, back, 1, True, hidden=True))
+        case _:
+            raise ValueError(f"attention has no algorithm `{local.algorithm}`")
+    return [transfer for transfer in found if backward or not transfer.backward]
+
+
+def _kv_heads_each(local: Local) -> int:
+    """Key heads that a rank needs when it computes its share of the query heads."""
+    return max(1, local.kv_heads // local.ranks)
+
+
+def _halos(local: Local) -> list[int]:
+    """Rows from each neighbour to the left, the nearest first."""
+    left, rows = local.halo, list[int]()
+    while left > 0:
+        rows.append(min(left, local.keys))
+        left -= local.keys
+    return rows
+
+
+def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tuple[float, float]:
+    """(forward, backward) seconds on the busiest rank, transfers included."""
+    step, steps = _compute(local, dtype, network)
+    moved = transfers(local, backward=backward)
+
+    def passing(compute: float, back: bool) -> float:
+        """Seconds of `compute` per step and of what moves meanwhile and besides."""
+        hops = [
+            network.seconds(t.kind, (t.axis,), t.bytes)
+            for t in moved
+            if t.backward == back and t.hidden
+        ]
+        exposed = sum(
+            t.times * network.seconds(t.kind, (t.axis,), t.bytes)
+            for t in moved
+            if t.backward == back and not t.hidden
+        )
+        if local.algorithm == "ring":  # the last step waits for nothing
+            return compute + (steps - 1) * max(compute, sum(hops)) + exposed
+        return max(compute, sum(hops)) + exposed
+
+    back = passing(BACKWARD * step, True) if backward else 0.0
+    return passing(step, False), back
+
+
+def _compute(local: Local, dtype: str, network: Network) -> tuple[float, int]:
+    """(seconds of one step, number of steps) of the busiest rank."""
+    p, causal = local.ranks, local.causal
+    heads, kv_heads, queries, keys, steps = (
+        local.heads, local.kv_heads, local.queries, local.keys, 1,
+    )  # fmt: skip
+    match local.algorithm:
+        case "ring":
+            steps, share = p, 0.5 if causal and local.zigzag else 1.0
+        case "gather":
+            keys *= p
+            share = _share(local, keys, 2 if local.zigzag else 2 * p)
+        case "ulysses":
+            heads, kv_heads = heads // p, _kv_heads_each(local)
+            queries, keys = queries * p, keys * p
+            share = _share(local, keys, 2)
+        case "window":
+            keys = min(keys + local.halo, keys * p)
+            share = min(1.0, local.window / keys)
+        case _:
+            share = _share(local, keys, 2 * local.query_ways)
+    dims = (local.batch, heads, kv_heads, queries, keys, local.key_dim)
+    step = network.once(
+        ("attention", *dims, share, dtype),
+        lambda: attention_s(*dims, dtype, network.cluster, share),
+    )
+    return step, steps
+
+
+def _share(local: Local, keys: int, cut: int) -> float:
+    """Share of the scores (local queries x `keys`) that the busiest rank computes.
+
+    Causal attention computes the lower triangle.  With queries cut in p contiguous blocks the last
+    rank has the longest rows, 1 - 1 / (2p) of them (`cut` = 2p); in zigzag order all have half
+    (`cut` = 2).  A causal window of w keys bounds each row by w.
+    """
+    share = 1.0 - 1.0 / cut if local.causal else 1.0
+    if local.causal and 0 < local.window < keys:
+        share = min(share, local.window / keys)
+    return share
+
+
+def buffer_bytes(local: Local) -> float:
+    """Bytes that the algorithm holds beside its operands and result while it runs."""
+    p = local.ranks
+    match local.algorithm:
+        case "ring":
+            return 2.0 * local.kv_bytes
+        case "gather":
+            return float(local.kv_bytes * p)
+        case "ulysses":
+            return float(transfers(local, backward=False)[0].bytes) if p > 1 else 0.0
+        case "window":
+            return float(local.kv_bytes // local.keys * local.halo)
+        case _:
+            return 0.0
+
+
+__all__ = ["BACKWARD", "Local", "Transfer", "buffer_bytes", "seconds", "transfers"]

@@ -1,0 +1,176 @@
+"""Tree attention: every rank has all queries and a part of the keys; two all-reduces merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import Queries, attend, attend_backward, sinks_gradient
+from .links import Group, Link
+from .partial import Partial, normalised, wide
+from .pieces import Piece
+from .scores import Mask, Scores
+from .task import Options, check_heads
+from .tokens import Layout
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group,
+    causal: bool = False,
+    window: int = 0,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    query_start: int | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """Attention of the same queries on every rank over keys that are sharded over `group`.
+
+    q (b, hq, sq, d) is the same on all ranks, and so is the result (b, hq, sq, dv); k (b, hkv, sk,
+    d) and v (b, hkv, sk, dv) are this rank's shards.  Options are those of `ring_attention`.
+
+    `layout` says which positions the keys have; query i stands at `query_start + i` (by default
+    the queries are the last tokens of the layout).  Instead of a layout `lengths` (b,) may say how
+    many rows of this rank's shard each sequence has, all of which are attended: decoding
+    sequences of different lengths.  Then rows may differ from rank to rank.
+
+    Cost: two all-reduces in float32, of b hq sq and of b hq sq (dv + 1) numbers; nothing depends on
+    the number of keys.  Wins for decoding, where sq is 1.  Differentiable; the gradient of q costs
+    one more all-reduce of b hq sq d numbers.  Gradients of q and sinks are whole on every rank.
+
+    Raises ValueError for sizes that do not fit together or to the layout.
+    """
+    options = Options("tree_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
+    check_heads(options.name, q, k, v)
+    link, scores = Link(group), options.scores(q)
+    if lengths is not None:
+        parts = _by_length(options, scores, q, k, lengths, layout)
+    else:
+        parts = [
+            (slice(0, q.shape[0]), _by_layout(options, scores, link, q, k, layout, query_start))
+        ]
+    return _Tree.apply(q, k, v, sinks, link, scores, parts)
+
+
+# Sequences of the batch, and what their queries attend.
+_Parts = list[tuple[slice, tuple[Piece, ...]]]
+
+
+def _by_layout(
+    options: Options,
+    scores: Scores,
+    link: Link,
+    q: Tensor,
+    k: Tensor,
+    layout: Layout | None,
+    query_start: int | None,
+) -> tuple[Piece, ...]:
+    keys = layout or Layout.contiguous(k.shape[2] * link.size, link.size)
+    if keys.ranks != link.size or keys.rows != k.shape[2]:
+        options.refuse(
+            f"k {tuple(k.shape)} on {link.size} ranks does not fit the layout of {keys.ranks}"
+            f" shards of {keys.rows} rows"
+        )
+    stop = keys.start + keys.length
+    first = stop - q.shape[2] if query_start is None else query_start
+    if first < 0 or len(keys.documents) > 1:
+        options.refuse("the queries must be a run of positions from 0 on in one document")
+    queries = Layout.contiguous(q.shape[2], 1, start=first)
+    options.check_covers(scores, queries, keys)
+    return scores.pieces(queries, 0, keys, link.rank)
+
+
+def _by_length(
+    options: Options,
+    scores: Scores,
+    q: Tensor,
+    k: Tensor,
+    lengths: Tensor | Sequence[int],
+    layout: Layout | None,
+) -> _Parts:
+    """Neighbouring sequences of one length go together; each attends all its rows."""
+    counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    if len(counts) != q.shape[0] or not all(0 <= n <= k.shape[2] for n in counts):
+        options.refuse(f"lengths must be {q.shape[0]} numbers from 0 to {k.shape[2]}, got {counts}")
+    if layout or scores.causal or scores.window or scores.bias is not None or not _simple(scores):
+        options.refuse(
+            "with `lengths` the keys have no positions: no layout, causal, window, mask, bias or"
+            " slopes"
+        )
+    parts: _Parts = []
+    for index, count in enumerate(counts):
+        pieces = (Piece(0, q.shape[2], 0, count, 0, 0, "full"),) if count else ()
+        if parts and parts[-1][1] == pieces:
+            parts[-1] = (slice(parts[-1][0].start, index + 1), pieces)
+        else:
+            parts.append((slice(index, index + 1), pieces))
+    return parts
+
+
+def _simple(scores: Scores) -> bool:
+    mask = scores.mask
+    return (
+        scores.slopes is None and mask.keys is None and mask.documents is None and not mask.prefix
+    )
+
+
+class _Tree(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        link: Link,
+        scores: Scores,
+        parts: _Parts,
+    ) -> Tensor:
+        ctx.link, ctx.scores, ctx.parts = link, scores, parts
+        own = Partial.empty(q, v.shape[3])
+        for batch, pieces in parts:
+            some = Partial(own.out[batch], own.lse[batch])
+            attend(some, q[batch], k[batch], v[batch], pieces, scores)
+        whole = merge_over(own, link)
+        if sinks is not None:
+            sink = Partial.of_sinks(sinks, q, v.shape[3])
+            whole.add_(sink.out, sink.lse)
+        out = whole.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, whole.lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (q, k, v))
+        queries = Queries.of(q, out, lse, grads[0].to(q.dtype))
+        for batch, pieces in ctx.parts:
+            into = (dq[batch], dk[batch], dv[batch])
+            attend_backward(into, queries.of_batch(batch), k[batch], v[batch], pieces, ctx.scores)
+        dq = ctx.link.all_reduce(dq, "sum", "backward")
+        dsinks = None if sinks is None else sinks_gradient(sinks, queries)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks, None, None, None
+
+
+def merge_over(own: Partial, link: Link) -> Partial:
+    """The ranks' partial results of the same queries as one, the same on all ranks."""
+    highest = link.all_reduce(own.lse, "max", "forward")
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    weight = torch.exp(own.lse - highest).unsqueeze(-1)
+    summed = link.all_reduce(torch.cat([own.out * weight, weight], -1), "sum", "forward")
+    return normalised(summed[..., :-1], summed[..., -1], highest)

@@ -1,0 +1,230 @@
+"""Ulysses and USP: an all-to-all turns shards of the sequence into shards of heads, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .links import Group, Link, pack, unpack
+from .partial import wide
+from .ring import attend_over_ring
+from .scores import Mask
+from .task import Options, Task, check_heads, check_layouts
+from .tokens import Layout
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group,
+    causal: bool = False,
+    window: int = 0,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    query_layout: Layout | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """Attention over a sequence that is sharded over `group`, each rank doing some of the heads.
+
+    Tensors and options are those of `ring_attention`, without `bias` (each rank needs the rows of
+    all queries).  The query heads must divide by the ranks p.  The key heads need not: a rank gets
+    those that its query heads attend, so with fewer than p of them some go to several ranks.
+
+    Cost, over p ranks, with g key heads per rank (hkv / p, or those needed): forward receives
+    (p-1)/p b hq sq d e + (p-1) b g sk (d + dv) e bytes in one all-to-all and (p-1)/p b hq sq dv e
+    in another; backward the same.  Nothing hides them.  Memory: the whole sequence of hq/p heads.
+    Wins where links are fast and p is at most the number of heads; it moves fewer bytes than a
+    ring when p > hq/hkv + 1, and any layout is balanced.
+
+    Raises ValueError for sizes that do not fit together or to the layout.
+    """
+    options = Options(
+        "ulysses_attention", causal, window, scale, softcap, sinks, None, slopes, mask
+    )
+    return _attention(options, Link(group), Link(None), q, k, v, layout, query_layout)
+
+
+def usp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ulysses: Group,
+    ring: Group,
+    causal: bool = False,
+    window: int = 0,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    query_layout: Layout | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """Attention over a sequence that is sharded over two groups: Ulysses in one, ring in the other.
+
+    Rank (i of the ring, j of Ulysses) holds shard i * ulysses size + j of the layout; for causal
+    balance that is `Layout.zigzag(length, ring size).split(ulysses size)`.  Tensors and options
+    are those of `ulysses_attention`; query heads must divide by the size of `ulysses`.
+
+    Cost: `ulysses_attention` over u ranks plus `ring_attention` over r ranks on b hq/u heads and
+    u times the rows.  Wins where there are more ranks than key heads, or several nodes:
+    Ulysses inside a node, the ring across.
+    """
+    options = Options("usp_attention", causal, window, scale, softcap, sinks, None, slopes, mask)
+    return _attention(options, Link(ulysses), Link(ring), q, k, v, layout, query_layout)
+
+
+def _attention(
+    options: Options,
+    ulysses: Link,
+    ring: Link,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout | None,
+    query_layout: Layout | None,
+) -> Tensor:
+    check_heads(options.name, q, k, v)
+    rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
+    queries, keys = check_layouts(options, rank, ranks, q, k, layout, query_layout)
+    scores = options.scores(q)
+    options.check_covers(scores, queries, keys)
+    if q.shape[1] % ulysses.size:
+        options.refuse(
+            f"{q.shape[1]} query heads do not divide by {ulysses.size} ranks of `{ulysses.name}`;"
+            " use ring_attention, or usp_attention with a smaller ulysses group"
+        )
+    heads = _Heads(q.shape[1], k.shape[1], ulysses.size)
+    own = heads.queries(ulysses.rank)
+    count = own.stop - own.start
+    task = Task(
+        ring,
+        scores.of_heads(own.start, count),
+        queries.join(ulysses.size),
+        keys.join(ulysses.size),
+    )
+    sinks = None if options.sinks is None else options.sinks.narrow(0, own.start, count)
+    q, k, v = _ToHeads.apply(q, k, v, ulysses, heads)
+    index = heads.repeats(ulysses.rank)
+    if index is not None:
+        k, v = (x.index_select(1, torch.tensor(index, device=x.device)) for x in (k, v))
+    return _ToTokens.apply(attend_over_ring(q, k, v, sinks, task), ulysses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Which heads each of `ranks` ranks computes."""
+
+    query_heads: int
+    key_heads: int
+    ranks: int
+
+    def queries(self, rank: int) -> slice:
+        """Its query heads."""
+        count = self.query_heads // self.ranks
+        return slice(rank * count, (rank + 1) * count)
+
+    def keys(self, rank: int) -> slice:
+        """The key heads that its query heads attend."""
+        own, group = self.queries(rank), self.query_heads // self.key_heads
+        return slice(own.start // group, (own.stop - 1) // group + 1)
+
+    def repeats(self, rank: int) -> list[int] | None:
+        """Key head, among its own, of each query head; None where groups are equal."""
+        own, keys = self.queries(rank), self.keys(rank)
+        group = self.query_heads // self.key_heads
+        index = [head // group - keys.start for head in range(own.start, own.stop)]
+        count, among = len(index), keys.stop - keys.start
+        even = count % among == 0
+        if even and index == [head // (count // among) for head in range(count)]:
+            return None
+        return index
+
+
+class _ToHeads(torch.autograd.Function):
+    """(q, k, v) of all heads and own rows -> of own heads and all rows; one all-to-all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, link: Link, heads: _Heads
+    ) -> tuple[Tensor, ...]:
+        ctx.link, ctx.heads = link, heads
+        ctx.shapes = (q.shape, k.shape, v.shape)
+        sent = [
+            pack(q[:, heads.queries(i)], k[:, heads.keys(i)], v[:, heads.keys(i)])
+            for i in range(link.size)
+        ]
+        shapes = _shapes_of(ctx.shapes, heads, link.rank)
+        received = link.all_to_all(sent, [sent[link.rank].numel()] * link.size, "forward")
+        parts = [unpack(buffer, *shapes) for buffer in received]
+        return tuple(torch.cat(same, 2) for same in zip(*parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        link, heads = ctx.link, ctx.heads
+        rows = [shape[2] for shape in ctx.shapes]
+        sent = [
+            pack(*(g.narrow(2, i * n, n) for g, n in zip(grads, rows, strict=True)))
+            for i in range(link.size)
+        ]
+        shapes = [_shapes_of(ctx.shapes, heads, i) for i in range(link.size)]
+        sizes = [sum(shape.numel() for shape in own) for own in shapes]
+        received = link.all_to_all(sent, sizes, "backward")
+        totals = [grads[0].new_zeros(s, dtype=wide(grads[0].dtype)) for s in ctx.shapes]
+        for i, buffer in enumerate(received):
+            own = (heads.queries(i), heads.keys(i), heads.keys(i))
+            for total, where, part in zip(totals, own, unpack(buffer, *shapes[i]), strict=True):
+                total[:, where] += part
+        return (*(total.to(grads[0].dtype) for total in totals), None, None)
+
+
+def _shapes_of(
+    shapes: Sequence[torch.Size], heads: _Heads, rank: int
+) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """Shapes of what `rank` computes, of one shard of rows."""
+    q, k, v = shapes
+    counts = [own.stop - own.start for own in (heads.queries(rank), heads.keys(rank))]
+    return (
+        torch.Size((q[0], counts[0], q[2], q[3])),
+        torch.Size((k[0], counts[1], k[2], k[3])),
+        torch.Size((v[0], counts[1], v[2], v[3])),
+    )
+
+
+class _ToTokens(torch.autograd.Function):
+    """Results of own heads and all rows -> of all heads and own rows; one all-to-all."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, link: Link) -> Tensor:
+        ctx.link = link
+        return _swap(out, link, 2, 1, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        return _swap(grads[0], ctx.link, 1, 2, "backward"), None
+
+
+def _swap(x: Tensor, link: Link, cut: int, joined: int, phase: Any) -> Tensor:
+    """The ranks' part i of `x` along dim `cut`, for rank i, put together along dim `joined`."""
+    parts = x.chunk(link.size, cut) if x.shape[cut] else [x] * link.size
+    shape = parts[0].shape
+    sent = [part.reshape(-1) for part in parts]
+    received = link.all_to_all(sent, [sent[0].numel()] * link.size, phase)
+    return torch.cat([part.view(shape) for part in received], joined)

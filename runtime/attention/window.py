@@ -1,0 +1,170 @@
+"""Sliding-window attention: a rank fetches the few keys before its own from its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import attend, attend_backward
+from .links import Group, Hop, pack, unpack
+from .partial import wide
+from .pieces import Piece
+from .scores import Mask
+from .task import Options, Task, save, saved, start
+from .tokens import Layout
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group,
+    window: int,
+    causal: bool = True,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Tensor:
+    """Causal attention to the last `window` keys, own one included, by halo exchange.
+
+    Tensors and options are those of `ring_attention`; `layout` must be contiguous.  Differentiable.
+
+    Cost: forward receives b hkv min(window-1, rows before) (d + dv) e bytes, in one message from
+    each of ceil((window-1) / sk) neighbours, while its own block is computed; backward sends the
+    gradients of as many rows back in float32.  Memory: `window` keys.  Wins whenever
+    window is shorter than the sequence.
+
+    Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for
+    what a halo cannot do (not causal, other layouts, a prefix).
+    """
+    options = Options("window_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
+    if not causal:
+        raise NotImplementedError(
+            "window_attention: causal=False; keys after a query are unbounded by the window, so"
+            " use ring_attention or gather_kv_attention"
+        )
+    if window < 1:
+        options.refuse(f"window is the number of keys that a query attends, got {window}")
+    task = Task.of(options, group, q, k, v, layout, None)
+    keys = task.keys
+    if keys.runs != Layout.contiguous(keys.length, keys.ranks, start=keys.start).runs:
+        raise NotImplementedError(
+            "window_attention: a halo needs the contiguous layout; for other layouts use"
+            " ring_attention or gather_kv_attention with `window`"
+        )
+    return _Window.apply(q, k, v, sinks, task)
+
+
+@dataclass(frozen=True, slots=True)
+class Halo:
+    """The last `rows` rows of the shard `distance` ranks before a rank."""
+
+    distance: int
+    rows: int
+
+
+def halos(window: int, rows: int, ranks: int) -> list[Halo]:
+    """What a rank needs of its neighbours, the nearest first, where it has so many."""
+    needed, found = window - 1, list[Halo]()
+    while needed > 0 and rows > 0 and len(found) < ranks - 1:
+        found.append(Halo(len(found) + 1, min(needed, rows)))
+        needed -= rows
+    return found
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task
+    ) -> Tensor:
+        hop = _fetch(task, k, v)
+        into = start(q, v, sinks)
+        task.attend(into, q, k, v, task.link.rank)
+        ctx.task, ctx.halos = task, hop.wait()
+        for halo, buffer in zip(_before(task), ctx.halos, strict=True):
+            keys, values = _unpack(buffer, halo, k, v)
+            attend(into, q, keys, values, _pieces(task, halo), task.scores)
+        return save(ctx, (q, k, v, sinks), into)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        task: Task = ctx.task
+        queries, k, v, dsinks = saved(ctx, grads[0])
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, k, v))
+        shares: list[Tensor] = []
+        for halo, buffer in zip(_before(task), ctx.halos, strict=True):
+            keys, values = _unpack(buffer, halo, k, v)
+            shares.append(torch.zeros_like(buffer, dtype=dk.dtype))
+            into = (dq, *_unpack(shares[-1], halo, k, v))
+            attend_backward(into, queries, keys, values, _pieces(task, halo), task.scores)
+        hop = _give_back(task, shares, k, v)
+        own = task.pieces(task.link.rank)
+        attend_backward((dq, dk, dv), queries, k, v, own, task.scores)
+        for halo, share in zip(_after(task), hop.wait(), strict=True):
+            for total, part in zip((dk, dv), _unpack(share, halo, k, v), strict=True):
+                total.narrow(2, total.shape[2] - halo.rows, halo.rows).add_(part)
+        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, None
+
+
+def _all(task: Task) -> list[Halo]:
+    return halos(task.scores.window, task.keys.rows, task.link.size)
+
+
+def _before(task: Task) -> list[Halo]:
+    """Halos that this rank receives."""
+    return [halo for halo in _all(task) if halo.distance <= task.link.rank]
+
+
+def _after(task: Task) -> list[Halo]:
+    """Halos that this rank's rows are for others."""
+    return [halo for halo in _all(task) if halo.distance < task.link.size - task.link.rank]
+
+
+def _fetch(task: Task, k: Tensor, v: Tensor) -> Hop:
+    rank, rows = task.link.rank, k.shape[2]
+    send = [
+        (pack(*(x.narrow(2, rows - halo.rows, halo.rows) for x in (k, v))), rank + halo.distance)
+        for halo in _after(task)
+    ]
+    receive = [(k.new_empty(_size(halo, k, v)), rank - halo.distance) for halo in _before(task)]
+    return task.link.swap(send, receive, "forward")
+
+
+def _give_back(task: Task, shares: list[Tensor], k: Tensor, v: Tensor) -> Hop:
+    """Gradients of the halos to the owners of their rows."""
+    rank, dtype = task.link.rank, wide(k.dtype)
+    before = [rank - halo.distance for halo in _before(task)]
+    receive = [
+        (k.new_empty(_size(halo, k, v), dtype=dtype), rank + halo.distance) for halo in _after(task)
+    ]
+    return task.link.swap(list(zip(shares, before, strict=True)), receive, "backward")
+
+
+def _size(halo: Halo, k: Tensor, v: Tensor) -> int:
+    return k.shape[0] * k.shape[1] * halo.rows * (k.shape[3] + v.shape[3])
+
+
+def _unpack(buffer: Tensor, halo: Halo, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = unpack(
+        buffer, (*k.shape[:2], halo.rows, k.shape[3]), (*v.shape[:2], halo.rows, v.shape[3])
+    )
+    return keys, values
+
+
+def _pieces(task: Task, halo: Halo) -> tuple[Piece, ...]:
+    """What this rank's queries attend of a halo's rows."""
+    keys, source = task.keys, task.link.rank - halo.distance
+    runs = keys.clip(source, keys.rows - halo.rows, keys.rows)
+    return task.scores.pieces_of(task.queries.runs[task.link.rank], runs)

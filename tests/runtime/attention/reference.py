@@ -1,0 +1,139 @@
+"""Attention in one process, pair by pair: what every algorithm is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardwright.runtime import Layout, Mask
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention over a whole sequence, and how it is sharded."""
+
+    ranks: int = 2
+    length: int = 24
+    heads: tuple[int, int] = (4, 2)
+    head_dims: tuple[int, int] = (8, 8)
+    batch: int = 2
+    layout: str = "contiguous"
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    scale: float | None = None
+    sinks: bool = False
+    slopes: bool = False
+    bias: bool = False
+    padded: bool = False
+    documents: tuple[int, ...] = ()
+    prefix: int = 0
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def but(self, **changes: object) -> Case:
+        """The same case with other values."""
+        return replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def make_layout(self, ranks: int | None = None) -> Layout:
+        """The layout by its name; `packed` takes the documents."""
+        ranks = ranks or self.ranks
+        if self.layout == "packed":
+            return Layout.packed(self.documents, ranks)
+        return getattr(Layout, self.layout)(self.length, ranks)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Whole tensors of a case: the same on all ranks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    sinks: Tensor | None
+    slopes: Tensor | None
+    bias: Tensor | None
+    mask: Mask | None
+
+
+def make(case: Case) -> Inputs:
+    """Random inputs; the same for the same case."""
+    generator = torch.Generator().manual_seed(case.seed)
+    b, s, (hq, hkv), (d, dv) = case.batch, case.length, case.heads, case.head_dims
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    q, k, v, grad = draw(b, hq, s, d), draw(b, hkv, s, d), draw(b, hkv, s, dv), draw(b, hq, s, dv)
+    sinks = draw(hq) if case.sinks else None
+    slopes = draw(hq).abs() if case.slopes else None
+    bias = draw(1, hq, s, s) if case.bias else None
+    keys = documents = None
+    if case.padded:  # a different number of keys for each sequence; the last has none in front
+        keys = torch.arange(s) < torch.tensor([s - 3 * i for i in range(b)])[:, None]
+    if case.documents and case.layout != "packed":
+        ids = torch.repeat_interleave(
+            torch.arange(len(case.documents)), torch.tensor(case.documents)
+        )
+        documents = torch.stack([ids, ids.flip(0)])[:b]
+    mask = Mask(keys, documents, case.prefix)
+    return Inputs(q, k, v, grad, sinks, slopes, bias, mask)
+
+
+def allowed(case: Case, inputs: Inputs) -> Tensor:
+    """Who may attend whom (b, s, s), from the definitions."""
+    s = case.length
+    key, query = torch.arange(s), torch.arange(s)[:, None]
+    pairs = torch.ones(s, s, dtype=torch.bool)
+    if case.causal:
+        pairs &= key <= query
+    if case.window:
+        pairs &= key > query - case.window
+    pairs |= key < case.prefix
+    if case.layout == "packed":
+        ids = torch.repeat_interleave(
+            torch.arange(len(case.documents)), torch.tensor(case.documents)
+        )
+        pairs &= ids == ids[:, None]
+    pairs = pairs.expand(case.batch, s, s)
+    assert inputs.mask is not None
+    if inputs.mask.keys is not None:
+        pairs = pairs & inputs.mask.keys[:, None]
+    if inputs.mask.documents is not None:
+        ids = inputs.mask.documents
+        pairs = pairs & (ids[:, None] == ids[:, :, None])
+    return pairs
+
+
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """(out, dq, dk, dv and, with sinks, their gradient), every score written out."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    q, (k, v) = (
+        leaves[0],
+        (x.repeat_interleave(case.heads[0] // case.heads[1], 1) for x in leaves[1:]),
+    )
+    scores = q @ k.transpose(-1, -2) * (case.scale or q.shape[-1] ** -0.5)
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.to(dtype)
+    if inputs.slopes is not None:
+        position = torch.arange(case.length)
+        distance = (position - position[:, None]).to(dtype)
+        scores = scores + inputs.slopes.to(dtype)[:, None, None] * (
+            distance if case.causal else -distance.abs()
+        )
+    pairs = allowed(case, inputs)[:, None]
+    scores = scores.masked_fill(~pairs, -torch.inf)
+    if inputs.sinks is not None:
+        leaves.append(inputs.sinks.detach().to(dtype).requires_grad_())
+        sink = leaves[3][None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
+    else:
+        nothing = ~pairs.any(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    out = weights @ v
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad.to(dtype))]
