@@ -235,7 +235,7 @@ def whole_attention(graph: Graph) -> Graph:
 
 def _attention(node: Node, tensors: Sequence[Arg], options: Sequence[Arg]) -> Node:
     names = ("q", "k", "v", "mask", "scale", "causal", "window", "softcap", "dropout_p")
-    args = tuple(zip(names, (*tensors, *options), strict=True))
+    args = (*zip(names, (*tensors, *options), strict=True), ("sinks", None))
     return replace(node, op="shardwright.attention", args=args)
 
 

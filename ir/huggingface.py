@@ -269,9 +269,10 @@ def _attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`attention` as transformers' layers call it; (b, s, h, d) out."""
+    """`attention` as transformers' layers call it; (b, s, h, d) out.  `s_aux` are its sinks."""
     for name, argument in kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS:
             raise ValueError(
@@ -308,6 +309,7 @@ def _attention_forward(
         info.window,
         float(softcap or 0.0),
         float(dropout),
+        s_aux,
     )
     return output.transpose(1, 2), None
 

@@ -75,6 +75,7 @@ def _experts_forward(
         )
     first = "gate_up_proj" if module.has_gate else "up_proj"
     biased = bool(module.has_bias)
+    options: dict[str, Any] = dict(form.arguments())
     return moe(
         hidden_states,
         indices,
@@ -83,7 +84,7 @@ def _experts_forward(
         module.down_proj,
         up_bias=getattr(module, f"{first}_bias") if biased else None,
         down_bias=module.down_proj_bias if biased else None,
-        **dict(form.arguments()),
+        **options,
     )
 
 

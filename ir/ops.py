@@ -19,7 +19,7 @@ import torch
 
 from .graph import Node, Value, values_in
 from .rule import Algorithm, Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
-from .spec import S
+from .spec import S, V
 
 Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
@@ -1444,8 +1444,15 @@ def _attention_rule(node: Node) -> Rule:
         names = ("b", "(n g)", "q", "[k]")[4 - len(mask.type.shape) :]
         pairs = zip(names, mask.type.shape, strict=True)
         term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
+    term += ", (n g)" if _sinks(node) is not None else ""
     text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
     return replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+
+
+def _sinks(node: Node) -> Value | None:
+    """The scores of attention sinks; nodes of older plans have no such argument."""
+    sinks = dict(node.args).get("sinks")
+    return sinks if isinstance(sinks, Value) else None
 
 
 def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
@@ -1456,9 +1463,11 @@ def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
     """
     query, key = node.operands[:2]
     heads = query.type.shape[1]
-    if len(node.operands) > 3 or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
+    masked = isinstance(node.arg("mask"), Value)
+    if masked or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
         return {}
-    way = Algorithm(("q", "k"), (S(2), S(2), S(2)), (S(2),))
+    sinks = () if _sinks(node) is None else (V,)
+    way = Algorithm(("q", "k"), (S(2), S(2), S(2), *sinks), (S(2),))
     found = {"ring": way, "gather": way}
     if heads % key.type.shape[1] == 0:
         found["ulysses"] = replace(way, fits=_heads_divide)
@@ -1488,6 +1497,7 @@ def _emit_attention(node: Node, render: Render) -> str:
         "causal": "True" if node.arg("causal") else "",
         "window": render.arg("window") if node.arg("window") else "",
         "softcap": render.arg("softcap") if node.arg("softcap") else "",
+        "sinks": "" if _sinks(node) is None else render.arg("sinks"),
     }
     name, axis = render.algorithm()
     if name:

@@ -210,6 +210,7 @@ def attention(
     causal: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     query_start: int = 0,
     generator: torch.Generator | None = None,
@@ -219,8 +220,9 @@ def attention(
     Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
     j <= p if `causal`; j > p - window if `window` > 0; and
     `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
-    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  Query head h uses key head
-    h // (hq // hkv).  Result (b, hq, sq, dv).
+    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
+    one more key per head, whose value is zero.  Query head h uses key head h // (hq // hkv).
+    Result (b, hq, sq, dv).
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
@@ -234,14 +236,14 @@ def attention(
         sk = last - first
     if causal and window >= query_start + sq:
         window = 0
-    explicit = softcap > 0 or dropout_p > 0
+    explicit = softcap > 0 or dropout_p > 0 or sinks is not None
     if causal and not window and mask is None and not explicit and query_start == 0 and sq == sk:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     mask = _with_positions(mask, (sq, sk), causal, window, query_start, q.device)
     if explicit:
-        return _explicit_attention(q, k, v, mask, scale, softcap, dropout_p, generator)
+        return _explicit_attention(q, k, v, mask, scale, softcap, sinks, dropout_p, generator)
     if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
         # Of CUDA's kernels, the one that takes masks does not take grouped heads.
         groups = q.shape[1] // k.shape[1]
@@ -293,6 +295,7 @@ def _explicit_attention(
     mask: Tensor | None,
     scale: float | None,
     softcap: float,
+    sinks: Tensor | None,
     dropout_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
@@ -312,7 +315,11 @@ def _explicit_attention(
         blocked = (mask == -torch.inf).all(-1, keepdim=True)
     if blocked is not None:  # softmax of nothing but -inf is NaN, backward too
         scores = scores.masked_fill(blocked, 0)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = weights if sinks is None else weights[..., :-1]
     if blocked is not None:  # a query that may attend nothing gives zeros, as the fused kernels do
         weights = weights.masked_fill(blocked, 0)
     weights = dropout(weights.to(q.dtype), dropout_p, generator=generator)

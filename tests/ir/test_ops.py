@@ -456,6 +456,7 @@ example(
     lambda d: attention_args(d, softcap=2.0, mask=d.bools(2, 1, 8, 8) | torch.eye(8).bool()),
     lambda d: attention_args(d, causal=False, mask=d.x(1, 4, 8, 8)),
     lambda d: attention_args(d, causal=False, mask=d.x(8, 8)),
+    lambda d: attention_args(d, window=3, sinks=d.x(4)),
 )
 example(
     "shardwright.cross_entropy",
