@@ -1508,8 +1508,8 @@ def _emit_attention(node: Node, render: Render) -> str:
             "layout": zigzag if render.order() == "zigzag" else "",
         }
         return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
-    axis = render.axis("q")
-    kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis and node.arg("causal") else ""
+    axis = render.axis("q") if node.arg("causal") or node.arg("window") else ""
+    kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis else ""
     if node.arg("dropout_p"):
         axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
         kwargs["dropout_p"] = f"{render.arg('dropout_p')} if self.training else 0.0"

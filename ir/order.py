@@ -58,7 +58,8 @@ def fits_order(node: Node, choice: Choice, order: str) -> bool:
     """
     if order == "contiguous" or node.op != "shardwright.attention":
         return True
-    return choice != "window" and not (choice == "q" and bool(node.arg("causal")))
+    positions = bool(node.arg("causal")) or bool(node.arg("window"))
+    return choice != "window" and not (choice == "q" and positions)
 
 
 def is_causal_self_attention(node: Node) -> bool:

@@ -106,6 +106,7 @@ class Program:
     outputs: tuple[Sharded, ...]
     recompute: bool = False  # layers run forward again in backward, and keep only their inputs
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
+    training: bool = True  # does a backward pass follow?
 
     @cached_property
     def zigzag(self) -> dict[str, frozenset[int]]:
@@ -167,6 +168,7 @@ class _Lowering:
             outputs,
             self.decisions.recompute,
             self.decisions.order,
+            self.training,
         )
 
     def _loop(self, loop: Loop, top: _Scope) -> LoopCall:

@@ -36,7 +36,7 @@ class Moved(NamedTuple):
 def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
     """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
     walk = _Walk(mesh, program.recompute, program.order)
-    trained = [out for out in program.outputs if out.value.differentiable]
+    trained = [out for out in program.outputs if out.value.differentiable and program.training]
     scalars = [out for out in trained if out.value.type.shape == ()]
     walk.run(program.statements, set(scalars[:1] or trained), {})
     return walk.moved

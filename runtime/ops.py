@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention import Layout as Layout
+from .attention import gather_kv_attention as gather_kv_attention
+from .attention import ring_attention as ring_attention
+from .attention import ulysses_attention as ulysses_attention
+from .attention import window_attention as window_attention
 from .collectives import Axis
 from .moe import moe as moe  # generated modules call it `ops.moe`
 

@@ -38,10 +38,15 @@ def mesh_of(*sizes: int) -> Mesh:
 
 
 def builder_of(
-    graph: Graph, mesh: Mesh, *, training: bool = True, recompute: bool = False
+    graph: Graph,
+    mesh: Mesh,
+    *,
+    training: bool = True,
+    recompute: bool = False,
+    order: str = "contiguous",
 ) -> Builder:
     """The problem builder on the gloo cluster, without a memory limit."""
-    setting = Setting(training, "none", None, recompute)
+    setting = Setting(training, "none", None, recompute, order)
     return Builder(graph, Network(mesh, load_cluster("cpu")), setting)
 
 
@@ -186,7 +191,8 @@ def check(
     """
     source = source_of(builder, decisions)
     results = pool.run(run_module, source, dict(params), dict(inputs))
-    moved = predicted_bytes(program_of(builder, decisions), builder.network.mesh)
+    moved = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
+    busiest: dict[tuple[str, str, str], float] = {}
     for rank, (outputs, gradients, counted) in enumerate(results):
         for path, want in expected[0].items():
             assert_close(outputs[path], want, tolerance, f"rank {rank} output {path}")
@@ -195,8 +201,13 @@ def check(
                 got = gradients[name]
                 assert got is not None, f"rank {rank}: no gradient for {name}"
                 assert_close(got, want, tolerance, f"rank {rank} gradient of {name}")
-        same = counted == pytest.approx(dict(moved), rel=1e-12)
-        assert same, f"rank {rank} moved {counted}, predicted {dict(moved)}"
+        for key, n_bytes in counted.items():
+            busiest[key] = max(busiest.get(key, 0.0), n_bytes)
+        if not any("window" in choices for choices in decisions.choices.values()):
+            same = counted == pytest.approx(moved, rel=1e-12)
+            assert same, f"rank {rank} moved {counted}, predicted {moved}"
+    # The first and the last rank have a neighbour less to exchange a window with.
+    assert busiest == pytest.approx(moved, rel=1e-12), f"moved {busiest}, predicted {moved}"
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:

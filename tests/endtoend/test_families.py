@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from shardwright.ir.ops import kind_of
+from shardwright.ir.ops import kind_of, rule_of
 from shardwright.planner.build import Builder, Decisions, Restriction
 from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.roles import Roles
@@ -32,10 +32,16 @@ ROLES = (
 
 @cache
 def builder(name: str, sizes: tuple[int, ...], kind: str = "train") -> Builder:
-    """The problem builder of a family on a mesh; `kind` is train, recompute, eval or float32."""
+    """The problem builder of a family on a mesh.
+
+    `kind` is train, recompute, zigzag, eval or float32.
+    """
     graph = case32(name).graph if kind == "float32" else case(name, kind != "eval").graph
-    mesh = mesh_of(*sizes)
-    return builder_of(graph, mesh, training=kind != "eval", recompute=kind == "recompute")
+    order = "zigzag" if kind == "zigzag" else "contiguous"
+    recompute = kind == "recompute"
+    return builder_of(
+        graph, mesh_of(*sizes), training=kind != "eval", recompute=recompute, order=order
+    )
 
 
 class Parallel(Restriction):
@@ -112,12 +118,58 @@ def test_each_parallelism(
 
 def assert_attention_is_cut(made: Builder, decisions: Decisions, roles: tuple[str, ...]) -> None:
     """Attention takes part in every axis in the way of its role."""
-    factors = {"ddp": "b", "fsdp": "b", "cp": "q", "tp": "n"}
+    ways = {
+        "ddp": ("b",),
+        "fsdp": ("b",),
+        "cp": ("q", "ring", "gather", "ulysses", "window"),
+        "tp": ("n", "R", "V"),
+    }
     nodes = [n for region in made.regions for n in region.nodes if kind_of(n) == "attention"]
     assert nodes
     for node in nodes:
         for role, choice in zip(roles, decisions.choices[node.name], strict=True):
-            assert choice == factors[role] or (role == "tp" and choice in ("R", "V")), node
+            assert choice in ways[role], node
+
+
+class Algorithms(Restriction):
+    """Every self-attention runs one algorithm over the last axis, and is cut over the others."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            if kind_of(node) == "attention" and self.name in rule_of(node).algorithms:
+                if choices[-1] != self.name or {"R", "V"} & set(choices[:-1]):
+                    return False
+        return True
+
+
+ALGORITHMS = [
+    ("ring", "train"), ("ring", "zigzag"), ("gather", "train"), ("gather", "zigzag"),
+    ("ulysses", "train"), ("ulysses", "zigzag"), ("window", "train"), ("ring", "recompute"),
+    ("gather", "eval"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2)], ids=ids)
+@pytest.mark.parametrize(("algorithm", "kind"), ALGORITHMS)
+def test_attention_over_a_sharded_sequence(
+    pool: Pool, algorithm: str, kind: str, sizes: tuple[int, ...]
+) -> None:
+    """Mistral has windows and grouped heads."""
+    made = builder("mistral", sizes, kind)
+    decisions = planned(made, Algorithms(algorithm))
+    used = {choices[-1] for choices in decisions.choices.values()}
+    assert algorithm in used and decisions.order == made.setting.order
+    run(pool, made, decisions, case("mistral", training=kind != "eval"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "gpt_neox", "encoder_decoder"])
+def test_random_decisions_in_zigzag_order(pool: Pool, name: str) -> None:
+    made = builder(name, (2, 2), "zigzag")
+    for seed in (0, 1):
+        run(pool, made, random_decisions(made, seed), case(name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
