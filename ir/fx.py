@@ -107,7 +107,7 @@ class _Converter:
         parts = [f"{name}_part{i}" for i in range(len(types))] if len(types) > 1 else []
         names = [self.unique(part) for part in parts] or [name]
         outputs = tuple(
-            Value(n, t, differentiable and t.dtype.is_floating_point)
+            Value(n, t, differentiable and (t.dtype.is_floating_point or t.dtype.is_complex))
             for n, t in zip(names, types, strict=True)
         )
         location, frame = _locate(origin)
