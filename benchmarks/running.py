@@ -19,8 +19,6 @@ to the system when they are freed, so that the resident set is what is alive.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import importlib.util
 import sys
 import tempfile
@@ -37,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from benchmarks.memory import give_back_freed_blocks, peak_bytes, resident_bytes, start_peak
 from shardwright.api import capture_graph
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.cluster import load_cluster
@@ -188,30 +187,16 @@ def measure_time(case: Case, rounds: int) -> tuple[Timed, Timed]:
 
 def measure_peak(case: Case, side: Side) -> int:
     """Bytes that the model and its second step add to this process at their peak."""
-    give_back = ctypes.CDLL(None)
-    m_mmap_threshold, m_trim_threshold = -3, -1
-    give_back.mallopt(m_mmap_threshold, 65536)
-    give_back.mallopt(m_trim_threshold, 65536)
+    give_back_freed_blocks()
     make_step(case, side, TINY)()
-    gc.collect()
-    give_back.malloc_trim(0)
-    before = _status("VmRSS")
+    before = resident_bytes()
     step = make_step(case, side, MIDDLE)
     step()
-    gc.collect()
-    give_back.malloc_trim(0)
+    resident_bytes()
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+    start_peak()
     step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == key:
-            return int(rest.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
+    return peak_bytes() - before
 
 
 def make_step(case: Case, side: Side, size: Size) -> Step:

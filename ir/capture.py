@@ -44,15 +44,18 @@ def capture(
     inputs: Mapping[str, Tensor],
     *,
     training: bool,
+    serving: bool = False,
     rebuild: Callable[[], nn.Module] | None = None,
 ) -> Graph:
     """The flat, canonical graph of `model(**inputs)`, every layer written out.
 
     `model` and `inputs` may be on the meta device; neither is changed.  `training` decides about
-    dropout.  `rebuild` makes the model anew; it is called only if a non-persistent buffer has no
-    value.  Raises CaptureError.
+    dropout.  `serving` says that `position_ids` among the inputs tell where new tokens of one
+    sequence per row stand, and not that rows are packed.  `rebuild` makes the model anew; it is
+    called only if a non-persistent buffer has no value.  Raises CaptureError.
     """
-    return _finish(model, *export(model, inputs, training=training), rebuild)
+    exported = export(model, inputs, training=training, serving=serving)
+    return _finish(model, *exported, rebuild)
 
 
 def capture_folded(
@@ -60,6 +63,7 @@ def capture_folded(
     inputs: Mapping[str, Tensor],
     *,
     training: bool,
+    serving: bool = False,
     rebuild: Callable[[], nn.Module] | None = None,
 ) -> Graph:
     """`fold(capture(...))`, but fast for deep models: layers that repeat are not all exported.
@@ -69,14 +73,19 @@ def capture_folded(
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     _check_inputs(model, inputs)
     with _mode(model, training):
-        short = repeats(model, inputs, lambda: _on_meta(model, inputs))
+        short = repeats(model, inputs, lambda: _on_meta(model, inputs, serving))
+
+    def whole() -> Graph:
+        flat = capture(model, inputs, training=training, serving=serving, rebuild=rebuild)
+        return fold(flat, classes)
+
     if short is not None:
         with cut(model, short.kept):
-            graph = fold(capture(model, inputs, training=training, rebuild=rebuild), classes)
+            graph = whole()
         extended = _extended(graph, short)
         if extended is not None:
             return extended
-    return fold(capture(model, inputs, training=training, rebuild=rebuild), classes)
+    return whole()
 
 
 def _extended(graph: Graph, short: Repeats) -> Graph | None:
@@ -118,7 +127,7 @@ class _Tensors:
 
 
 def export(
-    model: nn.Module, inputs: Mapping[str, Tensor], *, training: bool
+    model: nn.Module, inputs: Mapping[str, Tensor], *, training: bool, serving: bool = False
 ) -> tuple[ExportedProgram, _Tensors]:
     """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
     _check_inputs(model, inputs)
@@ -126,7 +135,7 @@ def export(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.items()}
     make = functools.partial(_fake, mode=fake)
-    with _mode(model, training), _attention(model, inputs), _replaced(model, make):
+    with _mode(model, training), _attention(model, inputs, serving), _replaced(model, make):
         try:
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
         except Exception as error:  # `forward` is the user's code: it may raise anything
@@ -134,10 +143,13 @@ def export(
     return program, tensors
 
 
-def _attention(model: nn.Module, inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+def _attention(
+    model: nn.Module, inputs: Mapping[str, Tensor], serving: bool
+) -> AbstractContextManager[None]:
     """Inside, Hugging Face models call our attention operator; other models are as they are."""
     if huggingface.is_huggingface(model):
-        return huggingface.shardwright_attention(model, positions_given="position_ids" in inputs)
+        packed = "position_ids" in inputs and not serving
+        return huggingface.shardwright_attention(model, positions_given=packed)
     return nullcontext()
 
 
@@ -182,10 +194,10 @@ def _fake(value: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 @contextmanager
-def _on_meta(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[None]:
+def _on_meta(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) -> Generator[None]:
     """Inside, `model` runs on meta tensors as it would be exported."""
     with (
-        _attention(model, inputs),
+        _attention(model, inputs, serving),
         _replaced(model, functools.partial(torch.empty_like, device="meta")),
     ):
         yield

@@ -193,6 +193,17 @@ class Graph:
     outputs: tuple[Output, ...]
 
     @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node, those of each kind of block once."""
+        found: list[Node] = []
+        for item in self.body:
+            if isinstance(item, Loop):
+                found += [node for block in item.blocks for node in block.nodes]
+            else:
+                found.append(item)
+        return tuple(found)
+
+    @property
     def loops(self) -> tuple[Loop, ...]:
         """The loops of the body, in order."""
         return tuple(item for item in self.body if isinstance(item, Loop))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,24 +18,41 @@ from .graph import Arg, Graph, Loop, Node, Param, Value
 _REDUCTION = {1: "mean", 2: "sum"}
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a cache was given: keys and values (b, heads, s, d), positions (b, s), -1 is padding."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+Caches: TypeAlias = dict[str, Tokens]  # by the path of the cache: `model.layers.0.kv`
+
+
 def interpret(
-    graph: Graph, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    graph: Graph,
+    params: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    caches: Caches | None = None,
 ) -> dict[tuple[str | int, ...], Tensor]:
     """The graph's outputs by their paths; autograd works through all of it.
 
     `params` maps the original names of parameters and persistent buffers to tensors (a state
-    dict); constants come from the graph.  Raises KeyError for a missing name, ValueError for an
-    op that does not exist.
+    dict); constants come from the graph.  A graph of serving reads and extends `caches`
+    (default: empty ones).  Raises KeyError for a missing name, ValueError for an op that does
+    not exist.
     """
     device = next(iter(inputs.values())).device
     env = {item.value.name: inputs[item.name] for item in graph.inputs}
+    caches = {} if caches is None else caches
     with torch.device(device):
         _bind(graph.params, "", params, env)
         for item in graph.body:
             if isinstance(item, Node):
-                _run(item, env)
+                _run(item, env, caches, "")
             else:
-                _run_loop(item, params, env)
+                _run_loop(item, params, env, caches)
     return {output.path: env[output.value.name] for output in graph.outputs}
 
 
@@ -49,7 +67,9 @@ def _bind(
             env[param.value.name] = params[prefix + param.name]
 
 
-def _run_loop(loop: Loop, params: Mapping[str, Tensor], env: dict[str, Tensor]) -> None:
+def _run_loop(
+    loop: Loop, params: Mapping[str, Tensor], env: dict[str, Tensor], caches: Caches
+) -> None:
     """Run the blocks one after another."""
     carried = [env[value.name] for value in loop.carried]
     invariants = [env[value.name] for value in loop.invariants]
@@ -59,15 +79,19 @@ def _run_loop(loop: Loop, params: Mapping[str, Tensor], env: dict[str, Tensor]) 
         inner = dict(zip(names, [*carried, *invariants], strict=True))
         _bind(block.params, f"{loop.path}.{index}.", params, inner)
         for node in block.nodes:
-            _run(node, inner)
+            _run(node, inner, caches, f"{loop.path}.{index}.")
         carried = [inner[value.name] for value in block.outputs]
     env.update({value.name: tensor for value, tensor in zip(loop.outputs, carried, strict=True)})
 
 
-def _run(node: Node, env: dict[str, Tensor]) -> None:
-    """Run one node."""
+def _run(node: Node, env: dict[str, Tensor], caches: Caches, prefix: str) -> None:
+    """Run one node; its cache, if it has one, is `prefix` and its own name."""
     args = {name: _real(arg, env) for name, arg in node.args}
-    result = operator(node.op)(**args)
+    if node.op == "shardwright.cached_attention":
+        path = f"{prefix}{args.pop('cache')}"
+        result, caches[path] = cached_attention_math(caches.get(path), **args)
+    else:
+        result = operator(node.op)(**args)
     results = result if isinstance(result, (tuple, list)) else [result]
     for value, tensor in zip(node.outputs, results, strict=True):
         if tuple(tensor.shape) != value.type.shape or tensor.dtype != value.type.dtype:
@@ -126,11 +150,46 @@ def _moe(**args: Any) -> Tensor:
     return moe_operator(**args) if isinstance(args["x"], FakeTensor) else moe_math(**args)
 
 
+def _last_token(x: Tensor, positions: Tensor) -> Tensor:
+    """The row of the highest position of each sequence, (b, 1, ...)."""
+    return torch.stack([x[i, at : at + 1] for i, at in enumerate(positions.argmax(1).tolist())])
+
+
+def cached_attention_math(
+    cached: Tokens | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    context: int,
+) -> tuple[Tensor, Tokens]:
+    """Attention of new tokens over all that are known, and all that are known then.
+
+    `context`, the number that was planned for, changes nothing.
+    """
+    keys = positions
+    if cached is not None:
+        k, v = torch.cat([cached.k, k], 2), torch.cat([cached.v, v], 2)
+        keys = torch.cat([cached.positions, positions], 1)
+    rows, columns = positions[:, None, :, None], keys[:, None, None, :]
+    mask = (columns >= 0) & (columns <= rows)
+    if window:
+        mask &= columns > rows - window
+    out = attention_math(
+        q, k, v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0
+    )
+    return out, Tokens(k, v, keys)
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     "shardwright.attention": attention_math,
     "shardwright.affine": _affine,
+    "shardwright.last_token": _last_token,
     "shardwright.cross_entropy": _cross_entropy,
     "shardwright.moe": _moe,
 }
 
-__all__ = ["interpret", "operator"]
+__all__ = ["Caches", "Tokens", "cached_attention_math", "interpret", "operator"]

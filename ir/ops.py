@@ -19,7 +19,7 @@ import torch
 
 from .graph import Node, Value, values_in
 from .rule import Algorithm, Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
-from .spec import S, V
+from .spec import R, S, V
 
 Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
@@ -1523,6 +1523,53 @@ register(
     "shardwright.attention",
     Op(_attention_rule, _emit_attention, kind="attention", saves=("q", "k", "v", "result")),
 )
+
+
+def _cached_attention_rule(node: Node) -> Rule:
+    """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand."""
+    query, key, value, _ = node.operands
+    context = node.arg("context")
+    assert isinstance(context, int)
+    heads, new = key.type.shape[1], query.type.shape[2]
+    groups = query.type.shape[1] // heads
+    text = "b (n g) [q] [d], b n [k] [d], b n [k] [e], b [q] -> b (n g) [q] [e]"
+    rule = _text(text, sizes={"n": heads, "g": groups})(node)
+    shared = Algorithm(("c", "q", "k"), (S(2), S(2), S(2), S(1)), (S(2),))
+    whole = Algorithm(("c",), (R, R, R, R), (R,))
+    return replace(
+        rule,
+        sizes={**rule.sizes, "c": context + new},
+        uneven=frozenset({"c"}),
+        algorithms={"ring": shared, "gather": shared, "pass_q": shared, "tree": whole},
+    )
+
+
+def _emit_cached_attention(node: Node, render: Render) -> str:
+    name, axis = render.algorithm()
+    return call(
+        "ops.cached_attention",
+        *(render.arg(tensor) for tensor in ("q", "k", "v")),
+        f"self.{node.arg('cache')}",
+        render.arg("positions"),
+        algorithm=f'"{name}"' if name else "",
+        axis=axis,
+        scale=render.arg("scale"),
+        window=render.arg("window") if node.arg("window") else "",
+        softcap=render.arg("softcap") if node.arg("softcap") else "",
+    )
+
+
+register(
+    "shardwright.cached_attention",
+    Op(_cached_attention_rule, _emit_cached_attention, kind="attention", saves=("q", "k", "v")),
+)
+
+
+def _emit_last_token(node: Node, render: Render) -> str:
+    return call("ops.last_token", render.arg("x"), render.arg("positions"), axis=render.axis("s"))
+
+
+register("shardwright.last_token", Op(_text("b s ..., b s -> b 1 ..."), _emit_last_token))
 
 
 def _cross_entropy_rule(node: Node) -> Rule:

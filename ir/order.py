@@ -33,7 +33,7 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
             _tie_node(item, groups)
     seen = [
         groups.find((value.name, 2))
-        for node in _nodes(graph)
+        for node in graph.nodes
         if node.op == "shardwright.attention" and is_causal_self_attention(node)
         for value in node.operands[:3]
     ]
@@ -129,15 +129,6 @@ def _tie_loop(loop: Loop, groups: _Groups) -> None:
 def _tie_values(a: Value, b: Value, groups: _Groups) -> None:
     for dim in range(len(a.type.shape)):
         groups.join([(a.name, dim), (b.name, dim)])
-
-
-def _nodes(graph: Graph) -> Iterable[Node]:
-    for item in graph.body:
-        if isinstance(item, Loop):
-            for block in item.blocks:
-                yield from block.nodes
-        else:
-            yield item
 
 
 __all__ = ["fits_order", "is_causal_self_attention", "token_dims"]

@@ -63,13 +63,13 @@ def shrink(
         raise ValueError(f"mesh {new} does not divide mesh {old}")
     values = {value.name: value for value in _values(graph)}
     atoms = _Atoms()
-    for node in _nodes(graph):
+    for node in graph.nodes:
         _tie_node(atoms, node)
     for loop in graph.loops:
         _tie_loop(atoms, loop)
     _fix_tables(atoms, graph)
     demands = _Demands(atoms, old.sizes, new.sizes)
-    for node in _nodes(graph):
+    for node in graph.nodes:
         demands.node(node, choices[node.name])
     for name, spec in specs:
         demands.value(values[name], spec)
@@ -158,15 +158,6 @@ def _split(atom: _Atom, minor: _Atom) -> _Atom:
     return major
 
 
-def _nodes(graph: Graph) -> Iterator[Node]:
-    for item in graph.body:
-        if isinstance(item, Node):
-            yield item
-        else:
-            for block in item.blocks:
-                yield from block.nodes
-
-
 def _params(graph: Graph) -> Iterator[Param]:
     yield from graph.params
     for loop in graph.loops:
@@ -177,7 +168,7 @@ def _params(graph: Graph) -> Iterator[Param]:
 def _values(graph: Graph) -> Iterator[Value]:
     yield from (item.value for item in graph.inputs)
     yield from (param.value for param in _params(graph))
-    for node in _nodes(graph):
+    for node in graph.nodes:
         yield from node.outputs
     for loop in graph.loops:
         yield from loop.outputs
@@ -383,7 +374,7 @@ _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
 def _fix_tables(atoms: _Atoms, graph: Graph) -> None:
     """Tables that are read at computed places (positions) keep their rows."""
     direct = _passed_on(graph)
-    for node in _nodes(graph):
+    for node in graph.nodes:
         if node.op == "aten.embedding.default":
             table, indices = node.operands
             if indices.name not in direct:
@@ -393,7 +384,7 @@ def _fix_tables(atoms: _Atoms, graph: Graph) -> None:
 def _passed_on(graph: Graph) -> set[str]:
     """Values that hold the numbers of an input, only arranged otherwise."""
     direct = {item.value.name for item in graph.inputs}
-    for node in _nodes(graph):
+    for node in graph.nodes:
         op = find_op(node.op)
         moves = (op is not None and op.kind == "view") or node.op.startswith("aten.to.")
         if moves and all(value.name in direct for value in node.operands):
@@ -474,7 +465,7 @@ def _floors(atoms: _Atoms, graph: Graph, tokens_only: bool) -> dict[_Atom, int]:
                     floors[atom] = _LEAST if label == "b" else _LEAST_TOKENS
     if tokens_only:
         return floors
-    for node in _nodes(graph):
+    for node in graph.nodes:
         if node.op in ("aten.embedding.default", "shardwright.cross_entropy"):
             table = node.operands[0]
             rows = 0 if node.op == "aten.embedding.default" else len(table.type.shape) - 1
@@ -662,7 +653,7 @@ def _check(
     graph: Graph, small: Graph, choices: Mapping[str, tuple[Choice, ...]], mesh: Mesh
 ) -> None:
     """Every op gives the shape that the graph says, has the factors that it had, and can be cut."""
-    for old, new in zip(_nodes(graph), _nodes(small), strict=True):
+    for old, new in zip(graph.nodes, small.nodes, strict=True):
         a, b = rule_of(old), rule_of(new)
         alike = (a.operands, a.results, a.whole) == (b.operands, b.results, b.whole)
         if not alike or b.ways(choices[new.name], mesh.sizes) is None:

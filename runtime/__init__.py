@@ -9,25 +9,36 @@ from .attention import (
     merge,
     pass_q_attention,
     ring_attention,
+    shared_prefix_attention,
     tree_attention,
     ulysses_attention,
     usp_attention,
     window_attention,
 )
+from .cache import CacheFullError, KVCache, PageTable
 from .collectives import Axis
 from .counter import CollectiveCounter, count_collectives
 from .launch import RankError, RankPool, run_ranks
 from .layers import Layer, per_layer
 from .mesh import Mesh
-from .module import Input, Namespace, Output, Outputs, Param, ShardedModule
+from .module import Cache, Input, Namespace, Output, Outputs, Param, ShardedModule
 from .moe import moe
-from .ops import attention, cross_entropy, dropout, vocab_embedding
+from .ops import (
+    attention,
+    cached_attention,
+    cross_entropy,
+    dropout,
+    last_token,
+    vocab_embedding,
+)
 from .regather import regathering
 
 __all__ = [
-    "Axis", "CollectiveCounter", "Input", "Layer", "Layout", "Mask", "Mesh", "Namespace", "Output",
-    "Outputs", "Param", "Partial", "RankError", "RankPool", "ShardedModule", "attention",
-    "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "merge", "moe", "ops",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer", "Layout",
+    "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Partial", "RankError",
+    "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
+    "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge", "moe", "ops",
     "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
-    "tree_attention", "ulysses_attention", "usp_attention", "vocab_embedding", "window_attention",
+    "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
+    "vocab_embedding", "window_attention",
 ]  # fmt: skip

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cache import KVCache
 from .checkpoint import Safetensors, Source, StateDict
 from .collectives import WHOLE, Move
+from .generate import ServePhase, Serving, checked_lengths, generate
 from .layers import Layer, install_layers, per_layer
 from .layout import Spec, block, blocks, local_shape, parse_spec, to_zigzag, zigzag_dims
 from .mesh import Mesh, stable_seed
@@ -56,6 +58,22 @@ class Input:
     dtype: torch.dtype
     free: tuple[int, ...] = ()
     high: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The KV cache of one attention: sizes of the original model, and how it is sharded.
+
+    `heads` counts all key heads.  `spec` is over the dims batch 0, heads 1, sequence 2.  With
+    `window` > 0 tokens are dropped that no later query attends.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    spec: str
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +123,7 @@ class ShardedModule(nn.Module):
     PARAMETERS: ClassVar[Mapping[str, Param]]
     INPUTS: ClassVar[Mapping[str, Input]]
     OUTPUTS: ClassVar[Sequence[Output]]
+    CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
     PHASE: ClassVar[Literal["train", "prefill"]] = "train"
     OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
@@ -112,6 +131,7 @@ class ShardedModule(nn.Module):
 
     def __init__(self, mesh: Mesh | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
+        self._serving: Serving | None = None
         self.mesh = Mesh.create(self.MESH, device) if mesh is None else mesh
         if dict(zip(self.mesh.names, self.mesh.sizes, strict=True)) != dict(self.MESH):
             wanted = " x ".join(f"{name}={size}" for name, size in self.MESH.items())
@@ -124,6 +144,8 @@ class ShardedModule(nn.Module):
         super().__init_subclass__()
         if "PARAMETERS" in cls.__dict__:
             cls.PARAMETERS = per_layer(cls.PARAMETERS)  # pyright: ignore[reportConstantRedefinition]
+        if "CACHES" in cls.__dict__:
+            cls.CACHES = per_layer(cls.CACHES)  # pyright: ignore[reportConstantRedefinition]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, after which gathered parameters are freed (see `regathering`)."""
@@ -230,27 +252,12 @@ class ShardedModule(nn.Module):
 
         Raises ValueError naming the input whose name, dtype or shape does not fit the plan.
         """
-        missing = [name for name in self.INPUTS if name not in batch]
-        unknown = [name for name in batch if name not in self.INPUTS]
-        if missing or unknown:
-            raise ValueError(
-                f"the module takes the inputs {', '.join(self.INPUTS) or 'none'};"
-                + (f" missing: {', '.join(missing)}" if missing else "")
-                + (f" unknown: {', '.join(unknown)}" if unknown else "")
-            )
-        return {name: self._shard_input(name, batch[name]) for name in self.INPUTS}
+        return self._shard_inputs(self.INPUTS, batch)
 
     @torch.no_grad()
     def gather_outputs(self, out: Any) -> Any:
         """What the original model would return: full tensors, without gradients."""
-        entries: dict[Path_, Tensor] = {}
-        for output in self.OUTPUTS:
-            local = _look_up(out, output.path)
-            spec = parse_spec(output.spec)
-            shape = _true_shape(local, spec, self.mesh, output.shape)
-            zigzag = zigzag_dims(output.spec)
-            entries[output.path] = gather_whole(local.detach(), spec, shape, self.mesh, zigzag)
-        return _rebuild(entries)
+        return _rebuild({output.path: self._gather_output(output, out) for output in self.OUTPUTS})
 
     @torch.no_grad()
     def full_gradients(self) -> dict[str, Tensor | None]:
@@ -280,6 +287,160 @@ class ShardedModule(nn.Module):
         for part in name.split("."):
             found = getattr(found, part)
         return found
+
+    # --- serving ---------------------------------------------------------------------------------
+    # All tensors here are full ones, the same on every rank.
+
+    def new_cache(self, batch: int, tokens: int, *, total_tokens: int | None = None) -> None:
+        """Empty KV caches for `batch` sequences of up to `tokens` tokens each.
+
+        `total_tokens` is what all sequences hold together (default: batch * tokens): with fewer,
+        long sequences use the memory that short ones leave.  Where the batch is sharded, each rank
+        has its share of the total for its own sequences.  Replaces the caches that are there.
+        """
+        self._serving = Serving(self, batch, tokens, total_tokens)
+
+    @property
+    def cached_lengths(self) -> Tensor:
+        """Cached tokens of each sequence (b,), int64 on the CPU."""
+        return self._served().lengths.clone()
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Start new sequences with prompts (b, t); logits (b, v) of the token that follows each.
+
+        Of row i the first `lengths[i]` tokens count (default: all).  Whatever was cached is
+        dropped.  Raises CacheFullError if the prompts do not fit.
+        """
+        serving = self._served()
+        self._check_batch(input_ids, 2)
+        counts = checked_lengths(lengths, input_ids, least=1)
+        serving.clear()
+        return serving.step("prefill", input_ids, counts)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Continue every sequence with one token (b,); logits (b, v) of the next.
+
+        Raises CacheFullError if a sequence is at its end.
+        """
+        self._check_batch(tokens, 1)
+        ids = tokens[:, None]
+        return self._served().step("decode", ids, checked_lengths(None, ids))
+
+    def append(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Continue the sequences with several tokens (b, t); logits (b, v) of what follows.
+
+        Of row i the first `lengths[i]` tokens count (default: all); rows with 0 stay as they are,
+        and their logits mean nothing.  Raises CacheFullError if the tokens do not fit.
+        """
+        self._check_batch(input_ids, 2)
+        return self._served().step("append", input_ids, checked_lengths(lengths, input_ids))
+
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Go back: keep only the first `lengths[i]` cached tokens of sequence i (b,)."""
+        serving = self._served()
+        limits = torch.as_tensor(lengths).to("cpu", torch.int64)
+        if limits.shape != (serving.batch,) or bool((limits < 0).any()):
+            raise ValueError(
+                f"truncate takes a length of 0 or more for each of {serving.batch} sequences, got"
+                f" {limits.tolist()}"
+            )
+        serving.truncate(limits)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Prompts (b, t) with up to `max_new_tokens` tokens behind them, (b, t + new).
+
+        Prompts of different lengths are padded: on the right with `lengths` (b,) given, or
+        anywhere with an `attention_mask` (b, t) of ones and zeros.  New tokens stand in columns
+        t, t + 1, ... in any case.  A sequence ends with a token of `eos_token_id` and goes on with
+        `pad_token_id`; generation stops when all have ended.
+
+        The likeliest token is taken, or, with `do_sample`, one is drawn: logits / temperature, of
+        those the `top_k` highest (0: all), of those the fewest with a probability of `top_p` or
+        more together.  Draws depend on `seed`, or on the mesh's shared generator, and every
+        rank returns the same.
+
+        Uses the cache that is there if it is large enough, else makes a new one.
+        """
+        return generate(
+            self, input_ids, max_new_tokens, lengths=lengths, attention_mask=attention_mask,
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        )  # fmt: skip
+
+    # What a module with several programs overrides: which there are, and what each takes and gives.
+
+    def phases(self) -> Sequence[ServePhase]:
+        """The phases that this module has programs for."""
+        return ("prefill", "decode", "append")
+
+    def inputs_of(self, phase: ServePhase) -> Mapping[str, Input]:
+        """The inputs of the program for `phase`: `input_ids` and `position_ids`."""
+        return self.INPUTS
+
+    def outputs_of(self, phase: ServePhase) -> Sequence[Output]:
+        """The outputs of the program for `phase`; one of them is `logits`, or there is only one."""
+        return self.OUTPUTS
+
+    def _run(self, phase: ServePhase, **local: Tensor) -> Any:
+        """Run the program for `phase` on this rank's part of its inputs."""
+        return self(**local)
+
+    # What `Serving` uses.
+
+    def shard_phase(self, phase: ServePhase, **batch: Tensor) -> dict[str, Tensor]:
+        """`shard_inputs` for the program of a phase."""
+        return self._shard_inputs(self.inputs_of(phase), batch)
+
+    @torch.no_grad()
+    def gather_phase(self, phase: ServePhase, out: Any) -> Tensor:
+        """The full logits (b, 1, v) from what the program of a phase returned."""
+        outputs = self.outputs_of(phase)
+        found = [o for o in outputs if o.path and o.path[-1] == "logits"] or list(outputs)
+        if len(found) != 1:
+            raise ValueError(
+                f"the {phase} program returns {[o.path for o in outputs]}; one of them must be"
+                " called `logits`"
+            )
+        return self._gather_output(found[0], out)
+
+    def set_cache(self, name: str, cache: KVCache) -> None:
+        """Put this rank's part of a cache where `forward` looks for it."""
+        owner, leaf = _owner(self, name)
+        setattr(owner, leaf, cache)
+
+    def room_for(self, batch: int, tokens: int) -> Serving:
+        """The serving state, with new caches unless those that are there are large enough."""
+        serving = self._serving
+        if serving is None or serving.batch != batch or serving.tokens < tokens:
+            self.new_cache(batch, tokens)
+        return self._served()
+
+    def _served(self) -> Serving:
+        if self._serving is None:
+            raise RuntimeError("there is no KV cache yet; call new_cache(batch, tokens) first")
+        return self._serving
+
+    def _check_batch(self, ids: Tensor, ndim: int) -> None:
+        batch = self._served().batch
+        if ids.ndim != ndim or ids.shape[0] != batch or ids.is_floating_point():
+            raise ValueError(
+                f"expected integer tokens ({batch}{', t' if ndim == 2 else ''}) for the {batch}"
+                f" sequences of the cache, got {ids.dtype} {tuple(ids.shape)}"
+            )
 
     # --- demonstration ---------------------------------------------------------------------------
 
@@ -421,8 +582,26 @@ class ShardedModule(nn.Module):
     def _gather(self, x: Tensor, param: Param) -> Tensor:
         return gather_whole(x, parse_spec(param.spec), param.shape, self.mesh)
 
-    def _shard_input(self, name: str, x: Tensor) -> Tensor:
-        wanted = self.INPUTS[name]
+    def _gather_output(self, output: Output, out: Any) -> Tensor:
+        local, spec = _look_up(out, output.path), parse_spec(output.spec)
+        shape = _true_shape(local, spec, self.mesh, output.shape)
+        zigzag = zigzag_dims(output.spec)
+        return gather_whole(local.detach(), spec, shape, self.mesh, zigzag)
+
+    def _shard_inputs(
+        self, inputs: Mapping[str, Input], batch: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        missing = [name for name in inputs if name not in batch]
+        unknown = [name for name in batch if name not in inputs]
+        if missing or unknown:
+            raise ValueError(
+                f"the module takes the inputs {', '.join(inputs) or 'none'};"
+                + (f" missing: {', '.join(missing)}" if missing else "")
+                + (f" unknown: {', '.join(unknown)}" if unknown else "")
+            )
+        return {name: self._shard_input(name, inputs[name], batch[name]) for name in inputs}
+
+    def _shard_input(self, name: str, wanted: Input, x: Tensor) -> Tensor:
         shape = tuple(x.shape)
         fits = len(shape) == len(wanted.shape) and all(
             dim in wanted.free or size == planned

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,8 +15,11 @@ from .attention import gather_kv_attention as gather_kv_attention
 from .attention import ring_attention as ring_attention
 from .attention import ulysses_attention as ulysses_attention
 from .attention import window_attention as window_attention
+from .attention.cached import cached_attention as cached_attention
+from .attention.local import attention as attention
 from .collectives import Axis
 from .moe import moe as moe  # generated modules call it `ops.moe`
+from .stochastic import dropout as dropout
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -43,23 +45,20 @@ def vocab_embedding(
     return F.embedding(index, weight, fixed).masked_fill(~here.unsqueeze(-1), 0)
 
 
-def dropout(
-    x: Tensor, p: float, training: bool = True, generator: torch.Generator | None = None
-) -> Tensor:
-    """Zero each element with probability `p` and scale the others by 1 / (1 - p).
+def last_token(x: Tensor, positions: Tensor, axis: Axis | None = None) -> Tensor:
+    """The row of `x` (b, t, ...) with the highest of `positions` (b, t) per sequence: (b, 1, ...).
 
-    `generator` comes from `mesh.generator(axes that shard x)`: ranks that hold the same values
-    then drop the same ones, ranks that hold different values draw independently.
+    With `axis` the tokens of a sequence are sharded over it and the result is partial (`P`) over
+    it: all ranks but the one that holds the token give zeros.  A sequence of padding alone (all
+    positions -1) gives a meaningless row.
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability must be between 0 and 1, got {p}")
-    if not training or p == 0.0:
-        return x
-    if p == 1.0:
-        return x * 0.0
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    kept.bernoulli_(1.0 - p, generator=generator)
-    return (x * kept) * (1.0 / (1.0 - p))  # backward keeps one byte per element, the mask
+    highest, index = positions.max(1)
+    index = index.view(-1, *[1] * (x.ndim - 1)).expand(-1, 1, *x.shape[2:])
+    own = x.gather(1, index)
+    if axis is None or axis.size == 1:
+        return own
+    elsewhere = axis.reduce(highest, "max") != highest
+    return own.masked_fill(elsewhere.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 # --- cross entropy -------------------------------------------------------------------------------
@@ -200,132 +199,3 @@ def _check_labels(labels: Tensor, vocabulary: _Vocabulary) -> None:
             f"label {int(labels[wrong][0])} is outside the vocabulary of {vocabulary.size} and is"
             f" not ignore_index={vocabulary.ignore_index}"
         )
-
-
-# --- attention -----------------------------------------------------------------------------------
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    query_start: int = 0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """softmax(q k^T scale) v for q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv).
-
-    Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
-    j <= p if `causal`; j > p - window if `window` > 0; and
-    `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
-    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
-    one more key per head, whose value is zero.  Query head h uses key head h // (hq // hkv).
-    Result (b, hq, sq, dv).
-    """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
-    sq, sk = q.shape[2], k.shape[2]
-    first, last = _reach(sq, sk, causal, window, query_start)
-    if (first, last) != (0, sk):  # keys that no query reaches
-        k, v = k[:, :, first:last], v[:, :, first:last]
-        if mask is not None and mask.shape[-1] == sk:
-            mask = mask[..., first:last]
-        query_start -= first
-        sk = last - first
-    if causal and window >= query_start + sq:
-        window = 0
-    explicit = softcap > 0 or dropout_p > 0 or sinks is not None
-    if causal and not window and mask is None and not explicit and query_start == 0 and sq == sk:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    mask = _with_positions(mask, (sq, sk), causal, window, query_start, q.device)
-    if explicit:
-        return _explicit_attention(q, k, v, mask, scale, softcap, sinks, dropout_p, generator)
-    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
-        # Of CUDA's kernels, the one that takes masks does not take grouped heads.
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _reach(sq: int, sk: int, causal: bool, window: int, query_start: int) -> tuple[int, int]:
-    """First and last + 1 of the keys that some query may attend; at least one key."""
-    end = query_start + sq
-    last = min(sk, end) if causal else sk
-    first = max(0, query_start - window + 1) if window else 0
-    last = max(last, 1)
-    return min(first, last - 1), last
-
-
-def _with_positions(
-    mask: Tensor | None,
-    shape: tuple[int, int],
-    causal: bool,
-    window: int,
-    query_start: int,
-    device: torch.device,
-) -> Tensor | None:
-    """`mask` with the rules on positions put in; None if everything may be attended."""
-    sq, sk = shape
-    if not window and not (causal and sk - 1 > query_start):
-        return mask
-    query = torch.arange(query_start, query_start + sq, device=device).unsqueeze(-1)
-    key = torch.arange(sk, device=device)
-    allowed = torch.ones(shape, dtype=torch.bool, device=device)
-    if causal:
-        allowed &= key <= query
-    if window:
-        allowed &= key > query - window
-    if mask is None:
-        return allowed
-    if mask.dtype == torch.bool:
-        return mask & allowed
-    return mask.masked_fill(~allowed, -torch.inf)
-
-
-def _explicit_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
-    dropout_p: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Attention with the scores written out, for what the fused kernels do not know."""
-    heads = k.shape[1]
-    grouped = q.unflatten(1, (heads, -1))
-    scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
-    scores = scores.flatten(1, 2) * (1.0 / sqrt(q.shape[-1]) if scale is None else scale)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    blocked: Tensor | None = None
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-        blocked = ~mask.any(-1, keepdim=True)
-    elif mask is not None:
-        scores = scores + mask
-        blocked = (mask == -torch.inf).all(-1, keepdim=True)
-    if blocked is not None:  # softmax of nothing but -inf is NaN, backward too
-        scores = scores.masked_fill(blocked, 0)
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, column), -1)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
-    weights = weights if sinks is None else weights[..., :-1]
-    if blocked is not None:  # a query that may attend nothing gives zeros, as the fused kernels do
-        weights = weights.masked_fill(blocked, 0)
-    weights = dropout(weights.to(q.dtype), dropout_p, generator=generator)
-    return (weights.unflatten(1, (heads, -1)) @ v.unsqueeze(2)).flatten(1, 2)

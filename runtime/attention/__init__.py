@@ -10,6 +10,7 @@
 | `usp_attention` | Ulysses in one group, a ring in another | several nodes |
 | `window_attention` | the keys just before the own ones | sliding windows |
 
+`shared_prefix_attention` is for one rank: one block of keys that all sequences of a batch attend.
 Tensors are shards (batch, heads, sequence, head_dim); `Layout` says which tokens a shard holds.
 All of them merge `Partial` results, whose kernels never make a score matrix.
 """
@@ -17,6 +18,7 @@ All of them merge `Partial` results, whose kernels never make a score matrix.
 from .gather import gather_kv_attention
 from .partial import Partial, merge
 from .pass_q import pass_q_attention
+from .prefix import shared_prefix_attention
 from .ring import ring_attention
 from .scores import Mask
 from .tokens import Layout
@@ -26,5 +28,6 @@ from .window import window_attention
 
 __all__ = [
     "Layout", "Mask", "Partial", "gather_kv_attention", "merge", "pass_q_attention",
-    "ring_attention", "tree_attention", "ulysses_attention", "usp_attention", "window_attention",
+    "ring_attention", "shared_prefix_attention", "tree_attention", "ulysses_attention",
+    "usp_attention", "window_attention",
 ]  # fmt: skip

@@ -80,21 +80,22 @@ class Queries:
 
     def rows(self, start: int, length: int) -> Queries:
         """The queries `start` to `start + length`."""
-        return self._each(lambda x: x.narrow(2, start, length))
+        return self.each(lambda x: x.narrow(2, start, length))
 
     def of_heads(self, heads: slice) -> Queries:
         """Some of the query heads."""
-        return self._each(lambda x: x[:, heads])
+        return self.each(lambda x: x[:, heads])
 
     def of_batch(self, batch: slice) -> Queries:
         """Some sequences of the batch."""
-        return self._each(lambda x: x[batch])
+        return self.each(lambda x: x[batch])
 
     def flipped(self) -> Queries:
         """The last query first."""
-        return self._each(lambda x: x.flip(2))
+        return self.each(lambda x: x.flip(2))
 
-    def _each(self, view: Callable[[Tensor], Tensor]) -> Queries:
+    def each(self, view: Callable[[Tensor], Tensor]) -> Queries:
+        """`view` of every tensor."""
         return Queries(
             view(self.q), view(self.out), view(self.lse), view(self.grad), view(self.delta)
         )

@@ -54,7 +54,7 @@ class Partial:
         total = torch.logaddexp(self.lse, lse)
         origin = total.masked_fill(total == -torch.inf, 0)  # two empties: exp(-inf - 0) = 0
         self.out.mul_(torch.exp(self.lse - origin).unsqueeze(-1))
-        self.out.add_(torch.exp(lse - origin).unsqueeze(-1) * out)
+        self.out.addcmul_(torch.exp(lse - origin).unsqueeze(-1), out.to(self.out.dtype))
         self.lse.copy_(total)
 
 

@@ -75,7 +75,8 @@ def usp_attention(
 
     Rank (i of the ring, j of Ulysses) holds shard i * ulysses size + j of the layout; for causal
     balance that is `Layout.zigzag(length, ring size).split(ulysses size)`.  Tensors and options
-    are those of `ulysses_attention`; query heads must divide by the size of `ulysses`.
+    are those of `ulysses_attention`; query heads must divide by the size of `ulysses`, and the
+    key heads must divide by it or it by them.
 
     Cost: `ulysses_attention` over u ranks plus `ring_attention` over r ranks on b hq/u heads and
     u times the rows.  Wins where there are more ranks than key heads, or several nodes:
@@ -105,7 +106,14 @@ def _attention(
             f"{q.shape[1]} query heads do not divide by {ulysses.size} ranks of `{ulysses.name}`;"
             " use ring_attention, or usp_attention with a smaller ulysses group"
         )
-    heads = _Heads(q.shape[1], k.shape[1], ulysses.size)
+    heads = Heads(q.shape[1], k.shape[1], ulysses.size)
+    if ring.size > 1 and any(heads.repeats(i) for i in range(ulysses.size)):
+        raise NotImplementedError(
+            f"{options.name}: {q.shape[1]} query heads over {k.shape[1]} key heads on"
+            f" {ulysses.size} ranks of `{ulysses.name}` leave unequal groups, which the ring cannot"
+            " carry; use a ulysses group whose size divides the key heads, or is a multiple of"
+            " them"
+        )
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
     task = Task(
@@ -123,7 +131,7 @@ def _attention(
 
 
 @dataclass(frozen=True, slots=True)
-class _Heads:
+class Heads:
     """Which heads each of `ranks` ranks computes."""
 
     query_heads: int
@@ -157,7 +165,7 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, link: Link, heads: _Heads
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, link: Link, heads: Heads
     ) -> tuple[Tensor, ...]:
         ctx.link, ctx.heads = link, heads
         ctx.shapes = (q.shape, k.shape, v.shape)
@@ -193,7 +201,7 @@ class _ToHeads(torch.autograd.Function):
 
 
 def _shapes_of(
-    shapes: Sequence[torch.Size], heads: _Heads, rank: int
+    shapes: Sequence[torch.Size], heads: Heads, rank: int
 ) -> tuple[torch.Size, torch.Size, torch.Size]:
     """Shapes of what `rank` computes, of one shard of rows."""
     q, k, v = shapes

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.runtime import (
     Mesh,
@@ -209,6 +210,45 @@ def test_attention_in_parts_is_attention_as_a_whole() -> None:
     whole = attention(q, k, v, causal=True)
     part = attention(q[:, :, 4:], k, v, causal=True, query_start=4)
     torch.testing.assert_close(part, whole[:, :, 4:], **EXACT)
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any result had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True, "query_start": 4000}, {"causal": True, "window": 40},
+     {"causal": True, "window": 1000}, {"causal": True, "softcap": 3.0}, {"window": 300}],
+    ids=str,
+)  # fmt: skip
+def test_attention_never_makes_a_score_matrix(options: dict[str, Any]) -> None:
+    sq = 2000
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (sq, 6000, 6000))
+    with _Largest() as largest:
+        attention(q, k, v, **options).sum().backward()
+    # Two heads: a tile has 256 x 1024 scores each; a score matrix would have 12 million.
+    assert largest.numbers <= 2 * 256 * 1024
+
+
+def test_attention_under_autocast() -> None:
+    q, k, v = torch.randn(3, 1, 2, 30, 8)
+    want = attention(q, k, v, causal=True, window=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention(q, k.bfloat16(), v, causal=True, window=5)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
 
 
 def test_attention_refuses_heads_that_do_not_divide() -> None:

@@ -72,7 +72,7 @@ def make(case: Case) -> Inputs:
     slopes = draw(hq).abs() if case.slopes else None
     bias = draw(1, hq, s, s) if case.bias else None
     keys = documents = None
-    if case.padded:  # a different number of keys for each sequence; the last has none in front
+    if case.padded:  # a different number of keys for each sequence
         keys = torch.arange(s) < torch.tensor([s - 3 * i for i in range(b)])[:, None]
     if case.documents and case.layout != "packed":
         ids = torch.repeat_interleave(

@@ -1,0 +1,246 @@
+"""From the graph of a forward pass to that of serving: new tokens over a cache.
+
+Prefill, decode and append are one graph in different sizes.  Every op but attention treats tokens
+one by one; attention stores the new keys and values, and attends to everything cached.  What
+stands where is told by positions, an input (b, t): a token's index in its own sequence, -1 for
+padding.  Of the logits only those after each sequence's last new token are wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
+from .ops import kind_of
+from .rewrite import with_operands
+
+POSITIONS = ("position_ids", "positions")  # what models call the input
+
+
+class ServingError(ValueError):
+    """The model cannot be served; the message says why and what to do."""
+
+
+def is_decoder(graph: Graph) -> bool:
+    """Is every attention of this graph a causal self-attention?"""
+    attentions = [node for node in graph.nodes if kind_of(node) == "attention"]
+    return bool(attentions) and all(_why_not(node) is None for node in attentions)
+
+
+def serving_graph(graph: Graph, context: int) -> Graph:
+    """`graph`, of new tokens, with attention over a cache and logits (b, 1, v).
+
+        attention(q, k, v, causal)  ->  cached_attention(q, k, v, positions, cache="kv")
+        logits = lm_head(x)         ->  logits = lm_head(last_token(x, positions))
+
+    `context` is the number of tokens that are cached before.  Raises ServingError where the model
+    has no input for positions, no output `logits`, or another attention than a causal one.
+    """
+    positions = _positions(graph)
+    pass_ = _Pass(positions, context)
+    body: list[Node | Loop] = []
+    known = replace(positions, name=f"{positions.name}_known")
+    clamp = Node(
+        known.name,
+        "aten.clamp_min.default",
+        (("self", positions), ("min", 0)),
+        (known,),
+        Loc(target="position_ids"),
+    )
+    body.append(clamp)
+    for item in graph.body:
+        if isinstance(item, Loop):
+            body.append(pass_.loop(item, known))
+        else:
+            body.append(pass_.node(with_operands(item, {positions.name: known}), positions))
+    served = replace(graph, body=tuple(body))
+    return _last_logits(_without_unread(served, clamp), positions)
+
+
+def _positions(graph: Graph) -> Value:
+    for item in graph.inputs:
+        if item.name in POSITIONS and len(item.value.type.shape) == 2:
+            return item.value
+    raise ServingError(
+        f"{graph.name} has no input `position_ids` (batch, tokens), so it cannot tell where new"
+        " tokens stand in their sequences; add the keyword `position_ids` to `forward` and use it"
+        " in place of torch.arange"
+    )
+
+
+def _without_unread(graph: Graph, clamp: Node) -> Graph:
+    """Without the clamp, if only attention reads the positions."""
+    read = {value.name for node in graph.nodes for value in node.operands if node is not clamp}
+    read |= {value.name for loop in graph.loops for value in loop.invariants}
+    if clamp.output.name in read:
+        return graph
+    return replace(graph, body=tuple(item for item in graph.body if item is not clamp))
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Puts caches under attention nodes, and names them in order."""
+
+    positions: Value
+    context: int
+    outside: int = 0
+
+    def node(self, node: Node, positions: Value, cache: str = "") -> Node:
+        """An attention with a cache; any other node as it is."""
+        if kind_of(node) != "attention":
+            return node
+        reason = _why_not(node)
+        if reason is not None:
+            raise ServingError(f"{node.loc}: this attention {reason}; it cannot have a KV cache")
+        if not cache:
+            cache = f"kv_{self.outside}"
+            self.outside += 1
+        tensors: list[tuple[str, Arg]] = [(name, node.arg(name)) for name in ("q", "k", "v")]
+        options: list[tuple[str, Arg]] = [
+            (name, node.arg(name)) for name in ("scale", "window", "softcap")
+        ]
+        args = (
+            *tensors, ("positions", positions), *options, ("context", self.context),
+            ("cache", cache),
+        )  # fmt: skip
+        return replace(node, op="shardwright.cached_attention", args=args)
+
+    def loop(self, loop: Loop, known: Value) -> Loop:
+        """The loop with the positions as one more invariant, and those that the model reads."""
+        renamed = tuple(
+            known if value.name == self.positions.name else value for value in loop.invariants
+        )
+        blocks = tuple(self.block(block, kind) for kind, block in enumerate(loop.blocks))
+        return replace(loop, invariants=(*renamed, self.positions), blocks=blocks)
+
+    def block(self, block: Block, kind: int) -> Block:
+        """The block with an input for positions."""
+        inner = replace(self.positions, name=f"{block.nodes[0].name}.positions{kind}")
+        count = 0
+        nodes: list[Node] = []
+        for node in block.nodes:
+            if kind_of(node) == "attention":
+                count += 1
+            nodes.append(self.node(node, inner, "kv" if count == 1 else f"kv_{count}"))
+        return replace(block, inputs=(*block.inputs, inner), nodes=tuple(nodes))
+
+
+def _why_not(node: Node) -> str | None:
+    """Why an attention cannot have a cache; None if it can."""
+    if node.op != "shardwright.attention":
+        return "is none that is known here"
+    query, key = (value.type.shape[2] for value in node.operands[:2])
+    if query != key:
+        return "reads keys of other tokens (an encoder's)"
+    if not node.arg("causal") and query > 1:
+        return "is not causal"
+    if node.arg("mask") is not None:
+        return "has a mask that is a tensor; serve without `attention_mask`: positions of -1 mean"
+    if node.arg("dropout_p"):
+        return "has dropout"
+    return None
+
+
+# ---- logits ------------------------------------------------------------------------------------
+
+
+def _last_logits(graph: Graph, positions: Value) -> Graph:
+    """Only the logits of the last new token of each sequence, picked as early as possible."""
+    named = [out for out in graph.outputs if out.path and out.path[-1] == "logits"]
+    found = named or [out for out in graph.outputs if len(out.value.type.shape) == 3][:1]
+    if not found:
+        raise ServingError(
+            f"{graph.name} has no output `logits` (batch, tokens, vocabulary); return one, by"
+            " that name or as the only output"
+        )
+    logits = found[0]
+    chain = _tokenwise_chain(graph, logits.value)
+    start = chain[0].operands[0] if chain else logits.value
+    picked = _with_tokens(start, f"{start.name}_last")
+    pick = Node(
+        picked.name,
+        "shardwright.last_token",
+        (("x", start), ("positions", positions)),
+        (picked,),
+        replace(chain[0].loc, target="last_token") if chain else Loc(target="last_token"),
+    )
+    by = {start.name: picked}
+    rewritten: dict[str, Node] = {}
+    for node in chain:
+        out = _with_tokens(node.output, node.output.name)
+        rewritten[node.name] = replace(with_operands(node, by), outputs=(out,))
+        by[node.output.name] = out
+    body: list[Node | Loop] = []
+    for item in graph.body:
+        if isinstance(item, Node) and chain and item.name == chain[0].name:
+            body.append(pick)
+        body.append(rewritten.get(item.name, item) if isinstance(item, Node) else item)
+    if not chain:
+        body.append(pick)
+    output = Output(logits.path, by[logits.value.name])
+    return _live(replace(graph, body=tuple(body), outputs=(output,)))
+
+
+def _with_tokens(value: Value, name: str) -> Value:
+    batch, _, *rest = value.type.shape
+    kind = replace(value.type, shape=(batch, 1, *rest))
+    return replace(value, name=name, type=kind)
+
+
+def _tokenwise_chain(graph: Graph, logits: Value) -> list[Node]:
+    """The nodes behind `logits` that treat tokens one by one and take one value (b, t, ...)."""
+    made = {
+        value.name: item for item in graph.body if isinstance(item, Node) for value in item.outputs
+    }
+    users: dict[str, int] = {}
+    for node in graph.nodes:
+        for value in node.operands:
+            users[value.name] = users.get(value.name, 0) + 1
+    chain: list[Node] = []
+    at = logits
+    while at.name in made and users.get(at.name, 0) == (1 if chain else 0):
+        node = made[at.name]
+        if not _is_tokenwise(node):
+            break
+        chain.insert(0, node)
+        at = node.operands[0]
+        if kind_of(node) == "matmul":
+            break
+    return chain
+
+
+def _is_tokenwise(node: Node) -> bool:
+    """One operand (b, t, ...), all others without tokens, one result (b, t, ...)."""
+    if len(node.outputs) != 1 or not node.operands:
+        return False
+    first, *others = node.operands
+    lead = first.type.shape[:2]
+    if len(first.type.shape) < 3 or node.output.type.shape[:2] != lead:
+        return False
+    if node.op in ("aten.linear.default", "shardwright.affine"):
+        return True
+    plain = kind_of(node) == "elementwise" and not any(_is_sizes(arg) for _, arg in node.args)
+    return plain and all(value.type.shape in ((), (1,)) for value in others)
+
+
+def _is_sizes(arg: Arg) -> bool:
+    return isinstance(arg, tuple)
+
+
+def _live(graph: Graph) -> Graph:
+    """The graph without nodes outside loops that nothing reads."""
+    live = {out.value.name for out in graph.outputs}
+    kept: list[Node | Loop] = []
+    for item in reversed(graph.body):
+        if isinstance(item, Loop):
+            live |= {value.name for value in (*item.carried, *item.invariants)}
+        elif any(value.name in live for value in item.outputs):
+            live |= {value.name for value in item.operands}
+        else:
+            continue
+        kept.append(item)
+    used = tuple(i for i in graph.inputs if i.value.name in live)
+    return replace(graph, body=tuple(reversed(kept)), inputs=used)
+
+
+__all__ = ["POSITIONS", "ServingError", "is_decoder", "serving_graph"]

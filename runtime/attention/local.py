@@ -1,0 +1,154 @@
+"""Attention on one rank, as generated modules call it: queries may be a part of the sequence."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..stochastic import dropout
+from .links import Link
+from .ring import attend_over_ring
+from .scores import Scores
+from .task import Task, check_heads
+from .tokens import Layout
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_start: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v for q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv).
+
+    Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
+    j <= p if `causal`; j > p - window if `window` > 0; and
+    `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
+    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
+    one more key per head, whose value is zero.  Query head h uses key head h // (hq // hkv).
+    Result (b, hq, sq, dv).
+
+    Without mask and dropout memory grows with sq + sk and not with their product, whatever the
+    positions; with dropout, or a mask together with positions or softcap, it has sq x sk scores.
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
+    sq, sk = q.shape[2], k.shape[2]
+    ends_together = causal and query_start == 0 and sq == sk
+    bounded = window > 0 and query_start + sq > window
+    positioned = bounded or causal and not ends_together
+    if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
+        return _by_positions(q, k, v, sinks, scale, causal, window, softcap, query_start)
+    if softcap == 0 and dropout_p == 0 and mask is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    mask = _with_positions(mask, (sq, sk), causal, window, query_start, q.device)
+    if softcap > 0 or dropout_p > 0 or sinks is not None:
+        return _explicit_attention(q, k, v, mask, scale, softcap, sinks, dropout_p, generator)
+    if q.is_cuda and q.shape[1] != k.shape[1]:
+        # Of CUDA's kernels, the one that takes masks does not take grouped heads.
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _by_positions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    query_start: int,
+) -> Tensor:
+    """Attention without a mask of queries x keys: a ring of one rank."""
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # as SDPA does
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_heads("attention", q, k, v)
+    queries = Layout.contiguous(q.shape[2], 1, start=query_start)
+    keys = Layout.contiguous(k.shape[2], 1)
+    factor = 1.0 / sqrt(q.shape[-1]) if scale is None else scale
+    scores = Scores(factor, causal, window, softcap)
+    return attend_over_ring(q, k, v, sinks, Task(Link(None), scores, queries, keys))
+
+
+def _with_positions(
+    mask: Tensor | None,
+    shape: tuple[int, int],
+    causal: bool,
+    window: int,
+    query_start: int,
+    device: torch.device,
+) -> Tensor | None:
+    """`mask` with the rules on positions put in; None if everything may be attended."""
+    sq, sk = shape
+    if not window and not (causal and sk - 1 > query_start):
+        return mask
+    query = torch.arange(query_start, query_start + sq, device=device).unsqueeze(-1)
+    key = torch.arange(sk, device=device)
+    allowed = torch.ones(shape, dtype=torch.bool, device=device)
+    if causal:
+        allowed &= key <= query
+    if window:
+        allowed &= key > query - window
+    if mask is None:
+        return allowed
+    if mask.dtype == torch.bool:
+        return mask & allowed
+    return mask.masked_fill(~allowed, -torch.inf)
+
+
+def _explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Attention with the scores written out, for what the fused kernels do not know."""
+    heads = k.shape[1]
+    grouped = q.unflatten(1, (heads, -1))
+    scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
+    scores = scores.flatten(1, 2) * (1.0 / sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    blocked: Tensor | None = None
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+        blocked = ~mask.any(-1, keepdim=True)
+    elif mask is not None:
+        scores = scores + mask
+        blocked = (mask == -torch.inf).all(-1, keepdim=True)
+    if blocked is not None:  # softmax of nothing but -inf is NaN, backward too
+        scores = scores.masked_fill(blocked, 0)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = weights if sinks is None else weights[..., :-1]
+    if blocked is not None:  # a query that may attend nothing gives zeros, as the fused kernels do
+        weights = weights.masked_fill(blocked, 0)
+    weights = dropout(weights.to(q.dtype), dropout_p, generator=generator)
+    return (weights.unflatten(1, (heads, -1)) @ v.unsqueeze(2)).flatten(1, 2)

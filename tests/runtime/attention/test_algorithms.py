@@ -1,0 +1,310 @@
+"""Every algorithm against attention in one process, forward and backward; what it moves."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shardwright.runtime import Layout, Mask, Mesh, RankError, pass_q_attention, ring_attention
+from shardwright.runtime.attention.volumes import (
+    Sizes,
+    Volume,
+    gather_kv_volume,
+    pass_q_volume,
+    ring_volume,
+    ulysses_volume,
+    usp_volume,
+    window_volume,
+)
+from tests.runtime.attention.reference import Case, make, reference
+from tests.runtime.attention.sharded import (
+    GATHER,
+    PASS_Q,
+    RING,
+    ULYSSES,
+    USP,
+    WINDOW,
+    Call,
+    Pool,
+    check,
+    on_rank,
+    run,
+)
+
+ANY_LAYOUT = (RING, GATHER, PASS_Q, ULYSSES)
+
+# One of everything; lengths that no number of ranks divides, several documents, empty shards.
+CASES = {
+    "causal": Case(),
+    "zigzag": Case(layout="zigzag", length=29),
+    "full": Case(causal=False, length=25),
+    "one head": Case(layout="zigzag", length=13, heads=(12, 1), head_dims=(16, 16)),
+    "all heads": Case(length=17, heads=(12, 12)),
+    "narrow window": Case(layout="zigzag", length=41, window=7),
+    "wide window": Case(layout="zigzag", length=600, window=150, batch=1),
+    "window to the left only": Case(causal=False, length=33, window=5),
+    "value heads of another size": Case(layout="zigzag", length=21, head_dims=(12, 8)),
+    "wider values": Case(length=21, head_dims=(8, 12), scale=0.2),
+    "packed": Case(layout="packed", length=32, documents=(5, 17, 1, 9)),
+    "documents of each sequence": Case(layout="zigzag", documents=(10, 14)),
+    "key padding": Case(layout="zigzag", padded=True, causal=False),
+    "prefix": Case(layout="zigzag", length=27, prefix=10),
+    "softcap": Case(layout="zigzag", length=22, softcap=2.0),
+    "sinks": Case(layout="zigzag", length=22, sinks=True),
+    "ALiBi": Case(layout="zigzag", length=22, slopes=True),
+    "ALiBi both ways": Case(length=22, slopes=True, causal=False),
+    "empty shards": Case(layout="zigzag", length=2),
+    "one token": Case(length=1, sinks=True),
+    "no token": Case(length=0),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ANY_LAYOUT)
+def test_equals_one_process(pool: Pool, name: str, ranks: int) -> None:
+    for title, case in CASES.items():
+        heads = case.heads if case.heads != (4, 2) else (12, 3 if ranks == 3 else 2)
+        try:
+            check(pool, name, case.but(ranks=ranks, heads=heads))
+        except Exception as error:
+            raise AssertionError(f"{name} on {ranks} ranks, {title}") from error
+
+
+def test_usp_equals_one_process(pool: Pool) -> None:
+    for title, case in CASES.items():
+        try:
+            check(pool, USP, case.but(ranks=4))
+        except Exception as error:
+            raise AssertionError(f"{USP}, {title}") from error
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_window_equals_one_process(pool: Pool, ranks: int) -> None:
+    for length, window in product([1, 2, 24, 31], [1, 2, 7, 9, 30, 100]):
+        check(pool, WINDOW, Case(ranks=ranks, length=length, window=window))
+    check(pool, WINDOW, Case(ranks=ranks, length=600, window=150, batch=1))
+    check(pool, WINDOW, Case(ranks=ranks, window=9, softcap=1.0, sinks=True, bias=True))
+
+
+@pytest.mark.parametrize("name", [RING, GATHER])
+def test_bias(pool: Pool, name: str) -> None:
+    check(pool, name, Case(ranks=3, layout="zigzag", length=23, bias=True))
+    check(pool, name, Case(ranks=2, length=300, bias=True, softcap=1.0, slopes=True, batch=1))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_gather_by_strides_of_heads(pool: Pool, stride: int) -> None:
+    case = Case(ranks=2, layout="zigzag", heads=(6, 3), slopes=True, sinks=True, bias=True)
+    check(pool, GATHER, case, stride=stride)
+
+
+@pytest.mark.parametrize("heads", [(12, 3), (6, 3), (4, 1), (12, 2), (8, 8)], ids=str)
+def test_ulysses_with_any_key_heads(pool: Pool, heads: tuple[int, int]) -> None:
+    ranks = 2 if heads == (6, 3) else 4
+    check(pool, ULYSSES, Case(ranks=ranks, heads=heads, length=26, layout="zigzag", slopes=True))
+
+
+FULL_PRODUCT = list(product([(8, 8), (8, 2), (8, 1)], [32, 64, 80, 128], [True, False], [0, 50]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+def test_full_product(pool: Pool, name: str, ranks: int) -> None:
+    if name == ULYSSES and ranks == 3 or name == USP and ranks in (2, 3):
+        pytest.skip("8 heads do not divide; a product of two needs 4 ranks")
+    for heads, head_dim, causal, window in FULL_PRODUCT:
+        case = Case(ranks, 203, heads, (head_dim, head_dim), 1, "zigzag", causal, window)
+        check(pool, name, case)
+        check(pool, name, case.but(layout="packed", documents=(64, 100, 39)))
+        if window == 0:
+            check(pool, name, case.but(layout="contiguous", padded=True))
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+@pytest.mark.parametrize("window", [0, 150])
+def test_float32(pool: Pool, name: str, window: int) -> None:
+    case = Case(
+        4, 403, (8, 4), (64, 64), 1, "zigzag", window=window, dtype=torch.float32, sinks=True
+    )
+    check(pool, name, case, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+def test_bfloat16_is_as_exact_as_one_process(pool: Pool, name: str) -> None:
+    case = Case(4, 403, (8, 4), (64, 64), 1, "zigzag", dtype=torch.bfloat16)
+    inputs = make(case)
+    exact = reference(case, inputs, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    single = [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad)]
+    for got, one, want in zip(run(pool, Call(name, case)), single, exact, strict=True):
+        error, allowed = ((x.double() - want).pow(2).mean().sqrt() for x in (got, one))
+        assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP, WINDOW])
+def test_the_same_bits_whenever_messages_arrive(pool: Pool, name: str) -> None:
+    layout, window = ("contiguous", 9) if name == WINDOW else ("zigzag", 0)
+    case = Case(4, 61, (8, 4), layout=layout, window=window, dtype=torch.float32)
+    once = run(pool, Call(name, case))
+    for delays in ((0.0, 0.03, 0.0, 0.01), (0.02, 0.0, 0.01, 0.0)):
+        late = run(pool, Call(name, case, delays=delays))
+        assert all(torch.equal(a, b) for a, b in zip(once, late, strict=True))
+
+
+# --- what is moved -------------------------------------------------------------------------------
+
+
+def sizes_of(call: Call) -> Sizes:
+    case, rows = call.case, call.layout().rows
+    return Sizes(case.batch, *case.heads, rows, rows, *case.head_dims, itemsize=case.dtype.itemsize)
+
+
+def predicted(call: Call, rank: int) -> dict[str, Volume]:
+    """By axis."""
+    sizes, ranks = sizes_of(call), call.case.ranks
+    if call.name == USP:
+        inner, outer = usp_volume(sizes, call.ulysses, ranks // call.ulysses, rank % call.ulysses)
+        return {"ulysses": inner, "ring": outer}
+    volumes = {
+        RING: ring_volume(sizes, ranks),
+        GATHER: gather_kv_volume(sizes, ranks, call.stride),
+        PASS_Q: pass_q_volume(sizes, ranks),
+        ULYSSES: ulysses_volume(sizes, ranks, rank),
+        WINDOW: window_volume(sizes, ranks, call.case.window, rank),
+    }
+    return {"cp": volumes[call.name]}
+
+
+MOVES = [
+    *(Call(name, Case(3, 31, (6, 2), (16, 8), layout="zigzag", dtype=dtype))
+      for name in ANY_LAYOUT for dtype in (torch.float32, torch.bfloat16)),
+    Call(GATHER, Case(3, 31, (6, 2)), stride=1),
+    Call(ULYSSES, Case(4, 31, (12, 3))),
+    Call(USP, Case(4, 31, (12, 2), layout="zigzag")),
+    Call(USP, Case(4, 31, (12, 1), layout="zigzag")),
+    Call(USP, Case(4, 31, (12, 4), layout="zigzag", dtype=torch.float32), ulysses=4),
+    *(Call(WINDOW, Case(4, 31, window=window, dtype=torch.float32)) for window in (1, 5, 12, 40)),
+    *(Call(name, Case(1)) for name in ANY_LAYOUT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", MOVES, ids=lambda call: f"{call.name} {call.case.ranks}")
+def test_counted_bytes_and_messages_are_the_predicted(pool: Pool, call: Call) -> None:
+    for rank, (_, counts) in enumerate(pool(call.case.ranks).run(on_rank, call)):
+        want = {
+            (op, axis, phase): (round(nbytes), messages)
+            for axis, volume in predicted(call, rank).items()
+            for (op, phase), (nbytes, messages) in volume.items()
+        }
+        rounded = {key: (round(nbytes), messages) for key, (nbytes, messages) in counts.items()}
+        assert rounded == want
+
+
+def test_volumes_by_hand() -> None:
+    """2 sequences, 4 query and 2 key heads of 8 numbers of 2 bytes, 10 rows, on 4 ranks."""
+    sizes = Sizes(2, 4, 2, 10, 10, 8, 8, itemsize=2)
+    kv = 2 * 2 * 10 * 16  # numbers
+    assert ring_volume(sizes, 4) == {
+        ("send_recv", "forward"): (3 * kv * 2, 3),
+        ("send_recv", "backward"): (3 * kv * 6, 6),
+    }
+    assert gather_kv_volume(sizes, 4, 1)["all_gather", "forward"] == (3 * kv * 2, 6)
+    assert pass_q_volume(sizes, 4)["all_to_all", "forward"] == (3 * 2 * 4 * 10 * (16 + 4), 3)
+    # On each of 4 ranks one query head and one key head: from 3 others 2 * 10 * (8 + 16) numbers,
+    # and of results 2 * 10 * 8.
+    assert ulysses_volume(sizes, 4)["all_to_all", "forward"] == (3 * 20 * (24 + 8) * 2, 6)
+    assert ring_volume(sizes, 1) == ulysses_volume(sizes, 1) == {}
+
+
+# --- new tokens over a cache ---------------------------------------------------------------------
+
+
+def append(name: str, cached: int, new: int) -> torch.Tensor:
+    """The result of the last `new` tokens of a sequence whose first ones are cached, this shard."""
+    mesh = Mesh.create({"cp": 3})
+    inputs = make(Case(length=cached + new))
+    old, tail = Layout.contiguous(cached, 3), Layout.zigzag(new, 3, start=cached)
+    k, v = (
+        torch.cat(
+            [old.shard(x[:, :, :cached], 2, mesh.rank), tail.shard(x[:, :, cached:], 2, mesh.rank)],
+            2,
+        )
+        for x in (inputs.k, inputs.v)
+    )
+    q = tail.shard(inputs.q[:, :, cached:], 2, mesh.rank)
+    attention = {RING: ring_attention, PASS_Q: pass_q_attention}[name]
+    return attention(
+        q, k, v, group=mesh["cp"], causal=True, layout=old.then(tail), query_layout=tail
+    )
+
+
+@pytest.mark.parametrize("name", [RING, PASS_Q])
+@pytest.mark.parametrize(("cached", "new"), [(20, 7), (2, 9), (15, 1)])
+def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -> None:
+    case = Case(length=cached + new)
+    want = reference(case, make(case), torch.float64)[0][:, :, cached:]
+    got = Layout.zigzag(new, 3, start=cached).unshard(pool(3).run(append, name, cached, new), 2)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
+    from shardwright import runtime
+
+    axis = Mesh.create({"cp": 2})["cp"]
+    q, k, v = (torch.ones(shape) for shape in shapes)
+    getattr(runtime, name)(q, k, v, group=axis, **options)
+
+
+SHAPE = (1, 4, 6, 8)
+BAD = [
+    (RING, {"window": -1}, [SHAPE] * 3, "window and softcap are 0 or more, got -1"),
+    (RING, {"scale": float("nan")}, [SHAPE] * 3, "scale must be finite"),
+    (RING, {}, [SHAPE, (1, 3, 6, 8), (1, 3, 6, 8)], "4 query heads over 3 key heads"),
+    (RING, {}, [SHAPE, (1, 4, 6, 4), SHAPE], "sizes do not fit together"),
+    (RING, {}, [SHAPE, SHAPE, (4, 6, 8)], r"expected \(batch, heads, sequence, head_dim\)"),
+    (RING, {"layout": Layout.zigzag(12, 3)}, [SHAPE] * 3, "3 shards where there are 2 ranks"),
+    (RING, {"layout": Layout.zigzag(16, 2)}, [SHAPE] * 3, "has 6 rows, its layout has 8"),
+    (RING, {"mask": torch.ones(6, 6)}, [SHAPE] * 3, "mask is a `Mask`"),
+    (RING, {"mask": Mask(keys=torch.ones(1, 5) > 0)}, [SHAPE] * 3, "5 columns for 12 positions"),
+    (RING, {"mask": Mask(keys=torch.ones(1, 12))}, [SHAPE] * 3, "mask.keys must be bool"),
+    (RING, {"mask": Mask(prefix=2), "window": 3}, [SHAPE] * 3, "a prefix together with a window"),
+    (RING, {"sinks": torch.ones(3)}, [SHAPE] * 3, "sinks must have one number for each of 4"),
+    (RING, {"bias": torch.ones(6, 12)}, [SHAPE] * 3, r"bias must be a float tensor \(1 or 1, 4"),
+    (RING, {"slopes": torch.ones(4, requires_grad=True)}, [SHAPE] * 3, "no gradient is computed"),
+    (GATHER, {"stride": -1}, [SHAPE] * 3, "stride is a number of key heads"),
+    (ULYSSES, {}, [(1, 3, 6, 8)] * 3, "3 query heads do not divide by 2 ranks of `cp`"),
+    (WINDOW, {"window": 0}, [SHAPE] * 3, "window is the number of keys"),
+    (WINDOW, {"window": 2, "causal": False}, [SHAPE] * 3, "use ring_attention or gather_kv"),
+    (WINDOW, {"window": 2, "layout": Layout.zigzag(12, 2)}, [SHAPE] * 3, "needs the contiguous"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "shapes", "message"), BAD)
+def test_refusals(
+    pool: Pool,
+    name: str,
+    options: dict[str, object],
+    shapes: list[tuple[int, ...]],
+    message: str,
+) -> None:
+    with pytest.raises(RankError, match=message):
+        pool(2).run(refuse, name, options, shapes)
+
+
+def mix_dtypes() -> None:
+    axis = Mesh.create({"cp": 2})["cp"]
+    q = torch.ones(SHAPE)
+    ring_attention(q, q.bfloat16(), q, group=axis)
+
+
+def test_refuses_mixed_dtypes(pool: Pool) -> None:
+    with pytest.raises(RankError, match="one float dtype expected, got torch.float32"):
+        pool(2).run(mix_dtypes)

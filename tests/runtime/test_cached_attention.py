@@ -1,0 +1,401 @@
+"""Attention over a cache against plain attention over the whole sequence, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.runtime import (
+    CollectiveCounter,
+    KVCache,
+    Mesh,
+    PageTable,
+    RankError,
+    RankPool,
+    cached_attention,
+    count_collectives,
+    last_token,
+)
+from shardwright.runtime.attention.volumes import (
+    Sizes,
+    gather_kv_volume,
+    pass_q_volume,
+    ring_volume,
+    tree_volume,
+)
+from shardwright.runtime.generate import arrange
+
+Pool = Callable[[int], RankPool]
+F64 = torch.float64
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+SHARDED = ["ring", "gather", "pass_q", "tree"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """New tokens of each sequence, step by step; a negative number takes so many back."""
+
+    steps: tuple[tuple[int, ...], ...] = (
+        (20, 37),
+        (5, 0),
+        (1, 1),
+        (1, 1),
+        (-9, -3),
+        (18, 2),
+        (1, 1),
+    )
+    heads: tuple[int, int] = (4, 2)
+    dims: tuple[int, int] = (8, 8)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    sinks: bool = False
+    forget: bool = False  # the cache drops what the window leaves behind
+    balanced: bool = True
+    dtype: torch.dtype = F64
+
+
+PLAIN = Case()
+CASES = {
+    "plain": PLAIN,
+    "mqa": replace(PLAIN, heads=(4, 1)),
+    "mha, unequal dims": replace(PLAIN, heads=(2, 2), dims=(8, 6)),
+    "window": replace(PLAIN, options={"window": 7}),
+    "wide window": replace(PLAIN, options={"window": 150}, steps=((200,), (40,), (1,))),
+    "forgetting window": replace(
+        PLAIN, options={"window": 7}, forget=True, steps=((40, 3), (1, 1), (30, 1), (-1, 0), (1, 1))
+    ),
+    "softcap": replace(PLAIN, options={"softcap": 2.0, "scale": 0.7}),
+    "sinks": replace(PLAIN, sinks=True),
+    "not causal": replace(PLAIN, options={"causal": False}, steps=((3, 21), (2, 2))),
+    "one sequence": replace(PLAIN, steps=((70,), (1,), (1,), (33,))),
+    "equal lengths": replace(PLAIN, steps=((33, 33), (1, 1), (8, 8), (-8, -8), (1, 1))),
+    "short": replace(PLAIN, steps=((1, 2), (1, 1), (1, 0))),
+    "many sequences": replace(
+        PLAIN,
+        options={"window": 40},
+        steps=((9, 30, 31, 25, 40, 0, 33), (1,) * 7, (1, 1, 1, 0, 1, 1, 1)),
+    ),
+    "many sequences, sinks, softcap": replace(
+        PLAIN, options={"softcap": 2.0}, sinks=True, steps=((20, 30, 31, 25, 40, 28), (1,) * 6)
+    ),
+    "in order": replace(PLAIN, balanced=False),
+    "in order, window": replace(PLAIN, balanced=False, options={"window": 12}),
+}
+
+
+def inputs(case: Case, number: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (b, h, t, d) of all new tokens of a step."""
+    generator = torch.Generator().manual_seed(number)
+    (hq, hkv), (d, dv), batch = case.heads, case.dims, len(case.steps[0])
+    shapes = [(batch, hq, width, d), (batch, hkv, width, d), (batch, hkv, width, dv)]
+    return tuple(torch.randn(s, generator=generator, dtype=F64).to(case.dtype) for s in shapes)  # pyright: ignore
+
+
+def sinks_of(case: Case) -> Tensor | None:
+    return torch.linspace(-1, 2, case.heads[0], dtype=F64) if case.sinks else None
+
+
+def expected(case: Case) -> list[Tensor]:
+    """Outputs (b, hq, t, dv) of each step, from the definition, sequence by sequence."""
+    batch = len(case.steps[0])
+    keys: list[list[Tensor]] = [[] for _ in range(batch)]
+    values: list[list[Tensor]] = [[] for _ in range(batch)]
+    outputs: list[Tensor] = []
+    for number, counts in enumerate(case.steps):
+        if min(counts) < 0:
+            for i, count in enumerate(counts):
+                keys[i], values[i] = (x[: len(x) + count] for x in (keys[i], values[i]))
+            continue
+        q, k, v = inputs(case, number, max(counts))
+        out = torch.zeros(batch, case.heads[0], max(counts), case.dims[1], dtype=F64)
+        for i, count in enumerate(counts):
+            keys[i] += k[i, :, :count].double().unbind(1)
+            values[i] += v[i, :, :count].double().unbind(1)
+            if count:
+                out[i, :, :count] = plain_attention(
+                    q[i, :, :count].double(),
+                    torch.stack(keys[i], 1),
+                    torch.stack(values[i], 1),
+                    case,
+                )
+        outputs.append(out)
+    return outputs
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+    """The last tokens (hq, t, d) over the whole sequence (hkv, s, d)."""
+    options = {"scale": q.shape[2] ** -0.5, "window": 0, "softcap": 0.0, "causal": True}
+    options |= case.options
+    group = case.heads[0] // case.heads[1]
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = q @ k.transpose(1, 2) * options["scale"]
+    if options["softcap"]:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    at = torch.arange(k.shape[1])
+    query = at[-q.shape[1] :, None]
+    if options["causal"]:
+        scores = scores.masked_fill(at > query, -torch.inf)
+    if options["window"]:
+        scores = scores.masked_fill(at <= query - options["window"], -torch.inf)
+    sinks = sinks_of(case)
+    if sinks is not None:
+        column = sinks[:, None, None].expand(-1, q.shape[1], 1)
+        return torch.cat([scores, column], 2).softmax(2)[..., :-1] @ v
+    return scores.softmax(2) @ v
+
+
+def attend(case: Case, algorithm: str, ranks: int) -> list[Tensor]:
+    """On one rank: the outputs of each step, nan for tokens that another rank has."""
+    axis = Mesh.create({"cp": ranks})["cp"] if ranks > 1 else None
+    batch = len(case.steps[0])
+    window = case.options.get("window", 0) if case.forget else 0
+    table = PageTable(batch, 40 * batch, window=window)
+    cache = KVCache(batch, 0, case.heads[1], *case.dims, dtype=case.dtype, table=table)
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    outputs: list[Tensor] = []
+    for number, counts in enumerate(case.steps):
+        new = torch.tensor(counts)
+        lengths += new
+        if min(counts) < 0:
+            cache.truncate(lengths)
+            continue
+        width = int(new.max())
+        shares = ranks if algorithm in ("ring", "gather", "pass_q") else 1
+        order = arrange(lengths - new, new, shares, balanced=case.balanced)
+        order = order.unflatten(1, (shares, -1))[:, 0 if axis is None or shares == 1 else axis.rank]
+        index = order.clamp(min=0)[:, None, :, None]
+        q, k, v = (x.take_along_dim(index, 2) for x in inputs(case, number, width))
+        positions = ((lengths - new)[:, None] + order).where(order >= 0, -1)
+        for x in (q, k, v):  # what stands in padding must not matter
+            x.masked_fill_((order < 0)[:, None, :, None], 1e4)
+        local = cached_attention(
+            q, k, v, cache, positions, algorithm=algorithm, axis=axis,  # pyright: ignore
+            sinks=sinks_of(case), **case.options,
+        )  # fmt: skip
+        assert local.isfinite().all() and local.dtype == case.dtype
+        out = torch.full((*local.shape[:2], width, case.dims[1]), torch.nan, dtype=case.dtype)
+        for i in range(batch):
+            for column in (order[i] >= 0).nonzero().flatten().tolist():
+                out[i, :, order[i, column]] = local[i, :, column]
+        outputs.append(out)
+    return outputs
+
+
+def check(results: Sequence[list[Tensor]], case: Case, whole: bool, tolerance: Any) -> None:
+    """Every token is computed by one rank (or by all, if `whole`), and right."""
+    counts = [step for step in case.steps if min(step) >= 0]
+    for number, want in enumerate(expected(case)):
+        outs = torch.stack([result[number].double() for result in results])
+        done = ~outs[:, :, 0, :, 0].isnan()  # (ranks, b, t)
+        for i, count in enumerate(counts[number]):
+            assert (done[:, i, :count].sum(0) == (len(results) if whole else 1)).all()
+            assert not done[:, i, count:].any()
+            for rank, out in enumerate(outs):
+                mine = done[rank, i]
+                torch.testing.assert_close(out[i][:, mine], want[i][:, mine], **tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_local(name: str) -> None:
+    check([attend(CASES[name], "local", 1)], CASES[name], True, EXACT)
+
+
+@pytest.mark.parametrize("algorithm", SHARDED)
+@pytest.mark.parametrize("name", CASES)
+def test_sharded_sequence(pool: Pool, name: str, algorithm: str) -> None:
+    results = pool(2).run(attend, CASES[name], algorithm, 2)
+    check(results, CASES[name], algorithm == "tree", EXACT)
+
+
+@pytest.mark.parametrize("algorithm", SHARDED)
+@pytest.mark.parametrize("name", ["plain", "window", "short", "sinks"])
+def test_four_ranks(pool: Pool, name: str, algorithm: str) -> None:
+    results = pool(4).run(attend, CASES[name], algorithm, 4)
+    check(results, CASES[name], algorithm == "tree", EXACT)
+
+
+@pytest.mark.parametrize("algorithm", ["local", *SHARDED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(pool: Pool, algorithm: str, dtype: torch.dtype) -> None:
+    case = replace(PLAIN, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    tolerance = {"rtol": 0, "atol": 8 * eps}  # values are near 1
+    if algorithm == "local":
+        results = [attend(case, algorithm, 1)]
+    else:
+        results = pool(2).run(attend, case, algorithm, 2)
+    check(results, case, algorithm in ("local", "tree"), tolerance)
+
+
+def count(algorithm: str, layers: int) -> tuple[CollectiveCounter, int]:
+    """(what two steps of `layers` layers moved, the longest cached part in the second)."""
+    axis = Mesh.create({"cp": 3})["cp"]
+    table = PageTable(2, 30)
+    caches = [KVCache(2, 0, 2, 8, 6, dtype=torch.float32, table=table) for _ in range(layers)]
+    with count_collectives() as counter:
+        positions = torch.arange(48)[None].expand(2, -1)
+        if algorithm != "tree":
+            positions = positions[:, axis.rank * 16 : (axis.rank + 1) * 16]
+        for cache in caches:
+            q, k, v = (
+                torch.randn(2, h, positions.shape[1], d) for h, d in [(4, 8), (2, 8), (2, 6)]
+            )
+            cached_attention(q, k, v, cache, positions, algorithm=algorithm, axis=axis)  # pyright: ignore
+    return counter, int(table.counts.max())
+
+
+VOLUMES = {
+    "ring": ring_volume,
+    "gather": gather_kv_volume,
+    "pass_q": pass_q_volume,
+    "tree": tree_volume,
+}
+
+
+@pytest.mark.parametrize("algorithm", SHARDED)
+def test_counts_are_as_documented(pool: Pool, algorithm: str) -> None:
+    """Per layer what attention without a cache moves; per step the positions."""
+    layers, ranks, batch, t = 3, 3, 2, 48 if algorithm == "tree" else 16
+    shared = {
+        "ring": [8, batch * 16 * 4],
+        "gather": [8, batch * 16 * 4],
+        "pass_q": [8, batch * t * 4],
+    }
+    for counter, s in pool(ranks).run(count, algorithm, layers):
+        assert s == 16
+        sizes = Sizes(batch, 4, 2, q_rows=t, k_rows=s, head_dim=8, v_dim=6, itemsize=4)
+        want: dict[str, tuple[float, int]] = {}
+        for (op, phase), (nbytes, messages) in VOLUMES[algorithm](sizes, ranks).items():
+            if phase == "forward":
+                want[op] = layers * nbytes, layers * messages
+        for once in shared.get(algorithm, []):
+            nbytes, messages = want.get("all_gather", (0, 0))
+            want["all_gather"] = nbytes + (ranks - 1) * once, messages + ranks - 1
+        for op, (nbytes, messages) in want.items():
+            assert counter.bytes(op) == pytest.approx(nbytes)
+            assert counter.messages(op) == messages
+        assert counter.bytes() == pytest.approx(sum(nbytes for nbytes, _ in want.values()))
+
+
+def test_ring_and_gather_give_the_same_bits(pool: Pool) -> None:
+    ring, gather = (pool(3).run(attend, PLAIN, name, 3) for name in ("ring", "gather"))
+    for one, other in zip(ring, gather, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tree_balances_the_cache(pool: Pool) -> None:
+    assert pool(4).run(cached_on_a_rank) == [32, 32, 32, 24]
+
+
+def cached_on_a_rank() -> int:
+    axis = Mesh.create({"cp": 4})["cp"]
+    cache = KVCache(1, 64, 1, 4)
+    for positions in (torch.arange(100)[None], *torch.arange(100, 120)[:, None, None]):
+        x = torch.randn(1, 1, positions.shape[1], 4)
+        cached_attention(x, x, x, cache, positions, algorithm="tree", axis=axis)
+    return int(cache.lengths)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"algorithm": "star"},
+            "algorithm is one of local, ring, gather, pass_q, tree; got 'star'",
+        ),
+        ({"algorithm": "ring"}, "`ring` needs the axis"),
+        ({"window": 9}, "drops what a window of 8 leaves behind, got window=9"),
+        ({"window": 0}, "drops what a window of 8 leaves behind, got window=0"),
+        ({"window": 4, "softcap": -1.0}, "window and softcap are 0 or more"),
+    ],
+)
+def test_refuses_options_by_name(options: dict[str, Any], message: str) -> None:
+    cache = KVCache(1, 32, 1, 4, window=8)
+    x, at = torch.randn(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        cached_attention(x, x, x, cache, at, **options)
+    assert not cache.lengths.any()
+
+
+def test_refuses_gradients() -> None:
+    cache = KVCache(1, 32, 1, 4)
+    x, at = torch.randn(1, 1, 1, 4, requires_grad=True), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no backward; call it under torch.no_grad"):
+        cached_attention(x, x, x, cache, at)
+    with torch.no_grad():
+        torch.testing.assert_close(cached_attention(x, x, x, cache, at), x.detach())
+
+
+def mixed_layers() -> list[Tensor]:
+    axis = Mesh.create({"cp": 2})["cp"]
+    table = PageTable(1, 10)
+    names = ["ring", "pass_q", "gather", "ring"]
+    caches = [KVCache(1, 0, 2, 4, dtype=F64, table=table) for _ in names]
+    generator = torch.Generator().manual_seed(axis.rank)
+    x = torch.randn(1, 2, 9, 4, generator=generator, dtype=F64)
+    at = torch.arange(9)[None] + 9 * axis.rank
+    layers = zip(names, caches, strict=True)
+    return [cached_attention(x, x, x, c, at, algorithm=n, axis=axis) for n, c in layers]  # pyright: ignore
+
+
+def test_layers_may_differ_in_algorithm(pool: Pool) -> None:
+    for first, *others in pool(2).run(mixed_layers):
+        for other in others:
+            torch.testing.assert_close(other, first, **EXACT)
+
+
+def refuse_mixture() -> None:
+    axis, table = Mesh.create({"cp": 2})["cp"], PageTable(1, 10)
+    x, at = torch.randn(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    caches = [KVCache(1, 0, 1, 4, table=table) for _ in range(2)]
+    cached_attention(x, x, x, caches[0], at, algorithm="tree", axis=axis)
+    with pytest.raises(ValueError, match="got axis None after cp"):
+        cached_attention(x, x, x, caches[1], at)
+
+
+def uneven_queries() -> None:
+    axis = Mesh.create({"cp": 2})["cp"]
+    count = 2 + axis.rank
+    x, at = torch.randn(1, 1, count, 4), torch.arange(count)[None] + 2 * axis.rank
+    with pytest.raises(ValueError, match=r"ranks of `cp` have \[2, 3\] new tokens; `pass_q` needs"):
+        cached_attention(x, x, x, KVCache(1, 32, 1, 4), at, algorithm="pass_q", axis=axis)
+    caches = [KVCache(1, 32, 1, 4) for _ in range(2)]
+    ring, gather = (
+        cached_attention(x, x, x, cache, at, algorithm=name, axis=axis)  # pyright: ignore
+        for name, cache in zip(("ring", "gather"), caches, strict=True)
+    )
+    torch.testing.assert_close(ring, gather)
+
+
+def test_ranks_with_different_numbers_of_tokens(pool: Pool) -> None:
+    pool(2).run(refuse_mixture)
+    pool(2).run(uneven_queries)
+
+
+def test_local_refuses_an_axis(pool: Pool) -> None:
+    with pytest.raises(RankError, match="`local` knows no axis"):
+        pool(2).run(local_on_an_axis)
+
+
+def local_on_an_axis() -> None:
+    x, at = torch.randn(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    cached_attention(x, x, x, KVCache(1, 32, 1, 4), at, axis=Mesh.create({"cp": 2})["cp"])
+
+
+def select_last(x: Tensor, positions: Tensor) -> Tensor:
+    axis = Mesh.create({"cp": 3})["cp"]
+    return axis.all_reduce(last_token(axis.shard(x, 1), axis.shard(positions, 1), axis))
+
+
+def test_last_token(pool: Pool) -> None:
+    x = torch.randn(3, 6, 2, dtype=F64)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [7, -1, 8, -1, -1, -1], [0, 5, 1, 4, 2, 3]])
+    want = torch.stack([x[0, 5:], x[1, 2:3], x[2, 1:2]])
+    torch.testing.assert_close(last_token(x, positions), want)
+    for result in pool(3).run(select_last, x, positions):
+        torch.testing.assert_close(result, want)

@@ -1,0 +1,464 @@
+"""A toy transformer with sharded caches: serving and generation against a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardwright.runtime import (
+    Cache,
+    CacheFullError,
+    Input,
+    Output,
+    Param,
+    RankError,
+    RankPool,
+    ShardedModule,
+    ops,
+)
+from shardwright.runtime.generate import arrange, compact, next_tokens
+
+Pool = Callable[[int], RankPool]
+F64, I64 = torch.float64, torch.int64
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+VOCAB, WIDTH, HEADS, KEY_HEADS, DIM = 13, 12, 4, 2, 6
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3]]
+
+SHAPES = {
+    "embed": (VOCAB, WIDTH),
+    **{
+        f"layers.{i}.{name}": shape
+        for i in range(2)
+        for name, shape in {
+            "wq": (HEADS * DIM, WIDTH),
+            "wk": (KEY_HEADS * DIM, WIDTH),
+            "wv": (KEY_HEADS * DIM, WIDTH),
+            "wo": (WIDTH, HEADS * DIM),
+        }.items()
+    },
+    "head": (VOCAB, WIDTH),
+}
+
+
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(shape, dtype=F64) * 0.7 for name, shape in SHAPES.items()}
+
+
+def embed_positions(positions: Tensor) -> Tensor:
+    return torch.sin(positions[..., None] * torch.arange(1, WIDTH + 1, dtype=F64) / 5)
+
+
+def toy(mesh: dict[str, int], algorithm: str = "local", window: int = 0, **changes: Any) -> type:
+    """A sharded toy: batch over dp, heads over tp, the sequence over cp."""
+    sizes = {"dp": 1, "cp": 1, "tp": 1} | mesh
+    shared = algorithm in ("ring", "gather", "pass_q")  # cp cuts the new tokens, too
+    tokens = Input("S0,S1,R" if shared else "S0,R,R", (4, 16), I64, (0, 1), VOCAB)
+    specs = {"wq": "R,R,S0", "wk": "R,R,S0", "wv": "R,R,S0", "wo": "R,R,S1"}
+
+    class Toy(ShardedModule):
+        MESH = sizes
+        PARAMETERS = {
+            name: Param(
+                shape, F64, specs.get(name.split(".")[-1], "R,R,S0" if name == "head" else "R,R,R")
+            )
+            for name, shape in SHAPES.items()
+        }
+        INPUTS = {"input_ids": tokens, "position_ids": tokens}
+        OUTPUTS = (Output(("logits",), "S0,R,S2", (4, 1, VOCAB)),)
+        CACHES = {
+            "layers.{0..1}.kv": Cache(KEY_HEADS, DIM, DIM, F64, "S0,S2,S1", window),
+        }
+
+        def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+            return self.pack(self.logits(input_ids, position_ids, algorithm))
+
+        def logits(self, ids: Tensor, positions: Tensor, algorithm: str) -> Tensor:
+            _, cp, tp = self.mesh.axes
+            cut = algorithm in ("ring", "gather", "pass_q")
+            x = F.embedding(ids, self.embed) + embed_positions(positions)
+            for layer in self.layers:
+                heads = lambda w: F.linear(x, w).unflatten(-1, (-1, DIM)).transpose(1, 2)  # noqa: B023, E731
+                mixed = ops.cached_attention(
+                    heads(layer.wq), heads(layer.wk), heads(layer.wv), layer.kv, positions,
+                    algorithm=algorithm, axis=None if algorithm == "local" else cp, window=window,
+                )  # fmt: skip
+                x = x + tp.all_reduce(F.linear(mixed.transpose(1, 2).flatten(2), layer.wo))
+                x = x / x.square().mean(-1, keepdim=True).sqrt()
+            last = ops.last_token(x, positions, cp if cut else None)
+            return F.linear(cp.all_reduce(last) if cut else last, self.head)
+
+    for name, value in changes.items():
+        setattr(Toy, name, value)
+    return Toy
+
+
+def two_programs(mesh: dict[str, int]) -> type:
+    """Prefill and append by ring, decode by tree, with the same weights and caches."""
+    base = toy(mesh, "ring")
+    whole = Input("S0,R,R", (4, 1), I64, (0,), VOCAB)
+
+    class Two(base):  # pyright: ignore
+        def inputs_of(self, phase: str) -> Any:
+            return {"input_ids": whole, "position_ids": whole} if phase == "decode" else self.INPUTS
+
+        def _run(self, phase: str, **local: Tensor) -> Any:
+            if phase != "decode":
+                return self(**local)
+            return self.pack(self.logits(local["input_ids"], local["position_ids"], "tree"))
+
+    return Two
+
+
+def plain_logits(tokens: Sequence[int], window: int = 0) -> Tensor:
+    """Logits (v,) after `tokens`, without cache, sharding or kernels."""
+    w, count = weights(), len(tokens)
+    at = torch.arange(count)
+    allowed = at <= at[:, None]
+    if window:
+        allowed &= at > at[:, None] - window
+    x = w["embed"][list(tokens)] + embed_positions(at)
+    for i in range(2):
+        q, k, v = (
+            (x @ w[f"layers.{i}.{n}"].T).unflatten(-1, (-1, DIM)).transpose(0, 1)
+            for n in ("wq", "wk", "wv")
+        )
+        k, v = (y.repeat_interleave(HEADS // KEY_HEADS, 0) for y in (k, v))
+        scores = (q @ k.transpose(1, 2) * DIM**-0.5).masked_fill(~allowed, -torch.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ w[f"layers.{i}.wo"].T
+        x = x / x.square().mean(-1, keepdim=True).sqrt()
+    return x[-1] @ w["head"].T
+
+
+def plain_choice(
+    logits: Tensor, randomness: torch.Generator, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """One token for each row, by the definition of top-k and top-p."""
+    probabilities = torch.zeros_like(logits)
+    for i, row in enumerate(logits / temperature):
+        best = row.argsort(descending=True).tolist()[: top_k or None]
+        share = row[best].softmax(0)
+        kept = 1
+        while float(share[:kept].sum()) < top_p and kept < len(best):
+            kept += 1
+        probabilities[i, best[:kept]] = row[best[:kept]].softmax(0)
+    return torch.multinomial(probabilities, 1, generator=randomness)[:, 0]
+
+
+def plain_generate(
+    prompts: list[list[int]], new: int, stop: Sequence[int] = (), window: int = 0, **sampling: Any
+) -> list[list[int]]:
+    """What follows each prompt, with 0 behind a stop token."""
+    rows, out = [list(p) for p in prompts], [[] for _ in prompts]  # pyright: ignore
+    ended = [False] * len(rows)
+    seed = sampling.pop("seed", None)
+    randomness = None if seed is None else torch.Generator().manual_seed(seed)
+    for _ in range(new):
+        logits = torch.stack([plain_logits(row, window) for row in rows])
+        chosen = logits.argmax(1)
+        if randomness is not None:
+            chosen = plain_choice(logits, randomness, **sampling)
+        for i, token in enumerate(chosen.tolist()):
+            out[i].append(0 if ended[i] else token)
+            rows[i].append(token)
+            ended[i] |= token in stop
+        if all(ended):
+            break
+    return out
+
+
+def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(p) for p in prompts])
+    ids = torch.full((len(prompts), int(lengths.max())), 7)  # a real token as padding
+    for i, prompt in enumerate(prompts):
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+    return ids, lengths
+
+
+def generate(build: tuple[Callable[..., type], Any], new: int, options: dict[str, Any]) -> Tensor:
+    make, arguments = build
+    model = make(*arguments).from_state_dict(weights())
+    ids, lengths = padded(PROMPTS)
+    return model.generate(ids, new, lengths=lengths, **options)
+
+
+def run(pool: Pool, build: tuple[Callable[..., type], Any], *arguments: Any) -> list[list[int]]:
+    """The new tokens, which must be the same on all ranks."""
+    ranks = 1
+    for size in build[1][0].values():
+        ranks *= size
+    if ranks == 1:
+        results = [generate(build, *arguments)]
+    else:
+        results = pool(ranks).run(generate, build, *arguments)
+    ids, _ = padded(PROMPTS)
+    for result in results:
+        assert torch.equal(result, results[0]) and torch.equal(result[:, : ids.shape[1]], ids)
+    return results[0][:, ids.shape[1] :].tolist()
+
+
+BUILDS: dict[str, tuple[Callable[..., type], Any]] = {
+    "one rank": (toy, ({},)),
+    "batch": (toy, ({"dp": 2},)),
+    "heads": (toy, ({"tp": 2},)),
+    "ring": (toy, ({"cp": 2}, "ring")),
+    "gather": (toy, ({"cp": 2}, "gather")),
+    "pass_q": (toy, ({"cp": 2}, "pass_q")),
+    "tree": (toy, ({"cp": 2}, "tree")),
+    "window": (toy, ({"cp": 2}, "ring", 5)),
+    "batch and heads": (toy, ({"dp": 2, "tp": 2},)),
+    "tree and heads": (toy, ({"cp": 2, "tp": 2}, "tree")),
+    "ring and batch": (toy, ({"dp": 2, "cp": 2}, "ring")),
+    "tree of four": (toy, ({"cp": 4}, "tree")),
+    "ring, then tree": (two_programs, ({"cp": 2, "tp": 2},)),
+}
+
+
+@pytest.fixture(scope="module")
+def greedy() -> list[list[int]]:
+    return plain_generate(PROMPTS, 20)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_greedy(pool: Pool, name: str, greedy: list[list[int]]) -> None:
+    window = BUILDS[name][1][2] if name == "window" else 0
+    want = plain_generate(PROMPTS, 20, window=window) if window else greedy
+    assert run(pool, BUILDS[name], 20, {}) == want
+
+
+def test_the_reference_is_not_trivial(greedy: list[list[int]]) -> None:
+    assert all(len(set(row)) > 3 for row in greedy)
+    assert plain_generate(PROMPTS, 20, window=5) != greedy
+
+
+@pytest.mark.parametrize("name", ["one rank", "batch and heads", "ring, then tree"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.5, "top_k": 0, "top_p": 1.0},
+        {"temperature": 0.8, "top_k": 4, "top_p": 1.0},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.7},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1e-9},
+    ],
+)
+def test_sampled(pool: Pool, name: str, sampling: dict[str, Any]) -> None:
+    want = plain_generate(PROMPTS, 12, seed=5, **sampling)
+    assert run(pool, BUILDS[name], 12, {"do_sample": True, "seed": 5, **sampling}) == want
+
+
+@pytest.mark.parametrize("name", ["one rank", "batch", "ring", "tree"])
+def test_stops(pool: Pool, name: str, greedy: list[list[int]]) -> None:
+    stop = [greedy[0][3], greedy[1][5]]
+    want = plain_generate(PROMPTS, 20, stop)
+    assert any(0 in row for row in want) and want != greedy
+    assert run(pool, BUILDS[name], 20, {"eos_token_id": stop, "pad_token_id": 0}) == want
+    first = plain_generate(PROMPTS[:1], 20, stop[:1])
+    model = toy({}).from_state_dict(weights())
+    out = model.generate(torch.tensor(PROMPTS[:1]), 20, eos_token_id=stop[0])
+    assert out[:, len(PROMPTS[0]) :].tolist() == first and len(first[0]) < 20
+
+
+def test_attention_mask_on_either_side(greedy: list[list[int]]) -> None:
+    model = toy({}).from_state_dict(weights())
+    ids, lengths = padded(PROMPTS)
+    right = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    left = right.flip(1)
+    turned = ids.clone()
+    for i, prompt in enumerate(PROMPTS):
+        turned[i] = 7
+        turned[i, ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
+    for given, mask in ((ids, right), (turned, left)):
+        out = model.generate(given, 20, attention_mask=mask)
+        assert torch.equal(out[:, : ids.shape[1]], given)
+        assert out[:, ids.shape[1] :].tolist() == greedy
+
+
+def serve(build: tuple[Callable[..., type], Any], changes: dict[str, Any]) -> dict[str, Tensor]:
+    """Logits of a conversation: prefill, append, decode, back, append, decode."""
+    make, arguments = build
+    model = make(*arguments, **changes).from_state_dict(weights())
+    model.new_cache(3, 50)
+    ids, lengths = padded(PROMPTS)
+    out = {"prefill": model.prefill(ids, lengths)}
+    out["append"] = model.append(torch.tensor([[1, 2], [3, 0], [0, 0]]), [2, 1, 0])
+    out["decode"] = model.decode(torch.tensor([4, 5, 6]))
+    model.truncate([5, 100, 10])
+    assert model.cached_lengths.tolist() == [5, 3, 10]
+    out["again"] = model.append(torch.arange(12).expand(3, -1), [12, 7, 12])
+    out["last"] = model.decode(torch.tensor([1, 1, 1]))
+    assert model.cached_lengths.tolist() == [18, 11, 23]
+    out["new"] = model.prefill(ids[:, :3], [3, 1, 2])
+    return out
+
+
+def conversation() -> dict[str, list[list[int] | None]]:
+    """The tokens that each row of `serve` has seen; None where nothing new came."""
+    a, b, c = PROMPTS
+    before = {"prefill": [a, b, c], "append": [a + [1, 2], b + [3], None]}
+    decode = [a + [1, 2, 4], b + [3, 5], c + [6]]
+    again = [a[:5] + list(range(12)), decode[1] + list(range(7)), c[:10] + list(range(12))]
+    last = [row + [1] for row in again]
+    new = [a[:3], b, c[:2]]
+    return {**before, "decode": decode, "again": again, "last": last, "new": new}  # pyright: ignore
+
+
+def check_conversation(result: dict[str, Tensor], window: int = 0) -> None:
+    for name, rows in conversation().items():
+        assert result[name].shape == (3, VOCAB)
+        for i, tokens in enumerate(rows):
+            if tokens is not None:
+                torch.testing.assert_close(result[name][i], plain_logits(tokens, window), **EXACT)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_conversation(pool: Pool, name: str) -> None:
+    ranks = torch.tensor(list(BUILDS[name][1][0].values()) or [1]).prod().item()
+    window = BUILDS[name][1][2] if name == "window" else 0
+    if window:  # going back further than the window allows is refused, see test_cache.py
+        return
+    arguments = (BUILDS[name], {})
+    results = [serve(*arguments)] if ranks == 1 else pool(int(ranks)).run(serve, *arguments)
+    for result in results:
+        check_conversation(result)
+
+
+@pytest.mark.parametrize("columns", [2, 6, 8])
+@pytest.mark.parametrize("name", ["heads", "ring", "tree"])
+def test_sizes_that_are_fixed(pool: Pool, name: str, columns: int) -> None:
+    """A program for exactly 4 sequences and so many columns takes 3 of any length in pieces."""
+    spec = "S0,S1,R" if name == "ring" else "S0,R,R"
+    fixed = Input(spec, (4, columns), I64, (), VOCAB)
+    changes = {"INPUTS": {"input_ids": fixed, "position_ids": fixed}}
+    for result in pool(2).run(serve, BUILDS[name], changes):
+        check_conversation(result)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def share_memory(algorithm: str, mesh: dict[str, int], total: int) -> list[Any]:
+    """Sequences of up to 96 tokens in small pools: what fits, and what does not."""
+    model = toy(mesh, algorithm).from_state_dict(weights())
+    model.new_cache(4, 96, total_tokens=total)
+    ids = torch.arange(90).expand(4, -1) % VOCAB
+    logits = model.prefill(ids, [90, 1, 1, 1])
+    with pytest.raises(CacheFullError, match="a rank lacks .* the KV cache is full") as error:
+        model.append(ids, [1, 90, 90, 90])
+    model.truncate([1, 1, 1, 1])
+    logits = torch.cat([logits[:1], model.append(ids[:, 1:], [0, 0, 0, 89])[3:]])
+    return [str(error.value), logits, model.local("layers.0.kv").nbytes]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "mesh", "total"),
+    [
+        ("local", {}, 128),
+        ("local", {"dp": 2}, 256),
+        ("ring", {"cp": 2}, 64),
+        ("tree", {"cp": 2}, 64),
+    ],
+)
+def test_sequences_share_memory(
+    pool: Pool, algorithm: str, mesh: dict[str, int], total: int
+) -> None:
+    arguments = (algorithm, mesh, total)
+    results = pool(2).run(share_memory, *arguments) if mesh else [share_memory(*arguments)]
+    want = plain_logits([t % VOCAB for t in range(90)])
+    full = 4 * 96 * KEY_HEADS * DIM * 2 * 8 / mesh.get("dp", 1)
+    for message, logits, nbytes in results:
+        assert "tokens are free" in message
+        torch.testing.assert_close(logits, want.expand(2, -1), **EXACT)
+        assert nbytes < full * (0.9 if mesh.get("dp") else 0.6)
+
+
+def test_errors() -> None:
+    model = toy({}).from_state_dict(weights())
+    with pytest.raises(RuntimeError, match=r"no KV cache yet; call new_cache\(batch, tokens\)"):
+        model.decode(torch.tensor([1]))
+    model.new_cache(2, 4)
+    with pytest.raises(ValueError, match=r"integer tokens \(2, t\) for the 2 sequences"):
+        model.prefill(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match=r"lengths must be 2 numbers from 1 to 3, got \[0, 3\]"):
+        model.prefill(torch.ones(2, 3, dtype=I64), [0, 3])
+    model.prefill(torch.ones(2, 3, dtype=I64), [2, 3])
+    model.decode(torch.tensor([1, 1]))
+    with pytest.raises(CacheFullError, match=r"sequence 1 has 4 .* the cache holds 4 per sequence"):
+        model.decode(torch.tensor([1, 1]))
+    assert model.cached_lengths.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="a length of 0 or more for each of 2"):
+        model.truncate([1])
+    with pytest.raises(ValueError, match="temperature > 0"):
+        model.generate(torch.ones(2, 3, dtype=I64), 1, do_sample=True, temperature=0.0)
+    with pytest.raises(ValueError, match="either `lengths` or an attention_mask"):
+        model.generate(torch.ones(2, 3, dtype=I64), 1, attention_mask=torch.ones(2, 2))
+    with pytest.raises(ValueError, match="planned for a batch of 4, which 5 sequences"):
+        fixed = Input("S0,R,R", (4, 8), I64)
+        toy({}, INPUTS={"input_ids": fixed, "position_ids": fixed})().new_cache(5, 8)
+    with pytest.raises(ValueError, match="Toy has no KV caches; plan it with --phase"):
+        toy({}, CACHES={})().new_cache(1, 8)
+
+
+def fail_half_way() -> Tensor:
+    """A step that fails in the second layer, and a new start after it."""
+    model = toy({}).from_state_dict(weights())
+    model.new_cache(1, 30)
+    ids = torch.tensor([[1, 2, 3]])
+    kv = model.layers[1].kv
+    model.layers[1].kv = None
+    with pytest.raises(AttributeError):
+        model.prefill(ids)
+    model.layers[1].kv = kv
+    with pytest.raises(ValueError, match="does not follow position 2"):
+        model.append(ids)
+    return model.prefill(ids)
+
+
+def test_prefill_starts_anew_after_a_failure() -> None:
+    torch.testing.assert_close(fail_half_way()[0], plain_logits([1, 2, 3]), **EXACT)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ways", [1, 2, 3, 4])
+def test_arrange_deals_out_every_token_once_and_evenly(ways: int) -> None:
+    starts, counts = torch.tensor([0, 5, 40, 0, 16]), torch.tensor([100, 1, 37, 0, 1])
+    for balanced in (True, False):
+        order = arrange(starts, counts, ways, balanced=balanced)
+        for row, count in zip(order, counts.tolist(), strict=True):
+            assert sorted(row[row >= 0].tolist()) == list(range(count))
+            held = (row.view(ways, -1) >= 0).sum(1)
+            assert not balanced or held.max() - held.min() <= 2
+    blocks = arrange(starts, counts, ways, balanced=True).view(5, ways, -1)
+    assert (blocks[1, 0] >= 0).any() and (blocks[4, 1 % ways] >= 0).any()  # page by page in turn
+
+
+def test_compact() -> None:
+    ids, mask = torch.tensor([[0, 5, 6], [7, 0, 8]]), torch.tensor([[0, 1, 1], [1, 0, 1]])
+    prompts, counts = compact(ids, None, mask)
+    assert prompts.tolist() == [[5, 6], [7, 8]] and counts.tolist() == [2, 2]
+
+
+def test_next_tokens_follow_the_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, -1)
+    drawn = next_tokens(logits, torch.Generator().manual_seed(0), 0.5, 3, 0.99)
+    share = torch.bincount(drawn, minlength=4) / len(drawn)
+    want = (logits[0, :3] / 0.5).softmax(0)
+    torch.testing.assert_close(share[:3], want, rtol=0, atol=0.01)
+    assert share[3] == 0
+
+
+def fail_on_one_rank() -> None:
+    model = toy({"cp": 2}, "ring").from_state_dict(weights())
+    model.new_cache(1, 8)
+    model.prefill(torch.arange(9)[None])
+
+
+def test_every_rank_refuses_too_many_tokens(pool: Pool) -> None:
+    with pytest.raises(RankError, match="got 9 more, but the cache holds 8 per sequence"):
+        pool(2).run(fail_on_one_rank)
