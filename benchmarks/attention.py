@@ -13,8 +13,10 @@ one process  `F.scaled_dot_product_attention` of the whole, on rank 0 alone, wit
 torch ring   `_templated_ring_attention` of torch.distributed.tensor.experimental, driven with the
              same CPU kernel (`context_parallel` itself has no causal CPU path)
 
-`/ceiling` is time over the ceiling's.  Memory is what one forward and backward step adds to the
-resident set of a rank at its peak, inputs not counted.
+`/ceiling` is time over the ceiling's, and `cpu` the same of the processor time of all ranks
+together, which says more where ranks share cores with each other or with other work.  Memory is
+what one forward and backward step adds to the resident set of a rank at its peak, inputs not
+counted.
 """
 
 from __future__ import annotations
@@ -66,11 +68,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One side: median seconds forward, and forward and backward; peak bytes of a rank."""
+    """One side: medians forward, and forward and backward; peak bytes of a rank."""
 
     name: str
-    forward: float
-    both: float
+    seconds: tuple[float, float]
+    cpu_seconds: tuple[float, float]
     peak: float
 
 
@@ -97,32 +99,36 @@ def print_table(case: Case) -> None:
     """All sides of one case."""
     with RankPool(case.ranks) as pool:
         ranks = pool.run(measure, case, timeout_s=3600.0)
-    rows = [_slowest([rank[i] for rank in ranks]) for i in range(len(ranks[0]))]
+    rows = [_over_ranks([rank[i] for rank in ranks]) for i in range(len(ranks[0]))]
     ceiling = next(row for row in rows if row.name == "ceiling")
     print(f"\n{case.ranks} ranks, {case.length} tokens, {str(case.dtype).removeprefix('torch.')}")
-    columns = "{:12} {:>10} {:>9} {:>12} {:>9} {:>8}"
-    print(columns.format("", "forward", "/ceiling", "and backward", "/ceiling", "memory"))
+    columns = "{:12}" + " {:>12} {:>9} {:>6}" * 2 + " {:>10}"
+    heads = ("forward", "/ceiling", "cpu", "and backward", "/ceiling", "cpu", "memory")
+    print(columns.format("", *heads))
     for row in rows:
-        forward, both = row.forward / ceiling.forward, row.both / ceiling.both
-        print(
-            columns.format(
-                row.name,
-                f"{row.forward * 1e3:.1f} ms",
-                f"{forward:.2f}",
-                f"{row.both * 1e3:.1f} ms",
-                f"{both:.2f}",
-                f"{row.peak / 1e6:.1f} MB",
-            ),
-            flush=True,
-        )
+        cells: list[str] = []
+        for which in (0, 1):
+            cells += [
+                f"{row.seconds[which] * 1e3:.1f} ms",
+                f"{row.seconds[which] / ceiling.seconds[which]:.2f}",
+                f"{row.cpu_seconds[which] / ceiling.cpu_seconds[which]:.2f}",
+            ]
+        print(columns.format(row.name, *cells, f"{row.peak / 1e6:.1f} MB"), flush=True)
 
 
-def _slowest(of_ranks: list[Measured]) -> Row:
-    def time_of(which: int) -> float:
+def _over_ranks(of_ranks: list[Measured]) -> Row:
+    """Of each round the slowest rank, and the processor time of all."""
+
+    def wall(which: int) -> float:
         rounds = zip(*(rank.seconds[which] for rank in of_ranks), strict=True)
         return median(max(of_round) for of_round in rounds)
 
-    return Row(of_ranks[0].name, time_of(0), time_of(1), max(rank.peak for rank in of_ranks))
+    def cpu(which: int) -> float:
+        rounds = zip(*(rank.cpu_seconds[which] for rank in of_ranks), strict=True)
+        return median(sum(of_round) for of_round in rounds)
+
+    peak = max(rank.peak for rank in of_ranks)
+    return Row(of_ranks[0].name, (wall(0), wall(1)), (cpu(0), cpu(1)), peak)
 
 
 # --- in each rank --------------------------------------------------------------------------------
@@ -134,6 +140,7 @@ class Measured:
 
     name: str
     seconds: tuple[list[float], list[float]]
+    cpu_seconds: tuple[list[float], list[float]]
     peak: int
 
 
@@ -141,7 +148,8 @@ def measure(case: Case) -> list[Measured]:
     """All sides by turns, after one step of each that is not counted."""
     give_back_freed_blocks()
     steps = make_steps(case)
-    seconds: dict[str, tuple[list[float], list[float]]] = {}
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
+    cpu: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
     for step in steps.values():
         dist.barrier()
         step(True)
@@ -150,11 +158,11 @@ def measure(case: Case) -> list[Measured]:
         for name in names if number % 2 == 0 else reversed(names):
             for which in (0, 1):
                 dist.barrier()
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 steps[name](which == 1)
-                times = seconds.setdefault(name, ([], []))
-                times[which].append(time.perf_counter() - start)
-    return [Measured(name, seconds[name], _peak(steps[name])) for name in steps]
+                seconds[name][which].append(time.perf_counter() - start)
+                cpu[name][which].append(time.process_time() - cpu_start)
+    return [Measured(name, seconds[name], cpu[name], _peak(steps[name])) for name in steps]
 
 
 def _peak(step: Step) -> int:

@@ -9,6 +9,7 @@ from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec, format_spec, local_shape
+from ..planner.attention import cache_spec
 from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded
 from .body import BodyEmitter, parameter_path
 from .source import WIDTH, check, statement
@@ -58,11 +59,11 @@ class _Writer:
                 self.class_of[call.loop.name, kind] = name
 
     def _head(self) -> list[str]:
-        names = (
-            "Input, Layer, Output, Param, ShardedModule, ops"
-            if self.loops
-            else ("Input, Output, Param, ShardedModule, ops")
-        )
+        names = ["Input", "Output", "Param", "ShardedModule", "ops"]
+        if self.loops:
+            names.insert(1, "Layer")
+        if self._caches_table():
+            names.insert(0, "Cache")
         body = "\n".join(self.summary.splitlines())
         return [
             f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
@@ -73,7 +74,7 @@ class _Writer:
             "import torch.nn.functional as F",
             "from torch import Tensor",
             "",
-            f"from shardwright.runtime import {names}",
+            f"from shardwright.runtime import {', '.join(names)}",
         ]
 
     # -- blocks -------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ class _Writer:
             *self._parameters_table(),
             *self._inputs_table(),
             *self._outputs_table(),
+            *self._caches_table(),
             "",
             f"    def forward({arguments}) -> object:",
             *renamed,
@@ -280,6 +282,37 @@ class _Writer:
             shape = _tuple(item.value.type.shape)
             lines += statement(f'Output({path}, "{self._spec_text(item)}", {shape}),', 2)
         return [*lines, "    )"]
+
+    def _caches_table(self) -> list[str]:
+        """KV caches by their path, `model.layers.{0..31}.kv`."""
+        rows: list[str] = []
+        for item in self.program.statements:
+            if isinstance(item, Compute):
+                rows += self._cache_lines(item, "")
+            elif isinstance(item, LoopCall):
+                for kind, body in enumerate(item.bodies):
+                    layers = [i for i, k in enumerate(item.loop.order) if k == kind]
+                    path = f"{item.loop.path}.{{{_range_text(layers)}}}."
+                    for inner in body.statements:
+                        if isinstance(inner, Compute):
+                            rows += self._cache_lines(inner, path)
+        return ["    CACHES = {", *rows, "    }"] if rows else []
+
+    def _cache_lines(self, item: Compute, prefix: str) -> list[str]:
+        node = item.node
+        if node.op != "shardwright.cached_attention":
+            return []
+        key, value = node.operands[1:3]
+        args = [
+            f"heads={key.type.shape[1]}",
+            f"key_dim={key.type.shape[3]}",
+            f"value_dim={value.type.shape[3]}",
+            f"dtype={key.type.dtype}",
+            f'spec="{format_spec(cache_spec(node, item.choices))}"',
+        ]
+        if node.arg("window"):
+            args.append(f"window={node.arg('window')}")
+        return statement(f'"{prefix}{node.arg("cache")}": Cache({", ".join(args)}),', 2)
 
     def _spec_text(self, item: Sharded) -> str:
         """`S0,Z1` for a value in spec `S0,S1` whose dim 1 is cut in zigzag order."""

@@ -94,10 +94,16 @@ class GPT(nn.Module):
         self.apply(_init_weights)
         self.head.weight = self.token_embedding.weight  # tied: one matrix reads and writes tokens
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """`tokens` and `labels` are [B, S]; label -100 marks a position that has no target."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)  # [S]
-        x = self.token_embedding(tokens) + self.position_embedding(positions)  # [B, S, D]
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """All are [B, S]; label -100 marks a position that has no target.
+
+        Without `position_ids` sequences begin at 0; serving tells where new tokens stand.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)  # [S]
+        x = self.token_embedding(tokens) + self.position_embedding(position_ids)  # [B, S, D]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)

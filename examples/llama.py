@@ -32,17 +32,17 @@ class LlamaConfig:
     norm_eps: float = 1e-5
 
 
-def rotary_angles(seq: int, head_width: int, theta: float, device: torch.device) -> Tensor:
-    """The angle of each position and frequency, [S, K / 2]."""
+def rotary_angles(positions: Tensor, head_width: int, theta: float) -> Tensor:
+    """The angle of each of `positions` [..., S] and frequency, [..., S, K / 2]."""
+    device = positions.device
     exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    positions = torch.arange(seq, device=device, dtype=torch.float32)
-    return positions[:, None] * theta ** -exponents[None, :]
+    return positions.float()[..., None] * theta**-exponents
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K / 2]) of `x` [B, S, heads, K] by its position's angle."""
-    cos = angles.cos()[None, :, None, :].to(x.dtype)  # [1, S, 1, K / 2]
-    sin = angles.sin()[None, :, None, :].to(x.dtype)
+    cos = angles.cos()[..., None, :].to(x.dtype)  # [..., S, 1, K / 2]
+    sin = angles.sin()[..., None, :].to(x.dtype)
     first, second = x.chunk(2, dim=-1)  # 2 x [B, S, heads, K / 2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -115,11 +115,17 @@ class Llama(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(_init_weights)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """`tokens` and `labels` are [B, S]; label -100 marks a position that has no target."""
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """All are [B, S]; label -100 marks a position that has no target.
+
+        Without `position_ids` sequences begin at 0; serving tells where new tokens stand.
+        """
         config = self.config
-        head_width = config.width // config.heads
-        angles = rotary_angles(tokens.shape[1], head_width, config.rope_theta, tokens.device)
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)  # [S]
+        angles = rotary_angles(position_ids, config.width // config.heads, config.rope_theta)
         x = self.embedding(tokens)  # [B, S, D]
         for layer in self.layers:
             x = layer(x, angles)

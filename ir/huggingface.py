@@ -141,8 +141,8 @@ def from_config(
     """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
 
     The class is the one named in the config's `architectures`.  `phase` is `train` (inputs have
-    `labels`) or `prefill`.  Raises ValueError for a file that is no config, or a class that is
-    not in transformers.
+    `labels`) or one of inference.  Raises ValueError for a file that is no config, or a class that
+    is not in transformers.
     """
     try:
         import transformers
@@ -182,15 +182,13 @@ def _load_config(transformers: Any, path: Path) -> Any:
 
 def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[str, Tensor]:
     """Token ids for every input that the model's task needs."""
-    if phase not in ("train", "prefill"):
-        raise ValueError(f"phase must be `train` or `prefill`, got `{phase}`")
 
     def ids() -> Tensor:
         return torch.zeros(batch, seq, dtype=torch.long, device="meta")
 
     inputs = {"input_ids": ids()}
     config: Any = model.config
-    if config.is_encoder_decoder and phase == "prefill":
+    if config.is_encoder_decoder and phase != "train":
         inputs["decoder_input_ids"] = ids()
     if phase == "train":
         inputs["labels"] = ids()

@@ -48,8 +48,8 @@ def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
                 for factor, name in zip(factors, names, strict=True):
                     found.setdefault(factor, name)
     for algorithm, way in rule.algorithms.items():
-        if way.cuts[0] in found:
-            found[algorithm] = found[way.cuts[0]]
+        if label := found.get(way.cuts[0], way.label):
+            found[algorithm] = label
     return found
 
 

@@ -1527,15 +1527,15 @@ register(
 
 def _cached_attention_rule(node: Node) -> Rule:
     """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand."""
-    query, key, value, _ = node.operands
+    query, key = node.operands[:2]
     context = node.arg("context")
     assert isinstance(context, int)
     heads, new = key.type.shape[1], query.type.shape[2]
     groups = query.type.shape[1] // heads
     text = "b (n g) [q] [d], b n [k] [d], b n [k] [e], b [q] -> b (n g) [q] [e]"
     rule = _text(text, sizes={"n": heads, "g": groups})(node)
-    shared = Algorithm(("c", "q", "k"), (S(2), S(2), S(2), S(1)), (S(2),))
-    whole = Algorithm(("c",), (R, R, R, R), (R,))
+    shared = Algorithm(("q", "k", "c"), (S(2), S(2), S(2), S(1)), (S(2),))
+    whole = Algorithm(("c",), (R, R, R, R), (R,), label="s")
     return replace(
         rule,
         sizes={**rule.sizes, "c": context + new},

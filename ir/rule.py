@@ -60,6 +60,7 @@ class Algorithm:
     fits: Callable[[Mapping[str, int], int], bool] = field(
         default=lambda sizes, ranks: True, compare=False
     )
+    label: str = ""  # what it cuts (`s`, `b`), where no operand has its first factor
 
 
 @dataclass(frozen=True, slots=True)

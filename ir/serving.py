@@ -54,7 +54,23 @@ def serving_graph(graph: Graph, context: int) -> Graph:
         else:
             body.append(pass_.node(with_operands(item, {positions.name: known}), positions))
     served = replace(graph, body=tuple(body))
-    return _last_logits(_without_unread(served, clamp), positions)
+    return _named_inputs(_last_logits(_without_unread(served, clamp), positions), positions)
+
+
+def _named_inputs(graph: Graph, positions: Value) -> Graph:
+    """The two inputs of every served model, called `input_ids` and `position_ids`."""
+    others = [item for item in graph.inputs if item.value.name != positions.name]
+    if len(others) != 1 or others[0].value.type.shape != positions.type.shape:
+        names = ", ".join(f"`{item.name}`" for item in others) or "none"
+        raise ServingError(
+            f"{graph.name} takes the inputs {names} besides positions; to be served it must take"
+            " tokens (batch, tokens) alone"
+        )
+    renamed = tuple(
+        replace(i, name="position_ids" if i.value.name == positions.name else "input_ids")
+        for i in graph.inputs
+    )
+    return replace(graph, inputs=renamed)
 
 
 def _positions(graph: Graph) -> Value:
@@ -135,7 +151,7 @@ def _why_not(node: Node) -> str | None:
     if not node.arg("causal") and query > 1:
         return "is not causal"
     if node.arg("mask") is not None:
-        return "has a mask that is a tensor; serve without `attention_mask`: positions of -1 mean"
+        return "has a mask that is a tensor (leave `attention_mask` out: padding has position -1)"
     if node.arg("dropout_p"):
         return "has dropout"
     return None

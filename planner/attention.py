@@ -11,6 +11,14 @@ k (b, hk, s, d), v (b, hk, s, dv), and `kv` the bytes of one rank's keys and val
 | `ulysses` | all-to-all of q, k, v and one of the result | the same, of the gradients           |
 | `window`  | the last window - 1 rows of kv from the left | as many rows of dk, dv back, fp32   |
 
+With a cache, new tokens q (b, hq, t, d) attend s cached rows per rank (the new ones included):
+
+| `local`   | nothing                                                                            |
+| `ring`    | p - 1 hops of kv, behind the compute                                               |
+| `gather`  | all-gather of kv                                                                   |
+| `pass_q`  | p - 1 hops of q behind the compute, and an all-to-all of partial results           |
+| `tree`    | all-reduces of the largest score and of the partial results: q is on every rank    |
+
 With fewer key heads than ranks Ulysses sends each rank those that its query heads attend.  A ring
 hides its hops behind the compute, so that a step takes the longer of the two, and so does a window.
 """
@@ -24,6 +32,7 @@ from ..costmodel.compute import attention_s
 from ..ir.graph import Node
 from ..ir.ops import attention_dims, rule_of
 from ..ir.rule import Choice
+from ..ir.spec import R, S, Spec
 from .conversion import Network
 
 # Flash attention: 2 matrix products forward, 5 backward (arXiv:2307.08691, section 3.1)
@@ -62,6 +71,7 @@ class Local:
     ranks: int
     zigzag: bool
     query_ways: int  # how many ways the queries alone are cut
+    cached: bool  # `keys` are those of the cache, of which the last `queries` are new
 
     @staticmethod
     def of(node: Node, choices: Sequence[Choice], sizes: Sequence[int], order: str) -> Local:
@@ -71,14 +81,17 @@ class Local:
         if ways is None:
             raise ValueError(f"{node.loc}: attention cannot be cut {tuple(choices)} over {sizes}")
         batch, heads, kv_heads, queries, keys, key_dim = attention_dims(node, ways)
+        cached = node.op == "shardwright.cached_attention"
+        if cached:
+            keys = -(-rule.sizes["c"] // ways.get("c", 1))
         axis = next((i for i, choice in enumerate(choices) if choice in rule.algorithms), -1)
         window = node.arg("window")
         assert isinstance(window, int)
         return Local(
             batch, heads, kv_heads, queries, keys, key_dim, rule.sizes["e"],
-            node.output.type.dtype.itemsize, bool(node.arg("causal")), window,
+            node.output.type.dtype.itemsize, cached or bool(node.arg("causal")), window,
             choices[axis] if axis >= 0 else "", axis, sizes[axis] if axis >= 0 else 1,
-            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1),
+            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1), cached,
         )  # fmt: skip
 
     @property
@@ -104,6 +117,8 @@ def transfers(local: Local, *, backward: bool) -> list[Transfer]:
     if p == 1 or not local.algorithm:
         return []
     kv, gradient = local.kv_bytes, local.gradient_bytes
+    if local.cached:
+        return _cached_transfers(local)
     found: list[Transfer] = []
     match local.algorithm:
         case "ring":
@@ -130,6 +145,65 @@ def transfers(local: Local, *, backward: bool) -> list[Transfer]:
         case _:
             raise ValueError(f"attention has no algorithm `{local.algorithm}`")
     return [transfer for transfer in found if backward or not transfer.backward]
+
+
+def _cached_transfers(local: Local) -> list[Transfer]:
+    p, axis = local.ranks, local.axis
+    rows = local.batch * local.heads * local.queries
+    wide = max(4, local.itemsize)  # partial results: sums in 32 bits or more
+    match local.algorithm:
+        case "ring":
+            return [Transfer("send_recv", axis, local.kv_bytes, p - 1, False, hidden=True)]
+        case "gather":
+            return [Transfer("all_gather", axis, local.kv_bytes * p, 1, False)]
+        case "pass_q":
+            queries = rows * local.key_dim * local.itemsize
+            partials = p * rows * (local.value_dim * local.itemsize + wide)
+            return [
+                Transfer("send_recv", axis, queries, p - 1, False, hidden=True),
+                Transfer("all_to_all", axis, partials, 1, False),
+            ]
+        case "tree":
+            return [
+                Transfer("all_reduce", axis, rows * wide, 1, False),
+                Transfer("all_reduce", axis, rows * (local.value_dim + 1) * wide, 1, False),
+            ]
+        case _:
+            raise ValueError(f"attention over a cache has no algorithm `{local.algorithm}`")
+
+
+def position_transfers(local: Local) -> list[Transfer]:
+    """What tells ranks which tokens the others hold, once per step for all layers with one cache
+    layout: the longest part (8 bytes) and positions of 4 bytes."""
+    p, axis = local.ranks, local.axis
+    if not local.cached or p == 1:
+        return []
+    if local.algorithm in ("ring", "gather"):
+        positions = local.batch * local.keys * 4 * p
+        return [
+            Transfer("all_gather", axis, 8 * p, 1, False),
+            Transfer("all_gather", axis, positions, 1, False),
+        ]
+    if local.algorithm == "pass_q":
+        positions = local.batch * local.queries * 4 * p
+        return [Transfer("all_gather", axis, positions, 1, False)]
+    return []
+
+
+def cache_bytes(local: Local) -> int:
+    """Bytes of the KV cache that one rank keeps of this attention; what a window drops is not."""
+    if not local.cached:
+        return 0
+    rows = local.keys
+    if local.window:
+        rows = min(rows, -(-(local.window + local.queries * local.ranks) // local.ranks))
+    return local.kv_bytes // local.keys * rows
+
+
+def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
+    """How the KV cache (batch, heads, sequence) of an attention lies on the mesh."""
+    dims = {"b": S(0), "n": S(1), **dict.fromkeys(rule_of(node).algorithms, S(2))}
+    return tuple(dims.get(choice, R) for choice in choices)
 
 
 def _kv_heads_each(local: Local) -> int:
@@ -163,7 +237,7 @@ def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tu
             for t in moved
             if t.backward == back and not t.hidden
         )
-        if local.algorithm == "ring":  # the last step waits for nothing
+        if steps > 1:  # the last one waits for nothing
             return compute + (steps - 1) * max(compute, sum(hops)) + exposed
         return max(compute, sum(hops)) + exposed
 
@@ -178,6 +252,10 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, int]:
         local.heads, local.kv_heads, local.queries, local.keys, 1,
     )  # fmt: skip
     match local.algorithm:
+        case _ if local.cached:
+            keys *= p if local.algorithm == "gather" else 1
+            steps = p if local.algorithm in ("ring", "pass_q") else 1
+            share = _cached_share(local)
         case "ring":
             steps, share = p, 0.5 if causal and local.zigzag else 1.0
         case "gather":
@@ -213,10 +291,22 @@ def _share(local: Local, keys: int, cut: int) -> float:
     return share
 
 
+def _cached_share(local: Local) -> float:
+    """Share of the scores (new queries x all keys) that are computed; new tokens are in an order
+    that gives every rank as many."""
+    p = local.ranks
+    keys = local.keys * (p if local.algorithm else 1)
+    new = local.queries * (p if local.algorithm not in ("", "tree") else 1)
+    share = 1.0 - (new - 1) / 2 / keys
+    return min(share, local.window / keys) if local.window else share
+
+
 def buffer_bytes(local: Local) -> float:
     """Bytes that the algorithm holds beside its operands and result while it runs."""
     p = local.ranks
     match local.algorithm:
+        case "pass_q":
+            return float(_cached_transfers(local)[1].bytes)
         case "ring":
             return 2.0 * local.kv_bytes
         case "gather":
@@ -229,4 +319,7 @@ def buffer_bytes(local: Local) -> float:
             return 0.0
 
 
-__all__ = ["BACKWARD", "Local", "Transfer", "buffer_bytes", "seconds", "transfers"]
+__all__ = [
+    "BACKWARD", "Local", "Transfer", "buffer_bytes", "cache_bytes", "cache_spec",
+    "position_transfers", "seconds", "transfers",
+]  # fmt: skip

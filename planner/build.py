@@ -29,7 +29,7 @@ from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec, is_shard
 from .conversion import Conversions, Network, spec_fits
-from .pricing import Work, buffer_bytes, local_bytes, price
+from .pricing import Work, buffer_bytes, cache_bytes, local_bytes, price
 from .problem import Edge, ProblemNode, ShardingProblem, Usage
 from .regions import Region, Strategy, make_regions, node_specs, scopes
 
@@ -121,12 +121,14 @@ class ParamRef:
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """One run of a node on one rank: seconds, bytes of its operands and results together, what
-    autograd keeps (value, bytes), and the spec that each operand is needed in."""
+    """One run of a node on one rank: seconds, bytes of its operands and results together, bytes of
+    its KV cache, what autograd keeps (value, bytes), and the spec that each operand is needed
+    in."""
 
     forward_s: float
     seconds: float
     held: float
+    cache: float
     kept: tuple[tuple[str, int], ...]
     needs: tuple[tuple[Value, Spec], ...]
 
@@ -201,6 +203,7 @@ class Builder:
                 work.forward_s,
                 work.seconds,
                 float(held),
+                cache_bytes(node, choices, self.sizes),
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),
             )
@@ -344,13 +347,14 @@ class _Built:
         return Decisions(choices, specs, outputs, setting.recompute, setting.order)
 
     def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float]:
-        """(bytes kept for backward, bytes of what runs) that are live at `time`."""
+        """(bytes kept for backward or in KV caches, bytes of what runs) that are live at `time`."""
         kept = running = 0.0
+        stays = 0 if self.builder.setting.training else 1  # as `_region_node` lists them
         for index in self.region_nodes:
             for position, usage in enumerate(self.nodes[index].usages):
                 if time is not None and usage.start <= time < usage.end:
                     size = float(usage.bytes[assignment[index]])
-                    if position == 0 and self.builder.setting.training:
+                    if position == stays:
                         kept += size
                     else:
                         running += size
@@ -519,7 +523,9 @@ class _Built:
         end = self.horizon
         if not training:
             last = max(self._last_use(region), time) + 1
-            return ProblemNode(region.name, weight * costs, (Usage(time, last, held),))
+            caches = weight * np.array([self._cache(region, s) for s in strategies])
+            usages = (Usage(time, last, held), Usage(0, end, caches))
+            return ProblemNode(region.name, weight * costs, usages if caches.any() else usages[:1])
         start, last = self.spans[id(region.scope)]
         if self._recomputed(region):  # one layer at a time, while its backward runs
             memory = Usage(end - last - 1, end - start, kept)
@@ -531,6 +537,11 @@ class _Built:
             Usage(end - time - 1, end - time, 2 * held),  # values and their gradients
         )
         return ProblemNode(region.name, weight * costs, usages)
+
+    def _cache(self, region: Region, strategy: Strategy) -> float:
+        """Bytes of KV cache that the region keeps."""
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        return sum(self.builder.node_cost(node, choices).cache for node, choices in pairs)
 
     def _recomputed(self, region: Region) -> bool:
         return self.builder.setting.recompute and region.scope.loop is not None

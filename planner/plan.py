@@ -28,6 +28,7 @@ class Request:
     optimizer: str
     memory_bytes: float
     pins: tuple[str, ...] = ()
+    context: int = 0  # tokens of each sequence that are cached before
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,13 @@ class Memory:
     optimizer: float
     activations: float
     transient: float
+    cache: float = 0.0  # keys and values of cached tokens, room for the new ones included
 
     @property
     def total(self) -> float:
         """The peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+        state = self.parameters + self.gradients + self.optimizer + self.cache
+        return state + self.activations + self.transient
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class NodeSeconds:
 class Plan:
     """How to cut a model over a mesh.  `print(plan)` explains it.
 
-    `seconds` is one step (training) or one forward pass (prefill), as the cost model prices it.
+    `seconds` is one step (training) or one forward pass (other phases), as the cost model prices
+    it.
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
     """
 

@@ -23,6 +23,10 @@ from .regions import node_specs
 _VOCABULARY_REDUCTIONS = (1, 2)
 
 
+_LOOKUPS = ("aten.embedding.default", "shardwright.last_token")
+_POSITION_BYTES = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """Seconds of one node on one rank."""
@@ -81,6 +85,13 @@ def buffer_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]
     return attention.buffer_bytes(attention.Local.of(node, choices, sizes, "contiguous"))
 
 
+def cache_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]) -> float:
+    """Bytes of the KV cache that one rank keeps for a node."""
+    if node.op != "shardwright.cached_attention":
+        return 0.0
+    return float(attention.cache_bytes(attention.Local.of(node, choices, sizes, "contiguous")))
+
+
 def _price_matmul(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:
     batch, m, n, k = matmul_dims(node, ways)
     dtype = str(node.output.type.dtype)
@@ -118,7 +129,7 @@ def _price_traffic(
 ) -> Work:
     needs, gives = node_specs(node, rule_of(node), choices, training)
     sizes = network.mesh.sizes
-    table = node.operands[0] if node.op == "aten.embedding.default" else None
+    table = node.operands[0] if node.op in _LOOKUPS else None
     reads = sum(
         local_bytes(value, spec, sizes)
         for value, spec in zip(node.operands, needs, strict=True)
@@ -139,7 +150,12 @@ def _price_traffic(
 
 
 def _price_inside(node: Node, choices: tuple[Choice, ...], network: Network) -> float:
-    """Seconds of the collectives that an op runs itself (a loss over a sharded vocabulary)."""
+    """Seconds of the collectives that an op runs itself: a loss over a sharded vocabulary, the
+    last token of a sharded sequence."""
+    if node.op == "shardwright.last_token":
+        cut = tuple(axis for axis, choice in enumerate(choices) if choice == "s")
+        rows = node.operands[0].type.shape[0] * _POSITION_BYTES
+        return network.seconds("all_reduce", cut, rows) if cut else 0.0
     inside = rule_of(node).inside
     axes = tuple(axis for axis, choice in enumerate(choices) if choice in inside)
     if not axes:

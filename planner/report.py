@@ -22,6 +22,8 @@ _WORDS = {  # what cutting a factor is called, by kind of op
         "gather": "sequence, K/V gathered",
         "ulysses": "sequence, exchanged for heads",
         "window": "sequence, window's K/V from the neighbours",
+        "pass_q": "sequence, ring of queries",
+        "tree": "cached tokens, tree",
     },
     "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
     "shardwright.cross_entropy": {"v": "vocabulary"},
@@ -69,7 +71,7 @@ def format_bytes(n: float) -> str:
 
 
 def _winner(plan: Plan) -> str:
-    unit = "step" if plan.training else "prefill"
+    unit = "step" if plan.training else plan.request.phase
     request = plan.request
     text = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
@@ -273,12 +275,27 @@ def _memory(plan: Plan) -> str:
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
         ("activations", memory.activations),
+        ("KV cache", memory.cache),
         ("running op", memory.transient),
     )
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
     return (
         f"Memory per GPU: {format_bytes(memory.total)} of {format_bytes(limit)} "
-        f"({memory.total / limit:.0%}): {parts}."
+        f"({memory.total / limit:.0%}): {parts}.{_capacity(plan)}"
+    )
+
+
+def _capacity(plan: Plan) -> str:
+    """How many tokens fit the KV cache, and how many sequences as long as planned."""
+    request, memory = plan.request, plan.memory
+    if not memory.cache:
+        return ""
+    length = request.context + request.seq
+    per_token = memory.cache / (request.batch * length)
+    tokens = int((request.memory_bytes - memory.total + memory.cache) / per_token)
+    return (
+        f" A cached token takes {format_bytes(per_token)} of each GPU: {tokens:,} tokens fit, or "
+        f"{tokens // length:,} sequences of {length:,}."
     )
 
 

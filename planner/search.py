@@ -345,7 +345,8 @@ def _memory(graph: Graph, best: _Solved) -> tuple[Memory, float]:
         ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
         for ref in all_params(graph)
     )
-    memory = Memory(parameters, gradients, states, best.activations, best.transient)
+    kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
+    memory = Memory(parameters, gradients, states, kept[0], best.transient, kept[1])
     return memory, seconds
 
 

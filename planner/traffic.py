@@ -50,6 +50,7 @@ class _Walk:
         self.recompute = recompute
         self.order = order
         self.moved: dict[Moved, float] = {}
+        self._positions: set[object] = set()  # what was told of cached positions
 
     def run(
         self,
@@ -119,17 +120,30 @@ class _Walk:
                         self._add("all_gather", traffic.axes, True, traffic.bytes)
 
     def _attention(self, item: Compute, times: int, live: bool) -> None:
-        """An attention algorithm over a sharded sequence."""
+        """An attention algorithm over a sharded sequence; positions once for all with one cache."""
         if kind_of(item.node) != "attention":
             return
         local = attention.Local.of(item.node, item.choices, self.mesh.sizes, self.order)
+        for transfer in attention.position_transfers(local):
+            known = (item.choices, local.algorithm == "pass_q", local.window, transfer)
+            if known not in self._positions:
+                self._positions.add(known)
+                self._add(transfer.kind, (transfer.axis,), False, transfer.bytes)
         for transfer in attention.transfers(local, backward=live):
             runs = transfer.times * (1 if transfer.backward else times)
             for _ in range(runs):
                 self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
 
     def _loss(self, item: Compute, times: int) -> None:
-        """A loss over a sharded vocabulary, and the number of labels over sharded tokens."""
+        """A loss over a sharded vocabulary, and the number of labels over sharded tokens; which
+        rank has the last token of a sharded sequence."""
+        if item.node.op == "shardwright.last_token":
+            axes = self._axes(item, "s")
+            if axes:
+                rows = item.operands[0]
+                batch = local_shape(rows.value.type.shape, rows.spec, self.mesh.sizes)[0]
+                self._add("all_reduce", axes, False, batch * _COUNT_BYTES)
+            return
         if item.node.op != "shardwright.cross_entropy":
             return
         logits, rule = item.operands[0], rule_of(item.node)

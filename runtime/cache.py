@@ -158,14 +158,9 @@ class PageTable:
                 f"truncate takes a length of 0 or more for each of {self.batch} sequences, got"
                 f" {limits.tolist()}"
             )
-        for i, limit in enumerate(limits.tolist()):
-            last = self._forgotten[i]
-            if limit and last >= 0 and last > limit - self.window:
-                raise ValueError(
-                    f"sequence {i} cannot go back to {limit} tokens: its next token attends from"
-                    f" position {limit - self.window + 1}, and a window of {self.window} has"
-                    f" already dropped positions up to {last}"
-                )
+        lost = self.lost(limits)
+        if lost:
+            raise ValueError(lost)
         kept = (self.positions >= 0) & (self.positions < limits[:, None])
         self.counts = kept.sum(1)
         self._positions[:, : kept.shape[1]].masked_fill_(~kept, -1)
@@ -177,6 +172,18 @@ class PageTable:
                 self._forgotten[i] = -1
         self.step = None
         self._changed()
+
+    def lost(self, lengths: Tensor) -> str:
+        """Why sequences cannot go back to `lengths` (b,), or nothing if they can."""
+        for i, limit in enumerate(lengths.tolist()):
+            last = self._forgotten[i]
+            if limit and last >= 0 and last > limit - self.window:
+                return (
+                    f"sequence {i} cannot go back to {limit} tokens: its next token attends from"
+                    f" position {limit - self.window + 1}, and a window of {self.window} has"
+                    f" already dropped positions up to {last}"
+                )
+        return ""
 
     def _open(self, positions: Tensor, axis: Axis | None) -> Step:
         if (

@@ -83,8 +83,13 @@ class Serving:
         """Drop the tokens of sequence i at positions >= lengths[i]."""
         limits = torch.zeros(self._rows, dtype=torch.int64)
         limits[: self.batch] = lengths
-        for (spec, _), table in self._tables.items():
-            table.truncate(_part(limits[:, None], _batch_only(spec), self._model.mesh)[:, 0])
+        own = [
+            (table, _part(limits[:, None], _batch_only(spec), self._model.mesh)[:, 0])
+            for (spec, _), table in self._tables.items()
+        ]
+        self._check_windows([table.lost(rows) for table, rows in own])
+        for table, rows in own:
+            table.truncate(rows)
         self.lengths = torch.minimum(self.lengths, lengths)
 
     def clear(self) -> None:
@@ -158,6 +163,14 @@ class Serving:
         width = 0 if 1 in wanted.free else wanted.shape[1] // ways
         return arrange(starts, rows, ways, balanced=cut, width=width)
 
+    def _check_windows(self, lost: list[str]) -> None:
+        """Raise ValueError on every rank if the caches of some rank cannot go back."""
+        if not any(window for _, window in self._tables):
+            return
+        reasons = [reason for reason in lost if reason]
+        if _highest(len(reasons), self._model.mesh):
+            raise ValueError(reasons[0] if reasons else "another rank has dropped what is needed")
+
     def _check_room(self, positions: Tensor, spec: Spec, counts: Tensor) -> None:
         """Raise CacheFullError on every rank if a pool of some rank is too small."""
         mesh = self._model.mesh
@@ -165,15 +178,21 @@ class Serving:
             table.shortage(_kept(positions, spec, table_spec, mesh))
             for (table_spec, _), table in self._tables.items()
         )
-        worst = torch.tensor([short], device=mesh.device)
-        for axis in mesh.axes:
-            worst = axis.reduce(worst, "max")
-        if int(worst) > 0:
+        worst = _highest(short, mesh)
+        if worst > 0:
             table = max(self._tables.values(), key=lambda table: table.pages)
             raise CacheFullError(
-                f"a rank lacks {int(worst)} pages for these tokens; on this rank:"
+                f"a rank lacks {worst} pages for these tokens; on this rank:"
                 f" {table.full_message(int(counts.sum()))}"
             )
+
+
+def _highest(number: int, mesh: Mesh) -> int:
+    """The highest of all ranks' numbers."""
+    highest = torch.tensor([number], device=mesh.device)
+    for axis in mesh.axes:
+        highest = axis.reduce(highest, "max")
+    return int(highest)
 
 
 def arrange(starts: Tensor, counts: Tensor, ways: int, *, balanced: bool, width: int = 0) -> Tensor:

@@ -15,7 +15,8 @@ from .costmodel.cluster import load_cluster
 from .ir.capture import capture_folded
 from .ir.graph import Graph
 from .ir.mesh import Mesh
-from .loading import DTYPES, Loaded, load_target, quiet_torch
+from .ir.serving import ServingError, is_decoder, serving_graph
+from .loading import DTYPES, Loaded, load_target, quiet_torch, with_positions
 from .planner import plan as plans
 from .planner.build import Builder, Restriction
 from .planner.conversion import Network
@@ -27,7 +28,8 @@ from .planner.search import Clock, make_plan, setting_of
 if TYPE_CHECKING:
     from .verify import Verification
 
-PHASES = ("train", "prefill")
+PHASES = ("train", "prefill", "decode", "append")
+_CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
 Request = plans.Request
 
 
@@ -93,6 +95,7 @@ def plan(
     gpus: int,
     cluster: str = "h100",
     phase: str = "train",
+    context: int | None = None,
     mesh: str | None = None,
     pins: Sequence[str] = (),
     memory_bytes: int | None = None,
@@ -104,10 +107,12 @@ def plan(
     """The cheapest way to run `model(**inputs)` on `gpus` GPUs, proven under the cost model.
 
     `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
-    Dim 0 of every input is taken as the batch and dim 1 as the sequence.  `cluster` is a built-in
-    name or the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`)
-    fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and
-    priced.
+    Dim 0 of every input is taken as the batch and dim 1 as the sequence: with `phase` `prefill`,
+    `decode` or `append` the new tokens, to which `context` cached ones are added.  Models with
+    causal attention and an input `position_ids` are then planned with a KV cache.  `cluster` is a
+    built-in name or the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh`
+    (`2x4`) fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept
+    and priced.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
@@ -119,7 +124,7 @@ def plan(
     parameter = next(model.parameters(), torch.empty(0))
     request = _request(
         "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
-        optimizer, memory_bytes, pins,
+        optimizer, memory_bytes, pins, context,
     )  # fmt: skip
     return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, Clock())
 
@@ -139,11 +144,12 @@ def plan_file(
     optimizer: str,
     solver: str,
     time_limit_s: float,
+    context: int | None = None,
     progress: Progress = _silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
     request = _request(
-        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins
+        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context
     )
     clock = Clock()
     progress("build the model")
@@ -152,14 +158,43 @@ def plan_file(
     return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, clock)
 
 
-def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
+def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> Graph:
     """The folded graph of a loaded model, its inputs' dims labelled."""
     with quiet_torch():
         graph = capture_folded(
-            loaded.model, loaded.inputs, training=training, rebuild=loaded.rebuild
+            loaded.model,
+            loaded.inputs,
+            training=training,
+            serving=serving,
+            rebuild=loaded.rebuild,
         )
     inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
     return replace(graph, inputs=inputs)
+
+
+def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
+    """The graph of a phase: training, or serving with a KV cache.
+
+    The forward pass of a model that is no decoder, or takes no positions, is planned as it is if
+    `phase` is `prefill`; other phases raise PlanError.
+    """
+    if phase == "train":
+        return capture_graph(loaded, training=True)
+    served = with_positions(loaded)
+    if served is not None:
+        graph = capture_graph(served, training=False, serving=True)
+        if phase != "prefill" or is_decoder(graph):
+            try:
+                return serving_graph(graph, context)
+            except ServingError as error:
+                raise PlanError(str(error)) from error
+    elif phase != "prefill":
+        raise PlanError(
+            f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
+            f"so phase {phase} cannot tell where new tokens stand; add it and use it in place of "
+            "torch.arange"
+        )
+    return capture_graph(loaded, training=False)
 
 
 def _request(
@@ -173,15 +208,25 @@ def _request(
     optimizer: str | None,
     memory_bytes: int | None,
     pins: Sequence[str],
+    context: int | None,
 ) -> Request:
     if phase not in PHASES:
         raise PlanError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
     if dtype not in DTYPES:
         raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
+    cached = phase in ("decode", "append")
+    if context and not cached:
+        raise PlanError(
+            f"phase {phase} begins with an empty cache; cached tokens (--context {context}) are "
+            "for decode and append"
+        )
     machine = load_cluster(cluster, gpus)
     optimizer = optimizer or ("adamw" if phase == "train" else "none")
     memory = float(memory_bytes or machine.memory_bytes)
-    return Request(target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins))
+    return Request(
+        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins),
+        (_CONTEXT if context is None else context) if cached else 0,
+    )  # fmt: skip
 
 
 def _plan(
@@ -197,7 +242,7 @@ def _plan(
     fixed = parse_mesh(mesh, request.gpus) if mesh else None
     progress("capture the graph")
     with clock.step("capture"):
-        graph = capture_graph(loaded, training=request.phase == "train")
+        graph = phase_graph(loaded, request.phase, request.context)
     made = make_plan(
         graph,
         load_cluster(request.cluster, request.gpus),

@@ -36,6 +36,8 @@ class Phase(StrEnum):
 
     TRAIN = "train"
     PREFILL = "prefill"
+    DECODE = "decode"
+    APPEND = "append"
 
 
 class Dtype(StrEnum):
@@ -147,8 +149,23 @@ def plan(
         ),
     ] = None,
     seq: Annotated[
-        int, typer.Option(metavar="N", min=1, help="tokens in a sequence, e.g. --seq 8192")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="1024; 1 with --phase decode",
+            help="tokens in a sequence, or new ones in inference, e.g. --seq 8192",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            show_default="8192 with --phase decode or append",
+            help="cached tokens before the new ones, e.g. --context 32768",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
     ] = Dtype.BFLOAT16,
@@ -190,7 +207,7 @@ def plan(
     optimizer: Annotated[
         Optimizer | None,
         typer.Option(
-            show_default="adamw; none with --phase prefill",
+            show_default="adamw; none in inference",
             help="the optimizer whose states take memory, e.g. --optimizer sgd",
         ),
     ] = None,
@@ -251,7 +268,8 @@ def plan(
                 cluster=cluster,
                 phase=phase.value,
                 batch=gpus if batch is None else batch,
-                seq=seq,
+                seq=seq or (1 if phase is Phase.DECODE else 1024),
+                context=context,
                 dtype=dtype.value,
                 memory_bytes=memory,
                 mesh=mesh,

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ir.serving import POSITIONS
 from .planner.errors import PlanError
 
 DTYPES = {
@@ -116,6 +117,21 @@ def _load_config(path: Path, *, batch: int, seq: int, phase: str, dtype: str) ->
             f"--seq {longest} or less"
         )
     return Loaded(model, inputs, {name: ("b", "s") for name in inputs}, None)
+
+
+def with_positions(loaded: Loaded) -> Loaded | None:
+    """The same model with the input `position_ids` (batch, tokens); None if it takes none."""
+    accepted = inspect.signature(loaded.model.forward).parameters
+    tokens = [x for name, x in loaded.inputs.items() if name != "labels" and x.ndim == 2]
+    name = next((name for name in POSITIONS if name in accepted), None)
+    if name is None or not tokens:
+        return None
+    if name in loaded.inputs:
+        return loaded
+    inputs = {k: x for k, x in loaded.inputs.items() if k != "labels"}
+    positions = torch.zeros(tokens[0].shape, dtype=torch.long, device=tokens[0].device)
+    labels = {**loaded.labels, name: ("b", "s")}
+    return replace(loaded, inputs={**inputs, name: positions}, labels=labels)
 
 
 def _has_position_table(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from .kernels import attend, attend_backward
 from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Scores
-from .task import Options, check_heads, save, saved, start
+from .task import Options, check_heads, save, saved, saved_more, start
 from .tokens import Layout
 
 
@@ -65,14 +65,14 @@ class _SharedPrefix(torch.autograd.Function):
         prefix_v: Tensor,
         scores: Scores,
     ) -> Tensor:
-        ctx.scores, ctx.prefix = scores, (prefix_k, prefix_v)
+        ctx.scores = scores
         folded = _fold(q)
         common = Partial.empty(folded, v.shape[3])
         attend(common, folded, prefix_k, prefix_v, _whole(folded, prefix_k), scores)
         into = start(q, v, sinks)
         into.add_(_unfold(common.out, q.shape[0]), _unfold(common.lse, q.shape[0]))
         attend(into, q, k, v, _own(q, k, scores), scores)
-        return save(ctx, (q, k, v, sinks), into)
+        return save(ctx, (q, k, v, sinks), into, prefix_k, prefix_v)
 
     @staticmethod
     @once_differentiable
@@ -80,7 +80,7 @@ class _SharedPrefix(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         queries, k, v, dsinks = saved(ctx, grads[0])
-        prefix_k, prefix_v = ctx.prefix
+        prefix_k, prefix_v = saved_more(ctx)
         dk, dv, common_dk, common_dv = (
             torch.zeros_like(x, dtype=wide(x.dtype)) for x in (k, v, prefix_k, prefix_v)
         )

@@ -41,14 +41,17 @@ def ring_attention(
     q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv) are this rank's shards, the result
     (b, hq, sq, dv) is that of its queries.  Differentiable.
 
-    `group` is a ProcessGroup or an `Axis`; `layout` says which tokens the shards hold (contiguous
-    equal shards if None; `Layout.zigzag` balances causal work), `query_layout` those of q where
-    they are others (new tokens over a cache).  A query at position p attends key j where j <= p if
-    `causal`, j > p - window if `window` > 0, and `mask` allows it.  `scale` is 1/sqrt(d) if None.
-    `softcap` > 0 makes scores softcap * tanh(score / softcap).  `sinks` (hq,) are logits of one
-    more key per head whose value is 0; their gradient is this rank's summand.  `bias` (b or 1, hq
-    or 1, sq, S) is added to the scores of this rank's queries, with a column per position;
-    `slopes` (hq,) are ALiBi's.  Neither gets a gradient.
+    `group` is a ProcessGroup or an `Axis`; `layout` says which tokens the shards hold
+    (`Layout.zigzag` balances causal work), `query_layout` those of q where they are others (new
+    tokens over a cache).  Without a layout shards are equal and contiguous, and one message of 64
+    bytes makes sure that the ranks agree on their sizes.
+
+    A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0,
+    and `mask` allows it.  `scale` is 1/sqrt(d) if None.  `softcap` > 0 makes scores
+    softcap * tanh(score / softcap).  `sinks` (hq,) are logits of one more key per head whose value
+    is 0; their gradient is this rank's summand.  `bias` (b or 1, hq or 1, sq, S) is added to the
+    scores of this rank's queries, with a column per position; `slopes` (hq,) are ALiBi's.  Neither
+    gets a gradient.
 
     Cost, over p ranks, with kv = b hkv sk (d + dv) numbers of e bytes: forward receives
     (p-1) kv e bytes in p-1 messages, each under way while a block is computed; backward twice as

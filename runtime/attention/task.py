@@ -131,6 +131,27 @@ def check_layouts(
     return queries, keys
 
 
+# What `agree` compares, in this order.
+_COMPARED = ("batch", "query heads", "key heads", "rows of q", "rows of k", "d", "dv", "dtype")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def agree(options: Options, link: Link, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse, on every rank, shards that differ between ranks; one all-gather of 64 bytes.
+
+    For calls without a layout, where a rank cannot know what the others hold, and transfers of
+    unequal sizes would hang or end the process.
+    """
+    if link.size == 1:
+        return
+    kind = _DTYPES.index(q.dtype) if q.dtype in _DTYPES else -1
+    own = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], k.shape[3], v.shape[3], kind]
+    rows = link.all_gather(torch.tensor(own, device=q.device), "forward").tolist()
+    for title, column in zip(_COMPARED, zip(*rows, strict=True), strict=True):
+        if len(set(column)) > 1:
+            options.refuse(f"the ranks of `{link.name}` differ in {title}: {list(column)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One call: who takes part, which tokens they hold, how scores are made."""
@@ -153,6 +174,8 @@ class Task:
         """Checked; layouts as in `check_layouts`."""
         check_heads(options.name, q, k, v)
         link = Link(group)
+        if layout is None:
+            agree(options, link, q, k, v)
         queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)
@@ -167,6 +190,10 @@ class Task:
         attend(into, q, k, v, self.pieces(source), self.scores)
 
 
+# Tensors that `save` always keeps.
+_SAVED = 6
+
+
 def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
     """What the queries have before the first key: nothing, or the sinks."""
     if sinks is None:
@@ -174,16 +201,26 @@ def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
     return Partial.of_sinks(sinks, q, v.shape[3])
 
 
-def save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], into: Partial) -> Tensor:
-    """Keep for backward what the inputs and the final result are; the result in q's dtype."""
+def save(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    into: Partial,
+    *more: Tensor,
+) -> Tensor:
+    """Keep inputs, final result and `more` tensors for backward; the result in q's dtype."""
     q, k, v, sinks = inputs
     out = into.out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, sinks, out, into.lse)
+    ctx.save_for_backward(q, k, v, sinks, out, into.lse, *more)
     return out
+
+
+def saved_more(ctx: Any) -> tuple[Tensor, ...]:
+    """The `more` tensors that `save` kept."""
+    return ctx.saved_tensors[_SAVED:]
 
 
 def saved(ctx: Any, grad: Tensor) -> tuple[Queries, Tensor, Tensor, Tensor | None]:
     """(queries, k, v, gradient of the sinks) from what `save` kept."""
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+    q, k, v, sinks, out, lse = ctx.saved_tensors[:_SAVED]
     queries = Queries.of(q, out, lse, grad.to(q.dtype))
     return queries, k, v, None if sinks is None else sinks_gradient(sinks, queries)

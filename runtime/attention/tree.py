@@ -14,7 +14,7 @@ from .links import Group, Link
 from .partial import Partial, normalised, wide
 from .pieces import Piece
 from .scores import Mask, Scores
-from .task import Options, check_heads
+from .task import Options, agree, check_heads
 from .tokens import Layout
 
 
@@ -55,6 +55,8 @@ def tree_attention(
     options = Options("tree_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
     check_heads(options.name, q, k, v)
     link, scores = Link(group), options.scores(q)
+    if layout is None and lengths is None:
+        agree(options, link, q, k, v)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:

@@ -14,7 +14,7 @@ from .links import Group, Link, pack, unpack
 from .partial import wide
 from .ring import attend_over_ring
 from .scores import Mask
-from .task import Options, Task, check_heads, check_layouts
+from .task import Options, Task, agree, check_heads, check_layouts
 from .tokens import Layout
 
 
@@ -98,6 +98,9 @@ def _attention(
 ) -> Tensor:
     check_heads(options.name, q, k, v)
     rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
+    if layout is None:
+        agree(options, ulysses, q, k, v)
+        agree(options, ring, q, k, v)
     queries, keys = check_layouts(options, rank, ranks, q, k, layout, query_layout)
     scores = options.scores(q)
     options.check_covers(scores, queries, keys)

@@ -14,7 +14,7 @@ from .links import Group, Hop, pack, unpack
 from .partial import wide
 from .pieces import Piece
 from .scores import Mask
-from .task import Options, Task, save, saved, start
+from .task import Options, Task, save, saved, saved_more, start
 from .tokens import Layout
 
 
@@ -89,11 +89,11 @@ class _Window(torch.autograd.Function):
         hop = _fetch(task, k, v)
         into = start(q, v, sinks)
         task.attend(into, q, k, v, task.link.rank)
-        ctx.task, ctx.halos = task, hop.wait()
-        for halo, buffer in zip(_before(task), ctx.halos, strict=True):
+        ctx.task, fetched = task, hop.wait()
+        for halo, buffer in zip(_before(task), fetched, strict=True):
             keys, values = _unpack(buffer, halo, k, v)
             attend(into, q, keys, values, _pieces(task, halo), task.scores)
-        return save(ctx, (q, k, v, sinks), into)
+        return save(ctx, (q, k, v, sinks), into, *fetched)
 
     @staticmethod
     @once_differentiable
@@ -104,7 +104,7 @@ class _Window(torch.autograd.Function):
         queries, k, v, dsinks = saved(ctx, grads[0])
         dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, k, v))
         shares: list[Tensor] = []
-        for halo, buffer in zip(_before(task), ctx.halos, strict=True):
+        for halo, buffer in zip(_before(task), saved_more(ctx), strict=True):
             keys, values = _unpack(buffer, halo, k, v)
             shares.append(torch.zeros_like(buffer, dtype=dk.dtype))
             into = (dq, *_unpack(shares[-1], halo, k, v))

@@ -21,6 +21,9 @@ from shardwright.runtime import (
     count_collectives,
     last_token,
 )
+from shardwright.runtime.attention.cached import parts_of, runs_of
+from shardwright.runtime.attention.pieces import Piece
+from shardwright.runtime.attention.scores import Scores
 from shardwright.runtime.attention.volumes import (
     Sizes,
     gather_kv_volume,
@@ -229,6 +232,63 @@ def test_lower_precision(pool: Pool, algorithm: str, dtype: torch.dtype) -> None
     else:
         results = pool(2).run(attend, case, algorithm, 2)
     check(results, case, algorithm in ("local", "tree"), tolerance)
+
+
+def allowed(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
+    """(b, t, s) from the definition."""
+    q, k = queries[:, :, None], keys[:, None]
+    pairs = (q >= 0) & (k >= 0)
+    if causal:
+        pairs &= k <= q
+    return pairs & (k > q - window) if window else pairs
+
+
+def covered(piece: Piece, queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
+    """(t, s) counts of the pairs that a piece computes."""
+    pairs = torch.zeros(len(queries), len(keys), dtype=torch.int64)
+    rows = slice(piece.q_row, piece.q_row + piece.queries)
+    columns = slice(piece.k_row, piece.k_row + piece.keys)
+    block = torch.ones(piece.queries, piece.keys, dtype=torch.int64)
+    if piece.rule == "causal":
+        block = block.tril()
+    elif piece.rule == "window":
+        block = block.triu()
+    elif piece.rule == "band":
+        block = allowed(queries[None, rows], keys[None, columns], causal, window)[0].long()
+    pairs[rows, columns] = block
+    return pairs
+
+
+@pytest.mark.parametrize("window", [0, 1, 6, 140])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 1.0])
+def test_pieces_cover_every_allowed_pair_once(causal: bool, window: int, softcap: float) -> None:
+    """Queries in any order with padding anywhere, keys with gaps, whole runs or single tokens."""
+    generator = torch.Generator().manual_seed(window)
+    scores = Scores(1.0, causal, window, softcap)
+    for trial in range(30):
+        kept = torch.rand(2, 300, generator=generator) < (0.5, 0.97, 1.0)[trial % 3]
+        tokens = torch.arange(300).expand(2, -1)
+        keys = tokens.where(kept, 10**6).sort(1).values
+        keys = keys.masked_fill(keys == 10**6, -1)
+        start = int(torch.randint(0, 280, (), generator=generator))
+        queries = torch.arange(start, start + 20).expand(2, -1).clone()
+        if trial % 2:
+            queries = queries[:, torch.randperm(20, generator=generator)]
+        queries[1, : trial % 4] = -1
+        want = allowed(queries, keys, causal, window)
+        found = torch.zeros_like(want, dtype=torch.int64)
+        for batch, pieces in parts_of(queries, keys, scores):
+            for i in range(2)[batch]:
+                for piece in pieces:
+                    found[i] += covered(piece, queries[i], keys[i], causal, window)
+        assert torch.equal(found, want.long())
+
+
+def test_runs() -> None:
+    runs = runs_of(torch.tensor([-1, 0, 1, -1, -1, 7, 8, 3, 4, 6]))
+    assert [run[:3] for run in runs] == [(1, 0, 2), (5, 7, 2), (7, 3, 2), (9, 6, 1)]
+    assert runs_of(torch.tensor([], dtype=torch.int64)) == runs_of(torch.tensor([-1])) == ()
 
 
 def count(algorithm: str, layers: int) -> tuple[CollectiveCounter, int]:

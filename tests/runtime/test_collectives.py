@@ -210,6 +210,23 @@ def test_half_precision_is_added_up_in_float32(pool: Pool) -> None:
     assert pool(3).run(sum_bfloat16) == [(258.0, 258.0)] * 3
 
 
+def count_messages() -> dict[str, int]:
+    axis = Mesh.create({"tp": 3})["tp"]
+    x = torch.ones(3, 3)
+    with count_collectives() as counter:
+        axis.all_gather(x, 0)
+        axis.reduce_scatter(x, 0)
+        axis.all_to_all(x, gather_dim=0, shard_dim=1)
+        axis.all_reduce(x)
+    assert counter.messages() == counter.messages(axis="tp", phase="forward")
+    return {key.op: count.messages for key, count in counter.counts.items()}
+
+
+def test_messages_are_those_of_rings(pool: Pool) -> None:
+    want = {"all_gather": 2, "reduce_scatter": 2, "all_to_all": 2, "all_reduce": 4}
+    assert pool(3).run(count_messages) == [want] * 3
+
+
 def nest_uneven() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """10 rows over dp=2, then tp=2: step by step, and over both axes at once."""
     mesh = Mesh.create({"dp": 2, "tp": 2})

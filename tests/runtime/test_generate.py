@@ -261,6 +261,46 @@ def test_stops(pool: Pool, name: str, greedy: list[list[int]]) -> None:
     model = toy({}).from_state_dict(weights())
     out = model.generate(torch.tensor(PROMPTS[:1]), 20, eos_token_id=stop[0])
     assert out[:, len(PROMPTS[0]) :].tolist() == first and len(first[0]) < 20
+    ids, lengths = padded(PROMPTS)
+    model.generate(ids, 20, lengths=lengths, eos_token_id=stop)
+    ends = [next((j for j, token in enumerate(row) if token in stop), 19) for row in want]
+    assert model.cached_lengths.tolist() == (lengths + torch.tensor(ends)).tolist()
+
+
+def generate_one(build: tuple[Callable[..., type], Any]) -> list[list[int]]:
+    make, arguments = build
+    model = make(*arguments).from_state_dict(weights())
+    out = [model.generate(torch.tensor(p)[None], 12)[0, len(p) :].tolist() for p in PROMPTS]
+    return out
+
+
+@pytest.mark.parametrize("name", ["batch", "tree of four", "ring and batch"])
+def test_one_sequence_on_many_ranks(pool: Pool, name: str, greedy: list[list[int]]) -> None:
+    """Some ranks have nothing but padding."""
+    for result in pool(2 if name == "batch" else 4).run(generate_one, BUILDS[name]):
+        assert result == [row[:12] for row in greedy]
+
+
+def go_back() -> list[Tensor]:
+    """A window of 5 over two ranks: a few tokens back, then further than the window kept."""
+    model = toy({"cp": 2}, "tree", 5).from_state_dict(weights())
+    model.new_cache(1, 200)
+    tokens = torch.arange(120)[None] % VOCAB
+    model.prefill(tokens[:, :100])
+    model.append(tokens[:, 100:])
+    model.truncate([118])
+    after = model.decode(torch.tensor([1]))
+    with pytest.raises(ValueError, match="cannot go back to 90|another rank has dropped"):
+        model.truncate([90])  # which only one of the ranks cannot
+    assert model.cached_lengths.tolist() == [119]
+    return [after[0], model.decode(torch.tensor([2]))[0]]
+
+
+def test_windows_limit_how_far_back(pool: Pool) -> None:
+    tokens = [t % VOCAB for t in range(118)]
+    for first, second in pool(2).run(go_back):
+        torch.testing.assert_close(first, plain_logits([*tokens, 1], 5), **EXACT)
+        torch.testing.assert_close(second, plain_logits([*tokens, 1, 2], 5), **EXACT)
 
 
 def test_attention_mask_on_either_side(greedy: list[list[int]]) -> None:

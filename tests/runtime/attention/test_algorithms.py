@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
-from shardwright.runtime import Layout, Mask, Mesh, RankError, pass_q_attention, ring_attention
+from shardwright import runtime
+from shardwright.runtime import (
+    Layout,
+    Mask,
+    Mesh,
+    RankError,
+    RankPool,
+    pass_q_attention,
+    ring_attention,
+)
 from shardwright.runtime.attention.volumes import (
     Sizes,
     Volume,
@@ -59,6 +71,7 @@ CASES = {
     "empty shards": Case(layout="zigzag", length=2),
     "one token": Case(length=1, sinks=True),
     "no token": Case(length=0),
+    "no sequence": Case(batch=0),
 }
 
 
@@ -256,8 +269,6 @@ def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -
 
 
 def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
-    from shardwright import runtime
-
     axis = Mesh.create({"cp": 2})["cp"]
     q, k, v = (torch.ones(shape) for shape in shapes)
     getattr(runtime, name)(q, k, v, group=axis, **options)
@@ -297,6 +308,53 @@ def test_refusals(
 ) -> None:
     with pytest.raises(RankError, match=message):
         pool(2).run(refuse, name, options, shapes)
+
+
+def disagree(name: str, what: str) -> None:
+    mesh = Mesh.create({"cp": 3})
+    rows, dtype = 6 + (what == "rows" and mesh.rank == 1), torch.float32
+    if what == "dtype" and mesh.rank == 2:
+        dtype = torch.float64
+    q = torch.ones(1, 3, rows, 8, dtype=dtype)
+    options = {"window": 3} if name == WINDOW else {}
+    getattr(runtime, name)(q, q, q, group=mesh["cp"], **options)
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, "tree_attention"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("rows", r"differ in rows of q: \[6, 7, 6\]"), ("dtype", r"differ in dtype: \[1, 1, 0\]")],
+)
+def test_every_rank_refuses_shards_that_differ(
+    pool: Pool, name: str, what: str, message: str
+) -> None:
+    with pytest.raises(RankError, match=message):
+        pool(3).run(disagree, name, what)
+
+
+def lose_a_peer(name: str) -> str:
+    """What a rank is told when rank 1 leaves between two calls."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    options: dict[str, Any] = {"group": group, "layout": Layout.contiguous(600, 3)}
+    q = torch.ones(1, 3, 200, 64)
+    getattr(runtime, name)(q, q, q, **options)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        dist.destroy_process_group(group)
+        return ""
+    try:
+        getattr(runtime, name)(q, q, q, **options)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", [RING, GATHER, PASS_Q, ULYSSES])
+def test_every_rank_is_told_of_a_lost_peer(name: str) -> None:
+    with RankPool(3) as pool:  # its own: a group is lost with the test
+        told = pool.run(lose_a_peer, name, timeout_s=60.0)
+    for rank in (0, 2):
+        assert f"attention: rank {rank} of 3 on `group` lost the other ranks" in told[rank]
 
 
 def mix_dtypes() -> None:

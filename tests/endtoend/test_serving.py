@@ -1,0 +1,182 @@
+"""Generated modules serve: every phase on a sharded cache equals transformers, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.ir.capture import capture
+from shardwright.ir.fold import fold
+from shardwright.ir.graph import Graph
+from shardwright.ir.interpret import Caches, interpret
+from shardwright.ir.serving import serving_graph
+from shardwright.ir.widen import widened
+from shardwright.planner.build import Decisions, Restriction
+from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.solvers import solve
+from shardwright.planner.traffic import predicted_bytes
+from shardwright.runtime import RankPool, count_collectives
+from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model
+from tests.sharded import (
+    assert_close,
+    builder_of,
+    import_source,
+    mesh_of,
+    program_of,
+    random_decisions,
+    source_of,
+)
+
+Pool = Callable[[int], RankPool]
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mistral", "gemma2", "gpt_neox")
+ALGORITHMS = ("ring", "gather", "pass_q", "tree")
+BATCH, PROMPT, NEW = 4, 16, 6
+
+
+@cache
+def model_of(name: str) -> Any:
+    return huggingface_model(name, huggingface_configs()[name]).eval()
+
+
+@cache
+def graph_of(name: str, tokens: int) -> Graph:
+    """The served graph of a tiny model, its casts to float32 widened."""
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids}
+    labels = ("b", "s")
+    flat = capture(model_of(name), inputs, training=False, serving=True)
+    folded = fold(flat)
+    named = tuple(type(item)(item.name, item.value, labels) for item in folded.inputs)
+    graph = Graph(folded.name, named, folded.params, folded.body, folded.outputs)
+    return widened(serving_graph(graph, context=0))
+
+
+class Cut(Restriction):
+    """Every attention over a cache runs one algorithm over the last axis."""
+
+    def __init__(self, algorithm: str) -> None:
+        self.algorithm = algorithm
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            if node.op == "shardwright.cached_attention" and choices[-1] != self.algorithm:
+                return False
+        return True
+
+
+def decided(
+    name: str, tokens: int, sizes: tuple[int, ...], algorithm: str
+) -> tuple[Any, Decisions]:
+    builder = builder_of(graph_of(name, tokens), mesh_of(*sizes), training=False)
+    built = builder.build(Cut(algorithm))
+    solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
+    assert solution.assignment is not None
+    decisions = built.read(solution.assignment)
+    nodes = [n for n in builder.graph.nodes if n.op == "shardwright.cached_attention"]
+    assert nodes and all(decisions.choices[n.name][-1] == algorithm for n in nodes)
+    return builder, decisions
+
+
+def prompts() -> tuple[Tensor, list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (BATCH, PROMPT), generator=generator)
+    return ids, [16, 9, 12, 1]
+
+
+def serve_on_rank(
+    source: str, state: dict[str, Tensor], ids: Tensor, chunks: list[int]
+) -> list[Tensor]:
+    """Logits after each chunk of tokens, and again of the last token alone."""
+    model = import_source(source).ShardedModel.from_state_dict(state).eval()
+    model.new_cache(len(ids), int(ids.shape[1]))
+    logits: list[Tensor] = []
+    at = 0
+    for width in chunks:
+        step = model.prefill if at == 0 else model.append
+        logits.append(step(ids[:, at : at + width]))
+        at += width
+    model.truncate([at - 1] * len(ids))
+    logits.append(model.decode(ids[:, at - 1]))
+    return logits
+
+
+def count_on_rank(
+    source: str, state: dict[str, Tensor], ids: Tensor
+) -> dict[tuple[str, str, str], float]:
+    """Bytes that one run of the program moves."""
+    model = import_source(source).ShardedModel.from_state_dict(state).eval()
+    model.new_cache(len(ids), int(ids.shape[1]))
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    local = model.shard_inputs(input_ids=ids, position_ids=positions)
+    with torch.no_grad(), count_collectives() as counter:
+        model(**local)
+    return {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "b", "n"])
+def test_prefill_append_and_decode(pool: Pool, algorithm: str) -> None:
+    """Against the interpreter with a plain cache; mistral has windows and grouped heads."""
+    builder, decisions = decided("mistral", PROMPT // 2, (2,), algorithm)
+    ids, chunks = prompts()[0], [8, 4, 4]
+    state = model_of("mistral").state_dict()
+    source = source_of(builder, decisions)
+    results = pool(2).run(serve_on_rank, source, state, ids, chunks)
+    whole = graph_of("mistral", PROMPT)
+    for rank, logits in enumerate(results):
+        for got, length in zip(logits, (8, 12, 16, 16), strict=True):
+            want = _logits_after(whole, state, ids, length)
+            assert_close(got, want, 1e-9, f"rank {rank} after {length} tokens")
+
+
+def _logits_after(graph: Graph, state: dict[str, Tensor], ids: Tensor, length: int) -> Tensor:
+    """Logits (b, v) of the token at `length` - 1, in one go: what follows is padding."""
+    positions = torch.arange(ids.shape[1]).expand_as(ids).clone()
+    positions[:, length:] = -1
+    caches: Caches = {}
+    outputs = interpret(graph, state, {"input_ids": ids, "position_ids": positions}, caches)
+    return next(iter(outputs.values()))[:, 0]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_predicted_bytes(pool: Pool, algorithm: str) -> None:
+    """A prefill of the planned size moves what the planner says."""
+    builder, decisions = decided("llama", PROMPT, (2, 2), algorithm)
+    ids = prompts()[0]
+    source, state = source_of(builder, decisions), model_of("llama").state_dict()
+    moved = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
+    for counted in pool(4).run(count_on_rank, source, state, ids):
+        assert counted == pytest.approx(moved, rel=1e-12)
+
+
+def generate_on_rank(
+    source: str, state: dict[str, Tensor], ids: Tensor, options: dict[str, Any]
+) -> Tensor:
+    model = import_source(source).ShardedModel.from_state_dict(state).eval()
+    return model.generate(ids, NEW, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_equals_transformers(pool: Pool, name: str) -> None:
+    """Greedy, a batch of different lengths, under random decisions for eight tokens at a time."""
+    ids, lengths = prompts()
+    reference = model_of(name)
+    mask = torch.zeros_like(ids)
+    padded = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):  # transformers pads on the left
+        padded[row, PROMPT - length :] = ids[row, :length]
+        mask[row, PROMPT - length :] = 1
+    want = reference.generate(
+        padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+        pad_token_id=0, use_cache=True,
+    )[:, PROMPT:]  # fmt: skip
+    builder = builder_of(graph_of(name, 8), mesh_of(2, 2), training=False)
+    state = reference.state_dict()
+    for seed in (0, 1):
+        source = source_of(builder, random_decisions(builder, seed))
+        for got in pool(4).run(generate_on_rank, source, state, ids, {"lengths": lengths}):
+            assert torch.equal(got[:, PROMPT:], want), f"{name} seed {seed}"
