@@ -166,8 +166,11 @@ class BodyEmitter:
             base = base_name(item, self.names, dying)
             for old in dying:
                 self.names.release(old)
+            known = item.node.loc.targets
+            same = len(known) == len(item.outputs)
             name = ", ".join(
-                self.names.give(out, f"{base}_{i}") for i, out in enumerate(item.outputs)
+                self.names.give(out, known[i] if same else f"{base}_{i}")
+                for i, out in enumerate(item.outputs)
             )
         where = f"  {item.node.loc}" if item.node.loc.file else ""
         return statement(f"{name} = {text}", indent, self.layout(item.outputs[0]) + where)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import isfinite, lcm, prod
 
 from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
@@ -59,11 +60,16 @@ class _Writer:
                 self.class_of[call.loop.name, kind] = name
 
     def _head(self) -> list[str]:
-        names = ["Input", "Output", "Param", "ShardedModule", "ops"]
-        if self.loops:
-            names.insert(1, "Layer")
-        if self._caches_table():
-            names.insert(0, "Cache")
+        names = [
+            *(["Cache"] if self._caches_table() else []),
+            "Input",
+            *(["Layer"] if self.loops else []),
+            "Output",
+            "Param",
+            *(["Part"] if any(p.part for p in self._params()) else []),
+            "ShardedModule",
+            "ops",
+        ]
         body = "\n".join(self.summary.splitlines())
         return [
             f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
@@ -76,6 +82,12 @@ class _Writer:
             "",
             f"from shardwright.runtime import {', '.join(names)}",
         ]
+
+    def _params(self) -> Iterator[Param]:
+        yield from (param for param, _ in self.program.params)
+        for call in self.loops:
+            for body in call.bodies:
+                yield from (param for param, _ in body.params)
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -216,16 +228,17 @@ class _Writer:
     def _parameters_table(self) -> list[str]:
         lines = ["    PARAMETERS = {"]
         for param, spec in self.program.params:
-            lines += self._param_line(param.name, param, spec)
+            lines += self._param_line("", param, spec)
         for call in self.loops:
             for kind, body in enumerate(call.bodies):
                 layers = [i for i, k in enumerate(call.loop.order) if k == kind]
                 for param, spec in body.params:
-                    path = f"{call.loop.path}.{{{_range_text(layers)}}}.{param.name}"
-                    lines += self._param_line(path, param, spec)
+                    prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
+                    lines += self._param_line(prefix, param, spec)
         return [*lines, "    }"]
 
-    def _param_line(self, name: str, param: Param, spec: Spec) -> list[str]:
+    def _param_line(self, prefix: str, param: Param, spec: Spec) -> list[str]:
+        name = prefix + param.name
         dtype = str(param.value.type.dtype)
         args = [_tuple(param.value.type.shape), dtype, f'"{format_spec(spec)}"']
         if param.kind != "parameter":
@@ -233,9 +246,11 @@ class _Writer:
         elif not param.value.differentiable:
             args.append("trainable=False")
         if param.aliases:
-            args.append(f"aliases={_strings(param.aliases)}")
+            args.append(f"aliases={_strings([prefix + alias for alias in param.aliases])}")
         if param.data is not None:
             args.append(f"data={_data_text(param.data)}")
+        if (part := param.part) is not None:
+            args.append(f'part=Part("{prefix}{part.name}", {part.dim}, {part.start})')
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
         comment = f"{list(local)} here" if local != param.value.type.shape else ""
         lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)
@@ -252,10 +267,35 @@ class _Writer:
             free = [i for i, label in enumerate(labels) if label and label not in self.baked]
             if free:
                 args.append(f"free={_tuple(free)}")
+                steps = [self._steps.get(label, 1) for label in labels]
+                if any(steps[dim] > 1 for dim in free):
+                    args.append(f"step={_tuple(steps)}")
             if high := self._index_limit(item.value):
                 args.append(f"high={high}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
         return [*lines, "    }"]
+
+    @cached_property
+    def _steps(self) -> dict[str, int]:
+        """By label (`b`, `s`) the least number of rows that every cut of such a dim divides."""
+        items = [*self.program.inputs, *self.program.outputs]
+        for statement_, _ in self.program.flat():
+            if isinstance(statement_, Convert):
+                items += [statement_.source, statement_.target]
+            else:
+                items += [*statement_.operands, *statement_.outputs]
+        steps: dict[str, int] = {}
+        for item in set(items):
+            zigzag = self.program.zigzag.get(item.value.name, frozenset())
+            labels = self.labels.get(item.value.name, ())
+            pairs = zip(item.value.type.shape, labels, strict=False)
+            for dim, (size, names) in enumerate(pairs):
+                cut = zip(self.mesh.sizes, item.spec, strict=True)
+                ways = prod(n for n, state in cut if state == dim)
+                ways *= 2 if dim in zigzag and ways > 1 else 1
+                if names and ways > 1 and size % ways == 0:
+                    steps[names[0]] = lcm(steps.get(names[0], 1), ways)
+        return steps
 
     def _index_limit(self, value: Value) -> int | None:
         """Integers of this input are below the rows of the table that they look up."""

@@ -113,6 +113,7 @@ def remove_identities(graph: Graph) -> Graph:
 
     reshape(x, shape of x), expand(x, shape of x), x[0:], clone(x), x + 0 (same dtype)  ->  x
     transpose(transpose(x, 1, 2), 1, 2)       ->  x
+    cat((x, x[..., d:]))  where x has d entries, so that the second is empty  ->  x
     """
     by: dict[str, Value] = {}
     made: dict[str, Node] = {}
@@ -133,8 +134,15 @@ def _identity(node: Node) -> Value | None:
     if not node.operands or len(node.outputs) != 1:
         return None
     value, output = node.operands[0], node.output
+    if node.op == "aten.cat.default":
+        full = [operand for operand in node.operands if operand.type.numel]
+        if len(full) != 1:
+            return None
+        value = full[0]
     if value.type != output.type or value.differentiable != output.differentiable:
         return None
+    if node.op == "aten.cat.default":
+        return value
     if node.op in _COPIES or node.op in (RESHAPE, "aten.expand.default", "aten.slice.Tensor"):
         step = node.arg("step") if node.op == "aten.slice.Tensor" else 1
         return value if step == 1 else None

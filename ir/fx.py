@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -452,7 +452,7 @@ def _where(module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def _locate(node: fx.Node) -> tuple[Loc, tuple[str, int, str]]:
-    """The node's location without target, and the statement it belongs to.
+    """The node's location without targets, and the statement it belongs to.
 
     A statement is (path, first line, path of the innermost module that is not torch's own).
     """
@@ -469,15 +469,16 @@ def _locate(node: fx.Node) -> tuple[Loc, tuple[str, int, str]]:
 
 
 def _with_targets(nodes: list[Node], statements: list[tuple[str, int, str]]) -> list[Node]:
-    """Give the last node of each statement the name that the statement assigns."""
+    """Give the last node of each statement the names that the statement assigns.
+
+    Of `a, b = ...` a node with two results has the names; which name another has cannot be told.
+    """
     last = {key: index for index, key in enumerate(statements)}
     result: list[Node] = []
     for index, (node, key) in enumerate(zip(nodes, statements, strict=True)):
-        target = statement(key[0], node.loc.line).target if key[0] and last[key] == index else ""
-        if target:
-            loc = node.loc
-            loc = Loc(loc.file, loc.line, loc.module, loc.module_class, target)
-            node = Node(node.name, node.op, node.args, node.outputs, loc)
+        targets = statement(key[0], node.loc.line).targets if key[0] and last[key] == index else ()
+        if targets and len(targets) == len(node.outputs):
+            node = replace(node, loc=replace(node.loc, targets=targets))
         result.append(node)
     return result
 

@@ -7,7 +7,7 @@ arguments by the names of the op's schema, every argument present (defaults fill
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias, Union
@@ -63,7 +63,12 @@ class Loc:
     line: int = 0
     module: str = ""  # path of the innermost module: `model.layers.0.self_attn.q_proj`
     module_class: str = ""  # its class name: `Linear`
-    target: str = ""  # the name that the source line assigns the value to, if it has one
+    targets: tuple[str, ...] = ()  # names that the source line assigns the results to, if any
+
+    @property
+    def target(self) -> str:
+        """The name that the line assigns a single result to, if it has one."""
+        return self.targets[0] if len(self.targets) == 1 else ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file else (self.module or "?")
@@ -116,6 +121,15 @@ def values_in(arg: Arg) -> Iterator[Value]:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of an original tensor a parameter is: along `dim`, from `start` on."""
+
+    name: str  # of the original tensor, relative in a block as `Param.name` is
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Param:
     """A parameter, buffer or constant.
 
@@ -124,6 +138,9 @@ class Param:
     names under which the same tensor appears in state dicts (tied weights).  `data` holds
     the values of what no state dict carries: non-persistent buffers and constants, as a
     (nested) tuple of Python numbers.
+
+    A fused weight that was taken apart is several parameters, whose `part` says which slice of
+    the original each is; `aliases` are then names of the whole original.
     """
 
     name: str
@@ -131,6 +148,24 @@ class Param:
     kind: str = "parameter"  # parameter | buffer (persistent) | constant (data is in `data`)
     aliases: tuple[str, ...] = ()
     data: tuple[object, ...] | float | int | bool | None = None
+    part: Part | None = None
+
+
+def originals(params: Iterable[Param]) -> tuple[Param, ...]:
+    """`params` as the original model has them: parts of one tensor put together, in its place."""
+    found: dict[str, Param] = {}
+    for param in params:
+        if param.part is None:
+            found[param.name] = param
+            continue
+        name, dim = param.part.name, param.part.dim
+        shape = list(param.value.type.shape)
+        if name in found:
+            shape[dim] += found[name].value.type.shape[dim]
+        whole = TensorType(tuple(shape), param.value.type.dtype)
+        value = Value(name, whole, param.value.differentiable)
+        found[name] = Param(name, value, param.kind, param.aliases)
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +245,6 @@ class Graph:
 
 
 __all__ = [
-    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "TensorType",
-    "Value", "values_in",
+    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
+    "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

@@ -63,6 +63,9 @@ def _bind(
     for param in declared:
         if param.kind == "constant":
             env[param.value.name] = torch.tensor(param.data, dtype=param.value.type.dtype)
+        elif (part := param.part) is not None:
+            size = param.value.type.shape[part.dim]
+            env[param.value.name] = params[prefix + part.name].narrow(part.dim, part.start, size)
         else:
             env[param.value.name] = params[prefix + param.name]
 

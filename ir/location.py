@@ -23,7 +23,7 @@ class Statement:
     """The innermost statement around a line: its first line, and the name(s) it assigns."""
 
     line: int
-    target: str
+    targets: tuple[str, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +43,7 @@ def innermost_frame(stack_trace: str) -> tuple[str, int]:
 
 def statement(path: str, line: int) -> Statement:
     """The statement of file `path` that `line` belongs to."""
-    return _statements(path).get(line, Statement(line, ""))
+    return _statements(path).get(line, Statement(line, ()))
 
 
 @lru_cache(maxsize=256)
@@ -56,24 +56,23 @@ def _statements(path: str) -> dict[int, Statement]:
     table: dict[int, Statement] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt) and not hasattr(node, "body"):
-            entry = Statement(node.lineno, _target(node))
+            entry = Statement(node.lineno, _targets(node))
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 table[line] = entry
     return table
 
 
-def _target(node: ast.stmt) -> str:
-    """`x` for `x = ...`, `x: T = ...` and `x += ...`; "" for anything else.
-
-    `a, b = ...` gives "": which of its names a node is can't be told from the line.
-    """
+def _targets(node: ast.stmt) -> tuple[str, ...]:
+    """`x` for `x = ...`, `x: T = ...` and `x += ...`; `a`, `b` for `a, b = ...`; else nothing."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
         target = node.targets[0]
     elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
         target = node.target
     else:
-        return ""
-    return target.id if isinstance(target, ast.Name) else ""
+        return ()
+    items = target.elts if isinstance(target, ast.Tuple) else [target]
+    names = tuple(item.id for item in items if isinstance(item, ast.Name))
+    return names if len(names) == len(items) else ()
 
 
 __all__ = ["Statement", "innermost_frame", "statement"]

@@ -136,10 +136,13 @@ def saved_values(node: Node) -> tuple[Value, ...]:
 
 
 def matmul_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int]:
-    """(batch, m, n, k) of a matmul-like node when its factors are cut `ways` times."""
+    """(batch, m, n, k) of a matmul-like node when its factors are cut `ways` times.
+
+    A product of more than two operands counts as if it was computed in one step.
+    """
     rule = rule_of(node)
-    factors = [d for i, d in enumerate(rule.operands) if i not in rule.addends]
-    left, right = (_factors(dims) for dims in factors[:2])
+    factors = [_factors(d) for i, d in enumerate(rule.operands) if i not in rule.addends]
+    left, right = factors[0], set[str]().union(*factors[1:])
     result = _factors(rule.results[0])
 
     def size(factors: set[str]) -> int:
@@ -1328,10 +1331,12 @@ register(
 
 
 def _addmm_rule(node: Node) -> Rule:
-    bias, _, _ = _shapes(node.operands)
-    if len(bias) != 1 or node.arg("beta") != 1 or node.arg("alpha") != 1:
-        return _opaque(node)
-    return _text("o, m k, k o -> m o", uneven="o", addends=[0])(node)
+    bias, left, right = _shapes(node.operands)
+    skipped = 2 - len(bias)  # it may have fewer dims, and dims of size 1
+    wholes = zip(("m", "o")[skipped:], (left[0], right[1])[skipped:], bias, strict=True)
+    names = [name if size == whole else "1" for name, whole, size in wholes]
+    uneven = "o" if "o" in names else ""  # a bias that broadcasts would fill the padding
+    return _text(f"{' '.join(names)}, m k, k o -> m o", uneven=uneven, addends=[0])(node)
 
 
 def _emit_addmm(node: Node, render: Render) -> str:
@@ -1366,8 +1371,10 @@ register(
 
 def _matmul_rule(node: Node) -> Rule:
     left, right = _shapes(node.operands)
-    if len(left) < 2 or len(right) < 2:
-        return _opaque(node)
+    if len(right) == 1:
+        return _text("... k, k -> ...")(node)
+    if len(left) == 1:
+        return _text("k, ... k n -> ... n")(node)
     batch = node.output.type.shape[:-2]
     sizes = {f"i{i}": size for i, size in enumerate(batch) if size != 1}
     sizes |= {"m": left[-2], "k": left[-1], "n": right[-1]}
@@ -1391,11 +1398,25 @@ register(
 
 
 def _einsum_rule(node: Node) -> Rule:
-    equation = str(node.arg("equation")).replace(" ", "")
-    terms = equation.replace("->", ",").split(",")
-    if "." in equation or "->" not in equation or any(len(set(t)) < len(t) for t in terms):
+    left, arrow, right = str(node.arg("equation")).replace(" ", "").partition("->")
+    if not arrow:  # dims that occur once, in the order of the alphabet
+        letters = left.replace(",", "").replace(".", "")
+        once = sorted(name for name in letters if letters.count(name) == 1)
+        right = "".join(["..." if "." in left else "", *once])
+    terms = [*left.split(","), right]
+    if any(len(set(names)) < len(names) for names in (t.replace(".", "") for t in terms)):
         return _opaque(node)  # `ii` is a diagonal, which a cut would change
-    return _text(" ".join(equation).replace("- >", "->").replace(" ,", ","))(node)
+    shapes = [*_shapes(node.operands), *_shapes(node.outputs)]
+    spelled = [_einsum_term(term, shape) for term, shape in zip(terms, shapes, strict=True)]
+    return _text(f"{', '.join(spelled[:-1])} -> {spelled[-1]}")(node)
+
+
+def _einsum_term(term: str, shape: Sequence[int]) -> str:
+    """`...ij` as the names of its dims, `e1 e0 i j`; dims of size 1 may broadcast."""
+    before, _, after = term.partition("...")
+    count = len(shape) - len(before) - len(after)
+    names = [*before, *(f"e{i}" for i in reversed(range(count))), *after]
+    return " ".join("1" if n == 1 else name for name, n in zip(names, shape, strict=True))
 
 
 def _emit_einsum(node: Node, render: Render) -> str:
@@ -1501,12 +1522,8 @@ def _emit_attention(node: Node, render: Render) -> str:
     }
     name, axis = render.algorithm()
     if name:
-        zigzag = f"ops.Layout.zigzag({query}.size(2) * {axis}.size, {axis}.size)"
-        kwargs = {
-            "group": axis,
-            **kwargs,
-            "layout": zigzag if render.order() == "zigzag" else "",
-        }
+        layout = f"ops.Layout.{render.order()}({query}.size(2) * {axis}.size, {axis}.size)"
+        kwargs = {"group": axis, **kwargs, "layout": layout}
         return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
     axis = render.axis("q") if node.arg("causal") or node.arg("window") else ""
     kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis else ""

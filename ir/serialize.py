@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .graph import Arg, Block, Graph, Input, Loc, Loop, Node, Output, Param, TensorType, Value
+from .graph import Arg, Block, Graph, Input, Loc, Loop, Node, Output, Param, Part, TensorType, Value
 
 _T = TypeVar("_T")
 
@@ -62,7 +62,12 @@ def _param(param: Param) -> dict[str, Any]:
         "kind": param.kind,
         "aliases": list(param.aliases),
         "data": _data(param.data),
+        "part": None if param.part is None else _part(param.part),
     }
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"name": part.name, "dim": part.dim, "start": part.start}
 
 
 def _data(item: Any) -> Any:
@@ -83,7 +88,7 @@ def _node(node: Node) -> dict[str, Any]:
         "op": node.op,
         "args": [[name, _arg(arg)] for name, arg in node.args],
         "outputs": [_value(value) for value in node.outputs],
-        "loc": [loc.file, loc.line, loc.module, loc.module_class, loc.target],
+        "loc": [loc.file, loc.line, loc.module, loc.module_class, list(loc.targets)],
     }
 
 
@@ -229,13 +234,24 @@ def _read_param(field: _Field, scope: dict[str, Value]) -> Param:
     kind = field["kind"].of(str)
     if kind not in _KINDS:
         raise field["kind"].wrong(f"one of {', '.join(_KINDS)}")
+    value = _read_value(field["value"], scope)
     return Param(
         field["name"].text(),
-        _read_value(field["value"], scope),
+        value,
         kind,
         tuple(alias.text() for alias in field["aliases"].items()),
         _read_data(field["data"]),
+        _read_part(field["part"], value) if field["part"].data is not None else None,
     )
+
+
+def _read_part(field: _Field, value: Value) -> Part:
+    dim, start = field["dim"].of(int), field["start"].of(int)
+    if not 0 <= dim < len(value.type.shape):
+        raise field["dim"].wrong(f"one of the {len(value.type.shape)} dims of `{value.name}`")
+    if start < 0:
+        raise field["start"].wrong("a number from 0")
+    return Part(field["name"].text(), dim, start)
 
 
 def _read_data(field: _Field) -> Any:
@@ -269,14 +285,20 @@ def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
         args.append((name, _read_arg(_Field(parts[1].data, f"{pair.path}.{name}"), scope)))
     loc = field["loc"].items()
     if len(loc) != 5:
-        raise field["loc"].wrong("[file, line, module, class, target]")
-    file, line, *names = loc
+        raise field["loc"].wrong("[file, line, module, class, targets]")
+    file, line, module, module_class, targets = loc
     return Node(
         field["name"].of(str),
         field["op"].word(),
         tuple(args),
         tuple(_read_value(item, scope) for item in field["outputs"].items()),
-        Loc(file.text(), line.of(int), *(name.text() for name in names)),
+        Loc(
+            file.text(),
+            line.of(int),
+            module.text(),
+            module_class.text(),
+            tuple(target.text() for target in targets.items()),
+        ),
     )
 
 

@@ -45,7 +45,7 @@ def serving_graph(graph: Graph, context: int) -> Graph:
         "aten.clamp_min.default",
         (("self", positions), ("min", 0)),
         (known,),
-        Loc(target="position_ids"),
+        Loc(targets=("position_ids",)),
     )
     body.append(clamp)
     for item in graph.body:
@@ -180,7 +180,7 @@ def _last_logits(graph: Graph, positions: Value) -> Graph:
         "shardwright.last_token",
         (("x", start), ("positions", positions)),
         (picked,),
-        replace(chain[0].loc, target="last_token") if chain else Loc(target="last_token"),
+        replace(chain[0].loc if chain else Loc(), targets=("last_token",)),
     )
     by = {start.name: picked}
     rewritten: dict[str, Node] = {}

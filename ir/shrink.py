@@ -20,7 +20,7 @@ from math import gcd, prod
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .graph import Arg, Graph, Loop, Node, Param, TensorType, Value
+from .graph import Arg, Graph, Loop, Node, Param, TensorType, Value, originals
 from .interpret import interpret
 from .mesh import Mesh
 from .ops import find_op, rule_of
@@ -136,6 +136,9 @@ class _Atoms:
             elif x.size == y.size:
                 if x is not y:
                     y.same, x.fixed = x, x.fixed or y.fixed
+            elif not x.size or not y.size:
+                self.fix(x, y, *a, *b)  # empty: a product that says nothing of its other sizes
+                return
             elif x.size % y.size == 0:
                 a.append(_split(x, y))
             elif y.size % x.size == 0:
@@ -542,8 +545,13 @@ def _rewrite(graph: Graph, atoms: _Atoms, sizes: Mapping[_Atom, int], *, shorten
         same = all(shape(v) == v.type.shape for v in (*old.operands, *old.outputs))
         return old if same else with_args(old, **_new_args(old, shape))
 
+    starts = _part_starts(graph, shape)
+
     def param(old: Param) -> Param:
-        return old if old.data is None else replace(old, data=_cut_data(old.data, shape(old.value)))
+        if old.data is not None:
+            return replace(old, data=_cut_data(old.data, shape(old.value)))
+        part = old.part and replace(old.part, start=starts[old.value.name])
+        return replace(old, part=part)
 
     def order(old: tuple[int, ...]) -> tuple[int, ...]:
         kept: list[int] = []
@@ -555,6 +563,19 @@ def _rewrite(graph: Graph, atoms: _Atoms, sizes: Mapping[_Atom, int], *, shorten
     return rebuilt(
         graph, value=value, node=node, param=param, order=order if shorten else lambda old: old
     )
+
+
+def _part_starts(graph: Graph, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, int]:
+    """Where parts of an original tensor begin: they lie one after another, in their order."""
+    starts: dict[str, int] = {}
+    blocks = (block.params for loop in graph.loops for block in loop.blocks)
+    for params in (graph.params, *blocks):
+        ends: dict[str, int] = {}
+        for param in params:
+            if (part := param.part) is not None:
+                starts[param.value.name] = ends.get(part.name, 0)
+                ends[part.name] = starts[param.value.name] + shape(param.value)[part.dim]
+    return starts
 
 
 def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | float | int | bool:
@@ -669,13 +690,20 @@ def _empty(value: Value) -> torch.Tensor:
 
 def state_of(graph: Graph) -> dict[str, Value]:
     """Every parameter and persistent buffer by its original name, layers counted out."""
-    named = {p.name: p.value for p in graph.params if p.kind != "constant"}
+    return {name: p.value for name, p in _original_params(graph) if p.kind != "constant"}
+
+
+def buffers_of(graph: Graph) -> frozenset[str]:
+    """The names in `state_of` that are buffers."""
+    return frozenset(name for name, param in _original_params(graph) if param.kind == "buffer")
+
+
+def _original_params(graph: Graph) -> Iterator[tuple[str, Param]]:
+    yield from ((param.name, param) for param in originals(graph.params))
     for loop in graph.loops:
+        blocks = [originals(block.params) for block in loop.blocks]
         for index, kind in enumerate(loop.order):
-            for param in loop.blocks[kind].params:
-                if param.kind != "constant":
-                    named[f"{loop.path}.{index}.{param.name}"] = param.value
-    return named
+            yield from ((f"{loop.path}.{index}.{param.name}", param) for param in blocks[kind])
 
 
 def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
@@ -694,4 +722,4 @@ def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
     return tuple(change for change in found if change[1] != change[2])
 
 
-__all__ = ["Shrunk", "shrink", "state_of"]
+__all__ = ["Shrunk", "buffers_of", "shrink", "state_of"]

@@ -22,17 +22,26 @@ def format_graph(graph: Graph) -> str:
 
 
 def format_param(param: Param) -> str:
-    """`parameter wte.weight: float32[64, 32] = lm_head.weight`"""
-    aliases = "".join(f" = {alias}" for alias in param.aliases)
-    return f"{param.kind} {param.name}: {param.value.type}{aliases}"
+    """`parameter wte.weight: float32[64, 32] = lm_head.weight`; a part as a slice of the original.
+
+    `parameter attn.qkv.weight_k: float32[32, 32] = attn.qkv.weight[32:64]`
+    """
+    slices = ""
+    if (part := param.part) is not None:
+        bounds = f"{part.start}:{part.start + param.value.type.shape[part.dim]}"
+        slices = f"[{', '.join([':'] * part.dim + [bounds])}]"
+    names = param.aliases if part is None else (part.name, *param.aliases)
+    return f"{param.kind} {param.name}: {param.value.type}" + "".join(
+        f" = {name}{slices}" for name in names
+    )
 
 
 def format_node(node: Node) -> str:
     """`q: float32[2, 8, 32] = aten.linear.default(input=x, weight=w, bias=None)  # model.py:7`"""
     results = ", ".join(str(value) for value in node.outputs)
     args = ", ".join(f"{name}={format_arg(arg)}" for name, arg in node.args)
-    target = f" {node.loc.target}" if node.loc.target else ""
-    return f"{results} = {node.op}({args})  # {node.loc}{target}"
+    targets = f" {', '.join(node.loc.targets)}" if node.loc.targets else ""
+    return f"{results} = {node.op}({args})  # {node.loc}{targets}"
 
 
 def format_arg(arg: Arg) -> str:

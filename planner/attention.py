@@ -174,20 +174,13 @@ def _cached_transfers(local: Local) -> list[Transfer]:
 
 def position_transfers(local: Local) -> list[Transfer]:
     """What tells ranks which tokens the others hold, once per step for all layers with one cache
-    layout: the longest part (8 bytes) and positions of 4 bytes."""
+    layout: how many (8 bytes), and their positions (4 bytes each), those of keys or of queries."""
     p, axis = local.ranks, local.axis
-    if not local.cached or p == 1:
+    rows = {"ring": local.keys, "gather": local.keys, "pass_q": local.queries}
+    if not local.cached or p == 1 or local.algorithm not in rows:
         return []
-    if local.algorithm in ("ring", "gather"):
-        positions = local.batch * local.keys * 4 * p
-        return [
-            Transfer("all_gather", axis, 8 * p, 1, False),
-            Transfer("all_gather", axis, positions, 1, False),
-        ]
-    if local.algorithm == "pass_q":
-        positions = local.batch * local.queries * 4 * p
-        return [Transfer("all_gather", axis, positions, 1, False)]
-    return []
+    positions = local.batch * rows[local.algorithm] * 4
+    return [Transfer("all_gather", axis, each * p, 1, False) for each in (8, positions)]
 
 
 def cache_bytes(local: Local) -> int:

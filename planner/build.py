@@ -66,7 +66,7 @@ class Restriction:
         """May a parameter that is sharded over `axis` be gathered over it?"""
         return True
 
-    def none_allowed(self, name: str, value: Value, sizes: tuple[int, ...]) -> None:
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
         """No storage of the parameter `name` is allowed: all will be, unless this raises."""
 
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
@@ -414,7 +414,7 @@ class _Built:
         every = self._storage(value, needed)
         specs = [s for s in every if self.restriction.allows_storage(ref.param, ref.name, s)]
         if not specs:
-            self.restriction.none_allowed(ref.name, value, sizes)
+            self.restriction.none_allowed(ref.param, ref.name, sizes)
             specs = every
         setting = self.builder.setting
         trainable = ref.trainable and setting.training

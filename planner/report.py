@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
+from ..ir.graph import Node
 from ..ir.labels import DimLabels, factor_labels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.ops import kind_of
 from ..ir.rule import Choice
 from ..ir.spec import format_spec
+from .build import all_params
 from .plan import Baseline, Plan
 from .program import Compute, Convert, LoopCall, PricedStep
 
@@ -206,16 +208,23 @@ def _row(
 ) -> tuple[str, ...]:
     node = item.node
     work = plan.work[node.name]
-    name = node.loc.module.rsplit(".", 1)[-1] or node.op.split(".")[1]
-    if kind_of(node) == "attention" or name.isdigit():
-        name = node.op.split(".")[1]
     return (
-        name,
+        _op_name(plan, node),
         strategy_text(item, plan.mesh, labels),
         format_spec(item.outputs[0].spec),
         _communication([c.priced for c in before], plan.mesh),
         format_seconds(work.forward_s + work.backward_s),
     )
+
+
+def _op_name(plan: Plan, node: Node) -> str:
+    """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
+    name = node.loc.module.rsplit(".", 1)[-1]
+    if kind_of(node) == "attention" or not name or name.isdigit():
+        return node.op.split(".")[1]
+    parts = {ref.param.value for ref in all_params(plan.graph) if ref.param.part is not None}
+    matrices = [value for value in node.operands if value in parts and len(value.type.shape) == 2]
+    return ".".join([name, *(value.name.rsplit(".", 1)[-1] for value in matrices)])
 
 
 def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
-from ..ir.graph import Graph, Param, Value
+from ..ir.graph import Graph, Param
 from ..ir.labels import factor_labels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.ops import kind_of
@@ -54,7 +54,7 @@ class Pins(Restriction):
 
     def __init__(self, pins: Sequence[Pin], graph: Graph) -> None:
         self.pins = pins
-        names = [ref.name for ref in all_params(graph)]
+        names = [name for ref in all_params(graph) for name in _known_as(ref.param, ref.name)]
         modules = {_module(node.loc.module) for scope in scopes(graph) for node in scope.nodes}
         for pin in pins:
             if not any(fnmatchcase(name, pin.pattern) for name in (*names, *modules)):
@@ -66,8 +66,12 @@ class Pins(Restriction):
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
         """Only the pinned spec for a parameter that is pinned by name."""
-        wanted = [pin.spec for pin in self.pins if fnmatchcase(name, pin.pattern)]
-        return all(spec == w for w in wanted)
+        return all(spec == pin.spec for pin in self._of(param, name))
+
+    def _of(self, param: Param, name: str) -> list[Pin]:
+        """The pins of a parameter."""
+        names = _known_as(param, name)
+        return [pin for pin in self.pins if any(fnmatchcase(n, pin.pattern) for n in names)]
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """A pinned module's last node must give its result in the pinned spec."""
@@ -81,14 +85,14 @@ class Pins(Restriction):
                 return False
         return True
 
-    def none_allowed(self, name: str, value: Value, sizes: tuple[int, ...]) -> None:
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
         """A pin that its parameter cannot have is refused."""
-        pins = [pin for pin in self.pins if fnmatchcase(name, pin.pattern)]
+        pins = self._of(param, name)
         if len({pin.spec for pin in pins}) > 1:
             texts = " and ".join(f"{pin.pattern}={format_spec(pin.spec)}" for pin in pins)
             raise PlanError(f"--pin {texts}: `{name}` cannot be both; keep one")
         pin = pins[0]
-        shape = list(value.type.shape)
+        shape = list(param.value.type.shape)
         reason = "a parameter is stored whole (R) or sharded (S0, S1, ...)"
         for dim in {state for state in pin.spec if is_shard(state)}:
             ways = prod(n for n, s in zip(sizes, pin.spec, strict=True) if s == dim)
@@ -114,6 +118,13 @@ class Pins(Restriction):
                     f"{' x '.join(map(str, sizes))}; the sizes must divide, and the op must be "
                     "able to give it"
                 )
+
+
+def _known_as(param: Param, name: str) -> tuple[str, ...]:
+    """The names that a pin may use: a part of a fused weight is known by the weight's name too."""
+    if param.part is None:
+        return (name,)
+    return (name, name.removesuffix(param.name) + param.part.name)
 
 
 def _module(path: str) -> str:

@@ -21,7 +21,7 @@ from .counter import CollectiveCounter, count_collectives
 from .launch import RankError, RankPool, run_ranks
 from .layers import Layer, per_layer
 from .mesh import Mesh
-from .module import Cache, Input, Namespace, Output, Outputs, Param, ShardedModule
+from .module import Cache, Input, Namespace, Output, Outputs, ShardedModule
 from .moe import moe
 from .ops import (
     attention,
@@ -31,12 +31,13 @@ from .ops import (
     last_token,
     vocab_embedding,
 )
+from .parameters import Param, Part
 from .regather import regathering
 
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer", "Layout",
-    "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Partial", "RankError",
-    "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
+    "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part", "Partial",
+    "RankError", "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
     "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge", "moe", "ops",
     "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",

@@ -161,7 +161,8 @@ class Serving:
         starts[: self.batch] = self.lengths
         cut = any(2 in table_spec for table_spec, _ in self._tables)
         width = 0 if 1 in wanted.free else wanted.shape[1] // ways
-        return arrange(starts, rows, ways, balanced=cut, width=width)
+        step = -(-wanted.step[1] // ways) if wanted.step else 1
+        return arrange(starts, rows, ways, balanced=cut, width=width, step=step)
 
     def _check_windows(self, lost: list[str]) -> None:
         """Raise ValueError on every rank if the caches of some rank cannot go back."""
@@ -195,14 +196,16 @@ def _highest(number: int, mesh: Mesh) -> int:
     return int(highest)
 
 
-def arrange(starts: Tensor, counts: Tensor, ways: int, *, balanced: bool, width: int = 0) -> Tensor:
+def arrange(
+    starts: Tensor, counts: Tensor, ways: int, *, balanced: bool, width: int = 0, step: int = 1
+) -> Tensor:
     """Which new token stands in each column (b, ways * w): 0 .. counts[i] - 1, or -1 for padding.
 
     The columns are `ways` blocks, one for each rank that shares the sequence; w is the most that
-    one of them holds, or `width`.  `balanced` deals 2 ways chunks of each sequence out as zigzag
-    does, so that all ranks cache and compute the same, whatever the sequence's length; the rank
-    that begins depends on `starts`, so that single tokens go to the ranks page by page in turn,
-    as `owners` says.  Otherwise tokens stay in order.
+    one of them holds, in multiples of `step`, or `width`.  `balanced` deals 2 ways chunks of each
+    sequence out as zigzag does, so that all ranks cache and compute the same, whatever the
+    sequence's length; the rank that begins depends on `starts`, so that single tokens go to the
+    ranks page by page in turn, as `owners` says.  Otherwise tokens stay in order.
 
     >>> arrange(torch.tensor([0, 0]), torch.tensor([8, 3]), 2, balanced=True)
     tensor([[ 0,  1,  6,  7,  2,  3,  4,  5],
@@ -220,7 +223,8 @@ def arrange(starts: Tensor, counts: Tensor, ways: int, *, balanced: bool, width:
         parts = [torch.cat([chunks[r], chunks[-1 - r]]) for r in range(ways)]
         first = start // PAGE
         rows.append([parts[(r - first) % ways] for r in range(ways)])
-    width = width or max(1, *(len(part) for row in rows for part in row))
+    longest = max(1, *(len(part) for row in rows for part in row))
+    width = width or -(-longest // step) * step
     order = torch.full((len(rows), ways, width), -1, dtype=torch.int64)
     for i, row in enumerate(rows):
         for r, part in enumerate(row):
@@ -261,12 +265,15 @@ def _padded_rows(model: ShardedModule, batch: int) -> int:
     """Sequences with padding: a multiple of what all phases and caches cut a batch into."""
     specs = [parse_spec(cache.spec) for cache in model.CACHES.values()]
     planned: set[int] = set()
+    steps: list[int] = []
     for phase in model.phases():
         wanted = model.inputs_of(phase)["input_ids"]
         specs.append(parse_spec(wanted.spec))
         if 0 not in wanted.free:
             planned.add(wanted.shape[0])
-    step = lcm(*(_ways(spec, model.mesh, 0) for spec in specs))
+        elif wanted.step:
+            steps.append(wanted.step[0])
+    step = lcm(*(_ways(spec, model.mesh, 0) for spec in specs), *steps)
     rows = max([-(-batch // step) * step, *planned])
     if planned and planned != {rows}:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -32,10 +32,13 @@ class Layer(nn.Module):
         return self.mesh.generator(sharded_axes)
 
 
-def per_layer(table: Mapping[str, _T]) -> dict[str, _T]:
+def per_layer(
+    table: Mapping[str, _T], item_of_layer: Callable[[_T, int], _T] = lambda item, index: item
+) -> dict[str, _T]:
     """`table` with names such as `layers.{0..3}.weight` or `layers.{0,2}.weight` written out.
 
-    Layers come in order, each with its own names in the order of the table.
+    Layers come in order, each with its own names in the order of the table; `item_of_layer` makes
+    an item of the table that of one layer.
 
     >>> list(per_layer({"h.{0..1}.w": 1, "h.{0..1}.b": 2}))
     ['h.0.w', 'h.0.b', 'h.1.w', 'h.1.b']
@@ -51,10 +54,19 @@ def per_layer(table: Mapping[str, _T]) -> dict[str, _T]:
         path = name[: match.start()]
         first.setdefault(path, position)
         for index in _indices(match.group(1)):
-            full = f"{path}{index}{name[match.end() :]}"
-            rows.append((path, index, position, full, item))
+            full = of_layer(name, index)
+            rows.append((path, index, position, full, item_of_layer(item, index)))
     rows.sort(key=lambda row: (first[row[0]], row[1], row[2]))
     return {full: item for _, _, _, full, item in rows}
+
+
+def of_layer(name: str, index: int) -> str:
+    """The name in one layer.
+
+    >>> of_layer("h.{0..3}.w", 2)
+    'h.2.w'
+    """
+    return _RANGE.sub(str(index), name, count=1)
 
 
 def _indices(text: str) -> list[int]:

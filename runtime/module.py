@@ -23,40 +23,25 @@ from .generate import ServePhase, Serving, checked_lengths, generate
 from .layers import Layer, install_layers, per_layer
 from .layout import Spec, block, blocks, local_shape, parse_spec, to_zigzag, zigzag_dims
 from .mesh import Mesh, stable_seed
+from .parameters import Original, Param, originals, param_of_layer
 from .regather import regathering
 
 Path_: TypeAlias = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter, buffer or constant of the original model: full shape, and how it is sharded.
-
-    `buffer` is a persistent one; `constant` what no state dict carries, with its values in
-    `data` as (nested) tuples of numbers.  `aliases` are further names of the same tensor.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    spec: str
-    kind: Literal["parameter", "buffer", "constant"] = "parameter"
-    aliases: tuple[str, ...] = ()
-    data: object = None
-    trainable: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class Input:
     """A keyword of the original model's forward: planned full shape, and how it is sharded.
 
-    Dims in `free` may have other sizes than planned.  Integers are below `high` (the
-    demonstration draws them so).
+    Dims in `free` may have other sizes than planned: multiples of `step`, which has one number per
+    dim (default: 1).  Integers are below `high` (the demonstration draws them so).
     """
 
     spec: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     free: tuple[int, ...] = ()
+    step: tuple[int, ...] = ()
     high: int = 2
 
 
@@ -111,12 +96,13 @@ class Namespace(nn.Module):
 class ShardedModule(nn.Module):
     """A model of which this rank holds its part; generated modules are subclasses.
 
-    A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name),
-    `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks) and defines `forward`.  Every tensor
-    of `PARAMETERS` is registered under its original dotted name and holds this rank's slice: zeros
-    until it is loaded or `reset_parameters` is called.  `PHASE` and `OPTIMIZER` serve `demo`; a
-    module that never calls `gather_parameter` may say `REGATHER = False`, which saves the
-    bookkeeping of saved tensors (about 4 microseconds for each).
+    A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name, or as
+    parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks) and defines
+    `forward`.  Every tensor of `PARAMETERS` is registered under its dotted name and holds this
+    rank's slice: zeros until it is loaded or `reset_parameters` is called.  `PHASE` and
+    `OPTIMIZER` serve `demo`; a module that never calls `gather_parameter` may say
+    `REGATHER = False`, which saves the bookkeeping of saved tensors (about 4 microseconds for
+    each).
     """
 
     MESH: ClassVar[Mapping[str, int]]
@@ -128,6 +114,7 @@ class ShardedModule(nn.Module):
     PHASE: ClassVar[Literal["train", "prefill"]] = "train"
     OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
     REGATHER: ClassVar[bool] = True
+    _originals: ClassVar[Mapping[str, Original]]  # what PARAMETERS make up
 
     def __init__(self, mesh: Mesh | None = None, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -143,7 +130,9 @@ class ShardedModule(nn.Module):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "PARAMETERS" in cls.__dict__:
-            cls.PARAMETERS = per_layer(cls.PARAMETERS)  # pyright: ignore[reportConstantRedefinition]
+            table = per_layer(cls.PARAMETERS, param_of_layer)
+            cls.PARAMETERS = table  # pyright: ignore[reportConstantRedefinition]
+            cls._originals = originals(table)
         if "CACHES" in cls.__dict__:
             cls.CACHES = per_layer(cls.CACHES)  # pyright: ignore[reportConstantRedefinition]
 
@@ -227,21 +216,22 @@ class ShardedModule(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Random weights that depend on `seed` and the names alone, not on mesh or specs.
+        """Random weights that depend on `seed` and original names alone, not on mesh or specs.
 
         Matrices are normal with variance 1 / (last dim), vectors near 1, biases near 0.  Buffers
         are zero.
         """
-        for name, param in self.PARAMETERS.items():
-            if param.kind == "constant":
+        for name, original in self._originals.items():
+            if original.kind == "constant":
                 continue
-            whole = torch.zeros(param.shape, dtype=param.dtype, device=self.mesh.device)
-            if param.kind == "parameter" and param.dtype.is_floating_point:
+            shape, dtype = original.shape, original.dtype
+            whole = torch.zeros(shape, dtype=dtype, device=self.mesh.device)
+            if original.kind == "parameter" and dtype.is_floating_point:
                 generator = torch.Generator(self.mesh.device)
                 generator.manual_seed(stable_seed(seed, name))
-                spread = 0.02 if len(param.shape) < 2 else param.shape[-1] ** -0.5
+                spread = 0.02 if len(shape) < 2 else shape[-1] ** -0.5
                 whole.normal_(0.0, spread, generator=generator)
-                if len(param.shape) < 2 and not name.endswith("bias"):
+                if len(shape) < 2 and not name.endswith("bias"):
                     whole += 1.0
             self._fill(name, StateDict({name: whole}), name)
 
@@ -263,26 +253,35 @@ class ShardedModule(nn.Module):
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Original names -> full gradients; None for parameters that have none."""
         gradients: dict[str, Tensor | None] = {}
-        for name, param in self.PARAMETERS.items():
-            if param.kind == "parameter":
-                grad = self.local(name).grad
-                gradients[name] = None if grad is None else self._gather(grad, param)
+        for name, original in self._originals.items():
+            if original.kind != "parameter":
+                continue
+            local = [self.local(part) for part in original.params]
+            if all(part.grad is None for part in local):
+                gradients[name] = None
+                continue
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in local]
+            gradients[name] = self._gather(parts, original)
         return gradients
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, Tensor]:
         """Original names (aliases too) -> full tensors, on this rank's device."""
         tensors: dict[str, Tensor] = {}
-        for name, param in self.PARAMETERS.items():
-            if param.kind == "constant":
+        for name, original in self._originals.items():
+            if original.kind == "constant":
                 continue
-            whole = self._gather(self.local(name).detach(), param)
-            for key in (name, *param.aliases):
+            parts = [self.local(part).detach() for part in original.params]
+            whole = self._gather(parts, original)
+            for key in (name, *original.aliases):
                 tensors[key] = whole
         return tensors
 
     def local(self, name: str) -> Tensor:
-        """This rank's slice of the parameter, buffer or constant of that original name."""
+        """This rank's slice of the parameter, buffer or constant of that name in `PARAMETERS`."""
+        if name not in self.PARAMETERS and name in self._originals:
+            parts = ", ".join(self._originals[name].params)
+            raise KeyError(f"this module keeps `{name}` in parts: {parts}")
         found: Any = self
         for part in name.split("."):
             found = getattr(found, part)
@@ -515,7 +514,8 @@ class ShardedModule(nn.Module):
             if param.kind == "parameter":
                 trained = param.trainable and param.dtype.is_floating_point
                 tensor = nn.Parameter(tensor, requires_grad=trained)
-        for key in (name, *param.aliases):
+        aliases = param.aliases if param.part is None else ()
+        for key in (name, *aliases):
             owner, leaf = _owner(self, key)
             if isinstance(tensor, nn.Parameter):
                 owner.register_parameter(leaf, tensor)
@@ -527,16 +527,16 @@ class ShardedModule(nn.Module):
 
     @torch.no_grad()
     def _load(self, source: Source) -> None:
-        wanted = {n: p for n, p in self.PARAMETERS.items() if p.kind != "constant"}
+        wanted = {n: o for n, o in self._originals.items() if o.kind != "constant"}
         given = set(source.names())
         found = {
-            name: [key for key in (name, *param.aliases) if key in given]
-            for name, param in wanted.items()
+            name: [key for key in (name, *original.aliases) if key in given]
+            for name, original in wanted.items()
         }
-        known = {key for name, param in wanted.items() for key in (name, *param.aliases)}
+        known = {key for name, original in wanted.items() for key in (name, *original.aliases)}
         problems = [f"missing: {name}" for name, keys in found.items() if not keys]
         for key in sorted(given - known):
-            constant = key in self.PARAMETERS
+            constant = key in self._originals
             reason = " (the plan holds its values; leave it out)" if constant else ""
             problems.append(f"unexpected: {key}{reason}")
         for name, keys in found.items():
@@ -558,29 +558,44 @@ class ShardedModule(nn.Module):
 
     @torch.no_grad()
     def _fill(self, name: str, source: Source, key: str) -> None:
-        """Copy this rank's slice of `key` into the tensor called `name`; padding rows are 0."""
-        param, local = self.PARAMETERS[name], self.local(name)
-        own = source.read(key, self._slices(param))
-        if own.is_floating_point() != param.dtype.is_floating_point:
-            raise ValueError(f"{source.title}: {key} is {own.dtype}, the plan has {param.dtype}")
-        local.zero_()
-        local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
+        """Copy this rank's slices of `key` into what holds the original `name`; padding is 0."""
+        for part in self._originals[name].params:
+            param, local = self.PARAMETERS[part], self.local(part)
+            own = source.read(key, self._slices(param))
+            if own.is_floating_point() != param.dtype.is_floating_point:
+                raise ValueError(
+                    f"{source.title}: {key} is {own.dtype}, the plan has {param.dtype}"
+                )
+            local.zero_()
+            local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
 
     def _check_tied(self, name: str, source: Source, key: str) -> None:
-        own = source.read(key, self._slices(self.PARAMETERS[name]))
-        local = self.local(name)[tuple(slice(0, rows) for rows in own.shape)]
-        if not torch.equal(local, own.to(local)):
-            raise ValueError(
-                f"{source.title}: {key} and {name} are one tensor in this module but differ there"
-            )
+        for part in self._originals[name].params:
+            own = source.read(key, self._slices(self.PARAMETERS[part]))
+            local = self.local(part)[tuple(slice(0, rows) for rows in own.shape)]
+            if not torch.equal(local, own.to(local)):
+                raise ValueError(
+                    f"{source.title}: {key} and {name} are one tensor in this module but differ "
+                    "there"
+                )
 
     def _slices(self, param: Param) -> tuple[slice, ...]:
+        """What this rank holds of the original tensor that `param` is, or is part of."""
         spec = parse_spec(param.spec)
         own = blocks(param.shape, spec, self.mesh.sizes, self.mesh.coordinates)
-        return tuple(slice(part.start, part.stop) for part in own)
+        first = [0] * len(own)
+        if param.part is not None:
+            first[param.part.dim] = param.part.start
+        return tuple(slice(n + b.start, n + b.stop) for n, b in zip(first, own, strict=True))
 
-    def _gather(self, x: Tensor, param: Param) -> Tensor:
-        return gather_whole(x, parse_spec(param.spec), param.shape, self.mesh)
+    def _gather(self, local: Sequence[Tensor], original: Original) -> Tensor:
+        """The whole tensor from this rank's slices of its parts."""
+        params = [self.PARAMETERS[name] for name in original.params]
+        wholes = [
+            gather_whole(x, parse_spec(param.spec), param.shape, self.mesh)
+            for x, param in zip(local, params, strict=True)
+        ]
+        return torch.cat(wholes, original.dim) if len(wholes) > 1 else wholes[0]
 
     def _gather_output(self, output: Output, out: Any) -> Tensor:
         local, spec = _look_up(out, output.path), parse_spec(output.spec)
@@ -623,6 +638,11 @@ class ShardedModule(nn.Module):
                 raise ValueError(
                     f"input `{name}` dim {dim} has size {size}, which {names}{twice} does not"
                     " divide"
+                )
+            if wanted.step and size % wanted.step[dim] and size != wanted.shape[dim]:
+                raise ValueError(
+                    f"input `{name}` dim {dim} has size {size}; the plan cuts what is computed"
+                    f" from it, so it must be a multiple of {wanted.step[dim]}"
                 )
         return self.local_part(x, wanted.spec).to(self.mesh.device).contiguous()
 

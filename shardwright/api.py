@@ -21,9 +21,10 @@ from .planner import plan as plans
 from .planner.build import Builder, Restriction
 from .planner.conversion import Network
 from .planner.errors import PlanError
+from .planner.fused import make_faster_plan
 from .planner.iopddl import write_problem
 from .planner.roles import Pin, Pins
-from .planner.search import Clock, make_plan, setting_of
+from .planner.search import Clock, setting_of
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -243,7 +244,7 @@ def _plan(
     progress("capture the graph")
     with clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
-    made = make_plan(
+    made = make_faster_plan(
         graph,
         load_cluster(request.cluster, request.gpus),
         request,

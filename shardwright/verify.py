@@ -28,7 +28,7 @@ from .ir.graph import Graph, Node, Value
 from .ir.interpret import interpret
 from .ir.mesh import Mesh
 from .ir.ops import kind_of
-from .ir.shrink import shrink, state_of
+from .ir.shrink import buffers_of, shrink, state_of
 from .ir.spec import Spec
 from .ir.widen import widened, without_dropout
 from .loading import build_real
@@ -442,18 +442,14 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
     Persistent buffers of the original model keep their values where it can be built.
     """
     generator = torch.Generator().manual_seed(0)
-    kinds = {p.name: p.kind for p in case.graph.params}
-    for loop in case.graph.loops:
-        for index, kind in enumerate(loop.order):
-            for p in loop.blocks[kind].params:
-                kinds[f"{loop.path}.{index}.{p.name}"] = p.kind
+    kept = buffers_of(case.graph)
     buffers: Mapping[str, Tensor] = {}
-    if case.real and case.plan.request.target and "buffer" in kinds.values():
+    if case.real and case.plan.request.target and kept:
         buffers = dict(build_real(case.plan.request.target, "float64").named_buffers())
     state: dict[str, Tensor] = {}
     for name, value in state_of(case.graph).items():
         shape, dtype = value.type.shape, value.type.dtype
-        if kinds[name] == "buffer" and name in buffers:
+        if name in kept and name in buffers:
             state[name] = buffers[name].to(dtype)
         elif not dtype.is_floating_point:
             state[name] = torch.ones(shape, dtype=dtype) * (dtype == torch.bool)

@@ -60,6 +60,36 @@ def passed(ran: Ran, *said: str) -> None:
     assert len(errors) >= 2 and max(errors) < 1e-4 and max(errors[:2]) < 1e-9, ran.out
 
 
+def test_fused_projections_in_parts(run: Run) -> None:
+    """By the file itself, and smaller; a part's slice that is taken from elsewhere is caught."""
+    pin = "--pin blocks.*.attention.qkv.weight_*=S0"
+    planned(run, "gpt.py", f"{SMALL} --mesh tp=2 {pin}")
+    path = Path("out/sharded_model.py")
+    text = path.read_text()
+    assert "self.attention.qkv.weight_q" in text and "Part(" in text
+    passed(run("verify", "out"), "GPT itself from")
+
+    path.write_text(re.sub(r'(qkv.weight", 0, )512', r"\g<1>511", text))
+    ran = run("verify", "out")
+    assert ran.code == 1 and "the parts before it end at 512" in ran.out, ran.out
+
+    planned(run, "configs/gpt2", "--gpus 8 --mesh 8 --batch 1 --pin *.c_attn.weight_*=R")
+    passed(run("verify", "out"), "on 2 ranks", "layers of ", "parameter dims ")
+
+
+PHI3 = """{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072,
+"intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+"num_key_value_heads": 8, "vocab_size": 32064, "pad_token_id": 32000}"""
+
+
+def test_parts_of_unequal_size_are_shrunk(run: Run) -> None:
+    Path("phi3").mkdir()
+    Path("phi3/config.json").write_text(PHI3)
+    ran = run(*"phi3 --gpus 8 --mesh 8 --batch 1 --seq 4096 --out out".split())
+    assert ran.code == 0 and "qkv_proj.weight_key_states" in ran.out, ran.out + ran.err
+    passed(run("verify", "out"), "on 2 ranks", "(planned: ", "layers of ")
+
+
 SMALL = "--cluster cpu --dtype float32 --batch 4 --seq 16 --gpus 2"
 
 

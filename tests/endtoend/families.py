@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph
+from shardwright.ir.unfuse import unfuse
 from tests.ir.models import batch, huggingface_configs, huggingface_model
 from tests.sharded import reference, widened
 
@@ -94,9 +95,14 @@ def inputs_of(name: str, sizes: tuple[int, int] = (_BATCH, _SEQ)) -> dict[str, T
     return inputs
 
 
+def folded(model: nn.Module, inputs: dict[str, Tensor], training: bool) -> Graph:
+    """The graph as it is captured, layers folded."""
+    return fold(capture(model, inputs, training=training))
+
+
 def _captured(model: nn.Module, inputs: dict[str, Tensor], training: bool) -> Graph:
-    """The folded graph with its inputs' dims called b and s, as the command line does."""
-    graph = fold(capture(model, inputs, training=training))
+    """The folded graph with its inputs' dims called b and s, fused projections apart."""
+    graph = unfuse(folded(model, inputs, training))
     return replace(graph, inputs=tuple(replace(i, labels=("b", "s")) for i in graph.inputs))
 
 
@@ -107,6 +113,17 @@ def case(name: str, training: bool = True) -> Case:
     graph = widened(_captured(model, inputs, training))
     params = {n: t.double() if t.is_floating_point() else t for n, t in model.state_dict().items()}
     return Case(name, graph, params, inputs, reference(graph, params, inputs))
+
+
+@cache
+def fused_case(name: str) -> Case:
+    """As `case`, with the family's fused projections whole."""
+    model, inputs = build(name), inputs_of(name)
+    apart = case(name)
+    graph = widened(folded(model, inputs, True))
+    graph = replace(graph, inputs=apart.graph.inputs)
+    assert graph != apart.graph
+    return Case(name, graph, apart.params, inputs, apart.expected)
 
 
 @cache

@@ -9,12 +9,13 @@ import pytest
 
 from shardwright.ir.ops import kind_of, rule_of
 from shardwright.planner.build import Builder, Decisions, Restriction
+from shardwright.planner.program import Convert, LoopCall
 from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.roles import Roles
 from shardwright.planner.solvers import solve
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool
-from tests.endtoend.families import FAMILIES, Case, case, case32
+from tests.endtoend.families import FAMILIES, Case, case, case32, fused_case
 from tests.sharded import builder_of, check, mesh_of, program_of, random_decisions
 
 Pool = Callable[[int], RankPool]
@@ -191,6 +192,52 @@ def test_recomputed_layers(pool: Pool, name: str) -> None:
     made = builder(name, (2, 2), "recompute")
     for decisions in (planned(made, Parallel()), random_decisions(made, 7)):
         run(pool, made, decisions, case(name))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("gpt", (2,)), ("gpt2", (4,)), ("phi3", (2, 2))])
+def test_fused_projections_whole(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
+    """What the tests above run in parts, as the original has it."""
+    of = fused_case(name)
+    made = builder_of(of.graph, mesh_of(*sizes))
+    for decisions in (planned(made, Parallel()), random_decisions(made, 0)):
+        run(pool, made, decisions, of)
+
+
+class Megatron(Roles):
+    """Tensor parallelism alone: no sequence is cut, so no all-to-all can stand in for heads."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        return "s" not in self._cuts(region, strategy, 0) and super().allows(region, strategy)
+
+
+class Column(Megatron):
+    """And every matrix product and attention takes part."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        return Parallel().allows(region, strategy) and super().allows(region, strategy)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("gpt", 2), ("gpt2", 4), ("phi3", 2)])
+def test_fused_projections_are_cut_by_heads(pool: Pool, name: str, ranks: int) -> None:
+    """q, k and v by columns, attention by heads; nothing moves between them."""
+    made = builder(name, (ranks,))
+    decisions = planned(made, Column(["tp"], made.graph, made.network.mesh))
+    block = made.graph.loops[0].blocks[0]
+    parts = {param.value.name for param in block.params if param.part is not None}
+    products = [n for n in block.nodes if any(v.name in parts for v in n.operands)]
+    assert len(products) == (5 if name == "phi3" else 3)
+    assert {decisions.choices[node.name] for node in products} == {("o",)}
+    (attention,) = (node for node in block.nodes if kind_of(node) == "attention")
+    assert decisions.choices[attention.name] == ("n",)
+    program = program_of(made, decisions)
+    moved = predicted_bytes(program, made.network.mesh)
+    assert {kind for kind, _, _ in moved} <= {"all_reduce", "reduce_scatter", "all_gather"}
+    (call,) = (item for item in program.statements if isinstance(item, LoopCall))
+    inside = [item for item in call.bodies[0].statements if isinstance(item, Convert)]
+    between = {v.name for node in (*products, attention) for v in node.outputs}
+    assert not [item for item in inside if item.source.value.name in between]
+    assert not [item for item in inside if item.param and item.source.value.name in parts]
+    run(pool, made, decisions, case(name))
 
 
 def test_parallel_roles_differ_in_what_they_move(pool: Pool) -> None:

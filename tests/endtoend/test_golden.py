@@ -19,6 +19,7 @@ import shardwright
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.text import format_graph
+from shardwright.ir.unfuse import unfuse
 from tests.endtoend.families import ROOT, build, example_module, inputs_of
 from tests.sharded import builder_of, mesh_of, random_decisions, source_of
 
@@ -46,6 +47,11 @@ def test_captured_graph(golden: Golden, name: str) -> None:
     golden(f"graph_{name}.txt", format_graph(graph))
 
 
+def test_graph_with_a_fused_projection_apart(golden: Golden) -> None:
+    graph = unfuse(fold(capture(build("gpt"), inputs_of("gpt"), training=True)))
+    golden("graph_gpt_apart.txt", format_graph(graph))
+
+
 def test_generated_module(golden: Golden) -> None:
     golden("llama_2x2.py", llama_module())
 
@@ -54,7 +60,7 @@ def test_generated_modules_are_formatted(tmp_path: Path) -> None:
     """`ruff format` would leave them as they are, and ruff's rules find nothing."""
     (tmp_path / "planned.py").write_text(llama_module())
     for name in ("gpt", "llama_example", "encoder_decoder"):
-        graph = fold(capture(build(name), inputs_of(name), training=True))
+        graph = unfuse(fold(capture(build(name), inputs_of(name), training=True)))
         labels = tuple(replace(i, labels=("b", "s")) for i in graph.inputs)
         for sizes in ((2,), (2, 2)):
             made = builder_of(replace(graph, inputs=labels), mesh_of(*sizes))

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
+from shardwright.ir.graph import Graph
+from shardwright.ir.unfuse import unfuse
 from shardwright.runtime import RankPool
 from tests.endtoend.families import build, example_module, inputs_of
 from tests.sharded import (
@@ -30,7 +32,7 @@ Pool = Callable[[int], RankPool]
 
 def sources(model: nn.Module, inputs: dict[str, Tensor], seeds: range) -> list[str]:
     """Generated modules of the model on 2 x 2 ranks under random decisions."""
-    graph = fold(capture(model, inputs, training=True))
+    graph = unfuse(fold(capture(model, inputs, training=True)))
     made = builder_of(graph, mesh_of(2, 2))
     return [source_of(made, random_decisions(made, seed)) for seed in seeds]
 
@@ -115,7 +117,7 @@ def through_checkpoint(source: str, path: str, folder: str) -> dict[str, Tensor]
     return whole
 
 
-@pytest.mark.parametrize("name", ["buffered", "gpt", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["buffered", "gpt", "gpt2", "phi3", "bert"])
 def test_state_goes_in_and_out(pool: Pool, tmp_path: Path, name: str) -> None:
     if name == "buffered":
         model, inputs = Buffered(), {"hidden": torch.randn(4, 6, 8)}
@@ -129,6 +131,67 @@ def test_state_goes_in_and_out(pool: Pool, tmp_path: Path, name: str) -> None:
         for whole in (*wholes, load_file(tmp_path / "again.safetensors")):
             assert whole.keys() == state.keys()
             assert all(torch.equal(whole[n], t) for n, t in state.items())
+
+
+def random_weights(source: str) -> dict[str, Tensor]:
+    """In a rank: what `reset_parameters` gives."""
+    model = import_source(source).ShardedModel()
+    model.reset_parameters(seed=5)
+    return model.full_state_dict()
+
+
+def test_random_weights_are_the_same_whole_and_in_parts(pool: Pool) -> None:
+    model, inputs = build("gpt2").float(), inputs_of("gpt2")
+    whole = fold(capture(model, inputs, training=True))
+    apart = unfuse(whole)
+    assert apart != whole
+    first, second = (pool(4).run(random_weights, one_source(graph))[0] for graph in (whole, apart))
+    assert first.keys() == second.keys() == model.state_dict().keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def one_source(graph: Graph) -> str:
+    """A module of the graph on 2 x 2 ranks."""
+    made = builder_of(graph, mesh_of(2, 2))
+    return source_of(made, random_decisions(made, 1))
+
+
+class TiedInLayer(nn.Module):
+    """A layer with one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 8)
+        self.down.weight = self.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class TiedInLayers(nn.Module):
+    """Layers that are folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TiedInLayer() for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_ties_inside_layers(pool: Pool, tmp_path: Path) -> None:
+    model, inputs = TiedInLayers(), {"hidden": torch.randn(4, 6, 8)}
+    state, path = model.state_dict(), tmp_path / "model.safetensors"
+    save_file({n: t.clone() for n, t in state.items()}, path)
+    (source,) = sources(model, inputs, range(1))
+    assert "{0..2}" in source
+    for whole in pool(4).run(through_checkpoint, source, str(path), str(tmp_path)):
+        assert whole.keys() == state.keys()
+        assert all(torch.equal(whole[n], t) for n, t in state.items())
 
 
 def test_buffers_and_ties_compute_the_same(pool: Pool) -> None:

@@ -63,6 +63,18 @@ def test_identities_vanish() -> None:
     assert ops(graph) == ["aten.mul.Tensor"]
 
 
+def test_an_empty_rest_vanishes() -> None:
+    """As a rotary embedding of all of the head's width."""
+    graph = captured(
+        lambda x, w: torch.cat([x[..., :4] * w, x[..., 4:]], dim=-1).exp(), normal(3, 4), 4
+    )
+    assert ops(graph) == ["aten.mul.Tensor", "aten.exp.default"]
+    graph = captured(
+        lambda x, w: torch.cat([x[..., :3] * w, x[..., 3:]], dim=-1).exp(), normal(3, 4), 3
+    )
+    assert "aten.cat.default" in ops(graph)
+
+
 def test_adding_zero_that_changes_the_dtype_stays() -> None:
     graph = captured(lambda x, w: (x + 0.0) * w, torch.arange(3), 3)
     assert len(ops(graph)) == 2

@@ -13,6 +13,7 @@ from shardwright.ir.interpret import interpret
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import rule_of
 from shardwright.ir.shrink import shrink, state_of
+from shardwright.ir.unfuse import unfuse
 from shardwright.loading import load_target
 from tests.sharded import builder_of, random_decisions
 
@@ -43,11 +44,17 @@ CASES = [
     ("configs/qwen3-8b", 2048),
     ("encoder_decoder.py", 64),
 ]
+# of fused projections: the parts of one tensor lie one after another in the small one, too
+IN_PARTS = [("configs/gpt2", 256), ("gpt.py", 64)]
 
 
-@pytest.mark.parametrize("target, seq", CASES)
-def test_any_decisions_fit_the_small_graph(target: str, seq: int) -> None:
+@pytest.mark.parametrize(
+    "target, seq, parts", [*((*c, False) for c in CASES), *((*c, True) for c in IN_PARTS)]
+)
+def test_any_decisions_fit_the_small_graph(target: str, seq: int, parts: bool) -> None:
     graph = graph_of(target, 16, seq)
+    if parts:
+        assert graph != (graph := unfuse(graph))
     old, new = Mesh((("x", 4), ("y", 4))), Mesh((("x", 2), ("y", 2)))
     decisions = random_decisions(builder_of(graph, old), seed=0)
     specs = [*decisions.specs.items(), *decisions.outputs.items()]

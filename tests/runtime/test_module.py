@@ -21,12 +21,14 @@ from shardwright.runtime import (
     Output,
     Outputs,
     Param,
+    Part,
     RankError,
     RankPool,
     ShardedModule,
     count_collectives,
     ops,
 )
+from shardwright.runtime.parameters import originals
 
 Pool = Callable[[int], RankPool]
 VOCAB, WIDTH = 11, 6
@@ -262,6 +264,79 @@ def test_random_weights_do_not_depend_on_the_layout(pool: Pool) -> None:
         for name, tensor in want.items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
     assert want["embed.weight"].std() > 0.1 and not want["shift"].any()
+
+
+class InParts(ShardedTied):
+    """The linear layer's weight and bias as two parts of unequal size, each cut by itself."""
+
+    PARAMETERS = {
+        name: param
+        for name, param in ShardedTied.PARAMETERS.items()
+        if not name.startswith("layers.0.")
+    } | {
+        "layers.0.weight_a": Param((4, WIDTH), F64, "S0,S0", part=Part("layers.0.weight", 0, 0)),
+        "layers.0.weight_b": Param((2, WIDTH), F64, "R,S1", part=Part("layers.0.weight", 0, 4)),
+        "layers.0.bias_a": Param((4,), F64, "R,S0", part=Part("layers.0.bias", 0, 0)),
+        "layers.0.bias_b": Param((2,), F64, "R,R", part=Part("layers.0.bias", 0, 4)),
+    }
+
+
+def parts_in_and_out(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """(state from a file, gradients with one part only, messages)."""
+    model = InParts.from_checkpoint(path)
+    state = model.full_state_dict()
+    assert model.local("layers.0.weight_a").shape == (1, WIDTH)
+    model.local("layers.0.bias_a").sum().backward()
+    messages: list[str] = []
+    for failing in (
+        lambda: model.local("layers.0.weight"),
+        lambda: InParts.from_state_dict(state | {"layers.0.weight_a": torch.zeros(4, WIDTH)}),
+        lambda: InParts.from_state_dict(state | {"layers.0.bias": torch.zeros(4, dtype=F64)}),
+    ):
+        with pytest.raises((KeyError, ValueError)) as error:
+            failing()
+        messages.append(str(error.value))
+    return state, model.full_gradients(), messages
+
+
+def test_parts_of_a_tensor(pool: Pool, tmp_path: Path) -> None:
+    path, whole = tmp_path / "model.safetensors", original().state_dict()
+    save_file({n: t.clone() for n, t in whole.items()}, path)
+    for state, gradients, messages in pool(4).run(parts_in_and_out, path):
+        assert state.keys() == whole.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+        assert gradients["layers.0.bias"].tolist() == [1.0] * 4 + [0.0] * 2
+        assert gradients["layers.0.weight"] is None
+        assert "in parts: layers.0.weight_a, layers.0.weight_b" in messages[0]
+        assert "unexpected: layers.0.weight_a" in messages[1]
+        assert "leave it out" not in messages[1]
+        assert "wrong shape: layers.0.bias is (4,), the plan has (6,)" in messages[2]
+
+
+@pytest.mark.parametrize("start", [3, 5])
+def test_parts_that_do_not_meet(start: int) -> None:
+    with pytest.raises(ValueError, match=f"`b` begins at {start} in dim 0 of `w`.*end at 4"):
+        originals(
+            {
+                "a": Param((4,), F64, "R", part=Part("w", 0, 0)),
+                "b": Param((2,), F64, "R", part=Part("w", 0, start)),
+            }
+        )
+
+
+def test_random_weights_do_not_depend_on_parts(pool: Pool) -> None:
+    model = Replicated()
+    model.reset_parameters(seed=3)
+    want = model.full_state_dict()
+    for state in pool(4).run(reset_in_parts):
+        for name, tensor in want.items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+
+
+def reset_in_parts() -> dict[str, Tensor]:
+    model = InParts()
+    model.reset_parameters(seed=3)
+    return model.full_state_dict()
 
 
 def test_a_module_refuses_another_mesh() -> None:
