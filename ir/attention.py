@@ -23,12 +23,14 @@ def attention_math(
     window: int,
     softcap: float,
     dropout_p: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(scale * q k^T) + mask) v, written out; differentiable by autograd.
 
     `causal`: query i sees keys j <= i.  `window` w > 0: query i sees keys j > i - w.  `mask`: bool
     (True = attend) or additive, broadcastable to (b, hq, sq, sk).  `softcap` c > 0: scores become
-    c * tanh(scores / c).  A query that sees no key gives zeros.
+    c * tanh(scores / c).  `sinks` (hq,): the score of one more key of each head, whose value is
+    zero.  A query that sees no key gives zeros.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -41,18 +43,26 @@ def attention_math(
         scores = scores + mask.to(scores.dtype)
     seen = _seen(q.shape[2], k.shape[2], mask, causal, window, q.device)
     if seen is None:
-        weights = torch.softmax(scores, -1, dtype=_accumulation(scores.dtype))
+        weights = _weights(scores, sinks)
     else:
         scores = scores.masked_fill(~seen, float("-inf"))
         # a row without any visible key would be 0 / 0: give it zeros, and zero gradients
         empty = ~seen.any(-1, keepdim=True)
         scores = scores.masked_fill(empty, 0.0)
-        weights = torch.softmax(scores, -1, dtype=_accumulation(scores.dtype))
-        weights = weights.masked_fill(empty, 0.0)
+        weights = _weights(scores, sinks).masked_fill(empty, 0.0)
     weights = weights.to(q.dtype)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return weights @ v
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys and, if there are any, the sinks, whose weights are left out."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = torch.softmax(scores, -1, dtype=_accumulation(scores.dtype))
+    return weights if sinks is None else weights[..., :-1]
 
 
 def _seen(
@@ -89,6 +99,7 @@ def attention(
     window: int,
     softcap: float,
     dropout_p: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attention_math` as one operator, so that tracing keeps it whole.
 
@@ -100,7 +111,7 @@ def attention(
             f"shardwright::attention cannot be run with dropout_p={dropout_p}: it is an operator "
             "for tracing; call `attention_math`, or set the attention dropout to 0"
         )
-    return attention_math(q, k, v, mask, scale, causal, window, softcap, 0.0).clone()
+    return attention_math(q, k, v, mask, scale, causal, window, softcap, 0.0, sinks).clone()
 
 
 def _attention_fake(
@@ -113,30 +124,33 @@ def _attention_fake(
     window: int,
     softcap: float,
     dropout_p: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+    *first, sinks = inputs
+    ctx.save_for_backward(*first[:4], sinks)
+    ctx.options = first[4:]
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and a floating-point mask, by running the formula again."""
+    """Gradients of q, k, v, a floating-point mask and sinks, by running the formula again."""
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    wanted: tuple[bool, ...] = ctx.needs_input_grad[:4]
+    wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[-1])
     leaves = [
         None if value is None else value.detach().requires_grad_(need)
         for value, need in zip(saved, wanted, strict=True)
     ]
     with torch.enable_grad():
-        output = attention_math(*leaves, *ctx.options)  # type: ignore[arg-type]
+        *first, sinks = leaves
+        output = attention_math(*first, *ctx.options, sinks)  # type: ignore[arg-type]
     needed = [leaf for leaf, need in zip(leaves, wanted, strict=True) if leaf is not None and need]
     found = iter(torch.autograd.grad(output, needed, grad))
-    grads = [next(found) if need else None for need in wanted]
-    return (*grads, None, None, None, None, None)
+    *grads, of_sinks = [next(found) if need else None for need in wanted]
+    return (*grads, None, None, None, None, None, of_sinks)
 
 
 attention.register_fake(_attention_fake)

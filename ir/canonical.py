@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 
+from .dense_experts import whole_experts
 from .evaluate import Constants, describe_mask
 from .graph import Arg, Graph, Node, TensorType, Value
 from .rewrite import flat, producers, remove_dead, with_args, with_body, with_operands
@@ -34,13 +35,15 @@ RESHAPE = "aten.reshape.default"
 
 
 def canonicalise(graph: Graph) -> Graph:
-    """All passes of this module, in order."""
+    """All passes of this module, and `whole_experts`, in order."""
     for canonical_pass in (
         unify,
         remove_identities,
+        written_whole,
         whole_attention,
         constant_masks,
         unrepeated_heads,
+        whole_experts,
         keep_tokens_apart,
         whole_cross_entropy,
         join_reshapes,
@@ -67,7 +70,7 @@ def unify(graph: Graph) -> Graph:
         view(x, [-1, 8])          ->  reshape(x, shape=(32, 8))
         numpy_T(x), t(x)          ->  transpose(x, dim0=0, dim1=1)   (2-D)
         x.__and__(y)              ->  bitwise_and(x, y)
-        shardwright.attention.default -> shardwright.attention
+        shardwright.attention.default -> shardwright.attention     (and shardwright.moe)
 
     Reshapes get their whole target shape, without -1; dims of transposes count from the front.
     """
@@ -77,8 +80,8 @@ def unify(graph: Graph) -> Graph:
 def _unified(node: Node) -> Node:
     if node.op in _RESHAPES:
         return _reshape(node, node.operands[0], node.name, node.output)
-    if node.op == "shardwright.attention.default":
-        return replace(node, op="shardwright.attention")
+    if node.op in ("shardwright.attention.default", "shardwright.moe.default"):
+        return replace(node, op=node.op.removesuffix(".default"))
     if node.op in ("aten.t.default", "aten.numpy_T.default", "aten.transpose.int"):
         value = node.operands[0]
         rank = len(value.type.shape)
@@ -175,6 +178,43 @@ def join_reshapes(graph: Graph) -> Graph:
     return with_body(graph, nodes, {})
 
 
+def written_whole(graph: Graph) -> Graph:
+    """A tensor that is written part by part is the parts, one after another.
+
+        y = new_empty(x, (b, s, 24))                          y = cat((p, q), dim=2)
+        y[..., :16] = p; y[..., 16:] = q            ->
+
+    where the parts cover the dim without a gap, in order.
+    """
+    nodes = flat(graph)
+    made = producers(nodes)
+    return with_body(graph, [_joined(node, made) for node in nodes], {})
+
+
+def _joined(node: Node, made: dict[str, Node]) -> Node:
+    """A cat for the last of several writes that cover a dim."""
+    parts: list[Value] = []
+    write, first = node, node.arg("dim") if node.op == _WRITE else None
+    rank = len(node.outputs[0].type.shape)
+    end = 0 if first is None else node.output.type.shape[int(first) % rank]  # type: ignore[arg-type]
+    while write.op == _WRITE and write.arg("dim") == first and write.arg("step") == 1:
+        start, stop = write.arg("start") or 0, write.arg("end")
+        assert isinstance(start, int) and (stop is None or isinstance(stop, int))
+        if start < 0 or (end if stop is None else min(stop, end)) != end:
+            break
+        parts.insert(0, write.operands[1])
+        end = start
+        if end == 0 or write.operands[0].name not in made:
+            break
+        write = made[write.operands[0].name]
+    if end or len(parts) < 2:
+        return node
+    return replace(node, op="aten.cat.default", args=(("tensors", tuple(parts)), ("dim", first)))
+
+
+_WRITE = "aten.slice_scatter.default"
+
+
 # ---- attention ---------------------------------------------------------------------------------
 
 
@@ -203,7 +243,7 @@ def whole_attention(graph: Graph) -> Graph:
 
 def _attention(node: Node, tensors: Sequence[Arg], options: Sequence[Arg]) -> Node:
     names = ("q", "k", "v", "mask", "scale", "causal", "window", "softcap", "dropout_p")
-    args = tuple(zip(names, (*tensors, *options), strict=True))
+    args = (*zip(names, (*tensors, *options), strict=True), ("sinks", None))
     return replace(node, op="shardwright.attention", args=args)
 
 
@@ -462,10 +502,15 @@ def _tokenwise(
         return (node.op, args) if merged == {"input"} and keeps else None
     if node.op == "aten.embedding.default":
         return (node.op, args) if merged == {"indices"} else None
-    if node.op == "aten.dropout.default":
+    if node.op == "aten.dropout.default" or node.op in _LIKE:
         return node.op, args
+    if node.op == "shardwright.moe":
+        return (node.op, args) if merged == {"x", "indices", "weights"} else None
+    if node.op == "aten.expand.default":
+        return _expanded(node, twins)
     if node.op in _ALONG_DIM:
-        return _along_dims(node, args, rank)
+        every = {name for name, arg in node.args if isinstance(arg, Value)}
+        return _along_dims(node, args, rank) if merged == every else None
     if _is_pointwise(node.op):
         return (node.op, args) if _only_broadcast(node, twins, rank) else None
     return None
@@ -483,7 +528,26 @@ _ALONG_DIM = {
     "aten.split_with_sizes.default": "dim",
     "aten.slice.Tensor": "dim",
     "aten.cumsum.default": "dim",
+    "aten.topk.default": "dim",
+    "aten.gather.default": "dim",
+    "aten.scatter.src": "dim",
+    "aten.scatter.value": "dim",
+    "aten.unsqueeze.default": "dim",
 }
+# ops that read nothing but the shape of their operand
+_LIKE = frozenset({"aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"})
+
+
+def _expanded(
+    node: Node, twins: dict[str, Value]
+) -> tuple[str, tuple[tuple[str, Arg], ...]] | None:
+    """An expand that keeps the token dim."""
+    value, output = node.operands[0], node.output
+    shape = value.type.shape
+    if len(shape) != len(output.type.shape) or shape[0] != output.type.shape[0]:
+        return None
+    size = (*_lead(value, twins[value.name]), *output.type.shape[1:])
+    return node.op, with_args(with_operands(node, twins), size=size).args
 
 
 def _along_dims(
@@ -492,11 +556,10 @@ def _along_dims(
     """The op with dims counted from the end, if none of them is the token dim."""
     dim = node.arg(_ALONG_DIM[node.op])
     dims = dim if isinstance(dim, tuple) else (dim,)
+    rank += node.op == "aten.unsqueeze.default"  # its dim counts those of the result
     numbers = [d % rank for d in dims if isinstance(d, int)]
     if not numbers or len(numbers) != len(dims) or 0 in numbers:
         return None
-    if any(len(value.type.shape) != rank for value in node.outputs):
-        return None  # a reduced dim is gone: dim 0 stays the tokens, but twins would not match
     from_end = tuple(d - rank for d in numbers)
     new: Arg = from_end if isinstance(dim, tuple) else from_end[0]
     return node.op, tuple((k, new if k == _ALONG_DIM[node.op] else v) for k, v in args)

@@ -26,7 +26,7 @@ from . import huggingface
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .fold import fold
-from .fx import UnsupportedNode, convert
+from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from .location import innermost_frame
 from .repeat import Repeats, cut, repeats
@@ -448,7 +448,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
         return (
             f"{where}{type(model).__name__} decides by the values of a tensor (an `if`, a "
             "`.item()`, or a shape that depends on the data); a plan must hold for all inputs. "
-            "Use `torch.where`, or move the decision out of `forward`"
+            f"Use `torch.where`, or move the decision out of `forward`. {EXPERTS_HINT}"
         )
     return f"{where}{type(model).__name__} cannot be traced: {kind}: {text}"
 

@@ -56,6 +56,12 @@ _CASTS = frozenset(
 _DETACH = frozenset({"aten.detach.default", "aten.detach_.default", "aten.detach_copy.default"})
 
 
+EXPERTS_HINT = (
+    "If this is a loop over experts that picks each one's tokens, mark the module of the experts "
+    "with `@shardwright.experts(...)`"
+)
+
+
 class UnsupportedNode(ValueError):
     """A node that has no meaning in our graph; the message says why, and where it stands."""
 
@@ -101,7 +107,7 @@ class _Converter:
         parts = [f"{name}_part{i}" for i in range(len(types))] if len(types) > 1 else []
         names = [self.unique(part) for part in parts] or [name]
         outputs = tuple(
-            Value(n, t, differentiable and t.dtype.is_floating_point)
+            Value(n, t, differentiable and (t.dtype.is_floating_point or t.dtype.is_complex))
             for n, t in zip(names, types, strict=True)
         )
         location, frame = _locate(origin)
@@ -388,7 +394,8 @@ def _tensor_types(node: fx.Node) -> list[TensorType]:
         shape = tuple(item.shape)
         if not all(type(size) is int for size in shape):
             raise UnsupportedNode(
-                f"`{node.target}` returns a tensor whose shape {shape} depends on the data"
+                f"`{node.target}` returns a tensor whose shape {shape} depends on the data. "
+                f"{EXPERTS_HINT}"
             )
         types.append(TensorType(shape, item.dtype))
     return types
@@ -476,4 +483,4 @@ def _with_targets(nodes: list[Node], statements: list[tuple[str, int, str]]) -> 
     return result
 
 
-__all__ = ["UnsupportedNode", "convert"]
+__all__ = ["EXPERTS_HINT", "UnsupportedNode", "convert"]

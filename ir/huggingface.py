@@ -2,7 +2,8 @@
 
 Capture wants attention as one operator, and it wants causal and windowed masks as two numbers
 instead of a q x k tensor.  `shardwright_attention` switches a model over for that: transformers'
-own registries then call the two functions at the bottom of this file.
+own registries then call the two functions at the bottom of this file, and, for experts, the one in
+`ir/huggingface_experts.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attention, mask_stand_in
+from .huggingface_experts import shardwright_experts
 
 NAME = "shardwright"
 
@@ -81,7 +83,9 @@ def is_huggingface(model: nn.Module) -> bool:
 
 @contextmanager
 def shardwright_attention(model: nn.Module, *, positions_given: bool = False) -> Generator[None]:
-    """Inside, `model` and its submodels call `shardwright::attention` and keep no KV cache.
+    """Inside, `model` and its submodels call our operators and keep no KV cache.
+
+    The operators are `shardwright::attention` and, for experts, `shardwright::moe`.
 
     `positions_given`: the caller passes `position_ids`, which may pack several sequences into one
     row; a mask that separates them is then built as a tensor.
@@ -102,7 +106,8 @@ def shardwright_attention(model: nn.Module, *, positions_given: bool = False) ->
             config._attn_implementation_internal = NAME
         for config, _ in caching:
             config.use_cache = False
-        yield
+        with shardwright_experts(model):
+            yield
     finally:
         _trace.reset(token)
         for config, implementation in before:
@@ -262,9 +267,10 @@ def _attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`attention` as transformers' layers call it; (b, s, h, d) out."""
+    """`attention` as transformers' layers call it; (b, s, h, d) out.  `s_aux` are its sinks."""
     for name, argument in kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS:
             raise ValueError(
@@ -301,6 +307,7 @@ def _attention_forward(
         info.window,
         float(softcap or 0.0),
         float(dropout),
+        s_aux,
     )
     return output.transpose(1, 2), None
 

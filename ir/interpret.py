@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from .attention import attention_math
+from .experts import moe_math, moe_operator
 from .graph import Arg, Graph, Loop, Node, Param, Value
 
 _REDUCTION = {1: "mean", 2: "sum"}
@@ -146,6 +148,11 @@ def _affine(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return input @ weight + bias
 
 
+def _moe(**args: Any) -> Tensor:
+    """Which rows an expert gets depends on values, which fake tensors do not have."""
+    return moe_operator(**args) if isinstance(args["x"], FakeTensor) else moe_math(**args)
+
+
 def _last_token(x: Tensor, positions: Tensor) -> Tensor:
     """The row of the highest position of each sequence, (b, 1, ...)."""
     return torch.stack([x[i, at : at + 1] for i, at in enumerate(positions.argmax(1).tolist())])
@@ -185,6 +192,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "shardwright.affine": _affine,
     "shardwright.last_token": _last_token,
     "shardwright.cross_entropy": _cross_entropy,
+    "shardwright.moe": _moe,
 }
 
 __all__ = ["Caches", "Tokens", "cached_attention_math", "interpret", "operator"]

@@ -14,6 +14,8 @@ import torch
 _FRAME = re.compile(r'^ *File "(?P<file>[^"]*)", line (?P<line>\d+), in', re.MULTILINE)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _SELF = os.path.dirname(os.path.abspath(__file__)) + os.sep
+# transformers' wrappers stand between a model's line and ours
+_WRAPPERS = os.path.join("transformers", "integrations") + os.sep
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,15 @@ class Statement:
 
 @lru_cache(maxsize=4096)
 def innermost_frame(stack_trace: str) -> tuple[str, int]:
-    """(path, line) of the innermost frame outside torch and this package; ("", 0) without one."""
+    """(path, line) of the innermost frame of a model's code; ("", 0) without one.
+
+    That is outside torch, this package, and wrappers of transformers.
+    """
     found = [(m["file"], int(m["line"])) for m in _FRAME.finditer(stack_trace)]
     for path, line in reversed(found):
         full = os.path.abspath(path)
-        if not full.startswith((_TORCH, _SELF, os.path.realpath(_SELF) + os.sep)):
+        ours = full.startswith((_TORCH, _SELF, os.path.realpath(_SELF) + os.sep))
+        if not ours and _WRAPPERS not in full:
             return path, line
     return "", 0
 

@@ -19,9 +19,9 @@ import torch
 
 from .graph import Node, Value, values_in
 from .rule import Algorithm, Dims, Rule, broadcast_rule, opaque_rule, parse_rule, reshape_rule
-from .spec import R, S
+from .spec import R, S, V
 
-Kind = Literal["matmul", "attention", "elementwise", "view"]
+Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
 
 class Render(Protocol):
@@ -164,6 +164,22 @@ def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int
         return -(-rule.sizes.get(factor, 1) // ways.get(factor, 1))
 
     return size("b"), size("n") * size("g"), size("n"), size("q"), size("k"), size("d")
+
+
+def experts_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int, int]:
+    """Sizes of a local `shardwright.moe`.
+
+    (tokens, choices per token, experts, width in, hidden units of an expert, width out, matrices of
+    the first product: 2 with a gate).
+    """
+    rule = rule_of(node)
+
+    def size(factor: str) -> int:
+        return -(-rule.sizes[factor] // ways.get(factor, 1))
+
+    tokens = prod(size(factor) for dim in rule.operands[0][:-1] for factor in dim)
+    matrices = 1 if node.arg("gating") == "none" else 2
+    return tokens, size("k"), size("e"), size("h"), size("f"), size("o"), matrices
 
 
 def _factors(dims: Dims) -> set[str]:
@@ -1449,8 +1465,15 @@ def _attention_rule(node: Node) -> Rule:
         names = ("b", "(n g)", "q", "[k]")[4 - len(mask.type.shape) :]
         pairs = zip(names, mask.type.shape, strict=True)
         term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
+    term += ", (n g)" if _sinks(node) is not None else ""
     text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
     return replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+
+
+def _sinks(node: Node) -> Value | None:
+    """The scores of attention sinks; nodes of older plans have no such argument."""
+    sinks = dict(node.args).get("sinks")
+    return sinks if isinstance(sinks, Value) else None
 
 
 def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
@@ -1461,9 +1484,11 @@ def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
     """
     query, key = node.operands[:2]
     heads = query.type.shape[1]
-    if len(node.operands) > 3 or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
+    masked = isinstance(node.arg("mask"), Value)
+    if masked or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
         return {}
-    way = Algorithm(("q", "k"), (S(2), S(2), S(2)), (S(2),))
+    sinks = () if _sinks(node) is None else (V,)
+    way = Algorithm(("q", "k"), (S(2), S(2), S(2), *sinks), (S(2),))
     found = {"ring": way, "gather": way}
     if heads % key.type.shape[1] == 0:
         found["ulysses"] = replace(way, fits=_heads_divide)
@@ -1493,6 +1518,7 @@ def _emit_attention(node: Node, render: Render) -> str:
         "causal": "True" if node.arg("causal") else "",
         "window": render.arg("window") if node.arg("window") else "",
         "softcap": render.arg("softcap") if node.arg("softcap") else "",
+        "sinks": "" if _sinks(node) is None else render.arg("sinks"),
     }
     name, axis = render.algorithm()
     if name:
@@ -1597,4 +1623,118 @@ def _emit_cross_entropy(node: Node, render: Render) -> str:
 register(
     "shardwright.cross_entropy",
     Op(_cross_entropy_rule, _emit_cross_entropy, saves=("logits", "labels")),
+)
+
+
+# --- routing: experts, and what their routers use -------------------------------------------------
+
+
+def _scatter_rule(node: Node) -> Rule:
+    """Dims other than that written along may be cut, where index and source are as long."""
+    shapes = _shapes(node.operands)
+    rank = len(shapes[0])
+    dim = _dim(node, "dim", rank)
+    sizes: dict[str, int] = {}
+    whole: set[str] = set()
+    operands: list[Dims] = []
+    for number, shape in enumerate(shapes):
+        dims: list[tuple[str, ...]] = []
+        for i, size in enumerate(shape):
+            shared = i != dim and all(other[i] == shapes[0][i] for other in shapes)
+            name = f"d{i}" if shared else f"x{number}_{i}"
+            sizes[name] = size
+            whole |= set() if shared else {name}
+            dims.append((name,))
+        operands.append(tuple(dims))
+    return Rule(
+        operands=tuple(operands), results=(operands[0],), sizes=sizes, whole=frozenset(whole)
+    )
+
+
+register(
+    "aten.scatter.src",
+    Op(_scatter_rule, "{self}.scatter({dim}, {index}, {src})", saves=("index",)),
+)
+register(
+    "aten.scatter_add.default",
+    Op(_scatter_rule, "{self}.scatter_add({dim}, {index}, {src})", saves=("index",)),
+)
+register(
+    "aten.scatter.value",
+    Op(_scatter_rule, "{self}.scatter({dim}, {index}, {value})", saves=("index",)),
+)
+
+
+def _moe_rule(node: Node) -> Rule:
+    """Tokens, experts, each expert's hidden units, or the width of the result.
+
+    Cutting experts (`e`) keeps the tokens whole: each rank adds up what its own experts give.  The
+    algorithms `dispatch_i0`, ... cut experts and a dim of the tokens, and send tokens to experts.
+    Of gate and up in one matrix, the hidden units can be cut where the two alternate (`pairs`);
+    where they lie one after another, one cut would give a rank one without the other.
+    """
+    gating, transposed = node.arg("gating"), bool(node.arg("transposed"))
+    rows = {"halves": "(two f)", "pairs": "(f two)"}.get(str(gating), "f")
+    up = f"e [h] {rows}" if transposed else f"e {rows} [h]"
+    down = "e f o" if transposed else "e o f"
+    terms = {
+        "x": "... [h]", "indices": "... [k]", "weights": "... [k]",
+        "up": up, "gate": up, "down": down,
+        "up_bias": f"e {rows}", "gate_bias": f"e {rows}", "down_bias": "e o",
+    }  # fmt: skip
+    present = [name for name in terms if isinstance(node.arg(name), Value)]
+    fused = gating in ("halves", "pairs")
+    rule = parse_rule(
+        f"{', '.join(terms[name] for name in present)} -> ... o",
+        _shapes(node.operands),
+        _shapes(node.outputs),
+        sizes={"two": 2} if fused else {},
+        addends=[present.index("down_bias")] if "down_bias" in present else [],
+    )
+    whole = rule.whole | {"two"} if fused else rule.whole
+    return replace(rule, whole=whole, algorithms=_dispatches(rule))
+
+
+def _dispatches(rule: Rule) -> dict[str, Algorithm]:
+    """Tokens cut along one dim, experts cut, all-to-all inside: one for each dim of the tokens."""
+    stacked = (S(0),) * (len(rule.operands) - _TOKEN_OPERANDS)
+    return {
+        f"{_DISPATCH}{factor}": Algorithm(
+            (factor, "e"), ((S(dim),) * _TOKEN_OPERANDS + stacked), (S(dim),)
+        )
+        for dim, (factor,) in enumerate(rule.operands[0][:-1])
+        if rule.sizes[factor] > 1
+    }
+
+
+_DISPATCH = "dispatch_"
+_TOKEN_OPERANDS = 3  # x, indices, weights
+
+
+def _emit_moe(node: Node, render: Render) -> str:
+    """Options are written where they differ from those of `runtime.moe`."""
+    named = {
+        name: _optional(render, name) for name in ("gate", "up_bias", "gate_bias", "down_bias")
+    }
+    usual = {
+        "gating": "halves", "activation": "silu", "alpha": 1.0, "limit": 0.0, "offset": 0.0,
+        "transposed": False, "weigh_input": False,
+    }  # fmt: skip
+    for name, value in usual.items():
+        named[name] = "" if node.arg(name) == value else render.arg(name)
+    _, axis = render.algorithm()
+    if partial := render.axis("e"):
+        axis = partial
+    args = [render.arg(name) for name in ("x", "indices", "weights", "up", "down")]
+    return call("ops.moe", *args, **named, expert_axis=axis, partial="True" if partial else "")
+
+
+register(
+    "shardwright.moe",
+    Op(
+        _moe_rule,
+        _emit_moe,
+        kind="experts",
+        saves=("x", "indices", "weights", "up", "gate", "down"),
+    ),
 )

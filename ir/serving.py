@@ -154,6 +154,8 @@ def _why_not(node: Node) -> str | None:
         return "has a mask that is a tensor (leave `attention_mask` out: padding has position -1)"
     if node.arg("dropout_p"):
         return "has dropout"
+    if dict(node.args).get("sinks") is not None:
+        return "has sinks"
     return None
 
 

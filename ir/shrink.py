@@ -317,6 +317,31 @@ def _tie_gather(atoms: _Atoms, node: Node) -> None:
             atoms.equate([x], [y])
 
 
+def _tie_topk(atoms: _Atoms, node: Node) -> None:
+    """What is chosen from, and how much of it, stays: a router's experts and choices."""
+    dim = _int(node, "dim")
+    atoms.fix(atoms.dim(node.operands[0], dim), atoms.dim(node.output, dim))
+
+
+def _tie_scatter(atoms: _Atoms, node: Node) -> None:
+    """The dim that is written along stays, and that of the indices."""
+    dim = _int(node, "dim")
+    atoms.fix(*(atoms.dim(value, dim) for value in node.operands))
+
+
+def _tie_experts(atoms: _Atoms, node: Node) -> None:
+    """Experts and choices stay, since indices name experts; gate and up are as large."""
+    up = node.arg("up")
+    assert isinstance(up, Value)
+    atoms.fix(atoms.dim(up, 0), atoms.dim(node.operands[1], -1))
+    rows, two = atoms.dim(up, 2 if node.arg("transposed") else 1), _Atom(2, fixed=True)
+    unit = _Atom(rows.size // 2)
+    if node.arg("gating") == "halves":
+        atoms.equate([rows], [two, unit])
+    elif node.arg("gating") == "pairs":
+        atoms.equate([rows], [unit, two])
+
+
 _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
     **dict.fromkeys(
         (
@@ -343,6 +368,9 @@ _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
     "aten.stack.default": _tie_stack,
     "aten.repeat_interleave.self_int": _tie_repeat,
     "aten.gather.default": _tie_gather,
+    "aten.topk.default": _tie_topk,
+    **dict.fromkeys(("aten.scatter.src", "aten.scatter.value"), _tie_scatter),
+    "shardwright.moe": _tie_experts,
 }  # fmt: skip
 
 
@@ -580,7 +608,7 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
             start = _int(node, "start") if "start" in names else 0
             step = _int(node, "step") if "step" in names else 1
             changes["end"] = start + step * result[0]
-        case "aten.slice.Tensor":
+        case "aten.slice.Tensor" if _int(node, "step") == 1:  # with steps the dim stays
             changes |= _new_slice(node, given, result)
         case "aten.split.Tensor":
             changes["split_size"] = result[_int(node, "dim")]

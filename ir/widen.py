@@ -69,18 +69,23 @@ def rebuilt(
 
 
 def widened(graph: Graph) -> Graph:
-    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order."""
+    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order.
+
+    Complex numbers become pairs of float64.
+    """
+
+    def wide(dtype: torch.dtype) -> torch.dtype:
+        if dtype.is_complex:
+            return torch.complex128
+        return torch.float64 if dtype.is_floating_point else dtype
 
     def value(old: Value) -> Value:
-        if not old.type.dtype.is_floating_point:
-            return old
-        return replace(old, type=TensorType(old.type.shape, torch.float64))
+        return replace(old, type=TensorType(old.type.shape, wide(old.type.dtype)))
 
     def arg(old: Arg) -> Arg:
         if isinstance(old, tuple):
             return tuple(arg(item) for item in old)
-        is_float = isinstance(old, torch.dtype) and old.is_floating_point
-        return torch.float64 if is_float else old
+        return wide(old) if isinstance(old, torch.dtype) else old
 
     def node(old: Node) -> Node:
         args = tuple((name, arg(a)) for name, a in old.args)

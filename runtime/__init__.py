@@ -23,6 +23,7 @@ from .launch import RankError, RankPool, run_ranks
 from .layers import Layer, per_layer
 from .mesh import Mesh
 from .module import Cache, Input, Namespace, Output, Outputs, ShardedModule
+from .moe import moe
 from .ops import (
     attention,
     cached_attention,
@@ -39,7 +40,7 @@ __all__ = [
     "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
     "Partial", "RankError", "RankPool", "ShardedModule", "attention", "cached_attention",
     "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
-    "ops", "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
+    "moe", "ops", "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
     "vocab_embedding", "window_attention",
 ]  # fmt: skip

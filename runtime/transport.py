@@ -110,6 +110,25 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     return Transfer(out, _start_exchange(x, out, group), x).finish()
 
 
+def all_to_all_rows(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    """The first `send[0]` rows of `x` go to rank 0, the next `send[1]` to rank 1, and so on.
+
+    The result holds `receive[0]` rows of rank 0 first.  `x` is contiguous and at least 1-D; every
+    rank's `receive` must say what the others send.
+    """
+    out = x.new_empty((sum(receive), *x.shape[1:]))
+    if x.is_cuda:
+        theirs, ours = (t if t.dtype in _SUMMABLE else t.view(torch.uint8) for t in (out, x))
+        dist.all_to_all_single(theirs, ours, list(receive), list(send), group=group)
+        return out
+    rank = group.rank()
+    outgoing, incoming = x.split(list(send)), out.split(list(receive))
+    incoming[rank].copy_(outgoing[rank])
+    return Transfer(out, _start_exchange(outgoing, incoming, group), x).finish()
+
+
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over ranks of their row for this rank; `x` is contiguous."""
     return start_reduce_scatter(x, group).finish()
@@ -144,14 +163,12 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: Reduction = "sum") -> Tensor:
 def _start_exchange(
     send: Sequence[Tensor] | Tensor, receive: Sequence[Tensor] | Tensor, group: ProcessGroup
 ) -> list[_Work]:
-    """`send[i]` to every other rank i, and from it into `receive[i]`."""
-    if receive[0].numel() == 0:
-        return []
+    """`send[i]` to every other rank i, and from it into `receive[i]`; nothing for empty ones."""
     rank, ways = group.rank(), group.size()
     ahead = [(rank + step) % ways for step in range(1, ways)]
     return post(
-        [(send[peer], peer) for peer in ahead],
-        [(receive[peer], peer) for peer in reversed(ahead)],
+        [(send[peer], peer) for peer in ahead if send[peer].numel()],
+        [(receive[peer], peer) for peer in reversed(ahead) if receive[peer].numel()],
         group,
     )
 

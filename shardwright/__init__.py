@@ -17,17 +17,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import Plan, load_plan, plan
+    from .ir.experts import experts, moe
 
 __version__ = "0.1.0"
 
-_LAZY = ("Plan", "load_plan", "plan")  # all of them live in `api`
+_LAZY = {  # name -> module
+    "Plan": ".api",
+    "load_plan": ".api",
+    "plan": ".api",
+    "experts": ".ir.experts",
+    "moe": ".ir.experts",
+}
 
-__all__ = ["Plan", "__version__", "load_plan", "plan"]
+__all__ = ["Plan", "__version__", "experts", "load_plan", "moe", "plan"]
 
 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
-        return getattr(import_module(".api", __name__), name)
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 

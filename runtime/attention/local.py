@@ -26,6 +26,7 @@ def attention(
     causal: bool = False,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     query_start: int = 0,
     generator: torch.Generator | None = None,
@@ -35,8 +36,9 @@ def attention(
     Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
     j <= p if `causal`; j > p - window if `window` > 0; and
     `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
-    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  Query head h uses key head
-    h // (hq // hkv).  Result (b, hq, sq, dv).
+    `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
+    one more key per head, whose value is zero.  Query head h uses key head h // (hq // hkv).
+    Result (b, hq, sq, dv).
 
     Without mask and dropout memory grows with sq + sk and not with their product, whatever the
     positions; with dropout, or a mask together with positions or softcap, it has sq x sk scores.
@@ -46,15 +48,16 @@ def attention(
     sq, sk = q.shape[2], k.shape[2]
     ends_together = causal and query_start == 0 and sq == sk
     bounded = window > 0 and query_start + sq > window
-    if mask is None and dropout_p == 0 and (softcap > 0 or bounded or causal and not ends_together):
-        return _by_positions(q, k, v, scale, causal, window, softcap, query_start)
+    positioned = bounded or causal and not ends_together
+    if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
+        return _by_positions(q, k, v, sinks, scale, causal, window, softcap, query_start)
     if softcap == 0 and dropout_p == 0 and mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     mask = _with_positions(mask, (sq, sk), causal, window, query_start, q.device)
-    if softcap > 0 or dropout_p > 0:
-        return _explicit_attention(q, k, v, mask, scale, softcap, dropout_p, generator)
+    if softcap > 0 or dropout_p > 0 or sinks is not None:
+        return _explicit_attention(q, k, v, mask, scale, softcap, sinks, dropout_p, generator)
     if q.is_cuda and q.shape[1] != k.shape[1]:
         # Of CUDA's kernels, the one that takes masks does not take grouped heads.
         groups = q.shape[1] // k.shape[1]
@@ -68,6 +71,7 @@ def _by_positions(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     scale: float | None,
     causal: bool,
     window: int,
@@ -83,7 +87,7 @@ def _by_positions(
     keys = Layout.contiguous(k.shape[2], 1)
     factor = 1.0 / sqrt(q.shape[-1]) if scale is None else scale
     scores = Scores(factor, causal, window, softcap)
-    return attend_over_ring(q, k, v, None, Task(Link(None), scores, queries, keys))
+    return attend_over_ring(q, k, v, sinks, Task(Link(None), scores, queries, keys))
 
 
 def _with_positions(
@@ -119,6 +123,7 @@ def _explicit_attention(
     mask: Tensor | None,
     scale: float | None,
     softcap: float,
+    sinks: Tensor | None,
     dropout_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
@@ -138,7 +143,11 @@ def _explicit_attention(
         blocked = (mask == -torch.inf).all(-1, keepdim=True)
     if blocked is not None:  # softmax of nothing but -inf is NaN, backward too
         scores = scores.masked_fill(blocked, 0)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = weights if sinks is None else weights[..., :-1]
     if blocked is not None:  # a query that may attend nothing gives zeros, as the fused kernels do
         weights = weights.masked_fill(blocked, 0)
     weights = dropout(weights.to(q.dtype), dropout_p, generator=generator)

@@ -31,7 +31,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 # Vocabulary sizes by hand, so that the expected loss ln(V) does not come from the code under test.
-MODELS = [("gpt", 50257), ("llama", 4096), ("encoder_decoder", 8192)]
+MODELS = [("gpt", 50257), ("llama", 4096), ("encoder_decoder", 8192), ("moe", 4096)]
 
 
 @pytest.mark.parametrize("name, vocab_size", MODELS)
@@ -101,11 +101,11 @@ def test_export_keeps_attention_whole(name: str, vocab_size: int) -> None:
         for node in exported.graph.nodes
         if node.target is torch.ops.aten.scaled_dot_product_attention.default
     ]
-    layers = {"gpt": 4, "llama": 4, "encoder_decoder": 3 + 2 * 3}
+    layers = {"gpt": 4, "llama": 4, "encoder_decoder": 3 + 2 * 3, "moe": 4}
     assert len(attention) == layers[name]
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "moe"])
 def test_logits_do_not_see_later_tokens(name: str) -> None:
     torch.manual_seed(0)
     example = load(name)

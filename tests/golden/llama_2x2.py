@@ -41,13 +41,11 @@ class DecoderLayer(Layer):
         # [b/dp1/dp2, s, 8, 64]  llama.py:65
         v = v_proj.reshape(v_proj.size(0), v_proj.size(1), 8, 64)
         cos = torch.cos(angles)  # [s, 32]  llama.py:66
-        cos = cos.reshape(1, cos.size(0), 32)  # [1, s, 32]  llama.py:66
-        cos = cos.reshape(1, cos.size(1), 1, 32)  # [1, s, 1, 32]  llama.py:66
-        cos = cos.to(torch.bfloat16)  # [1, s, 1, 32]  llama.py:66
+        cos = cos.reshape(cos.size(0), 1, 32)  # [s, 1, 32]  llama.py:66
+        cos = cos.to(torch.bfloat16)  # [s, 1, 32]  llama.py:66
         sin = torch.sin(angles)  # [s, 32]  llama.py:66
-        sin = sin.reshape(1, sin.size(0), 32)  # [1, s, 32]  llama.py:66
-        sin = sin.reshape(1, sin.size(1), 1, 32)  # [1, s, 1, 32]  llama.py:66
-        sin = sin.to(torch.bfloat16)  # [1, s, 1, 32]  llama.py:66
+        sin = sin.reshape(sin.size(0), 1, 32)  # [s, 1, 32]  llama.py:66
+        sin = sin.to(torch.bfloat16)  # [s, 1, 32]  llama.py:66
         chunk_0, chunk_1 = q.chunk(2, dim=-1)  # [b/dp1/dp2, s, 32, 32]  llama.py:66
         mul = chunk_0 * cos  # [b/dp1/dp2, s, 32, 32]  llama.py:66
         mul_2 = chunk_1 * sin  # [b/dp1/dp2, s, 32, 32]  llama.py:66
@@ -58,13 +56,11 @@ class DecoderLayer(Layer):
         mul = torch.cat((mul, chunk_1), dim=-1)  # [b/dp1/dp2, s, 32, 64]  llama.py:66
         q = mul.transpose(1, 2)  # [b/dp1/dp2, 32, s, 64]  llama.py:66
         cos = torch.cos(angles)  # [s, 32]  llama.py:67
-        cos = cos.reshape(1, cos.size(0), 32)  # [1, s, 32]  llama.py:67
-        cos = cos.reshape(1, cos.size(1), 1, 32)  # [1, s, 1, 32]  llama.py:67
-        cos = cos.to(torch.bfloat16)  # [1, s, 1, 32]  llama.py:67
+        cos = cos.reshape(cos.size(0), 1, 32)  # [s, 1, 32]  llama.py:67
+        cos = cos.to(torch.bfloat16)  # [s, 1, 32]  llama.py:67
         angles = torch.sin(angles)  # [s, 32]  llama.py:67
-        angles = angles.reshape(1, angles.size(0), 32)  # [1, s, 32]  llama.py:67
-        angles = angles.reshape(1, angles.size(1), 1, 32)  # [1, s, 1, 32]  llama.py:67
-        angles = angles.to(torch.bfloat16)  # [1, s, 1, 32]  llama.py:67
+        angles = angles.reshape(angles.size(0), 1, 32)  # [s, 1, 32]  llama.py:67
+        angles = angles.to(torch.bfloat16)  # [s, 1, 32]  llama.py:67
         chunk_0, chunk_1 = k.chunk(2, dim=-1)  # [b/dp1/dp2, s, 8, 32]  llama.py:67
         mul = chunk_0 * cos  # [b/dp1/dp2, s, 8, 32]  llama.py:67
         mul_2 = chunk_1 * angles  # [b/dp1/dp2, s, 8, 32]  llama.py:67
@@ -134,17 +130,17 @@ class ShardedModel(ShardedModule):
         dp1 = self.mesh["dp1"]
         dp2 = self.mesh["dp2"]
         dp1_dp2 = self.mesh["dp1", "dp2"]
-        # [32]  llama.py:122
+        # [s]  llama.py:127
+        position_ids = torch.arange(tokens.size(1), dtype=torch.int64, device=self.device)
+        # [32]  llama.py:128
         arange = torch.arange(0, 64, 2, dtype=torch.float32, device=self.device)
-        arange = arange / 64  # [32]  llama.py:122
-        # [s]  llama.py:122
-        arange_2 = torch.arange(tokens.size(1), dtype=torch.float32, device=self.device)
-        arange_2 = arange_2.reshape(arange_2.size(0), 1)  # [s, 1]  llama.py:122
-        arange = arange.reshape(1, 32)  # [1, 32]  llama.py:122
-        arange = -arange  # [1, 32]  llama.py:122
-        arange = 10000.0**arange  # [1, 32]  llama.py:122
-        angles = arange_2 * arange  # [s, 32]  llama.py:122
-        # [b, s, 2048/dp2] + dp1  llama.py:123
+        arange = arange / 64  # [32]  llama.py:128
+        position_ids = position_ids.to(torch.float32)  # [s]  llama.py:128
+        position_ids = position_ids.reshape(position_ids.size(0), 1)  # [s, 1]  llama.py:128
+        arange = -arange  # [32]  llama.py:128
+        arange = 10000.0**arange  # [32]  llama.py:128
+        angles = position_ids * arange  # [s, 32]  llama.py:128
+        # [b, s, 2048/dp2] + dp1  llama.py:129
         x = ops.vocab_embedding(tokens, self.embedding.weight, dp1, size=32000)
         x = dp1.reduce_scatter(x, 0)  # [b/dp1, s, 2048/dp2]; 33.6 MB; backward all-gather; 172 us
         # [b/dp1/dp2, s, 2048]; 16.8 MB; backward all-to-all; 108 us
@@ -154,9 +150,9 @@ class ShardedModel(ShardedModule):
         # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:126
         norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.norm.weight), eps=1e-05)
         norm = dp1_dp2.all_gather(norm, 0)  # [b, s, 2048]; 67.1 MB; backward reduce-scatter; 384 us
-        logits = F.linear(norm, self.head.weight)  # [b, s, 32000/dp1/dp2]  llama.py:126
-        to = logits.to(torch.float32)  # [b, s, 32000/dp1/dp2]  llama.py:129
-        # []  llama.py:129
+        logits = F.linear(norm, self.head.weight)  # [b, s, 32000/dp1/dp2]  llama.py:132
+        to = logits.to(torch.float32)  # [b, s, 32000/dp1/dp2]  llama.py:135
+        # []  llama.py:135
         loss = ops.cross_entropy(to, labels, vocab_axis=dp1_dp2, vocab_size=32000)
         return self.pack(loss, logits)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.cluster import load_cluster
+from shardwright.ir.experts import Form
 from shardwright.ir.graph import Arg, Graph, Input, Node, Output, Param, TensorType, Value
 from shardwright.ir.interpret import interpret, operator
 from shardwright.ir.mesh import Mesh
@@ -466,6 +467,7 @@ example(
     lambda d: attention_args(d, softcap=2.0, mask=d.bools(2, 1, 8, 8) | torch.eye(8).bool()),
     lambda d: attention_args(d, causal=False, mask=d.x(1, 4, 8, 8)),
     lambda d: attention_args(d, causal=False, mask=d.x(8, 8)),
+    lambda d: attention_args(d, window=3, sinks=d.x(4)),
 )
 example(
     "shardwright.cross_entropy",
@@ -479,6 +481,60 @@ def _loss(d: Draw, classes: int, **options: Any) -> Args:
     defaults = {"reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
     tensors = {"logits": d.x(4, 6, classes), "labels": d.ints(classes, 4, 6)}
     return tensors | defaults | options
+
+
+# --- routing -------------------------------------------------------------------------------------
+
+
+def picks(d: Draw, high: int, *shape: int) -> Tensor:
+    """Integers in [0, high), all different along the last dim."""
+    scores = torch.rand(*shape[:-1], high, generator=d.generator)
+    return scores.argsort(-1)[..., : shape[-1]]
+
+
+example(
+    "aten.scatter.src",
+    lambda d: {"self": d.x(4, 6, 8), "dim": -1, "index": picks(d, 8, 4, 6, 3), "src": d.x(4, 6, 3)},
+    lambda d: {"self": d.x(4, 8), "dim": 1, "index": picks(d, 8, 4, 2), "src": d.x(4, 2)},
+    lambda d: {"self": d.x(6, 8), "dim": 1, "index": picks(d, 8, 4, 2), "src": d.x(4, 2)},
+)
+example(
+    "aten.scatter.value",
+    lambda d: {"self": d.x(4, 6, 8), "dim": -1, "index": picks(d, 8, 4, 6, 3), "value": 1.5},
+)
+example(
+    "aten.scatter_add.default",
+    lambda d: {"self": d.x(4, 6), "dim": 1, "index": d.ints(6, 4, 3), "src": d.x(4, 3)},
+)
+
+
+def moe_args(d: Draw, *, biased: bool = False, **options: Any) -> Args:
+    """Arguments of 4 experts with 6 hidden units each on 2 x 4 tokens, each with 2 choices."""
+    form = Form(**options)
+    rows = 12 if form.gating in ("halves", "pairs") else 6
+    shapes = {"up": (rows, 8), "down": (4, 6)}
+    if form.gating == "separate":
+        shapes["gate"] = (rows, 8)
+    tensors: dict[str, Tensor | None] = dict.fromkeys(
+        ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")
+    )
+    for name, (out, into) in shapes.items():
+        tensors[name] = d.x(4, *((into, out) if form.transposed else (out, into)))
+        tensors[f"{name}_bias"] = d.x(4, out) if biased else None
+    chosen = {"x": d.x(2, 4, 8), "indices": picks(d, 4, 2, 4, 2), "weights": d.x(2, 4, 2)}
+    return {**chosen, **tensors, **dict(form.arguments())}
+
+
+example(
+    "shardwright.moe",
+    lambda d: moe_args(d),
+    lambda d: moe_args(
+        d, biased=True, gating="pairs", alpha=1.7, limit=1.0, offset=1.0, transposed=True
+    ),
+    lambda d: moe_args(d, biased=True, gating="separate", activation="gelu"),
+    lambda d: moe_args(d, gating="none", activation="relu2"),
+    lambda d: moe_args(d, transposed=True, weigh_input=True),
+)
 
 
 # --- one op to a graph ---------------------------------------------------------------------------
