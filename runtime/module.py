@@ -43,8 +43,8 @@ class Input:
     shape: tuple[int, ...]
     dtype: torch.dtype
     free: tuple[int, ...] = ()
-    step: tuple[int, ...] = ()
     high: int = 2
+    step: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,8 +118,8 @@ class ShardedModel(ShardedModule):
         "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R,R"),
     }
     INPUTS = {
-        "tokens": Input("R,R", (8, 2048), torch.int64, free=(0, 1), high=32000),
-        "labels": Input("R,R", (8, 2048), torch.int64, free=(0, 1), high=32000),
+        "tokens": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
+        "labels": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
     }
     OUTPUTS = (
         Output(("loss",), "R,R", ()),
@@ -147,7 +147,7 @@ class ShardedModel(ShardedModule):
         x = dp2.all_to_all(x, gather_dim=2, shard_dim=0)
         for layer in self.layers:
             x = layer(x, angles)  # [b/dp1/dp2, s, 2048]
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:126
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:132
         norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.norm.weight), eps=1e-05)
         norm = dp1_dp2.all_gather(norm, 0)  # [b, s, 2048]; 67.1 MB; backward reduce-scatter; 384 us
         logits = F.linear(norm, self.head.weight)  # [b, s, 32000/dp1/dp2]  llama.py:132
