@@ -118,8 +118,8 @@ class ShardedModel(ShardedModule):
         "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R,R"),
     }
     INPUTS = {
-        "tokens": Input("R,R", (8, 2048), torch.int64, free=(0, 1), high=32000),
-        "labels": Input("R,R", (8, 2048), torch.int64, free=(0, 1), high=32000),
+        "tokens": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
+        "labels": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
     }
     OUTPUTS = (
         Output(("loss",), "R,R", ()),
