@@ -14,6 +14,9 @@ processor time).  Memory: each side in fresh processes of its own, the peak
 of the resident set (VmHWM, reset just before the step) over what the process had before the model
 was made, after a step of a tiny model of the same layout.  Blocks of 64 KiB and more are given back
 to the system when they are freed, so that the resident set is what is alive.
+
+The last columns compare our side's predicted memory with the bytes of all tensors that are alive at
+the step's peak (`runtime.live`), which is less than the resident set by what is no tensor.
 """
 
 from __future__ import annotations
@@ -45,11 +48,13 @@ from shardwright.ir.spec import S, Spec
 from shardwright.loading import Loaded
 from shardwright.planner.build import Builder, Setting, all_params
 from shardwright.planner.conversion import Network
+from shardwright.planner.problem import evaluate
 from shardwright.planner.program import PricedStep, lower
 from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.roles import Roles
 from shardwright.planner.solvers import solve
 from shardwright.runtime import RankPool
+from shardwright.runtime.live import LiveBytes
 
 Layout: TypeAlias = Literal["tp", "tp+sp", "fsdp"]
 Side: TypeAlias = Literal["ours", "by hand"]
@@ -98,9 +103,11 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    columns = "{:7} {:>5}" + " | {:>9} {:>9} {:>6}" * 3 + " | {:>9}"
-    print(columns.format("", "", "time", "", "", "cpu time", "", "", "peak", "", "", ""))
-    print(columns.format("layout", "ranks", *("ours", "by hand", "ratio") * 3, "loss diff"))
+    columns = "{:7} {:>5}" + " | {:>9} {:>9} {:>6}" * 4 + " | {:>9}"
+    heads = [text for head in ("time", "cpu time", "peak", "tensors") for text in (head, "", "")]
+    print(columns.format("", "", *heads, ""))
+    names = (*("ours", "by hand", "ratio") * 3, "predicted", "measured", "ratio", "loss diff")
+    print(columns.format("layout", "ranks", *names))
     for layout in args.layout:
         for ranks in args.ranks:
             row = compare(layout, ranks, args.rounds)
@@ -111,6 +118,7 @@ def main() -> None:
                     *_pair(row.seconds, 1e3, "ms"),
                     *_pair(row.cpu_seconds, 1e3, "ms"),
                     *_pair(row.peak, 1e-6, "MB"),
+                    *_pair(row.tensors, 1e-6, "MB"),
                     f"{abs(row.losses[0] - row.losses[1]):.1e}",
                 ),
                 flush=True,
@@ -124,19 +132,25 @@ def _pair(pair: tuple[float, float], scale: float, unit: str) -> tuple[str, str,
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Ours and by hand: median seconds of a step, largest peak of a rank in bytes, loss."""
+    """Ours and by hand: median seconds of a step, largest peak of a rank in bytes, loss.
+
+    `tensors`: our peak of live tensors in bytes, predicted and measured.
+    """
 
     seconds: tuple[float, float]
     cpu_seconds: tuple[float, float]
     peak: tuple[float, float]
+    tensors: tuple[float, float]
     losses: tuple[float, float]
 
 
 def compare(layout: Layout, ranks: int, rounds: int) -> Row:
     """Run both sides of one layout."""
-    case = Case(layout, ranks, tuple((s, planned(layout, ranks, s)) for s in (TINY, MIDDLE)))
+    plans = {size: planned(layout, ranks, size) for size in (TINY, MIDDLE)}
+    case = Case(layout, ranks, tuple((size, source) for size, (source, _) in plans.items()))
     with RankPool(ranks) as pool:
         timed = pool.run(measure_time, case, rounds, timeout_s=600.0)
+        tensors = plans[MIDDLE][1], max(pool.run(measure_tensors, case, timeout_s=300.0))
     wall = [_median_round(max, [rank[side].seconds for rank in timed]) for side in (0, 1)]
     cpu = [_median_round(sum, [rank[side].cpu_seconds for rank in timed]) for side in (0, 1)]
     peaks: list[int] = []
@@ -144,9 +158,8 @@ def compare(layout: Layout, ranks: int, rounds: int) -> Row:
         with RankPool(ranks) as pool:
             peaks.append(max(pool.run(measure_peak, case, side, timeout_s=300.0)))
     first, second = timed[0]
-    return Row(
-        (wall[0], wall[1]), (cpu[0], cpu[1]), (peaks[0], peaks[1]), (first.loss, second.loss)
-    )
+    losses = first.loss, second.loss
+    return Row((wall[0], wall[1]), (cpu[0], cpu[1]), (peaks[0], peaks[1]), tensors, losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +212,27 @@ def measure_peak(case: Case, side: Side) -> int:
     return peak_bytes() - before
 
 
+def measure_tensors(case: Case) -> int:
+    """Bytes of the tensors of our side that are alive at the peak of a step."""
+    sharded, inputs = _our_model(case, *_weights_and_batch(MIDDLE), MIDDLE)
+    with LiveBytes([*sharded.parameters(), *inputs.values()]) as live:
+        sharded(**inputs)["loss"].backward()
+    return live.peak
+
+
 def make_step(case: Case, side: Side, size: Size) -> Step:
     """The step of one side, its model built and its inputs in place; same weights on both."""
+    model, batch = _weights_and_batch(size)
+    if side == "by hand":
+        return _hand(case, model, batch)
+    sharded, inputs = _our_model(case, model, batch, size)
+    del model
+    return _our_step(sharded, inputs)
+
+
+def _weights_and_batch(size: Size) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
-    model = llama().Llama(config_of(size))
-    batch = whole_batch(size)
-    step = _our_step(case, model, batch, size) if side == "ours" else _hand(case, model, batch)
-    return step
+    return llama().Llama(config_of(size)), whole_batch(size)
 
 
 def whole_batch(size: Size) -> dict[str, Tensor]:
@@ -216,11 +243,14 @@ def whole_batch(size: Size) -> dict[str, Tensor]:
     return {"tokens": tokens, "labels": torch.roll(tokens, -1, dims=1)}
 
 
-def _our_step(case: Case, model: nn.Module, batch: dict[str, Tensor], size: Size) -> Step:
+def _our_model(
+    case: Case, model: nn.Module, batch: dict[str, Tensor], size: Size
+) -> tuple[Any, dict[str, Tensor]]:
     sharded = _import(dict(case.sources)[size]).ShardedModel.from_state_dict(model.state_dict())
-    del model
-    inputs = sharded.shard_inputs(**batch)
+    return sharded, sharded.shard_inputs(**batch)
 
+
+def _our_step(sharded: Any, inputs: dict[str, Tensor]) -> Step:
     def step() -> float:
         out = sharded(**inputs)
         out["loss"].backward()
@@ -387,12 +417,13 @@ class _Fixed(Roles):
         return super().allows_storage(param, name, spec)
 
 
-def planned(layout: Layout, ranks: int, size: Size) -> str:
-    """Source of the generated module for a layout."""
+def planned(layout: Layout, ranks: int, size: Size) -> tuple[str, float]:
+    """Source of the generated module for a layout, and its predicted peak in bytes."""
     graph, mesh = _graph(size), Mesh((("x", ranks),))
     builder = Builder(graph, Network(mesh, load_cluster("cpu")), Setting(True, "none", None))
     built = builder.build(_Fixed(layout, graph, mesh))
-    solution = solve(built.problem())
+    problem = built.problem()
+    solution = solve(problem)
     if solution.assignment is None:
         raise RuntimeError(f"no plan for {layout} on {ranks} ranks: {solution.status}")
     params = {ref.param.value.name for ref in all_params(graph)}
@@ -405,9 +436,10 @@ def planned(layout: Layout, ranks: int, size: Size) -> str:
         )
 
     program = lower(graph, built.read(solution.assignment), paths, training=True)
-    return write_source(
+    source = write_source(
         program, mesh, summary=f"{layout} on {ranks}.", phase="train", optimizer="none"
     )
+    return source, evaluate(problem, solution.assignment).peak_usage
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..ir.mesh import Mesh
 from ..ir.ops import find_op, rule_of
 from ..ir.spec import P, R, S, V, is_shard
 from ..planner.conversion import Step, primitive
-from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement
+from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
 from ..planner.report import format_bytes, format_seconds
 from .names import Names, base_name
 from .source import statement
@@ -38,6 +38,7 @@ class BodyEmitter:
         zigzag: Mapping[str, frozenset[int]],
         *,
         recompute: bool = False,
+        foreseen: int | None = None,
     ) -> None:
         self.statements = statements
         self.outputs = outputs
@@ -49,6 +50,12 @@ class BodyEmitter:
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
+        # Parameters gathered by the first `foreseen` statements, and loops that gather, in order
+        self.gathers: list[Convert | LoopCall] = []
+        self.foreseen = len(statements) if foreseen is None else foreseen
+        self._parameters: set[Sharded] = set()
+        self._unused: dict[Sharded, tuple[Convert, ...]] = {}  # gathers written inline, until then
+        self._notes: dict[Sharded, list[str]] = {}  # on what is written inline, until it is used
         self._uses = self._count_uses()
         self._last = self._last_uses()
 
@@ -59,6 +66,7 @@ class BodyEmitter:
     def define_parameter(self, item: Sharded, path: str) -> None:
         """A parameter, written as an attribute where it is used."""
         self.inline[item] = path
+        self._parameters.add(item)
 
     def lines(self, indent: int) -> list[str]:
         """The body's lines, without the return."""
@@ -71,7 +79,40 @@ class BodyEmitter:
                 out += self._convert(item, dying, indent)
             else:
                 out += self._compute(item, dying, indent)
+            if at < self.foreseen:
+                self._note_gathers(item)
         return out
+
+    def gather_axes(self) -> set[tuple[str, ...]]:
+        """The axes that `gather_lines` names."""
+        steps = [item.priced.step for item in self.gathers if isinstance(item, Convert)]
+        return {tuple(self.mesh.names[axis] for axis in step.axes) for step in steps}
+
+    def gather_lines(self, indent: int) -> list[str]:
+        """A line for each of `gathers`; `lines` comes first."""
+        out: list[str] = []
+        for item in self.gathers:
+            if isinstance(item, LoopCall):
+                out.append(f"{'    ' * indent}for layer in {parameter_path(item.loop.path)}:")
+                out += statement("yield from layer.gathers()", indent + 1)
+                continue
+            step = item.priced.step
+            text = f"{self.text(item.source)}, {step.a}{_uneven_size(item, self.mesh)}"
+            out += statement(f"yield Gather({self.axis_text(step)}, {text})", indent)
+        return out
+
+    def _note_gathers(self, item: Statement) -> None:
+        """Add the gathers that run at this statement: its own, and those written inline in it."""
+        ran = [gather for read in _reads(item) for gather in self._unused.pop(read, ())]
+        if isinstance(item, Convert) and is_gather(item) and item.source in self._parameters:
+            ran.append(item)
+        if isinstance(item, Convert) and item.target in self.inline:
+            self._unused[item.target] = tuple(ran)
+        else:
+            self.gathers += ran
+        if isinstance(item, LoopCall):
+            bodies = [statement_ for body in item.bodies for statement_ in body.statements]
+            self.gathers += [item] if any(map(is_gather, bodies)) else []
 
     def text(self, item: Sharded) -> str:
         """How `item` is written where it is used."""
@@ -93,10 +134,12 @@ class BodyEmitter:
 
     def _convert(self, item: Convert, dying: set[Sharded], indent: int) -> list[str]:
         text = self._conversion_call(item)
-        comment = self._conversion_comment(item)
+        notes = self._inline_notes(item)
         if item.param and self._uses[item.target] == 1:
             self.inline[item.target] = text
+            self._notes[item.target] = [*notes, *_inline_note(item)]
             return []
+        comment = "; ".join([self._conversion_comment(item), *notes])
         if item.param:
             name = self.names.give(item.target, item.source.value.name.rsplit(".", 2)[-2])
         else:
@@ -152,6 +195,10 @@ class BodyEmitter:
             parts.append(format_seconds(item.priced.seconds))
         return "; ".join(parts)
 
+    def _inline_notes(self, item: Statement) -> list[str]:
+        """What to say of the conversions that are written inline in a statement."""
+        return [note for read in _reads(item) for note in self._notes.pop(read, ())]
+
     def axis_text(self, step: Step) -> str:
         """The local variable of the axis of a step, or of its axes joined: `dp`, `dp_tp`."""
         names = tuple(self.mesh.names[axis] for axis in step.axes)
@@ -173,7 +220,8 @@ class BodyEmitter:
                 for i, out in enumerate(item.outputs)
             )
         where = f"  {item.node.loc}" if item.node.loc.file else ""
-        return statement(f"{name} = {text}", indent, self.layout(item.outputs[0]) + where)
+        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
+        return statement(f"{name} = {text}", indent, comment + where)
 
     def _name(self, item: Convert | Compute, target: Sharded, dying: set[Sharded]) -> str:
         base = base_name(item, self.names, dying)
@@ -194,7 +242,8 @@ class BodyEmitter:
         passed = ", ".join([*carried, *arguments])
         run = f"self.recompute(layer, {passed})" if self.recompute else f"layer({passed})"
         call = f"{', '.join(carried)} = {run}"
-        return [*lines, *statement(call, indent + 1, self.layout(item.outputs[0]))]
+        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
+        return [*lines, *statement(call, indent + 1, comment)]
 
     # -- uses ---------------------------------------------------------------------------------
 
@@ -219,6 +268,18 @@ class BodyEmitter:
             if isinstance(item, Convert) and item.param and self._uses.get(item.target) == 1:
                 last[item.source] = max(last.get(item.source, at), last.get(item.target, at))
         return last
+
+
+def _inline_note(item: Convert) -> list[str]:
+    """`all-gather 1.05 MB, backward all-gather and reduce-scatter, 200 us`; nothing if local."""
+    traffic = item.priced.traffic
+    if not traffic:
+        return []
+    forward = [t.kind.replace("_", "-") for t in traffic if not t.backward][:1]
+    backward = [t.kind.replace("_", "-") for t in traffic if t.backward]
+    kinds = [*forward, *([f"backward {' and '.join(backward)}"] if backward else [])]
+    kinds[0] += f" {format_bytes(traffic[0].bytes)}"
+    return [", ".join([*kinds, format_seconds(item.priced.seconds)])]
 
 
 def _reads(item: Statement) -> tuple[Sharded, ...]:

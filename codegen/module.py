@@ -11,8 +11,10 @@ from ..ir.labels import DimLabels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec, format_spec, local_shape
 from ..planner.attention import cache_spec
-from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded
+from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, is_gather
+from ..planner.traffic import kept_until
 from .body import BodyEmitter, parameter_path
+from .names import hides
 from .source import WIDTH, check, statement
 
 
@@ -44,7 +46,9 @@ class _Writer:
         classes = [
             self._block_class(call, kind) for call in self.loops for kind in range(len(call.bodies))
         ]
-        parts = [self._head(), *classes, self._model_class(), self._foot()]
+        model = self._model_class()
+        foreseen = any("yield Gather(" in line for part in (*classes, model) for line in part)
+        parts = [self._head(foreseen=foreseen), *classes, model, self._foot()]
         return "\n\n\n".join("\n".join(part) for part in parts) + "\n"
 
     def _name_classes(self) -> None:
@@ -59,28 +63,24 @@ class _Writer:
                 taken.add(name)
                 self.class_of[call.loop.name, kind] = name
 
-    def _head(self) -> list[str]:
-        names = [
-            *(["Cache"] if self._caches_table() else []),
-            "Input",
-            *(["Layer"] if self.loops else []),
-            "Output",
-            "Param",
-            *(["Part"] if any(p.part for p in self._params()) else []),
-            "ShardedModule",
-            "ops",
-        ]
+    def _head(self, *, foreseen: bool) -> list[str]:
+        names = ["Input", "Output", "Param", "ShardedModule", "ops"]
+        names += ["Layer"] if self.loops else []
+        names += ["Gather"] if foreseen else []
+        names += ["Cache"] if self._caches_table() else []
+        names += ["Part"] if any(p.part for p in self._params()) else []
         body = "\n".join(self.summary.splitlines())
         return [
             f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
             "",
             "from __future__ import annotations",
             "",
+            *(["from collections.abc import Iterator", ""] if foreseen else []),
             "import torch",
             "import torch.nn.functional as F",
             "from torch import Tensor",
             "",
-            f"from shardwright.runtime import {', '.join(names)}",
+            f"from shardwright.runtime import {', '.join(sorted(names, key=_import_order))}",
         ]
 
     def _params(self) -> Iterator[Param]:
@@ -93,8 +93,14 @@ class _Writer:
 
     def _block_class(self, call: LoopCall, kind: int) -> list[str]:
         body = call.bodies[kind]
+        foreseen = kept_until(body.statements) if self.program.recompute else None
         emitter = BodyEmitter(
-            body.statements, body.outputs, self.mesh, self.labels, self.program.zigzag
+            body.statements,
+            body.outputs,
+            self.mesh,
+            self.labels,
+            self.program.zigzag,
+            foreseen=foreseen,
         )
         n = len(call.carried)
         carried = [
@@ -122,10 +128,23 @@ class _Writer:
             f"class {self.class_of[call.loop.name, kind]}(Layer):",
             f'    """`{call.loop.path}`, {used[0]} times: {_ranges(layers)}."""',
             "",
+            *self._gathers_method(emitter),
             *signature,
-            *self._axes_line(emitter),
+            *self._axes_line(emitter.axes_used),
             *lines,
             f"        return {', '.join(results)}",
+        ]
+
+    def _gathers_method(self, emitter: BodyEmitter) -> list[str]:
+        """The order in which `forward` gathers parameters; nothing where it gathers none."""
+        if not emitter.gathers:
+            return []
+        return [
+            "    def gathers(self) -> Iterator[Gather]:",
+            '        """Gathered in this order: while one is used, the next are on their way."""',
+            *self._axes_line(emitter.gather_axes()),
+            *emitter.gather_lines(2),
+            "",
         ]
 
     def _argument_name(self, name: str, position: int) -> str:
@@ -149,10 +168,10 @@ class _Writer:
         target = producers.get(item.value.name, "")
         return target or item.value.name.split(".")[-1]
 
-    def _axes_line(self, emitter: BodyEmitter) -> list[str]:
-        """`tp = self.mesh["tp"]` for every axis that the body names, single ones first."""
+    def _axes_line(self, axes: set[tuple[str, ...]]) -> list[str]:
+        """`tp = self.mesh["tp"]` for every axis that a body names, single ones first."""
         order = self.mesh.names.index
-        used = sorted(emitter.axes_used, key=lambda names: (len(names), [order(n) for n in names]))
+        used = sorted(axes, key=lambda names: (len(names), [order(n) for n in names]))
         return [
             f"        {'_'.join(names)} = self.mesh[{', '.join(map(_quoted, names))}]"
             for names in used
@@ -180,9 +199,15 @@ class _Writer:
         self.baked |= emitter.baked
         results = ", ".join(emitter.text(out) for out in program.outputs)
         sources = [source.name for source in program.graph.inputs]
-        arguments = ", ".join(["self", *(f"{name}: Tensor" for name in sources)])
-        pairs = zip(names, sources, strict=True)  # they differ where a mesh axis has the name
-        renamed = [f"        {name} = {source}" for name, source in pairs if name != source]
+        # an input called `torch` would hide what the body calls by that name
+        plain = [f"{name}: Tensor" for name in sources if not hides(name)]
+        hiding = [name for name in sources if hides(name)]
+        arguments = ", ".join(["self", *plain, *(["**others: Tensor"] if hiding else [])])
+        renamed = [
+            f"        {name} = " + (f'others["{source}"]' if source in hiding else source)
+            for name, source in zip(names, sources, strict=True)
+            if name != source  # also where a mesh axis or a built-in has the name
+        ]
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
         return [
             "class ShardedModel(ShardedModule):",
@@ -198,18 +223,16 @@ class _Writer:
             *self._outputs_table(),
             *self._caches_table(),
             "",
+            *self._gathers_method(emitter),
             f"    def forward({arguments}) -> object:",
             *renamed,
-            *self._axes_line(emitter),
+            *self._axes_line(emitter.axes_used),
             *lines,
             f"        return self.pack({results})",
         ]
 
     def _gathers_parameters(self) -> bool:
-        return any(
-            isinstance(item, Convert) and item.param and item.primitive == "all_gather"
-            for item, _ in self.program.flat()
-        )
+        return any(is_gather(item) for item, _ in self.program.flat())
 
     def _layers_table(self) -> list[str]:
         if not self.loops:
@@ -363,6 +386,11 @@ class _Writer:
 
     def _foot(self) -> list[str]:
         return ['if __name__ == "__main__":', "    ShardedModel.demo()"]
+
+
+def _import_order(name: str) -> tuple[bool, str]:
+    """Classes before modules, as ruff sorts them."""
+    return name.islower(), name
 
 
 def _quoted(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 from collections.abc import Iterable
 
@@ -10,7 +11,20 @@ from ..ir.ops import kind_of
 from ..planner.conversion import primitive
 from ..planner.program import Compute, Convert, Sharded
 
+# What generated functions use by these names
 _RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})
+# Assigning to these would hide a function; lower case, because those are the same in all versions
+_BUILTIN = frozenset(name for name in dir(builtins) if name.islower()) - {
+    *(
+        "_",
+        "copyright",
+        "credits",
+        "exit",
+        "help",
+        "license",
+        "quit",
+    ),  # there only in interactive Pythons
+}
 _CONVERTED = {
     "all_gather": "full",
     "all_reduce": "sum",
@@ -21,6 +35,11 @@ _CONVERTED = {
     "mask": "share",
     "nothing": "copy",
 }
+
+
+def hides(name: str) -> bool:
+    """Would an argument of that name hide something that the body of a function uses?"""
+    return name in ("self", "torch", "F", "ops", "float", "others")
 
 
 class Names:
@@ -53,9 +72,10 @@ class Names:
             del self._taken[name]
 
     def give(self, item: Sharded, base: str) -> str:
-        """A name for `item`, as near to `base` as is free."""
+        """A name for `item`, as near to `base` as is free; `sum_` rather than a built-in's name."""
         base = base if base.isidentifier() and not keyword.iskeyword(base) else f"x_{base}"
         base = base if base.isidentifier() else "x"
+        base = f"{base}_" if base in _BUILTIN else base
         name, count = base, 1
         while name in self._reserved or name in self._taken:
             count += 1

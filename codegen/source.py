@@ -19,10 +19,25 @@ def statement(text: str, indent: int, comment: str = "") -> list[str]:
     tail = f"  # {comment}" if comment else ""
     if len(pad + text + tail) <= WIDTH:
         return [pad + text + tail]
-    above = [f"{pad}# {comment}"] if comment else []
+    above = [f"{pad}# {line}" for line in _comment_lines(comment, WIDTH - len(pad) - 2)]
     if len(pad + text) <= WIDTH:
         return [*above, pad + text]
     return [*above, *_wrapped(text, indent)]
+
+
+def _comment_lines(comment: str, width: int) -> list[str]:
+    """`comment` in lines of at most `width`, broken after semicolons.
+
+    >>> _comment_lines("[b, s]; 4 kB; 3 us", 13)
+    ['[b, s]; 4 kB;', '3 us']
+    """
+    lines: list[str] = []
+    for part in comment.split("; "):
+        if lines and len(f"{lines[-1]}; {part};") <= width:
+            lines[-1] += f"; {part}"
+        else:
+            lines.append(part)
+    return [f"{line};" for line in lines[:-1]] + lines[-1:] if comment else []
 
 
 def _wrapped(text: str, indent: int, tail: str = "") -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_unflatten
 
 from . import huggingface
 from .canonical import canonicalise
@@ -285,6 +286,15 @@ def _check_masks(graph: Graph) -> None:
             )
 
 
+def _keywords(program: ExportedProgram) -> dict[str, str]:
+    """The keyword behind each of the inputs' placeholders: export writes `F` as `f`."""
+    placeholders = list(program.graph_signature.user_inputs)
+    structure = program.call_spec.in_spec
+    assert structure is not None
+    _, keywords = tree_unflatten(placeholders, structure)
+    return {placeholder: keyword for keyword, placeholder in keywords.items()}
+
+
 def _bind_placeholders(
     program: ExportedProgram, tensors: _Tensors
 ) -> tuple[dict[fx.Node, Value | None], tuple[Input, ...], tuple[Param, ...], dict[str, Tensor]]:
@@ -293,6 +303,7 @@ def _bind_placeholders(
     params = {p.name: p for p in _params(tensors)}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     bound: dict[fx.Node, Value | None] = {}
+    keywords = _keywords(program)
     inputs: list[Input] = []
     lifted: dict[str, Tensor] = {}
     for node in program.graph_module.graph.nodes:
@@ -306,7 +317,7 @@ def _bind_placeholders(
                 continue
             given = Value(node.name, TensorType(tuple(value.shape), value.dtype))
             bound[node] = given
-            inputs.append(Input(node.name, given))
+            inputs.append(Input(keywords[node.name], given))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             assert spec.target is not None
             bound[node] = params[tensors.first[spec.target]].value

@@ -8,9 +8,9 @@
    is paid once.
 4. A loop is one block per kind, with costs and memory times its repeats.  What the block carries to
    its next iteration has one spec, the same at the block's start and end.
-5. Memory is live bytes over the forward and backward pass: parameters with gradients and optimizer
-   states always, what autograd keeps from its forward to its backward time, operands and
-   results of a node while it runs.
+5. Memory is live bytes over the forward and backward pass: parameters and optimizer states
+   always, gradients from their backward time on, what autograd keeps from its forward to its
+   backward time, operands and results of a node while it runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..ir.spec import R, S, Spec, is_shard
 from .conversion import Conversions, Network, spec_fits
 from .pricing import Work, buffer_bytes, cache_bytes, local_bytes, price
 from .problem import Edge, ProblemNode, ShardingProblem, Usage
-from .regions import Region, Strategy, make_regions, node_specs, scopes
+from .regions import Region, Scope, Strategy, make_regions, node_specs, scopes
 
 Floats = NDArray[np.float64]
 
@@ -305,8 +305,10 @@ class _Built:
         self.region_nodes: list[int] = []
         self.output_nodes: dict[str, tuple[int, list[Spec]]] = {}
         self.params = {ref.param.value.name for ref in all_params(builder.graph)}
-        self.horizon = 2 * len(builder.regions) + 2
-        self.spans = _spans(builder.regions)
+        self.times = _Times(builder.regions)
+        self.horizon = self.times.horizon
+        self.kept_usages: dict[int, int] = {}  # how many of a node's usages are for backward
+        self.gradient_usages: dict[int, int] = {}  # how many of a parameter's, the last ones
         self.loop_scopes: set[int] = set()  # numbers of the scopes that are blocks of loops
 
     def problem(self) -> ShardingProblem:
@@ -346,19 +348,23 @@ class _Built:
         setting = self.builder.setting
         return Decisions(choices, specs, outputs, setting.recompute, setting.order)
 
-    def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float]:
-        """(bytes kept for backward or in KV caches, bytes of what runs) that are live at `time`."""
-        kept = running = 0.0
-        stays = 0 if self.builder.setting.training else 1  # as `_region_node` lists them
-        for index in self.region_nodes:
-            for position, usage in enumerate(self.nodes[index].usages):
-                if time is not None and usage.start <= time < usage.end:
-                    size = float(usage.bytes[assignment[index]])
-                    if position == stays:
-                        kept += size
-                    else:
-                        running += size
-        return kept, running
+    def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float, float]:
+        """Bytes of gradients, of what is kept for backward or in KV caches, and of what runs, live
+        at `time`."""
+        gradients = kept = running = 0.0
+        for index, node in enumerate(self.nodes):
+            first_gradient = len(node.usages) - self.gradient_usages.get(index, 0)
+            for position, usage in enumerate(node.usages):
+                if time is None or not usage.start <= time < usage.end:
+                    continue
+                size = float(usage.bytes[assignment[index]])
+                if index in self.gradient_usages:
+                    gradients += size if position >= first_gradient else 0.0
+                elif position < self.kept_usages.get(index, 0):
+                    kept += size
+                else:
+                    running += size
+        return gradients, kept, running
 
     # 1. sources ---------------------------------------------------------------------------------
 
@@ -378,10 +384,14 @@ class _Built:
         """Layers that are recomputed keep what they take in, one for each layer."""
         if not self.builder.setting.recompute:
             return ()
-        spans = [self.spans[id(r.scope)] for r in self.builder.regions if r.scope.loop is loop]
-        start = min(first for first, _ in spans)
+        scopes = [r.scope for r in self.builder.regions if r.scope.loop is loop]
+        windows = [self.times.windows(scope) for scope in scopes]
+        start = min(self.times.start(scope) for scope in scopes)
         size = np.array([float(self.builder.local_bytes(value, spec)) for spec in specs])
-        return (Usage(start, self.horizon - start, len(loop.order) * size),)
+        one_left = max(first.stop for first, _ in windows)
+        end = max(last.stop for _, last in windows)
+        every = Usage(start, one_left, len(loop.order) * size)
+        return (every, Usage(one_left, end, size)) if end > one_left else (every,)
 
     def _storage(self, value: Value, also: Iterable[Spec] = ()) -> list[Spec]:
         """Specs of `R` and `S` that divide evenly, and those of `also` that do not."""
@@ -399,6 +409,7 @@ class _Built:
         self, value: Value, name: str, specs: list[Spec], usages: tuple[Usage, ...] = ()
     ) -> None:
         self.flows[value.name] = _Flow(value, len(self.nodes), specs)
+        self.kept_usages[len(self.nodes)] = len(usages)
         self.nodes.append(ProblemNode(name, np.zeros(len(specs)), usages))
 
     def _param(self, ref: ParamRef) -> None:
@@ -428,10 +439,32 @@ class _Built:
         costs = np.zeros(len(specs))
         if trainable:
             costs = np.array([self.builder.optimizer_s(ref, s) for s in specs])
-        total = np.array([float(s.total) for s in states])
-        usage = Usage(0, self.horizon, ref.weight * total)
+        always = np.array([float(s.total - s.gradient) for s in states])
+        gradient = np.array([float(s.gradient) for s in states])
+        usages = [Usage(0, self.horizon, ref.weight * always)]
+        if trainable:
+            usages += self._gradient(value.name, ref.weight, gradient)
+        self.gradient_usages[len(self.nodes)] = len(usages) - 1
         self.flows[value.name] = _Flow(value, len(self.nodes), specs, param=True)
-        self.nodes.append(ProblemNode(ref.name, ref.weight * costs, (usage,)))
+        self.nodes.append(ProblemNode(ref.name, ref.weight * costs, tuple(usages)))
+
+    def _gradient(self, name: str, weight: int, size: Floats) -> list[Usage]:
+        """A gradient is there from the first backward that gives it, in one layer after another."""
+        users = [
+            region
+            for region in self.builder.regions
+            if any(self.builder.outer_name(value.name) == name for value in region.operands)
+        ]
+        windows = [self.times.windows(region.scope) for region in users]
+        if not windows:
+            return []
+        first, last = min(windows, key=lambda pair: pair[0].start)
+        if weight == 1 or first == last:
+            return [Usage(first.start, self.horizon, weight * size)]
+        return [
+            Usage(first.start, last.start, size),
+            Usage(last.start, self.horizon, weight * size),
+        ]
 
     def flow(self, name: str) -> _Flow:
         """The flow of a value, also under the name that a block knows it by."""
@@ -520,23 +553,26 @@ class _Built:
         for i, strategy in enumerate(strategies):
             measured = self._measure(region, strategy, me, keepers)
             costs[i], kept[i], held[i] = measured
-        end = self.horizon
         if not training:
             last = max(self._last_use(region), time) + 1
+            usages = [Usage(time, last, held)]
             caches = weight * np.array([self._cache(region, s) for s in strategies])
-            usages = (Usage(time, last, held), Usage(0, end, caches))
-            return ProblemNode(region.name, weight * costs, usages if caches.any() else usages[:1])
-        start, last = self.spans[id(region.scope)]
+            if caches.any():
+                self.kept_usages[len(self.nodes)] = 1
+                usages.insert(0, Usage(0, self.times.horizon, caches))
+            return ProblemNode(region.name, weight * costs, tuple(usages))
+        first, last = self.times.windows(region.scope)
         if self._recomputed(region):  # one layer at a time, while its backward runs
-            memory = Usage(end - last - 1, end - start, kept)
+            memory = [Usage(first.start, last.stop, kept)]
         else:
-            memory = Usage(start, end - start, weight * kept)
-        usages = (
-            memory,
-            Usage(time, time + 1, held),
-            Usage(end - time - 1, end - time, 2 * held),  # values and their gradients
-        )
-        return ProblemNode(region.name, weight * costs, usages)
+            memory = [Usage(self.times.start(region.scope), first.stop, weight * kept)]
+            if last != first:
+                memory.append(Usage(first.stop, last.stop, kept))
+        running = [Usage(time, time + 1, held)]
+        for at in self.times.backward(time):
+            running.append(Usage(at, at + 1, 2 * held))  # values and their gradients
+        self.kept_usages[len(self.nodes)] = len(memory)
+        return ProblemNode(region.name, weight * costs, (*memory, *running))
 
     def _cache(self, region: Region, strategy: Strategy) -> float:
         """Bytes of KV cache that the region keeps."""
@@ -664,13 +700,46 @@ class _Built:
         return [target for target, n in count.items() if n > 1]
 
 
-def _spans(regions: list[Region]) -> dict[int, tuple[int, int]]:
-    """(first, last) time of each scope; region i runs at time i + 1."""
-    spans: dict[int, tuple[int, int]] = {}
-    for time, region in enumerate(regions, start=1):
-        first, _ = spans.get(id(region.scope), (time, time))
-        spans[id(region.scope)] = (first, time)
-    return spans
+class _Times:
+    """When what happens in a training step: regions run forward at 1, 2, ..., then backward.
+
+    The layers of a loop share their forward times.  In backward there are two windows for them:
+    in the first the last layer runs, when all layers' activations are there and no other layer's
+    gradients; in the last it is the other way round.  Between them memory goes from one to the
+    other in equal steps, so it is never above both.
+    """
+
+    def __init__(self, regions: list[Region]) -> None:
+        self._start: dict[int, int] = {}
+        self._windows: dict[int, tuple[range, range]] = {}
+        self._backward: dict[int, tuple[int, ...]] = {}
+        members: dict[int, list[int]] = {}
+        for time, region in enumerate(regions, start=1):
+            members.setdefault(id(region.scope), []).append(time)
+        now = len(regions) + 1
+        for scope, times in reversed(members.items()):
+            repeated = regions[times[0] - 1].scope.weight > 1
+            size = len(times)
+            first = range(now, now + size)
+            last = range(first.stop, first.stop + size) if repeated else first
+            now = last.stop
+            self._start[scope] = times[0]
+            self._windows[scope] = (first, last)
+            for time, *at in zip(reversed(times), first, last, strict=True):
+                self._backward[time] = tuple(dict.fromkeys(at))
+        self.horizon = now + 1  # the optimizer's step comes last
+
+    def start(self, scope: Scope) -> int:
+        """The forward time of the first region of a scope."""
+        return self._start[id(scope)]
+
+    def windows(self, scope: Scope) -> tuple[range, range]:
+        """The backward times of a scope's first and of its last run; the same if it runs once."""
+        return self._windows[id(scope)]
+
+    def backward(self, time: int) -> tuple[int, ...]:
+        """The backward times of the region that runs forward at `time`."""
+        return self._backward[time]
 
 
 def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:

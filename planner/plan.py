@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per GPU at the peak, by kind."""
+    """Bytes per GPU at the peak, by kind: gradients are those that are there by then."""
 
     parameters: float
     gradients: float

@@ -95,6 +95,11 @@ class LoopCall:
 Statement: TypeAlias = Convert | Compute | LoopCall
 
 
+def is_gather(item: Statement) -> bool:
+    """Does the statement gather a parameter?"""
+    return isinstance(item, Convert) and item.param and item.primitive == "all_gather"
+
+
 @dataclass(frozen=True)
 class Program:
     """The whole model on one rank."""

@@ -14,6 +14,7 @@ from ..ir.spec import format_spec
 from .build import all_params
 from .plan import Baseline, Plan
 from .program import Compute, Convert, LoopCall, PricedStep
+from .traffic import predicted_bytes
 
 _WORDS = {  # what cutting a factor is called, by kind of op
     "matmul": {"o": "columns", "k": "rows"},
@@ -38,7 +39,7 @@ def format_plan(plan: Plan) -> str:
     parts = [
         _winner(plan),
         _ordinary(plan),
-        _binding(plan),
+        "\n".join([_binding(plan), *_moved(plan)]),
         *_tables(plan),
         _memory(plan),
         _search(plan),
@@ -128,6 +129,28 @@ def _binding(plan: Plan) -> str:
         bound = "compute binds"
     recompute = " Layers keep only their inputs and are recomputed in backward."
     return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
+
+
+def _moved(plan: Plan) -> list[str]:
+    """What a rank receives over each axis, as the runtime would count it; most first."""
+    axes: dict[str, dict[str, float]] = {}
+    for (op, axis, _), n in predicted_bytes(plan.program, plan.mesh).items():
+        name = axis if axis in plan.mesh.names else axis.replace("_", "+")
+        kinds = axes.setdefault(name, {})
+        kinds[op] = kinds.get(op, 0.0) + n
+    if not axes:
+        return []
+    parts = [
+        f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
+        for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
+    ]
+    unit = "step" if plan.training else "prefill"
+    return [f"Each GPU receives per {unit}: {'; '.join(parts)}."]
+
+
+def _by_size(kinds: dict[str, float]) -> list[str]:
+    order = sorted(kinds, key=lambda kind: -kinds[kind])
+    return [f"{kind.replace('_', '-')} {format_bytes(kinds[kind])}" for kind in order]
 
 
 def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
@@ -289,7 +312,7 @@ def _memory(plan: Plan) -> str:
     )
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
     return (
-        f"Memory per GPU: {format_bytes(memory.total)} of {format_bytes(limit)} "
+        f"Memory per GPU at its peak: {format_bytes(memory.total)} of {format_bytes(limit)} "
         f"({memory.total / limit:.0%}): {parts}.{_capacity(plan)}"
     )
 

@@ -58,6 +58,7 @@ class _Solved:
     solution: Solution
     seconds: float
     peak_bytes: float
+    gradients: float
     activations: float
     transient: float
 
@@ -200,13 +201,14 @@ def _solve(
             )
         return None
     evaluation = evaluate(problem, solution.assignment)
-    activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
+    gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
     return _Solved(
         builder,
         _plain_order(builder.graph, built.read(solution.assignment)),
         solution,
         evaluation.cost,
         evaluation.peak_usage,
+        gradients,
         activations,
         transient,
     )
@@ -330,7 +332,7 @@ def _memory(graph: Graph, best: _Solved) -> tuple[Memory, float]:
     """Peak bytes by kind, and the seconds of the optimizer step."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
-    parameters = gradients = states = 0.0
+    parameters = states = 0.0
     for ref in all_params(graph):
         value = ref.param.value
         n = local_bytes(value, best.decisions.specs[value.name], sizes)
@@ -339,14 +341,13 @@ def _memory(graph: Graph, best: _Solved) -> tuple[Memory, float]:
             n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
         )
         parameters += ref.weight * state.parameter
-        gradients += ref.weight * state.gradient
         states += ref.weight * state.optimizer
     seconds = sum(
         ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
         for ref in all_params(graph)
     )
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    memory = Memory(parameters, gradients, states, kept[0], best.transient, kept[1])
+    memory = Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
     return memory, seconds
 
 

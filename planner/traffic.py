@@ -51,6 +51,10 @@ class _Walk:
         self.order = order
         self.moved: dict[Moved, float] = {}
         self._positions: set[object] = set()  # what was told of cached positions
+        # By gathering step: how many nodes will ask for its result in backward, and whether it is
+        # there, as in runtime/regather.py
+        self.asking: dict[int, int] = {}
+        self.there: set[int] = set()
 
     def run(
         self,
@@ -66,6 +70,11 @@ class _Walk:
         run forward twice.
         """
         gathers = _gathers(statements, {} if again else entering)
+        own = {id(item) for item in statements}
+        self.there -= own
+        self.asking |= dict.fromkeys(own, 0)
+        if not again:
+            self._expect(statements, gathers, own)
         for at, item in reversed(list(enumerate(statements))):
             times = 2 if at < again else 1
             if isinstance(item, LoopCall):
@@ -81,7 +90,8 @@ class _Walk:
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
                     if not again:  # what is gathered the second time serves backward
-                        self._gather_again(item, gathers)
+                        for chain in _kept_gathers(item, gathers):
+                            self._gather_again(chain)
         return live
 
     def _loop(self, call: LoopCall, live: set[Sharded], gathers: _Gathers) -> set[Sharded]:
@@ -92,9 +102,9 @@ class _Walk:
         for kind in reversed(call.loop.order):
             body = call.bodies[kind]
             inner = _inner(call, body)
-            entering = {inner[a]: gathers[a] for a in call.arguments if a in gathers}
+            entering = _entering(call, body, gathers)
             ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-            again = _kept_until(body.statements) if self.recompute and ends else 0
+            again = kept_until(body.statements) if self.recompute and ends else 0
             reaches = self.run(body.statements, ends, entering, again=again)
             names = {item.value.name for item in reaches}
             carried = [value.name in names for value in body.block.inputs[:n]]
@@ -110,14 +120,39 @@ class _Walk:
             if traffic.backward and not again:
                 self._add(traffic.kind, traffic.axes, True, traffic.bytes)
 
-    def _gather_again(self, item: Compute, gathers: _Gathers) -> None:
-        """Gathered parameters that the node keeps are gathered when backward comes to it."""
-        kept = {value.name for value in saved_values(item.node)}
-        for operand in dict.fromkeys(item.operands):
-            for convert in gathers.get(operand, ()) if operand.value.name in kept else ():
-                for traffic in convert.priced.traffic:
-                    if traffic.backward and traffic.kind == "all_gather":
-                        self._add("all_gather", traffic.axes, True, traffic.bytes)
+    def _expect(self, statements: Sequence[Statement], gathers: _Gathers, own: set[int]) -> None:
+        """Count the nodes, those in loops too, that keep what the steps `own` gather."""
+        for item in statements:
+            if isinstance(item, LoopCall) and not self.recompute:
+                for kind in item.loop.order:
+                    body = item.bodies[kind]
+                    entering = _entering(item, body, gathers)
+                    self._expect(body.statements, _gathers(body.statements, entering), own)
+            elif isinstance(item, Compute):
+                for chain in _kept_gathers(item, gathers):
+                    if id(chain[-1]) in own:
+                        self._ask_later(chain)
+
+    def _ask_later(self, chain: tuple[Convert, ...]) -> None:
+        *before, last = chain
+        if before and not self.asking[id(last)]:
+            self._ask_later(tuple(before))
+        self.asking[id(last)] += 1
+
+    def _gather_again(self, chain: tuple[Convert, ...]) -> None:
+        """A node's backward asks for a parameter: gathered, and kept for others that will ask."""
+        *before, last = chain
+        if id(last) not in self.there:
+            if before:
+                self._gather_again(tuple(before))
+            for traffic in last.priced.traffic:
+                if traffic.backward and traffic.kind == "all_gather":
+                    self._add("all_gather", traffic.axes, True, traffic.bytes)
+        self.asking[id(last)] = max(self.asking[id(last)] - 1, 0)
+        if self.asking[id(last)]:
+            self.there.add(id(last))
+        else:
+            self.there.discard(id(last))
 
     def _attention(self, item: Compute, times: int, live: bool) -> None:
         """An attention algorithm over a sharded sequence; positions once for all with one cache."""
@@ -171,7 +206,7 @@ class _Walk:
             self.moved[key] = self.moved.get(key, 0.0) + moved
 
 
-def _kept_until(statements: Sequence[Statement]) -> int:
+def kept_until(statements: Sequence[Statement]) -> int:
     """How many statements run until the last one of which autograd keeps something."""
     kept = [i for i, s in enumerate(statements) if isinstance(s, Compute) and saved_values(s.node)]
     return kept[-1] + 1 if kept else 0
@@ -182,6 +217,19 @@ def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:
     inputs = body.block.inputs[len(call.carried) :]
     of = {outer.name: i for outer, i in zip(call.loop.invariants, inputs, strict=True)}
     return {a: Sharded(of[a.value.name], a.spec) for a in call.arguments}
+
+
+def _entering(call: LoopCall, body: BlockBody, gathers: _Gathers) -> _Gathers:
+    """The gathered parameters among a loop's arguments, as a block knows them."""
+    inner = _inner(call, body)
+    return {inner[a]: gathers[a] for a in call.arguments if a in gathers}
+
+
+def _kept_gathers(item: Compute, gathers: _Gathers) -> list[tuple[Convert, ...]]:
+    """The steps behind each gathered parameter that autograd keeps from a node."""
+    kept = {value.name for value in saved_values(item.node)}
+    operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept]
+    return list(dict.fromkeys(gathers[o] for o in operands if gathers.get(o)))
 
 
 def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
@@ -199,4 +247,4 @@ def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
     return found
 
 
-__all__ = ["Moved", "predicted_bytes"]
+__all__ = ["Moved", "kept_until", "predicted_bytes"]

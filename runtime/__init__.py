@@ -1,6 +1,7 @@
 """What generated modules import: collectives with gradients, sharded ops, checkpoints."""
 
 from . import ops
+from .ahead import Gather
 from .attention import (
     Layout,
     Mask,
@@ -35,11 +36,11 @@ from .parameters import Param, Part
 from .regather import regathering
 
 __all__ = [
-    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer", "Layout",
-    "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part", "Partial",
-    "RankError", "RankPool", "ShardedModule", "attention", "cached_attention", "count_collectives",
-    "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge", "moe", "ops",
-    "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Gather", "Input", "KVCache", "Layer",
+    "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
+    "Partial", "RankError", "RankPool", "ShardedModule", "attention", "cached_attention",
+    "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
+    "moe", "ops", "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
     "vocab_embedding", "window_attention",
 ]  # fmt: skip

@@ -40,6 +40,7 @@ from .layout import (
 )
 
 if TYPE_CHECKING:
+    from .ahead import Early
     from .mesh import Mesh
 
 Place: TypeAlias = int
@@ -61,6 +62,24 @@ class Move:
     target: Place
     size: int | None = None
     zigzag: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """An all-gather under way; `move` says along which dim."""
+
+    axis: Axis
+    transfer: transport.Transfer
+    move: Move
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, padding included."""
+        return self.transfer.result.nbytes
+
+    def whole(self) -> Tensor:
+        """Wait for the whole tensor."""
+        return _join(self.transfer.finish(), self.move, self.axis)
 
 
 class Axis:
@@ -195,9 +214,15 @@ class Axis:
         """`all_gather` whose result is gathered again for backward, not kept.
 
         That needs `with regathering(mesh)` around the forward pass; without it this is
-        a plain all-gather.
+        a plain all-gather.  Where the parameter was `gathering_ahead` it is on its way already,
+        and its gradient's reduce-scatter does not hold backward up either.
         """
-        whole = self.all_gather(x, dim, size, backward=backward)
+        ahead = self.mesh.ahead
+        early = None if ahead is None else ahead.take(x, self, dim)
+        if early is None:
+            whole = self.all_gather(x, dim, size, backward=backward)
+        else:
+            whole = self._arrived(early, R if backward == "slice" else V)
         memory = self.mesh.parameter_memory
         if memory is not None and self.size > 1:
             memory.remember(whole, x, self, dim, size)
@@ -228,11 +253,37 @@ class Axis:
         forward = Move(_VALUE.get(source, source), _VALUE.get(target, target), size, zigzag)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.move(x, forward, "forward")
-        whole_target = x.shape[target] if target >= 0 else None
-        backward = Move(
-            _GRADIENT.get(target, target), _GRADIENT.get(source, source), whole_target, zigzag
-        )
+        backward = _backward_of(x, source, target, zigzag)
         return _Convert.apply(x, self, forward, backward)
+
+    def start_gather(
+        self,
+        x: Tensor,
+        dim: int,
+        size: int | None,
+        phase: Phase,
+        zigzag: tuple[int, ...] = (),
+    ) -> Gathering:
+        """An all-gather of raw tensors under way; `x` must not change before it has arrived."""
+        self.record("all_gather", (self.size - 1) * x.nbytes, phase)
+        transfer = transport.start_all_gather(x.contiguous(), self.group)
+        return Gathering(self, transfer, Move(dim, WHOLE, size, zigzag))
+
+    def start_reduce_scatter(
+        self, x: Tensor, dim: int, phase: Phase, zigzag: tuple[int, ...] = ()
+    ) -> transport.Transfer:
+        """A reduce-scatter of raw tensors under way; `x` must not change before it is finished."""
+        rows = _split(x, Move(SUMMAND, dim, None, zigzag), self)
+        self.record("reduce_scatter", (self.size - 1) / self.size * rows.nbytes, phase)
+        return transport.start_reduce_scatter(rows, self.group)
+
+    def _arrived(self, early: Early, target: State) -> Tensor:
+        """The whole of a parameter that was gathered ahead of its use."""
+        gathering, x = early.gathering, early.source
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return gathering.whole()
+        backward = _backward_of(x, gathering.move.source, target)
+        return _Convert.apply(x, self, gathering.move, backward, early)
 
     def move(self, x: Tensor, move: Move, phase: Phase) -> Tensor:
         """Run one primitive on raw tensors, without gradient."""
@@ -259,6 +310,12 @@ class Axis:
         counter.record(op, self.name, phase, nbytes, self.size)
 
 
+def _backward_of(x: Tensor, source: State, target: State, zigzag: tuple[int, ...] = ()) -> Move:
+    """What the gradient of a conversion of `x` takes."""
+    size = x.shape[target] if target >= 0 else None
+    return Move(_GRADIENT.get(target, target), _GRADIENT.get(source, source), size, zigzag)
+
+
 def _front(dim: int) -> int:
     if dim < 0:
         raise ValueError(f"dim {dim}: dims count from the front, from 0")
@@ -269,21 +326,28 @@ class _Convert(torch.autograd.Function):
     """Primitive `forward` on the value, primitive `backward` on its gradient.
 
     The gradient of the gradient takes the way of the value, so this can be differentiated again.
+    `early`: the value is on its way already, and the gradient may be handed on while on its way.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Move, backward: Move) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, forward: Move, backward: Move, early: Early | None = None
+    ) -> Tensor:
         ctx.axis, ctx.forward_move, ctx.backward_move = axis, forward, backward
-        return axis.move(x, forward, "forward")
+        ctx.gradient = None if early is None else early.gradient
+        return axis.move(x, forward, "forward") if early is None else early.gathering.whole()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        grad, axis = grad_outputs[0], ctx.axis
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad, axis, move = grad_outputs[0], ctx.axis, ctx.backward_move
         if torch.is_grad_enabled() and grad.requires_grad:  # create_graph=True
-            grad = _Convert.apply(grad, axis, ctx.backward_move, ctx.forward_move)
+            grad = _Convert.apply(grad, axis, move, ctx.forward_move)
+        elif ctx.gradient is not None and move.source == SUMMAND and not torch.is_anomaly_enabled():
+            ctx.gradient.append(axis.start_reduce_scatter(grad, move.target, "backward"))
+            grad = ctx.gradient[0].result
         else:
-            grad = axis.move(grad, ctx.backward_move, "backward")
-        return grad, None, None, None
+            grad = axis.move(grad, move, "backward")
+        return grad, None, None, None, None
 
 
 # --- the nine primitives -------------------------------------------------------------------------
@@ -309,9 +373,7 @@ def _first_keeps(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _gather(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    axis.record("all_gather", (axis.size - 1) * x.nbytes, phase)
-    rows = transport.all_gather(x.contiguous(), axis.group)
-    return _join(rows, move, axis)
+    return axis.start_gather(x, move.source, move.size, phase, move.zigzag).whole()
 
 
 def _exchange(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -337,9 +399,7 @@ def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    rows = _split(x, move, axis)
-    axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
-    return transport.reduce_scatter(rows, axis.group)
+    return axis.start_reduce_scatter(x, move.target, phase, move.zigzag).finish()
 
 
 _SLICE: Place = 0  # in the table's keys, for any dim

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from .ahead import Gather
 from .mesh import Mesh
 
 _T = TypeVar("_T")
@@ -26,6 +27,10 @@ class Layer(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.mesh.device
+
+    def gathers(self) -> Iterable[Gather]:
+        """The parameters that `forward` gathers, in that order; see `ahead.py`."""
+        return ()
 
     def generator(self, *sharded_axes: str) -> torch.Generator:
         """Random numbers that differ along `sharded_axes` and agree along all others."""

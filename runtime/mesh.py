@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from .collectives import Axis
 
 if TYPE_CHECKING:
+    from .ahead import Ahead
     from .regather import ParameterMemory
 
 
@@ -65,6 +66,8 @@ class Mesh:
         self.coordinates = _unravel(self.rank, self.sizes)
         # Set while `regathering(mesh)` is active: how to gather parameters again.
         self.parameter_memory: ParameterMemory | None = None
+        # Set while `gathering_ahead(mesh, ...)` is active: parameters on their way.
+        self.ahead: Ahead | None = None
         self._groups = groups
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._generators: dict[tuple[str, ...], torch.Generator] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .ahead import Gather, gathering_ahead
 from .cache import KVCache
 from .checkpoint import Safetensors, Source, StateDict
 from .collectives import WHOLE, Move
@@ -137,11 +139,15 @@ class ShardedModule(nn.Module):
             cls.CACHES = per_layer(cls.CACHES)  # pyright: ignore[reportConstantRedefinition]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`, after which gathered parameters are freed (see `regathering`)."""
+        """`forward`; its parameters are gathered ahead, and freed after use (see `regathering`)."""
         if not self.REGATHER:
             return super().__call__(*args, **kwargs)
-        with regathering(self.mesh):
+        with regathering(self.mesh), gathering_ahead(self.mesh, self.gathers()):
             return super().__call__(*args, **kwargs)
+
+    def gathers(self) -> Iterable[Gather]:
+        """The parameters that `forward` gathers, in that order; see `ahead.py`."""
+        return ()
 
     @property
     def device(self) -> torch.device:
@@ -152,19 +158,20 @@ class ShardedModule(nn.Module):
         """Random numbers that differ along `sharded_axes` and agree along all others."""
         return self.mesh.generator(sharded_axes)
 
-    def recompute(self, layer: nn.Module, *inputs: Tensor) -> Any:
+    def recompute(self, layer: Layer, *inputs: Tensor) -> Any:
         """`layer(*inputs)`, keeping only the inputs: backward runs the layer's forward again.
 
         Dropout draws the same masks the second time.
         """
         if not torch.is_grad_enabled():
             return layer(*inputs)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            first, again = self.mesh.replayed_randomness()
+            return first, _while_gathering(again, self.mesh, layer)
+
         return checkpoint(
-            layer,
-            *inputs,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=self.mesh.replayed_randomness,
+            layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
@@ -680,6 +687,14 @@ def _true_shape(local: Tensor, spec: Spec, mesh: Mesh, planned: Sequence[int]) -
         planned[dim] if size == expected[dim] else size * prod(_ways(spec, dim, mesh))
         for dim, size in enumerate(local.shape)
     )
+
+
+@contextmanager
+def _while_gathering(
+    context: AbstractContextManager[None], mesh: Mesh, layer: Layer
+) -> Generator[None]:
+    with context, gathering_ahead(mesh, layer.gathers()):
+        yield
 
 
 def _look_up(out: Any, path: Path_) -> Tensor:

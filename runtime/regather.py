@@ -2,7 +2,8 @@
 
 Autograd saves the weight of every matmul.  Of a weight that was gathered from shards that is the
 whole weight, and sharding it would have saved nothing.  `regathering` swaps such saved tensors
-for the recipe (which shard, which axis and dim) and runs it again when backward asks.
+for the recipe (which shard, which axis and dim) and runs it again when backward asks.  The
+parameters that backward will need next are gathered while it computes (see `ahead.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from .collectives import WHOLE, Axis, Move
+from .collectives import Axis, Gathering
 
 if TYPE_CHECKING:
     from .mesh import Mesh
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Recipe:
     """How to gather a parameter again: `source` along `dim` of `axis`.
 
-    `made` is the storage that the last gathering made, while anything still uses it.
+    `made` is the storage that the last gathering made, while anything still uses it.  `before` is
+    the recipe that forward made before this one: backward will ask for it next.  `node` is the
+    autograd node of the gathering; it runs if a gradient reaches the parameter.
     """
 
     source: Tensor | View
@@ -34,17 +38,63 @@ class Recipe:
     dim: int
     size: int | None
     made: weakref.ref[torch.UntypedStorage]
+    before: Recipe | None
+    node: Node | None
+    uses: int = 0  # how often backward will ask for it
+    kept: torch.UntypedStorage | None = None  # between the first and the last of them
+    under_way: Gathering | None = None
+
+    def expect(self) -> None:
+        """Backward will ask once more."""
+        if self.uses == 0 and isinstance(self.source, View):
+            self.source.recipe.expect()
+        self.uses += 1
 
     def storage(self) -> torch.UntypedStorage:
         """The storage of the whole parameter, gathered again unless it is still there."""
         storage = self.made()
         if storage is None:
-            source = self.source.tensor() if isinstance(self.source, View) else self.source
-            move = Move(self.dim, WHOLE, self.size)
-            whole = self.axis.move(source.detach(), move, "backward")
-            storage = whole.untyped_storage()
+            self._start()
+            self._start_earlier()
+            assert self.under_way is not None
+            storage = self.under_way.whole().untyped_storage()
+            self.under_way = None
             self.made = weakref.ref(storage)
+        self.uses = max(self.uses - 1, 0)
+        self.kept = storage if self.uses else None
         return storage
+
+    def _start(self) -> None:
+        if self.under_way is None:
+            source = self.source.tensor() if isinstance(self.source, View) else self.source
+            move = source.detach(), self.dim, self.size
+            self.under_way = self.axis.start_gather(*move, "backward")
+
+    def _start_earlier(self) -> None:
+        """Start what backward will ask for next: at least as many bytes as this one has."""
+        assert self.under_way is not None
+        wanted, recipe = self.under_way.nbytes, self.before
+        while recipe is not None and wanted > 0:
+            if recipe.under_way is None and recipe._is_coming():
+                recipe._start()
+            if recipe.under_way is not None:
+                wanted -= recipe.under_way.nbytes
+            recipe = recipe.before
+
+    def _is_coming(self) -> bool:
+        """Will this backward ask for it, and can it be started now?"""
+        return (
+            self.uses > 0
+            and self.made() is None
+            and not isinstance(self.source, View)
+            and self.node is not None
+            and _in_backward()
+            and torch._C._will_engine_execute_node(self.node)  # pyright: ignore
+        )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +130,7 @@ class ParameterMemory:
     """The gathered parameters that are alive, by the address of their storage."""
 
     recipes: dict[int, Recipe] = field(default_factory=dict[int, Recipe])
+    last: Recipe | None = None
 
     def remember(
         self, whole: Tensor, source: Tensor, axis: Axis, dim: int, size: int | None
@@ -92,8 +143,14 @@ class ParameterMemory:
         def forget(_: object) -> None:
             recipes.pop(key, None)
 
-        recipes[key] = Recipe(
-            self.view(source) or source.detach(), axis, dim, size, weakref.ref(storage, forget)
+        recipes[key] = self.last = Recipe(
+            self.view(source) or source.detach(),
+            axis,
+            dim,
+            size,
+            weakref.ref(storage, forget),
+            self.last,
+            whole.grad_fn,
         )
 
     def view(self, x: Tensor) -> View | None:
@@ -110,8 +167,12 @@ class ParameterMemory:
 
     def pack(self, x: Tensor) -> _Saved:
         """What to save in place of `x`."""
+        view = self.view(x)
+        if view is not None:
+            view.recipe.expect()
+            return view
         # Detached: an operation that saves its own result would otherwise hold itself alive.
-        return self.view(x) or _Kept(x if x.is_leaf else x.detach(), x._version)
+        return _Kept(x if x.is_leaf else x.detach(), x._version)
 
 
 def _unpack(saved: _Saved) -> Tensor:
@@ -129,8 +190,8 @@ def _unpack(saved: _Saved) -> Tensor:
 def regathering(mesh: Mesh) -> Generator[None]:
     """Within, what `Axis.gather_parameter` returns is freed after its last use in forward.
 
-    Backward gathers it again, once for all uses that overlap.  Costs one all-gather per
-    parameter in backward and a dictionary look-up per saved tensor.
+    Backward gathers it again, and keeps it from the first to the last of its uses.  Costs one
+    all-gather per parameter in backward and a dictionary look-up per saved tensor.
     """
     if mesh.size == 1 or not torch.is_grad_enabled():
         yield

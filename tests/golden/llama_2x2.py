@@ -1,7 +1,7 @@
 """Llama over 4 x h100: dp1=2 x dp2=2.
 
 Made from a model given to shardwright.plan, batch 8 x 2048 tokens, bfloat16.
-Predicted: 17.8 ms per training step, 5.13 GB per GPU.
+Predicted: 17.8 ms per training step, 4.74 GB per GPU.
 
 Run a demonstration step:
     torchrun --nproc-per-node 4 sharded_model.py
@@ -24,19 +24,19 @@ class DecoderLayer(Layer):
 
     def forward(self, hidden_states: Tensor, angles: Tensor) -> Tensor:
         dp1_dp2 = self.mesh["dp1", "dp2"]
-        # [b/dp1/dp2, s, 2048]  llama.py:97
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:97
         attention_norm = F.rms_norm(
             hidden_states, (2048,), dp1_dp2.copy(self.attention_norm.weight), eps=1e-05
         )
-        # [b/dp1/dp2, s, 2048]  llama.py:63
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 8.39 MB, 61.1 us  llama.py:63
         q_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.q_proj.weight))
         # [b/dp1/dp2, s, 32, 64]  llama.py:63
         q = q_proj.reshape(q_proj.size(0), q_proj.size(1), 32, 64)
-        # [b/dp1/dp2, s, 512]  llama.py:64
+        # [b/dp1/dp2, s, 512]; backward all-reduce 2.1 MB, 26.6 us  llama.py:64
         k_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.k_proj.weight))
         # [b/dp1/dp2, s, 8, 64]  llama.py:64
         k = k_proj.reshape(k_proj.size(0), k_proj.size(1), 8, 64)
-        # [b/dp1/dp2, s, 512]  llama.py:65
+        # [b/dp1/dp2, s, 512]; backward all-reduce 2.1 MB, 26.6 us  llama.py:65
         v_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.v_proj.weight))
         # [b/dp1/dp2, s, 8, 64]  llama.py:65
         v = v_proj.reshape(v_proj.size(0), v_proj.size(1), 8, 64)
@@ -76,18 +76,18 @@ class DecoderLayer(Layer):
         mixed = mixed.transpose(1, 2)  # [b/dp1/dp2, s, 32, 64]  llama.py:70
         # [b/dp1/dp2, s, 2048]  llama.py:70
         mixed = mixed.reshape(mixed.size(0), mixed.size(1), 2048)
-        # [b/dp1/dp2, s, 2048]  llama.py:70
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 8.39 MB, 61.1 us  llama.py:70
         o_proj = F.linear(mixed, dp1_dp2.copy(self.attention.o_proj.weight))
         x = hidden_states + o_proj  # [b/dp1/dp2, s, 2048]  llama.py:97
-        # [b/dp1/dp2, s, 2048]  llama.py:98
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:98
         mlp_norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.mlp_norm.weight), eps=1e-05)
-        # [b/dp1/dp2, s, 5632]  llama.py:83
+        # [b/dp1/dp2, s, 5632]; backward all-reduce 23.1 MB, 132 us  llama.py:83
         gate_proj = F.linear(mlp_norm, dp1_dp2.copy(self.mlp.gate_proj.weight))
         gate_proj = F.silu(gate_proj)  # [b/dp1/dp2, s, 5632]  llama.py:83
-        # [b/dp1/dp2, s, 5632]  llama.py:83
+        # [b/dp1/dp2, s, 5632]; backward all-reduce 23.1 MB, 132 us  llama.py:83
         up_proj = F.linear(mlp_norm, dp1_dp2.copy(self.mlp.up_proj.weight))
         gate_proj = gate_proj * up_proj  # [b/dp1/dp2, s, 5632]  llama.py:83
-        # [b/dp1/dp2, s, 2048]  llama.py:83
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 23.1 MB, 132 us  llama.py:83
         down_proj = F.linear(gate_proj, dp1_dp2.copy(self.mlp.down_proj.weight))
         x = x + down_proj  # [b/dp1/dp2, s, 2048]  llama.py:98
         return x
@@ -147,7 +147,7 @@ class ShardedModel(ShardedModule):
         x = dp2.all_to_all(x, gather_dim=2, shard_dim=0)
         for layer in self.layers:
             x = layer(x, angles)  # [b/dp1/dp2, s, 2048]
-        # [b/dp1/dp2, s, 2048]  llama.py:132
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:126
         norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.norm.weight), eps=1e-05)
         norm = dp1_dp2.all_gather(norm, 0)  # [b, s, 2048]; 67.1 MB; backward reduce-scatter; 384 us
         logits = F.linear(norm, self.head.weight)  # [b, s, 32000/dp1/dp2]  llama.py:132

@@ -1,0 +1,116 @@
+"""The memory that a plan predicts is what a rank's tensors take, in a step with AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.api import capture_graph
+from shardwright.costmodel.cluster import load_cluster
+from shardwright.ir.graph import Graph
+from shardwright.loading import Loaded
+from shardwright.planner.build import Builder, Setting
+from shardwright.planner.conversion import Network
+from shardwright.planner.problem import evaluate
+from shardwright.planner.roles import Roles
+from shardwright.planner.solvers import solve
+from shardwright.runtime import RankPool
+from shardwright.runtime.live import LiveBytes
+from tests.endtoend.families import example_module
+from tests.sharded import import_source, mesh_of, source_of
+
+Pool = Callable[[int], RankPool]
+SIZES = {
+    "vocab_size": 1024,
+    "layers": 6,
+    "width": 256,
+    "heads": 8,
+    "kv_heads": 4,
+    "mlp_width": 704,
+}
+SEQ = 128
+
+
+def batch_of(batch: int) -> dict[str, Tensor]:
+    tokens = torch.zeros(batch, SEQ, dtype=torch.int64)
+    return {"tokens": tokens, "labels": tokens}
+
+
+@cache
+def graph(batch: int) -> Graph:
+    """The example's Llama."""
+    example = example_module("llama")
+    with torch.device("meta"):
+        model = example.Llama(example.LlamaConfig(**SIZES))
+    inputs = batch_of(batch)
+    return capture_graph(
+        Loaded(model, inputs, dict.fromkeys(inputs, ("b", "s")), None), training=True
+    )
+
+
+def predicted(role: str, batch: int, *, recompute: bool) -> tuple[str, float, tuple[float, ...]]:
+    """The module of an ordinary plan, its peak in bytes, and the kinds that are no state."""
+    mesh = mesh_of(2)
+    setting = Setting(True, "adamw", None, recompute)
+    builder = Builder(graph(batch), Network(mesh, load_cluster("cpu")), setting)
+    built = builder.build(Roles([role], builder.graph, mesh))
+    problem = built.problem()
+    assignment = solve(problem).assignment
+    assert assignment is not None
+    evaluation = evaluate(problem, assignment)
+    parts = built.memory_at(assignment, evaluation.peak_time)
+    return source_of(builder, built.read(assignment)), evaluation.peak_usage, parts
+
+
+def measured(source: str, batch: int) -> int:
+    """Most bytes of tensors alive in the second step, when the optimizer has its states."""
+    model = import_source(source).ShardedModel()
+    model.reset_parameters()
+    local = model.shard_inputs(**batch_of(batch))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with LiveBytes([*model.parameters(), *local.values()]) as live:
+        for _ in range(2):
+            live.reset_peak()
+            out = model(**local)
+            out["loss"].backward()
+            del out
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak
+
+
+QUICK = [("tp", 4, False), ("fsdp", 4, True), ("ddp", 4, False)]
+REST = [
+    pytest.param(role, batch, recompute, marks=pytest.mark.slow)
+    for role in ("tp", "fsdp", "ddp")
+    for batch in (2, 16)  # gradients and states weigh more, then activations
+    for recompute in (False, True)
+]
+
+
+@pytest.mark.parametrize(("role", "batch", "recompute"), [*QUICK, *REST])
+def test_peak_memory(pool: Pool, role: str, batch: int, recompute: bool) -> None:
+    source, peak, parts = predicted(role, batch, recompute=recompute)
+    assert all(part >= 0 for part in parts) and sum(parts) < peak
+    for taken in pool(2).run(measured, source, batch):
+        assert peak == pytest.approx(taken, rel=0.08)
+
+
+def test_live_bytes_are_those_of_storages() -> None:
+    given = torch.zeros(100)
+    with LiveBytes([given, given.view(10, 10)]) as live:
+        assert live.now == 400
+        a = given + 1
+        b = a.view(10, 10)
+        assert live.now == 800
+        del a
+        assert live.now == 800
+        c = b.sum()
+        del b, c
+        assert (live.now, live.peak) == (400, 804)
+        live.reset_peak()
+        assert live.peak == 400
