@@ -460,10 +460,10 @@ class _Renderer:
     def algorithm(self) -> tuple[str, str]:
         """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
         known = rule_of(self.node).algorithms
-        for axis, choice in enumerate(self.item.choices):
-            if choice in known:
-                return choice, self.body.axis_text(Step((axis,), R, S(0)))
-        return "", ""
+        axes = tuple(i for i, choice in enumerate(self.item.choices) if choice in known)
+        if not axes:
+            return "", ""
+        return self.item.choices[axes[0]], self.body.axis_text(Step(axes, R, S(0)))
 
     def order(self) -> str:
         """In which order ranks hold the tokens of a sequence: `contiguous` or `zigzag`."""

@@ -1707,7 +1707,11 @@ def _dispatches(rule: Rule) -> dict[str, Algorithm]:
     stacked = (S(0),) * (len(rule.operands) - _TOKEN_OPERANDS)
     return {
         f"{_DISPATCH}{factor}": Algorithm(
-            (factor, "e"), ((S(dim),) * _TOKEN_OPERANDS + stacked), (S(dim),)
+            (factor, "e"),
+            ((S(dim),) * _TOKEN_OPERANDS + stacked),
+            (S(dim),),
+            joint=True,
+            alone=("e",),
         )
         for dim, (factor,) in enumerate(rule.operands[0][:-1])
         if rule.sizes[factor] > 1

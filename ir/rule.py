@@ -50,8 +50,8 @@ class Algorithm:
     """A way to run an op over an axis that communicates inside the op.
 
     `cuts` are the factors of which each rank computes its part, the one that gives the choice its
-    meaning (and label) first.  A node uses at most one algorithm, on one axis, and no other axis
-    cuts its factors.
+    meaning (and label) first.  A node uses at most one algorithm, on one axis or, if `joint`, on
+    several taken as one; no other axis cuts the factors that are `alone` (default: all it cuts).
     """
 
     cuts: tuple[str, ...]
@@ -62,6 +62,8 @@ class Algorithm:
         default=lambda sizes, ranks: True, compare=False
     )
     label: str = ""  # what it cuts (`s`, `b`), where no operand has its first factor
+    joint: bool = False
+    alone: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +182,12 @@ class Rule:
         used = [(c, n) for c, n in zip(choices, axis_sizes, strict=True) if c in self.algorithms]
         if not used:
             return True
-        (name, ranks), *more = used
-        way = self.algorithms[name]
-        if more or any(choice in way.cuts for choice in choices):
+        names, ranks = {choice for choice, _ in used}, prod(n for _, n in used)
+        way = self.algorithms[used[0][0]]
+        alone = way.cuts if way.alone is None else way.alone
+        if len(names) > 1 or (len(used) > 1 and not way.joint):
+            return False
+        if any(factor in alone for c in choices if c not in names for factor in self.cuts(c)):
             return False
         left = {f: size // ways.get(f, 1) for f, size in self.sizes.items()}
         return way.fits(left, ranks)
