@@ -37,10 +37,10 @@ class HostFigures:
     flops: dict[str, float]
     bytes_per_s: float
     floor_s: float
-    # seconds in which a rank sends 1 kB, and 4 MB, and receives as much:
-    inside_s: tuple[float, float]  # all ranks, from their neighbours on the same host
-    across_s: tuple[float, float]  # one rank of each host
-    together_s: tuple[float, float]  # all ranks, from other hosts
+    # seconds of messages of 1 kB and of 4 MB, sent at the same time by
+    inside_s: tuple[float, float]  # all ranks to their neighbours on the same host
+    across_s: tuple[float, float]  # the last rank of each host to the first of the next
+    together_s: tuple[float, float]  # all ranks to those in their place on the next host
 
 
 def measure_cpu(ranks: int = 2, timeout_s: float = 120.0) -> str:
@@ -73,37 +73,46 @@ def measure_hosts(per_host: int) -> str:
             " ranks on each"
         )
     host, place = divmod(rank, per_host)
-    neighbour, before = ((place + step) % per_host + host * per_host for step in (1, -1))
+    following, before = ((place + step) % per_host + host * per_host for step in (1, -1))
     beyond, behind = ((rank + step * per_host) % ranks for step in (1, -1))
+    ring = (rank + 1) % ranks if place == per_host - 1 else None
+    from_ring = (rank - 1) % ranks if place == 0 else None
+    alone = per_host == 1
     figures = HostFigures(
         *_compute(),
-        inside_s=_message_s(neighbour, before) if per_host > 1 else _message_s(beyond, behind),
-        across_s=_message_s(beyond, behind, part=place == 0),
+        inside_s=_message_s(beyond, behind) if alone else _message_s(following, before),
+        across_s=_message_s(ring, from_ring),
         together_s=_message_s(beyond, behind),
     )
     return format_hosts(figures, _memory_bytes(), per_host)
 
 
-def _message_s(to: int, source: int, part: bool = True) -> tuple[float, float]:
+def _message_s(to: int | None, source: int | None) -> tuple[float, float]:
     """Seconds of messages of 1 kB and 4 MB to one rank, while as much comes from another.
 
-    Ranks that take no part wait, and then get the figures of those that do.
+    Ranks that neither send nor receive wait; all get the time of the slowest.
     """
     import torch
     import torch.distributed as dist
 
     found: list[float] = []
     for size, times in ((_SMALL, 50), (_MESSAGE, 4)):
-        sent, received = torch.zeros(size // 4), torch.zeros(size // 4)
+        buffers = torch.zeros(2, size // 4).unbind()
+        moves = [
+            dist.P2POp(kind, buffer, peer)
+            for kind, buffer, peer in zip(
+                (dist.isend, dist.irecv), buffers, (to, source), strict=True
+            )
+            if peer is not None
+        ]
 
-        def exchange(sent: torch.Tensor = sent, received: torch.Tensor = received) -> None:
-            send = dist.P2POp(dist.isend, sent, to)
-            receive = dist.P2POp(dist.irecv, received, source)
-            for work in dist.batch_isend_irecv([send, receive]):
+        def exchange(moves: list[dist.P2POp] = moves) -> None:
+            for work in dist.batch_isend_irecv(moves):
                 work.wait()
 
         dist.barrier()
-        slowest = torch.tensor(_seconds(exchange, times) if part else 0.0, dtype=torch.float64)
+        mine = _seconds(exchange, times) if moves else 0.0
+        slowest = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         found.append(float(slowest))
     return found[0], found[1]
@@ -148,16 +157,20 @@ def format_cpu(figures: CpuFigures, machine_bytes: float, ranks: int) -> str:
 def format_hosts(figures: HostFigures, machine_bytes: float, per_host: int) -> str:
     """The cluster file for `figures`, each host a node of `per_host` ranks.
 
-    A message takes launch_s + hop_s, taken as equal parts, and its bytes at the link's rate.
+    A message takes launch_s + hop_s, taken as equal parts, and its bytes at the link's rate.  The
+    latency between hosts is that of messages both ways: who only sends waits for nobody.
     """
     source = "measured by measure_hosts"
     lines = _compute_lines(figures, per_host, machine_bytes, per_host, source)
-    pairs = (("intra_node", figures.inside_s), ("inter_node", figures.across_s))
-    for name, (little, large) in pairs:
+    links = (
+        ("intra_node", _rate(*figures.inside_s), figures.inside_s[0]),
+        ("inter_node", _rate(*figures.across_s), figures.together_s[0]),
+    )
+    for name, rate, little in links:
         lines += [
             "",
             f"[{name}]",
-            f"bytes_per_s = {_rate(little, large):.3g}  # {source}",
+            f"bytes_per_s = {rate:.3g}  # {source}",
             "efficiency = 1.0  # the rate is a measured one",
             f"launch_s = {little / 2:.3g}  # {source}",
             f"hop_s = {little / 2:.3g}  # {source}",
