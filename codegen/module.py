@@ -287,7 +287,11 @@ class _Writer:
             kind = item.value.type
             args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
             labels = source.labels or ("",) * len(kind.shape)
-            free = [i for i, label in enumerate(labels) if label and label not in self.baked]
+            free = [
+                dim
+                for dim, label in enumerate(labels)  # one size of 1 looks like every other
+                if label and label not in self.baked and kind.shape[dim] > 1
+            ]
             if free:
                 args.append(f"free={_tuple(free)}")
                 steps = [self._steps.get(label, 1) for label in labels]
