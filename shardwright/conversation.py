@@ -38,8 +38,8 @@ def conversation(batch: int, tokens: int, context: int, ranks: int, capacity: in
     """Steps of `tokens` new ones at a time, as planned, and of fewer.
 
     First the planned number in an empty cache.  Then anew: up to `context` tokens, but no more than
-    fill a page of every rank; twice `tokens`, at last ragged.  No sequence exceeds `capacity`, which
-    is 3 or more.
+    fill a page of every rank; twice `tokens`, at last ragged.  No sequence exceeds `capacity`, 3 or
+    more.
     """
     first = min(tokens, capacity)
     cached = max(1, min(max(context, tokens), PAGE * ranks + PAGE // 2, capacity // 2))
