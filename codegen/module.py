@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from math import isfinite, lcm, prod
 
@@ -17,77 +18,100 @@ from .body import BodyEmitter, parameter_path
 from .names import hides
 from .source import WIDTH, check, statement
 
+_DECODING = "Decoding"  # the class of the second program, where a module has two
 
-def write_source(program: Program, mesh: Mesh, *, summary: str, phase: str, optimizer: str) -> str:
+
+def write_source(
+    program: Program,
+    mesh: Mesh,
+    *,
+    summary: str,
+    phase: str,
+    optimizer: str,
+    decode: Program | None = None,
+) -> str:
     """The generated module as text; `summary` becomes its docstring.
 
-    The same program gives the same bytes.
+    `decode` is the program for single tokens of a module that serves, with the same parameters
+    and caches.  The same programs give the same bytes.
     """
-    writer = _Writer(program, mesh, summary, phase, optimizer)
-    return check(writer.text())
+    second: list[_Writer] = []
+    if decode is not None:
+        second = [_Writer(decode, mesh, "decode", optimizer, _DECODING)]
+    first = _Writer(program, mesh, phase, optimizer, "ShardedModel", second)
+    parts = [part for writer in (*second, first) for part in writer.classes()]
+    head = _head(summary, [line for part in parts for line in part])
+    foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
+    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n")
+
+
+def _head(summary: str, lines: Sequence[str]) -> list[str]:
+    """The docstring, and imports of what the lines use."""
+    known = (
+        "Cache", "Gather", "Input", "Layer", "Output", "Param", "Part", "ShardedModule", "ops",
+    )  # fmt: skip
+    text = "\n".join(lines)
+    names = [name for name in known if re.search(rf"\b{name}\b[(.)]", text)]
+    body = "\n".join(summary.splitlines())
+    return [
+        f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
+        "",
+        "from __future__ import annotations",
+        "",
+        *(["from collections.abc import Iterator", ""] if "Gather" in names else []),
+        "import torch",
+        "import torch.nn.functional as F",
+        "from torch import Tensor",
+        "",
+        f"from shardwright.runtime import {', '.join(sorted(names, key=_import_order))}",
+    ]
 
 
 class _Writer:
+    """Writes the classes of one program: one for each kind of block, and the model."""
+
     def __init__(
-        self, program: Program, mesh: Mesh, summary: str, phase: str, optimizer: str
+        self,
+        program: Program,
+        mesh: Mesh,
+        phase: str,
+        optimizer: str,
+        name: str,
+        second: Sequence[_Writer] = (),
     ) -> None:
         self.program = program
         self.mesh = mesh
-        self.summary = summary
         self.phase = phase
         self.optimizer = optimizer
+        self.name = name
+        self.second = second  # the program for decoding beside this one, if there is one
         self.labels: dict[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
         self.baked: set[str] = set()  # labels of dims whose planned size the text holds
         self.class_of: dict[tuple[str, int], str] = {}
         self._name_classes()
 
-    def text(self) -> str:
-        classes = [
+    def classes(self) -> list[list[str]]:
+        """The lines of each class."""
+        blocks = [
             self._block_class(call, kind) for call in self.loops for kind in range(len(call.bodies))
         ]
-        model = self._model_class()
-        foreseen = any("yield Gather(" in line for part in (*classes, model) for line in part)
-        parts = [self._head(foreseen=foreseen), *classes, model, self._foot()]
-        return "\n\n\n".join("\n".join(part) for part in parts) + "\n"
+        return [*blocks, self._model_class()]
 
     def _name_classes(self) -> None:
-        taken: set[str] = {"ShardedModel"}
+        taken: set[str] = {"ShardedModel", _DECODING}
+        for other in self.second:
+            taken |= set(other.class_of.values())
         for call in self.loops:
             for kind, body in enumerate(call.bodies):
                 base = body.block.class_name or "Block"
+                base = f"{_DECODING}{base}" if self.name == _DECODING else base
                 name, count = base, 1
                 while name in taken:
                     count += 1
                     name = f"{base}{count}"
                 taken.add(name)
                 self.class_of[call.loop.name, kind] = name
-
-    def _head(self, *, foreseen: bool) -> list[str]:
-        names = ["Input", "Output", "Param", "ShardedModule", "ops"]
-        names += ["Layer"] if self.loops else []
-        names += ["Gather"] if foreseen else []
-        names += ["Cache"] if self._caches_table() else []
-        names += ["Part"] if any(p.part for p in self._params()) else []
-        body = "\n".join(self.summary.splitlines())
-        return [
-            f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
-            "",
-            "from __future__ import annotations",
-            "",
-            *(["from collections.abc import Iterator", ""] if foreseen else []),
-            "import torch",
-            "import torch.nn.functional as F",
-            "from torch import Tensor",
-            "",
-            f"from shardwright.runtime import {', '.join(sorted(names, key=_import_order))}",
-        ]
-
-    def _params(self) -> Iterator[Param]:
-        yield from (param for param, _ in self.program.params)
-        for call in self.loops:
-            for body in call.bodies:
-                yield from (param for param, _ in body.params)
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -209,9 +233,10 @@ class _Writer:
             if name != source  # also where a mesh axis or a built-in has the name
         ]
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
+        what = " for one token of each sequence" if self.name == _DECODING else ""
         return [
-            "class ShardedModel(ShardedModule):",
-            f'    """{program.graph.name} as one rank of {self.mesh} runs it."""',
+            f"class {self.name}(ShardedModule):",
+            f'    """{program.graph.name} as one rank of {self.mesh} runs it{what}."""',
             "",
             f"    MESH = {{{sizes}}}",
             f'    PHASE = "{self.phase}"',
@@ -222,6 +247,7 @@ class _Writer:
             *self._inputs_table(),
             *self._outputs_table(),
             *self._caches_table(),
+            *([f"    DECODE = {_DECODING}"] if self.second else []),
             "",
             *self._gathers_method(emitter),
             f"    def forward({arguments}) -> object:",
@@ -249,6 +275,8 @@ class _Writer:
         return [*lines, "    }"]
 
     def _parameters_table(self) -> list[str]:
+        if self.second:  # the same parameters, stored alike
+            return [f"    PARAMETERS = {_DECODING}.PARAMETERS"]
         lines = ["    PARAMETERS = {"]
         for param, spec in self.program.params:
             lines += self._param_line("", param, spec)
@@ -352,6 +380,8 @@ class _Writer:
 
     def _caches_table(self) -> list[str]:
         """KV caches by their path, `model.layers.{0..31}.kv`."""
+        if self.second:
+            return [f"    CACHES = {_DECODING}.CACHES"]
         rows: list[str] = []
         for item in self.program.statements:
             if isinstance(item, Compute):
@@ -387,9 +417,6 @@ class _Writer:
         for dim in self.program.zigzag.get(item.value.name, ()):
             text = text.replace(f"S{dim}", f"Z{dim}")
         return text
-
-    def _foot(self) -> list[str]:
-        return ['if __name__ == "__main__":', "    ShardedModel.demo()"]
 
 
 def _import_order(name: str) -> tuple[bool, str]:

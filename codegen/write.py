@@ -13,14 +13,17 @@ def module_source(plan: Plan) -> str:
         plan.program,
         plan.mesh,
         summary=_summary(plan),
-        phase=plan.request.phase,
+        phase=plan.request.phase if plan.decode is None else "prefill",
         optimizer=plan.request.optimizer,
+        decode=None if plan.decode is None else plan.decode.program,
     )
 
 
 def _summary(plan: Plan) -> str:
     request = plan.request
-    unit = "training step" if plan.training else "prefill"
+    unit = "training step" if plan.training else request.phase
+    if plan.decode is not None:
+        unit = f"prefill, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
     batch = f"batch {request.batch} x {request.seq} tokens, {request.dtype}"
     return "\n".join(

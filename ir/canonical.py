@@ -193,14 +193,16 @@ def written_whole(graph: Graph) -> Graph:
 
 def _joined(node: Node, made: dict[str, Node]) -> Node:
     """A cat for the last of several writes that cover a dim."""
+    if node.op != _WRITE:
+        return node
+    dim, write = node.arg("dim"), node
+    assert isinstance(dim, int)
     parts: list[Value] = []
-    write, first = node, node.arg("dim") if node.op == _WRITE else None
-    rank = len(node.outputs[0].type.shape)
-    end = 0 if first is None else node.output.type.shape[int(first) % rank]  # type: ignore[arg-type]
-    while write.op == _WRITE and write.arg("dim") == first and write.arg("step") == 1:
+    end = size = node.output.type.shape[dim]  # `end` of what is not covered yet
+    while write.op == _WRITE and write.arg("dim") == dim and write.arg("step") == 1:
         start, stop = write.arg("start") or 0, write.arg("end")
         assert isinstance(start, int) and (stop is None or isinstance(stop, int))
-        if start < 0 or (end if stop is None else min(stop, end)) != end:
+        if start < 0 or (size if stop is None else min(stop, size)) != end:
             break
         parts.insert(0, write.operands[1])
         end = start
@@ -209,7 +211,7 @@ def _joined(node: Node, made: dict[str, Node]) -> Node:
         write = made[write.operands[0].name]
     if end or len(parts) < 2:
         return node
-    return replace(node, op="aten.cat.default", args=(("tensors", tuple(parts)), ("dim", first)))
+    return replace(node, op="aten.cat.default", args=(("tensors", tuple(parts)), ("dim", dim)))
 
 
 _WRITE = "aten.slice_scatter.default"

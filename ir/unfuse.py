@@ -28,6 +28,7 @@ from operator import is_
 
 from .graph import Arg, Block, Graph, Loop, Node, Param, Part, TensorType, Value
 from .rewrite import with_args, with_operands
+from .unfuse_experts import unfuse_experts
 
 # Products with a weight: names of the arguments weight and bias, and the weight's dim of columns.
 _PRODUCTS = {
@@ -49,8 +50,10 @@ _DROPS_DIM = ("aten.unbind.int", "aten.select.int")
 def unfuse(graph: Graph) -> Graph:
     """`graph`, folded or flat, with every fused projection taken apart, parts of parts too.
 
-    Gives `graph` itself where there is none.
+    Gates of experts are parts as well, see `unfuse_experts`.  Gives `graph` itself where there is
+    none.
     """
+    graph = unfuse_experts(graph)
     taken = set(_names(graph))
     scope = _Scope(graph.params, graph.body, tuple(output.value for output in graph.outputs))
     apart = scope.apart(taken)

@@ -242,9 +242,9 @@ class Builder:
 
     # -- the problem --------------------------------------------------------------------------
 
-    def build(self, restriction: Restriction) -> _Built:
+    def build(self, restriction: Restriction) -> Built:
         """The problem under a restriction, with the index that `read` needs."""
-        built = _Built(self, restriction)
+        built = Built(self, restriction)
         built.add_sources()
         built.add_regions()
         built.add_outputs()
@@ -292,7 +292,7 @@ def _aliases(graph: Graph) -> dict[str, str]:
     return alias
 
 
-class _Built:
+class Built:
     """A problem under construction, then with its index."""
 
     def __init__(self, builder: Builder, restriction: Restriction) -> None:

@@ -29,6 +29,7 @@ class Request:
     memory_bytes: float
     pins: tuple[str, ...] = ()
     context: int = 0  # tokens of each sequence that are cached before
+    output_tokens: int = 0  # of each answer, in phase `serve`
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ class Plan:
     `seconds` is one step (training) or one forward pass (other phases), as the cost model prices
     it.
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
+    In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
+    same mesh, parameters and caches.
     """
 
     request: Request
@@ -102,6 +105,7 @@ class Plan:
     baselines: tuple[Baseline, ...]
     search: Search
     notes: tuple[str, ...] = field(default=())
+    decode: Plan | None = None
 
     @property
     def training(self) -> bool:

@@ -36,6 +36,8 @@ _LABELS = {"b": "batch", "s": "sequence"}
 
 def format_plan(plan: Plan) -> str:
     """The whole report, as `plan` prints it."""
+    if plan.decode is not None:
+        return _format_serving(plan, plan.decode)
     parts = [
         _winner(plan),
         _ordinary(plan),
@@ -46,6 +48,25 @@ def format_plan(plan: Plan) -> str:
     ]
     if plan.notes:
         parts.append("Notes\n" + "\n".join(f"  {note}" for note in plan.notes))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _format_serving(plan: Plan, decode: Plan) -> str:
+    """Both phases: what an answer costs, then each one's tables."""
+    request, mesh = plan.request, plan.mesh
+    whole = plan.seconds + request.output_tokens * decode.seconds
+    rate = request.batch * request.output_tokens / whole
+    head = (
+        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "
+        f"sequences of {request.seq} tokens are answered with {request.output_tokens} tokens each "
+        f"in {format_seconds(whole)} (predicted).\n"
+        f"  time to the first token (TTFT)   {format_seconds(plan.seconds)}\n"
+        f"  time per output token            {format_seconds(decode.seconds)}\n"
+        f"  output tokens                    {rate:.4g}/s, {rate / request.gpus:.4g}/s/GPU\n"
+        "One set of weights and one cache layout serve both phases."
+    )
+    rest = [f"Prefill\n\n{_binding(plan)}", *_tables(plan), f"Decode\n\n{_binding(decode)}"]
+    parts = [head, _ordinary(plan), *rest, *_tables(decode), _memory(decode), _search(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -322,7 +343,7 @@ def _capacity(plan: Plan) -> str:
     request, memory = plan.request, plan.memory
     if not memory.cache:
         return ""
-    length = request.context + request.seq
+    length = request.context + 1 if request.output_tokens else request.context + request.seq
     per_token = memory.cache / (request.batch * length)
     tokens = int((request.memory_bytes - memory.total + memory.cache) / per_token)
     return (

@@ -50,7 +50,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class _Solved:
+class Solved:
     """The optimum on one mesh."""
 
     builder: Builder
@@ -84,7 +84,7 @@ def make_plan(
     if pins and mesh is None:
         raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
 
-    def attempt(mesh: Mesh, variant: Setting) -> _Solved | None:
+    def attempt(mesh: Mesh, variant: Setting) -> Solved | None:
         again = ", layers recomputed" if variant.recompute else ""
         order = ", tokens in zigzag order" if variant.order == "zigzag" else ""
         progress(f"solving {mesh}{again}{order}")
@@ -94,7 +94,7 @@ def make_plan(
             builder = Builder(graph, Network(mesh, cluster), variant)
         return _solve(builder, restriction, solver, time_limit_s, clock)
 
-    def attempts(setting: Setting) -> list[_Solved | None]:
+    def attempts(setting: Setting) -> list[Solved | None]:
         return [
             attempt(mesh, replace(setting, order=order))
             for mesh in meshes
@@ -111,16 +111,16 @@ def make_plan(
     with clock.step("baselines"):
         baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
     proven = all(one is None or one.solution.status == "optimal" for one in tried)
-    return _assemble(graph, request, best, baselines, len(meshes), solver, clock, proven)
+    return assemble(graph, request, best, baselines, len(meshes), solver, clock, proven)
 
 
-def _cheapest(solved: Sequence[_Solved | None]) -> _Solved | None:
+def _cheapest(solved: Sequence[Solved | None]) -> Solved | None:
     """The one with the fewest seconds; of equal ones the first."""
     found = [one for one in solved if one is not None]
     return min(found, key=lambda one: float(f"{one.seconds:.9e}")) if found else None
 
 
-def _short_of_memory(best: _Solved | None, setting: Setting) -> bool:
+def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
     """May recomputing layers help?  It costs time and gives nothing but memory."""
     if not setting.training or setting.memory_bytes is None:
         return False
@@ -185,7 +185,7 @@ def _solve(
     solver: str,
     time_limit_s: float,
     clock: Clock,
-) -> _Solved | None:
+) -> Solved | None:
     """The optimum of one problem; None if nothing fits its memory."""
     mesh = builder.network.mesh
     with clock.step("problem"):
@@ -202,7 +202,7 @@ def _solve(
         return None
     evaluation = evaluate(problem, solution.assignment)
     gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
-    return _Solved(
+    return Solved(
         builder,
         _plain_order(builder.graph, built.read(solution.assignment)),
         solution,
@@ -231,7 +231,7 @@ def _baselines(
     cluster: Cluster,
     setting: Setting,
     meshes: Sequence[Mesh],
-    best: _Solved,
+    best: Solved,
     solver: str,
     time_limit_s: float,
 ) -> tuple[Baseline, ...]:
@@ -239,7 +239,7 @@ def _baselines(
     recompute = [False, True] if best.builder.setting.recompute else [False]
     rows: list[Baseline] = []
     clock = Clock()
-    for mesh in _baseline_meshes(meshes, best, cluster):
+    for mesh in baseline_meshes(meshes, best.builder.network.mesh, cluster):
         network = Network(mesh, cluster)
         builders = [
             Builder(graph, network, replace(setting, recompute=again, order=order))
@@ -263,23 +263,21 @@ def _baselines(
     return tuple(rows)
 
 
-def _baseline_meshes(meshes: Sequence[Mesh], best: _Solved, cluster: Cluster) -> list[Mesh]:
+def baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
     """One axis, a node's GPUs as the inner axis (all or half of them), and the winner's own."""
     node = min(cluster.gpus_per_node, meshes[0].ranks)
     inner = (node, node // 2)
     return [
         mesh
         for mesh in meshes
-        if len(mesh.axes) == 1
-        or (len(mesh.axes) == 2 and mesh.sizes[1] in inner)
-        or mesh == best.builder.network.mesh
+        if len(mesh.axes) == 1 or (len(mesh.axes) == 2 and mesh.sizes[1] in inner) or mesh == best
     ]
 
 
-def _assemble(
+def assemble(
     graph: Graph,
     request: Request,
-    best: _Solved,
+    best: Solved,
     baselines: tuple[Baseline, ...],
     meshes: int,
     solver: str,
@@ -328,7 +326,7 @@ def _assemble(
     )  # fmt: skip
 
 
-def _memory(graph: Graph, best: _Solved) -> tuple[Memory, float]:
+def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
     """Peak bytes by kind, and the seconds of the optimizer step."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
@@ -401,4 +399,7 @@ def _notes(graph: Graph) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Clock", "Step", "candidate_meshes", "make_plan"]
+__all__ = [
+    "Clock", "Progress", "Solved", "Step", "assemble", "baseline_meshes", "candidate_meshes",
+    "make_plan", "name_axes", "setting_of",
+]  # fmt: skip

@@ -50,6 +50,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             for (value, a, b), steps in plan.paths.items()
         ],
         "graph": graph_to_json(plan.graph),
+        "decode": None if plan.decode is None else plan_to_json(plan.decode),
     }
 
 
@@ -101,6 +102,7 @@ def plan_from_json(data: object) -> Plan:
             search.rows("seconds", str, float),
         ),
         notes=tuple(map(str, reader.get("notes", list))),
+        decode=None if reader.is_null("decode") else plan_from_json(reader.get("decode", dict)),
     )
 
 
@@ -154,6 +156,10 @@ class _Reader:
         if type(value) is not kind:
             raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
         return value
+
+    def is_null(self, name: str) -> bool:
+        """Is the field `name` null?"""
+        return self._data.get(name, 0) is None
 
     def many(self, name: str, kind: type) -> tuple[Any, ...]:
         """The list in field `name`, its items of `kind`."""

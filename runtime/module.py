@@ -116,9 +116,17 @@ class ShardedModule(nn.Module):
     PHASE: ClassVar[Literal["train", "prefill"]] = "train"
     OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
     REGATHER: ClassVar[bool] = True
+    DECODE: ClassVar[type[ShardedModule] | None] = None
     _originals: ClassVar[Mapping[str, Original]]  # what PARAMETERS make up
 
-    def __init__(self, mesh: Mesh | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        device: torch.device | str | None = None,
+        *,
+        shared: ShardedModule | None = None,
+    ) -> None:
+        """On `mesh` (default: one over all ranks); with the parameters of `shared` if given."""
         super().__init__()
         self._serving: Serving | None = None
         self.mesh = Mesh.create(self.MESH, device) if mesh is None else mesh
@@ -127,7 +135,9 @@ class ShardedModule(nn.Module):
             raise ValueError(f"this module was planned for mesh {wanted}, got {self.mesh}")
         install_layers(self, self.mesh, self.LAYERS)
         for name, param in self.PARAMETERS.items():
-            self._register(name, param)
+            self._register(name, param, shared)
+        decode = self.DECODE  # in a tuple, because its parameters are this module's
+        self._decoding = () if decode is None else (decode(self.mesh, shared=self),)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -395,15 +405,18 @@ class ShardedModule(nn.Module):
 
     def inputs_of(self, phase: ServePhase) -> Mapping[str, Input]:
         """The inputs of the program for `phase`: `input_ids` and `position_ids`."""
-        return self.INPUTS
+        return self._program(phase).INPUTS
 
     def outputs_of(self, phase: ServePhase) -> Sequence[Output]:
         """The outputs of the program for `phase`; one of them is `logits`, or there is only one."""
-        return self.OUTPUTS
+        return self._program(phase).OUTPUTS
 
     def _run(self, phase: ServePhase, **local: Tensor) -> Any:
         """Run the program for `phase` on this rank's part of its inputs."""
-        return self(**local)
+        return self._program(phase)(**local)
+
+    def _program(self, phase: ServePhase) -> ShardedModule:
+        return self._decoding[0] if phase == "decode" and self._decoding else self
 
     # What `Serving` uses.
 
@@ -425,8 +438,9 @@ class ShardedModule(nn.Module):
 
     def set_cache(self, name: str, cache: KVCache) -> None:
         """Put this rank's part of a cache where `forward` looks for it."""
-        owner, leaf = _owner(self, name)
-        setattr(owner, leaf, cache)
+        for module in (self, *self._decoding):
+            owner, leaf = _owner(module, name)
+            setattr(owner, leaf, cache)
 
     def room_for(self, batch: int, tokens: int) -> Serving:
         """The serving state, with new caches unless those that are there are large enough."""
@@ -505,12 +519,14 @@ class ShardedModule(nn.Module):
 
     # --- details ---------------------------------------------------------------------------------
 
-    def _register(self, name: str, param: Param) -> None:
+    def _register(self, name: str, param: Param, shared: ShardedModule | None) -> None:
         spec = parse_spec(param.spec)
         shape = local_shape(param.shape, spec, self.mesh.sizes)
         owner, leaf = _owner(self, name)
         present = getattr(owner, leaf, None)
-        if present is not None:
+        if shared is not None:
+            tensor = shared.local(name)
+        elif present is not None:
             if tuple(present.shape) != shape:
                 raise ValueError(
                     f"`{name}` was built with shape {tuple(present.shape)}, not {shape}"
@@ -528,7 +544,7 @@ class ShardedModule(nn.Module):
                 owner.register_parameter(leaf, tensor)
             else:
                 owner.register_buffer(leaf, tensor, persistent=param.kind == "buffer")
-        if param.kind == "constant":
+        if param.kind == "constant" and shared is None:
             data = torch.tensor(param.data, dtype=param.dtype).reshape(param.shape)
             self._fill(name, StateDict({name: data}), name)
 

@@ -16,7 +16,7 @@ from .ir.capture import capture_folded
 from .ir.graph import Graph
 from .ir.mesh import Mesh
 from .ir.serving import ServingError, is_decoder, serving_graph
-from .loading import DTYPES, Loaded, load_target, quiet_torch, with_positions
+from .loading import DTYPES, Loaded, load_target, one_token, quiet_torch, with_positions
 from .planner import plan as plans
 from .planner.build import Builder, Restriction
 from .planner.conversion import Network
@@ -25,12 +25,14 @@ from .planner.fused import make_faster_plan
 from .planner.iopddl import write_problem
 from .planner.roles import Pin, Pins
 from .planner.search import Clock, setting_of
+from .planner.serving import make_serving_plan
 
 if TYPE_CHECKING:
     from .verify import Verification
 
-PHASES = ("train", "prefill", "decode", "append")
+PHASES = ("train", "prefill", "decode", "append", "serve")
 _CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
+_OUTPUT_TOKENS = 256  # of an answer, in phase `serve`
 Request = plans.Request
 
 
@@ -97,6 +99,7 @@ def plan(
     cluster: str = "h100",
     phase: str = "train",
     context: int | None = None,
+    output_tokens: int | None = None,
     mesh: str | None = None,
     pins: Sequence[str] = (),
     memory_bytes: int | None = None,
@@ -110,10 +113,11 @@ def plan(
     `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
     Dim 0 of every input is taken as the batch and dim 1 as the sequence: with `phase` `prefill`,
     `decode` or `append` the new tokens, to which `context` cached ones are added.  Models with
-    causal attention and an input `position_ids` are then planned with a KV cache.  `cluster` is a
-    built-in name or the path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh`
-    (`2x4`) fixes the mesh, which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept
-    and priced.
+    causal attention and an input `position_ids` are then planned with a KV cache.  `serve` plans
+    prefill and the decoding of `output_tokens` together, with one set of weights and one cache
+    layout; the plan's `decode` is that of one output token.  `cluster` is a built-in name or the
+    path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`) fixes the mesh,
+    which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
@@ -125,7 +129,7 @@ def plan(
     parameter = next(model.parameters(), torch.empty(0))
     request = _request(
         "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
-        optimizer, memory_bytes, pins, context,
+        optimizer, memory_bytes, pins, context, output_tokens,
     )  # fmt: skip
     return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, Clock())
 
@@ -146,12 +150,14 @@ def plan_file(
     solver: str,
     time_limit_s: float,
     context: int | None = None,
+    output_tokens: int | None = None,
     progress: Progress = _silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
     request = _request(
-        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context
-    )
+        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context,
+        output_tokens,
+    )  # fmt: skip
     clock = Clock()
     progress("build the model")
     with clock.step("model"):
@@ -210,6 +216,7 @@ def _request(
     memory_bytes: int | None,
     pins: Sequence[str],
     context: int | None,
+    output_tokens: int | None,
 ) -> Request:
     if phase not in PHASES:
         raise PlanError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
@@ -221,12 +228,15 @@ def _request(
             f"phase {phase} begins with an empty cache; cached tokens (--context {context}) are "
             "for decode and append"
         )
+    if output_tokens and phase != "serve":
+        raise PlanError(f"only phase serve has output tokens (--output-tokens), not {phase}")
     machine = load_cluster(cluster, gpus)
     optimizer = optimizer or ("adamw" if phase == "train" else "none")
     memory = float(memory_bytes or machine.memory_bytes)
     return Request(
         target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins),
         (_CONTEXT if context is None else context) if cached else 0,
+        (output_tokens or _OUTPUT_TOKENS) if phase == "serve" else 0,
     )  # fmt: skip
 
 
@@ -242,6 +252,8 @@ def _plan(
 ) -> Plan:
     fixed = parse_mesh(mesh, request.gpus) if mesh else None
     progress("capture the graph")
+    if request.phase == "serve":
+        return _serving_plan(loaded, request, fixed, pins, solver, time_limit_s, progress, clock)
     with clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
     made = make_faster_plan(
@@ -250,6 +262,43 @@ def _plan(
         request,
         mesh=fixed,
         pins=pins,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        clock=clock,
+        progress=progress,
+    )
+    return Plan.of(made)
+
+
+def _serving_plan(
+    loaded: Loaded,
+    request: Request,
+    mesh: Mesh | None,
+    pins: Sequence[str],
+    solver: str,
+    time_limit_s: float,
+    progress: Progress,
+    clock: Clock,
+) -> Plan:
+    """Prefill and decode together."""
+    if pins and mesh is None:
+        raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
+
+    def restriction(graph: Graph, mesh: Mesh) -> Restriction:
+        kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
+        return Pins(kept, graph) if kept else Restriction()
+
+    longest = request.seq + request.output_tokens - 1
+    with clock.step("capture"):
+        prefill = phase_graph(loaded, "append", 0)
+        decode = phase_graph(one_token(loaded), "decode", longest)
+    made = make_serving_plan(
+        prefill,
+        decode,
+        load_cluster(request.cluster, request.gpus),
+        request,
+        mesh=mesh,
+        restriction=restriction,
         solver=solver,
         time_limit_s=time_limit_s,
         clock=clock,

@@ -38,6 +38,7 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     APPEND = "append"
+    SERVE = "serve"
 
 
 class Dtype(StrEnum):
@@ -166,6 +167,15 @@ def plan(
             help="cached tokens before the new ones, e.g. --context 32768",
         ),
     ] = None,
+    output_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="256",
+            help="tokens of an answer, with --phase serve, e.g. --output-tokens 1024",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
     ] = Dtype.BFLOAT16,
@@ -270,6 +280,7 @@ def plan(
                 batch=gpus if batch is None else batch,
                 seq=seq or (1 if phase is Phase.DECODE else 1024),
                 context=context,
+                output_tokens=output_tokens,
                 dtype=dtype.value,
                 memory_bytes=memory,
                 mesh=mesh,

@@ -134,6 +134,19 @@ def with_positions(loaded: Loaded) -> Loaded | None:
     return replace(loaded, inputs={**inputs, name: positions}, labels=labels)
 
 
+def one_token(loaded: Loaded) -> Loaded:
+    """The same model with one token of each sequence as its inputs."""
+    inputs = {
+        name: x.narrow(dim, 0, 1) if (dim := _token_dim(loaded.labels.get(name, ()))) >= 0 else x
+        for name, x in loaded.inputs.items()
+    }
+    return replace(loaded, inputs=inputs)
+
+
+def _token_dim(labels: tuple[str, ...]) -> int:
+    return labels.index("s") if "s" in labels else -1
+
+
 def _has_position_table(model: nn.Module) -> bool:
     return any(
         "position" in name or name.endswith("wpe.weight") for name, _ in model.named_parameters()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph
+from shardwright.ir.unfuse import unfuse
 from shardwright.ir.widen import widened
 from shardwright.planner.build import Builder, Decisions
 from shardwright.runtime import RankPool
@@ -76,6 +77,13 @@ def check(pool: RankPool, family: str, builder: Builder, decisions: Decisions) -
 
 
 WAYS = {"dispatch": ("dispatch_i0", "dispatch_i1"), "own experts": ("e",)}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4"])
+def test_hidden_units_on_two_ranks(pool: Pool, family: str) -> None:
+    """Gate and up are parts of one parameter, whose gradient is that of the whole."""
+    builder = builder_of(unfuse(case_of(family)[0]), mesh_of(2))
+    check(pool(2), family, builder, decisions_with(builder, ("f",), 0))
 
 
 @pytest.mark.parametrize("family", ["example", *FAMILIES])

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from shardwright.codegen.write import module_source
+from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph
 from shardwright.ir.interpret import Caches, interpret
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.serving import serving_graph
 from shardwright.ir.widen import widened
 from shardwright.planner.build import Decisions, Restriction
+from shardwright.planner.plan import Plan, Request
 from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.search import Clock
+from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.solvers import solve
+from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model
@@ -44,7 +53,7 @@ def model_of(name: str) -> Any:
 
 
 @cache
-def graph_of(name: str, tokens: int) -> Graph:
+def graph_of(name: str, tokens: int, context: int = 0) -> Graph:
     """The served graph of a tiny model, its casts to float32 widened."""
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "position_ids": ids}
@@ -53,7 +62,7 @@ def graph_of(name: str, tokens: int) -> Graph:
     folded = fold(flat)
     named = tuple(type(item)(item.name, item.value, labels) for item in folded.inputs)
     graph = Graph(folded.name, named, folded.params, folded.body, folded.outputs)
-    return widened(serving_graph(graph, context=0))
+    return widened(serving_graph(graph, context))
 
 
 class Cut(Restriction):
@@ -153,6 +162,52 @@ def test_predicted_bytes(pool: Pool, algorithm: str) -> None:
         assert counted == pytest.approx(moved, rel=1e-12)
 
 
+def serving_plan(name: str, sizes: tuple[int, ...], ways: tuple[str, str] | None) -> Plan:
+    """Prefill and decode of a tiny model planned together; `ways` fixes both's attention."""
+    prefill, decode = graph_of(name, PROMPT), graph_of(name, 1, PROMPT + NEW - 1)
+    request = Request(
+        "", prod(sizes), "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW
+    )
+
+    def restriction(graph: Graph, mesh: Mesh) -> Restriction:
+        return Cut(ways[0] if graph is prefill else ways[1]) if ways else Restriction()
+
+    return make_serving_plan(
+        prefill, decode, load_cluster("cpu"), request, mesh=mesh_of(*sizes),
+        restriction=restriction, solver="highs", time_limit_s=60.0, clock=Clock(),
+        progress=lambda step: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ways", [("ring", "tree"), ("pass_q", "tree"), ("n", "n"), None], ids=str)
+def test_two_programs_serve_together(pool: Pool, ways: tuple[str, str] | None) -> None:
+    """One module with a program for each phase, over one set of weights and one cache."""
+    plan = serving_plan("llama", (2, 2), ways)
+    assert plan.decode is not None and plan.decode.mesh == plan.mesh
+    assert plan.decode.decisions.specs.keys() & plan.decisions.specs.keys()
+    source = module_source(plan)
+    assert "DECODE = Decoding" in source
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
+    ids, lengths = prompts()
+    state = model_of("llama").state_dict()
+    want = greedy("llama", ids, lengths)
+    for got in pool(4).run(generate_on_rank, source, state, ids, {"lengths": lengths}):
+        assert torch.equal(got[:, PROMPT:], want)
+
+
+def test_serving_minimises_the_whole_answer() -> None:
+    """No other pair of plans with the same weights and caches answers sooner."""
+    best = serving_plan("llama", (2, 2), None)
+    assert best.decode is not None
+    whole = best.seconds + NEW * best.decode.seconds
+    for ways in (("ring", "tree"), ("n", "n"), ("b", "b")):
+        other = serving_plan("llama", (2, 2), ways)
+        assert other.decode is not None
+        assert whole <= other.seconds + NEW * other.decode.seconds + 1e-12
+    for row in best.baselines:
+        assert row.seconds is None or whole <= row.seconds + 1e-12
+
+
 def generate_on_rank(
     source: str, state: dict[str, Tensor], ids: Tensor, options: dict[str, Any]
 ) -> Tensor:
@@ -160,20 +215,23 @@ def generate_on_rank(
     return model.generate(ids, NEW, **options)
 
 
+def greedy(name: str, ids: Tensor, lengths: list[int]) -> Tensor:
+    """The new tokens (b, NEW) of transformers' own `generate`, sequence by sequence."""
+    answers = [
+        model_of(name).generate(
+            ids[row : row + 1, :length], max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+            pad_token_id=0, use_cache=True,
+        )[:, length:]
+        for row, length in enumerate(lengths)
+    ]  # fmt: skip
+    return torch.cat(answers)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_equals_transformers(pool: Pool, name: str) -> None:
     """Greedy, a batch of different lengths, under random decisions for eight tokens at a time."""
     ids, lengths = prompts()
-    reference = model_of(name)
-    want = torch.cat(
-        [
-            reference.generate(
-                ids[row : row + 1, :length], max_new_tokens=NEW, do_sample=False,
-                eos_token_id=None, pad_token_id=0, use_cache=True,
-            )[:, length:]
-            for row, length in enumerate(lengths)
-        ]
-    )  # fmt: skip
+    reference, want = model_of(name), greedy(name, ids, lengths)
     builder = builder_of(graph_of(name, 8), mesh_of(2, 2), training=False)
     state = reference.state_dict()
     for seed in (0, 1):

@@ -54,6 +54,45 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
+def test_a_tensor_written_part_by_part_is_its_parts() -> None:
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        y = x.new_empty(3, 6)
+        y[:, :4] = x
+        y[:, 4:] = w
+        return y.exp()
+
+    graph = captured(forward, normal(3, 4), 3, 2)
+    assert ops(graph) == ["aten.cat.default", "aten.exp.default"]
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_tensor_written_with_a_gap_or_twice_is_not(start: int) -> None:
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        y = x.new_zeros(3, start + 4)
+        y[:, :2] = w
+        y[:, start:] = x
+        return y.exp()
+
+    graph = captured(forward, normal(3, 4), 3, 2)
+    assert ops(graph).count("aten.slice_scatter.default") == 2
+    assert "aten.cat.default" not in ops(graph)
+
+
+def test_routing_keeps_tokens_apart() -> None:
+    """A router on merged tokens: its choices, and a mask of groups, are made for (b, s)."""
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        scores = (x.view(6, 4) * w).sigmoid()
+        groups = scores.view(6, 2, 2).topk(1, dim=-1)[0].sum(dim=-1)
+        mask = torch.zeros_like(groups).scatter(1, groups.topk(1, dim=1)[1], 1.0)
+        mask = mask.unsqueeze(-1).expand(-1, 2, 2).reshape(6, 4)
+        chosen = scores.masked_fill(mask == 0, 0.0).topk(2, dim=1)[1]
+        return scores.gather(1, chosen).view(2, 3, 2)
+
+    graph = captured(forward, normal(2, 3, 4), 4)
+    assert all(value.type.shape[:2] == (2, 3) for n in nodes(graph) for value in n.outputs)
+
+
 def test_identities_vanish() -> None:
     graph = captured(
         lambda x, w: (x.view(3, 4).expand(3, 4)[:].contiguous().clone() + 0).to(x.dtype) * w,

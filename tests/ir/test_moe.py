@@ -18,6 +18,7 @@ from shardwright.ir.huggingface_experts import form_of
 from shardwright.ir.labels import label_dims
 from shardwright.ir.ops import experts_dims, find_op, rule_of
 from shardwright.ir.spec import P, R, S, V
+from shardwright.ir.unfuse import unfuse
 from tests.examples.test_examples import load
 
 from .models import VOCABULARY, batch
@@ -338,6 +339,19 @@ def test_hidden_units_of_halves_stay_whole() -> None:
     )
     assert "f" not in rule_of(mixtral).choices()
     assert rule_of(gpt_oss).choices()["f"][0][3] == S(2)  # pairs: cut between two of them
+
+
+def test_gate_and_up_apart() -> None:
+    """With a parameter of its own each, the hidden units of an expert can be cut."""
+    model, inputs = model_of("mixtral"), batch(2, 12, "input_ids")
+    whole = capture_folded(model, inputs, training=True)
+    graph = unfuse(whole)
+    (node,) = operators(graph)
+    assert node.arg("gating") == "separate" and "f" in rule_of(node).choices()
+    parts = [p for p in graph.loops[0].blocks[0].params if p.part is not None]
+    assert [(p.part.dim, p.part.start) for p in parts if p.part] == [(1, 0), (1, 48)]
+    assert {p.part.name for p in parts if p.part} == {"mlp.experts.gate_up_proj"}
+    assert unfuse(graph) is graph
 
 
 def test_labels_pass_through() -> None:

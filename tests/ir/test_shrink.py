@@ -43,6 +43,7 @@ CASES = [
     ("configs/mistral-7b", 8192),
     ("configs/qwen3-8b", 2048),
     ("encoder_decoder.py", 64),
+    ("moe.py", 64),
 ]
 # of fused projections: the parts of one tensor lie one after another in the small one, too
 IN_PARTS = [("configs/gpt2", 256), ("gpt.py", 64)]

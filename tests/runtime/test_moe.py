@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import comb
@@ -343,6 +344,26 @@ def test_half_precision(pool: Pool) -> None:
     for out, exact in pool(2).run(half_precision, case_of("halves")):
         error = (out.double() - exact).abs().max() / exact.abs().max()
         assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_kernel_is_the_loop(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    """torch's grouped product, which GPUs use, gives results and gradients of our loop."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(20, 16), torch.rand(20, 2)
+    indices = torch.randint(0, 3, (20, 2))  # the last expert has no token
+    shapes = ((4, 16, 32), (4, 16, 16)) if transposed else ((4, 32, 16), (4, 16, 16))
+    found: list[list[Tensor]] = []
+    for one_kernel in (False, True):
+        monkeypatch.setattr(sys.modules[moe.__module__], "_one_kernel", lambda *_, k=one_kernel: k)
+        torch.manual_seed(1)
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        leaves += [torch.randn(shape, requires_grad=True) for shape in shapes]
+        out = moe(leaves[0], indices, *leaves[1:], transposed=transposed)
+        (out * loss_weights(out)).sum().backward()
+        found.append([out.detach(), *(_grad(leaf) for leaf in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_whole_is_not_all_zeros() -> None:
