@@ -38,20 +38,21 @@ def conversation(batch: int, tokens: int, context: int, ranks: int, capacity: in
     """Steps of `tokens` new ones at a time, as planned, and of fewer.
 
     First the planned number in an empty cache.  Then anew: up to `context` tokens, but no more than
-    fill a page of every rank; twice `tokens`, at last ragged.  No sequence exceeds `capacity`, 3 or
-    more.
+    fill a page of every rank; twice `tokens`, the second time ragged; one token of each.  No
+    sequence exceeds `capacity`, 4 or more.
     """
     first = min(tokens, capacity)
-    cached = max(1, min(max(context, tokens), PAGE * ranks + PAGE // 2, capacity // 2))
-    new = max(1, min(tokens, (capacity - cached) // 2))
+    cached = max(1, min(max(context, tokens), PAGE * ranks + PAGE // 2, (capacity - 1) // 2))
+    new = max(1, min(tokens, (capacity - cached - 1) // 2))
     uneven = _ragged(batch, new)
     if batch > 1:
         uneven[-1] = 0
     return [
         Step("prefill", [first] * batch),
         Step("prefill", _ragged(batch, cached)),
-        Step("decode" if new == 1 else "append", [new] * batch),
+        Step("append", [new] * batch),
         Step("append", uneven),
+        Step("decode", [1] * batch),
     ]
 
 

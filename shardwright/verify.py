@@ -182,6 +182,12 @@ class _Case:
 
 
 def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
+    if plan.decode is not None:
+        raise PlanError(
+            f"{plan.graph.name} is planned for phase serve, and its two programs are only run as "
+            f"they are, on {plan.mesh.ranks} ranks (at most {_MOST_RANKS}) with a model that fits "
+            "this machine; verify a smaller configuration, or plan prefill and decode by themselves"
+        )
     specs = list(_specs(plan))
     shrunk = shrink(
         plan.graph, plan.decisions.choices, specs, plan.mesh, mesh, tokens_only=tokens_only

@@ -59,7 +59,7 @@ def test_decode_and_broken_modules(run: Run) -> None:
     planned(run, "llama.py", f"{SMALL} --phase decode --batch 4 --context 64")
     passed(
         run("verify", "out"),
-        "new tokens  prefill 1, prefill 37 to 40, decode 1, append 0 to 1\n",
+        "new tokens  prefill 1, prefill 37 to 40, append 1, append 0 to 1, decode 1\n",
         "its cache whole, float64",
         "Llama itself from",
         "whole sequences at once",
@@ -80,7 +80,7 @@ def test_decode_and_broken_modules(run: Run) -> None:
 def test_prefill_of_a_sharded_sequence_and_a_dropped_step(run: Run) -> None:
     report = planned(run, MISTRAL, f"{SMALL} --phase prefill --batch 1 --seq 64 --mesh cp=2")
     assert "cp: sequence, ring of K/V" in report, report
-    passed(run("verify", "out"), "prefill 64, prefill 40, append 64, append 64")
+    passed(run("verify", "out"), "prefill 64, prefill 40, append 64, append 64, decode 1")
     path = Path("out/sharded_model.py")
     good = path.read_text()
     wrong = good.replace("window=12", "window=13")
@@ -92,7 +92,24 @@ def test_prefill_of_a_sharded_sequence_and_a_dropped_step(run: Run) -> None:
 
 def test_no_more_tokens_than_the_model_has_positions(run: Run) -> None:
     planned(run, OPT, f"{SMALL} --phase prefill --batch 2 --seq 32")
-    passed(run("verify", "out"), "prefill 32, prefill 15 to 16, append 8, append 0 to 8")
+    passed(run("verify", "out"), "prefill 32, prefill 14 to 15, append 8, append 0 to 8")
+
+
+def test_two_programs_of_one_module(run: Run) -> None:
+    """A mistake in the second one is caught, too; they are not run smaller."""
+    words = "--phase serve --batch 2 --seq 16 --output-tokens 8"
+    planned(run, MISTRAL, f"{SMALL} {words}")
+    passed(run("verify", "out"), "append 0 to 16, decode 1")
+    path = Path("out/sharded_model.py")
+    text = path.read_text()
+    first, second = text.split("class Decoding(")
+    wrong = first.replace("scale=0.25", "scale=0.24")
+    assert wrong != first
+    path.write_text(f"{wrong}class Decoding({second}")
+    ran = run("verify", "out")
+    assert ran.code == 1 and re.search("logits after step 5: decode 1 +TOO LARGE", ran.out), ran.out
+    ran = run("verify", "out", "--ranks", "1")
+    assert ran.code == 2 and "its two programs are only run as they are" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +121,7 @@ def test_no_more_tokens_than_the_model_has_positions(run: Run) -> None:
         ),
         (
             "gemma2-9b", "--gpus 16 --mesh 4x4 --batch 16 --context 8192 --phase decode",
-            ("on 4 ranks", "decode 1, append 0 to 1"),
+            ("on 4 ranks", "append 0 to 1, decode 1"),
         ),
         (
             "gpt2", "--gpus 4 --mesh 2x2 --batch 4 --phase prefill",
@@ -118,7 +135,7 @@ def test_large_models_are_shrunk(config: str, words: str, said: tuple[str, ...],
 
 
 @pytest.mark.parametrize("batch, tokens, context", [(1, 1, 0), (3, 1, 9000), (4, 16, 64)])
-@pytest.mark.parametrize("capacity", [3, 7, 32, 10**9])
+@pytest.mark.parametrize("capacity", [4, 7, 32, 10**9])
 def test_conversations_fit(batch: int, tokens: int, context: int, capacity: int) -> None:
     steps = conversation(batch, tokens, context, 2, capacity)
     assert 1 <= length_of(steps) <= capacity
