@@ -99,7 +99,7 @@ def _winner(plan: Plan) -> str:
     request = plan.request
     text = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
-        f"{format_seconds(plan.seconds)} per {unit} (predicted)"
+        f"{format_seconds(plan.seconds)} per {unit}{_rate(plan)} (predicted)"
     )
     fitting = [b for b in plan.baselines if b.seconds is not None]
     if not fitting:
@@ -113,6 +113,14 @@ def _winner(plan: Plan) -> str:
     if ratio < 1.005:
         return f"{text}; {versus}: no better plan exists under this cost model."
     return f"{text}, {ratio:.2f}x faster: {versus}."
+
+
+def _rate(plan: Plan) -> str:
+    """New tokens per second, in serving: `, 5200 tokens/s, 650 tokens/s/GPU`."""
+    if plan.training:
+        return ""
+    rate = plan.request.batch * plan.request.seq / plan.seconds
+    return f", {rate:,.0f} tokens/s, {rate / plan.request.gpus:,.0f} tokens/s/GPU"
 
 
 def _ordinary(plan: Plan) -> str:
@@ -165,7 +173,7 @@ def _moved(plan: Plan) -> list[str]:
         f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
         for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
     ]
-    unit = "step" if plan.training else "prefill"
+    unit = "step" if plan.training else plan.request.phase
     return [f"Each GPU receives per {unit}: {'; '.join(parts)}."]
 
 

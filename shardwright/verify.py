@@ -34,6 +34,7 @@ from .conversation import (
     length_of,
 )
 from .ir.graph import Graph, Node, Value
+from .ir.indices import index_limits
 from .ir.interpret import interpret
 from .ir.mesh import Mesh
 from .ir.ops import kind_of
@@ -535,7 +536,7 @@ def _steps(case: _Case) -> list[Step]:
         return []
     positions = next(item.value for item in graph.inputs if item.name == "position_ids")
     batch, tokens = positions.type.shape
-    rows, _ = _index_limits(graph, positions.name)
+    rows, _ = index_limits(graph, positions.name)
     return conversation(
         batch, tokens, case.plan.request.context, case.mesh.ranks, min([*rows, sys.maxsize])
     )
@@ -545,7 +546,7 @@ def _random_tokens(graph: Graph, steps: Sequence[Step]) -> dict[str, Tensor]:
     """Tokens (b, s) of sequences as long as `steps` need."""
     generator = torch.Generator().manual_seed(1)
     tokens = next(item.value for item in graph.inputs if item.name == "input_ids")
-    limits, _ = _index_limits(graph, tokens.name)
+    limits, _ = index_limits(graph, tokens.name)
     shape = (tokens.type.shape[0], length_of(steps))
     return {"input_ids": torch.randint(0, min(limits), shape, generator=generator)}
 
@@ -559,7 +560,7 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
         if dtype.is_floating_point:
             inputs[item.name] = torch.randn(shape, generator=generator, dtype=dtype)
             continue
-        limits, ignored = _index_limits(graph, item.value.name)
+        limits, ignored = index_limits(graph, item.value.name)
         if not limits:
             inputs[item.name] = torch.ones(shape, dtype=dtype)
             continue
@@ -568,33 +569,6 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
             numbers[torch.rand(shape, generator=generator) < 1 / 8] = ignored
         inputs[item.name] = numbers.to(dtype)
     return inputs
-
-
-def _index_limits(graph: Graph, name: str) -> tuple[list[int], int | None]:
-    """Rows of the tables that the integers of this input look up; the label that is ignored.
-
-    The latter only where the input is nothing but labels.
-    """
-    limits: list[int] = []
-    ignored: list[int | None] = []
-    reached = {name: 0}  # what was added on the way
-    for node, _ in _repeated(graph):
-        added = [reached[operand.name] for operand in node.operands if operand.name in reached]
-        if not added:
-            continue
-        if node.op == "aten.embedding.default":
-            limits.append(node.operands[0].type.shape[0] - max(added))
-            ignored.append(None)
-        elif node.op == "shardwright.cross_entropy":
-            limits.append(node.operands[0].type.shape[-1])
-            index = node.arg("ignore_index")
-            ignored.append(index if isinstance(index, int) else None)
-        elif not node.output.type.dtype.is_floating_point:
-            other = dict(node.args).get("other") if node.op.startswith("aten.add.") else 0
-            offset = other if isinstance(other, int) else 0  # positions begin at 2 in some models
-            reached |= {out.name: max(added) + offset for out in node.outputs}
-    same = ignored[0] if ignored and all(index == ignored[0] for index in ignored) else None
-    return limits, same
 
 
 # --- in each rank -------------------------------------------------------------------------------
