@@ -11,7 +11,7 @@ import torch
 from ..ir.graph import Arg, Node, Value
 from ..ir.labels import DimLabels
 from ..ir.mesh import Mesh
-from ..ir.ops import find_op, rule_of
+from ..ir.ops import find_op, kind_of, rule_of
 from ..ir.spec import P, R, S, V, is_shard
 from ..planner.conversion import Step, primitive
 from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
@@ -56,6 +56,12 @@ class BodyEmitter:
         self._parameters: set[Sharded] = set()
         self._unused: dict[Sharded, tuple[Convert, ...]] = {}  # gathers written inline, until then
         self._notes: dict[Sharded, list[str]] = {}  # on what is written inline, until it is used
+        # Ops that name an operand more than once.
+        self._wordy = {
+            item.node.name
+            for item in statements
+            if isinstance(item, Compute) and kind_of(item.node) == "attention"
+        }
         self._uses = self._count_uses()
         self._last = self._last_uses()
 
@@ -135,13 +141,13 @@ class BodyEmitter:
     def _convert(self, item: Convert, dying: set[Sharded], indent: int) -> list[str]:
         text = self._conversion_call(item)
         notes = self._inline_notes(item)
-        if item.param and self._uses[item.target] == 1:
+        if self._is_inline(item):
             self.inline[item.target] = text
             self._notes[item.target] = [*notes, *_inline_note(item)]
             return []
         comment = "; ".join([self._conversion_comment(item), *notes])
         if item.param:
-            name = self.names.give(item.target, item.source.value.name.rsplit(".", 2)[-2])
+            name = self.names.give(item.target, _parameter_base(item.source.value.name))
         else:
             name = self._name(item, item.target, dying)
         return statement(f"{name} = {text}", indent, comment)
@@ -247,6 +253,11 @@ class BodyEmitter:
 
     # -- uses ---------------------------------------------------------------------------------
 
+    def _is_inline(self, item: Convert) -> bool:
+        """Is a parameter's conversion written where its result is used, once and by one op?"""
+        once = item.param and self._uses.get(item.target) == 1
+        return once and item.user not in self._wordy
+
     def _count_uses(self) -> dict[Sharded, int]:
         uses: dict[Sharded, int] = {}
         for item in self.statements:
@@ -265,9 +276,14 @@ class BodyEmitter:
             last[out] = len(self.statements)
         # what is written inline is read again where the text stands
         for at, item in reversed(list(enumerate(self.statements))):
-            if isinstance(item, Convert) and item.param and self._uses.get(item.target) == 1:
+            if isinstance(item, Convert) and self._is_inline(item):
                 last[item.source] = max(last.get(item.source, at), last.get(item.target, at))
         return last
+
+
+def _parameter_base(name: str) -> str:
+    """`q_proj` for `model.layers.0.self_attn.q_proj.weight`, `scale` for `scale`."""
+    return (name.split(".")[-2:])[0]
 
 
 def _inline_note(item: Convert) -> list[str]:
@@ -444,10 +460,10 @@ class _Renderer:
     def algorithm(self) -> tuple[str, str]:
         """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
         known = rule_of(self.node).algorithms
-        for axis, choice in enumerate(self.item.choices):
-            if choice in known:
-                return choice, self.body.axis_text(Step((axis,), R, S(0)))
-        return "", ""
+        axes = tuple(i for i, choice in enumerate(self.item.choices) if choice in known)
+        if not axes:
+            return "", ""
+        return self.item.choices[axes[0]], self.body.axis_text(Step(axes, R, S(0)))
 
     def order(self) -> str:
         """In which order ranks hold the tokens of a sequence: `contiguous` or `zigzag`."""

@@ -1452,6 +1452,11 @@ def _embedding_rule(node: Node) -> Rule:
 register("aten.embedding.default", Op(_embedding_rule, _emit_embedding, saves=("indices",)))
 
 
+# Query heads of one key head on several ranks, each with a copy of it: tensor parallelism over
+# more ranks than there are key heads.
+_INNER_HEADS = frozenset({"g"})
+
+
 def _attention_rule(node: Node) -> Rule:
     query, key = node.operands[:2]
     heads, groups = key.type.shape[1], query.type.shape[1] // key.type.shape[1]
@@ -1467,7 +1472,8 @@ def _attention_rule(node: Node) -> Rule:
         term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
     term += ", (n g)" if _sinks(node) is not None else ""
     text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
-    return replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+    rule = replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+    return replace(rule, inner=_INNER_HEADS)
 
 
 def _sinks(node: Node) -> Value | None:
@@ -1557,6 +1563,7 @@ def _cached_attention_rule(node: Node) -> Rule:
         rule,
         sizes={**rule.sizes, "c": context + new},
         uneven=frozenset({"c"}),
+        inner=_INNER_HEADS,
         algorithms={"ring": shared, "gather": shared, "pass_q": shared, "tree": whole},
     )
 
@@ -1700,7 +1707,11 @@ def _dispatches(rule: Rule) -> dict[str, Algorithm]:
     stacked = (S(0),) * (len(rule.operands) - _TOKEN_OPERANDS)
     return {
         f"{_DISPATCH}{factor}": Algorithm(
-            (factor, "e"), ((S(dim),) * _TOKEN_OPERANDS + stacked), (S(dim),)
+            (factor, "e"),
+            ((S(dim),) * _TOKEN_OPERANDS + stacked),
+            (S(dim),),
+            joint=True,
+            alone=("e",),
         )
         for dim, (factor,) in enumerate(rule.operands[0][:-1])
         if rule.sizes[factor] > 1

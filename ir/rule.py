@@ -5,7 +5,8 @@ A rule names the factors of an op's dims as in einsum.  `linear` is
     b s k, o k -> b s o
 
 - a factor in an operand is a dim that can be cut there; `(n d)` is a dim that is a product of
-  factors, major to minor, of which only the outermost can be cut without moving data;
+  factors, major to minor, of which only the outermost can be cut without moving data (and one of
+  `inner` by an axis after those that cut all factors before it into single ones);
 - a factor that is missing from the result is contracted: cutting it gives a partial sum;
 - `[h]` must stay whole; `1` (or a broadcast dim) has no factor;
 - `...` stands for any leading dims, the same in every operand that has them.
@@ -49,8 +50,8 @@ class Algorithm:
     """A way to run an op over an axis that communicates inside the op.
 
     `cuts` are the factors of which each rank computes its part, the one that gives the choice its
-    meaning (and label) first.  A node uses at most one algorithm, on one axis, and no other axis
-    cuts its factors.
+    meaning (and label) first.  A node uses at most one algorithm, on one axis or, if `joint`, on
+    several taken as one; no other axis cuts the factors that are `alone` (default: all it cuts).
     """
 
     cuts: tuple[str, ...]
@@ -61,6 +62,8 @@ class Algorithm:
         default=lambda sizes, ranks: True, compare=False
     )
     label: str = ""  # what it cuts (`s`, `b`), where no operand has its first factor
+    joint: bool = False
+    alone: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Rule:
     )  # contracted factors that the op itself reduces: result `R`
     addends: frozenset[int] = frozenset()  # operands added to the result (a bias): `P` when it is
     passes: bool = False  # worth running on `V`: views and elementwise ops
+    inner: frozenset[str] = frozenset()  # may be cut where the factors before them are wholly cut
     algorithms: Mapping[str, Algorithm] = field(default_factory=dict[str, Algorithm])
     _choices: dict[str, tuple[tuple[State, ...], tuple[State, ...]]] = field(
         default_factory=dict, init=False, compare=False, repr=False
@@ -112,7 +116,8 @@ class Rule:
         """States when `factor` is cut, or None where that would need data to move."""
         if factor in self.whole or self.sizes[factor] == 1:
             return None
-        places = [_place(dims, factor, self.sizes) for dims in (*self.operands, *self.results)]
+        known = {**self.sizes, **dict.fromkeys(self._before(factor), 1)}
+        places = [_place(dims, factor, known) for dims in (*self.operands, *self.results)]
         if any(place == _INNER for place in places) or all(place is None for place in places):
             return None
         n = len(self.operands)
@@ -144,6 +149,8 @@ class Rule:
                 ways[factor] = ways.get(factor, 1) * n
         if not self._algorithm_fits(choices, axis_sizes, ways):
             return None
+        if self.inner and not self._inner_fit(choices, axis_sizes):
+            return None
         for factor, n in ways.items():
             size = self.sizes[factor]
             if size % n == 0:
@@ -152,6 +159,22 @@ class Rule:
                 return None
         return ways
 
+    def _before(self, factor: str) -> set[str]:
+        """The factors that stand before one of `inner` in a dim."""
+        if factor not in self.inner:
+            return set()
+        dims = [dim for term in (*self.operands, *self.results) for dim in term if factor in dim]
+        return {name for dim in dims for name in dim[: dim.index(factor)]}
+
+    def _inner_fit(self, choices: Sequence[Choice], axis_sizes: Sequence[int]) -> bool:
+        """Is each inner factor cut after axes that have wholly cut the factors before it?"""
+        pairs = list(zip(choices, axis_sizes, strict=True))
+        return all(
+            prod(n for c, n in pairs[:axis] if c == before) == self.sizes[before]
+            for axis, choice in enumerate(choices)
+            for before in self._before(choice)
+        )
+
     def _algorithm_fits(
         self, choices: Sequence[Choice], axis_sizes: Sequence[int], ways: Mapping[str, int]
     ) -> bool:
@@ -159,9 +182,12 @@ class Rule:
         used = [(c, n) for c, n in zip(choices, axis_sizes, strict=True) if c in self.algorithms]
         if not used:
             return True
-        (name, ranks), *more = used
-        way = self.algorithms[name]
-        if more or any(choice in way.cuts for choice in choices):
+        names, ranks = {choice for choice, _ in used}, prod(n for _, n in used)
+        way = self.algorithms[used[0][0]]
+        alone = way.cuts if way.alone is None else way.alone
+        if len(names) > 1 or (len(used) > 1 and not way.joint):
+            return False
+        if any(factor in alone for c in choices if c not in names for factor in self.cuts(c)):
             return False
         left = {f: size // ways.get(f, 1) for f, size in self.sizes.items()}
         return way.fits(left, ranks)

@@ -29,7 +29,7 @@ from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec, is_shard
 from .conversion import Conversions, Network, spec_fits
-from .pricing import Work, buffer_bytes, cache_bytes, local_bytes, price
+from .pricing import Work, buffer_bytes, cache_bytes, local_bytes, price, routed_bytes
 from .problem import Edge, ProblemNode, ShardingProblem, Usage
 from .regions import Region, Scope, Strategy, make_regions, node_specs, scopes
 
@@ -42,6 +42,7 @@ class Setting:
 
     `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
     `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
+    `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
     """
 
     training: bool
@@ -49,6 +50,7 @@ class Setting:
     memory_bytes: float | None
     recompute: bool = False
     order: str = "contiguous"
+    expert_imbalance: float = 0.0
 
 
 class Restriction:
@@ -122,13 +124,14 @@ class ParamRef:
 @dataclass(frozen=True, slots=True)
 class NodeCost:
     """One run of a node on one rank: seconds, bytes of its operands and results together, bytes of
-    its KV cache, what autograd keeps (value, bytes), and the spec that each operand is needed
-    in."""
+    its KV cache, bytes of rows sorted by expert that autograd keeps, what else it keeps (value,
+    bytes), and the spec that each operand is needed in."""
 
     forward_s: float
     seconds: float
     held: float
     cache: float
+    routed: float
     kept: tuple[tuple[str, int], ...]
     needs: tuple[tuple[Value, Spec], ...]
 
@@ -197,13 +200,15 @@ class Builder:
             if kind_of(node) != "view":
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
                 held += buffer_bytes(node, choices, self.sizes)
+            rows = routed_bytes(node, choices, self.sizes, self.setting.expert_imbalance)
             kept = saved_values(node) if self.setting.training else ()
             work = self.work(node, choices)
             self._costs[key] = NodeCost(
                 work.forward_s,
                 work.seconds,
-                float(held),
+                float(held) + rows,
                 cache_bytes(node, choices, self.sizes),
+                rows if self.setting.training else 0.0,
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),
             )
@@ -222,7 +227,12 @@ class Builder:
         if key not in self._work:
             setting = self.setting
             self._work[key] = price(
-                node, choices, self.network, training=setting.training, order=setting.order
+                node,
+                choices,
+                self.network,
+                training=setting.training,
+                order=setting.order,
+                imbalance=setting.expert_imbalance,
             )
         return self._work[key]
 
@@ -597,18 +607,19 @@ class Built:
         """(seconds, bytes kept for backward, bytes held at the widest node) of one run."""
         produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
         again = self._recomputed(region)
-        seconds = widest = 0.0
+        seconds = widest = routed = 0.0
         kept: dict[str, int] = {}
         for node, choices in zip(region.nodes, strategy.choices, strict=True):
             cost = self.builder.node_cost(node, choices)
             seconds += cost.seconds + (cost.forward_s if again else 0.0)
             widest = max(widest, cost.held)
             kept |= {n: size for n, size in cost.kept if keepers.get(n) == me}
+            routed += cost.routed
             for value, need in cost.needs:
                 if produced.get(value.name, need) != need:  # the result of a reduction
                     conversions = self.builder.conversions(value, param=False)
                     seconds += conversions.seconds(produced[value.name], need)
-        return seconds, float(sum(kept.values())), widest
+        return seconds, sum(kept.values()) + routed, widest
 
     # 3. outputs ---------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ STEP_S = 1e-12
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 COLLECTIVES = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter"})
+_LOCAL = frozenset({"slice", "mask", "pad"})
 
 
 def value_kind(state: State) -> str:
@@ -128,11 +129,11 @@ class Network:
         """Seconds of one primitive: a collective, or a local copy of `n_bytes`."""
         if kind == "nothing":
             return 0.0
-        if kind in COLLECTIVES:
-            return self.once(
-                (kind, axes, n_bytes), lambda: collective_s(kind, n_bytes, self.links[axes])
-            )
-        return self.traffic_seconds(2.0 * n_bytes)
+        if kind in _LOCAL:
+            return self.traffic_seconds(2.0 * n_bytes)
+        return self.once(
+            (kind, axes, n_bytes), lambda: collective_s(kind, n_bytes, self.links[axes])
+        )
 
     def seconds_of(self, kind: str, axes: tuple[int, ...], n_bytes: Ints) -> Floats:
         """`seconds` for an array of bytes."""

@@ -30,6 +30,7 @@ class Request:
     pins: tuple[str, ...] = ()
     context: int = 0  # tokens of each sequence that are cached before
     output_tokens: int = 0  # of each answer, in phase `serve`
+    expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from ..ir.graph import Node, Value
 from ..ir.ops import find_op, kind_of, matmul_dims, rule_of
 from ..ir.rule import Choice
 from ..ir.spec import Spec, local_shape
-from . import attention
+from . import attention, experts
 from .conversion import Network
 from .regions import node_specs
 
@@ -55,10 +55,12 @@ def price(
     *,
     training: bool,
     order: str = "contiguous",
+    imbalance: float = 0.0,
 ) -> Work:
     """Seconds of `node` on the busiest rank under `choices` (one per mesh axis).
 
-    `order` is that of the tokens on ranks which share a sequence: `contiguous` or `zigzag`.
+    `order` is that of the tokens on ranks which share a sequence: `contiguous` or `zigzag`;
+    `imbalance` the load of the busiest rank's experts over the mean (0: a power-law router's).
     """
     sizes = network.mesh.sizes
     ways = rule_of(node).ways(choices, sizes)
@@ -72,6 +74,10 @@ def price(
             return _price_matmul(node, ways, network, backward)
         case "attention":
             return _price_attention(node, choices, network, backward, order)
+        case "experts":
+            local = experts.Local.of(node, choices, sizes, imbalance)
+            dtype = str(node.output.type.dtype)
+            return Work(*experts.seconds(local, dtype, network, backward=backward))
         case _:
             work = _price_traffic(node, choices, network, training, backward)
             reduced = _price_inside(node, choices, network)
@@ -83,6 +89,15 @@ def buffer_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]
     if kind_of(node) != "attention":
         return 0.0
     return attention.buffer_bytes(attention.Local.of(node, choices, sizes, "contiguous"))
+
+
+def routed_bytes(
+    node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...], imbalance: float
+) -> float:
+    """Bytes of the rows, sorted by expert, that a layer of experts makes on the busiest rank."""
+    if kind_of(node) != "experts":
+        return 0.0
+    return experts.saved_bytes(experts.Local.of(node, choices, sizes, imbalance))
 
 
 def cache_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]) -> float:

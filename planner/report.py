@@ -28,6 +28,13 @@ _WORDS = {  # what cutting a factor is called, by kind of op
         "pass_q": "sequence, ring of queries",
         "tree": "cached tokens, tree",
     },
+    "experts": {
+        "e": "experts, summands",
+        "f": "hidden units",
+        "o": "columns",
+        "dispatch_i0": "experts, tokens sent to them",
+        "dispatch_i1": "experts, tokens sent to them",
+    },
     "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
     "shardwright.cross_entropy": {"v": "vocabulary"},
 }

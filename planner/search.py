@@ -13,7 +13,7 @@ from ..costmodel.memory import parameter_state_bytes
 from ..ir.graph import Graph, Node, Value
 from ..ir.labels import factor_labels, label_dims
 from ..ir.mesh import Mesh
-from ..ir.ops import find_op, kind_of, matmul_dims
+from ..ir.ops import experts_dims, find_op, kind_of, matmul_dims, rule_of
 from ..ir.order import is_causal_self_attention, token_dims
 from ..ir.spec import Spec
 from .build import Builder, Decisions, Restriction, Setting, all_params
@@ -148,7 +148,12 @@ def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
 
 def setting_of(request: Request) -> Setting:
     """What the problem builder needs to know of a request."""
-    return Setting(request.phase == "train", request.optimizer, request.memory_bytes)
+    return Setting(
+        request.phase == "train",
+        request.optimizer,
+        request.memory_bytes,
+        expert_imbalance=request.expert_imbalance,
+    )
 
 
 def candidate_meshes(gpus: int, cluster: Cluster) -> list[Mesh]:
@@ -360,7 +365,7 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
         votes: dict[str, float] = {}
         for scope in scopes(graph):
             for node in scope.nodes:
-                if kind_of(node) in ("matmul", "attention"):
+                if kind_of(node) in ("matmul", "attention", "experts"):
                     use = _use_of(node, decisions.choices[node.name][axis], labels)
                     weight = scope.weight * _flops(node)
                     votes[use] = votes.get(use, 0.0) + weight
@@ -376,6 +381,8 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
 def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
     if choice in ("R", "V"):
         return "tp"
+    if kind_of(node) == "experts" and "e" in rule_of(node).cuts(choice):
+        return "ep"
     label = factor_labels(node, labels).get(choice, "")
     return {"b": "dp", "s": "cp"}.get(label, "tp")
 
@@ -384,6 +391,9 @@ def _flops(node: Node) -> float:
     if kind_of(node) == "matmul":
         batch, m, n, k = matmul_dims(node, {})
         return 2.0 * batch * m * n * k
+    if kind_of(node) == "experts":
+        tokens, picks, _, width, hidden, out, matrices = experts_dims(node, {})
+        return 2.0 * tokens * picks * hidden * (matrices * width + out)
     return float(node.output.type.numel)
 
 

@@ -18,7 +18,7 @@ from ..costmodel.collective import wire_bytes
 from ..ir.mesh import Mesh
 from ..ir.ops import is_view, kind_of, rule_of, saved_values
 from ..ir.spec import local_shape
-from . import attention
+from . import attention, experts
 from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
 
 _COUNT_BYTES = 8  # the number of labels is an int64
@@ -86,6 +86,7 @@ class _Walk:
             else:
                 live_here = bool(live.intersection(item.outputs))
                 self._attention(item, times, live_here)
+                self._experts(item, times, live_here)
                 self._loss(item, times)
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
@@ -169,6 +170,16 @@ class _Walk:
             for _ in range(runs):
                 self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
 
+    def _experts(self, item: Compute, times: int, live: bool) -> None:
+        """Tokens sent to experts: what is expected of balanced routing."""
+        if kind_of(item.node) != "experts":
+            return
+        local = experts.Local.of(item.node, item.choices, self.mesh.sizes, imbalance=1.0)
+        for backward in (False, True) if live else (False,):
+            for n_bytes in experts.exchanged(local, backward):
+                for _ in range(1 if backward else times):
+                    self._add("all_to_all", local.axes, backward, n_bytes)
+
     def _loss(self, item: Compute, times: int) -> None:
         """A loss over a sharded vocabulary, and the number of labels over sharded tokens; which
         rank has the last token of a sharded sequence."""
@@ -197,7 +208,7 @@ class _Walk:
     def _axes(self, item: Compute, factor: str) -> tuple[int, ...]:
         return tuple(i for i, choice in enumerate(item.choices) if choice == factor)
 
-    def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: int) -> None:
+    def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: float) -> None:
         ways = prod(self.mesh.sizes[axis] for axis in axes)
         name = "_".join(self.mesh.names[axis] for axis in axes)
         key = Moved(kind, name, "backward" if backward else "forward")

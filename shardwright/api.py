@@ -100,6 +100,7 @@ def plan(
     phase: str = "train",
     context: int | None = None,
     output_tokens: int | None = None,
+    expert_imbalance: float | None = None,
     mesh: str | None = None,
     pins: Sequence[str] = (),
     memory_bytes: int | None = None,
@@ -118,6 +119,8 @@ def plan(
     layout; the plan's `decode` is that of one output token.  `cluster` is a built-in name or the
     path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`) fixes the mesh,
     which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
+    `expert_imbalance` is the load of the busiest rank's experts over the mean (default: that of a
+    power-law router).
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
@@ -129,7 +132,7 @@ def plan(
     parameter = next(model.parameters(), torch.empty(0))
     request = _request(
         "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
-        optimizer, memory_bytes, pins, context, output_tokens,
+        optimizer, memory_bytes, pins, context, output_tokens, expert_imbalance,
     )  # fmt: skip
     return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, Clock())
 
@@ -151,12 +154,13 @@ def plan_file(
     time_limit_s: float,
     context: int | None = None,
     output_tokens: int | None = None,
+    expert_imbalance: float | None = None,
     progress: Progress = _silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
     request = _request(
         target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context,
-        output_tokens,
+        output_tokens, expert_imbalance,
     )  # fmt: skip
     clock = Clock()
     progress("build the model")
@@ -217,6 +221,7 @@ def _request(
     pins: Sequence[str],
     context: int | None,
     output_tokens: int | None,
+    expert_imbalance: float | None,
 ) -> Request:
     if phase not in PHASES:
         raise PlanError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
@@ -230,13 +235,17 @@ def _request(
         )
     if output_tokens and phase != "serve":
         raise PlanError(f"only phase serve has output tokens (--output-tokens), not {phase}")
+    if expert_imbalance is not None and expert_imbalance < 1.0:
+        raise PlanError(
+            f"expert imbalance {expert_imbalance}: the busiest rank has at least the mean, 1"
+        )
     machine = load_cluster(cluster, gpus)
     optimizer = optimizer or ("adamw" if phase == "train" else "none")
     memory = float(memory_bytes or machine.memory_bytes)
     return Request(
         target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins),
         (_CONTEXT if context is None else context) if cached else 0,
-        (output_tokens or _OUTPUT_TOKENS) if phase == "serve" else 0,
+        (output_tokens or _OUTPUT_TOKENS) if phase == "serve" else 0, expert_imbalance or 0.0,
     )  # fmt: skip
 
 

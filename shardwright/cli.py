@@ -176,6 +176,14 @@ def plan(
             help="tokens of an answer, with --phase serve, e.g. --output-tokens 1024",
         ),
     ] = None,
+    expert_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            show_default="that of a power-law router",
+            help="load of the busiest GPU's experts over the mean, e.g. --expert-imbalance 1.5",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
     ] = Dtype.BFLOAT16,
@@ -281,6 +289,7 @@ def plan(
                 seq=seq or (1 if phase is Phase.DECODE else 1024),
                 context=context,
                 output_tokens=output_tokens,
+                expert_imbalance=expert_imbalance,
                 dtype=dtype.value,
                 memory_bytes=memory,
                 mesh=mesh,

@@ -28,12 +28,13 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    query_start: int = 0,
+    query_start: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """softmax(q k^T scale) v for q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv).
 
-    Query i stands at position `query_start + i` and key j at j.  A query at p attends key j where
+    Query i stands at position `query_start + i` and key j at j; ranks that share the queries must
+    all give `query_start`, so that all compute alike.  A query at p attends key j where
     j <= p if `causal`; j > p - window if `window` > 0; and
     `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
     `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
@@ -46,9 +47,11 @@ def attention(
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
     sq, sk = q.shape[2], k.shape[2]
-    ends_together = causal and query_start == 0 and sq == sk
-    bounded = window > 0 and query_start + sq > window
-    positioned = bounded or causal and not ends_together
+    # Nothing here may depend on the rank: backward asks for gathered operands in one order.
+    shared = query_start is not None
+    query_start = query_start or 0
+    bounded = window > 0 and (shared or sq > window)
+    positioned = bounded or causal and (shared or sq != sk)
     if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
         return _by_positions(q, k, v, sinks, scale, causal, window, softcap, query_start)
     if softcap == 0 and dropout_p == 0 and mask is None:

@@ -106,6 +106,22 @@ def test_random_decisions_on_all_meshes(
     run(pool, made, random_decisions(made, seed), case(name))
 
 
+class SplitGroups(Restriction):
+    """Key heads over the outer axis, the query heads of each over the inner one."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        return all(cs == ("n", "g") for node, cs in pairs if kind_of(node) == "attention")
+
+
+def test_more_ranks_than_key_heads(pool: Pool) -> None:
+    made = builder("llama", (2, 2))
+    decisions = planned(made, SplitGroups())
+    nodes = [node for node in made.graph.nodes if kind_of(node) == "attention"]
+    assert nodes and {decisions.choices[node.name] for node in nodes} == {("n", "g")}
+    run(pool, made, decisions, case("llama"))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "encoder_decoder"])
 @pytest.mark.parametrize(("roles", "sizes"), ROLES, ids=ids)
 def test_each_parallelism(

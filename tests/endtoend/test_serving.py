@@ -127,14 +127,18 @@ def count_on_rank(
     return {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "b", "n"])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "b", "n", "g"])
 def test_prefill_append_and_decode(pool: Pool, algorithm: str) -> None:
-    """Against the interpreter with a plain cache; mistral has windows and grouped heads."""
-    builder, decisions = decided("mistral", PROMPT // 2, (2,), algorithm)
+    """Against the interpreter with a plain cache; mistral has windows and grouped heads.
+
+    `g` cuts the two query heads of each key head, after another axis has cut the key heads.
+    """
+    sizes = (2, 2) if algorithm == "g" else (2,)
+    builder, decisions = decided("mistral", PROMPT // 2, sizes, algorithm)
     ids, chunks = prompts()[0], [8, 4, 4]
     state = model_of("mistral").state_dict()
     source = source_of(builder, decisions)
-    results = pool(2).run(serve_on_rank, source, state, ids, chunks)
+    results = pool(prod(sizes)).run(serve_on_rank, source, state, ids, chunks)
     whole = graph_of("mistral", PROMPT)
     for rank, logits in enumerate(results):
         for got, length in zip(logits, (8, 12, 16, 16), strict=True):

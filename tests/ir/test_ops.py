@@ -84,6 +84,7 @@ class Draw:
 Args: TypeAlias = dict[str, Any]
 Example: TypeAlias = Callable[[Draw], Args]
 EXAMPLES: dict[str, list[Example]] = {}
+SERVING = {"shardwright.cached_attention"}  # has a cache: see tests/endtoend/test_serving.py
 
 
 def example(names: str, *makers: Example) -> None:
@@ -470,6 +471,10 @@ example(
     lambda d: attention_args(d, window=3, sinks=d.x(4)),
 )
 example(
+    "shardwright.last_token",
+    lambda d: {"x": d.x(4, 6, 8), "positions": picks(d, 9, 4, 6)},
+)
+example(
     "shardwright.cross_entropy",
     lambda d: _loss(d, 9),
     lambda d: _loss(d, 8, label_smoothing=0.1),
@@ -735,7 +740,7 @@ def tasks_of(
 
 
 def test_every_op_has_an_example() -> None:
-    assert set(EXAMPLES) == set(OPS)
+    assert {*EXAMPLES, *SERVING} == set(OPS)
 
 
 def test_every_choice_on_one_axis() -> None:
@@ -754,7 +759,7 @@ def test_many_choices_on_two_axes() -> None:
 def check_all(mesh: Mesh, examples: int | None = None, limit: int | None = None) -> None:
     """Run all cases in one pool of ranks, and compare outputs and gradients."""
     conversions = Conversions(mesh)
-    pairs = [pair for op in OPS for pair in tasks_of(op, conversions, examples, limit)]
+    pairs = [pair for op in EXAMPLES for pair in tasks_of(op, conversions, examples, limit)]
     with RankPool(mesh.ranks) as pool:
         results = pool.run(run_tasks, [task for task, _ in pairs], timeout_s=280)
     for rank, of_rank in enumerate(results):
@@ -778,7 +783,7 @@ def compare(name: str, got: Result, want: Result) -> None:
 
 # --- prices --------------------------------------------------------------------------------------
 
-PRODUCTS = [op for op in OPS if kind_of(single(op, EXAMPLES[op][0](Draw(0))).node) == "matmul"]
+PRODUCTS = [op for op in EXAMPLES if kind_of(single(op, EXAMPLES[op][0](Draw(0))).node) == "matmul"]
 
 
 @pytest.mark.parametrize("op", PRODUCTS)
@@ -800,7 +805,7 @@ def test_matmul_dims_are_what_torch_counts(op: str) -> None:
                 assert 2 * prod(matmul_dims(case.node, ways)) == batch * m * n * k
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EXAMPLES)
 def test_what_autograd_keeps(op: str) -> None:
     """Tensors that autograd holds after the forward pass are among those that the op declares.
 

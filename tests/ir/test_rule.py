@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -80,6 +81,16 @@ def test_only_the_outer_factor_of_a_product_is_cut() -> None:
     assert table(rule)["n"] == "S1 S1 -> S1"
     alone = parse_rule("(n g), n -> (n g)", [(6,), (1,)], [(6,)])
     assert table(alone)["g"] == "S0 V -> S0"  # the outer factor has size 1
+
+
+def test_an_inner_factor_is_cut_after_the_outer_ones() -> None:
+    plain = parse_rule("b (n g) q, b n -> b (n g) q", [(2, 12, 5), (2, 4)], [(2, 12, 5)])
+    rule = replace(plain, inner=frozenset({"g"}))
+    assert table(rule)["g"] == "S1 V -> S1"
+    assert rule.ways(("n", "g"), (4, 3)) == {"n": 4, "g": 3}
+    assert rule.ways(("n", "b", "n", "g"), (2, 2, 2, 3)) == {"n": 4, "b": 2, "g": 3}
+    for choices, sizes in ((("g",), (3,)), (("n", "g"), (2, 3)), (("g", "n"), (3, 4))):
+        assert rule.ways(choices, sizes) is None
 
 
 def test_whole_factors_and_size_one_dims_are_not_cut() -> None:
