@@ -241,6 +241,7 @@ class _Writer:
             f"    MESH = {{{sizes}}}",
             f'    PHASE = "{self.phase}"',
             f'    OPTIMIZER = "{self.optimizer}"',
+            *self._context_line(),
             *([] if self._gathers_parameters() else ["    REGATHER = False"]),
             *self._layers_table(),
             *self._parameters_table(),
@@ -259,6 +260,11 @@ class _Writer:
 
     def _gathers_parameters(self) -> bool:
         return any(is_gather(item) for item, _ in self.program.flat())
+
+    def _context_line(self) -> list[str]:
+        nodes = [n for n in self.program.graph.nodes if n.op == "shardwright.cached_attention"]
+        context = nodes[0].arg("context") if nodes else 0
+        return [f"    CONTEXT = {context}"] if context else []
 
     def _layers_table(self) -> list[str]:
         if not self.loops:
@@ -315,7 +321,11 @@ class _Writer:
             kind = item.value.type
             args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
             labels = source.labels or ("",) * len(kind.shape)
-            free = [i for i, label in enumerate(labels) if label and label not in self.baked]
+            free = [
+                dim
+                for dim, label in enumerate(labels)  # one size of 1 looks like every other
+                if label and label not in self.baked and kind.shape[dim] > 1
+            ]
             if free:
                 args.append(f"free={_tuple(free)}")
                 steps = [self._steps.get(label, 1) for label in labels]

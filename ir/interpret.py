@@ -155,7 +155,8 @@ def _moe(**args: Any) -> Tensor:
 
 def _last_token(x: Tensor, positions: Tensor) -> Tensor:
     """The row of the highest position of each sequence, (b, 1, ...)."""
-    return torch.stack([x[i, at : at + 1] for i, at in enumerate(positions.argmax(1).tolist())])
+    last = positions.argmax(1).reshape(-1, *[1] * (x.ndim - 1))
+    return x.gather(1, last.expand(-1, 1, *x.shape[2:]))
 
 
 def cached_attention_math(

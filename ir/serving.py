@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
+from .indices import index_limits
 from .ops import kind_of
 from .rewrite import with_operands
 
@@ -34,9 +35,11 @@ def serving_graph(graph: Graph, context: int) -> Graph:
         logits = lm_head(x)         ->  logits = lm_head(last_token(x, positions))
 
     `context` is the number of tokens that are cached before.  Raises ServingError where the model
-    has no input for positions, no output `logits`, or another attention than a causal one.
+    has no input for positions or too few of them, no output `logits`, or another
+    attention than a causal one.
     """
     positions = _positions(graph)
+    _check_length(graph, positions, context)
     pass_ = _Pass(positions, context)
     body: list[Node | Loop] = []
     known = replace(positions, name=f"{positions.name}_known")
@@ -82,6 +85,16 @@ def _positions(graph: Graph) -> Value:
         " tokens stand in their sequences; add the keyword `position_ids` to `forward` and use it"
         " in place of torch.arange"
     )
+
+
+def _check_length(graph: Graph, positions: Value, context: int) -> None:
+    rows, _ = index_limits(graph, positions.name)
+    tokens = positions.type.shape[1]
+    if rows and context + tokens > min(rows):
+        raise ServingError(
+            f"{graph.name} has {min(rows)} positions, but {context} cached tokens and {tokens} new"
+            f" ones need {context + tokens}; plan with a shorter sequence or context"
+        )
 
 
 def _without_unread(graph: Graph, clamp: Node) -> Graph:

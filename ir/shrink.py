@@ -31,6 +31,7 @@ from .widen import rebuilt
 
 # Smallest sizes that are chosen: of any atom, of a sequence, of a vocabulary.
 _LEAST, _LEAST_TOKENS, _LEAST_ROWS = 4, 16, 32
+_MOST_CONTEXT = 32  # tokens that are cached before
 # Ratios between a dim and its parts above this are taken for differences.
 _RATIO = 8
 _LAYERS_PER_KIND = 2
@@ -623,8 +624,8 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
             padding = node.arg("padding_idx")
             if isinstance(padding, int):
                 changes["padding_idx"] = min(padding, given[0] - 1)
-        case "shardwright.attention":
-            changes["window"] = _new_window(node, shape)
+        case "shardwright.attention" | "shardwright.cached_attention":
+            changes |= _new_reach(node, shape)
         case _:
             pass
     return changes
@@ -645,14 +646,19 @@ def _new_slice(node: Node, given: Sequence[int], result: Sequence[int]) -> dict[
     return {"start": first, "end": first + after if first + after < given[dim] else 2**63 - 1}
 
 
-def _new_window(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> int:
-    """A window that hides something still does."""
-    window = node.arg("window")
-    assert isinstance(window, int)
-    before, after = node.operands[1].type.shape[2], shape(node.operands[1])[2]
-    if window <= 0 or before == after:
-        return window
-    return after if window >= before else max(1, min(window, after // 2))
+def _new_reach(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, Arg]:
+    """Fewer cached tokens; a window that hides something still does."""
+    window, key = _int(node, "window"), node.operands[1]
+    before, after = key.type.shape[2], shape(key)[2]
+    changes: dict[str, Arg] = {}
+    if node.op == "shardwright.cached_attention":
+        context = _int(node, "context")
+        changes["context"] = min(context, _MOST_CONTEXT)
+        before, after = before + context, after + min(context, _MOST_CONTEXT)
+    if window > 0 and before != after:
+        kept = after if window >= before else max(1, min(window, after // 2))
+        changes["window"] = kept
+    return changes
 
 
 def _int(node: Node, name: str) -> int:

@@ -48,7 +48,7 @@ def format_plan(plan: Plan) -> str:
     parts = [
         _winner(plan),
         _ordinary(plan),
-        "\n".join([_binding(plan), *_moved(plan)]),
+        "\n".join([_binding(plan), *_moved(plan, _unit(plan))]),
         *_tables(plan),
         _memory(plan),
         _search(plan),
@@ -72,8 +72,17 @@ def _format_serving(plan: Plan, decode: Plan) -> str:
         f"  output tokens                    {rate:.4g}/s, {rate / request.gpus:.4g}/s/GPU\n"
         "One set of weights and one cache layout serve both phases."
     )
-    rest = [f"Prefill\n\n{_binding(plan)}", *_tables(plan), f"Decode\n\n{_binding(decode)}"]
-    parts = [head, _ordinary(plan), *rest, *_tables(decode), _memory(decode), _search(plan)]
+    tokens = f"{request.batch} x {request.seq} tokens"
+    parts = [
+        head,
+        _ordinary(plan),
+        "\n".join([f"Prefill of {tokens}", _binding(plan), *_moved(plan, "prefill")]),
+        *_tables(plan),
+        "\n".join(["Decode of one token", _binding(decode), *_moved(decode, "output token")]),
+        *_tables(decode),
+        _memory(decode),
+        _search(plan),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -102,11 +111,10 @@ def format_bytes(n: float) -> str:
 
 
 def _winner(plan: Plan) -> str:
-    unit = "step" if plan.training else plan.request.phase
     request = plan.request
     text = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
-        f"{format_seconds(plan.seconds)} per {unit} (predicted)"
+        f"{format_seconds(plan.seconds)} per {_unit(plan)}{_rate(plan)} (predicted)"
     )
     fitting = [b for b in plan.baselines if b.seconds is not None]
     if not fitting:
@@ -120,6 +128,19 @@ def _winner(plan: Plan) -> str:
     if ratio < 1.005:
         return f"{text}; {versus}: no better plan exists under this cost model."
     return f"{text}, {ratio:.2f}x faster: {versus}."
+
+
+def _unit(plan: Plan) -> str:
+    """What the seconds are for."""
+    return "step" if plan.training else plan.request.phase
+
+
+def _rate(plan: Plan) -> str:
+    """New tokens per second, in serving: `, 5200 tokens/s, 650 tokens/s/GPU`."""
+    if plan.training:
+        return ""
+    rate = plan.request.batch * plan.request.seq / plan.seconds
+    return f", {rate:,.0f} tokens/s, {rate / plan.request.gpus:,.0f} tokens/s/GPU"
 
 
 def _ordinary(plan: Plan) -> str:
@@ -159,7 +180,7 @@ def _binding(plan: Plan) -> str:
     return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
 
 
-def _moved(plan: Plan) -> list[str]:
+def _moved(plan: Plan, unit: str) -> list[str]:
     """What a rank receives over each axis, as the runtime would count it; most first."""
     axes: dict[str, dict[str, float]] = {}
     for (op, axis, _), n in predicted_bytes(plan.program, plan.mesh).items():
@@ -172,7 +193,6 @@ def _moved(plan: Plan) -> list[str]:
         f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
         for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
     ]
-    unit = "step" if plan.training else "prefill"
     return [f"Each GPU receives per {unit}: {'; '.join(parts)}."]
 
 

@@ -21,6 +21,7 @@ from .cache import PAGE, CacheFullError, KVCache, PageTable, owners
 from .layout import Spec, blocks, local_shape, parse_spec
 
 if TYPE_CHECKING:
+    from .collectives import Axis
     from .mesh import Mesh
     from .module import Cache, Input, ShardedModule
 
@@ -92,6 +93,26 @@ class Serving:
             table.truncate(rows)
         self.lengths = torch.minimum(self.lengths, lengths)
 
+    def fill(self, tokens: int) -> None:
+        """Cache `tokens` random keys and values of each sequence, without a forward pass.
+
+        For measurements: a step over a long context can be timed without computing that context.
+        """
+        mesh = self._model.mesh
+        counts = torch.full((self.batch,), tokens)
+        self.clear()
+        self._check_capacity(counts)
+        positions = torch.arange(tokens).repeat(self._rows, 1)
+        positions[self.batch :] = -1
+        kept: dict[tuple[Spec, int], Tensor] = {}
+        for cache, declared in zip(self._caches, self._model.CACHES.values(), strict=True):
+            key = self._key(declared)
+            if key not in kept:
+                kept[key] = _own_pages(positions, key[0], mesh)
+            own = kept[key]
+            cache.append(_random(cache.keys, own), _random(cache.values, own), own)
+        self.lengths = counts
+
     def clear(self) -> None:
         """Forget all tokens, also after a step that failed half-way."""
         for cache in self._caches:
@@ -103,7 +124,7 @@ class Serving:
     def _make_cache(self, cache: Cache, tokens: int, total: int) -> KVCache:
         mesh, spec = self._model.mesh, parse_spec(cache.spec)
         rows, heads, local = local_shape((self._rows, cache.heads, tokens), spec, mesh.sizes)
-        key = (tuple(state if state != 1 else -1 for state in spec), cache.window)
+        key = self._key(cache)
         if key not in self._tables:
             ways = _ways(spec, mesh, 2)
             self._may_run_out |= ways > 1
@@ -115,6 +136,11 @@ class Serving:
             rows, local, heads, cache.key_dim, cache.value_dim,
             dtype=cache.dtype, table=self._tables[key],
         )  # fmt: skip
+
+    def _key(self, cache: Cache) -> tuple[Spec, int]:
+        """Caches with the same key keep the same tokens and share a page table."""
+        spec = parse_spec(cache.spec)
+        return tuple(state if state != 1 else -1 for state in spec), cache.window
 
     def _check_capacity(self, counts: Tensor) -> None:
         after = self.lengths + counts
@@ -241,11 +267,31 @@ def _kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor
     if all(state == 1 for state, kept in zip(spec, table_spec, strict=True) if kept == 2):
         columns = tuple({0: 0, 2: 1}.get(state, -1) for state in table_spec)
         return _part(positions, columns, mesh)
-    ways = prod(axis.size for axis in axes)
+    ways, rank = _owner_of(axes)
+    return own.where(owners(own, ways) == rank, -1)
+
+
+def _own_pages(positions: Tensor, table_spec: Spec, mesh: Mesh) -> Tensor:
+    """Of positions that all rows share, those that `owners` gives a rank, for its own rows."""
+    own = _part(positions, _batch_only(table_spec), mesh)
+    cut = [axis for axis, state in zip(mesh.axes, table_spec, strict=True) if state == 2]
+    ways, rank = _owner_of(cut)
+    return own[:, owners(positions[0], ways) == rank]
+
+
+def _random(pool: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers (b, heads, t, dim) for a pool (slots, heads, dim) at `positions` (b, t)."""
+    rows, tokens = positions.shape
+    heads, dim = pool.shape[1:]
+    return torch.randn(rows, heads, tokens, dim, dtype=pool.dtype, device=pool.device)
+
+
+def _owner_of(axes: Sequence[Axis]) -> tuple[int, int]:
+    """(how many ranks share a sequence over `axes`, which of them this is)."""
     rank = 0
     for axis in axes:
         rank = rank * axis.size + axis.rank
-    return own.where(owners(own, ways) == rank, -1)
+    return prod(axis.size for axis in axes), rank
 
 
 def _part(x: Tensor, spec: Spec, mesh: Mesh) -> Tensor:

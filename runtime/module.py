@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -113,7 +114,8 @@ class ShardedModule(nn.Module):
     OUTPUTS: ClassVar[Sequence[Output]]
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
-    PHASE: ClassVar[Literal["train", "prefill"]] = "train"
+    PHASE: ClassVar[Literal["train", "prefill", "decode", "append"]] = "train"
+    CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned
     OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
     REGATHER: ClassVar[bool] = True
     DECODE: ClassVar[type[ShardedModule] | None] = None
@@ -474,25 +476,68 @@ class ShardedModule(nn.Module):
 
     @classmethod
     def demo(cls, steps: int = 3) -> None:
-        """Run `steps` steps on random weights and inputs; rank 0 prints time and peak memory."""
+        """Run `steps` steps on random weights and inputs; rank 0 prints time and peak memory.
+
+        A module with a KV cache runs its phase `steps` times over a cache as full as planned, of
+        random keys and values; one with a program for decoding then runs that, too.
+        """
         model = cls()
         model.reset_parameters()
+        if cls.CACHES:
+            model._demo_serving(steps)
+            return
         batch = model.shard_inputs(**cls._random_batch())
         optimizer = _make_optimizer(cls.OPTIMIZER, model)
+        best = model._timed("step", steps, lambda: model._demo_step(batch, optimizer))
+        model._say(f"best {best * 1e3:.1f} ms per step")
+
+    def _demo_serving(self, steps: int) -> None:
+        """Time each phase that the module was planned for."""
+        programs = [(self.PHASE, self), *(("decode", module) for module in self._decoding)]
+        sizes = [(module.INPUTS["input_ids"].shape, module.CONTEXT) for _, module in programs]
+        self.new_cache(sizes[0][0][0], max(shape[1] + context for shape, context in sizes))
+        for (phase, module), ((batch, tokens), context) in zip(programs, sizes, strict=True):
+            ids = module._random_batch()["input_ids"]
+            if context:
+                self._served().fill(context)
+            best = self._timed(phase, steps, partial(self._demo_phase, phase, ids, context))
+            cached = f" over {context} cached ones" if context else ""
+            self._say(
+                f"best {best * 1e3:.1f} ms per {phase} of {batch} x {tokens} tokens{cached}, "
+                f"{batch * tokens / best:,.0f} tokens/s"
+            )
+
+    def _demo_phase(self, phase: str, ids: Tensor, context: int) -> str:
+        """One step from `context` cached tokens on."""
+        if phase == "prefill":
+            self.prefill(ids)
+        else:
+            self.truncate([context] * len(ids))
+            self._served().step(
+                "decode" if phase == "decode" else "append", ids, checked_lengths(None, ids)
+            )
+        return ""
+
+    def _timed(self, what: str, steps: int, step: Callable[[], str]) -> float:
+        """Seconds of the fastest of `steps` steps after a first; rank 0 prints each, and what
+        `step` returns."""
         seconds: list[float] = []
         for _ in range(steps + 1):
-            _wait_for_all(model.mesh)
+            _wait_for_all(self.mesh)
             start = time.perf_counter()
-            value = model._demo_step(batch, optimizer)
-            _wait_for_all(model.mesh)
+            value = step()
+            _wait_for_all(self.mesh)
             seconds.append(time.perf_counter() - start)
-            if model.mesh.rank == 0:
-                label = "warm-up" if len(seconds) == 1 else f"step {len(seconds) - 1}"
+            if self.mesh.rank == 0:
+                label = "warm-up" if len(seconds) == 1 else f"{what} {len(seconds) - 1}"
                 print(f"{label}: {seconds[-1] * 1e3:.1f} ms{value}", flush=True)
-        if model.mesh.rank == 0:
-            best = min(seconds[1:]) * 1e3
-            peak = _peak_bytes(model.mesh.device) / 1e9
-            print(f"{model.mesh}: best {best:.1f} ms per step, peak {peak:.2f} GB on rank 0")
+        return min(seconds[1:])
+
+    def _say(self, text: str) -> None:
+        """Rank 0 prints a result and the peak memory so far."""
+        if self.mesh.rank == 0:
+            peak = _peak_bytes(self.mesh.device) / 1e9
+            print(f"{self.mesh}: {text}, peak {peak:.2f} GB on rank 0", flush=True)
 
     def _demo_step(self, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer | None) -> str:
         if self.PHASE != "train":

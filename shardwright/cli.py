@@ -337,7 +337,8 @@ def verify(
 
     Starts gloo processes on this machine's CPUs, gives both models the same random weights and
     inputs (sizes shrunk along dims where that keeps the plan's structure), and prints the largest
-    error of outputs, loss and gradients. Exits with 1 where it exceeds the tolerance.
+    error of outputs, loss and gradients; of a model with a KV cache the logits after each of a few
+    steps. Exits with 1 where it exceeds the tolerance.
     """
     with _errors_as_exit_codes():
         _existing_plan(folder)

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -24,14 +24,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .codegen.module import write_source
 from .codegen.write import module_source
+from .conversation import (
+    Step,
+    by_graph,
+    by_module,
+    by_whole,
+    conversation,
+    is_served,
+    length_of,
+)
 from .ir.graph import Graph, Node, Value
+from .ir.indices import index_limits
 from .ir.interpret import interpret
 from .ir.mesh import Mesh
 from .ir.ops import kind_of
+from .ir.serving import POSITIONS
 from .ir.shrink import buffers_of, shrink, state_of
 from .ir.spec import Spec
 from .ir.widen import widened, without_dropout
-from .loading import build_real
+from .loading import build_real, load_target, with_positions
 from .planner.errors import PlanError
 from .planner.plan import Plan
 from .planner.program import PricedStep, lower
@@ -75,6 +86,7 @@ class Verification:
     changes: tuple[tuple[str, int, int], ...]
     comparisons: tuple[Comparison, ...]
     failure: str = ""
+    steps: str = ""  # of a served model: new tokens of each sequence
 
     @property
     def ok(self) -> bool:
@@ -87,6 +99,8 @@ class Verification:
         lines.append(f"  module      {self.ran}")
         if self.changes:
             lines += _wrapped("  sizes       ", [f"{w} {a} -> {b}" for w, a, b in self.changes])
+        if self.steps:
+            lines.append(f"  new tokens  {self.steps}")
         for comparison in self.comparisons:
             lines.append(
                 f"  reference   {comparison.reference}: relative errors up to "
@@ -169,6 +183,12 @@ class _Case:
 
 
 def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
+    if plan.decode is not None:
+        raise PlanError(
+            f"{plan.graph.name} is planned for phase serve, and its two programs are only run as "
+            f"they are, on {plan.mesh.ranks} ranks (at most {_MOST_RANKS}) with a model that fits "
+            "this machine; verify a smaller configuration, or plan prefill and decode by themselves"
+        )
     specs = list(_specs(plan))
     shrunk = shrink(
         plan.graph, plan.decisions.choices, specs, plan.mesh, mesh, tokens_only=tokens_only
@@ -257,6 +277,8 @@ def _runs_here(graph: Graph) -> bool:
         size = float(sum(out.type.numel for out in node.outputs)) * repeats
         results += 8 * size
         kind = kind_of(node)
+        if node.op == "shardwright.cached_attention":
+            size *= 3  # as many tokens are cached before, and more than that
         if kind == "matmul":
             flops += 6 * size * node.operands[0].type.shape[-1]
         elif kind == "attention":
@@ -285,17 +307,21 @@ def _widened_source(text: str) -> str:
 
 
 def _run(case: _Case) -> Verification:
-    state, inputs = _random_state(case), _random_inputs(case.graph)
-    references = [_captured(case, state, inputs)]
+    state, steps = _random_state(case), _steps(case)
+    inputs = _random_tokens(case.graph, steps) if steps else _random_inputs(case.graph)
+    references = [_captured(case, state, inputs, steps)]
     if case.real and case.plan.request.target:
-        references.append(_original(case, state, inputs))
+        references.append(_original(case, state, inputs, steps))
     failure = ""
     comparisons: tuple[Comparison, ...] = ()
     with tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder:
-        torch.save(
-            {"state": state, "inputs": inputs, "expected": [r.expected for r in references]},
-            Path(folder) / "case.pt",
-        )
+        content = {
+            "state": state,
+            "inputs": inputs,
+            "steps": [tuple(step) for step in steps],
+            "expected": [r.expected for r in references],
+        }
+        torch.save(content, Path(folder) / "case.pt")
         (Path(folder) / "generated.py").write_text(case.source, encoding="utf-8")
         try:
             found = run_ranks(
@@ -314,8 +340,9 @@ def _run(case: _Case) -> Verification:
             )
     plan = case.plan
     return Verification(
-        plan.graph.name, plan.mesh, case.mesh, case.ran, case.changes, comparisons, failure
-    )
+        plan.graph.name, plan.mesh, case.mesh, case.ran, case.changes, comparisons, failure,
+        ", ".join(map(str, steps)),
+    )  # fmt: skip
 
 
 def _brief(error: BaseException) -> str:
@@ -342,8 +369,17 @@ class _Reference:
     expected: tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs by path, gradients by name
 
 
-def _captured(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> _Reference:
+def _captured(
+    case: _Case,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    steps: Sequence[Step],
+) -> _Reference:
     """The captured graph in one process."""
+    if steps:
+        title = "the captured graph in one process, its cache whole, float64"
+        expected = by_graph(case.graph, state, steps, inputs["input_ids"])
+        return _Reference(title, _TOLERANCE[torch.float64], (expected, {}))
     leaves = _leaves(case, state)
     with torch.set_grad_enabled(case.plan.training):
         entries = {str(path): t for path, t in interpret(case.graph, leaves, inputs).items()}
@@ -351,8 +387,16 @@ def _captured(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Ten
     return _Reference(title, _TOLERANCE[torch.float64], _expected(case, entries, leaves))
 
 
-def _original(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> _Reference:
-    """The user's own model, as precise as the narrowest format that it computes in."""
+def _original(
+    case: _Case,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    steps: Sequence[Step],
+) -> _Reference:
+    """The user's own model, as precise as the narrowest format that it computes in.
+
+    A served one gets whole sequences at once.
+    """
     model = build_real(case.plan.request.target, "float64").eval()
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
@@ -363,13 +407,37 @@ def _original(case: _Case, state: Mapping[str, Tensor], inputs: Mapping[str, Ten
     leaves = {n: p for n, p in model.named_parameters() if n in state}
     watch = _NarrowestDtype()
     with torch.set_grad_enabled(case.plan.training), watch:
-        out = model(**inputs)
+        out = model(**(_whole_sequences(case.plan, inputs) if steps else inputs))
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
     entries = {path: found[path] for path in paths if path in found}
-    name = type(model).__name__
-    title = f"{name} itself from {case.plan.request.target}, {str(watch.dtype)[6:]}"
-    return _Reference(title, _TOLERANCE[watch.dtype], _expected(case, entries, leaves))
+    at_once = ", whole sequences at once" if steps else ""
+    title = (
+        f"{type(model).__name__} itself from {case.plan.request.target}{at_once}, "
+        f"{str(watch.dtype)[6:]}"
+    )
+    if steps:
+        expected = by_whole(entries[paths[0]], steps), {}
+    else:
+        expected = _expected(case, entries, leaves)
+    return _Reference(title, _TOLERANCE[watch.dtype], expected)
+
+
+def _whole_sequences(plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens and positions under the names that the original model has for them."""
+    request = plan.request
+    loaded = load_target(
+        request.target,
+        batch=request.batch,
+        seq=request.seq,
+        phase=request.phase,
+        dtype=request.dtype,
+    )
+    served = with_positions(loaded)
+    assert served is not None  # it was planned so
+    ids = inputs["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return {name: positions if name in POSITIONS else ids for name in served.inputs}
 
 
 class _NarrowestDtype(TorchDispatchMode):
@@ -461,6 +529,28 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
     return state
 
 
+def _steps(case: _Case) -> list[Step]:
+    """What a served model is given; no steps for any other."""
+    graph = case.graph
+    if not is_served(graph):
+        return []
+    positions = next(item.value for item in graph.inputs if item.name == "position_ids")
+    batch, tokens = positions.type.shape
+    rows, _ = index_limits(graph, positions.name)
+    return conversation(
+        batch, tokens, case.plan.request.context, case.mesh.ranks, min([*rows, sys.maxsize])
+    )
+
+
+def _random_tokens(graph: Graph, steps: Sequence[Step]) -> dict[str, Tensor]:
+    """Tokens (b, s) of sequences as long as `steps` need."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = next(item.value for item in graph.inputs if item.name == "input_ids")
+    limits, _ = index_limits(graph, tokens.name)
+    shape = (tokens.type.shape[0], length_of(steps))
+    return {"input_ids": torch.randint(0, min(limits), shape, generator=generator)}
+
+
 def _random_inputs(graph: Graph) -> dict[str, Tensor]:
     """Inputs as the graph can take them: indices in range, one label in eight ignored."""
     generator = torch.Generator().manual_seed(1)
@@ -470,7 +560,7 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
         if dtype.is_floating_point:
             inputs[item.name] = torch.randn(shape, generator=generator, dtype=dtype)
             continue
-        limits, ignored = _index_limits(graph, item.value.name)
+        limits, ignored = index_limits(graph, item.value.name)
         if not limits:
             inputs[item.name] = torch.ones(shape, dtype=dtype)
             continue
@@ -481,31 +571,6 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
     return inputs
 
 
-def _index_limits(graph: Graph, name: str) -> tuple[list[int], int | None]:
-    """Rows of the tables that the integers of this input look up; the label that is ignored.
-
-    The latter only where the input is nothing but labels.
-    """
-    limits: list[int] = []
-    ignored: list[int | None] = []
-    reached = {name}
-    for node, _ in _repeated(graph):
-        hit = [i for i, operand in enumerate(node.operands) if operand.name in reached]
-        if not hit:
-            continue
-        if node.op == "aten.embedding.default":
-            limits.append(node.operands[0].type.shape[0])
-            ignored.append(None)
-        elif node.op == "shardwright.cross_entropy":
-            limits.append(node.operands[0].type.shape[-1])
-            index = node.arg("ignore_index")
-            ignored.append(index if isinstance(index, int) else None)
-        elif not node.output.type.dtype.is_floating_point:
-            reached |= {out.name for out in node.outputs}
-    same = ignored[0] if ignored and all(index == ignored[0] for index in ignored) else None
-    return limits, same
-
-
 # --- in each rank -------------------------------------------------------------------------------
 
 
@@ -514,12 +579,15 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     case = torch.load(Path(folder) / "case.pt", mmap=True, weights_only=True)
     module = import_source(Path(folder) / "generated.py")
     model = module.ShardedModel.from_state_dict(case["state"]).eval()
-    local = model.shard_inputs(**case["inputs"])
-    with torch.set_grad_enabled(training):
-        out = model(**local)
-    if training:
-        _local_loss(model, out).backward()
-    outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
+    if steps := [Step(*step) for step in case["steps"]]:
+        outputs = by_module(model, steps, case["inputs"]["input_ids"])
+    else:
+        local = model.shard_inputs(**case["inputs"])
+        with torch.set_grad_enabled(training):
+            out = model(**local)
+        if training:
+            _local_loss(model, out).backward()
+        outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
     gradients = model.full_gradients() if training else {}
     return [
         {

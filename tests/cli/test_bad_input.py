@@ -212,6 +212,90 @@ def test_options(words: str, said: str, run: Run) -> None:
     assert said in refused(run, target, *OPTIONS, *words.split())
 
 
+# --- phases of serving --------------------------------------------------------------------------
+
+DECODER = """import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.places = nn.Embedding(24, 16)
+
+    def forward(self, tokens, {positions}):
+        x = self.table(tokens) + self.places(position_ids)
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        x = x + F.scaled_dot_product_attention(q, q, q, {attention}).transpose(1, 2).flatten(2)
+        return {{"{output}": x{last} @ self.table.weight.t()}}
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    return {{"tokens": torch.randint(0, 50, (batch, seq))}}
+"""
+SERVING = "--gpus 2 --cluster cpu --dtype float32 --batch 4 --out folder/out".split()
+
+
+def decoder(
+    positions: str = "position_ids=None", attention: str = "is_causal=True", **others: str
+) -> str:
+    """A file with a decoder whose `forward` is as described."""
+    words = {"output": "logits", "last": ""} | others
+    return model(DECODER.format(positions=positions, attention=attention, **words))
+
+
+def test_a_decoder_as_it_should_be(run: Run) -> None:
+    """What the next tests change something of; its plan says what a token costs."""
+    ran = run(decoder(), *SERVING, "--phase", "decode", "--context", "23")
+    assert ran.code == 0, ran.err
+    assert "per decode" in ran.out and "tokens/s/GPU" in ran.out and "cached token takes" in ran.out
+    assert run("show", "folder/out").out == ran.out.split("\n\nWritten")[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    "changes, words, said",
+    [
+        ({}, "--phase prefill --seq 8 --context 8", "phase prefill begins with an empty cache"),
+        ({}, "--phase train --seq 8 --context 8", "--context 8) are for decode and append"),
+        ({}, "--phase decode --output-tokens 8", "only phase serve has output tokens"),
+        ({}, "--phase decode --context 24", "24 cached tokens and 1 new ones need 25; plan with a"),
+        ({}, "--phase append --seq 8", "Net has 24 positions, but 8192 cached tokens and 8 new"),
+        ({}, "--phase serve --seq 16 --output-tokens 10", "Net has 24 positions, but 25 cached"),
+        (
+            {"positions": "places=None"},
+            "--phase decode --context 8",
+            "Net.forward has no keyword `position_ids` (batch, tokens), so phase decode cannot",
+        ),
+        (
+            {"attention": "is_causal=True, dropout_p=0.1"},
+            "--phase append --seq 8 --context 8",
+            "model.py:14: this attention has dropout; it cannot have a KV cache",
+        ),
+        (
+            {"attention": "is_causal=False"},
+            "--phase append --seq 8 --context 8",
+            "model.py:14: this attention is not causal; it cannot have a KV cache",
+        ),
+        (
+            {"output": "score", "last": ".mean(1)"},
+            "--phase append --seq 8 --context 8",
+            "Net has no output `logits` (batch, tokens, vocabulary)",
+        ),
+    ],
+)
+def test_what_cannot_be_served(changes: dict[str, str], words: str, said: str, run: Run) -> None:
+    assert said in refused(run, decoder(**changes), *SERVING, *words.split())
+
+
+def test_an_encoder_decoder_cannot_decode(run: Run) -> None:
+    path = str(Path(__file__).parents[2] / "examples" / "encoder_decoder.py")
+    said = refused(run, path, *SERVING, "--phase", "decode")
+    assert "EncoderDecoder.forward has no keyword `position_ids`" in said
+
+
 def test_dims_that_do_not_divide_are_planned_around(run: Run) -> None:
     ran = run(model(FORWARD + BUILD + INPUTS), "--gpus", "3", *OPTIONS)
     assert ran.code == 0, ran.err

@@ -50,7 +50,7 @@ def test_help_of_further_commands(
 def test_every_option_is_shown_by_an_example(run: Run) -> None:
     words = run("--help").out.replace("`", " ").split()
     options = {word for word in words if word.startswith("--")} - {"--help", "--version", "--json"}
-    assert len(options) == 14  # a new option is a decision: few options, the rest in files
+    assert len(options) == 16  # a new option is a decision: few options, the rest in files
     for option in options:
         assert words.count(option) >= 2, f"{option} has no example"
 
@@ -118,6 +118,8 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "phase": "train",
         "batch": 8,
         "seq": 1024,
+        "context": None,
+        "output_tokens": None,
         "dtype": "bfloat16",
         "memory_bytes": None,
         "mesh": None,
@@ -144,6 +146,18 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         ("--time-limit 10", {"time_limit_s": 10.0}),
         ("--phase prefill", {"phase": "prefill", "optimizer": "none"}),
         ("--phase prefill --optimizer sgd", {"phase": "prefill", "optimizer": "sgd"}),
+        (
+            "--phase decode --context 4096 --batch 32",
+            {"phase": "decode", "optimizer": "none", "context": 4096, "batch": 32, "seq": 1},
+        ),
+        (
+            "--phase append --seq 64 --context 0",
+            {"phase": "append", "optimizer": "none", "context": 0, "seq": 64},
+        ),
+        (
+            "--phase serve --output-tokens 99",
+            {"phase": "serve", "optimizer": "none", "output_tokens": 99},
+        ),
     ],
 )
 def test_each_option_reaches_the_planner(
@@ -323,7 +337,9 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(api: FakeApi) -> None:
         ("model.py --gpus 0", "Invalid value for '--gpus'"),
         ("model.py --gpus eight", "Invalid value for '--gpus'"),
         ("model.py --gpus 8 --memory 80X", "`80X` is not a size"),
-        ("model.py --gpus 8 --phase trian", "'train', 'prefill'"),
+        ("model.py --gpus 8 --phase trian", "'train', 'prefill', 'decode', 'append', 'serve'"),
+        ("model.py --gpus 8 --phase decode --context -1", "Invalid value for '--context'"),
+        ("model.py --gpus 8 --output-tokens 0", "Invalid value for '--output-tokens'"),
         ("model.py other.py --gpus 8", "unexpected extra argument"),
         ("show", "Missing argument 'DIR'"),
         ("verify plan_out --rank 2", "--ranks"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -502,3 +504,56 @@ def fail_on_one_rank() -> None:
 def test_every_rank_refuses_too_many_tokens(pool: Pool) -> None:
     with pytest.raises(RankError, match="got 9 more, but the cache holds 8 per sequence"):
         pool(2).run(fail_on_one_rank)
+
+
+CONTEXT = 40
+
+
+def fill_and_demonstrate(
+    algorithm: str, mesh: dict[str, int], window: int
+) -> tuple[list[list[int]], Tensor, str]:
+    """(positions that this rank keeps, logits of two equal steps, what the demonstration prints)"""
+    made = toy(mesh, algorithm, window, PHASE="decode", CONTEXT=CONTEXT, OPTIMIZER="none")
+    model = made.from_state_dict(weights())
+    model.new_cache(4, CONTEXT + 16)
+    model._served().fill(CONTEXT)
+    table = model.layers[0].kv.table
+    kept = [row[row >= 0].tolist() for row in table.positions]
+    assert model.cached_lengths.tolist() == [CONTEXT] * 4
+    logits = [model.decode(torch.arange(4))]
+    model.truncate([CONTEXT] * 4)
+    logits.append(model.decode(torch.arange(4)))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        made.demo(steps=2)
+    return kept, torch.stack(logits), printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "algorithm, mesh, window",
+    [
+        ("local", {"dp": 2}, 0),
+        ("local", {"tp": 2}, 17),
+        ("ring", {"cp": 2}, 0),
+        ("tree", {"cp": 2}, 17),
+    ],
+)
+def test_a_cache_that_is_filled_for_measurements(
+    pool: Pool, algorithm: str, mesh: dict[str, int], window: int
+) -> None:
+    results = pool(2).run(fill_and_demonstrate, algorithm, mesh, window)
+    kept = [rows for rows, _, _ in results]
+    if "cp" in mesh:  # the ranks share every sequence
+        pairs = list(zip(*kept, strict=True))
+        assert all(sorted(a + b) == list(range(CONTEXT)) and a and b for a, b in pairs)
+    else:
+        assert all(row == list(range(CONTEXT)) for rows in kept for row in rows)
+        assert [len(rows) for rows in kept] == ([2, 2] if "dp" in mesh else [4, 4])
+    for _, (first, again), _ in results:
+        torch.testing.assert_close(again, first, **EXACT)
+        torch.testing.assert_close(first, results[0][1][0], **EXACT)
+    said = results[0][2].splitlines()
+    assert [line.split(":")[0] for line in said[:3]] == ["warm-up", "decode 1", "decode 2"]
+    assert " per decode of 4 x 16 tokens over 40 cached ones, " in said[3]
+    assert "tokens/s, peak" in said[3] and said[3].endswith("GB on rank 0") and len(said) == 4
+    assert results[1][2] == ""
