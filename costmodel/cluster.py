@@ -81,6 +81,8 @@ class Link:
     `group_bytes_per_s` holds (GPUs taking part, bytes/s) pairs where the rate depends on their
     number: PCIe without peer-to-peer falls with every GPU that joins; with one link for each pair
     of GPUs it grows with the group.  Empty where every GPU reaches the full rate in any group.
+    `node_bytes_per_s` is what all GPUs of a node receive from other nodes together, where they
+    share network cards; infinite where each has its own.
     """
 
     bytes_per_s: float
@@ -91,6 +93,7 @@ class Link:
     exchange_s: float = 0.0
     copy_bytes_per_s: float = inf
     switch_reduce_bytes_per_s: float = 0.0
+    node_bytes_per_s: float = inf
     group_bytes_per_s: tuple[tuple[int, float], ...] = ()
 
 
@@ -178,6 +181,7 @@ _LINK_RULES = {
     "exchange_s": _SECONDS,
     "copy_bytes_per_s": _RATE,
     "switch_reduce_bytes_per_s": _Rule("bytes/s, or 0 for no such switch", strict=False),
+    "node_bytes_per_s": _RATE,
 }
 _TOP_RULES = {
     "gpus_per_node": _Rule("a whole number, at least 1", low=1, strict=False),

@@ -25,7 +25,8 @@ Inside a node, with wire = the last column (`wire_bytes`):
 
 Across nodes, with `nodes` nodes of `local` ranks each (p = nodes * local): every GPU has its own
 network card, and all GPUs of a node take part at once, each in its own group; so a group that
-has `local` ranks in a node has just their `local` cards, whatever the other groups do.
+has `local` ranks in a node has just their `local` cards, whatever the other groups do.  Where the
+GPUs of a node share cards (`node_bytes_per_s`), what comes in for all of them passes there too.
 
 - all_gather, reduce_scatter, all_reduce: the ring crosses from node to node once per node and per
   card; what a node lacks, (nodes - 1) / nodes of the tensor, comes in over `local` cards, so each
@@ -66,7 +67,7 @@ class AxisLink:
 
     `size` ranks in a group, spread over `nodes` nodes, `local` of them in one node; `span` GPUs
     lie between the first and the last of a group in its node, both counted: they are all busy, as
-    the groups in between run the same collective.
+    the groups in between run the same collective.  `groups` have ranks in one node.
 
     Invariants: local * nodes >= size; local <= span; all at least 1.
     """
@@ -77,9 +78,10 @@ class AxisLink:
     span: int
     intra: Link
     inter: Link
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.size, self.nodes, self.local) < 1 or self.local > self.span:
+        if min(self.size, self.nodes, self.local, self.groups) < 1 or self.local > self.span:
             raise ValueError(f"impossible group: {self}")
         if self.local * self.nodes < self.size:
             raise ValueError(f"{self.size} ranks do not fit {self.nodes} nodes x {self.local}")
@@ -125,6 +127,7 @@ def joint_link(mesh: Mesh, cluster: Cluster, axes: tuple[int, ...]) -> AxisLink:
         span=span,
         intra=cluster.intra_node,
         inter=cluster.inter_node,
+        groups=max(min(per_node, mesh.ranks) // local, 1),
     )
 
 
@@ -187,16 +190,18 @@ def _inside_s(kind: str, data: Floats, axis: AxisLink) -> Floats:
 
 
 def _across_s(kind: str, data: Floats, axis: AxisLink) -> Floats:
-    """Seconds that each rank's network card is busy."""
+    """Seconds that each rank's network card is busy, and those that the ranks of a node share."""
     link, p = axis.inter, axis.size
+    cards = axis.local * axis.groups
     if kind == "send_recv":
-        share = 1.0
+        share, cards = 1.0, axis.groups  # a ring enters a node once
     elif kind == "all_to_all":
         share = (p - axis.local) / p
     else:
         ring = 2 if kind == "all_reduce" else 1
         share = ring * (axis.nodes - 1) / axis.nodes / axis.local
-    return _transfer_s(data * share, link.efficiency * link.bytes_per_s, link)
+    rate = min(link.efficiency * link.bytes_per_s, link.node_bytes_per_s / cards)
+    return _transfer_s(data * share, rate, link)
 
 
 def _transfer_s(wire: Floats, rate: float, link: Link) -> Floats:

@@ -1,4 +1,4 @@
-"""Measures this machine's CPU and gloo links and writes them as a cluster file.
+"""Measures CPUs and gloo links, of this machine or of several, and writes them as a cluster file.
 
 Imports torch inside its functions only, so that loading the cost model stays cheap.
 """
@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 
 _SMALL = 1 << 10  # bytes: latency only
 _LARGE = 1 << 24  # bytes: bandwidth only
+_MESSAGE = 1 << 22  # bytes: bandwidth only, also where links are slow
 _NODE = 8  # ranks that a "node" of this machine is said to hold
 
 
@@ -27,6 +28,19 @@ class CpuFigures:
     bytes_per_s: float  # read + written by adding a number to a large tensor
     floor_s: float  # one tiny operation
     all_reduce_s: dict[int, tuple[float, float]]  # ranks -> seconds of (1 kB, 16 MB)
+
+
+@dataclass(frozen=True, slots=True)
+class HostFigures:
+    """What the ranks of several hosts reach while all of them work."""
+
+    flops: dict[str, float]
+    bytes_per_s: float
+    floor_s: float
+    # seconds of messages of 1 kB and of 4 MB, sent at the same time by
+    inside_s: tuple[float, float]  # all ranks to their neighbours on the same host
+    across_s: tuple[float, float]  # the last rank of each host to the first of the next
+    together_s: tuple[float, float]  # all ranks to those in their place on the next host
 
 
 def measure_cpu(ranks: int = 2, timeout_s: float = 120.0) -> str:
@@ -41,6 +55,67 @@ def measure_cpu(ranks: int = 2, timeout_s: float = 120.0) -> str:
     groups = {size: _run(size, False, timeout_s).all_reduce_s[size] for size in (2, 4, _NODE)}
     figures = CpuFigures(first.flops, first.bytes_per_s, first.floor_s, groups)
     return format_cpu(figures, _memory_bytes(), ranks)
+
+
+def measure_hosts(per_host: int) -> str:
+    """TOML text of a cluster of CPU hosts, as measured now by the ranks of torch.distributed.
+
+    Every rank of the default process group calls it; ranks fill the hosts in order, `per_host` on
+    each.  Each returns what it measured itself; all work at once, as when a module runs.  Raises
+    ValueError for fewer than two hosts, or hosts of different numbers of ranks.
+    """
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if per_host < 1 or ranks % per_host or ranks == per_host:
+        raise ValueError(
+            f"{ranks} ranks, {per_host} on each host: expected two hosts or more, with as many"
+            " ranks on each"
+        )
+    host, place = divmod(rank, per_host)
+    following, before = ((place + step) % per_host + host * per_host for step in (1, -1))
+    beyond, behind = ((rank + step * per_host) % ranks for step in (1, -1))
+    ring = (rank + 1) % ranks if place == per_host - 1 else None
+    from_ring = (rank - 1) % ranks if place == 0 else None
+    alone = per_host == 1
+    figures = HostFigures(
+        *_compute(),
+        inside_s=_message_s(beyond, behind) if alone else _message_s(following, before),
+        across_s=_message_s(ring, from_ring),
+        together_s=_message_s(beyond, behind),
+    )
+    return format_hosts(figures, _memory_bytes(), per_host)
+
+
+def _message_s(to: int | None, source: int | None) -> tuple[float, float]:
+    """Seconds of messages of 1 kB and 4 MB to one rank, while as much comes from another.
+
+    Ranks that neither send nor receive wait; all get the time of the slowest.
+    """
+    import torch
+    import torch.distributed as dist
+
+    found: list[float] = []
+    for size, times in ((_SMALL, 50), (_MESSAGE, 4)):
+        buffers = torch.zeros(2, size // 4).unbind()
+        moves = [
+            dist.P2POp(kind, buffer, peer)
+            for kind, buffer, peer in zip(
+                (dist.isend, dist.irecv), buffers, (to, source), strict=True
+            )
+            if peer is not None
+        ]
+
+        def exchange(moves: list[dist.P2POp] = moves) -> None:
+            for work in dist.batch_isend_irecv(moves):
+                work.wait()
+
+        dist.barrier()
+        mine = _seconds(exchange, times) if moves else 0.0
+        slowest = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        found.append(float(slowest))
+    return found[0], found[1]
 
 
 def format_cpu(figures: CpuFigures, machine_bytes: float, ranks: int) -> str:
@@ -58,24 +133,7 @@ def format_cpu(figures: CpuFigures, machine_bytes: float, ranks: int) -> str:
         for size, (little, large) in figures.all_reduce_s.items()
     }
     best = max(rates.values())
-    kernel = ["efficiency = 1.0  # the rates above are measured ones",
-              "bandwidth_efficiency = 1.0  # as above",
-              "overlap = 1.0  # one thread computes and loads in turn",
-              f"floor_s = {figures.floor_s:.3g}  # {source}"]  # fmt: skip
-    lines = [
-        f'device = "CPU rank, one thread ({ranks} at work while measured)"',
-        f"gpus_per_node = {_NODE}  # ranks that are started on one machine",
-        f"memory_bytes = {0.85 * machine_bytes / _NODE:.3g}  # 85 % of RAM, shared by 8 ranks",
-        f"bandwidth_bytes_per_s = {figures.bytes_per_s:.3g}  # {source}",
-        "processors = 1  # one thread",
-        "small_head_cost = 1.0  # products and exponentials run on the same units",
-        "decode_pass_s = 0.0  # one processor: passes do not exist",
-        "",
-        "[flops]",
-        *(f"{dtype} = {rate:.3g}  # {source}" for dtype, rate in figures.flops.items()),
-    ]
-    for kind in ("matmul", "attention", "decode", "memory"):
-        lines += ["", f"[kernels.{kind}]", *kernel]
+    lines = _compute_lines(figures, ranks, machine_bytes, _NODE, source)
     lines += [
         "",
         "[intra_node]  # gloo over the loopback device",
@@ -94,6 +152,67 @@ def format_cpu(figures: CpuFigures, machine_bytes: float, ranks: int) -> str:
         "hop_s = 1e-4  # an assumption: a switched local network's round trip",
     ]
     return "\n".join(lines) + "\n"
+
+
+def format_hosts(figures: HostFigures, machine_bytes: float, per_host: int) -> str:
+    """The cluster file for `figures`, each host a node of `per_host` ranks.
+
+    A message takes launch_s + hop_s, taken as equal parts, and its bytes at the link's rate.  The
+    latency between hosts is that of messages both ways: who only sends waits for nobody.
+    """
+    source = "measured by measure_hosts"
+    lines = _compute_lines(figures, per_host, machine_bytes, per_host, source)
+    links = (
+        ("intra_node", _rate(*figures.inside_s), figures.inside_s[0]),
+        ("inter_node", _rate(*figures.across_s), figures.together_s[0]),
+    )
+    for name, rate, little in links:
+        lines += [
+            "",
+            f"[{name}]",
+            f"bytes_per_s = {rate:.3g}  # {source}",
+            "efficiency = 1.0  # the rate is a measured one",
+            f"launch_s = {little / 2:.3g}  # {source}",
+            f"hop_s = {little / 2:.3g}  # {source}",
+        ]
+    rate = per_host * _rate(*figures.together_s)
+    lines.append(f"node_bytes_per_s = {rate:.3g}  # {source}")
+    return "\n".join(lines) + "\n"
+
+
+def _rate(little: float, large: float) -> float:
+    """Bytes/s of a large message, less the latency of a little one."""
+    return _MESSAGE / max(large - little, 0.01 * large)
+
+
+def _compute_lines(
+    figures: CpuFigures | HostFigures,
+    ranks: int,
+    machine_bytes: float,
+    per_node: int,
+    source: str,
+) -> list[str]:
+    """Everything of a cluster file but its links."""
+    kernel = ["efficiency = 1.0  # the rates above are measured ones",
+              "bandwidth_efficiency = 1.0  # as above",
+              "overlap = 1.0  # one thread computes and loads in turn",
+              f"floor_s = {figures.floor_s:.3g}  # {source}"]  # fmt: skip
+    memory_bytes = 0.85 * machine_bytes / per_node
+    lines = [
+        f'device = "CPU rank, one thread ({ranks} at work while measured)"',
+        f"gpus_per_node = {per_node}  # ranks that are started on one machine",
+        f"memory_bytes = {memory_bytes:.3g}  # 85 % of RAM, shared by {per_node} ranks",
+        f"bandwidth_bytes_per_s = {figures.bytes_per_s:.3g}  # {source}",
+        "processors = 1  # one thread",
+        "small_head_cost = 1.0  # products and exponentials run on the same units",
+        "decode_pass_s = 0.0  # one processor: passes do not exist",
+        "",
+        "[flops]",
+        *(f"{dtype} = {rate:.3g}  # {source}" for dtype, rate in figures.flops.items()),
+    ]
+    for kind in ("matmul", "attention", "decode", "memory"):
+        lines += ["", f"[kernels.{kind}]", *kernel]
+    return lines
 
 
 def _run(ranks: int, compute: bool, timeout_s: float) -> CpuFigures:

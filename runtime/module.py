@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .ahead import Gather, gathering_ahead
 from .cache import KVCache
-from .checkpoint import Safetensors, Source, StateDict
+from .checkpoint import Experts, OwnNames, Safetensors, Source, StateDict, Writer
 from .collectives import WHOLE, Move
 from .generate import ServePhase, Serving, checked_lengths, generate
 from .layers import Layer, install_layers, per_layer
@@ -210,8 +210,9 @@ class ShardedModule(nn.Module):
     ) -> Self:
         """The module with this rank's slices of full `tensors`, as the original's `state_dict()`.
 
-        Of tied tensors one name is enough.  Raises ValueError listing everything that is
-        missing, unexpected or of the wrong shape.
+        Of tied tensors one name is enough, and experts may be stacked or a tensor each (see
+        `checkpoint.py`).  Raises ValueError listing everything that is missing, unexpected, given
+        twice or of the wrong shape.
         """
         model = cls(mesh, device)
         model._load(StateDict(tensors))
@@ -226,7 +227,8 @@ class ShardedModule(nn.Module):
     ) -> Self:
         """The module with weights from a safetensors file or a Hugging Face folder of them.
 
-        Each rank reads its own slices only.  Errors as in `from_state_dict`.
+        Each rank reads its own slices only, of its own experts only.  Forms and errors as in
+        `from_state_dict`.
         """
         with Safetensors(path) as source:
             model = cls(mesh, device)
@@ -284,8 +286,14 @@ class ShardedModule(nn.Module):
         return gradients
 
     @torch.no_grad()
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Original names (aliases too) -> full tensors, on this rank's device."""
+    def full_state_dict(self, experts: Experts = "stacked") -> dict[str, Tensor]:
+        """Original names (aliases too) -> full tensors, on this rank's device.
+
+        `experts`: `stacked` as the original has them, or a tensor for each expert and matrix:
+        `separate` as `experts.3.gate_proj.weight`, `mixtral` as `experts.3.w1.weight` in
+        `block_sparse_moe`.  Raises ValueError where names and shapes do not tell how to do that.
+        """
+        writer = Writer(self._originals, experts)
         tensors: dict[str, Tensor] = {}
         for name, original in self._originals.items():
             if original.kind == "constant":
@@ -293,7 +301,7 @@ class ShardedModule(nn.Module):
             parts = [self.local(part).detach() for part in original.params]
             whole = self._gather(parts, original)
             for key in (name, *original.aliases):
-                tensors[key] = whole
+                tensors.update(writer.tensors(key, whole))
         return tensors
 
     def local(self, name: str) -> Tensor:
@@ -596,6 +604,7 @@ class ShardedModule(nn.Module):
     @torch.no_grad()
     def _load(self, source: Source) -> None:
         wanted = {n: o for n, o in self._originals.items() if o.kind != "constant"}
+        source = OwnNames(source, wanted)
         given = set(source.names())
         found = {
             name: [key for key in (name, *original.aliases) if key in given]
@@ -603,6 +612,7 @@ class ShardedModule(nn.Module):
         }
         known = {key for name, original in wanted.items() for key in (name, *original.aliases)}
         problems = [f"missing: {name}" for name, keys in found.items() if not keys]
+        problems += source.problems
         for key in sorted(given - known):
             constant = key in self._originals
             reason = " (the plan holds its values; leave it out)" if constant else ""

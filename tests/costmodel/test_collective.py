@@ -212,6 +212,28 @@ def test_properties(name: str, kind: str, sizes: list[int], data: float, more: f
             assert seconds >= wire_bytes(kind, data, axis.size) / fastest
 
 
+def test_ranks_of_a_node_share_its_card() -> None:
+    # two nodes of two ranks; a card of 100 bytes/s for each node, none of whose ranks gets more
+    h100 = load_cluster("h100")
+    inter = replace(
+        h100.inter_node, bytes_per_s=100.0, efficiency=1.0, node_bytes_per_s=100.0, launch_s=0.0,
+        hop_s=0.0,
+    )  # fmt: skip
+    cluster = replace(h100, gpus=4, gpus_per_node=2, inter_node=inter)
+    (ring,) = axis_links(Mesh((("x", 4),)), cluster)
+    across, _ = axis_links(Mesh((("x", 2), ("y", 2))), cluster)
+    assert (ring.groups, across.groups) == (1, 2)
+    for kind, axis, want in (
+        ("send_recv", ring, 10.0),  # of a ring over both nodes one message comes in
+        ("send_recv", across, 20.0),  # one for each rank
+        ("all_to_all", ring, 10.0),  # half of both buffers
+        ("all_reduce", ring, 10.0),  # what the other node adds up, and its half of the result
+        ("all_reduce", across, 20.0),
+        ("all_gather", ring, 5.0),
+    ):
+        assert collective_s(kind, 1000.0, axis) == pytest.approx(want, rel=1e-3), kind
+
+
 def test_arrays() -> None:
     axis = _axis(1, 4)
     data = np.array([0.0, 1e6, 1e9])

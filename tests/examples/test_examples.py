@@ -140,7 +140,7 @@ def test_decoder_sees_the_whole_source_and_no_later_target() -> None:
 def test_rotary_scores_depend_on_distance_only() -> None:
     torch.manual_seed(0)
     llama = load("llama")
-    angles = llama.rotary_angles(16, 8, 10_000.0, torch.device("cpu"))
+    angles = llama.rotary_angles(torch.arange(16), 8, 10_000.0)
     q, k = torch.randn(2, 8).unbind()
     q_turned = llama.rotate(q.expand(1, 16, 1, 8), angles)[0, :, 0]
     k_turned = llama.rotate(k.expand(1, 16, 1, 8), angles)[0, :, 0]
