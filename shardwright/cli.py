@@ -181,7 +181,8 @@ def plan(
         typer.Option(
             metavar="X",
             show_default="that of a power-law router",
-            help="e.g. --expert-imbalance 1.5: load of the busiest GPU's experts over the mean",
+            help="load of the GPU with the busiest experts over the mean load, e.g. "
+            "--expert-imbalance 1.5",
         ),
     ] = None,
     dtype: Annotated[
