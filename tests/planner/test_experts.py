@@ -80,7 +80,9 @@ def test_rows_sent_are_those_of_balanced_routing(experts: int, choices: int, ran
     """Each token goes once to each rank that has one of its experts."""
     tokens = 20_000
     local = dispatched(
-        replace(WHOLE, tokens=tokens * ranks, choices=choices, experts=experts, all_experts=experts),
+        replace(
+            WHOLE, tokens=tokens * ranks, choices=choices, experts=experts, all_experts=experts
+        ),
         ranks,
         1.0,
     )
