@@ -199,7 +199,8 @@ def test_planned_on_two_ranks(pool: Pool, family: str, way: str) -> None:
 
 # Each way once; all families in the slow test
 @pytest.mark.parametrize(
-    ("way", "family"), zip(FOUR, ("mixtral", "qwen3_moe", "gpt_oss", "llama4"))
+    ("way", "family"),
+    list(zip(FOUR, ("mixtral", "qwen3_moe", "gpt_oss", "llama4"), strict=True)),
 )
 def test_planned_on_four_ranks(pool: Pool, family: str, way: str) -> None:
     check_way(pool, case_of(family), FOUR[way])

@@ -52,7 +52,8 @@ def test_usual_imbalance_has_bounds_and_grows_with_ranks(experts: int) -> None:
     """One rank has the mean load; the busiest of p cannot have more than p times the mean."""
     ranks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= experts]
     loads = [usual_imbalance(experts, n) for n in ranks]
-    assert loads[0] == 1.0 and all(1.0 < load <= n for n, load in zip(ranks[1:], loads[1:]))
+    assert loads[0] == 1.0
+    assert all(1.0 < load <= n for n, load in zip(ranks[1:], loads[1:], strict=True))
     assert loads == sorted(loads)
 
 
