@@ -27,7 +27,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-BUILT_IN = ("a100", "b200", "cpu", "h100", "h200", "l40s", "mi300x", "rtx4090")
+BUILT_IN = ("a100", "b200", "cpu", "h100", "h200", "h800", "l40s", "mi300x", "rtx4090")
 
 _DTYPES = {
     "bfloat16": "bf16",

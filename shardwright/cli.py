@@ -192,8 +192,8 @@ def plan(
         str,
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="the machines: a100, h100, h200, b200, l40s, rtx4090, mi300x, cpu (processes on "
-            "this machine), or a file that describes yours, e.g. --cluster a100",
+            help="the machines: a100, h100, h200, h800, b200, l40s, rtx4090, mi300x, cpu "
+            "(processes on this machine), or a file that describes yours, e.g. --cluster a100",
         ),
     ] = "h100",
     memory: Annotated[

@@ -42,6 +42,7 @@ def test_every_figure_has_a_source(name: str) -> None:
         ("a100", 312e12, 2.039e12, 300e9, 80e9),
         ("h100", 989.4e12, 3.35e12, 450e9, 80e9),
         ("h200", 989.4e12, 4.8e12, 450e9, 141e9),
+        ("h800", 989.4e12, 3.35e12, 200e9, 80e9),
         ("b200", 2250e12, 8e12, 900e9, 180e9),
         ("l40s", 362.05e12, 864e9, 32e9, 48e9),
         ("rtx4090", 165.2e12, 1008e9, 32e9, 24e9),
@@ -64,7 +65,7 @@ def test_datasheet(
 def test_unknown_name_suggests(given: str, hint: str) -> None:
     with pytest.raises(ClusterError, match=re.escape(hint)) as caught:
         load_cluster(given)
-    assert "Built in: a100, b200, cpu, h100, h200, l40s, mi300x, rtx4090" in str(caught.value)
+    assert "Built in: a100, b200, cpu, h100, h200, h800, l40s, mi300x, rtx4090" in str(caught.value)
 
 
 def test_unknown_name_without_a_near_one() -> None:

@@ -30,6 +30,7 @@ from shardwright.planner.solvers import solve
 from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
+from tests.ir import test_moe
 from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model
 from tests.sharded import (
     assert_close,
@@ -43,12 +44,15 @@ from tests.sharded import (
 
 Pool = Callable[[int], RankPool]
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mistral", "gemma2", "gpt_neox")
+EXPERTS = ("mixtral", "qwen3_moe")
 ALGORITHMS = ("ring", "gather", "pass_q", "tree")
 BATCH, PROMPT, NEW = 4, 16, 6
 
 
 @cache
 def model_of(name: str) -> Any:
+    if name in EXPERTS:
+        return test_moe.model_of(name).eval()
     return huggingface_model(name, huggingface_configs()[name]).eval()
 
 
@@ -231,7 +235,7 @@ def greedy(name: str, ids: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(answers)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *EXPERTS])
 def test_generation_equals_transformers(pool: Pool, name: str) -> None:
     """Greedy, a batch of different lengths, under random decisions for eight tokens at a time."""
     ids, lengths = prompts()

@@ -1,0 +1,193 @@
+"""Plans of published models with experts: what is chosen, and what the usual deployments cost.
+
+All prices are of one cost model, each the optimum within a restriction; `pytest -s` prints them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import inf, prod
+from pathlib import Path
+
+import pytest
+
+import shardwright
+from shardwright.api import phase_graph
+from shardwright.costmodel.cluster import load_cluster
+from shardwright.ir.graph import Graph
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.ops import kind_of, rule_of
+from shardwright.ir.unfuse import unfuse
+from shardwright.loading import load_target
+from shardwright.planner.build import Builder, Decisions, Restriction, Setting
+from shardwright.planner.conversion import Network
+from shardwright.planner.problem import evaluate
+from shardwright.planner.regions import Region, Strategy, scopes
+from shardwright.planner.roles import Roles
+from shardwright.planner.solvers import solve
+from tests.sharded import mesh_of
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SEQ = 4096
+
+
+@cache
+def graph_of(name: str, batch: int, phase: str = "train") -> Graph:
+    """The folded graph of a model of full size; no weight is allocated."""
+    target = str(CONFIGS / name)
+    loaded = load_target(target, batch=batch, seq=SEQ, phase=phase, dtype="bfloat16")
+    return phase_graph(loaded, phase, 0)
+
+
+class Sent(Restriction):
+    """Expert parallelism without cutting experts: tokens go to their experts on some axis."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            if kind_of(node) == "experts":
+                ways = rule_of(node).algorithms
+                if not any(c in ways for c in choices) or any(c in ("f", "o") for c in choices):
+                    return False
+        return True
+
+
+@dataclass(frozen=True)
+class Priced:
+    """The optimum of one restriction; infinite seconds where nothing fits the memory."""
+
+    seconds: float
+    graph: Graph
+    decisions: Decisions | None
+
+    def experts(self) -> set[tuple[str, ...]]:
+        """How the layers of experts run."""
+        assert self.decisions is not None
+        nodes = [node for scope in scopes(self.graph) for node in scope.nodes]
+        return {self.decisions.choices[n.name] for n in nodes if kind_of(n) == "experts"}
+
+
+def best(
+    graph: Graph,
+    mesh: Mesh,
+    cluster: str,
+    within: Callable[[Graph], Restriction],
+    *,
+    training: bool = True,
+    imbalance: float = 0.0,
+) -> Priced:
+    """The cheapest plan within a restriction, gate and up whole or in parts, layers recomputed
+    or not."""
+    network = Network(mesh, load_cluster(cluster, gpus=prod(mesh.sizes)))
+    found = Priced(inf, graph, None)
+    for variant in (graph, unfuse(graph)) if training else (graph,):
+        for recompute in (False, True) if training else (False,):
+            setting = Setting(
+                training, "adamw" if training else "none", network.cluster.memory_bytes,
+                recompute, expert_imbalance=imbalance,
+            )  # fmt: skip
+            built = Builder(variant, network, setting).build(within(variant))
+            problem = built.problem()
+            assignment = solve(problem, solver="highs", time_limit_s=60.0).assignment
+            if assignment is not None:
+                seconds = evaluate(problem, assignment).cost
+                if seconds < found.seconds:
+                    found = Priced(seconds, variant, built.read(assignment))
+    return found
+
+
+def freely(graph: Graph) -> Restriction:
+    return Restriction()
+
+
+def sent(graph: Graph) -> Restriction:
+    return Sent()
+
+
+def megatron(mesh: Mesh) -> Callable[[Graph], Restriction]:
+    """Tensor parallelism on the innermost axis, parameters of data-parallel ranks sharded."""
+    roles = ("fsdp", "tp")[-len(mesh.axes) :]
+    return lambda graph: Roles(roles, graph, mesh)
+
+
+# ---- training on H100s -------------------------------------------------------------------------
+
+
+def test_small_experts_are_chosen_to_stay_whole(tmp_path: Path) -> None:
+    """Four layers of Qwen3-30B-A3B on one node: 16 experts on each GPU, which tokens go to."""
+    config = json.loads((CONFIGS / "qwen3-30b-a3b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    plan = shardwright.api.plan_file(
+        str(tmp_path), gpus=8, cluster="h100", phase="train", batch=8, seq=SEQ, dtype="bfloat16",
+        memory_bytes=12_000_000_000, mesh="8", pins=(), optimizer="adamw", solver="highs",
+        time_limit_s=60.0,
+    )  # fmt: skip
+    assert plan.mesh.names == ("ep",)
+    assert "experts, tokens sent to them" in str(plan)
+    others = {row.name: row.seconds for row in plan.baselines}
+    assert others["TP+SP"] is not None and plan.seconds < 0.7 * others["TP+SP"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8,), (8, 8)], ids=str)
+def test_qwen_on_h100s(sizes: tuple[int, ...]) -> None:
+    """128 experts: sending tokens to them is far ahead of TP8, and what is chosen."""
+    mesh, graph = mesh_of(*sizes), graph_of("qwen3-30b-a3b", prod(sizes))
+    chosen, ep = best(graph, mesh, "h100", freely), best(graph, mesh, "h100", sent)
+    tp = best(graph, mesh, "h100", megatron(mesh))
+    print(f"\nQwen3-30B-A3B on {sizes}: {chosen.seconds=} {ep.seconds=} {tp.seconds=}")
+    print(chosen.experts())
+    assert chosen.seconds == pytest.approx(ep.seconds, rel=1e-6)
+    assert ep.seconds < 0.6 * tp.seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8,), (8, 8)], ids=str)
+def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
+    """Eight experts on eight GPUs: sending tokens beats TP8 if the router is balanced."""
+    mesh, graph = mesh_of(*sizes), graph_of("mixtral-8x7b", prod(sizes))
+    tp = best(graph, mesh, "h100", megatron(mesh))
+    for imbalance in (1.0, 1.25, 0.0):
+        chosen = best(graph, mesh, "h100", freely, imbalance=imbalance)
+        ep = best(graph, mesh, "h100", sent, imbalance=imbalance)
+        print(f"\nMixtral-8x7B on {sizes}, {imbalance=}:")
+        print(f"{chosen.seconds=} {ep.seconds=} {tp.seconds=}")
+        print(chosen.experts())
+        assert chosen.seconds <= min(ep.seconds, tp.seconds) * (1 + 1e-6)
+
+
+# ---- DeepSeek-V3 in inference on H800s ---------------------------------------------------------
+
+
+class Published(Restriction):
+    """Prefill as deployed: attention TP4 with DP8 (SP is left open), experts over all 32 ranks."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        wanted = {"attention": ("b", "n"), "experts": ("dispatch_i0", "dispatch_i0")}
+        return all(
+            choices == wanted.get(kind_of(node), choices)
+            for node, choices in zip(region.nodes, strategy.choices, strict=True)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imbalance", [1.0, 0.0])
+def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
+    """With balanced experts (the deployment keeps copies of popular ones) the published way is
+    what is chosen, up to details; with a power-law router, 32 blocks of experts wait for the
+    busiest, and blocks of 8 with their weights gathered over 4 ranks are faster."""
+    mesh, graph = mesh_of(8, 4), graph_of("deepseek-v3", 32, "prefill")
+
+    def price(within: Callable[[Graph], Restriction]) -> Priced:
+        return best(graph, mesh, "h800", within, training=False, imbalance=imbalance)
+
+    ours, theirs = price(freely), price(lambda graph: Published())
+    print(f"\nDeepSeek-V3 {imbalance=}: {ours.seconds=} {theirs.seconds=} {ours.experts()}")
+    assert ours.seconds <= theirs.seconds < 1.3 * ours.seconds
+    if imbalance == 1.0:
+        assert ours.experts() == theirs.experts()
+        assert theirs.seconds < 1.01 * ours.seconds
+    else:
+        assert ours.experts() == {("e", "i1")}
