@@ -103,7 +103,10 @@ def _latent(node: Node, made: Mapping[str, Node]) -> _Latent | None:
 def _linear(whole: Value, lead: tuple[int, int, int], made: Mapping[str, Node]) -> Node | None:
     """The linear without bias of which `whole` (b, heads, t, n) is the result, seen by heads."""
     transpose = _made_by("aten.transpose.int", whole, made)
-    if transpose is None or {transpose.arg("dim0"), transpose.arg("dim1")} not in ({1, 2}, {-3, -2}):
+    if transpose is None or {transpose.arg("dim0"), transpose.arg("dim1")} not in (
+        {1, 2},
+        {-3, -2},
+    ):
         return None
     by_heads = transpose.operands[0]
     reshape = _made_by(_RESHAPE, by_heads, made)
@@ -139,7 +142,10 @@ class _Latent:
     def nodes(self) -> list[Node]:
         """The absorbed form; its last node gives the value that the attention gave."""
         batch, heads, new, _ = self.nope.type.shape
-        value_dim, rank = self.attention.output.type.shape[3], self.linear.operands[0].type.shape[-1]
+        value_dim, rank = (
+            self.attention.output.type.shape[3],
+            self.linear.operands[0].type.shape[-1],
+        )
         up_keys, up_values, unpacked = self._weights()
         q_nope, q_rope, parted = self._query_parts()
         wide = rank + self.rope.type.shape[3]
@@ -222,4 +228,15 @@ class _Latent:
         return replace(like, name=full, type=TensorType(shape, like.type.dtype))
 
 
-__all__ = ["absorbed"]
+def cached_numbers(graph: Graph) -> int:
+    """Numbers that the KV cache of a served graph holds per token, in the layer with most."""
+    most = 0
+    for node in graph.nodes:
+        if node.op == "shardwright.cached_attention":
+            stored = node.operands[1:2] if values_in_keys(node) else node.operands[1:3]
+            numbers = sum(value.type.shape[1] * value.type.shape[3] for value in stored)
+            most = max(most, numbers)
+    return most
+
+
+__all__ = ["absorbed", "cached_numbers"]

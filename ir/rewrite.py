@@ -70,5 +70,6 @@ def live_items(items: Sequence[Node | Loop], read: Iterable[str]) -> tuple[Node 
 
 
 __all__ = [
-    "flat", "live_items", "producers", "remove_dead", "substitute", "with_args", "with_body", "with_operands",
+    "flat", "live_items", "producers", "remove_dead", "substitute", "with_args", "with_body",
+    "with_operands",
 ]  # fmt: skip

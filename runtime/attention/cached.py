@@ -55,8 +55,9 @@ def cached_attention(
 
     q (b, hq, t, d), k (b, hkv, t, d), v (b, hkv, t, dv) belong to new tokens at `positions` (b, t)
     int64 in their sequences; -1 is padding: not stored, never attended, its result is finite and
-    means nothing.  `v` is None for a cache with `values_in_keys`: the values are the first dv
-    numbers of the keys, which alone are stored and sent.  A query at p attends keys at j <= p if `causal`, j > p - window if `window` > 0.
+    means nothing.  A query at p attends keys at j <= p if `causal`, j > p - window if `window` > 0.
+    `v` is None for a cache with `values_in_keys`: the values are the first dv numbers of the keys,
+    which alone are stored and sent.
     `scale` is 1/sqrt(d) if None; `softcap` > 0 makes scores softcap * tanh(score / softcap);
     `sinks` (hq,) are logits of one more key per head whose value is 0.
 

@@ -101,7 +101,9 @@ def test_nothing_of_the_heads_keys_is_left(folded: bool) -> None:
     assert not any(n.op == "aten.expand.default" and "self_attn" in n.loc.module
                    for n in graph.nodes)  # fmt: skip
     linears = [n for n in graph.nodes if n.op == "aten.linear.default"]
-    assert len(linears) == len([n for n in plain.nodes if n.op == "aten.linear.default"]) - len(nodes)
+    assert len(linears) == len([n for n in plain.nodes if n.op == "aten.linear.default"]) - len(
+        nodes
+    )
     assert absorbed(graph) is graph
 
 
