@@ -10,6 +10,7 @@ from math import isfinite, lcm, prod
 from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
 from ..ir.mesh import Mesh
+from ..ir.ops import values_in_keys
 from ..ir.spec import Spec, format_spec, local_shape
 from ..planner.attention import cache_spec
 from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, is_gather
@@ -405,16 +406,18 @@ class _Writer:
         node = item.node
         if node.op != "shardwright.cached_attention":
             return []
-        key, value = node.operands[1:3]
+        key = node.operands[1]
         args = [
             f"heads={key.type.shape[1]}",
             f"key_dim={key.type.shape[3]}",
-            f"value_dim={value.type.shape[3]}",
+            f"value_dim={node.output.type.shape[3]}",
             f"dtype={key.type.dtype}",
             f'spec="{format_spec(cache_spec(node, item.choices))}"',
         ]
         if node.arg("window"):
             args.append(f"window={node.arg('window')}")
+        if values_in_keys(node):
+            args.append("values_in_keys=True")
         return statement(f'"{prefix}{node.arg("cache")}": Cache({", ".join(args)}),', 2)
 
     def _spec_text(self, item: Sharded) -> str:

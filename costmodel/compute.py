@@ -95,12 +95,15 @@ def attention_s(
     dtype: str,
     cluster: Cluster,
     causal_fraction: float = 1.0,
+    *,
+    values_in_keys: bool = False,
 ) -> Number:
     """Seconds for flash attention, forward; `causal_fraction` of the scores are computed.
 
     0.5 for causal self-attention, 1 without a mask.  One query row per sequence (`seq_q == 1`) is
     decoding: bound by reading keys and values.  Otherwise blocks of 128 query rows are spread over
-    the processors, and the longest row of keys is the shortest possible time.
+    the processors, and the longest row of keys is the shortest possible time.  With
+    `values_in_keys` decoding reads the keys alone.
     """
     b, hq, hk, sq, sk, d = (
         np.asarray(value, dtype=float)
@@ -108,7 +111,8 @@ def attention_s(
     )
     peak = cluster.peak(dtype)
     itemsize = _ITEMSIZE[short_dtype(dtype)]
-    decode = decode_s((b, hq, hk, sk, d), peak, cluster, itemsize, cluster.decode)
+    read = 1 if values_in_keys else 2
+    decode = decode_s((b, hq, hk, sk, d), peak, cluster, itemsize, cluster.decode, read)
     context = context_s(
         (b, hq, hk, sq, sk, d), peak, cluster, itemsize, cluster.attention, causal_fraction
     )
@@ -171,14 +175,16 @@ def decode_s(
     cluster: Cluster,
     itemsize: int,
     kernel: Kernel,
+    read: int = 2,
 ) -> Floats:
     """Attention of one query row per sequence, on arrays (batch, heads_q, heads_kv, seq_kv, dim).
 
     Each processor takes whole (sequence, kv head) pairs: `decode_pass_s` per pass over them.
+    `read` vectors of `dim` are read per cached token and kv head: key and value, or one for both.
     """
     b, hq, hk, sk, d = shape
     passes = np.ceil(b * hk / cluster.processors)
-    moved = b * d * (2 * hq + 2 * hk * sk) * itemsize
+    moved = b * d * (2 * hq + read * hk * sk) * itemsize
     seconds = kernel_s(4.0 * b * hq * sk * d, moved, peak, cluster.bandwidth_bytes_per_s, kernel)
     return seconds + cluster.decode_pass_s * passes
 

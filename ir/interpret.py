@@ -163,17 +163,20 @@ def cached_attention_math(
     cached: Tokens | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     positions: Tensor,
     scale: float,
     window: int,
     softcap: float,
     context: int,
+    value_dim: int = 0,
 ) -> tuple[Tensor, Tokens]:
     """Attention of new tokens over all that are known, and all that are known then.
 
-    `context`, the number that was planned for, changes nothing.
+    Without `v` the values are the first `value_dim` numbers of the keys.  `context`, the number
+    that was planned for, changes nothing.
     """
+    v = k[..., :value_dim] if v is None else v
     keys = positions
     if cached is not None:
         k, v = torch.cat([cached.k, k], 2), torch.cat([cached.v, v], 2)

@@ -1549,16 +1549,21 @@ register(
 
 
 def _cached_attention_rule(node: Node) -> Rule:
-    """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand."""
+    """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand.
+
+    Without the operand v the values are the first `value_dim` numbers of the keys.
+    """
     query, key = node.operands[:2]
     context = node.arg("context")
     assert isinstance(context, int)
     heads, new = key.type.shape[1], query.type.shape[2]
     groups = query.type.shape[1] // heads
-    text = "b (n g) [q] [d], b n [k] [d], b n [k] [e], b [q] -> b (n g) [q] [e]"
+    values = "" if values_in_keys(node) else " b n [k] [e],"
+    text = f"b (n g) [q] [d], b n [k] [d],{values} b [q] -> b (n g) [q] [e]"
     rule = _text(text, sizes={"n": heads, "g": groups})(node)
-    shared = Algorithm(("q", "k", "c"), (S(2), S(2), S(2), S(1)), (S(2),))
-    whole = Algorithm(("c",), (R, R, R, R), (R,), label="s")
+    tensors = len(node.operands) - 1  # besides the positions
+    shared = Algorithm(("q", "k", "c"), ((S(2),) * tensors) + (S(1),), (S(2),))
+    whole = Algorithm(("c",), (R,) * (tensors + 1), (R,), label="s")
     return replace(
         rule,
         sizes={**rule.sizes, "c": context + new},
@@ -1566,6 +1571,14 @@ def _cached_attention_rule(node: Node) -> Rule:
         inner=_INNER_HEADS,
         algorithms={"ring": shared, "gather": shared, "pass_q": shared, "tree": whole},
     )
+
+
+def values_in_keys(node: Node) -> bool:
+    """Does an attention over a cache read its values from the keys, and so store no others?
+
+    Nodes of older plans have no argument `value_dim`: theirs are an operand.
+    """
+    return bool(dict(node.args).get("value_dim"))
 
 
 def _emit_cached_attention(node: Node, render: Render) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from .graph import Arg, Graph, Node, Output, Value
+from .graph import Arg, Graph, Loop, Node, Output, Value
 
 
 def substitute(arg: Arg, by: Mapping[str, Value]) -> Arg:
@@ -49,16 +49,27 @@ def producers(nodes: Sequence[Node]) -> dict[str, Node]:
 
 
 def remove_dead(graph: Graph) -> Graph:
-    """Drop nodes whose results nothing reads."""
-    live = {output.value.name for output in graph.outputs}
-    kept: list[Node] = []
-    for node in reversed(flat(graph)):
-        if any(value.name in live for value in node.outputs):
-            live.update(value.name for value in node.operands)
-            kept.append(node)
-    return replace(graph, body=tuple(reversed(kept)))
+    """Drop nodes of a flat graph whose results nothing reads."""
+    read = {output.value.name for output in graph.outputs}
+    return replace(graph, body=live_items(flat(graph), read))
+
+
+def live_items(items: Sequence[Node | Loop], read: Iterable[str]) -> tuple[Node | Loop, ...]:
+    """`items` without nodes that lead to no value named in `read`; loops stay as they are."""
+    live = set(read)
+    kept: list[Node | Loop] = []
+    for item in reversed(items):
+        if isinstance(item, Loop):
+            live.update(value.name for value in (*item.carried, *item.invariants))
+        elif any(value.name in live for value in item.outputs):
+            live.update(value.name for value in item.operands)
+        else:
+            continue
+        kept.append(item)
+    return tuple(reversed(kept))
 
 
 __all__ = [
-    "flat", "producers", "remove_dead", "substitute", "with_args", "with_body", "with_operands",
+    "flat", "live_items", "producers", "remove_dead", "substitute", "with_args", "with_body",
+    "with_operands",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from .graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
 from .indices import index_limits
 from .ops import kind_of
-from .rewrite import with_operands
+from .rewrite import live_items, with_operands
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
 
@@ -130,7 +130,7 @@ class _Pass:
         ]
         args = (
             *tensors, ("positions", positions), *options, ("context", self.context),
-            ("cache", cache),
+            ("cache", cache), ("value_dim", 0),
         )  # fmt: skip
         return replace(node, op="shardwright.cached_attention", args=args)
 
@@ -260,18 +260,15 @@ def _is_sizes(arg: Arg) -> bool:
 
 def _live(graph: Graph) -> Graph:
     """The graph without nodes outside loops that nothing reads."""
-    live = {out.value.name for out in graph.outputs}
-    kept: list[Node | Loop] = []
-    for item in reversed(graph.body):
-        if isinstance(item, Loop):
-            live |= {value.name for value in (*item.carried, *item.invariants)}
-        elif any(value.name in live for value in item.outputs):
-            live |= {value.name for value in item.operands}
-        else:
-            continue
-        kept.append(item)
-    used = tuple(i for i in graph.inputs if i.value.name in live)
-    return replace(graph, body=tuple(reversed(kept)), inputs=used)
+    outputs = {out.value.name for out in graph.outputs}
+    body = live_items(graph.body, outputs)
+    read = outputs | {value.name for item in body for value in _reads(item)}
+    used = tuple(i for i in graph.inputs if i.value.name in read)
+    return replace(graph, body=body, inputs=used)
+
+
+def _reads(item: Node | Loop) -> tuple[Value, ...]:
+    return (*item.carried, *item.invariants) if isinstance(item, Loop) else item.operands
 
 
 __all__ = ["POSITIONS", "ServingError", "is_decoder", "serving_graph"]

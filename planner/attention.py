@@ -2,7 +2,8 @@
 
 The algorithms are choices of `shardwright.attention` (see `ir.ops`); `runtime/attention/` runs
 them and counts the same bytes.  For p ranks along the axis, local shapes q (b, hq, s, d),
-k (b, hk, s, d), v (b, hk, s, dv), and `kv` the bytes of one rank's keys and values together:
+k (b, hk, s, d), v (b, hk, s, dv), and `kv` the bytes of one rank's keys and values together (of
+its keys alone where they hold the values, see `ir.latent`):
 
 | algorithm | forward                                   | backward                               |
 |-----------|-------------------------------------------|----------------------------------------|
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 
 from ..costmodel.compute import attention_s
 from ..ir.graph import Node
-from ..ir.ops import attention_dims, rule_of
+from ..ir.ops import attention_dims, rule_of, values_in_keys
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec
 from .conversion import Network
@@ -72,6 +73,7 @@ class Local:
     zigzag: bool
     query_ways: int  # how many ways the queries alone are cut
     cached: bool  # `keys` are those of the cache, of which the last `queries` are new
+    values_in_keys: bool = False  # values are the first `value_dim` numbers of the keys
 
     @staticmethod
     def of(node: Node, choices: Sequence[Choice], sizes: Sequence[int], order: str) -> Local:
@@ -91,14 +93,15 @@ class Local:
             batch, heads, kv_heads, queries, keys, key_dim, rule.sizes["e"],
             node.output.type.dtype.itemsize, cached or bool(node.arg("causal")), window,
             choices[axis] if axis >= 0 else "", axis, sizes[axis] if axis >= 0 else 1,
-            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1), cached,
+            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1), cached, values_in_keys(node),
         )  # fmt: skip
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of this rank's keys and values."""
         rows = self.batch * self.kv_heads * self.keys
-        return rows * (self.key_dim + self.value_dim) * self.itemsize
+        values = 0 if self.values_in_keys else self.value_dim
+        return rows * (self.key_dim + values) * self.itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -264,9 +267,10 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, int]:
         case _:
             share = _share(local, keys, 2 * local.query_ways)
     dims = (local.batch, heads, kv_heads, queries, keys, local.key_dim)
+    shared = local.values_in_keys
     step = network.once(
-        ("attention", *dims, share, dtype),
-        lambda: attention_s(*dims, dtype, network.cluster, share),
+        ("attention", *dims, share, dtype, shared),
+        lambda: attention_s(*dims, dtype, network.cluster, share, values_in_keys=shared),
     )
     return step, steps
 

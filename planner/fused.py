@@ -1,15 +1,19 @@
-"""Fused projections whole or apart: both are planned, the faster plan is kept.
+"""Two ways to compute the same: both are planned, the faster plan is kept.
 
-Apart, q, k and v can each be cut by heads; whole, they are one matrix product instead of three.
+- Fused projections whole or apart.  Apart, q, k and v can each be cut by heads; whole, they are one
+  matrix product instead of three.
+- Attention over keys and values that are made from a latent: of all heads, or absorbed (see
+  `ir.latent`).  Absorbed, the KV cache is a fraction; of all heads, scores cost less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ..costmodel.cluster import Cluster
 from ..ir.graph import Graph
+from ..ir.latent import absorbed, cached_numbers
 from ..ir.mesh import Mesh
 from ..ir.unfuse import unfuse
 from .build import all_params
@@ -18,6 +22,24 @@ from .plan import Baseline, Plan, Request
 from .report import format_seconds
 from .roles import Pin, Pins
 from .search import Clock, Progress, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A graph of the model; `apart`: its fused projections are, `latent`: attention is absorbed."""
+
+    graph: Graph
+    apart: bool
+    latent: bool
+
+    @property
+    def way(self) -> str:
+        """What is said of it after each step of planning."""
+        parts = ", fused projections in parts" if self.apart else ""
+        return parts + (", attention over latents" if self.latent else "")
+
+
+Tried = list[tuple[Variant, Plan | PlanError]]
 
 
 def make_faster_plan(
@@ -32,57 +54,93 @@ def make_faster_plan(
     clock: Clock,
     progress: Progress,
 ) -> Plan:
-    """As `make_plan`; where projections are fused, the better of planning them whole and apart.
+    """As `make_plan`; the best of planning each of the graph's variants.
 
-    Takes the time of two plans then.  Ordinary plans are the better of both, too.  Raises what
-    `make_plan` raises where neither way gives a plan.
+    Takes the time of two plans where projections are fused or attention is over latents, of four
+    where both are.  Ordinary plans are the best of all, too.  Raises what `make_plan` raises where
+    no variant gives a plan.
     """
 
-    variants = _variants(graph, pins)
-    found: list[Plan] = []
-    errors: list[PlanError] = []
+    def made(variant: Variant) -> Plan:
+        return make_plan(
+            variant.graph,
+            cluster,
+            request,
+            mesh=mesh,
+            pins=pins,
+            solver=solver,
+            time_limit_s=time_limit_s,
+            clock=clock,
+            progress=saying(progress, variant.way),
+        )
+
+    return fastest(_variants(graph, pins), made, lambda plan: plan.seconds, clock)
+
+
+def fastest(
+    variants: Sequence[Variant],
+    make: Callable[[Variant], Plan],
+    seconds: Callable[[Plan], float],
+    clock: Clock,
+) -> Plan:
+    """The plan of fewest `seconds` among those of the variants, with notes on the others.
+
+    Optimal only if all problems were solved to the end.  Raises the last error if all fail.
+    """
+    tried: Tried = []
     for variant in variants:
-        way = "" if variant is graph else ", fused projections in parts"
         try:
-            found.append(
-                make_plan(
-                    variant,
-                    cluster,
-                    request,
-                    mesh=mesh,
-                    pins=pins,
-                    solver=solver,
-                    time_limit_s=time_limit_s,
-                    clock=clock,
-                    progress=_saying(progress, way),
-                )
-            )
+            tried.append((variant, make(variant)))
         except PlanError as error:
-            errors.append(error)
+            tried.append((variant, error))
+    found = [(variant, plan) for variant, plan in tried if isinstance(plan, Plan)]
+    errors = [error for _, error in tried if isinstance(error, PlanError)]
     if not found:
         raise errors[-1]
-    if len(variants) == 1:
-        return found[0]
+    variant, best = min(found, key=lambda pair: float(f"{seconds(pair[1]):.9e}"))
+    if len(tried) == 1:
+        return best
     finished = all(isinstance(error, InfeasibleError) for error in errors)
-    return _summed_up(found, _fused_names(variants[-1]), clock, finished)
+    proven = finished and all(plan.search.status == "optimal" for _, plan in found)
+    search = replace(
+        best.search,
+        status="optimal" if proven else "feasible",
+        seconds=tuple(clock.seconds.items()),
+    )
+    notes = (*best.notes, *_fused_note(variant, tried, seconds))
+    notes += tuple(_latent_note(variant, tried, seconds))
+    baselines = _better([plan.baselines for _, plan in found])
+    return replace(best, search=search, notes=notes, baselines=baselines)
 
 
-def _variants(graph: Graph, pins: Sequence[str]) -> list[Graph]:
-    """The graph whole and in parts, where they differ; without one that the pins do not know."""
-    apart = unfuse(graph)
-    if apart is graph:
-        return [graph]
-    known: list[Graph] = []
-    for variant in (graph, apart):
+def _variants(graph: Graph, pins: Sequence[str]) -> list[Variant]:
+    """The graph's variants that differ; without those that the pins do not know."""
+    found: list[Variant] = []
+    for form in forms(graph):
+        found.append(form)
+        apart = unfuse(form.graph)
+        if apart is not form.graph:
+            found.append(replace(form, graph=apart, apart=True))
+    if len(found) == 1:
+        return found
+    known: list[Variant] = []
+    for variant in found:
         try:
-            Pins([Pin.parse(text) for text in pins], variant)
-        except PlanError:  # where neither knows them, planning says why
+            Pins([Pin.parse(text) for text in pins], variant.graph)
+        except PlanError:  # where none knows them, planning says why
             continue
         known.append(variant)
-    return known or [apart]
+    return known or found[-1:]
 
 
-def _saying(progress: Progress, way: str) -> Progress:
+def forms(graph: Graph) -> list[Variant]:
+    """The graph, and with attention over latents absorbed where it has such."""
+    absorbed_graph = absorbed(graph)
+    plain = Variant(graph, False, False)
+    return [plain] if absorbed_graph is graph else [plain, Variant(absorbed_graph, False, True)]
+
+
+def saying(progress: Progress, way: str) -> Progress:
     """`progress`, with `way` after each step."""
 
     def report(step: str) -> None:
@@ -91,23 +149,32 @@ def _saying(progress: Progress, way: str) -> Progress:
     return report
 
 
-def _summed_up(found: Sequence[Plan], fused: str, clock: Clock, finished: bool) -> Plan:
-    """The best plan, with what was found of both; optimal only if both problems were `finished`."""
-    best = min(found, key=lambda plan: float(f"{plan.seconds:.9e}"))
-    proven = finished and all(plan.search.status == "optimal" for plan in found)
-    notes = best.notes
-    for other in found:
-        if other is not best:
-            ways = ("whole", "in parts") if best is found[0] else ("in parts", "whole")
-            seconds = format_seconds(other.seconds)
-            notes += (f"Fused projections ({fused}) are computed {ways[0]}; {ways[1]}: {seconds}",)
-    search = replace(
-        best.search,
-        status="optimal" if proven else "feasible",
-        seconds=tuple(clock.seconds.items()),
+def _fused_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
+    """How much slower it is to compute projections the other way."""
+    same = [(v, plan) for v, plan in tried if v.latent == best.latent]
+    others = [plan for v, plan in same if v.apart != best.apart and isinstance(plan, Plan)]
+    if not others:
+        return ()
+    fused = _fused_names(next(variant.graph for variant, _ in same if variant.apart))
+    now, other = ("in parts", "whole") if best.apart else ("whole", "in parts")
+    time = format_seconds(seconds(others[0]))
+    return (f"Fused projections ({fused}) are computed {now}; {other}: {time}",)
+
+
+def _latent_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
+    """What the KV cache holds per token, and what the other form would take."""
+    others = [(v, plan) for v, plan in tried if v.latent != best.latent]
+    if not others:
+        return ()
+    ours, theirs = (cached_numbers(graph) for graph in (best.graph, others[0][0].graph))
+    times = [seconds(plan) for _, plan in others if isinstance(plan, Plan)]
+    fits = any(not isinstance(result, InfeasibleError) for _, result in others)
+    time = format_seconds(min(times)) if times else "no plan found" if fits else "does not fit"
+    now, other = ("latents", "keys and values of all heads")[:: 1 if best.latent else -1]
+    return (
+        f"Attention reads {now}: the KV cache holds {ours:,} values per token and layer; with"
+        f" {other} {theirs:,}: {time}",
     )
-    baselines = _better([plan.baselines for plan in found])
-    return replace(best, search=search, notes=notes, baselines=baselines)
 
 
 def _fused_names(apart: Graph) -> str:
@@ -134,4 +201,4 @@ def _rank(row: Baseline) -> tuple[bool, float, float]:
     return (row.seconds is None, row.seconds or 0.0, row.peak_bytes)
 
 
-__all__ = ["make_faster_plan"]
+__all__ = ["Variant", "fastest", "forms", "make_faster_plan", "saying"]

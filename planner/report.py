@@ -52,10 +52,13 @@ def format_plan(plan: Plan) -> str:
         *_tables(plan),
         _memory(plan),
         _search(plan),
+        _notes(plan),
     ]
-    if plan.notes:
-        parts.append("Notes\n" + "\n".join(f"  {note}" for note in plan.notes))
     return "\n\n".join(part for part in parts if part)
+
+
+def _notes(plan: Plan) -> str:
+    return "\n".join(["Notes", *(f"  {note}" for note in plan.notes)]) if plan.notes else ""
 
 
 def _format_serving(plan: Plan, decode: Plan) -> str:
@@ -82,6 +85,7 @@ def _format_serving(plan: Plan, decode: Plan) -> str:
         *_tables(decode),
         _memory(decode),
         _search(plan),
+        _notes(plan),
     ]
     return "\n\n".join(part for part in parts if part)
 

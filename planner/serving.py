@@ -20,6 +20,7 @@ from .attention import cache_spec
 from .build import Builder, Built, Floats, Restriction, all_params
 from .conversion import Network
 from .errors import InfeasibleError, PlanError
+from .fused import Variant, fastest, forms, saying
 from .infeasible import explain
 from .plan import Baseline, Plan, Request
 from .problem import Edge, ProblemNode, ShardingProblem, evaluate
@@ -61,10 +62,52 @@ def make_serving_plan(
 ) -> Plan:
     """The plan of prefill, with that of decode as its `decode`.
 
-    `decode` is the graph of one new token over the longest context.  Raises PlanError where the
-    graphs do not have the same layers, InfeasibleError if no mesh has the memory.
+    `decode` is the graph of one new token over the longest context.  Attention over latents is
+    planned absorbed in both phases and in neither, which takes twice the time, and the faster plan
+    is kept.  Raises PlanError where the graphs do not have the same layers, InfeasibleError if no
+    mesh has the memory.
     """
     _check_alike(prefill, decode)
+    decodes = {form.latent: form.graph for form in forms(decode)}
+    variants = [form for form in forms(prefill) if form.latent in decodes]
+
+    def made(variant: Variant) -> Plan:
+        return _make_serving_plan(
+            variant.graph,
+            decodes[variant.latent],
+            cluster,
+            request,
+            mesh=mesh,
+            restriction=restriction,
+            solver=solver,
+            time_limit_s=time_limit_s,
+            clock=clock,
+            progress=saying(progress, variant.way),
+        )
+
+    return fastest(variants, made, _answer_s, clock)
+
+
+def _answer_s(plan: Plan) -> float:
+    """Seconds of a whole answer."""
+    assert plan.decode is not None
+    return plan.seconds + plan.request.output_tokens * plan.decode.seconds
+
+
+def _make_serving_plan(
+    prefill: Graph,
+    decode: Graph,
+    cluster: Cluster,
+    request: Request,
+    *,
+    mesh: Mesh | None,
+    restriction: Callable[[Graph, Mesh], Restriction],
+    solver: str,
+    time_limit_s: float,
+    clock: Clock,
+    progress: Progress,
+) -> Plan:
+    """As `make_serving_plan`, of these graphs."""
     setting = setting_of(request)
     meshes = [mesh] if mesh is not None else candidate_meshes(request.gpus, cluster)
 

@@ -317,9 +317,12 @@ class KVCache:
     keys    pages * 16 slots of (heads, key_dim)
     values  pages * 16 slots of (heads, value_dim)
 
+    With `values_in_keys` the values are the first `value_dim` numbers of the keys, a view of them.
+
     `tokens` is the capacity of each of `batch` sequences; sequences share all `pages` (default:
     enough for that capacity), so a few may be longer while others are short.  Layers that store the
-    same tokens share `table`.  Bytes: pages * 16 * heads * (key_dim + value_dim) * itemsize.
+    same tokens share `table`.  Bytes: pages * 16 * heads * (key_dim + value_dim) * itemsize; those
+    of keys alone with `values_in_keys`.
     """
 
     def __init__(
@@ -335,6 +338,7 @@ class KVCache:
         pages: int | None = None,
         window: int = 0,
         table: PageTable | None = None,
+        values_in_keys: bool = False,
     ) -> None:
         if table is None:
             pages = batch * _pages_for(tokens) if pages is None else pages
@@ -343,7 +347,13 @@ class KVCache:
         slots, place = table.pages * PAGE, table.device
         value_dim = key_dim if value_dim is None else value_dim
         self.keys = torch.zeros(slots, heads, key_dim, dtype=dtype, device=place)
-        self.values = torch.zeros(slots, heads, value_dim, dtype=dtype, device=place)
+        self.values_in_keys = values_in_keys
+        if not values_in_keys:
+            self.values = torch.zeros(slots, heads, value_dim, dtype=dtype, device=place)
+        elif value_dim <= key_dim:
+            self.values = self.keys[..., :value_dim]
+        else:
+            raise ValueError(f"KV cache: {key_dim} numbers of a key hold no {value_dim} of a value")
         self._steps = table.steps
 
     def __repr__(self) -> str:
@@ -353,15 +363,23 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of this layer's pool."""
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + (0 if self.values_in_keys else self.values.nbytes)
+
+    def values_of(self, k: Tensor) -> Tensor:
+        """The values that keys (..., key_dim) hold, as a view."""
+        return k[..., : self.values.shape[2]]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each sequence that this rank holds (b,), int64 on the CPU."""
         return self.table.counts.clone()
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor, *, axis: Axis | None = None) -> Step:
+    def append(
+        self, k: Tensor, v: Tensor | None, positions: Tensor, *, axis: Axis | None = None
+    ) -> Step:
         """Store keys (b, heads, t, key_dim) and values of new tokens at `positions` (b, t) int64.
+
+        `v` is None if, and only if, the keys hold the values.
 
         Tokens at position -1 are padding.  Positions of a sequence may come in any order but must
         follow what is stored.  With `axis`, all its ranks give the same tokens, and each keeps the
@@ -370,7 +388,11 @@ class KVCache:
         Raises CacheFullError, which says how many tokens fit, and ValueError for tensors or
         positions that do not fit; nothing is stored then.
         """
-        for title, x, pool in (("k", k, self.keys), ("v", v, self.values)):
+        new = [("k", k, self.keys)] + ([] if v is None else [("v", v, self.values)])
+        if (v is None) != self.values_in_keys:
+            held = "holds values in its keys" if self.values_in_keys else "stores values"
+            raise ValueError(f"KV cache: v is {'None' if v is None else 'given'}; the cache {held}")
+        for title, x, pool in new:
             wanted = (*positions.shape[:1], pool.shape[1], *positions.shape[1:], pool.shape[2])
             if x.shape != wanted or x.dtype != pool.dtype or x.device != pool.device:
                 raise ValueError(
@@ -379,7 +401,7 @@ class KVCache:
                 )
         step = self.table.advance(self._steps, positions, axis)
         self._steps += 1
-        for x, pool in ((k, self.keys), (v, self.values)):
+        for _, x, pool in new:
             pool[step.slots] = x.detach().transpose(1, 2).flatten(0, 1)[step.rows]
         return step
 
@@ -391,7 +413,9 @@ class KVCache:
         Views of the pool where every sequence lies in one piece, otherwise copies.
         """
         positions = self.table.positions
-        return self._read(self.keys), self._read(self.values), positions
+        k = self._read(self.keys)
+        v = self.values_of(k) if self.values_in_keys else self._read(self.values)
+        return k, v, positions
 
     def _read(self, pool: Tensor) -> Tensor:
         table = self.table

@@ -134,7 +134,7 @@ class Serving:
             self._tables[key] = PageTable(rows, pages, window=cache.window, device=mesh.device)
         return KVCache(
             rows, local, heads, cache.key_dim, cache.value_dim,
-            dtype=cache.dtype, table=self._tables[key],
+            dtype=cache.dtype, table=self._tables[key], values_in_keys=cache.values_in_keys,
         )  # fmt: skip
 
     def _key(self, cache: Cache) -> tuple[Spec, int]:

@@ -53,7 +53,8 @@ class Cache:
     """The KV cache of one attention: sizes of the original model, and how it is sharded.
 
     `heads` counts all key heads.  `spec` is over the dims batch 0, heads 1, sequence 2.  With
-    `window` > 0 tokens are dropped that no later query attends.
+    `window` > 0 tokens are dropped that no later query attends.  With `values_in_keys` the values
+    are the first `value_dim` numbers of the keys, and only keys are stored.
     """
 
     heads: int
@@ -62,6 +63,7 @@ class Cache:
     dtype: torch.dtype
     spec: str
     window: int = 0
+    values_in_keys: bool = False
 
 
 @dataclass(frozen=True, slots=True)

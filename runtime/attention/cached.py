@@ -39,7 +39,7 @@ _MANY = 4
 def cached_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     cache: KVCache,
     positions: Tensor,
     *,
@@ -56,6 +56,8 @@ def cached_attention(
     q (b, hq, t, d), k (b, hkv, t, d), v (b, hkv, t, dv) belong to new tokens at `positions` (b, t)
     int64 in their sequences; -1 is padding: not stored, never attended, its result is finite and
     means nothing.  A query at p attends keys at j <= p if `causal`, j > p - window if `window` > 0.
+    `v` is None for a cache with `values_in_keys`: the values are the first dv numbers of the keys,
+    which alone are stored and sent.
     `scale` is 1/sqrt(d) if None; `softcap` > 0 makes scores softcap * tanh(score / softcap);
     `sinks` (hq,) are logits of one more key per head whose value is 0.
 
@@ -68,6 +70,7 @@ def cached_attention(
             (p-1) b hkv s (d + dv) e bytes in p-1 messages, each under way while a block
             is computed.
     gather  The same in one all-gather.  Memory for p times b hkv s (d + dv) e bytes.
+            (d instead of d + dv, in both, where the keys hold the values.)
     pass_q  New tokens as for ring; queries circulate, (p-1) b hq t d e bytes in p-1 messages, and
             partial results return, (p-1) b hq t (dv e + 4) bytes in one all-to-all.
     tree    Every rank has all new tokens and caches the pages that it owns (`cache.owners`); the
@@ -81,14 +84,15 @@ def cached_attention(
     cache has no room on this rank.
     """
     options = Options("cached_attention", causal, window, scale, softcap, sinks, None, None, None)
-    check_heads(options.name, q, k, v)
+    check_heads(options.name, q, k, cache.values_of(k) if v is None else v)
     _check_algorithm(options, algorithm, axis)
     kept = cache.table.window
     if kept and not 0 < window <= kept:
         options.refuse(
             f"the cache drops what a window of {kept} leaves behind, got window={window}"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    given = (q, k) if v is None else (q, k, v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise RuntimeError(
             "cached_attention has no backward; call it under torch.no_grad(), or train with the"
             " module that was planned for training"
@@ -133,7 +137,7 @@ def _ring(
     everywhere = _key_positions(cache, step, link)
     k, v = _padded(cache, everywhere.shape[2])
     into = start(q, v, sinks)
-    buffer = pack(k, v)
+    buffer = _sent(cache, k, v)
     for hop_number in range(link.size):
         source = (link.rank - hop_number) % link.size
         hop = link.shift(buffer, "forward") if hop_number < link.size - 1 else None
@@ -143,7 +147,7 @@ def _ring(
         _attend(into, q, k, v, work, scores)
         if hop is not None:
             (buffer,) = hop.wait()
-            k, v = unpack(buffer, k.shape, v.shape)
+            k, v = _received(cache, buffer, k, v)
     return into.out
 
 
@@ -155,10 +159,10 @@ def _gather(
     everywhere = _key_positions(cache, step, link)
     k, v = _padded(cache, everywhere.shape[2])
     into = start(q, v, sinks)
-    rows = link.all_gather(pack(k, v), "forward")
+    rows = link.all_gather(_sent(cache, k, v), "forward")
     for behind in range(link.size):  # the order of a ring, so that both give the same bits
         source = (link.rank - behind) % link.size
-        k, v = unpack(rows[source], k.shape, v.shape)
+        k, v = _received(cache, rows[source], k, v)
         work = _work(
             cache, step, ("keys", source, link.name), scores, step.positions, everywhere[source]
         )
@@ -292,7 +296,22 @@ def _padded(cache: KVCache, width: int) -> tuple[Tensor, Tensor]:
     """Keys and values of this rank with `width` rows."""
     k, v, positions = cache.gathered()
     missing = width - positions.shape[1]
-    return F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing))
+    k = F.pad(k, (0, 0, 0, missing))
+    return k, cache.values_of(k) if cache.values_in_keys else F.pad(v, (0, 0, 0, missing))
+
+
+def _sent(cache: KVCache, k: Tensor, v: Tensor) -> Tensor:
+    """The message that tells another rank `k` and `v`."""
+    return pack(k) if cache.values_in_keys else pack(k, v)
+
+
+def _received(cache: KVCache, buffer: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, shaped like `k` and `v`, of a message that `_sent` made."""
+    if cache.values_in_keys:
+        (k,) = unpack(buffer, k.shape)
+        return k, cache.values_of(k)
+    k, v = unpack(buffer, k.shape, v.shape)
+    return k, v
 
 
 # --- who attends whom ----------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""Generated modules serve DeepSeek-V3 from its latent cache, as transformers generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.ir.capture import capture
+from shardwright.ir.fold import fold
+from shardwright.ir.graph import Graph, Input
+from shardwright.ir.latent import absorbed
+from shardwright.ir.serving import serving_graph
+from shardwright.ir.widen import widened
+from shardwright.planner.build import Builder, Decisions, Restriction
+from shardwright.planner.pricing import cache_bytes
+from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.solvers import solve
+from shardwright.planner.traffic import predicted_bytes
+from shardwright.runtime import RankPool, count_collectives
+from shardwright.runtime.cache import KVCache
+from tests.ir.models import VOCABULARY
+from tests.ir.test_moe import model_of
+from tests.sharded import builder_of, import_source, mesh_of, program_of, source_of
+
+Pool = Callable[[int], RankPool]
+BATCH, PROMPT, NEW = 4, 16, 5
+WAYS = ("g", "b", "ring", "gather", "pass_q", "tree")  # g: query heads, over one latent head
+
+
+@cache
+def deepseek() -> Any:
+    return model_of("deepseek_v3").eval()
+
+
+@cache
+def graph_of(tokens: int) -> Graph:
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids}
+    folded = fold(capture(deepseek(), inputs, training=False, serving=True))
+    named = tuple(Input(item.name, item.value, ("b", "s")) for item in folded.inputs)
+    graph = Graph(folded.name, named, folded.params, folded.body, folded.outputs)
+    return absorbed(widened(serving_graph(graph, 0)))
+
+
+class Cut(Restriction):
+    """Every attention over a cache runs `choice` on the last axis."""
+
+    def __init__(self, choice: str) -> None:
+        self.choice = choice
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        cached = [c for node, c in pairs if node.op == "shardwright.cached_attention"]
+        return all(choices[-1] == self.choice for choices in cached)
+
+
+@cache
+def decided(tokens: int, ranks: int, choice: str) -> tuple[Builder, Decisions]:
+    builder = builder_of(graph_of(tokens), mesh_of(ranks), training=False)
+    built = builder.build(Cut(choice))
+    solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
+    assert solution.assignment is not None
+    return builder, built.read(solution.assignment)
+
+
+def prompts() -> tuple[Tensor, list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, VOCABULARY, (BATCH, PROMPT), generator=generator), [16, 9, 12, 1]
+
+
+def serve_on_rank(
+    source: str, state: dict[str, Tensor], ids: Tensor, lengths: list[int]
+) -> tuple[Tensor, list[tuple[int, ...]], dict[tuple[str, str, str], float]]:
+    """What one prefill of `ids` moves, the shapes of a token in each cache, and an answer."""
+    module = import_source(source)
+    model = module.ShardedModel.from_state_dict(state).eval()
+    caches: list[KVCache] = []
+    set_cache = model.set_cache
+
+    def kept(name: str, layer: KVCache) -> None:
+        caches.append(layer)
+        set_cache(name, layer)
+
+    model.set_cache = kept
+    model.new_cache(len(ids), int(ids.shape[1]))
+    assert all(layer.nbytes == layer.keys.nbytes for layer in caches)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    local = model.shard_inputs(input_ids=ids, position_ids=positions)
+    with torch.no_grad(), count_collectives() as counter:
+        model(**local)
+    moved = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
+    shapes = [tuple(layer.keys.shape[1:]) for layer in caches]
+    return model.generate(ids, NEW, lengths=lengths), shapes, moved
+
+
+@cache
+def answers() -> Tensor:
+    """The new tokens (b, NEW) of transformers' own `generate`, sequence by sequence."""
+    ids, lengths = prompts()
+    found = [
+        deepseek().generate(
+            ids[row : row + 1, :length], max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+            pad_token_id=0, use_cache=True,
+        )[:, length:]
+        for row, length in enumerate(lengths)
+    ]  # fmt: skip
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("choice", WAYS)
+def test_generation_equals_transformers(pool: Pool, choice: str) -> None:
+    """Each way to cut attention serves from 24 numbers per token, and moves what is predicted."""
+    builder, decisions = decided(PROMPT, 2, choice)
+    source = source_of(builder, decisions)
+    assert "values_in_keys=True" in source
+    ids, lengths = prompts()
+    predicted = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
+    results = pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths)
+    for out, shapes, moved in results:
+        assert torch.equal(out[:, PROMPT:], answers())
+        assert shapes == [(1, 24)] * 4
+        assert moved == pytest.approx(predicted, rel=1e-12)
+
+
+@pytest.mark.parametrize("choice", WAYS)
+def test_memory_of_the_cache(choice: str) -> None:
+    """Priced are the numbers of one key per token; what cuts no tokens keeps all of them."""
+    builder, decisions = decided(PROMPT, 2, choice)
+    nodes = [n for n in builder.graph.nodes if n.op == "shardwright.cached_attention"]
+    tokens = BATCH * PROMPT // (1 if choice == "g" else 2)
+    for node in nodes:
+        assert cache_bytes(node, decisions.choices[node.name], (2,)) == tokens * 24 * 8

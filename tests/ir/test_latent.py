@@ -1,0 +1,160 @@
+"""Attention over latents: the absorbed form gives the model's own logits, from a smaller cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardwright.ir.capture import capture
+from shardwright.ir.fold import fold
+from shardwright.ir.graph import Graph, Node
+from shardwright.ir.interpret import Caches, interpret
+from shardwright.ir.latent import absorbed
+from shardwright.ir.rewrite import with_args
+from shardwright.ir.serving import serving_graph
+from shardwright.ir.text import format_graph
+from shardwright.ir.widen import widened
+
+from .models import VOCABULARY
+from .test_moe import model_of
+
+BATCH, TOKENS = 2, 10
+RANK, ROPE = 16, 8  # numbers of the latent and of the rotated part in `test_moe.config_of`
+
+
+@cache
+def deepseek() -> Any:
+    return model_of("deepseek_v3").eval()
+
+
+def served(model: nn.Module, tokens: int, *, folded: bool) -> Graph:
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids}
+    graph = capture(model, inputs, training=False, serving=True)
+    return widened(serving_graph(fold(graph) if folded else graph, 0))
+
+
+def attentions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "shardwright.cached_attention"]
+
+
+def steps(model: nn.Module, ids: Tensor, widths: list[int], absorb: bool) -> tuple[Any, Caches]:
+    """Logits (b, v) after each chunk of tokens, and the caches in the end."""
+    caches: Caches = {}
+    found: list[Tensor] = []
+    at = 0
+    for width in widths:
+        graph = served(model, width, folded=True)
+        graph = absorbed(graph) if absorb else graph
+        positions = torch.arange(at, at + width).expand(BATCH, width)
+        inputs = {"input_ids": ids[:, at : at + width], "position_ids": positions}
+        outputs = interpret(graph, model.state_dict(), inputs, caches)
+        found.append(next(iter(outputs.values()))[:, 0])
+        at += width
+    return found, caches
+
+
+def test_logits_equal_the_models_step_by_step() -> None:
+    """Prefill, append and decode over latents, against the model on the whole sequence."""
+    model = deepseek()
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    widths = [6, 2, 1, 1]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        got, caches = steps(model, ids, widths, absorb=True)
+        _, plain = steps(model, ids, widths, absorb=False)
+    ends = torch.tensor(widths).cumsum(0) - 1
+    for logits, end in zip(got, ends.tolist(), strict=True):
+        # the model's own norms and rotations are in float32
+        torch.testing.assert_close(logits, whole[:, end], rtol=0, atol=2e-5)
+    assert {tokens.k.shape for tokens in caches.values()} == {(BATCH, 1, TOKENS, RANK + ROPE)}
+    assert {tokens.k.shape[1] for tokens in plain.values()} == {4}
+
+
+def test_absorbed_equals_decompressed_to_rounding() -> None:
+    model = deepseek()
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, _ = steps(model, ids, [7, 1, 1, 1], absorb=True)
+        want, _ = steps(model, ids, [7, 1, 1, 1], absorb=False)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_nothing_of_the_heads_keys_is_left(folded: bool) -> None:
+    """Every layer attends one latent head, and no linear reads a latent any more."""
+    plain = served(deepseek(), 4, folded=folded)
+    graph = absorbed(plain)
+    nodes = attentions(graph)
+    assert len(nodes) == len(attentions(plain)) == (2 if folded else 4)
+    for node in nodes:
+        q, k = node.operands[:2]
+        assert q.type.shape == (BATCH, 4, 4, RANK + ROPE) and k.type.shape[1] == 1
+        assert node.arg("v") is None and node.arg("value_dim") == RANK
+    assert "kv_b_proj.weight" in format_graph(graph)  # still the original parameter
+    assert not any(n.op == "aten.expand.default" and "self_attn" in n.loc.module
+                   for n in graph.nodes)  # fmt: skip
+    linears = [n for n in graph.nodes if n.op == "aten.linear.default"]
+    assert len(linears) == len([n for n in plain.nodes if n.op == "aten.linear.default"]) - len(
+        nodes
+    )
+    assert absorbed(graph) is graph
+
+
+class Latents(nn.Module):
+    """Attention over latents; `change` makes it one that the pass does not know, or the other way
+    round: values before keys in the weight, and queries that no cat makes."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.down = nn.Linear(12, 5, bias=False)
+        self.up = nn.Linear(5, 3 * (4 + 6), bias=change == "bias")
+        self.rope, self.query = nn.Linear(12, 2), nn.Linear(12, 3 * 6)
+        self.head = nn.Linear(18, VOCABULARY, bias=False)
+        self.double()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) * (1 + position_ids[..., None])
+        b, t = input_ids.shape
+        q = self.query(x).view(b, t, 3, 6).transpose(1, 2)
+        pairs = self.up(self.down(x)).view(b, t, 3, 10).transpose(1, 2)
+        v, k = pairs.split([6, 4], -1)
+        rope = self.rope(x)[:, None].expand(b, 3, t, 2)
+        if self.change == "scaled":
+            k = k * 2
+        if self.change == "rope of heads":
+            rope = q[..., :2] * 1.0
+        k = torch.cat([k, rope], -1)
+        if self.change == "values":
+            v = v + 1
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(out.transpose(1, 2).reshape(b, t, 18))
+
+
+@pytest.mark.parametrize("change", ["bias", "scaled", "rope of heads", "values"])
+def test_other_attention_stays(change: str) -> None:
+    graph = served(Latents(change), 4, folded=False)
+    assert attentions(graph) and absorbed(graph) is graph
+
+
+def test_values_first_and_queries_in_one() -> None:
+    """The parts in the other order; the scale stays that of the heads, given or not."""
+    torch.manual_seed(0)
+    model = Latents("")
+    plain = served(model, TOKENS, folded=False)
+    body = [with_args(n, scale=None) if n in attentions(plain) else n for n in plain.body]  # type: ignore[arg-type]
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS).expand(BATCH, TOKENS)}
+    want = model(**inputs)[:, -1]
+    for graph in (absorbed(plain), absorbed(replace(plain, body=tuple(body)))):
+        assert all(node.arg("value_dim") == 5 for node in attentions(graph))
+        got = next(iter(interpret(graph, model.state_dict(), inputs).values()))[:, 0]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
