@@ -125,6 +125,7 @@ def test_generation_equals_transformers(pool: Pool, choice: str) -> None:
     builder, decisions = decided(PROMPT, 2, choice)
     source = source_of(builder, decisions)
     assert "values_in_keys=True" in source
+    assert max(map(len, source.splitlines())) <= 100
     ids, lengths = prompts()
     predicted = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
     results = pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths)
