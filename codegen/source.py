@@ -22,7 +22,8 @@ def statement(text: str, indent: int, comment: str = "") -> list[str]:
     above = [f"{pad}# {line}" for line in _comment_lines(comment, WIDTH - len(pad) - 2)]
     if len(pad + text) <= WIDTH:
         return [*above, pad + text]
-    return [*above, *_wrapped(text, indent)]
+    row = text.removesuffix(",")  # of a table
+    return [*above, *_wrapped(row, indent, text[len(row) :])]
 
 
 def _comment_lines(comment: str, width: int) -> list[str]:

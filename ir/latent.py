@@ -199,7 +199,8 @@ class _Latent:
         output = self._value("attended", (batch, heads, new, rank))
         changed = with_args(self.attention, q=q, k=k, v=None, scale=scale)
         args = tuple((n, a) for n, a in changed.args if n != "value_dim")
-        return replace(changed, args=(*args, ("value_dim", rank)), outputs=(output,))
+        loc = replace(changed.loc, targets=("attended",))
+        return replace(changed, args=(*args, ("value_dim", rank)), outputs=(output,), loc=loc)
 
     def _einsum(
         self, name: str, equation: str, tensors: tuple[Value, Value], shape: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardwright.codegen.write import module_source
+from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Input
@@ -17,9 +20,13 @@ from shardwright.ir.latent import absorbed
 from shardwright.ir.serving import serving_graph
 from shardwright.ir.widen import widened
 from shardwright.planner.build import Builder, Decisions, Restriction
+from shardwright.planner.plan import Request
 from shardwright.planner.pricing import cache_bytes
 from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.search import Clock
+from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.solvers import solve
+from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.cache import KVCache
@@ -38,13 +45,13 @@ def deepseek() -> Any:
 
 
 @cache
-def graph_of(tokens: int) -> Graph:
+def graph_of(tokens: int, context: int = 0) -> Graph:
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "position_ids": ids}
     folded = fold(capture(deepseek(), inputs, training=False, serving=True))
     named = tuple(Input(item.name, item.value, ("b", "s")) for item in folded.inputs)
     graph = Graph(folded.name, named, folded.params, folded.body, folded.outputs)
-    return absorbed(widened(serving_graph(graph, 0)))
+    return absorbed(widened(serving_graph(graph, context)))
 
 
 class Cut(Restriction):
@@ -118,6 +125,7 @@ def test_generation_equals_transformers(pool: Pool, choice: str) -> None:
     builder, decisions = decided(PROMPT, 2, choice)
     source = source_of(builder, decisions)
     assert "values_in_keys=True" in source
+    assert max(map(len, source.splitlines())) <= 100
     ids, lengths = prompts()
     predicted = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
     results = pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths)
@@ -135,3 +143,19 @@ def test_memory_of_the_cache(choice: str) -> None:
     tokens = BATCH * PROMPT // (1 if choice == "g" else 2)
     for node in nodes:
         assert cache_bytes(node, decisions.choices[node.name], (2,)) == tokens * 24 * 8
+
+
+def test_two_programs_serve_together(pool: Pool) -> None:
+    """Prefill and decode planned as one problem, over one cache of latents."""
+    request = Request("", 2, "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW)
+    plan = make_serving_plan(
+        graph_of(PROMPT), graph_of(1, PROMPT + NEW - 1), load_cluster("cpu"), request,
+        mesh=mesh_of(2), restriction=lambda graph, mesh: Restriction(), solver="highs",
+        time_limit_s=60.0, clock=Clock(), progress=lambda step: None,
+    )  # fmt: skip
+    source = module_source(plan)
+    assert "DECODE = Decoding" in source and "values_in_keys=True" in source
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
+    ids, lengths = prompts()
+    for out, shapes, _ in pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths):
+        assert torch.equal(out[:, PROMPT:], answers()) and shapes == [(1, 24)] * 4

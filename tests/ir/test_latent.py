@@ -32,6 +32,7 @@ def deepseek() -> Any:
     return model_of("deepseek_v3").eval()
 
 
+@cache
 def served(model: nn.Module, tokens: int, *, folded: bool) -> Graph:
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "position_ids": ids}

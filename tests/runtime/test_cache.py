@@ -207,3 +207,23 @@ def test_random_use(pages: int, window: int) -> None:
             start = min((p for p in rows[i] if p >= 0), default=10**6)
             assert all(p in kept for p in row if p > start - window) or not window
     assert full or pages > 12 or window
+
+
+def test_values_in_keys_are_stored_once() -> None:
+    cache = KVCache(2, 40, HEADS, KEY_DIM, 2, values_in_keys=True)
+    at = torch.tensor([[0, 1, 2], [0, 1, -1]])
+    k, v = tokens(at)
+    cache.append(k, None, at)
+    keys, values, _ = cache.gathered()
+    assert torch.equal(keys[0], k[0]) and torch.equal(values, keys[..., :2])
+    assert cache.nbytes == 2 * 48 * HEADS * KEY_DIM * 4
+    with pytest.raises(ValueError, match="v is given; the cache holds values in its keys"):
+        cache.append(k, v, at + 3)
+    assert cache.lengths.tolist() == [3, 2]
+
+
+def test_values_are_needed_and_fit_into_keys() -> None:
+    with pytest.raises(ValueError, match="v is None; the cache stores values"):
+        make().append(tokens(torch.tensor([[0], [0]]))[0], None, torch.tensor([[0], [0]]))
+    with pytest.raises(ValueError, match="3 numbers of a key hold no 5 of a value"):
+        KVCache(2, 40, HEADS, KEY_DIM, VALUE_DIM, values_in_keys=True)

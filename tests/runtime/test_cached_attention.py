@@ -459,3 +459,34 @@ def test_last_token(pool: Pool) -> None:
     torch.testing.assert_close(last_token(x, positions), want)
     for result in pool(3).run(select_last, x, positions):
         torch.testing.assert_close(result, want)
+
+
+def test_values_in_keys_give_the_same_bits(pool: Pool) -> None:
+    """As a cache of the same values in their own memory, also over ranks and with windows."""
+    for algorithm in ("local", "ring", "gather", "pass_q", "tree"):
+        ranks = 1 if algorithm == "local" else 2
+        for plain, shared in pool(ranks).run(both_kinds_of_cache, algorithm, ranks):
+            assert torch.equal(plain, shared), algorithm
+
+
+def both_kinds_of_cache(algorithm: Any, ranks: int) -> tuple[Tensor, Tensor]:
+    """Two steps of sequences of different lengths, values beside the keys and within."""
+    axis = Mesh.create({"cp": ranks})["cp"] if ranks > 1 else None
+    caches = [KVCache(2, 64, 1, 8, 6, dtype=F64, values_in_keys=kind) for kind in (False, True)]
+    generator = torch.Generator().manual_seed(0)
+    rank = 0 if axis is None or algorithm == "tree" else axis.rank
+    found: list[list[Tensor]] = [[], []]
+    for first in (0, 40):
+        at = torch.arange(first, first + 20).expand(2, 20).clone()
+        at[1, 12:] = -1 if first else at[1, 12:]
+        q, k = (torch.randn(2, n, 40, 8, generator=generator, dtype=F64) for n in (4, 1))
+        own = slice(20 * rank, 20 * rank + 20)
+        at = at.where(at < 0, at + 20 * rank)
+        for outs, cache in zip(found, caches, strict=True):
+            new = k[:, :, own]
+            v = None if cache.values_in_keys else new[..., :6]
+            out = cached_attention(
+                q[:, :, own], new, v, cache, at, algorithm=algorithm, axis=axis, window=30
+            )
+            outs.append(out * (at >= 0)[:, None, :, None])
+    return torch.cat(found[0], 2), torch.cat(found[1], 2)
