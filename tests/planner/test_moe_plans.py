@@ -35,10 +35,14 @@ SEQ = 4096
 
 @cache
 def graph_of(name: str, batch: int, phase: str = "train") -> Graph:
-    """The folded graph of a model of full size; no weight is allocated."""
-    target = str(CONFIGS / name)
-    loaded = load_target(target, batch=batch, seq=SEQ, phase=phase, dtype="bfloat16")
-    return phase_graph(loaded, phase, 0)
+    """The folded graph of a model of full size; no weight is allocated.
+
+    SEQ tokens of each sequence; in decoding one new token after as many.
+    """
+    target, decode = str(CONFIGS / name), phase == "decode"
+    seq = 1 if decode else SEQ
+    loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype="bfloat16")
+    return phase_graph(loaded, phase, SEQ if decode else 0)
 
 
 class Sent(Restriction):
@@ -195,3 +199,19 @@ def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
         assert theirs.seconds < 1.01 * ours.seconds
     else:
         assert ours.experts() == {("e", "i1")}
+
+
+@pytest.mark.slow
+def test_decode_of_deepseek_on_256_h800s() -> None:
+    """Attention TP4 with DP64 and one expert on each of 256 ranks is chosen freely.
+
+    The deployment has 320 ranks: 64 hold copies of popular experts, which are not planned here.
+    """
+    mesh, graph = mesh_of(64, 4), graph_of("deepseek-v3", 512, "decode")
+    ours = best(graph, mesh, "h800", freely, training=False)
+    print(f"\nDeepSeek-V3, decode: {ours.seconds=} {ours.experts()}")
+    assert ours.experts() == {("dispatch_i0", "dispatch_i0")}
+    assert ours.decisions is not None
+    nodes = [node for scope in scopes(graph) for node in scope.nodes]
+    attention = {ours.decisions.choices[n.name] for n in nodes if kind_of(n) == "attention"}
+    assert attention == {("b", "n")}
