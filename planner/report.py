@@ -172,7 +172,9 @@ def _moved(plan: Plan) -> list[str]:
         f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
         for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
     ]
-    unit = "step" if plan.training else "prefill"
+    unit = "step" if plan.training else plan.request.phase
+    if unit == "serve":  # this plan's own part; decoding has a plan of its own
+        unit = "prefill"
     return [f"Each GPU receives per {unit}: {'; '.join(parts)}."]
 
 
