@@ -181,7 +181,7 @@ def plan(
         typer.Option(
             metavar="X",
             show_default="that of a power-law router",
-            help="load of the busiest GPU's experts over the mean, e.g. --expert-imbalance 1.5",
+            help="experts' load, busiest GPU over mean, e.g. --expert-imbalance 1.5",
         ),
     ] = None,
     dtype: Annotated[
