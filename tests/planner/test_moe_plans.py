@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import shardwright
-from shardwright.api import phase_graph
+from shardwright.api import phase_graph, plan_file
 from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
@@ -36,10 +35,14 @@ SEQ = 4096
 
 @cache
 def graph_of(name: str, batch: int, phase: str = "train") -> Graph:
-    """The folded graph of a model of full size; no weight is allocated."""
-    target = str(CONFIGS / name)
-    loaded = load_target(target, batch=batch, seq=SEQ, phase=phase, dtype="bfloat16")
-    return phase_graph(loaded, phase, 0)
+    """The folded graph of a model of full size; no weight is allocated.
+
+    SEQ tokens of each sequence; in decoding one new token after as many.
+    """
+    target, decode = str(CONFIGS / name), phase == "decode"
+    seq = 1 if decode else SEQ
+    loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype="bfloat16")
+    return phase_graph(loaded, phase, SEQ if decode else 0)
 
 
 class Sent(Restriction):
@@ -119,12 +122,11 @@ def test_small_experts_are_chosen_to_stay_whole(tmp_path: Path) -> None:
     """Four layers of Qwen3-30B-A3B on one node: 16 experts on each GPU, which tokens go to."""
     config = json.loads((CONFIGS / "qwen3-30b-a3b" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    plan = shardwright.api.plan_file(
+    plan = plan_file(
         str(tmp_path), gpus=8, cluster="h100", phase="train", batch=8, seq=SEQ, dtype="bfloat16",
-        memory_bytes=12_000_000_000, mesh="8", pins=(), optimizer="adamw", solver="highs",
+        memory_bytes=40_000_000_000, mesh="8", pins=(), optimizer="adamw", solver="highs",
         time_limit_s=60.0,
     )  # fmt: skip
-    assert plan.mesh.names == ("ep",)
     assert "experts, tokens sent to them" in str(plan)
     others = {row.name: row.seconds for row in plan.baselines}
     assert others["TP+SP"] is not None and plan.seconds < 0.7 * others["TP+SP"]
@@ -146,7 +148,8 @@ def test_qwen_on_h100s(sizes: tuple[int, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8,), (8, 8)], ids=str)
 def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
-    """Eight experts on eight GPUs: sending tokens beats TP8 if the router is balanced."""
+    """Eight experts: sending tokens beats TP8 by far on eight nodes, and on one node too unless
+    the router is as uneven as a power law, when the hidden units of experts are cut."""
     mesh, graph = mesh_of(*sizes), graph_of("mixtral-8x7b", prod(sizes))
     tp = best(graph, mesh, "h100", megatron(mesh))
     for imbalance in (1.0, 1.25, 0.0):
@@ -155,7 +158,12 @@ def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
         print(f"\nMixtral-8x7B on {sizes}, {imbalance=}:")
         print(f"{chosen.seconds=} {ep.seconds=} {tp.seconds=}")
         print(chosen.experts())
-        assert chosen.seconds <= min(ep.seconds, tp.seconds) * (1 + 1e-6)
+        if sizes == (8,) and not imbalance:
+            assert chosen.experts() == {("f",)}
+            assert chosen.seconds <= tp.seconds < ep.seconds
+        else:
+            assert chosen.seconds == pytest.approx(ep.seconds, rel=1e-6)
+            assert ep.seconds < (0.96 if sizes == (8,) else 0.8) * tp.seconds
 
 
 # ---- DeepSeek-V3 in inference on H800s ---------------------------------------------------------
@@ -191,3 +199,19 @@ def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
         assert theirs.seconds < 1.01 * ours.seconds
     else:
         assert ours.experts() == {("e", "i1")}
+
+
+@pytest.mark.slow
+def test_decode_of_deepseek_on_256_h800s() -> None:
+    """Attention TP4 with DP64 and one expert on each of 256 ranks is chosen freely.
+
+    The deployment has 320 ranks: 64 hold copies of popular experts, which are not planned here.
+    """
+    mesh, graph = mesh_of(64, 4), graph_of("deepseek-v3", 512, "decode")
+    ours = best(graph, mesh, "h800", freely, training=False)
+    print(f"\nDeepSeek-V3, decode: {ours.seconds=} {ours.experts()}")
+    assert ours.experts() == {("dispatch_i0", "dispatch_i0")}
+    assert ours.decisions is not None
+    nodes = [node for scope in scopes(graph) for node in scope.nodes]
+    attention = {ours.decisions.choices[n.name] for n in nodes if kind_of(n) == "attention"}
+    assert attention == {("b", "n")}
