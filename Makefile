@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 RUN_PYTEST = $(BIN)/python -m pytest -q
+# Files side by side on two cores; one process runs the tests of a file, which share ranks.
+SIDE_BY_SIDE = -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all lint types bench
 .DEFAULT_GOAL := help
@@ -34,7 +36,7 @@ demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, ru
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 plan_out/sharded_model.py
 
 test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
-	$(RUN_PYTEST) -m "not slow"
+	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: $(READY) ## all tests
 	$(RUN_PYTEST)
