@@ -131,6 +131,9 @@ def saved_values(node: Node) -> tuple[Value, ...]:
         name, _, other = entry.partition(" if ")
         if other and not any(value.differentiable for value in values_in(node.arg(other))):
             continue
+        if name == "sinks":  # nodes of older plans have no such argument
+            kept += [sinks] if (sinks := _sinks(node)) is not None else []
+            continue
         kept += node.outputs[:1] if name == "result" else values_in(node.arg(name))
     return tuple(kept)
 
@@ -1544,7 +1547,12 @@ def _emit_attention(node: Node, render: Render) -> str:
 
 register(
     "shardwright.attention",
-    Op(_attention_rule, _emit_attention, kind="attention", saves=("q", "k", "v", "result")),
+    Op(
+        _attention_rule,
+        _emit_attention,
+        kind="attention",
+        saves=("q", "k", "v", "sinks", "result"),
+    ),
 )
 
 
