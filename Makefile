@@ -49,4 +49,4 @@ types: $(READY) ## pyright, strict
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## the measured comparisons, one after the other
-	@set -e; for name in planning running; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+	@set -e; for name in planning running attention moe; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
