@@ -1614,7 +1614,9 @@ def _emit_last_token(node: Node, render: Render) -> str:
     return call("ops.last_token", render.arg("x"), render.arg("positions"), axis=render.axis("s"))
 
 
-register("shardwright.last_token", Op(_text("b s ..., b s -> b 1 ..."), _emit_last_token))
+register(
+    "shardwright.last_token", Op(_text("b s ..., b s -> b 1 ..."), _emit_last_token, saves=("x",))
+)
 
 
 def _cross_entropy_rule(node: Node) -> Rule:
