@@ -101,27 +101,26 @@ def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tu
     """(forward, backward) seconds on the busiest rank, exchanges included."""
     pairs = max(local.pairs, 1.0)
     # Of few rows each goes to another expert: their weights are what is read.
-    active = local.experts * (1.0 - (1.0 - 1.0 / local.experts) ** pairs) if pairs else 0.0
-    rows = pairs / max(active, 1.0)
-    first = (rows, local.matrices * local.hidden, local.width, max(active, 1.0))
-    second = (rows, local.out, local.hidden, max(active, 1.0))
-    products = [(first, (first[0], first[2], first[1]), (first[2], first[1], first[0]))]
-    products += [(second, (second[0], second[2], second[1]), (second[2], second[1], second[0]))]
+    active = max(local.experts * (1.0 - (1.0 - 1.0 / local.experts) ** pairs), 1.0)
+    rows = pairs / active
+    products = (  # (rows, columns of the result, inner size) of each expert's two products
+        (rows, local.matrices * local.hidden, local.width),
+        (rows, local.out, local.hidden),
+    )
 
     def product(m: float, n: float, k: float) -> float:
-        batch = max(active, 1.0)
         return network.once(
-            ("experts", m, n, k, batch, dtype),
-            lambda: matmul_s(m, n, k, batch, dtype, network.cluster),
+            ("experts", m, n, k, active, dtype),
+            lambda: matmul_s(m, n, k, active, dtype, network.cluster),
         )
 
-    moved = network.traffic_seconds(2.0 * (saved_bytes(local) + local.tokens * local.out))
-    forward = sum(product(*whole[:3]) for whole, _, _ in products) + moved
+    result = local.tokens * local.out * local.itemsize
+    moved = network.traffic_seconds(2.0 * (saved_bytes(local) + result))
+    forward = sum(product(*sizes) for sizes in products) + moved
     forward += sum(network.seconds("all_to_all", local.axes, n) for n in exchanged(local, False))
     if not backward:
         return forward, 0.0
-    back = sum(product(*of_rows) + product(*of_weights) for _, of_rows, of_weights in products)
-    back += moved
+    back = sum(product(m, k, n) + product(k, n, m) for m, n, k in products) + moved
     back += sum(network.seconds("all_to_all", local.axes, n) for n in exchanged(local, True))
     return forward, back
 

@@ -199,11 +199,7 @@ def _solve(
     with clock.step("solve"):
         solution = solve(problem, solver=solver, time_limit_s=time_limit_s)
     if solution.assignment is None:
-        if solution.status == "unknown":
-            raise PlanError(
-                f"the solver found no plan on {mesh} within {time_limit_s:.0f} s; give it more "
-                "with --time-limit, or a smaller mesh with --mesh"
-            )
+        check_finished(solution, mesh, time_limit_s)
         return None
     evaluation = evaluate(problem, solution.assignment)
     gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
@@ -229,6 +225,15 @@ def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
         for choice in decisions.choices[node.name]
     )
     return decisions if uses else replace(decisions, order="contiguous")
+
+
+def check_finished(solution: Solution, mesh: Mesh, time_limit_s: float) -> None:
+    """Raise PlanError where time, and not memory, is why there is no plan."""
+    if solution.status == "unknown":
+        raise PlanError(
+            f"the solver found no plan on {mesh} within {time_limit_s:.0f} s; give it more "
+            "with --time-limit, or a smaller mesh with --mesh"
+        )
 
 
 def _baselines(
@@ -411,5 +416,5 @@ def _notes(graph: Graph) -> tuple[str, ...]:
 
 __all__ = [
     "Clock", "Progress", "Solved", "Step", "assemble", "baseline_meshes", "candidate_meshes",
-    "make_plan", "name_axes", "setting_of",
+    "check_finished", "make_plan", "name_axes", "setting_of",
 ]  # fmt: skip

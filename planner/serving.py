@@ -122,6 +122,7 @@ def _make_serving_plan(
         with clock.step("solve"):
             solution = solve(problem, solver=solver, time_limit_s=time_limit_s)
         if solution.assignment is None:
+            check_finished(solution, mesh, time_limit_s)
             return None
         cut = len(parts[0].nodes)
         halves = [solution.assignment[:cut], solution.assignment[cut:]]

@@ -72,7 +72,10 @@ class Plan(plans.Plan):
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""
         cluster = load_cluster(self.request.cluster, self.request.gpus)
-        setting = replace(setting_of(self.request), recompute=self.decisions.recompute)
+        decided = self.decisions
+        setting = replace(
+            setting_of(self.request), recompute=decided.recompute, order=decided.order
+        )
         builder = Builder(self.graph, Network(self.mesh, cluster), setting)
         pins = [Pin.parse(text, len(self.mesh.axes)) for text in self.request.pins]
         built = builder.build(Pins(pins, self.graph) if pins else Restriction())
