@@ -204,16 +204,12 @@ def test_two_programs_serve_together(pool: Pool, ways: tuple[str, str] | None) -
 
 
 def test_serving_minimises_the_whole_answer() -> None:
-    """No other pair of plans with the same weights and caches answers sooner."""
+    """No other pair of plans with the same weights answers sooner, whatever its caches."""
     best = serving_plan("llama", (2, 2), None)
-    assert best.decode is not None
-    whole = best.seconds + NEW * best.decode.seconds
-    for ways in (("ring", "tree"), ("n", "n"), ("b", "b")):
-        other = serving_plan("llama", (2, 2), ways)
-        assert other.decode is not None
-        assert whole <= other.seconds + NEW * other.decode.seconds + 1e-12
+    for ways in (("ring", "tree"), ("n", "n"), ("b", "b"), ("ring", "n"), ("b", "tree")):
+        assert best.answer_s <= serving_plan("llama", (2, 2), ways).answer_s + 1e-12
     for row in best.baselines:
-        assert row.seconds is None or whole <= row.seconds + 1e-12
+        assert row.seconds is None or best.answer_s <= row.seconds + 1e-12
 
 
 def generate_on_rank(
