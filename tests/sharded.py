@@ -22,10 +22,13 @@ from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph, Value
 from shardwright.ir.interpret import interpret
 from shardwright.ir.mesh import Mesh
+from shardwright.ir.spec import parse_spec
 from shardwright.ir.widen import widened as widened  # for the tests that import it from here
+from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
 from shardwright.planner.conversion import Network
 from shardwright.planner.program import PricedStep, Program, lower, priced_path
+from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 
@@ -48,6 +51,21 @@ def builder_of(
     """The problem builder on the gloo cluster, without a memory limit."""
     setting = Setting(training, "none", None, recompute, order)
     return Builder(graph, Network(mesh, load_cluster("cpu")), setting)
+
+
+class Laid(Restriction):
+    """Every cache lies in one layout, and no attention runs the algorithm `without`."""
+
+    def __init__(self, spec: str, without: str = "") -> None:
+        self.spec, self.without = parse_spec(spec), without
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        return all(
+            cache_spec(node, choices) == self.spec and self.without not in choices
+            for node, choices in pairs
+            if node.op == "shardwright.cached_attention"
+        )
 
 
 def random_decisions(builder: Builder, seed: int) -> Decisions:

@@ -24,7 +24,6 @@ from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, all_params
 from shardwright.planner.plan import Plan, Request
 from shardwright.planner.recache import recached_bytes, recaches
-from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.search import Clock
 from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.store import plan_from_json, plan_to_json
@@ -32,7 +31,7 @@ from shardwright.runtime import RankPool, count_collectives
 from tests.endtoend import test_latent, test_serving
 from tests.endtoend.test_serving import BATCH, NEW
 from tests.ir.models import VOCABULARY
-from tests.sharded import assert_close, builder_of, import_source, mesh_of, program_of
+from tests.sharded import Laid, assert_close, builder_of, import_source, mesh_of, program_of
 
 Pool = Callable[[int], RankPool]
 PROMPT = 32  # two pages, one for each of two ranks
@@ -58,21 +57,6 @@ def graph_of(name: str, tokens: int, context: int = 0) -> Graph:
 def state_of(name: str) -> dict[str, Tensor]:
     model = test_latent.deepseek() if name == "deepseek" else test_serving.model_of(name)
     return model.state_dict()
-
-
-class Laid(Restriction):
-    """Every cache lies in one layout, and no attention runs the algorithm `without`."""
-
-    def __init__(self, spec: str, without: str = "") -> None:
-        self.spec, self.without = parse_spec(spec), without
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        pairs = zip(region.nodes, strategy.choices, strict=True)
-        return all(
-            cache_spec(node, choices) == self.spec and self.without not in choices
-            for node, choices in pairs
-            if node.op == "shardwright.cached_attention"
-        )
 
 
 @cache
