@@ -20,18 +20,7 @@ from torch import Tensor
 
 from .cache import PAGE, CacheFullError, owners
 from .layout import Spec, format_spec, parse_spec
-from .pools import (
-    BATCH,
-    TOKENS,
-    Pools,
-    Room,
-    batch_only,
-    highest,
-    own_part,
-    owner_of,
-    specs_of,
-    ways,
-)
+from .pools import BATCH, TOKENS, Pools, Room, highest, own_part, owner_of, specs_of, ways
 from .recache import Path, Recaching, change_between
 
 if TYPE_CHECKING:
@@ -80,7 +69,7 @@ class Serving:
         go in several runs.
         """
         self._check_capacity(counts)
-        self._lay_out(phase)
+        self.lay_out(phase)
         wanted = self._model.inputs_of(phase)["input_ids"]
         limit = self._columns(wanted)
         logits: Tensor | None = None
@@ -96,13 +85,8 @@ class Serving:
     def truncate(self, lengths: Tensor) -> None:
         """Drop the tokens of sequence i at positions >= lengths[i]."""
         limits = self._of_rows(lengths)
-        own = [
-            (
-                shared.table,
-                own_part(limits[:, None], batch_only(shared.spec), self._model.mesh)[:, 0],
-            )
-            for shared in self._pools.tables
-        ]
+        mesh = self._model.mesh
+        own = [(item.table, own_part(limits, item.spec, mesh)) for item in self._pools.tables]
         self._check_windows([table.lost(rows) for table, rows in own])
         for table, rows in own:
             table.truncate(rows)
@@ -117,7 +101,7 @@ class Serving:
         counts = torch.full((self.batch,), tokens)
         self.clear()
         self._check_capacity(counts)
-        self._lay_out(phase)
+        self.lay_out(phase)
         positions = torch.arange(tokens).repeat(self._rows, 1)
         positions[self.batch :] = -1
         kept = {
@@ -130,18 +114,11 @@ class Serving:
             cache.append(_random(cache.keys, own), values, own)
         self.lengths = counts
 
-    def clear(self) -> None:
-        """Forget all tokens, also after a step that failed half-way."""
-        for cache in self._pools.caches.values():
-            cache.clear()
-        self.lengths = torch.zeros_like(self.lengths)
+    def lay_out(self, phase: ServePhase) -> None:
+        """Bring the caches into the layout that the program for `phase` wants, as `step` does.
 
-    # --- details -----------------------------------------------------------------------------
-
-    def _lay_out(self, phase: ServePhase) -> None:
-        """Bring the caches into the layout that the program for `phase` wants.
-
-        If that fails half-way, all tokens are forgotten.
+        Raises CacheFullError, and leaves them as they are, if a rank has no room there.  If it
+        fails half-way otherwise, all tokens are forgotten.
         """
         wanted = self._model.caches_of(phase)
         if wanted is self._pools.declared:
@@ -159,6 +136,14 @@ class Serving:
         self._pools = Pools({}, self._room, self._model.mesh)
         self._pools = conversion.run(self._model.set_cache)
         self.lengths = lengths
+
+    def clear(self) -> None:
+        """Forget all tokens, also after a step that failed half-way."""
+        for cache in self._pools.caches.values():
+            cache.clear()
+        self.lengths = torch.zeros_like(self.lengths)
+
+    # --- details -----------------------------------------------------------------------------
 
     def _empty(self, declared: Mapping[str, Cache]) -> Pools:
         """New caches without tokens, those that were there freed before."""
@@ -290,7 +275,7 @@ def arrange(
 
 def _kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor:
     """The positions that a rank's table has to store: its columns, or those it owns."""
-    own = own_part(positions, batch_only(table_spec), mesh)
+    own = own_part(positions, table_spec, mesh)
     axes = [axis for axis, state in zip(mesh.axes, table_spec, strict=True) if state == 2]
     if not axes:
         return own
@@ -303,7 +288,7 @@ def _kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor
 
 def _own_pages(positions: Tensor, table_spec: Spec, mesh: Mesh) -> Tensor:
     """Of positions that all rows share, those that `owners` gives a rank, for its own rows."""
-    own = own_part(positions, batch_only(table_spec), mesh)
+    own = own_part(positions, table_spec, mesh)
     cut = [axis for axis, state in zip(mesh.axes, table_spec, strict=True) if state == 2]
     sharing, rank = owner_of(cut)
     return own[:, owners(positions[0], sharing) == rank]

@@ -27,6 +27,7 @@ from .layers import Layer, install_layers, per_layer
 from .layout import Spec, block, blocks, local_shape, parse_spec, to_zigzag, zigzag_dims
 from .mesh import Mesh, stable_seed
 from .parameters import Original, Param, originals, param_of_layer
+from .pools import specs_of
 from .regather import regathering
 
 Path_: TypeAlias = tuple[str | int, ...]
@@ -489,7 +490,8 @@ class ShardedModule(nn.Module):
         """Run `steps` steps on random weights and inputs; rank 0 prints time and peak memory.
 
         A module with a KV cache runs its phase `steps` times over a cache as full as planned, of
-        random keys and values; one with a program for decoding then runs that, too.
+        random keys and values; one with a program for decoding then runs that, too, and converts
+        caches where the two lay them out differently.
         """
         model = cls()
         model.reset_parameters()
@@ -516,6 +518,19 @@ class ShardedModule(nn.Module):
                 f"best {best * 1e3:.1f} ms per {phase} of {batch} x {tokens} tokens{cached}, "
                 f"{batch * tokens / best:,.0f} tokens/s"
             )
+        if specs_of(self.CACHES) != specs_of(self.caches_of("decode")):
+            self._demo_conversion(steps, *sizes[0][0])
+
+    def _demo_conversion(self, steps: int, batch: int, tokens: int) -> None:
+        """Time the conversion of `batch` prompts' caches to the layout of decode."""
+        serving = self._served()
+
+        def convert() -> str:
+            serving.lay_out("decode")
+            return ""
+
+        best = self._timed("conversion", steps, convert, before=partial(serving.fill, tokens))
+        self._say(f"best {best * 1e3:.1f} ms per conversion of {batch} x {tokens} cached tokens")
 
     def _demo_phase(self, phase: str, ids: Tensor, context: int) -> str:
         """One step from `context` cached tokens on."""
@@ -528,11 +543,18 @@ class ShardedModule(nn.Module):
             )
         return ""
 
-    def _timed(self, what: str, steps: int, step: Callable[[], str]) -> float:
+    def _timed(
+        self,
+        what: str,
+        steps: int,
+        step: Callable[[], str],
+        before: Callable[[], None] = lambda: None,
+    ) -> float:
         """Seconds of the fastest of `steps` steps after a first; rank 0 prints each, and what
-        `step` returns."""
+        `step` returns.  `before` each of them, not timed, comes what it needs."""
         seconds: list[float] = []
         for _ in range(steps + 1):
+            before()
             _wait_for_all(self.mesh)
             start = time.perf_counter()
             value = step()

@@ -100,10 +100,6 @@ class Pools:
         )  # fmt: skip
         return self.caches[name]
 
-    def spec_of(self, table: PageTable) -> Spec:
-        """How the tokens of one of the tables lie."""
-        return next(shared.spec for shared in self.tables if shared.table is table)
-
 
 def specs_of(declared: Mapping[str, Cache]) -> dict[str, Spec]:
     """The layout of each cache."""
@@ -129,14 +125,12 @@ def owner_of(axes: Sequence[Axis]) -> tuple[int, int]:
 
 
 def own_part(x: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """This rank's part of what all ranks have, a view."""
+    """This rank's part of what all ranks have, a view.
+
+    Of lengths (b,) and positions (b, t) a table's spec cuts the batch alone: tokens are its dim 2.
+    """
     own = blocks(x.shape, spec, mesh.sizes, mesh.coordinates)
     return x[tuple(slice(part.start, part.stop) for part in own)]
-
-
-def batch_only(spec: Spec) -> Spec:
-    """The same cuts of the batch alone."""
-    return tuple(BATCH if state == BATCH else -1 for state in spec)
 
 
 def highest(number: int, mesh: Mesh) -> int:

@@ -443,6 +443,22 @@ def test_caches_in_two_layouts(pool: Pool) -> None:
         assert kept == [CONTEXT]
 
 
+def demonstrate() -> str:
+    made: Any = two_layouts({"cp": 2}, "ring", "local")
+    for each, phase, context in ((made, "prefill", 0), (made.DECODE, "decode", CONTEXT)):
+        each.PHASE, each.CONTEXT = phase, context
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        made.demo(steps=1)
+    return printed.getvalue()
+
+
+def test_the_demonstration_converts(pool: Pool) -> None:
+    said = pool(2).run(demonstrate)[0].splitlines()
+    assert [line.split(":")[0] for line in said[-3:-1]] == ["warm-up", "conversion 1"]
+    assert " ms per conversion of 4 x 16 cached tokens" in said[-1] and len(said) == 9
+
+
 def test_a_module_must_say_how_to_convert() -> None:
     made: Any = two_layouts({}, "ring", "local")
     made.CACHES = {name: replace(cache, path=()) for name, cache in made.CACHES.items()}
