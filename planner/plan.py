@@ -32,6 +32,11 @@ class Request:
     output_tokens: int = 0  # of each answer, in phase `serve`
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
 
+    @property
+    def decode_steps(self) -> int:
+        """Decodes of an answer: prefill gives its first token.  At least one is planned."""
+        return max(self.output_tokens - 1, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:

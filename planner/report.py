@@ -64,7 +64,7 @@ def _notes(plan: Plan) -> str:
 def _format_serving(plan: Plan, decode: Plan) -> str:
     """Both phases: what an answer costs, then each one's tables."""
     request, mesh = plan.request, plan.mesh
-    whole = plan.seconds + request.output_tokens * decode.seconds
+    whole = plan.seconds + request.decode_steps * decode.seconds
     rate = request.batch * request.output_tokens / whole
     head = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def quiet_torch() -> Generator[None]:
     """
     before, stderr = logging.root.manager.disable, sys.stderr
     logging.disable(logging.CRITICAL)
-    sys.stderr = _WithoutExport(stderr)  # type: ignore[assignment]
+    sys.stderr = cast("TextIO", _WithoutExport(stderr))
     try:
         yield
     finally:
