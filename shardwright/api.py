@@ -16,7 +16,15 @@ from .ir.capture import capture_folded
 from .ir.graph import Graph
 from .ir.mesh import Mesh
 from .ir.serving import ServingError, is_decoder, serving_graph
-from .loading import DTYPES, Loaded, load_target, one_token, quiet_torch, with_positions
+from .loading import (
+    DTYPES,
+    Loaded,
+    load_target,
+    quiet_torch,
+    tokens_of,
+    with_positions,
+    with_tokens,
+)
 from .planner import plan as plans
 from .planner.build import Builder
 from .planner.conversion import Network
@@ -196,11 +204,14 @@ def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
     served = with_positions(loaded)
     if served is not None:
         graph = capture_graph(served, training=False, serving=True)
-        if phase != "prefill" or is_decoder(graph):
-            try:
-                return serving_graph(graph, context)
-            except ServingError as error:
-                raise PlanError(str(error)) from error
+        # One token alone attends itself, in an encoder as in a decoder.
+        telling = graph
+        if tokens_of(served) == 1:
+            telling = capture_graph(with_tokens(served, 2), training=False, serving=True)
+        if phase != "prefill" or is_decoder(telling):
+            if telling is not graph:
+                _served(telling, 0)  # raises what one token hides
+            return _served(graph, context)
     elif phase != "prefill":
         raise PlanError(
             f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
@@ -208,6 +219,20 @@ def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
             "torch.arange"
         )
     return capture_graph(loaded, training=False)
+
+
+def _decode_graph(loaded: Loaded, context: int) -> Graph:
+    """Of a model that is known to be served: one new token."""
+    served = with_positions(with_tokens(loaded, 1))
+    assert served is not None
+    return _served(capture_graph(served, training=False, serving=True), context)
+
+
+def _served(graph: Graph, context: int) -> Graph:
+    try:
+        return serving_graph(graph, context)
+    except ServingError as error:
+        raise PlanError(str(error)) from error
 
 
 def _request(
@@ -282,7 +307,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
         return Plan.of(make_faster_plan(graph, job))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
-        decode = phase_graph(one_token(loaded), "serve", longest)
+        decode = _decode_graph(loaded, longest)
     return Plan.of(make_serving_plan(graph, decode, job))
 
 

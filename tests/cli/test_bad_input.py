@@ -280,6 +280,11 @@ def test_a_decoder_as_it_should_be(run: Run) -> None:
             "model.py:14: this attention is not causal; it cannot have a KV cache",
         ),
         (
+            {"attention": "is_causal=False"},
+            "--phase decode --context 8",
+            "model.py:14: this attention is not causal; it cannot have a KV cache",
+        ),
+        (
             {"output": "score", "last": ".mean(1)"},
             "--phase append --seq 8 --context 8",
             "Net has no output `logits` (batch, tokens, vocabulary)",
