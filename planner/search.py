@@ -24,7 +24,7 @@ from .infeasible import explain
 from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
 from .pricing import local_bytes
 from .problem import ShardingProblem, evaluate
-from .program import PricedStep, lower
+from .program import PricedStep, lower, priced_path
 from .regions import scopes
 from .roles import Roles, name_of, ordinary_roles
 from .solvers import Solution, solve
@@ -321,17 +321,7 @@ def assemble(
 
     def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
         conversions = builder.conversions(value, param=value.name in params)
-        steps: list[PricedStep] = []
-        at = a
-        for step in conversions.path(a, b):
-            following = tuple(step.b if i in step.axes else s for i, s in enumerate(at))
-            steps.append(
-                PricedStep(
-                    step, conversions.step_seconds(step, at), conversions.step_traffic(step, at)
-                )
-            )
-            at = following
-        paths[value.name, a, b] = tuple(steps)
+        paths[value.name, a, b] = priced_path(conversions, a, b)
         return paths[value.name, a, b]
 
     lower(graph, decisions, price_path, training=builder.setting.training)

@@ -1,30 +1,32 @@
-"""Prefill and decode planned together: one set of weights and one cache layout for both.
+"""Prefill and decode planned together: one set of weights for both.
 
 Each phase has its own problem, since the number of new tokens decides what is fast.  They are
-solved as one, in which every parameter must be stored alike in both, and every KV cache laid out
-alike; what is minimised is the time of a whole answer, TTFT + (output tokens - 1) * time per token.
+solved as one, in which every parameter must be stored alike in both, and a KV cache that is laid
+out differently is converted, at its price (`recache.py`); what is minimised is the time of a whole
+answer, TTFT + conversion + (output tokens - 1) * time per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
 
-from ..ir.graph import Graph, Loop
+from ..ir.graph import Graph
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec
-from .attention import cache_spec
+from .attention import cache_bytes_in, cache_spec
 from .build import Builder, Built, Floats, all_params
 from .conversion import Network
 from .errors import InfeasibleError, PlanError
 from .fused import Variant, fastest, forms
 from .infeasible import explain
 from .plan import Baseline, Plan
-from .problem import Edge, ProblemNode, ShardingProblem, evaluate
+from .problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
+from .recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
 from .search import Clock, Job, Limit, Solved, assemble, name_axes, price_ordinary
 
 _Graphs: TypeAlias = tuple[Graph, Graph]  # of prefill, and of decode
@@ -55,13 +57,7 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
         graphs = (variant.graph, decodes[variant.latent])
         return _make_serving_plan(graphs, job.saying(variant.way))
 
-    return fastest(variants, made, _answer_s, job.clock)
-
-
-def _answer_s(plan: Plan) -> float:
-    """Seconds of a whole answer."""
-    assert plan.decode is not None
-    return plan.seconds + plan.request.decode_steps * plan.decode.seconds
+    return fastest(variants, made, lambda plan: plan.answer_s, job.clock)
 
 
 def _make_serving_plan(graphs: _Graphs, job: Job) -> Plan:
@@ -139,8 +135,16 @@ def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job
         )
     )
     solved = best.prefill
-    mesh = name_axes(solved.builder.graph, solved.builder.network.mesh, solved.decisions)
-    return replace(prefill, request=request, mesh=mesh, decode=replace(decode, mesh=mesh))
+    network = solved.builder.network
+    mesh = name_axes(solved.builder.graph, network.mesh, solved.decisions)
+    recached = recaches(prefill.graph, prefill.decisions, decode.graph, decode.decisions, network)
+    return replace(
+        prefill,
+        request=request,
+        mesh=mesh,
+        decode=replace(decode, mesh=mesh),
+        recached=recached,
+    )
 
 
 def _check_alike(prefill: Graph, decode: Graph) -> None:
@@ -159,36 +163,57 @@ def _joined(parts: Sequence[Built], decodes: int) -> ShardingProblem:
     prefill, decode = parts
     shift = len(prefill.nodes)
     late = prefill.horizon + 1
+    ours, theirs = _caches(prefill), _caches(decode)
+    pools = {cache.index: _pool(cache, theirs[key], late) for key, cache in ours.items()}
     nodes: list[ProblemNode] = []
     for index, node in enumerate(prefill.nodes):
-        kept = prefill.kept_usages.get(index, 0)  # the cache: decode's is there from the start
-        nodes.append(replace(node, usages=node.usages[kept:]))
-    for index, node in enumerate(decode.nodes):
-        kept = decode.kept_usages.get(index, 0)
+        kept = prefill.kept_usages.get(index, 0)  # the cache of the prompt alone
+        pool = (pools[index],) if index in pools else ()
+        nodes.append(replace(node, usages=(*pool, *node.usages[kept:])))
+    for node in decode.nodes:
         usages = tuple(
-            replace(usage, start=0 if at < kept else usage.start + late, end=usage.end + late)
-            for at, usage in enumerate(node.usages)
+            replace(usage, start=usage.start + late, end=usage.end + late) for usage in node.usages
         )
         nodes.append(replace(node, costs=decodes * node.costs, usages=usages))
     edges = list(prefill.edges)
     edges += [Edge(e.a + shift, e.b + shift, decodes * e.costs) for e in decode.edges]
-    edges += [Edge(a, b + shift, costs) for a, b, costs in _ties(prefill, decode)]
+    edges += [Edge(a, b + shift, costs) for a, b, costs in _ties(prefill, decode, ours, theirs)]
     name = f"{prefill.builder.graph.name} served on {prefill.builder.network.mesh}"
     limit = prefill.builder.setting.memory_bytes
     return ShardingProblem(name, tuple(nodes), tuple(edges), limit)
 
 
-def _ties(prefill: Built, decode: Built) -> list[tuple[int, int, Floats]]:
-    """(node of prefill, node of decode, costs): infinite where a parameter or cache differs."""
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """The region that fills a cache, and the cache's spec under each of its strategies."""
+
+    index: int
+    cached: Cached
+    specs: list[Spec]
+    sizes: tuple[int, ...]
+
+
+def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
+    """The cache in prefill's layout, which has room for the whole answer from the start."""
+    node, specs = decode.cached.node, prefill.specs
+    size = {spec: float(cache_bytes_in(node, spec, prefill.sizes)) for spec in set(specs)}
+    return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
+
+
+def _ties(
+    prefill: Built, decode: Built, ours: Mapping[Key, _Cache], theirs: Mapping[Key, _Cache]
+) -> list[tuple[int, int, Floats]]:
+    """(node of prefill, node of decode, costs): infinite where a parameter differs, the price of
+    the conversion where a cache does."""
     found: list[tuple[int, int, Floats]] = []
     pairs = zip(all_params(prefill.builder.graph), all_params(decode.builder.graph), strict=True)
     for one, other in pairs:
         a, b = prefill.flows[one.param.value.name], decode.flows[other.param.value.name]
         found.append((a.node, b.node, _alike(a.specs, b.specs)))
-    ours, theirs = _caches(prefill), _caches(decode)
-    for key, (node, specs) in ours.items():
-        other_node, other_specs = theirs[key]
-        found.append((node, other_node, _alike(specs, other_specs)))
+    for key, cache in ours.items():
+        other = theirs[key]
+        prices = Recaching(cache.cached, prefill.builder.network)
+        found.append((cache.index, other.index, prices.seconds(cache.specs, other.specs)))
     return found
 
 
@@ -196,25 +221,19 @@ def _alike(ours: Sequence[Spec], theirs: Sequence[Spec]) -> Floats:
     return np.array([[0.0 if a == b else np.inf for b in theirs] for a in ours])
 
 
-def _caches(built: Built) -> dict[tuple[str, int, object], tuple[int, list[Spec]]]:
-    """By (path of the loop, kind of block, name): the region's node, the cache's spec for each of
-    its strategies."""
-    found: dict[tuple[str, int, object], tuple[int, list[Spec]]] = {}
+def _caches(built: Built) -> dict[Key, _Cache]:
+    """The regions with an attention over a cache."""
+    cached = cached_attentions(built.builder.graph)
+    found: dict[Key, _Cache] = {}
     for region, index, strategies in zip(
         built.builder.regions, built.region_nodes, built.strategies, strict=True
     ):
         for at, node in enumerate(region.nodes):
             if node.op == "shardwright.cached_attention":
-                loop, block = region.scope.loop, region.scope.block
-                kind = 0 if loop is None or block is None else _kind_of(loop, block.nodes)
-                key = (loop.path if loop else "", kind, node.arg("cache"))
+                key = key_of(region.scope, node)
                 specs = [cache_spec(node, s.choices[at]) for s in strategies]
-                found[key] = (index, specs)
+                found[key] = _Cache(index, cached[key], specs, built.builder.sizes)
     return found
-
-
-def _kind_of(loop: Loop, nodes: object) -> int:
-    return next(kind for kind, block in enumerate(loop.blocks) if block.nodes is nodes)
 
 
 __all__ = ["make_serving_plan"]

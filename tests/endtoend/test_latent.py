@@ -90,8 +90,8 @@ def serve_on_rank(
     caches: list[KVCache] = []
     set_cache = model.set_cache
 
-    def kept(name: str, layer: KVCache) -> None:
-        caches.append(layer)
+    def kept(name: str, layer: KVCache | None) -> None:
+        caches.extend([layer] if layer is not None else [])
         set_cache(name, layer)
 
     model.set_cache = kept
