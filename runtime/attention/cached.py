@@ -19,7 +19,7 @@ from ..collectives import Axis
 from .kernels import attend
 from .links import Link, pack, unpack
 from .partial import Partial
-from .pass_q import _return as return_partials  # pyright: ignore[reportPrivateUsage]
+from .pass_q import return_partials
 from .pieces import Piece, cut, fuse
 from .scores import Mask, Scores
 from .task import Options, check_heads, start
