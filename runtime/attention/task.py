@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels import Queries, attend, sinks_gradient
 from .links import Group, Link
-from .partial import Partial
+from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Mask, Scores
 from .tokens import Layout
@@ -41,11 +41,11 @@ class Options:
         for title, x in (("sinks", self.sinks), ("slopes", self.slopes)):
             if x is not None and tuple(x.shape) != (q.shape[1],):
                 self.refuse(f"{title} must have one number for each of {q.shape[1]} query heads")
-        for title, x in (("bias", self.bias), ("slopes", self.slopes)):
-            if x is not None and x.requires_grad:
-                raise NotImplementedError(
-                    f"{self.name}: no gradient is computed for {title}; detach it"
-                )
+        if self.slopes is not None and self.slopes.requires_grad:
+            raise NotImplementedError(
+                f"{self.name}: no gradient is computed for slopes; detach them, or give what they"
+                " add to the scores as `bias`, where the algorithm takes one"
+            )
         if self.bias is not None:
             self._check_bias(self.bias, q)
         mask = Mask() if self.mask is None else self._checked_mask(self.mask, q)
@@ -184,6 +184,17 @@ class Task:
     def pieces(self, source: int) -> tuple[Piece, ...]:
         """What this rank's queries attend of the keys of rank `source`."""
         return self.scores.pieces(self.queries, self.link.rank, self.keys, source)
+
+    def with_bias_gradient(self, wanted: bool) -> tuple[Task, Tensor | None]:
+        """(this task for a backward pass, what then has the gradient of the bias, if wanted).
+
+        The gradient is float32 or float64; autograd rounds it to the dtype of the bias.
+        """
+        bias = self.scores.bias
+        if bias is None or not wanted:
+            return self, None
+        dbias = torch.zeros_like(bias, dtype=wide(bias.dtype))
+        return replace(self, scores=replace(self.scores, dbias=dbias)), dbias
 
     def attend(self, into: Partial, q: Tensor, k: Tensor, v: Tensor, source: int) -> None:
         """Merge this rank's queries over the keys of rank `source` into `into`."""

@@ -50,10 +50,16 @@ def tree_attention(
     the number of keys.  Wins for decoding, where sq is 1.  Differentiable; the gradient of q costs
     one more all-reduce of b hq sq d numbers.  Gradients of q and sinks are whole on every rank.
 
-    Raises ValueError for sizes that do not fit together or to the layout.
+    Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for a
+    `bias` that needs a gradient.
     """
     options = Options("tree_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
     check_heads(options.name, q, k, v)
+    if bias is not None and bias.requires_grad:
+        raise NotImplementedError(
+            "tree_attention: no gradient is computed for bias; detach it, or use ring_attention or"
+            " gather_kv_attention"
+        )
     link, scores = Link(group), options.scores(q)
     if layout is None and lengths is None:
         agree(options, link, q, k, v)

@@ -99,19 +99,27 @@ def test_window_equals_one_process(pool: Pool, ranks: int) -> None:
     for length, window in product([1, 2, 24, 31], [1, 2, 7, 9, 30, 100]):
         check(pool, WINDOW, Case(ranks=ranks, length=length, window=window))
     check(pool, WINDOW, Case(ranks=ranks, length=600, window=150, batch=1))
-    check(pool, WINDOW, Case(ranks=ranks, window=9, softcap=1.0, sinks=True, bias=True))
+    check(pool, WINDOW, Case(ranks=ranks, window=9, softcap=1.0, sinks=True, bias=(1, 4)))
+    check(pool, WINDOW, Case(ranks=ranks, window=60, length=90, bias=(2, 1)))
 
 
 @pytest.mark.parametrize("name", [RING, GATHER])
-def test_bias(pool: Pool, name: str) -> None:
-    check(pool, name, Case(ranks=3, layout="zigzag", length=23, bias=True))
-    check(pool, name, Case(ranks=2, length=300, bias=True, softcap=1.0, slopes=True, batch=1))
+def test_bias_and_its_gradient(pool: Pool, name: str) -> None:
+    for bias in product([1, 2], [1, 4]):
+        check(pool, name, Case(ranks=3, layout="zigzag", length=23, bias=bias, sinks=True))
+    check(pool, name, Case(ranks=1, causal=False, padded=True, prefix=4, bias=(2, 4)))
+    check(pool, name, Case(ranks=3, layout="packed", length=23, documents=(9, 14), bias=(1, 4)))
+    check(pool, name, Case(ranks=3, layout="zigzag", length=2, bias=(1, 4)))
+    # More than one tile of queries, and of keys.
+    check(pool, name, Case(2, 700, bias=(1, 4), softcap=1.0, slopes=True, batch=1))
+    check(pool, name, Case(1, 1100, (2, 1), bias=(1, 1), batch=1))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_gather_by_strides_of_heads(pool: Pool, stride: int) -> None:
-    case = Case(ranks=2, layout="zigzag", heads=(6, 3), slopes=True, sinks=True, bias=True)
-    check(pool, GATHER, case, stride=stride)
+    case = Case(ranks=2, layout="zigzag", heads=(6, 3), slopes=True, sinks=True)
+    for bias in ((1, 6), (2, 1)):
+        check(pool, GATHER, case.but(bias=bias), stride=stride)
 
 
 @pytest.mark.parametrize("heads", [(12, 3), (6, 3), (4, 1), (12, 2), (8, 8)], ids=str)
@@ -290,6 +298,8 @@ BAD = [
     (RING, {"sinks": torch.ones(3)}, [SHAPE] * 3, "sinks must have one number for each of 4"),
     (RING, {"bias": torch.ones(6, 12)}, [SHAPE] * 3, r"bias must be a float tensor \(1 or 1, 4"),
     (RING, {"slopes": torch.ones(4, requires_grad=True)}, [SHAPE] * 3, "no gradient is computed"),
+    ("tree_attention", {"bias": torch.ones(1, 4, 6, 12, requires_grad=True)}, [SHAPE] * 3,
+     "tree_attention: no gradient is computed for bias"),
     (GATHER, {"stride": -1}, [SHAPE] * 3, "stride is a number of key heads"),
     (ULYSSES, {}, [(1, 3, 6, 8)] * 3, "3 query heads do not divide by 2 ranks of `cp`"),
     (WINDOW, {"window": 0}, [SHAPE] * 3, "window is the number of keys"),
