@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement import Call, agree
 from .kernels import Queries, attend, sinks_gradient
 from .links import Group, Link
 from .partial import Partial, wide
@@ -131,27 +132,6 @@ def check_layouts(
     return queries, keys
 
 
-# What `agree` compares, in this order.
-_COMPARED = ("batch", "query heads", "key heads", "rows of q", "rows of k", "d", "dv", "dtype")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def agree(options: Options, link: Link, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse, on every rank, shards that differ between ranks; one all-gather of 64 bytes.
-
-    For calls without a layout, where a rank cannot know what the others hold, and transfers of
-    unequal sizes would hang or end the process.
-    """
-    if link.size == 1:
-        return
-    kind = _DTYPES.index(q.dtype) if q.dtype in _DTYPES else -1
-    own = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], k.shape[3], v.shape[3], kind]
-    rows = link.all_gather(torch.tensor(own, device=q.device), "forward").tolist()
-    for title, column in zip(_COMPARED, zip(*rows, strict=True), strict=True):
-        if len(set(column)) > 1:
-            options.refuse(f"the ranks of `{link.name}` differ in {title}: {list(column)}")
-
-
 @dataclass(frozen=True, slots=True)
 class Task:
     """One call: who takes part, which tokens they hold, how scores are made."""
@@ -171,14 +151,14 @@ class Task:
         layout: Layout | None,
         query_layout: Layout | None,
     ) -> Task:
-        """Checked; layouts as in `check_layouts`."""
+        """Checked, also against the other ranks; layouts as in `check_layouts`."""
         check_heads(options.name, q, k, v)
         link = Link(group)
-        if layout is None:
-            agree(options, link, q, k, v)
         queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)
+        call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+        agree(call, link, q.device, every_time=layout is None)
         return Task(link, scores, queries, keys)
 
     def pieces(self, source: int) -> tuple[Piece, ...]:

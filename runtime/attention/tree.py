@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .agreement import Call, agree
 from .kernels import Queries, attend, attend_backward, sinks_gradient
 from .links import Group, Link
 from .partial import Partial, normalised, wide
 from .pieces import Piece
 from .scores import Mask, Scores
-from .task import Options, agree, check_heads
+from .task import Options, check_heads
 from .tokens import Layout
 
 
@@ -61,14 +62,16 @@ def tree_attention(
             " gather_kv_attention"
         )
     link, scores = Link(group), options.scores(q)
-    if layout is None and lengths is None:
-        agree(options, link, q, k, v)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:
         parts = [
             (slice(0, q.shape[0]), _by_layout(options, scores, link, q, k, layout, query_start))
         ]
+    # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
+    alone = layout is not None or lengths is not None
+    call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
+    agree(call, link, q.device, every_time=not alone)
     return _Tree.apply(q, k, v, sinks, link, scores, parts)
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .agreement import Call, agree
 from .links import Group, Link, pack, unpack
 from .partial import wide
 from .ring import attend_over_ring
 from .scores import Mask
-from .task import Options, Task, agree, check_heads, check_layouts
+from .task import Options, Task, check_heads, check_layouts
 from .tokens import Layout
 
 
@@ -98,9 +99,6 @@ def _attention(
 ) -> Tensor:
     check_heads(options.name, q, k, v)
     rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
-    if layout is None:
-        agree(options, ulysses, q, k, v)
-        agree(options, ring, q, k, v)
     queries, keys = check_layouts(options, rank, ranks, q, k, layout, query_layout)
     scores = options.scores(q)
     options.check_covers(scores, queries, keys)
@@ -117,6 +115,9 @@ def _attention(
             " carry; use a ulysses group whose size divides the key heads, or is a multiple of"
             " them"
         )
+    call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+    for link in (ulysses, ring):
+        agree(call, link, q.device, every_time=layout is None)
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
     task = Task(

@@ -18,6 +18,7 @@ from shardwright.runtime import (
     Mesh,
     RankError,
     RankPool,
+    count_collectives,
     pass_q_attention,
     ring_attention,
 )
@@ -320,26 +321,62 @@ def test_refusals(
         pool(2).run(refuse, name, options, shapes)
 
 
-def disagree(name: str, what: str) -> None:
-    mesh = Mesh.create({"cp": 3})
-    rows, dtype = 6 + (what == "rows" and mesh.rank == 1), torch.float32
-    if what == "dtype" and mesh.rank == 2:
-        dtype = torch.float64
-    q = torch.ones(1, 3, rows, 8, dtype=dtype)
-    options = {"window": 3} if name == WINDOW else {}
-    getattr(runtime, name)(q, q, q, group=mesh["cp"], **options)
+def disagree(name: str, what: str, given: bool) -> str:
+    """What a rank is told where rank 1 is another in `what`; with or without a layout."""
+    axis = Mesh.create({"cp": 3})["cp"]
+
+    def here(title: str, usual: Any, other: Any) -> Any:
+        return other if title == what and axis.rank == 1 else usual
+
+    dtype = here("dtype", torch.float32, torch.float64)
+    q = torch.ones(here("batch", 1, 2), 3, here("rows", 6, 7), 8, dtype=dtype)
+    options: dict[str, Any] = {"scale": here("scale", 0.5, 0.6)}
+    if given:
+        options["layout"] = Layout.contiguous(here("length", 18, 17), 3)
+    if name == WINDOW:
+        options["window"] = 3
+    try:
+        getattr(runtime, name)(q, q, q, group=axis, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+DIFFERENCES = [
+    ("rows", False, "differ in rows of q: [6, 7, 6]"),
+    ("dtype", False, "differ in dtype: [float32, float64, float32]"),
+    ("batch", True, "differ in batch: [1, 2, 1]"),
+    ("dtype", True, "differ in dtype: [float32, float64, float32]"),
+    ("scale", True, "differ in options: rank 1 from rank 0"),
+    ("length", True, "differ in layout: rank 1 from rank 0"),
+]
 
 
 @pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, "tree_attention"])
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [("rows", r"differ in rows of q: \[6, 7, 6\]"), ("dtype", r"differ in dtype: \[1, 1, 0\]")],
-)
-def test_every_rank_refuses_shards_that_differ(
-    pool: Pool, name: str, what: str, message: str
-) -> None:
-    with pytest.raises(RankError, match=message):
-        pool(3).run(disagree, name, what)
+def test_every_rank_refuses_shards_that_differ(pool: Pool, name: str) -> None:
+    """Where messages of unequal sizes would end the process."""
+    for what, given, message in DIFFERENCES:
+        if (name, what) == ("tree_attention", "length"):
+            continue  # its messages do not depend on the keys
+        for told in pool(3).run(disagree, name, what, given):
+            assert told.startswith(f"{name}: the ranks of `cp` ") and told.endswith(message)
+
+
+def count_calls() -> list[int]:
+    """Messages of three calls with a layout, and of two without."""
+    axis = Mesh.create({"cp": 2})["cp"]
+    q = torch.ones(1, 2, 6, 8)
+    counts: list[int] = []
+    for length in (12, 12, 11, 0, 0):
+        with count_collectives() as counter:
+            layout = Layout.contiguous(length, 2) if length else None
+            ring_attention(q, q, q, group=axis, layout=layout)
+        counts.append(counter.messages())
+    return counts
+
+
+def test_calls_without_a_layout_count_what_compares_them(pool: Pool) -> None:
+    assert pool(2).run(count_calls) == [[1, 1, 1, 2, 2]] * 2
 
 
 def lose_a_peer(name: str) -> str:
