@@ -129,6 +129,16 @@ class Link:
             ) from error
 
 
+def link_of(name: str, group: object) -> Link:
+    """The link over a group that a user of function `name` gave."""
+    if not isinstance(group, ProcessGroup | Axis):
+        raise TypeError(
+            f"{name}: a group is a ProcessGroup (torch.distributed.group.WORLD for all ranks) or an"
+            f" Axis of a Mesh, got {group!r}"
+        )
+    return Link(group)
+
+
 @dataclass(slots=True)
 class Hop:
     """Messages under way; what is sent stays alive with it."""

@@ -47,12 +47,13 @@ def ring_attention(
     88 bytes makes sure that the ranks agree on their sizes; with one, the first call of each kind
     does, so that a rank with other sizes, options or layouts is an error on all ranks.
 
-    A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0,
-    and `mask` allows it.  `scale` is 1/sqrt(d) if None.  `softcap` > 0 makes scores
-    softcap * tanh(score / softcap).  `sinks` (hq,) are logits of one more key per head whose value
-    is 0; their gradient is this rank's summand.  `bias` (b or 1, hq or 1, sq, S) is added to the
-    scores of this rank's queries, with a column per position; its gradient is whole for these
-    rows.  `slopes` (hq,) are ALiBi's and get no gradient.
+    A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0
+    (a bound to the left alone: without `causal`, all later keys too), and `mask` allows it.
+    `scale` is 1/sqrt(d) if None.  `softcap` > 0 makes scores softcap * tanh(score / softcap).
+    `sinks` (hq,) are logits of one more key per head whose value is 0; their gradient is this
+    rank's summand.  `bias` (b or 1, hq or 1, sq, S) is added to the scores of this rank's queries,
+    with a column per position; its gradient is whole for these rows.  `slopes` (hq,) are ALiBi's
+    and get no gradient.
 
     Cost, over p ranks, with kv = b hkv sk (d + dv) numbers of e bytes: forward receives
     (p-1) kv e bytes in p-1 messages, each under way while a block is computed; backward twice as

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .agreement import Call, agree
 from .kernels import Queries, attend, sinks_gradient
-from .links import Group, Link
+from .links import Group, Link, link_of
 from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Mask, Scores
@@ -153,7 +153,7 @@ class Task:
     ) -> Task:
         """Checked, also against the other ranks; layouts as in `check_layouts`."""
         check_heads(options.name, q, k, v)
-        link = Link(group)
+        link = link_of(options.name, group)
         queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)

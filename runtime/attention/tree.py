@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .agreement import Call, agree
 from .kernels import Queries, attend, attend_backward, sinks_gradient
-from .links import Group, Link
+from .links import Group, Link, link_of
 from .partial import Partial, normalised, wide
 from .pieces import Piece
 from .scores import Mask, Scores
@@ -61,7 +61,7 @@ def tree_attention(
             "tree_attention: no gradient is computed for bias; detach it, or use ring_attention or"
             " gather_kv_attention"
         )
-    link, scores = Link(group), options.scores(q)
+    link, scores = link_of(options.name, group), options.scores(q)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .agreement import Call, agree
-from .links import Group, Link, pack, unpack
+from .links import Group, Link, link_of, pack, unpack
 from .partial import wide
 from .ring import attend_over_ring
 from .scores import Mask
@@ -52,7 +52,8 @@ def ulysses_attention(
     options = Options(
         "ulysses_attention", causal, window, scale, softcap, sinks, None, slopes, mask
     )
-    return _attention(options, Link(group), Link(None), q, k, v, layout, query_layout)
+    link = link_of(options.name, group)
+    return _attention(options, link, Link(None), q, k, v, layout, query_layout)
 
 
 def usp_attention(
@@ -82,9 +83,13 @@ def usp_attention(
     Cost: `ulysses_attention` over u ranks plus `ring_attention` over r ranks on b hq/u heads and
     u times the rows.  Wins where there are more ranks than key heads, or several nodes:
     Ulysses inside a node, the ring across.
+
+    Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for
+    query heads that leave the ranks of `ulysses` with unequal groups.
     """
     options = Options("usp_attention", causal, window, scale, softcap, sinks, None, slopes, mask)
-    return _attention(options, Link(ulysses), Link(ring), q, k, v, layout, query_layout)
+    inner, outer = link_of(options.name, ulysses), link_of(options.name, ring)
+    return _attention(options, inner, outer, q, k, v, layout, query_layout)
 
 
 def _attention(

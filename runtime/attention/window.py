@@ -44,13 +44,15 @@ def window_attention(
     window is shorter than the sequence.
 
     Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for
-    what a halo cannot do (not causal, other layouts, a prefix).
+    what a halo cannot do: other layouts, a prefix, and causal=False, as a window bounds the keys
+    before a query alone.
     """
     options = Options("window_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
     if not causal:
         raise NotImplementedError(
-            "window_attention: causal=False; keys after a query are unbounded by the window, so"
-            " use ring_attention or gather_kv_attention"
+            "window_attention: causal=False; a window bounds the keys before a query and not those"
+            " after it, which a halo would bring from all later ranks: use ring_attention or"
+            " gather_kv_attention"
         )
     if window < 1:
         options.refuse(f"window is the number of keys that a query attends, got {window}")

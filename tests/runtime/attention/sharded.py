@@ -20,6 +20,7 @@ Counts = dict[tuple[str, str, Phase], tuple[float, int]]  # (op, axis, phase): b
 
 RING, GATHER, PASS_Q = "ring_attention", "gather_kv_attention", "pass_q_attention"
 ULYSSES, USP, WINDOW = "ulysses_attention", "usp_attention", "window_attention"
+TREE = "tree_attention"
 
 
 @dataclass(frozen=True)

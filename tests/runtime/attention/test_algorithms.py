@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -37,6 +38,7 @@ from tests.runtime.attention.sharded import (
     GATHER,
     PASS_Q,
     RING,
+    TREE,
     ULYSSES,
     USP,
     WINDOW,
@@ -146,18 +148,32 @@ def test_full_product(pool: Pool, name: str, ranks: int) -> None:
             check(pool, name, case.but(layout="contiguous", padded=True))
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_full_product_of_halos(pool: Pool, ranks: int) -> None:
+    for heads, head_dim, causal, window in FULL_PRODUCT:
+        if causal and window:
+            case = Case(ranks, 203, heads, (head_dim, head_dim), 1, window=window)
+            check(pool, WINDOW, case)
+            check(pool, WINDOW, case.but(batch=2, padded=True, documents=(64, 100, 39)))
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP, WINDOW])
 @pytest.mark.parametrize("window", [0, 150])
 def test_float32(pool: Pool, name: str, window: int) -> None:
     case = Case(
         4, 403, (8, 4), (64, 64), 1, "zigzag", window=window, dtype=torch.float32, sinks=True
     )
+    if name == WINDOW:
+        case = case.but(layout="contiguous", window=window or 20)
     check(pool, name, case, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP, WINDOW])
 def test_bfloat16_is_as_exact_as_one_process(pool: Pool, name: str) -> None:
     case = Case(4, 403, (8, 4), (64, 64), 1, "zigzag", dtype=torch.bfloat16)
+    if name == WINDOW:  # over everything before a query
+        case = case.but(layout="contiguous", window=403)
     inputs = make(case)
     exact = reference(case, inputs, torch.float64)
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
@@ -280,7 +296,7 @@ def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -
 def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
     axis = Mesh.create({"cp": 2})["cp"]
     q, k, v = (torch.ones(shape) for shape in shapes)
-    getattr(runtime, name)(q, k, v, group=axis, **options)
+    getattr(runtime, name)(q, k, v, **{"group": axis, **options})
 
 
 SHAPE = (1, 4, 6, 8)
@@ -299,12 +315,15 @@ BAD = [
     (RING, {"sinks": torch.ones(3)}, [SHAPE] * 3, "sinks must have one number for each of 4"),
     (RING, {"bias": torch.ones(6, 12)}, [SHAPE] * 3, r"bias must be a float tensor \(1 or 1, 4"),
     (RING, {"slopes": torch.ones(4, requires_grad=True)}, [SHAPE] * 3, "no gradient is computed"),
-    ("tree_attention", {"bias": torch.ones(1, 4, 6, 12, requires_grad=True)}, [SHAPE] * 3,
+    (TREE, {"bias": torch.ones(1, 4, 6, 12, requires_grad=True)}, [SHAPE] * 3,
      "tree_attention: no gradient is computed for bias"),
+    *((name, {"group": None, **({"window": 3} if name == WINDOW else {})}, [SHAPE] * 3,
+       rf"{name}: a group is a ProcessGroup .* or an Axis of a Mesh, got None")
+      for name in (*ANY_LAYOUT, WINDOW, TREE)),
     (GATHER, {"stride": -1}, [SHAPE] * 3, "stride is a number of key heads"),
     (ULYSSES, {}, [(1, 3, 6, 8)] * 3, "3 query heads do not divide by 2 ranks of `cp`"),
     (WINDOW, {"window": 0}, [SHAPE] * 3, "window is the number of keys"),
-    (WINDOW, {"window": 2, "causal": False}, [SHAPE] * 3, "use ring_attention or gather_kv"),
+    (WINDOW, {"window": 2, "causal": False}, [SHAPE] * 3, "bounds the keys before a query and not"),
     (WINDOW, {"window": 2, "layout": Layout.zigzag(12, 2)}, [SHAPE] * 3, "needs the contiguous"),
 ]  # fmt: skip
 
@@ -352,11 +371,11 @@ DIFFERENCES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, "tree_attention"])
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, TREE])
 def test_every_rank_refuses_shards_that_differ(pool: Pool, name: str) -> None:
     """Where messages of unequal sizes would end the process."""
     for what, given, message in DIFFERENCES:
-        if (name, what) == ("tree_attention", "length"):
+        if (name, what) == (TREE, "length"):
             continue  # its messages do not depend on the keys
         for told in pool(3).run(disagree, name, what, given):
             assert told.startswith(f"{name}: the ranks of `cp` ") and told.endswith(message)
@@ -379,15 +398,20 @@ def test_calls_without_a_layout_count_what_compares_them(pool: Pool) -> None:
     assert pool(2).run(count_calls) == [[1, 1, 1, 2, 2]] * 2
 
 
-def lose_a_peer(name: str) -> str:
-    """What a rank is told when rank 1 leaves between two calls."""
-    group = dist.new_group(timeout=timedelta(seconds=20))
+def lose_a_peer(name: str, timeout_s: float, how: str) -> str:
+    """What a rank is told when rank 1 leaves between two calls, or does nothing for long."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     options: dict[str, Any] = {"group": group, "layout": Layout.contiguous(600, 3)}
+    if name == WINDOW:
+        options["window"] = 250
     q = torch.ones(1, 3, 200, 64)
     getattr(runtime, name)(q, q, q, **options)
     dist.barrier()
     if dist.get_rank() == 1:
-        dist.destroy_process_group(group)
+        if how == "leaves":
+            dist.destroy_process_group(group)
+        else:
+            time.sleep(2 * timeout_s)
         return ""
     try:
         getattr(runtime, name)(q, q, q, **options)
@@ -396,10 +420,17 @@ def lose_a_peer(name: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("name", [RING, GATHER, PASS_Q, ULYSSES])
-def test_every_rank_is_told_of_a_lost_peer(name: str) -> None:
+LOST = [
+    *((name, 20.0, "leaves") for name in (*ANY_LAYOUT, WINDOW, TREE)),
+    *((name, 1.5, "is late") for name in (RING, WINDOW, TREE)),
+]
+
+
+@pytest.mark.parametrize(("name", "timeout_s", "how"), LOST)
+def test_every_rank_is_told_of_a_lost_peer(name: str, timeout_s: float, how: str) -> None:
+    """At once if a peer leaves, otherwise after the time limit of the group."""
     with RankPool(3) as pool:  # its own: a group is lost with the test
-        told = pool.run(lose_a_peer, name, timeout_s=60.0)
+        told = pool.run(lose_a_peer, name, timeout_s, how, timeout_s=60.0)
     for rank in (0, 2):
         assert f"attention: rank {rank} of 3 on `group` lost the other ranks" in told[rank]
 
@@ -408,6 +439,17 @@ def mix_dtypes() -> None:
     axis = Mesh.create({"cp": 2})["cp"]
     q = torch.ones(SHAPE)
     ring_attention(q, q.bfloat16(), q, group=axis)
+
+
+def unequal_groups() -> None:
+    mesh = Mesh.create({"ring": 2, "ulysses": 2})
+    q, k = torch.ones(1, 6, 4, 8), torch.ones(1, 3, 4, 8)
+    runtime.usp_attention(q, k, k, ulysses=mesh["ulysses"], ring=mesh["ring"])
+
+
+def test_usp_refuses_unequal_groups(pool: Pool) -> None:
+    with pytest.raises(RankError, match="6 query heads over 3 key heads .* leave unequal groups"):
+        pool(4).run(unequal_groups)
 
 
 def test_refuses_mixed_dtypes(pool: Pool) -> None:
