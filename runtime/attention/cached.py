@@ -19,7 +19,7 @@ from ..collectives import Axis
 from .kernels import attend
 from .links import Link, pack, unpack
 from .partial import Partial
-from .pass_q import _return as return_partials  # pyright: ignore[reportPrivateUsage]
+from .pass_q import return_partials
 from .pieces import Piece, cut, fuse
 from .scores import Mask, Scores
 from .task import Options, check_heads, start
@@ -81,7 +81,8 @@ def cached_attention(
     With float64 inputs partial results are float64: 8 bytes where pass_q and tree have 4.
 
     Raises ValueError for tensors, positions or options that do not fit, CacheFullError if the
-    cache has no room on this rank.
+    cache has no room on this rank.  The other ranks then wait until this one ends, or for the time
+    limit of the group; who would go on after it asks `cache.table.shortage` on all ranks before.
     """
     options = Options("cached_attention", causal, window, scale, softcap, sinks, None, None, None)
     check_heads(options.name, q, k, cache.values_of(k) if v is None else v)

@@ -197,6 +197,11 @@ class Layout:
         """The sequence from all shards (a list by rank, or stacked along dim 0); undoes `shard`."""
         if len(parts) != self.ranks:
             raise ValueError(f"layout: {len(parts)} shards where there are {self.ranks}")
+        sizes = [part.shape[dim] for part in parts]
+        if any(size != self.rows for size in sizes):
+            raise ValueError(
+                f"layout: shards of {sizes} rows along dim {dim}, not {self.rows} each"
+            )
         row_of = torch.empty(self.length, dtype=torch.int64)
         for rank, runs in enumerate(self.runs):
             for row, position, length, _ in runs:

@@ -139,6 +139,10 @@ def test_refusals() -> None:
         Layout.zigzag(6, 2).shard(torch.ones(2, 5), 1, 0)
     with pytest.raises(ValueError, match="1 shards where there are 2"):
         Layout.zigzag(6, 2).unshard([torch.ones(4)], 0)
+    with pytest.raises(ValueError, match=r"shards of \[4, 3\] rows along dim 0, not 4 each"):
+        Layout.zigzag(6, 2).unshard([torch.ones(4), torch.ones(3)], 0)
+    with pytest.raises(ValueError, match=r"shards of \[5, 5\] rows along dim 0, not 4 each"):
+        Layout.zigzag(6, 2).unshard(torch.ones(2, 5), 0)
     with pytest.raises(ValueError, match="3 shards do not join 2 at a time"):
         Layout.zigzag(6, 3).join(2)
     with pytest.raises(ValueError, match="do not follow 2 shards that end at position 6"):
