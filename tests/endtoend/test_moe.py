@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from math import prod
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shardwright
 from shardwright.ir import interpret
 from shardwright.ir.capture import capture
 from shardwright.ir.experts import moe_math
@@ -28,6 +30,7 @@ from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.solvers import solve
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool
+from tests import sharded
 from tests.ir.models import batch
 from tests.ir.test_moe import FAMILIES, model_of, operators
 from tests.sharded import (
@@ -371,3 +374,46 @@ def skewed(family: str) -> Case:
 def test_skewed_routers(pool: Pool, family: str, way: str) -> None:
     """Ranks may have no token for their experts, or all of them."""
     check_way(pool, skewed(family), WAYS_TO_RUN[way])
+
+
+# ---- choices that are given: what the planner expects of a balanced router is then exact -------
+
+
+class Given(nn.Module):
+    """A layer of 4 experts, 2 of them for each token: its second input says which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.router = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.up = nn.Parameter(torch.randn(4, 12, 8))
+        self.down = nn.Parameter(torch.randn(4, 8, 6))
+        self.double()
+
+    def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+        x = self.into(x)
+        weights = torch.softmax(self.router(x), -1).gather(-1, indices)
+        return shardwright.moe(x, indices, weights, self.up, self.down)
+
+
+PAIRS = tuple(combinations(range(4), 2))
+ROUTERS = {
+    "balanced": PAIRS,  # in each sequence, so on each rank, every pair of experts once
+    "one expert": ((3, 3),) * 6,
+    "experts of one rank": ((0, 1),) * 6,
+}
+
+
+@pytest.mark.parametrize("way", ["EP", "EP on 4", "EP x DP", "EP over two axes, sharded"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_given_choices(pool: Pool, router: str, way: str) -> None:
+    """Ranks without tokens, and with all of them; the bytes that are planned with if balanced."""
+    model = Given()
+    indices = torch.tensor(ROUTERS[router]).expand(4, 6, 2).contiguous()
+    inputs = {"x": torch.randn(4, 6, 6, dtype=torch.float64), "indices": indices}
+    case = Case.of(capture(model, inputs, training=True), dict(model.state_dict()), inputs)
+    builder, decisions = planned(case, WAYS_TO_RUN[way])
+    ranks = pool(builder.network.mesh.ranks)
+    check(ranks, case, builder, decisions)
+    if router == "balanced":
+        sharded.check(ranks, builder, decisions, case.params, inputs, case.expected, tolerance=1e-9)
