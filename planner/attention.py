@@ -276,13 +276,16 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
             shares = (_share(local, keys, 2 * local.query_ways),)
     dims = (local.batch, heads, kv_heads, queries, keys, local.key_dim)
     shared = local.values_in_keys
+    split = local.cached and 2 * queries <= keys  # kernels of prefill do not share keys out
 
     def step(share: float) -> float:
         if not share:
             return 0.0
         return network.once(
-            ("attention", *dims, share, dtype, shared),
-            lambda: attention_s(*dims, dtype, network.cluster, share, values_in_keys=shared),
+            ("attention", *dims, share, dtype, shared, split),
+            lambda: attention_s(
+                *dims, dtype, network.cluster, share, values_in_keys=shared, split_keys=split
+            ),
         )
 
     return tuple(step(share) for share in shares)
