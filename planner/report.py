@@ -103,8 +103,7 @@ def _layouts(plan: Plan) -> str:
     """What both phases share, and which caches are converted between them."""
     if not plan.recached:
         return "One set of weights and one cache layout serve both phases."
-    lines = ["One set of weights serves both phases; once per answer, before the second token, KV"]
-    lines[0] += " caches are converted:"
+    lines = ["One set of weights serves both phases; after prefill KV caches are converted:"]
     for recache in plan.recached:
         ends = f"{_cuts(recache.source, plan.mesh)} -> {_cuts(recache.target, plan.mesh)}"
         each = _communication(recache.steps, plan.mesh) or "slices alone"

@@ -70,6 +70,7 @@ class Serving:
         limited = total_tokens is not None
         total = total_tokens if total_tokens is not None else batch * tokens
         self._room = Room(self._rows, tokens, total, limited)
+        self._pools = Pools({}, self._room, model.mesh)
         self._pools = self._empty(model.CACHES)
 
     def step(self, phase: ServePhase, ids: Tensor, counts: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class Serving:
 
     def _empty(self, declared: Mapping[str, Cache]) -> Pools:
         """New caches without tokens, those that were there freed before."""
-        for name in declared:
+        for name in self._pools.caches:
             self._model.set_cache(name, None)
         self._pools = Pools({}, self._room, self._model.mesh)
         pools = Pools.empty(declared, self._room, self._model.mesh)

@@ -247,9 +247,11 @@ class _Route:
         for spec, following in pairwise(path):
             change = change_between(spec, following)
             before = after = None
-            if change.b == TOKENS:
-                before = _places(own, self._parts(spec, following, change.axes))
             own_after = self._tokens(following)
+            if change.b == TOKENS:  # a slice is what this rank takes of its own tokens
+                parts = change.a != R
+                wanted = self._parts(spec, following, change.axes) if parts else own_after
+                before = _places(own, wanted)
             if change.a == TOKENS:
                 after = _places(self._parts(following, spec, change.axes), own_after)
             if not self._legs and before is not None:
@@ -268,7 +270,7 @@ class _Route:
             axis = self._mesh[tuple(self._mesh.names[i] for i in leg.change.axes)]
             if leg.before is not None:
                 x = _taken(x, leg.before)
-            if axis.size > 1:
+            if axis.size > 1 and (leg.change.a, leg.change.b) != (R, TOKENS):
                 size = self._whole_size(leg, shape)
                 move = Move(_DIM[leg.change.a], _DIM[leg.change.b], size)
                 x = axis.move(x, move, "forward")

@@ -125,12 +125,12 @@ def plan(
     Dim 0 of every input is taken as the batch and dim 1 as the sequence: with `phase` `prefill`,
     `decode` or `append` the new tokens, to which `context` cached ones are added.  Models with
     causal attention and an input `position_ids` are then planned with a KV cache.  `serve` plans
-    prefill and the decoding of `output_tokens` together, with one set of weights and one cache
-    layout; the plan's `decode` is that of one output token.  `cluster` is a built-in name or the
-    path of a TOML file; `memory_bytes` overrides its memory per GPU; `mesh` (`2x4`) fixes the mesh,
-    which is otherwise searched; `pins` (`"*.q_proj.weight=R,S0"`) are kept and priced.
-    `expert_imbalance` is the load of the busiest rank's experts over the mean (default: that of a
-    power-law router).
+    prefill and the decoding of `output_tokens` together, with one set of weights; the plan's
+    `decode` is that of one output token, `recached` the caches that are converted in between.
+    `cluster` is a built-in name or the path of a TOML file; `memory_bytes` overrides its memory per
+    GPU; `mesh` (`2x4`) fixes the mesh, which is otherwise searched; `pins`
+    (`"*.q_proj.weight=R,S0"`) are kept and priced.  `expert_imbalance` is the load of the busiest
+    rank's experts over the mean (default: that of a power-law router).
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """

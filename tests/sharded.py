@@ -22,10 +22,15 @@ from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph, Value
 from shardwright.ir.interpret import interpret
 from shardwright.ir.mesh import Mesh
+from shardwright.ir.spec import parse_spec
 from shardwright.ir.widen import widened as widened  # for the tests that import it from here
+from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
 from shardwright.planner.conversion import Network
+from shardwright.planner.plan import Request
 from shardwright.planner.program import PricedStep, Program, lower, priced_path
+from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.search import Clock, Job, Limit
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 
@@ -35,6 +40,12 @@ AXES = ("x", "y", "z")
 def mesh_of(*sizes: int) -> Mesh:
     """A mesh with axes x, y, z."""
     return Mesh(tuple(zip(AXES, sizes, strict=False)))
+
+
+def job_of(request: Request, mesh: Mesh, limit: Limit) -> Job:
+    """To plan a request on one mesh."""
+    machine = load_cluster(request.cluster, request.gpus)
+    return Job(machine, request, mesh, limit, "highs", 60.0, Clock(), lambda step: None)
 
 
 def builder_of(
@@ -48,6 +59,21 @@ def builder_of(
     """The problem builder on the gloo cluster, without a memory limit."""
     setting = Setting(training, "none", None, recompute, order)
     return Builder(graph, Network(mesh, load_cluster("cpu")), setting)
+
+
+class Laid(Restriction):
+    """Every cache lies in one layout, and no attention runs the algorithm `without`."""
+
+    def __init__(self, spec: str, without: str = "") -> None:
+        self.spec, self.without = parse_spec(spec), without
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        return all(
+            cache_spec(node, choices) == self.spec and self.without not in choices
+            for node, choices in pairs
+            if node.op == "shardwright.cached_attention"
+        )
 
 
 def random_decisions(builder: Builder, seed: int) -> Decisions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,25 @@ def two_programs(mesh: dict[str, int]) -> type:
     return Two
 
 
+def two_layouts(mesh: dict[str, int], first: str, second: str, window: int = 0) -> type:
+    """Prefill and append by one algorithm, decode by another that wants the caches otherwise."""
+    base, decoding = toy(mesh, first, window), toy(mesh, second, window)
+    wanted = {
+        name: "S0,R,S1" if name == "local" else "S0,S2,S1" for name in {first, second} | {"tree"}
+    }
+    name = "layers.{0..1}.kv"
+    kind = Cache(KEY_HEADS, DIM, DIM, F64, wanted[first], window, path=(wanted[second],))
+
+    class Decoding(decoding):  # pyright: ignore
+        CACHES = {name: Cache(KEY_HEADS, DIM, DIM, F64, wanted[second], window)}
+
+    class Two(base):  # pyright: ignore
+        CACHES = {name: kind}
+        DECODE = Decoding
+
+    return Two
+
+
 def plain_logits(tokens: Sequence[int], window: int = 0) -> Tensor:
     """Logits (v,) after `tokens`, without cache, sharding or kernels."""
     w, count = weights(), len(tokens)
@@ -218,6 +238,8 @@ BUILDS: dict[str, tuple[Callable[..., type], Any]] = {
     "ring and batch": (toy, ({"dp": 2, "cp": 2}, "ring")),
     "tree of four": (toy, ({"cp": 4}, "tree")),
     "ring, then tree": (two_programs, ({"cp": 2, "tp": 2},)),
+    "ring, then whole": (two_layouts, ({"cp": 2}, "ring", "local")),
+    "whole, then tree": (two_layouts, ({"dp": 2, "cp": 2}, "local", "tree")),
 }
 
 
@@ -378,6 +400,54 @@ def test_sizes_that_are_fixed(pool: Pool, name: str, columns: int) -> None:
     changes = {"INPUTS": {"input_ids": fixed, "position_ids": fixed}}
     for result in pool(2).run(serve, BUILDS[name], changes):
         check_conversation(result)
+
+
+def lay_out_anew() -> list[Any]:
+    """What goes wrong on the way to another layout, and what is filled for measurements."""
+    made = two_layouts({"cp": 2}, "ring", "local", 5)
+    model = made().from_state_dict(weights())
+    model.new_cache(1, 100)
+    tokens = torch.arange(60)[None] % VOCAB
+    model.prefill(tokens[:, :40])
+    first = model.decode(tokens[:, 40])
+    model.truncate([40])  # the last token again
+    again = model.decode(tokens[:, 40])
+    with pytest.raises(ValueError, match="cannot go back to 30 tokens"):
+        model.truncate([30])
+    after = model.append(tokens[:, 41:])
+    serving = model._served()
+    serving.fill(CONTEXT, "decode")
+    kept = model.layers[0].kv.lengths.tolist()
+    set_cache = model.set_cache
+
+    def fail(name: str, cache: Any) -> None:
+        if name == "layers.1.kv":
+            raise MemoryError
+        set_cache(name, cache)
+
+    model.set_cache = fail
+    with pytest.raises(MemoryError):
+        model.append(tokens[:, :1])
+    model.set_cache = set_cache
+    assert model.cached_lengths.tolist() == [0]
+    return [first, again, after, kept, model.prefill(tokens)]
+
+
+def test_caches_in_two_layouts(pool: Pool) -> None:
+    tokens = [t % VOCAB for t in range(60)]
+    for first, again, after, kept, anew in pool(2).run(lay_out_anew):
+        torch.testing.assert_close(first[0], plain_logits(tokens[:41], 5), **EXACT)
+        torch.testing.assert_close(again, first, **EXACT)
+        torch.testing.assert_close(after[0], plain_logits(tokens, 5), **EXACT)
+        torch.testing.assert_close(anew[0], plain_logits(tokens, 5), **EXACT)
+        assert kept == [CONTEXT]
+
+
+def test_a_module_must_say_how_to_convert() -> None:
+    made: Any = two_layouts({}, "ring", "local")
+    made.CACHES = {name: replace(cache, path=()) for name, cache in made.CACHES.items()}
+    with pytest.raises(ValueError, match="cache layers.0.kv lies in S0,S2,S1 and for decoding in"):
+        made().new_cache(1, 8)
 
 
 # --- memory --------------------------------------------------------------------------------------

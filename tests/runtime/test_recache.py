@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -13,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwright.runtime import Cache, RankPool
-from shardwright.runtime.cache import owners
+from shardwright.runtime import Cache, CacheFullError, RankPool
+from shardwright.runtime.cache import KVCache, owners
 from shardwright.runtime.layout import Spec, block, format_spec, parse_spec
 from shardwright.runtime.mesh import Mesh
 from shardwright.runtime.pools import Pools, Room
@@ -114,6 +115,16 @@ def check(pools: Pools, lengths: list[int], window: int, places: list[Tensor]) -
             )
 
 
+def check_going_back(pools: Pools, lengths: list[int]) -> None:
+    """Nothing that the next token needs is gone, and what a window dropped stays dropped."""
+    for shared in pools.tables:
+        rows = own(shared.spec, pools.mesh, BATCH, ROWS)
+        now = torch.tensor([lengths[row] for row in rows])
+        assert not shared.table.lost(now)
+        if shared.table.window and int(now.max()) > shared.table.window:
+            assert "cannot go back" in shared.table.lost((now - 1).clamp(min=0))
+
+
 def places_after(path: Sequence[Spec], mesh: Mesh, before: Tensor) -> Tensor:
     """Where each token lies at the end: where it was on axes that cut tokens from the beginning,
     with its page's owner on others."""
@@ -171,9 +182,15 @@ def convert_on_rank(
         pools, place = filled([p[0] for p in paths], mesh, lengths, seed, **kind)
         table = {f"{i}.kv": declared(path[-1], **kind) for i, path in enumerate(paths)}
         named = dict(zip(table, paths, strict=True))
+        before = {name: weakref.ref(cache) for name, cache in pools.caches.items()}
         conversion = Recaching(pools, table, named, torch.tensor(lengths))
-        made = conversion.run(lambda name, cache: None)
+
+        def put(name: str, cache: KVCache | None, before: Any = before) -> None:
+            assert cache is None or before[name]() is None  # the old pool went first
+
+        made = conversion.run(put)
         assert list(made.caches) == list(table) and not pools.caches
+        check_going_back(made, lengths)
         check(made, lengths, window, [places_after(path, mesh, place) for path in paths])
         back = {name: path[::-1] for name, path in named.items()}
         first = {f"{i}.kv": declared(path[0], **kind) for i, path in enumerate(paths)}
@@ -192,7 +209,53 @@ def test_every_token_arrives(pool: Pool, sizes: tuple[int, ...], window: int) ->
     """Along random paths, there and back, with sequences of different lengths."""
     draw = random.Random(str((sizes, window)))
     cases: list[tuple[list[tuple[Spec, ...]], int, bool, int]] = []
-    for number in range(24):
+    for number in range(12):
         paths = [random_path(sizes, draw, draw.choice([1, 1, 2, 3])) for _ in range(2)]
         cases.append((paths, window, number % 3 == 0, number))
     pool(prod(sizes)).run(convert_on_rank, sizes, cases)
+
+
+def run_out_on_rank() -> tuple[str, list[int]]:
+    """Sequences that fit where heads are cut, but not where the batch is."""
+    mesh = Mesh.create({"x": 2})
+    lengths = [70, 70, 1, 1]
+    room = Room(ROWS, CAPACITY, 160, limited=True)
+    pools = Pools.empty({"kv": declared((HEAD,))}, room, mesh)
+    at = torch.arange(70).repeat(ROWS, 1)
+    at = at.where(at < torch.tensor(lengths)[:, None], -1)
+    heads = own((HEAD,), mesh, HEAD, HEADS)
+    k, v = (dense(range(ROWS), at, heads, width, 0) for width in (KEY, VALUE))
+    pools.caches["kv"].append(k, v, at)
+    path = {"kv": ((HEAD,), (BATCH,))}
+    with pytest.raises(CacheFullError) as error:
+        Recaching(pools, {"kv": declared((BATCH,))}, path, torch.tensor(lengths))
+    return str(error.value), pools.caches["kv"].lengths.tolist()
+
+
+def test_every_rank_says_that_there_is_no_room(pool: Pool) -> None:
+    for message, lengths in pool(2).run(run_out_on_rank):
+        assert "in another layout, for which a rank lacks 3 pages" in message
+        assert "the KV cache is full" in message and lengths == [70, 70, 1, 1]
+
+
+def test_a_step_that_failed_half_way_is_refused() -> None:
+    mesh = Mesh.create({"x": 1})
+    room = Room(1, 8, 8, limited=False)
+    table = {"a": declared((R,)), "b": declared((R,))}
+    pools = Pools.empty(table, room, mesh)
+    at = torch.arange(3)[None]
+    k, v = (dense(range(1), at, range(HEADS), width, 0) for width in (KEY, VALUE))
+    pools.caches["a"].append(k, v, at)
+    paths = {name: ((R,), (HEAD,)) for name in table}
+    new = {name: declared((HEAD,)) for name in table}
+    with pytest.raises(ValueError, match="a layer stored 0 steps, the others 1; a step failed"):
+        Recaching(pools, new, paths, torch.tensor([3]))
+
+
+@pytest.mark.parametrize(
+    "before, after", [((0, 1), (1, 0)), ((0, 0), (0, 0)), ((0, -2), (0, 1)), ((2, 1), (-1, 0))]
+)
+def test_a_step_is_one_change(before: Spec, after: Spec) -> None:
+    with pytest.raises(ValueError, match="in one step: one axis changes its state"):
+        change_between(before, after)
+    assert change_between((0, 0), (-1, -1)).axes == (0, 1)
