@@ -71,7 +71,7 @@ def tree_attention(
     # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
     alone = layout is not None or lengths is not None
     call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
-    agree(call, link, q.device, every_time=not alone)
+    agree(call, [link], q.device, every_time=not alone)
     return _Tree.apply(q, k, v, sinks, link, scores, parts)
 
 
