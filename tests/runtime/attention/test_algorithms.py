@@ -117,6 +117,7 @@ def test_bias_and_its_gradient(pool: Pool, name: str) -> None:
     # More than one tile of queries, and of keys.
     check(pool, name, Case(2, 700, bias=(1, 4), softcap=1.0, slopes=True, batch=1))
     check(pool, name, Case(1, 1100, (2, 1), bias=(1, 1), batch=1))
+    check(pool, name, Case(2, 60, bias=(2, 1), dtype=torch.float32), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
