@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import isfinite, lcm, prod
+from types import MappingProxyType
 
 from ..ir.graph import Param, Value
 from ..ir.labels import DimLabels, label_dims
@@ -30,16 +31,19 @@ def write_source(
     phase: str,
     optimizer: str,
     decode: Program | None = None,
+    recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
 ) -> str:
     """The generated module as text; `summary` becomes its docstring.
 
-    `decode` is the program for single tokens of a module that serves, with the same parameters
-    and caches.  The same programs give the same bytes.
+    `decode` is the program for single tokens of a module that serves, with the same parameters.
+    `recached` has, by the name of an attention's node in `program`, the specs that its cache takes
+    one by one to the layout of `decode`; other caches lie alike in both.  The same programs give
+    the same bytes.
     """
     second: list[_Writer] = []
     if decode is not None:
         second = [_Writer(decode, mesh, "decode", optimizer, _DECODING)]
-    first = _Writer(program, mesh, phase, optimizer, "ShardedModel", second)
+    first = _Writer(program, mesh, phase, optimizer, "ShardedModel", second, recached)
     parts = [part for writer in (*second, first) for part in writer.classes()]
     head = _head(summary, [line for part in parts for line in part])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
@@ -79,6 +83,7 @@ class _Writer:
         optimizer: str,
         name: str,
         second: Sequence[_Writer] = (),
+        recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
     ) -> None:
         self.program = program
         self.mesh = mesh
@@ -86,6 +91,7 @@ class _Writer:
         self.optimizer = optimizer
         self.name = name
         self.second = second  # the program for decoding beside this one, if there is one
+        self.recached = recached  # ways of caches to its layout, by node
         self.labels: dict[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
         self.baked: set[str] = set()  # labels of dims whose planned size the text holds
@@ -387,7 +393,7 @@ class _Writer:
 
     def _caches_table(self) -> list[str]:
         """KV caches by their path, `model.layers.{0..31}.kv`."""
-        if self.second:
+        if self.second and not self.recached:
             return [f"    CACHES = {_DECODING}.CACHES"]
         rows: list[str] = []
         for item in self.program.statements:
@@ -400,6 +406,8 @@ class _Writer:
                     for inner in body.statements:
                         if isinstance(inner, Compute):
                             rows += self._cache_lines(inner, path)
+        if self.recached:
+            rows.insert(0, "        # Before tokens are decoded a cache goes along its `path`.")
         return ["    CACHES = {", *rows, "    }"] if rows else []
 
     def _cache_lines(self, item: Compute, prefix: str) -> list[str]:
@@ -418,6 +426,9 @@ class _Writer:
             args.append(f"window={node.arg('window')}")
         if values_in_keys(node):
             args.append("values_in_keys=True")
+        if node.name in self.recached:
+            path = [format_spec(spec) for spec in self.recached[node.name][1:]]
+            args.append(f"path={_strings(path)}")
         return statement(f'"{prefix}{node.arg("cache")}": Cache({", ".join(args)}),', 2)
 
     def _spec_text(self, item: Sharded) -> str:

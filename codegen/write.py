@@ -16,6 +16,7 @@ def module_source(plan: Plan) -> str:
         phase=plan.request.phase if plan.decode is None else "prefill",
         optimizer=plan.request.optimizer,
         decode=None if plan.decode is None else plan.decode.program,
+        recached={recache.node: recache.path for recache in plan.recached},
     )
 
 
@@ -26,6 +27,7 @@ def _summary(plan: Plan) -> str:
         unit = f"prefill, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
     batch = f"batch {request.batch} x {request.seq} tokens, {request.dtype}"
+    conversion = sum(recache.seconds for recache in plan.recached)
     return "\n".join(
         [
             f"{plan.graph.name} over {request.gpus} x {request.cluster}: {plan.mesh}.",
@@ -33,6 +35,11 @@ def _summary(plan: Plan) -> str:
             f"Made from {made}, {batch}.",
             f"Predicted: {format_seconds(plan.seconds)} per {unit}, "
             f"{format_bytes(plan.memory.total)} per GPU.",
+            *(
+                [f"KV caches are converted between the two in {format_seconds(conversion)}."]
+                if plan.recached
+                else []
+            ),
             "",
             "Run a demonstration step:",
             f"    torchrun --nproc-per-node {request.gpus} sharded_model.py",

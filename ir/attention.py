@@ -140,13 +140,12 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, a floating-point mask and sinks, by running the formula again."""
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
     wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[-1])
-    leaves = [
+    leaves: list[Any] = [
         None if value is None else value.detach().requires_grad_(need)
         for value, need in zip(saved, wanted, strict=True)
     ]
     with torch.enable_grad():
-        *first, sinks = leaves
-        output = attention_math(*first, *ctx.options, sinks)  # type: ignore[arg-type]
+        output = attention_math(*leaves[:4], *ctx.options, sinks=leaves[4])
     needed = [leaf for leaf, need in zip(leaves, wanted, strict=True) if leaf is not None and need]
     found = iter(torch.autograd.grad(output, needed, grad))
     *grads, of_sinks = [next(found) if need else None for need in wanted]

@@ -130,7 +130,7 @@ class _Pass:
         ]
         args = (
             *tensors, ("positions", positions), *options, ("context", self.context),
-            ("cache", cache), ("value_dim", 0),
+            ("cache", cache), ("value_dim", 0), ("sinks", dict(node.args).get("sinks")),
         )  # fmt: skip
         return replace(node, op="shardwright.cached_attention", args=args)
 
@@ -167,8 +167,6 @@ def _why_not(node: Node) -> str | None:
         return "has a mask that is a tensor (leave `attention_mask` out: padding has position -1)"
     if node.arg("dropout_p"):
         return "has dropout"
-    if dict(node.args).get("sinks") is not None:
-        return "has sinks"
     return None
 
 

@@ -204,6 +204,12 @@ def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
     return tuple(dims.get(choice, R) for choice in choices)
 
 
+def cache_bytes_in(node: Node, spec: Spec, sizes: Sequence[int]) -> int:
+    """Bytes of the KV cache that one rank keeps of an attention in a layout (see `cache_spec`)."""
+    choices = tuple({S(0): "b", S(1): "n", S(2): "tree"}.get(state, "R") for state in spec)
+    return cache_bytes(Local.of(node, choices, sizes, "contiguous"))
+
+
 def _kv_heads_each(local: Local) -> int:
     """Key heads that a rank needs when it computes its share of the query heads."""
     return max(1, local.kv_heads // local.ranks)
@@ -270,13 +276,16 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
             shares = (_share(local, keys, 2 * local.query_ways),)
     dims = (local.batch, heads, kv_heads, queries, keys, local.key_dim)
     shared = local.values_in_keys
+    split = local.cached and 2 * queries <= keys  # kernels of prefill do not share keys out
 
     def step(share: float) -> float:
         if not share:
             return 0.0
         return network.once(
-            ("attention", *dims, share, dtype, shared),
-            lambda: attention_s(*dims, dtype, network.cluster, share, values_in_keys=shared),
+            ("attention", *dims, share, dtype, shared, split),
+            lambda: attention_s(
+                *dims, dtype, network.cluster, share, values_in_keys=shared, split_keys=split
+            ),
         )
 
     return tuple(step(share) for share in shares)
@@ -367,6 +376,6 @@ def buffer_bytes(local: Local) -> float:
 
 
 __all__ = [
-    "BACKWARD", "Local", "Transfer", "buffer_bytes", "cache_bytes", "cache_spec",
-    "position_transfers", "seconds", "transfers",
+    "BACKWARD", "Local", "Transfer", "buffer_bytes", "cache_bytes", "cache_bytes_in",
+    "cache_spec", "position_transfers", "seconds", "transfers",
 ]  # fmt: skip

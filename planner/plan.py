@@ -32,6 +32,11 @@ class Request:
     output_tokens: int = 0  # of each answer, in phase `serve`
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
 
+    @property
+    def decode_steps(self) -> int:
+        """Decodes of an answer: prefill gives its first token.  At least one is planned."""
+        return max(self.output_tokens - 1, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -83,6 +88,32 @@ class NodeSeconds:
     backward_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Recache:
+    """KV caches that are converted once per answer, from prefill's layout to that of decode.
+
+    `name` is that of the cache, layers as `*`; `count` such caches, of the attention that prefill's
+    graph calls `node`, take `steps` each; `seconds` is the time of all.
+    """
+
+    name: str
+    node: str
+    count: int
+    source: Spec
+    target: Spec
+    steps: tuple[PricedStep, ...]
+    seconds: float
+
+    @property
+    def path(self) -> tuple[Spec, ...]:
+        """The specs from the first layout to the last."""
+        specs = [self.source]
+        for priced in self.steps:
+            step = priced.step
+            specs.append(tuple(step.b if i in step.axes else s for i, s in enumerate(specs[-1])))
+        return tuple(specs)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to cut a model over a mesh.  `print(plan)` explains it.
@@ -91,7 +122,7 @@ class Plan:
     it.
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
     In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
-    same mesh, parameters and caches.
+    same mesh and parameters; `recached` are the caches that decode wants laid out otherwise.
     """
 
     request: Request
@@ -107,6 +138,16 @@ class Plan:
     search: Search
     notes: tuple[str, ...] = field(default=())
     decode: Plan | None = None
+    recached: tuple[Recache, ...] = ()
+
+    @property
+    def answer_s(self) -> float:
+        """Seconds of a whole answer in phase `serve`: prefill, the conversion of caches, and all
+        output tokens."""
+        if self.decode is None:
+            raise ValueError(f"a plan for phase {self.request.phase} has no answers")
+        conversion = sum(recache.seconds for recache in self.recached)
+        return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
 
     @property
     def training(self) -> bool:

@@ -18,7 +18,7 @@ from ..ir.order import token_dims
 from ..ir.rule import Choice
 from ..ir.spec import R, Spec, V
 from .build import Decisions
-from .conversion import Step, Traffic, primitive
+from .conversion import Conversions, Step, Traffic, primitive
 from .regions import node_specs
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
@@ -31,6 +31,17 @@ class PricedStep:
     step: Step
     seconds: float
     traffic: tuple[Traffic, ...]
+
+
+def priced_path(conversions: Conversions, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+    """The steps of the cheapest conversion from `a` to `b`."""
+    steps: list[PricedStep] = []
+    at = a
+    for step in conversions.path(a, b):
+        seconds, traffic = conversions.step_seconds(step, at), conversions.step_traffic(step, at)
+        steps.append(PricedStep(step, seconds, traffic))
+        at = tuple(step.b if i in step.axes else s for i, s in enumerate(at))
+    return tuple(steps)
 
 
 @dataclass(frozen=True, slots=True)

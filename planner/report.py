@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from ..ir.graph import Node
@@ -10,11 +10,12 @@ from ..ir.labels import DimLabels, factor_labels, label_dims
 from ..ir.mesh import Mesh
 from ..ir.ops import kind_of
 from ..ir.rule import Choice
-from ..ir.spec import format_spec
+from ..ir.spec import S, Spec, format_spec
 from .build import all_params
 from .plan import Baseline, Plan
 from .program import Compute, Convert, LoopCall, PricedStep
-from .traffic import predicted_bytes
+from .recache import recached_bytes
+from .traffic import Moved, predicted_bytes
 
 _WORDS = {  # what cutting a factor is called, by kind of op
     "matmul": {"o": "columns", "k": "rows"},
@@ -64,16 +65,17 @@ def _notes(plan: Plan) -> str:
 def _format_serving(plan: Plan, decode: Plan) -> str:
     """Both phases: what an answer costs, then each one's tables."""
     request, mesh = plan.request, plan.mesh
-    whole = plan.seconds + request.output_tokens * decode.seconds
+    whole = plan.answer_s
     rate = request.batch * request.output_tokens / whole
     head = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "
         f"sequences of {request.seq} tokens are answered with {request.output_tokens} tokens each "
         f"in {format_seconds(whole)} (predicted).\n"
         f"  time to the first token (TTFT)   {format_seconds(plan.seconds)}\n"
+        f"{_conversion_time(plan)}"
         f"  time per output token            {format_seconds(decode.seconds)}\n"
         f"  output tokens                    {rate:.4g}/s, {rate / request.gpus:.4g}/s/GPU\n"
-        "One set of weights and one cache layout serve both phases."
+        f"{_layouts(plan)}"
     )
     tokens = f"{request.batch} x {request.seq} tokens"
     parts = [
@@ -88,6 +90,35 @@ def _format_serving(plan: Plan, decode: Plan) -> str:
         _notes(plan),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _conversion_time(plan: Plan) -> str:
+    if not plan.recached:
+        return ""
+    seconds = sum(recache.seconds for recache in plan.recached)
+    return f"  conversion of the KV caches      {format_seconds(seconds)}\n"
+
+
+def _layouts(plan: Plan) -> str:
+    """What both phases share, and which caches are converted between them."""
+    if not plan.recached:
+        return "One set of weights and one cache layout serve both phases."
+    lines = ["One set of weights serves both phases; once per answer, before the second token, KV"]
+    lines[0] += " caches are converted:"
+    for recache in plan.recached:
+        ends = f"{_cuts(recache.source, plan.mesh)} -> {_cuts(recache.target, plan.mesh)}"
+        each = _communication(recache.steps, plan.mesh) or "slices alone"
+        lines.append(f"  {recache.count} x {recache.name}: {ends} ({each} each)")
+    moved = _received(recached_bytes(plan), plan.mesh)
+    return "\n".join([*lines, *([f"Each GPU receives for it: {moved}."] if moved else [])])
+
+
+def _cuts(spec: Spec, mesh: Mesh) -> str:
+    """What a cache's layout cuts over each axis: `dp: batch, tp: heads`."""
+    words = {S(0): "batch", S(1): "heads", S(2): "tokens"}
+    cut = zip(mesh.names, spec, strict=True)
+    parts = [f"{name}: {words[state]}" for name, state in cut if state in words]
+    return ", ".join(parts) or "whole"
 
 
 def format_seconds(s: float) -> str:
@@ -186,18 +217,22 @@ def _binding(plan: Plan) -> str:
 
 def _moved(plan: Plan, unit: str) -> list[str]:
     """What a rank receives over each axis, as the runtime would count it; most first."""
+    moved = _received(predicted_bytes(plan.program, plan.mesh), plan.mesh)
+    return [f"Each GPU receives per {unit}: {moved}."] if moved else []
+
+
+def _received(moved: Mapping[Moved, float], mesh: Mesh) -> str:
+    """`tp 67 MB (all-gather 67 MB); dp ...`, the axis with the most first."""
     axes: dict[str, dict[str, float]] = {}
-    for (op, axis, _), n in predicted_bytes(plan.program, plan.mesh).items():
-        name = axis if axis in plan.mesh.names else axis.replace("_", "+")
+    for (op, axis, _), n in moved.items():
+        name = axis if axis in mesh.names else axis.replace("_", "+")
         kinds = axes.setdefault(name, {})
         kinds[op] = kinds.get(op, 0.0) + n
-    if not axes:
-        return []
     parts = [
         f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
         for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
     ]
-    return [f"Each GPU receives per {unit}: {'; '.join(parts)}."]
+    return "; ".join(parts)
 
 
 def _by_size(kinds: dict[str, float]) -> list[str]:

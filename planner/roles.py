@@ -6,7 +6,7 @@ that it is priced by the same model as the winner, and can never beat it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -120,6 +120,16 @@ class Pins(Restriction):
                 )
 
 
+def pinned(texts: Sequence[str]) -> Callable[[Graph, Mesh], Restriction]:
+    """What the pins of a request leave of a graph on a mesh."""
+
+    def limit(graph: Graph, mesh: Mesh) -> Restriction:
+        pins = [Pin.parse(text, len(mesh.axes)) for text in texts]
+        return Pins(pins, graph) if pins else Restriction()
+
+    return limit
+
+
 def _known_as(param: Param, name: str) -> tuple[str, ...]:
     """The names that a pin may use: a part of a fused weight is known by the weight's name too."""
     if param.part is None:
@@ -147,11 +157,6 @@ class Roles(Restriction):
             node.name: factor_labels(node, labels) for s in scopes(graph) for node in s.nodes
         }
         self._cuttable: dict[tuple[int, int], bool] = {}
-
-    @property
-    def name(self) -> str:
-        """`FSDP x TP+SP`; axes with the same role count as one."""
-        return " x ".join(ROLES[role] for role in dict.fromkeys(self.roles))
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
@@ -202,6 +207,11 @@ class Roles(Restriction):
         return self.roles[axis] != "tp"
 
 
+def name_of(roles: Sequence[str]) -> str:
+    """`FSDP x TP+SP`; axes with the same role count as one."""
+    return " x ".join(ROLES[role] for role in dict.fromkeys(roles))
+
+
 def ordinary_roles(mesh: Mesh) -> list[tuple[str, ...]]:
     """The ordinary plans on a mesh: one role on all axes, and data outside with tensor inside."""
     n = len(mesh.axes)
@@ -210,4 +220,4 @@ def ordinary_roles(mesh: Mesh) -> list[tuple[str, ...]]:
     return [*pure, *mixed]
 
 
-__all__ = ["Pin", "Pins", "Roles", "format_spec", "ordinary_roles"]
+__all__ = ["Pin", "Pins", "Roles", "name_of", "ordinary_roles", "pinned"]

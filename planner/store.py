@@ -14,7 +14,7 @@ from ..ir.spec import Spec, format_spec, parse_spec
 from .build import Decisions
 from .conversion import Step, Traffic
 from .errors import PlanError
-from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
+from .plan import Baseline, Memory, NodeSeconds, Plan, Recache, Request, Search
 from .program import PricedStep
 
 SCHEMA = "shardwright.plan/1"
@@ -51,6 +51,16 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         "graph": graph_to_json(plan.graph),
         "decode": None if plan.decode is None else plan_to_json(plan.decode),
+        "recached": [_recache_to_json(recache) for recache in plan.recached],
+    }
+
+
+def _recache_to_json(recache: Recache) -> dict[str, Any]:
+    return {
+        **_fields(recache),
+        "source": format_spec(recache.source),
+        "target": format_spec(recache.target),
+        "steps": [_step_to_json(step) for step in recache.steps],
     }
 
 
@@ -103,6 +113,7 @@ def plan_from_json(data: object) -> Plan:
         ),
         notes=tuple(map(str, reader.get("notes", list))),
         decode=None if reader.is_null("decode") else plan_from_json(reader.get("decode", dict)),
+        recached=tuple(_recache(row) for row in reader.children("recached")),
     )
 
 
@@ -123,6 +134,22 @@ def _decisions(reader: _Reader) -> Decisions:
 
 
 def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]:
+    return (row.get("value", str), row.spec("from"), row.spec("to")), _steps(row)
+
+
+def _recache(row: _Reader) -> Recache:
+    return Recache(
+        row.get("name", str),
+        row.get("node", str),
+        row.get("count", int),
+        row.spec("source"),
+        row.spec("target"),
+        _steps(row),
+        row.get("seconds", float),
+    )
+
+
+def _steps(row: _Reader) -> tuple[PricedStep, ...]:
     steps: list[PricedStep] = []
     for step in row.children("steps"):
         traffic = tuple(
@@ -132,7 +159,7 @@ def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
         a, b = step.spec("from")[0], step.spec("to")[0]
         axes = step.many("axes", int)
         steps.append(PricedStep(Step(axes, a, b), step.get("seconds", float), traffic))
-    return (row.get("value", str), row.spec("from"), row.spec("to")), tuple(steps)
+    return tuple(steps)
 
 
 class _Reader:

@@ -147,6 +147,10 @@ class PageTable:
             raise ValueError("KV cache: the positions differ from those of the first layer")
         return step
 
+    def begin_after(self, positions: Tensor) -> None:
+        """Say of an empty table that a window has left `positions` (b,) and all before behind."""
+        self._forgotten = positions.tolist()
+
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Drop all tokens of sequence i at positions >= lengths[i].
 
@@ -424,6 +428,37 @@ class KVCache:
             own = pool[: table.batch * table.home * PAGE].unflatten(0, (table.batch, -1))
             return own[:, :width].transpose(1, 2)
         return pool[table.slots()].transpose(1, 2)
+
+    # --- to another layout, see `recache.py` ---------------------------------------------------
+
+    def check_in_step(self) -> None:
+        """Raise ValueError if this layer has not stored what the others of its table have."""
+        if self._steps != self.table.steps:
+            raise ValueError(
+                f"KV cache: a layer stored {self._steps} steps, the others {self.table.steps}; a"
+                " step failed half-way, so start anew with `prefill`"
+            )
+
+    def packed(self, columns: Tensor) -> Tensor:
+        """Stored tokens by their column in `table.positions` (b, n): (b, n, heads, numbers).
+
+        A head's numbers are its key and behind it its value, or the key that holds the value.
+        Where this rank stores nothing, columns are 0 and the numbers mean nothing.
+        """
+        slots = self.table.slots()
+        if not slots.shape[1]:  # nothing is stored here, and any slot will do
+            slots = slots.new_zeros(len(slots), 1)
+        slots = slots.gather(1, columns.to(slots.device))
+        k = self.keys[slots]
+        return k if self.values_in_keys else torch.cat([k, self.values[slots]], -1)
+
+    def store(self, step: Step, packed: Tensor) -> None:
+        """Store the tokens of a step that the table has opened, (b, t, heads, numbers)."""
+        rows = packed.flatten(0, 1)[step.rows]
+        width = self.keys.shape[2]
+        self.keys[step.slots] = rows[..., :width]
+        if not self.values_in_keys:
+            self.values[step.slots] = rows[..., width:]
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Drop the tokens of sequence i at positions >= lengths[i], in all layers of the table."""

@@ -9,19 +9,32 @@ sequence may lie on the ranks in any order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import lcm, prod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import lcm
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cache import PAGE, CacheFullError, KVCache, PageTable, owners
-from .layout import Spec, blocks, local_shape, parse_spec
+from .cache import PAGE, CacheFullError, owners
+from .layout import Spec, format_spec, parse_spec
+from .pools import (
+    BATCH,
+    TOKENS,
+    Pools,
+    Room,
+    batch_only,
+    highest,
+    own_part,
+    owner_of,
+    specs_of,
+    ways,
+)
+from .recache import Path, Recaching, change_between
 
 if TYPE_CHECKING:
-    from .collectives import Axis
     from .mesh import Mesh
     from .module import Cache, Input, ShardedModule
 
@@ -32,7 +45,8 @@ class Serving:
     """The caches of a module and how far each of `batch` sequences has come.
 
     `lengths` (batch,) are the tokens that are cached of each, int64 on the CPU; `tokens` is how
-    many there may be.
+    many there may be.  The caches lie as the program wants them that ran last; before one runs that
+    wants them otherwise they are converted (`recache.py`).
     """
 
     def __init__(
@@ -51,15 +65,12 @@ class Serving:
         self.batch, self.tokens = batch, tokens
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self._model = model
-        self._rows = _padded_rows(model, batch)
-        self._tables: dict[tuple[Spec, int], PageTable] = {}
-        self._caches: list[KVCache] = []
-        # Pools that are large enough for every sequence at full length cannot run out.
-        self._may_run_out = total_tokens is not None
-        total = batch * tokens if total_tokens is None else total_tokens
-        for name, cache in model.CACHES.items():
-            self._caches.append(self._make_cache(cache, tokens, total))
-            model.set_cache(name, self._caches[-1])
+        self._paths = _paths(model)
+        self._rows = _padded_rows(model, batch, self._paths)
+        limited = total_tokens is not None
+        total = total_tokens if total_tokens is not None else batch * tokens
+        self._room = Room(self._rows, tokens, total, limited)
+        self._pools = self._empty(model.CACHES)
 
     def step(self, phase: ServePhase, ids: Tensor, counts: Tensor) -> Tensor:
         """Feed the first `counts[i]` of the tokens `ids[i]` to sequence i; logits (b, v).
@@ -68,6 +79,7 @@ class Serving:
         go in several runs.
         """
         self._check_capacity(counts)
+        self._lay_out(phase)
         wanted = self._model.inputs_of(phase)["input_ids"]
         limit = self._columns(wanted)
         logits: Tensor | None = None
@@ -82,65 +94,93 @@ class Serving:
 
     def truncate(self, lengths: Tensor) -> None:
         """Drop the tokens of sequence i at positions >= lengths[i]."""
-        limits = torch.zeros(self._rows, dtype=torch.int64)
-        limits[: self.batch] = lengths
+        limits = self._of_rows(lengths)
         own = [
-            (table, _part(limits[:, None], _batch_only(spec), self._model.mesh)[:, 0])
-            for (spec, _), table in self._tables.items()
+            (
+                shared.table,
+                own_part(limits[:, None], batch_only(shared.spec), self._model.mesh)[:, 0],
+            )
+            for shared in self._pools.tables
         ]
         self._check_windows([table.lost(rows) for table, rows in own])
         for table, rows in own:
             table.truncate(rows)
         self.lengths = torch.minimum(self.lengths, lengths)
 
-    def fill(self, tokens: int) -> None:
+    def fill(self, tokens: int, phase: ServePhase = "prefill") -> None:
         """Cache `tokens` random keys and values of each sequence, without a forward pass.
 
-        For measurements: a step over a long context can be timed without computing that context.
+        For measurements: a step of `phase` over a long context can be timed without computing that
+        context.
         """
-        mesh = self._model.mesh
         counts = torch.full((self.batch,), tokens)
         self.clear()
         self._check_capacity(counts)
+        self._lay_out(phase)
         positions = torch.arange(tokens).repeat(self._rows, 1)
         positions[self.batch :] = -1
-        kept: dict[tuple[Spec, int], Tensor] = {}
-        for cache, declared in zip(self._caches, self._model.CACHES.values(), strict=True):
-            key = self._key(declared)
-            if key not in kept:
-                kept[key] = _own_pages(positions, key[0], mesh)
-            own = kept[key]
-            cache.append(_random(cache.keys, own), _random(cache.values, own), own)
+        kept = {
+            shared.table: _own_pages(positions, shared.spec, self._model.mesh)
+            for shared in self._pools.tables
+        }
+        for cache in self._pools.caches.values():
+            own = kept[cache.table]
+            values = None if cache.values_in_keys else _random(cache.values, own)
+            cache.append(_random(cache.keys, own), values, own)
         self.lengths = counts
 
     def clear(self) -> None:
         """Forget all tokens, also after a step that failed half-way."""
-        for cache in self._caches:
+        for cache in self._pools.caches.values():
             cache.clear()
         self.lengths = torch.zeros_like(self.lengths)
 
     # --- details -----------------------------------------------------------------------------
 
-    def _make_cache(self, cache: Cache, tokens: int, total: int) -> KVCache:
-        mesh, spec = self._model.mesh, parse_spec(cache.spec)
-        rows, heads, local = local_shape((self._rows, cache.heads, tokens), spec, mesh.sizes)
-        key = self._key(cache)
-        if key not in self._tables:
-            ways = _ways(spec, mesh, 2)
-            self._may_run_out |= ways > 1
-            # Of every sequence a page may be half empty; where ranks share a sequence, two.
-            pages = -(-total // (_ways(spec, mesh, 0) * ways * PAGE)) + rows * (1 + (ways > 1))
-            pages = min(pages, rows * (-(-local // PAGE) + 2 * (ways > 1)))
-            self._tables[key] = PageTable(rows, pages, window=cache.window, device=mesh.device)
-        return KVCache(
-            rows, local, heads, cache.key_dim, cache.value_dim,
-            dtype=cache.dtype, table=self._tables[key], values_in_keys=cache.values_in_keys,
-        )  # fmt: skip
+    def _lay_out(self, phase: ServePhase) -> None:
+        """Bring the caches into the layout that the program for `phase` wants.
 
-    def _key(self, cache: Cache) -> tuple[Spec, int]:
-        """Caches with the same key keep the same tokens and share a page table."""
-        spec = parse_spec(cache.spec)
-        return tuple(state if state != 1 else -1 for state in spec), cache.window
+        If that fails half-way, all tokens are forgotten.
+        """
+        wanted = self._model.caches_of(phase)
+        if wanted is self._pools.declared:
+            return
+        now, then = specs_of(self._pools.declared), specs_of(wanted)
+        if now == then:
+            self._pools.declared = wanted
+            return
+        if not bool(self.lengths.any()):
+            self._pools = self._empty(wanted)
+            return
+        paths = {name: self._path(name, now[name], then[name]) for name in wanted}
+        conversion = Recaching(self._pools, wanted, paths, self._of_rows(self.lengths))
+        lengths, self.lengths = self.lengths, torch.zeros_like(self.lengths)
+        self._pools = Pools({}, self._room, self._model.mesh)
+        self._pools = conversion.run(self._model.set_cache)
+        self.lengths = lengths
+
+    def _empty(self, declared: Mapping[str, Cache]) -> Pools:
+        """New caches without tokens, those that were there freed before."""
+        for name in declared:
+            self._model.set_cache(name, None)
+        self._pools = Pools({}, self._room, self._model.mesh)
+        pools = Pools.empty(declared, self._room, self._model.mesh)
+        for name, cache in pools.caches.items():
+            self._model.set_cache(name, cache)
+        return pools
+
+    def _path(self, name: str, now: Spec, then: Spec) -> Path:
+        """The specs from one layout of a cache to another, there or back."""
+        path = self._paths[name]
+        if now == then:
+            return (now,)
+        return path if (now, then) == (path[0], path[-1]) else path[::-1]
+
+    def _of_rows(self, numbers: Tensor) -> Tensor:
+        """Numbers of the sequences (batch,), and 0 for each padding row behind."""
+        rows = torch.zeros(self._rows, dtype=torch.int64)
+        rows[: self.batch] = numbers
+        return rows
 
     def _check_capacity(self, counts: Tensor) -> None:
         after = self.lengths + counts
@@ -157,7 +197,7 @@ class Serving:
         """How many tokens of a sequence fit in one run; 0 is any number."""
         if 1 in wanted.free:
             return 0
-        step = 2 * _ways(parse_spec(wanted.spec), self._model.mesh, 1)
+        step = 2 * ways(parse_spec(wanted.spec), self._model.mesh, 1)
         return wanted.shape[1] if step == 2 else max(wanted.shape[1] // step * step, 1)
 
     def _run(self, phase: ServePhase, wanted: Input, ids: Tensor, counts: Tensor) -> Tensor:
@@ -170,7 +210,7 @@ class Serving:
         padded = torch.zeros(self._rows, max(ids.shape[1], 1), dtype=torch.int64)
         padded[: self.batch, : ids.shape[1]] = ids
         given = padded.gather(1, order.clamp(min=0))
-        if self._may_run_out:
+        if self._pools.may_run_out:
             self._check_room(positions, spec, counts)
         local = model.shard_phase(phase, input_ids=given, position_ids=positions)
         with torch.no_grad():
@@ -180,46 +220,35 @@ class Serving:
 
     def _arranged(self, wanted: Input, counts: Tensor) -> Tensor:
         mesh, spec = self._model.mesh, parse_spec(wanted.spec)
-        ways = _ways(spec, mesh, 1)
-        rows = torch.zeros(self._rows, dtype=torch.int64)
-        rows[: self.batch] = counts
-        starts = torch.zeros_like(rows)
-        starts[: self.batch] = self.lengths
-        cut = any(2 in table_spec for table_spec, _ in self._tables)
-        width = 0 if 1 in wanted.free else wanted.shape[1] // ways
-        step = -(-wanted.step[1] // ways) if wanted.step else 1
-        return arrange(starts, rows, ways, balanced=cut, width=width, step=step)
+        sharing = ways(spec, mesh, 1)
+        rows, starts = self._of_rows(counts), self._of_rows(self.lengths)
+        cut = any(TOKENS in shared.spec for shared in self._pools.tables)
+        width = 0 if 1 in wanted.free else wanted.shape[1] // sharing
+        step = -(-wanted.step[1] // sharing) if wanted.step else 1
+        return arrange(starts, rows, sharing, balanced=cut, width=width, step=step)
 
     def _check_windows(self, lost: list[str]) -> None:
         """Raise ValueError on every rank if the caches of some rank cannot go back."""
-        if not any(window for _, window in self._tables):
+        if not any(shared.table.window for shared in self._pools.tables):
             return
         reasons = [reason for reason in lost if reason]
-        if _highest(len(reasons), self._model.mesh):
+        if highest(len(reasons), self._model.mesh):
             raise ValueError(reasons[0] if reasons else "another rank has dropped what is needed")
 
     def _check_room(self, positions: Tensor, spec: Spec, counts: Tensor) -> None:
         """Raise CacheFullError on every rank if a pool of some rank is too small."""
         mesh = self._model.mesh
+        tables = self._pools.tables
         short = max(
-            table.shortage(_kept(positions, spec, table_spec, mesh))
-            for (table_spec, _), table in self._tables.items()
+            shared.table.shortage(_kept(positions, spec, shared.spec, mesh)) for shared in tables
         )
-        worst = _highest(short, mesh)
+        worst = highest(short, mesh)
         if worst > 0:
-            table = max(self._tables.values(), key=lambda table: table.pages)
+            table = max((shared.table for shared in tables), key=lambda table: table.pages)
             raise CacheFullError(
                 f"a rank lacks {worst} pages for these tokens; on this rank:"
                 f" {table.full_message(int(counts.sum()))}"
             )
-
-
-def _highest(number: int, mesh: Mesh) -> int:
-    """The highest of all ranks' numbers."""
-    highest = torch.tensor([number], device=mesh.device)
-    for axis in mesh.axes:
-        highest = axis.reduce(highest, "max")
-    return int(highest)
 
 
 def arrange(
@@ -260,23 +289,23 @@ def arrange(
 
 def _kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor:
     """The positions that a rank's table has to store: its columns, or those it owns."""
-    own = _part(positions, _batch_only(table_spec), mesh)
+    own = own_part(positions, batch_only(table_spec), mesh)
     axes = [axis for axis, state in zip(mesh.axes, table_spec, strict=True) if state == 2]
     if not axes:
         return own
     if all(state == 1 for state, kept in zip(spec, table_spec, strict=True) if kept == 2):
         columns = tuple({0: 0, 2: 1}.get(state, -1) for state in table_spec)
-        return _part(positions, columns, mesh)
-    ways, rank = _owner_of(axes)
-    return own.where(owners(own, ways) == rank, -1)
+        return own_part(positions, columns, mesh)
+    sharing, rank = owner_of(axes)
+    return own.where(owners(own, sharing) == rank, -1)
 
 
 def _own_pages(positions: Tensor, table_spec: Spec, mesh: Mesh) -> Tensor:
     """Of positions that all rows share, those that `owners` gives a rank, for its own rows."""
-    own = _part(positions, _batch_only(table_spec), mesh)
+    own = own_part(positions, batch_only(table_spec), mesh)
     cut = [axis for axis, state in zip(mesh.axes, table_spec, strict=True) if state == 2]
-    ways, rank = _owner_of(cut)
-    return own[:, owners(positions[0], ways) == rank]
+    sharing, rank = owner_of(cut)
+    return own[:, owners(positions[0], sharing) == rank]
 
 
 def _random(pool: Tensor, positions: Tensor) -> Tensor:
@@ -286,30 +315,30 @@ def _random(pool: Tensor, positions: Tensor) -> Tensor:
     return torch.randn(rows, heads, tokens, dim, dtype=pool.dtype, device=pool.device)
 
 
-def _owner_of(axes: Sequence[Axis]) -> tuple[int, int]:
-    """(how many ranks share a sequence over `axes`, which of them this is)."""
-    rank = 0
-    for axis in axes:
-        rank = rank * axis.size + axis.rank
-    return prod(axis.size for axis in axes), rank
+def _paths(model: ShardedModule) -> dict[str, Path]:
+    """The specs that each cache takes from the first program's layout to that for decoding.
+
+    Raises ValueError where the module has two layouts of a cache and does not say how to convert.
+    """
+    decoding = specs_of(model.caches_of("decode"))
+    paths: dict[str, Path] = {}
+    for name, cache in model.CACHES.items():
+        path = tuple(parse_spec(text) for text in (cache.spec, *cache.path))
+        if path[-1] != decoding[name]:
+            raise ValueError(
+                f"cache {name} lies in {cache.spec} and for decoding in"
+                f" {format_spec(decoding[name])}, but its `path` is {list(cache.path)}; it must"
+                " end with the spec for decoding"
+            )
+        for before, after in pairwise(path):
+            change_between(before, after)
+        paths[name] = path
+    return paths
 
 
-def _part(x: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    own = blocks(x.shape, spec, mesh.sizes, mesh.coordinates)
-    return x[tuple(slice(part.start, part.stop) for part in own)]
-
-
-def _batch_only(spec: Spec) -> Spec:
-    return tuple(0 if state == 0 else -1 for state in spec)
-
-
-def _ways(spec: Spec, mesh: Mesh, dim: int) -> int:
-    return prod(size for state, size in zip(spec, mesh.sizes, strict=True) if state == dim)
-
-
-def _padded_rows(model: ShardedModule, batch: int) -> int:
+def _padded_rows(model: ShardedModule, batch: int, paths: Mapping[str, Path]) -> int:
     """Sequences with padding: a multiple of what all phases and caches cut a batch into."""
-    specs = [parse_spec(cache.spec) for cache in model.CACHES.values()]
+    specs = [spec for path in paths.values() for spec in path]
     planned: set[int] = set()
     steps: list[int] = []
     for phase in model.phases():
@@ -319,7 +348,7 @@ def _padded_rows(model: ShardedModule, batch: int) -> int:
             planned.add(wanted.shape[0])
         elif wanted.step:
             steps.append(wanted.step[0])
-    step = lcm(*(_ways(spec, model.mesh, 0) for spec in specs), *steps)
+    step = lcm(*(ways(spec, model.mesh, BATCH) for spec in specs), *steps)
     rows = max([-(-batch // step) * step, *planned])
     if planned and planned != {rows}:
         raise ValueError(

@@ -51,6 +51,16 @@ def parse_spec(text: str) -> Spec:
     return tuple(parse_state(part.strip().replace("Z", "S")) for part in text.split(","))
 
 
+def format_spec(spec: Spec) -> str:
+    """Inverse of `parse_spec`, without the order of tokens.
+
+    >>> format_spec((0, -1))
+    'S0,R'
+    """
+    letters = {state: letter for letter, state in _STATES.items()}
+    return ",".join(letters.get(state, f"S{state}") for state in spec)
+
+
 def zigzag_dims(text: str) -> tuple[int, ...]:
     """The dims that a spec cuts in zigzag order.
 

@@ -55,6 +55,9 @@ class Cache:
     `heads` counts all key heads.  `spec` is over the dims batch 0, heads 1, sequence 2.  With
     `window` > 0 tokens are dropped that no later query attends.  With `values_in_keys` the values
     are the first `value_dim` numbers of the keys, and only keys are stored.
+
+    Where the program for decoding has another spec, `path` are the specs that the cache takes one
+    by one from `spec` to that (see `recache.py`).
     """
 
     heads: int
@@ -64,6 +67,7 @@ class Cache:
     spec: str
     window: int = 0
     values_in_keys: bool = False
+    path: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +427,10 @@ class ShardedModule(nn.Module):
         """The outputs of the program for `phase`; one of them is `logits`, or there is only one."""
         return self._program(phase).OUTPUTS
 
+    def caches_of(self, phase: ServePhase) -> Mapping[str, Cache]:
+        """The caches as the program for `phase` lays them out."""
+        return self._program(phase).CACHES
+
     def _run(self, phase: ServePhase, **local: Tensor) -> Any:
         """Run the program for `phase` on this rank's part of its inputs."""
         return self._program(phase)(**local)
@@ -448,8 +456,8 @@ class ShardedModule(nn.Module):
             )
         return self._gather_output(found[0], out)
 
-    def set_cache(self, name: str, cache: KVCache) -> None:
-        """Put this rank's part of a cache where `forward` looks for it."""
+    def set_cache(self, name: str, cache: KVCache | None) -> None:
+        """Put this rank's part of a cache, None for none, where `forward` looks for it."""
         for module in (self, *self._decoding):
             owner, leaf = _owner(module, name)
             setattr(owner, leaf, cache)
@@ -501,7 +509,7 @@ class ShardedModule(nn.Module):
         for (phase, module), ((batch, tokens), context) in zip(programs, sizes, strict=True):
             ids = module._random_batch()["input_ids"]
             if context:
-                self._served().fill(context)
+                self._served().fill(context, "decode" if phase == "decode" else "append")
             best = self._timed(phase, steps, partial(self._demo_phase, phase, ids, context))
             cached = f" over {context} cached ones" if context else ""
             self._say(

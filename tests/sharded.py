@@ -25,7 +25,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.widen import widened as widened  # for the tests that import it from here
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
 from shardwright.planner.conversion import Network
-from shardwright.planner.program import PricedStep, Program, lower
+from shardwright.planner.program import PricedStep, Program, lower, priced_path
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 
@@ -63,16 +63,7 @@ def program_of(builder: Builder, decisions: Decisions) -> Program:
 
     def paths(value: Value, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[PricedStep, ...]:
         conversions = builder.conversions(value, param=value.name in params)
-        steps: list[PricedStep] = []
-        at = a
-        for step in conversions.path(a, b):
-            steps.append(
-                PricedStep(
-                    step, conversions.step_seconds(step, at), conversions.step_traffic(step, at)
-                )
-            )
-            at = tuple(step.b if i in step.axes else s for i, s in enumerate(at))
-        return tuple(steps)
+        return priced_path(conversions, a, b)
 
     return lower(builder.graph, decisions, paths, training=builder.setting.training)
 

@@ -23,7 +23,8 @@ from shardwright.planner.build import Builder, Decisions, Restriction
 from shardwright.planner.plan import Request
 from shardwright.planner.pricing import cache_bytes
 from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.search import Clock
+from shardwright.planner.roles import pinned
+from shardwright.planner.search import Clock, Job
 from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.solvers import solve
 from shardwright.planner.store import plan_from_json, plan_to_json
@@ -89,8 +90,8 @@ def serve_on_rank(
     caches: list[KVCache] = []
     set_cache = model.set_cache
 
-    def kept(name: str, layer: KVCache) -> None:
-        caches.append(layer)
+    def kept(name: str, layer: KVCache | None) -> None:
+        caches.extend([layer] if layer is not None else [])
         set_cache(name, layer)
 
     model.set_cache = kept
@@ -148,11 +149,11 @@ def test_memory_of_the_cache(choice: str) -> None:
 def test_two_programs_serve_together(pool: Pool) -> None:
     """Prefill and decode planned as one problem, over one cache of latents."""
     request = Request("", 2, "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW)
-    plan = make_serving_plan(
-        graph_of(PROMPT), graph_of(1, PROMPT + NEW - 1), load_cluster("cpu"), request,
-        mesh=mesh_of(2), restriction=lambda graph, mesh: Restriction(), solver="highs",
-        time_limit_s=60.0, clock=Clock(), progress=lambda step: None,
+    job = Job(
+        load_cluster("cpu"), request, mesh_of(2), pinned(()), "highs", 60.0, Clock(),
+        lambda step: None,
     )  # fmt: skip
+    plan = make_serving_plan(graph_of(PROMPT), graph_of(1, PROMPT + NEW - 2), job)
     source = module_source(plan)
     assert "DECODE = Decoding" in source and "values_in_keys=True" in source
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan

@@ -54,7 +54,8 @@ def config_of(family: str) -> Any:
             few = small | {"num_experts_per_tok": 4}
             return t.DeepseekV3Config(**base | latent, **few, **groups, n_routed_experts=8)
         case "gpt_oss":
-            return t.GptOssConfig(**base, **local, head_dim=8, num_experts_per_tok=2)
+            sizes = {"head_dim": 8, "num_experts_per_tok": 2, "sliding_window": 5}
+            return t.GptOssConfig(**base, **local, **sizes)
         case _:
             sizes = {"intermediate_size_mlp": 40, "head_dim": 8, "interleave_moe_layer_step": 1}
             return t.Llama4TextConfig(**base, **local, **sizes, num_experts_per_tok=2)
@@ -72,8 +73,8 @@ def model_of(family: str, device: str = "cpu") -> nn.Module:
         model = t.AutoModelForCausalLM.from_config(config_of(family), **options)
     model.config.use_cache = False
     if device != "meta":
-        for name, parameter in model.named_parameters():  # biases and routers start at zero
-            if "bias" in name or "router" in name or "gate.weight" in name:
+        for name, parameter in model.named_parameters():  # they start at zero, or alike
+            if any(part in name for part in ("bias", "router", "gate.weight", "sinks")):
                 nn.init.normal_(parameter, std=0.5)
     return model
 

@@ -1,0 +1,198 @@
+"""KV caches that are converted from one layout to another: every token, on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.runtime import Cache, RankPool
+from shardwright.runtime.cache import owners
+from shardwright.runtime.layout import Spec, block, format_spec, parse_spec
+from shardwright.runtime.mesh import Mesh
+from shardwright.runtime.pools import Pools, Room
+from shardwright.runtime.recache import Recaching, change_between
+
+Pool = Callable[[int], RankPool]
+ROWS, HEADS, KEY, VALUE, CAPACITY = 4, 4, 4, 2, 80
+LENGTHS = [70, 33, 0, 17]
+R, BATCH, HEAD, TOKEN, NUMBER = -1, 0, 1, 2, 3
+AXES = ("x", "y", "z")
+
+
+def numbers(row: Tensor, position: Tensor, head: Tensor, number: Tensor) -> Tensor:
+    """What a cache holds there: no two places have the same number."""
+    return ((row * 1000 + position) * 100 + head).double() * 100 + number
+
+
+def dense(rows: range, positions: Tensor, heads: range, width: int, first: int) -> Tensor:
+    """Keys or values (b, heads, t, width) at positions (b, t)."""
+    return numbers(
+        torch.tensor(list(rows))[:, None, None, None],
+        positions[:, None, :, None],
+        torch.tensor(list(heads))[None, :, None, None],
+        torch.arange(first, first + width),
+    )
+
+
+def declared(spec: Spec, window: int = 0, latent: bool = False) -> Cache:
+    kind = Cache(HEADS, KEY, VALUE, torch.float64, format_spec(spec), window)
+    return replace(kind, value_dim=KEY - 1, values_in_keys=True) if latent else kind
+
+
+def own(spec: Spec, mesh: Mesh, dim: int, size: int) -> range:
+    cuts = zip(spec, mesh.sizes, mesh.coordinates, strict=True)
+    part = block(size, [(ways, at) for state, ways, at in cuts if state == dim])
+    return range(part.start, part.stop)
+
+
+def holder_of(spec: Spec, mesh: Mesh, place: Tensor) -> Tensor:
+    """Whether this rank is to hold each token, which lies where `place` (.., axes) says."""
+    mask = torch.ones(place.shape[:-1], dtype=torch.bool)
+    for number, state in enumerate(spec):
+        if state == TOKEN:
+            mask &= place[..., number] == mesh.coordinates[number]
+    return mask
+
+
+def filled(
+    specs: Sequence[Spec], mesh: Mesh, lengths: list[int], seed: int, **kind: Any
+) -> tuple[Pools, Tensor]:
+    """Caches in which tokens lie on ranks at random; (them, the place of each token by axis)."""
+    table = {f"{i}.kv": declared(spec, **kind) for i, spec in enumerate(specs)}
+    room = Room(ROWS, CAPACITY, 4 * ROWS * CAPACITY, limited=False)
+    pools = Pools.empty(table, room, mesh)
+    randomness = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(mesh.sizes)
+    place = torch.rand(ROWS, CAPACITY, len(sizes), generator=randomness) * sizes
+    place = place.floor().long()
+    starts = [0, 9, 30, CAPACITY]
+    for start, stop in zip(starts, starts[1:], strict=False):
+        at = torch.arange(start, stop).repeat(ROWS, 1)
+        at = at.where(at < torch.tensor(lengths)[:, None], -1)
+        given: dict[Any, Tensor] = {}
+        for spec, cache in zip(specs, pools.caches.values(), strict=True):
+            rows, heads = own(spec, mesh, BATCH, ROWS), own(spec, mesh, HEAD, HEADS)
+            kept = at.where(holder_of(spec, mesh, place[:, start:stop]), -1)[rows.start : rows.stop]
+            kept = given.setdefault(cache.table, kept)
+            k = dense(rows, kept, heads, KEY, 0)
+            v = None if cache.values_in_keys else dense(rows, kept, heads, VALUE, KEY)
+            cache.append(k, v, kept)
+    return pools, place
+
+
+def check(pools: Pools, lengths: list[int], window: int, places: list[Tensor]) -> None:
+    """Each rank has the numbers of exactly the tokens that are its own."""
+    mesh = pools.mesh
+    for (name, cache), place in zip(pools.caches.items(), places, strict=True):
+        kind = pools.declared[name]
+        spec = parse_spec(kind.spec)
+        rows, heads = own(spec, mesh, BATCH, ROWS), own(spec, mesh, HEAD, HEADS)
+        k, v, positions = cache.gathered()
+        mine = holder_of(spec, mesh, place)
+        for local, row in enumerate(rows):
+            first = max(0, lengths[row] - window + 1) if window else 0
+            want = [p for p in range(first, lengths[row]) if mine[row, p]]
+            held = positions[local][positions[local] >= 0]
+            assert held.tolist() == want, f"{name} row {row} of {kind.spec}"
+            at = held[None]
+            one = range(row, row + 1)
+            torch.testing.assert_close(
+                k[local : local + 1, :, : len(held)], dense(one, at, heads, KEY, 0)
+            )
+            first_value = 0 if kind.values_in_keys else KEY
+            torch.testing.assert_close(
+                v[local : local + 1, :, : len(held)],
+                dense(one, at, heads, kind.value_dim, first_value),
+            )
+
+
+def places_after(path: Sequence[Spec], mesh: Mesh, before: Tensor) -> Tensor:
+    """Where each token lies at the end: where it was on axes that cut tokens from the beginning,
+    with its page's owner on others."""
+    place = before.clone()
+    for number, state in enumerate(path[0]):
+        if state != TOKEN:
+            place[..., number] = owners(torch.arange(CAPACITY), mesh.sizes[number])
+    return place
+
+
+def legal(before: Spec, after: Spec, sizes: Sequence[int]) -> bool:
+    """Is this a step that ranks of its axes can make among themselves, with equal blocks?"""
+    try:
+        change = change_between(before, after)
+    except ValueError:
+        return False
+    others = [s for i, s in enumerate(before) if i > change.axes[0] and i not in change.axes]
+    if len(change.axes) > 1 and change.b != R:
+        return False
+    if any(state in (BATCH, HEAD, NUMBER) and state in others for state in (change.a, change.b)):
+        return False
+    whole = {BATCH: ROWS, HEAD: HEADS, NUMBER: KEY + VALUE}
+    for spec in (before, after):
+        for dim, size in whole.items():
+            if size % prod(n for n, state in zip(sizes, spec, strict=True) if state == dim):
+                return False
+    return True
+
+
+def random_path(sizes: Sequence[int], draw: random.Random, steps: int) -> tuple[Spec, ...]:
+    """Legal steps from a layout to another; token cuts on one axis at most at both ends."""
+    every = list(product((R, BATCH, HEAD, TOKEN, NUMBER), repeat=len(sizes)))
+    ends = [s for s in every if s.count(TOKEN) < 2 and NUMBER not in s and legal_spec(s, sizes)]
+    path = [draw.choice(ends)]
+    while len(path) <= steps or path[-1] not in ends or path[-1] == path[0]:
+        path.append(draw.choice([s for s in every if legal(path[-1], s, sizes)]))
+    return tuple(path)
+
+
+def legal_spec(spec: Spec, sizes: Sequence[int]) -> bool:
+    return all(
+        size % prod(n for n, state in zip(sizes, spec, strict=True) if state == dim) == 0
+        for dim, size in ((BATCH, ROWS), (HEAD, HEADS))
+    )
+
+
+def convert_on_rank(
+    sizes: tuple[int, ...], cases: list[tuple[list[tuple[Spec, ...]], int, bool, int]]
+) -> int:
+    """Convert and check every case: the paths of its caches, window, latent, seed."""
+    mesh = Mesh.create(dict(zip(AXES, sizes, strict=False)))
+    for paths, window, latent, seed in cases:
+        lengths = random.Random(seed).sample(LENGTHS, ROWS)
+        kind = {"window": window, "latent": latent}
+        pools, place = filled([p[0] for p in paths], mesh, lengths, seed, **kind)
+        table = {f"{i}.kv": declared(path[-1], **kind) for i, path in enumerate(paths)}
+        named = dict(zip(table, paths, strict=True))
+        conversion = Recaching(pools, table, named, torch.tensor(lengths))
+        made = conversion.run(lambda name, cache: None)
+        assert list(made.caches) == list(table) and not pools.caches
+        check(made, lengths, window, [places_after(path, mesh, place) for path in paths])
+        back = {name: path[::-1] for name, path in named.items()}
+        first = {f"{i}.kv": declared(path[0], **kind) for i, path in enumerate(paths)}
+        again = Recaching(made, first, back, torch.tensor(lengths)).run(lambda name, cache: None)
+        there = [places_after(path, mesh, place) for path in paths]
+        check(
+            again, lengths, window,
+            [places_after(path[::-1], mesh, at) for path, at in zip(paths, there, strict=True)],
+        )  # fmt: skip
+    return len(cases)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2), (4,), (1, 2)], ids=str)
+@pytest.mark.parametrize("window", [0, 20])
+def test_every_token_arrives(pool: Pool, sizes: tuple[int, ...], window: int) -> None:
+    """Along random paths, there and back, with sequences of different lengths."""
+    draw = random.Random(str((sizes, window)))
+    cases: list[tuple[list[tuple[Spec, ...]], int, bool, int]] = []
+    for number in range(24):
+        paths = [random_path(sizes, draw, draw.choice([1, 1, 2, 3])) for _ in range(2)]
+        cases.append((paths, window, number % 3 == 0, number))
+    pool(prod(sizes)).run(convert_on_rank, sizes, cases)
