@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 from zlib import crc32
@@ -74,37 +75,47 @@ class Call:
         }
 
 
-def agree(call: Call, link: Link, device: torch.device, *, every_time: bool) -> None:
-    """Raise ValueError on every rank if the ranks' calls differ; one all-gather of 88 bytes.
+def agree(call: Call, links: Sequence[Link], device: torch.device, *, every_time: bool) -> None:
+    """Raise ValueError on every rank if the ranks' calls differ; one all-gather of 96 bytes a link.
 
-    Without `every_time` only at the first such call of a process on the group of `link`, which is
+    Without `every_time` only at the first such call of a process on the groups of `links`, which is
     not counted: later ones move nothing.  That is for callers who say by a layout what the ranks
     hold.  A rank whose later call differs from those that were compared waits with the others until
     the time limit of the group.
     """
-    if link.size == 1:
+    links = [link for link in links if link.size > 1]
+    if not links:
         return
     numbers = call.numbers()
-    own = list(numbers.values())
-    known = _agreed.setdefault(link.group, {})
-    signature = hash(tuple(own))
+    known = _agreed.setdefault(links[0].group, {})
+    signature = hash((*numbers.values(), *(link.size for link in links)))
     if not every_time and signature in known:
         return
-    mine = torch.tensor(own, device=device)
-    rows = (link.all_gather(mine, "forward") if every_time else link.tell(mine)).tolist()
-    for title, column in zip(numbers, zip(*rows, strict=True), strict=True):
-        if len(set(column)) > 1:
-            raise ValueError(
-                f"{call.name}: the ranks of `{link.name}` differ in {title}"
-                f"{_difference(title, column)}"
-            )
+    error = ""
+    for link in links:  # all of them, so that ranks which share no group are told by a third
+        own = torch.tensor([*numbers.values(), bool(error)], device=device)
+        rows = link.all_gather(own, "forward") if every_time else link.tell(own)
+        error = error or _difference([*numbers, ""], rows.tolist(), link.name)
+    if error:
+        raise ValueError(f"{call.name}: {error}")
     if not every_time:
         known[signature] = None
         if len(known) > _KEPT:
             del known[next(iter(known))]
 
 
-def _difference(title: str, column: tuple[int, ...]) -> str:
+def _difference(titles: Sequence[str], rows: Sequence[Sequence[int]], group: str) -> str:
+    """What the ranks of a group differ in, if anything; `titles` of the numbers in each row."""
+    for title, column in zip(titles, zip(*rows, strict=True), strict=True):
+        if len(set(column)) == 1:
+            continue
+        if not title:
+            return f"rank {column.index(1)} of `{group}` differs from others; see its message"
+        return f"the ranks of `{group}` differ in {title}{_values(title, column)}"
+    return ""
+
+
+def _values(title: str, column: Sequence[int]) -> str:
     if title == "dtype":
         names = [str(_DTYPES[i]).removeprefix("torch.") if i >= 0 else "another" for i in column]
         return f": [{', '.join(names)}]"

@@ -44,7 +44,7 @@ def ring_attention(
     `group` is a ProcessGroup or an `Axis`; `layout` says which tokens the shards hold
     (`Layout.zigzag` balances causal work), `query_layout` those of q where they are others (new
     tokens over a cache).  Without a layout shards are equal and contiguous, and one all-gather of
-    88 bytes makes sure that the ranks agree on their sizes; with one, the first call of each kind
+    96 bytes makes sure that the ranks agree on their sizes; with one, the first call of each kind
     does, so that a rank with other sizes, options or layouts is an error on all ranks.
 
     A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0

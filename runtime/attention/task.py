@@ -158,7 +158,7 @@ class Task:
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)
         call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
-        agree(call, link, q.device, every_time=layout is None)
+        agree(call, [link], q.device, every_time=layout is None)
         return Task(link, scores, queries, keys)
 
     def pieces(self, source: int) -> tuple[Piece, ...]:

@@ -40,7 +40,8 @@ def tree_attention(
     """Attention of the same queries on every rank over keys that are sharded over `group`.
 
     q (b, hq, sq, d) is the same on all ranks, and so is the result (b, hq, sq, dv); k (b, hkv, sk,
-    d) and v (b, hkv, sk, dv) are this rank's shards.  Options are those of `ring_attention`.
+    d) and v (b, hkv, sk, dv) are this rank's shards.  Options are those of `ring_attention`.  Who
+    has the queries in shards gathers them before, or calls `pass_q_attention`.
 
     `layout` says which positions the keys have; query i stands at `query_start + i` (by default
     the queries are the last tokens of the layout).  Instead of a layout `lengths` (b,) may say how
@@ -71,7 +72,7 @@ def tree_attention(
     # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
     alone = layout is not None or lengths is not None
     call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
-    agree(call, link, q.device, every_time=not alone)
+    agree(call, [link], q.device, every_time=not alone)
     return _Tree.apply(q, k, v, sinks, link, scores, parts)
 
 

@@ -121,8 +121,7 @@ def _attention(
             " them"
         )
     call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
-    for link in (ulysses, ring):
-        agree(call, link, q.device, every_time=layout is None)
+    agree(call, [ulysses, ring], q.device, every_time=layout is None)
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
     task = Task(

@@ -302,6 +302,20 @@ def test_zigzag_balances_a_causal_ring() -> None:
     assert forward_s(full, on) / forward_s(zigzag, on) == pytest.approx(2, rel=0.03)
 
 
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_a_window_leaves_a_ring_its_hops(zigzag: bool) -> None:
+    """Steps without work still pass the keys on; a window of the whole sequence changes nothing."""
+    on, rows = network(4, 8), 32768
+    part = local("ring", 4, rows, rows, zigzag=zigzag)
+    narrow, wide = replace(part, window=128), replace(part, window=4 * rows)
+    assert forward_s(wide, on) == forward_s(part, on)
+    hop = float(on.seconds("send_recv", (0,), part.kv_bytes))
+    last = ring_shares(rows, 4, True, 128, zigzag)[-1]
+    assert last == 0 and forward_s(narrow, on) == pytest.approx(3 * hop)
+    half = replace(part, window=2 * rows)  # no step is without work in zigzag order
+    assert forward_s(narrow, on) < forward_s(half, on) < forward_s(part, on)
+
+
 # --- whole plans ---------------------------------------------------------------------------------
 
 

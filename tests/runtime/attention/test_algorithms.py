@@ -45,6 +45,7 @@ from tests.runtime.attention.sharded import (
     Call,
     Pool,
     check,
+    mesh_group,
     on_rank,
     run,
 )
@@ -116,6 +117,7 @@ def test_bias_and_its_gradient(pool: Pool, name: str) -> None:
     # More than one tile of queries, and of keys.
     check(pool, name, Case(2, 700, bias=(1, 4), softcap=1.0, slopes=True, batch=1))
     check(pool, name, Case(1, 1100, (2, 1), bias=(1, 1), batch=1))
+    check(pool, name, Case(2, 60, bias=(2, 1), dtype=torch.float32), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -342,20 +344,22 @@ def test_refusals(
 
 def disagree(name: str, what: str, given: bool) -> str:
     """What a rank is told where rank 1 is another in `what`; with or without a layout."""
-    axis = Mesh.create({"cp": 3})["cp"]
+    mesh = Mesh.create({"ring": 2, "ulysses": 2} if name == USP else {"cp": 3})
+    groups = {name: mesh[name] for name in mesh.names} if name == USP else mesh_group(mesh)
+    ranks = 4 if name == USP else 3
 
     def here(title: str, usual: Any, other: Any) -> Any:
-        return other if title == what and axis.rank == 1 else usual
+        return other if title == what and mesh.rank == 1 else usual
 
     dtype = here("dtype", torch.float32, torch.float64)
-    q = torch.ones(here("batch", 1, 2), 3, here("rows", 6, 7), 8, dtype=dtype)
+    q = torch.ones(here("batch", 1, 2), 6, here("rows", 6, 7), 8, dtype=dtype)
     options: dict[str, Any] = {"scale": here("scale", 0.5, 0.6)}
     if given:
-        options["layout"] = Layout.contiguous(here("length", 18, 17), 3)
+        options["layout"] = Layout.contiguous(6 * ranks - here("length", 0, 1), ranks)
     if name == WINDOW:
         options["window"] = 3
     try:
-        getattr(runtime, name)(q, q, q, group=axis, **options)
+        getattr(runtime, name)(q, q, q, **groups, **options)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -379,6 +383,15 @@ def test_every_rank_refuses_shards_that_differ(pool: Pool, name: str) -> None:
             continue  # its messages do not depend on the keys
         for told in pool(3).run(disagree, name, what, given):
             assert told.startswith(f"{name}: the ranks of `cp` ") and told.endswith(message)
+
+
+def test_usp_tells_ranks_that_share_no_group(pool: Pool) -> None:
+    """Ranks 0 and 1 are Ulysses of the first node; a ring joins 1 and 3, another 0 and 2."""
+    for what, given in (("rows", False), ("batch", True)):
+        told = pool(4).run(disagree, USP, what, given)
+        assert all(f"the ranks of `ulysses` differ in {what}" in told[rank] for rank in (0, 1))
+        assert "rank 0 of `ring` differs from others; see its message" in told[2]
+        assert f"the ranks of `ring` differ in {what}" in told[3]
 
 
 def count_calls() -> list[int]:

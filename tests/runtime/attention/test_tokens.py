@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from shardwright.runtime import Layout
+from shardwright.runtime.attention.tokens import Run
 from shardwright.runtime.layout import block
 
 LENGTHS = st.integers(0, 40)
@@ -128,6 +129,23 @@ def test_a_cache_and_new_tokens(ranks: int, cached: int, new: int) -> None:
     assert same(both.unshard(parts, 0), x)
     for rank, part in enumerate(parts):
         assert same(part[: old.rows], old.shard(x[:cached], 0, rank))
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([[Run(0, 0, 2)], [Run(0, 1, 2)]], "after position 1 come 2 tokens from 1"),
+        ([[Run(0, 0, 2)], [Run(0, 3, 1)]], "after position 1 come 1 tokens from 3"),
+        ([[Run(0, 0, 2)], [Run(0, 2, 1)]], "tokens 0 to 3 are not 4"),
+        ([[Run(0, 0, 2), Run(1, 2, 1)], [Run(0, 3, 1)]], "runs of rank 0 overlap or leave 2 rows"),
+        ([[Run(1, 0, 2)], [Run(0, 2, 2)]], "runs of rank 0 overlap or leave 2 rows"),
+        ([[Run(0, 0, 2)], [Run(-1, 2, 2)]], "runs of rank 1 overlap or leave 2 rows"),
+    ],
+)
+def test_refuses_runs_that_are_no_permutation(runs: list[list[Run]], message: str) -> None:
+    assert Layout(4, 2, ((Run(0, 2, 2),), (Run(0, 0, 2),))).tokens(0).tolist() == [2, 3]
+    with pytest.raises(ValueError, match=message):
+        Layout(4, 2, tuple(map(tuple, runs)))
 
 
 def test_refusals() -> None:
