@@ -32,6 +32,7 @@ class Scores:
     """softcap(q k^T scale) + bias, where the rules allow it.  Tensors as in `Mask`.
 
     causal, window  key <= query; key > query - window where window > 0
+    chunk           key // chunk = query // chunk where chunk > 0; only over a cache
     bias            (b or 1, hq or 1, rows of q, S): columns are positions of keys
     slopes          (hq,): ALiBi, slopes * (key - query) is added, with |key - query| unless causal
     """
@@ -43,6 +44,7 @@ class Scores:
     bias: Tensor | None = None
     slopes: Tensor | None = None
     mask: Mask = Mask()
+    chunk: int = 0
 
     @property
     def plain(self) -> bool:
