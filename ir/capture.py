@@ -150,7 +150,7 @@ def _attention(
     """Inside, Hugging Face models call our attention operator; other models are as they are."""
     if huggingface.is_huggingface(model):
         packed = "position_ids" in inputs and not serving
-        return huggingface.shardwright_attention(model, positions_given=packed)
+        return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
     return nullcontext()
 
 

@@ -908,6 +908,29 @@ register("aten.transpose.int", Op(_transpose_rule, "{self}.transpose({dim0}, {di
 register("aten.permute.default", Op(_permute_rule, "{self}.permute({dims})", kind="view"))
 
 
+def _pairs(text: str) -> Callable[[Node], Rule]:
+    """Complex numbers and the pairs of real ones that they are."""
+
+    def build(node: Node) -> Rule:
+        return replace(_text(text)(node), linear=(frozenset({0}),), passes=True)
+
+    return build
+
+
+register(
+    "aten.view_as_complex.default",
+    Op(_pairs("... [two] -> ..."), "torch.view_as_complex({self})", kind="view"),
+)
+register(
+    "aten.view_as_real.default",
+    Op(_pairs("... -> ... [two]"), "torch.view_as_real({self})", kind="view"),
+)
+register(
+    "aten.polar.default",
+    Op(_elementwise(uneven=False), "torch.polar({abs}, {angle})", saves=("result",)),
+)
+
+
 def _reversed_rule(node: Node) -> Rule:
     return _permute(node, list(reversed(range(len(node.operands[0].type.shape)))))
 
@@ -1521,6 +1544,8 @@ _ATTENTION = {
 
 
 def _emit_attention(node: Node, render: Render) -> str:
+    if dict(node.args).get("chunk"):
+        raise ValueError(f"{node.loc}: attention in chunks is only known over a cache")
     query = render.arg("q")
     kwargs = {
         "scale": render.arg("scale"),
@@ -1605,6 +1630,7 @@ def _emit_cached_attention(node: Node, render: Render) -> str:
         window=render.arg("window") if node.arg("window") else "",
         softcap=render.arg("softcap") if node.arg("softcap") else "",
         sinks="" if _sinks(node) is None else render.arg("sinks"),
+        chunk=render.arg("chunk") if dict(node.args).get("chunk") else "",
     )
 
 

@@ -658,6 +658,8 @@ def _new_reach(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[st
     if window > 0 and before != after:
         kept = after if window >= before else max(1, min(window, after // 2))
         changes["window"] = kept
+        if dict(node.args).get("chunk"):  # its window is as long
+            changes["chunk"] = kept
     return changes
 
 

@@ -32,6 +32,7 @@ class Scores:
     """softcap(q k^T scale) + bias, where the rules allow it.  Tensors as in `Mask`.
 
     causal, window  key <= query; key > query - window where window > 0
+    chunk           key // chunk = query // chunk where chunk > 0; only over a cache
     bias            (b or 1, hq or 1, rows of q, S): columns are positions of keys
     slopes          (hq,): ALiBi, slopes * (key - query) is added, with |key - query| unless causal
     dbias           like bias: what backward adds its gradient to; None where nobody wants it
@@ -45,6 +46,7 @@ class Scores:
     slopes: Tensor | None = None
     mask: Mask = Mask()
     dbias: Tensor | None = None
+    chunk: int = 0
 
     @property
     def plain(self) -> bool:

@@ -181,10 +181,6 @@ class Task:
         attend(into, q, k, v, self.pieces(source), self.scores)
 
 
-# Tensors that `save` always keeps.
-_SAVED = 6
-
-
 def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
     """What the queries have before the first key: nothing, or the sinks."""
     if sinks is None:
@@ -206,12 +202,14 @@ def save(
 
 
 def saved_more(ctx: Any) -> tuple[Tensor, ...]:
-    """The `more` tensors that `save` kept."""
-    return ctx.saved_tensors[_SAVED:]
+    """The `more` tensors that `save` kept, once, after `saved`."""
+    more, ctx.more = ctx.more, ()
+    return tuple(more)
 
 
 def saved(ctx: Any, grad: Tensor) -> tuple[Queries, Tensor, Tensor, Tensor | None]:
     """(queries, k, v, gradient of the sinks) from what `save` kept."""
-    q, k, v, sinks, out, lse = ctx.saved_tensors[:_SAVED]
+    # Asked for once: each time gathers the parameters among them again.
+    q, k, v, sinks, out, lse, *ctx.more = ctx.saved_tensors
     queries = Queries.of(q, out, lse, grad.to(q.dtype))
     return queries, k, v, None if sinks is None else sinks_gradient(sinks, queries)

@@ -44,7 +44,11 @@ from tests.sharded import (
 
 Pool = Callable[[int], RankPool]
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mistral", "gemma2", "gpt_neox")
-EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+EXPERTS: dict[str, dict[str, Any]] = {  # with changes to their configs
+    "mixtral": {}, "qwen3_moe": {}, "deepseek_v3": {}, "gpt_oss": {},
+    # attention in chunks; where it is not, queries grow with the logarithm of their position
+    "llama4": {"attention_chunk_size": 6, "floor_scale": 4},
+}  # fmt: skip
 ALGORITHMS = ("ring", "gather", "pass_q", "tree")
 BATCH, PROMPT, NEW = 4, 16, 6
 
@@ -52,7 +56,7 @@ BATCH, PROMPT, NEW = 4, 16, 6
 @cache
 def model_of(name: str) -> Any:
     if name in EXPERTS:
-        return test_moe.model_of(name).eval()
+        return test_moe.model_of(name, **EXPERTS[name]).eval()
     return huggingface_model(name, huggingface_configs()[name]).eval()
 
 

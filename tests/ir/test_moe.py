@@ -61,16 +61,22 @@ def config_of(family: str) -> Any:
             return t.Llama4TextConfig(**base, **local, **sizes, num_experts_per_tok=2)
 
 
-def model_of(family: str, device: str = "cpu") -> nn.Module:
-    """The model in float64 with transformers' own loops over experts: the reference."""
+def model_of(family: str, device: str = "cpu", **changes: Any) -> nn.Module:
+    """The model in float64 with transformers' own loops over experts: the reference.
+
+    `changes` are made to its config.
+    """
     import transformers as t
 
     torch.manual_seed(0)
     options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float64}
     if family != "llama4":
         options["experts_implementation"] = "eager"
+    config = config_of(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
     with torch.device(device):
-        model = t.AutoModelForCausalLM.from_config(config_of(family), **options)
+        model = t.AutoModelForCausalLM.from_config(config, **options)
     model.config.use_cache = False
     if device != "meta":
         for name, parameter in model.named_parameters():  # they start at zero, or alike
@@ -105,7 +111,7 @@ def test_family_is_a_loop_whose_ops_have_rules(family: str, kinds: int) -> None:
     (loop,) = graph.loops
     assert len(loop.blocks) == kinds and len(loop.order) == 4
     unknown = {n.op for block in loop.blocks for n in block.nodes if find_op(n.op) is None}
-    assert not {op for op in unknown if "view_as" not in op}  # complex rotations of Llama 4
+    assert not unknown
 
 
 @pytest.mark.parametrize("family", FAMILIES)
