@@ -216,10 +216,12 @@ def _halos(local: Local) -> list[int]:
     return rows
 
 
-def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tuple[float, float]:
-    """(forward, backward) seconds on the busiest rank, transfers included."""
+def seconds(
+    local: Local, dtype: str, network: Network, *, backward: bool, moving: bool = True
+) -> tuple[float, float]:
+    """(forward, backward) seconds on the busiest rank; without `moving`, of its compute alone."""
     step, steps = _compute(local, dtype, network)
-    moved = transfers(local, backward=backward)
+    moved = transfers(local, backward=backward) if moving else []
 
     def passing(compute: float, back: bool) -> float:
         """Seconds of `compute` per step and of what moves meanwhile and besides."""

@@ -20,13 +20,14 @@ from .build import Builder, Decisions, Restriction, Setting, all_params
 from .conversion import Network, Step
 from .errors import InfeasibleError, PlanError
 from .infeasible import explain
-from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
-from .pricing import local_bytes
+from .plan import Baseline, Memory, Plan, Request, Search
+from .pricing import Work, local_bytes
 from .problem import evaluate
 from .program import PricedStep, lower
 from .regions import scopes
 from .roles import Pin, Pins, Roles, ordinary_roles
 from .solvers import Solution, solve
+from .split import spent_in_ops
 
 Progress = Callable[[str], None]
 
@@ -266,11 +267,39 @@ def _baselines(
                 [_solve(each, restriction, solver, time_limit_s, clock) for each in builders]
             )
             if solved is not None:
-                rows.append(Baseline(restriction.name, size, solved.seconds, solved.peak_bytes))
+                spent = _spent(solved)
+                rows.append(
+                    Baseline(restriction.name, size, solved.seconds, solved.peak_bytes, spent)
+                )
             else:
                 least = min(each.build(restriction).least_memory() for each in builders)
                 rows.append(Baseline(restriction.name, size, None, least))
     return tuple(rows)
+
+
+def _spent(solved: Solved) -> tuple[tuple[str, float], ...]:
+    """What the seconds of a solution go into."""
+    builder, decided = solved.builder, solved.decisions
+    work = _work(builder, decided)
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+
+
+def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
+    """One run of each node, by its name."""
+    return {
+        node.name: builder.work(node, decisions.choices[node.name])
+        for scope in scopes(builder.graph)
+        for node in scope.nodes
+    }
+
+
+def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
+    """Seconds of the optimizer's step."""
+    return sum(
+        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
+        for ref in all_params(builder.graph)
+    )
 
 
 def baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
@@ -316,13 +345,8 @@ def assemble(
         return paths[value.name, a, b]
 
     lower(graph, decisions, price_path, training=builder.setting.training)
-    work = {
-        node.name: NodeSeconds(w.forward_s, w.backward_s)
-        for scope in scopes(graph)
-        for node in scope.nodes
-        for w in [builder.work(node, decisions.choices[node.name])]
-    }
-    memory, optimizer_s = _memory(graph, best)
+    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
+    memory = _memory(graph, best)
     search = Search(
         solver,
         "optimal" if proven else "feasible",
@@ -336,8 +360,8 @@ def assemble(
     )  # fmt: skip
 
 
-def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
-    """Peak bytes by kind, and the seconds of the optimizer step."""
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
     parameters = states = 0.0
@@ -350,13 +374,8 @@ def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
         )
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
-    seconds = sum(
-        ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
-        for ref in all_params(graph)
-    )
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    memory = Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
-    return memory, seconds
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
