@@ -258,7 +258,7 @@ def _baselines(
             for order in token_orders(graph, mesh)
         ]
         searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans are priced on one axis
-        for roles in ordinary_roles(mesh):
+        for roles in ordinary_roles(mesh, graph):
             if searched and len(set(roles)) == 1:
                 continue
             restriction = Roles(roles, graph, mesh)

@@ -152,7 +152,7 @@ def _make_serving_plan(
     baselines: list[Baseline] = []
     best_mesh = best.prefill.builder.network.mesh
     for each in baseline_meshes(meshes, best_mesh, cluster):
-        for roles in ordinary_roles(each):
+        for roles in ordinary_roles(each, prefill):
             if len(meshes) > 1 and len(each.axes) > 1 and len(set(roles)) == 1:
                 continue
             named = Roles(roles, prefill, each)
