@@ -224,10 +224,12 @@ def _halos(local: Local) -> list[int]:
     return rows
 
 
-def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tuple[float, float]:
-    """(forward, backward) seconds on the busiest rank, transfers included."""
+def seconds(
+    local: Local, dtype: str, network: Network, *, backward: bool, moving: bool = True
+) -> tuple[float, float]:
+    """(forward, backward) seconds on the busiest rank; without `moving`, of its compute alone."""
     steps = _compute(local, dtype, network)
-    moved = transfers(local, backward=backward)
+    moved = transfers(local, backward=backward) if moving else []
 
     def passing(times: float, back: bool) -> float:
         """Seconds of all steps, each `times` its forward pass, and of what moves meanwhile."""

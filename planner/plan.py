@@ -11,6 +11,7 @@ from ..ir.graph import Graph, Value
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec
 from .build import Decisions
+from .pricing import Work
 from .program import PricedStep, Program, lower
 
 
@@ -60,13 +61,15 @@ class Memory:
 class Baseline:
     """An ordinary plan priced by the same model.
 
-    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.
+    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
+    what the seconds go into, as `planner.split` has it.
     """
 
     name: str
     mesh: str
     seconds: float | None
     peak_bytes: float
+    spent: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +81,6 @@ class Search:
     gap: float
     meshes: int
     seconds: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSeconds:
-    """Seconds of one run of a node, forward and backward."""
-
-    forward_s: float
-    backward_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +125,7 @@ class Plan:
     mesh: Mesh
     decisions: Decisions
     paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
-    work: dict[str, NodeSeconds]
+    work: dict[str, Work]
     seconds: float
     optimizer_s: float
     memory: Memory

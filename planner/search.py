@@ -21,13 +21,14 @@ from .build import Builder, Decisions, Restriction, Setting, all_params
 from .conversion import Network, Step
 from .errors import InfeasibleError, PlanError
 from .infeasible import explain
-from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
-from .pricing import local_bytes
+from .plan import Baseline, Memory, Plan, Request, Search
+from .pricing import Work, local_bytes
 from .problem import ShardingProblem, evaluate
 from .program import PricedStep, lower, priced_path
 from .regions import scopes
 from .roles import Roles, name_of, ordinary_roles
 from .solvers import Solution, solve
+from .split import spent_in_ops
 
 Progress = Callable[[str], None]
 Limit = Callable[[Graph, Mesh], Restriction]
@@ -267,36 +268,63 @@ def _baselines(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
             for order in token_orders(graph, mesh)
         ]
 
-    def price(mesh: Mesh, limit: Limit) -> tuple[float | None, float]:
+    def price(mesh: Mesh, limit: Limit) -> Price:
         restriction = limit(graph, mesh)
         solved = _cheapest([_solve(each, restriction, aside) for each in builders(mesh)])
         if solved is not None:
-            return solved.seconds, solved.peak_bytes
-        return None, min(each.build(restriction).least_memory() for each in builders(mesh))
+            return solved.seconds, solved.peak_bytes, _spent(solved)
+        return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
 
-    return price_ordinary(job, best.builder.network.mesh, price)
+    return price_ordinary(graph, job, best.builder.network.mesh, price)
+
+
+# Seconds of the cheapest plan within a limit, its peak bytes, and what the seconds go into; where
+# none fits, None, the least bytes that one would need, and nothing.
+Price = tuple[float | None, float, tuple[tuple[str, float], ...]]
 
 
 def price_ordinary(
-    job: Job, best: Mesh, price: Callable[[Mesh, Limit], tuple[float | None, float]]
+    graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price]
 ) -> tuple[Baseline, ...]:
-    """The rows of the ordinary plans, on meshes that were searched, the winner's among them.
-
-    `price` gives (seconds, peak bytes) of the cheapest plan within a limit on a mesh, or (None, the
-    least bytes that one would need).
-    """
+    """The rows of the ordinary plans, on meshes that were searched, the winner's among them."""
     job.progress("pricing the ordinary plans")
     meshes = job.meshes
     rows: list[Baseline] = []
     with job.clock.step("baselines"):
         for mesh in _baseline_meshes(meshes, best, job.cluster):
             searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans: priced on one axis
-            for roles in ordinary_roles(mesh):
+            for roles in ordinary_roles(mesh, graph):
                 if searched and len(set(roles)) == 1:
                     continue
-                seconds, peak = price(mesh, partial(Roles, roles))
-                rows.append(Baseline(name_of(roles), "x".join(map(str, mesh.sizes)), seconds, peak))
+                size = "x".join(map(str, mesh.sizes))
+                row = price(mesh, partial(Roles, roles))
+                rows.append(Baseline(name_of(roles, mesh), size, *row))
     return tuple(rows)
+
+
+def _spent(solved: Solved) -> tuple[tuple[str, float], ...]:
+    """What the seconds of a solution go into."""
+    builder, decided = solved.builder, solved.decisions
+    work = _work(builder, decided)
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+
+
+def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
+    """One run of each node, by its name."""
+    return {
+        node.name: builder.work(node, decisions.choices[node.name])
+        for scope in scopes(builder.graph)
+        for node in scope.nodes
+    }
+
+
+def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
+    """Seconds of the optimizer's step."""
+    return sum(
+        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
+        for ref in all_params(builder.graph)
+    )
 
 
 def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
@@ -325,13 +353,8 @@ def assemble(
         return paths[value.name, a, b]
 
     lower(graph, decisions, price_path, training=builder.setting.training)
-    work = {
-        node.name: NodeSeconds(w.forward_s, w.backward_s)
-        for scope in scopes(graph)
-        for node in scope.nodes
-        for w in [builder.work(node, decisions.choices[node.name])]
-    }
-    memory, optimizer_s = _memory(graph, best)
+    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
+    memory = _memory(graph, best)
     search = Search(
         job.solver,
         "optimal" if proven else "feasible",
@@ -345,8 +368,8 @@ def assemble(
     )  # fmt: skip
 
 
-def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
-    """Peak bytes by kind, and the seconds of the optimizer step."""
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
     parameters = states = 0.0
@@ -359,13 +382,8 @@ def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
         )
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
-    seconds = sum(
-        ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
-        for ref in all_params(graph)
-    )
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    memory = Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
-    return memory, seconds
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
@@ -424,6 +442,6 @@ def _notes(graph: Graph) -> tuple[str, ...]:
 
 
 __all__ = [
-    "Clock", "Job", "Limit", "Progress", "Solved", "Step", "assemble", "candidate_meshes",
+    "Clock", "Job", "Limit", "Price", "Progress", "Solved", "Step", "assemble", "candidate_meshes",
     "make_plan", "name_axes", "price_ordinary", "setting_of",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from .infeasible import explain
 from .plan import Baseline, Plan
 from .problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from .recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
-from .search import Clock, Job, Limit, Solved, assemble, name_axes, price_ordinary
+from .search import Clock, Job, Limit, Price, Solved, assemble, name_axes, price_ordinary
 
 _Graphs: TypeAlias = tuple[Graph, Graph]  # of prefill, and of decode
 
@@ -111,14 +111,14 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
     def builders(mesh: Mesh) -> list[Builder]:
         return _builders(graphs, mesh, aside)
 
-    def price(mesh: Mesh, limit: Limit) -> tuple[float | None, float]:
+    def price(mesh: Mesh, limit: Limit) -> Price:
         served = _attempt(builders(mesh), limit, aside)
         if served is not None:
-            return served.seconds, served.prefill.peak_bytes
+            return served.seconds, served.prefill.peak_bytes, ()
         needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders(mesh)]
-        return None, max(needed)
+        return None, max(needed), ()
 
-    return price_ordinary(job, best.prefill.builder.network.mesh, price)
+    return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)
 
 
 def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> Plan:
