@@ -146,7 +146,6 @@ class Measured:
 
 def measure(case: Case) -> list[Measured]:
     """All sides by turns, after one step of each that is not counted."""
-    give_back_freed_blocks()
     steps = make_steps(case)
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
     cpu: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
@@ -162,6 +161,7 @@ def measure(case: Case) -> list[Measured]:
                 steps[name](which == 1)
                 seconds[name][which].append(time.perf_counter() - start)
                 cpu[name][which].append(time.process_time() - cpu_start)
+    give_back_freed_blocks()  # not before: every new block would be timed with its page faults
     return [Measured(name, seconds[name], cpu[name], _peak(steps[name])) for name in steps]
 
 

@@ -97,13 +97,16 @@ def attention_s(
     causal_fraction: float = 1.0,
     *,
     values_in_keys: bool = False,
+    split_keys: bool = False,
 ) -> Number:
     """Seconds for flash attention, forward; `causal_fraction` of the scores are computed.
 
     0.5 for causal self-attention, 1 without a mask.  One query row per sequence (`seq_q == 1`) is
     decoding: bound by reading keys and values.  Otherwise blocks of 128 query rows are spread over
-    the processors, and the longest row of keys is the shortest possible time.  With
-    `values_in_keys` decoding reads the keys alone.
+    the processors, and the longest row of keys is the shortest possible time, unless `split_keys`:
+    over a cache, kernels share out the keys of a few blocks among all processors (FlashAttention-2
+    does where blocks fill less than 80 % of them, `num_splits_heuristic`).  With `values_in_keys`
+    decoding reads the keys alone.
     """
     b, hq, hk, sq, sk, d = (
         np.asarray(value, dtype=float)
@@ -114,8 +117,9 @@ def attention_s(
     read = 1 if values_in_keys else 2
     decode = decode_s((b, hq, hk, sk, d), peak, cluster, itemsize, cluster.decode, read)
     context = context_s(
-        (b, hq, hk, sq, sk, d), peak, cluster, itemsize, cluster.attention, causal_fraction
-    )
+        (b, hq, hk, sq, sk, d), peak, cluster, itemsize, cluster.attention, causal_fraction,
+        0.0 if split_keys else 1.0,
+    )  # fmt: skip
     return _plain(np.where(sq == 1, decode, context))
 
 
@@ -158,11 +162,15 @@ def context_s(
     itemsize: int,
     kernel: Kernel,
     causal_fraction: float,
+    least: float = 1.0,
 ) -> Floats:
-    """Attention over many query rows, on arrays (batch, heads_q, heads_kv, seq_q, seq_kv, dim)."""
+    """Attention over many query rows, on arrays (batch, heads_q, heads_kv, seq_q, seq_kv, dim).
+
+    The busiest processor visits the keys of `least` rows of blocks or more.
+    """
     b, hq, hk, sq, sk, d = shape
     blocks = b * hq * np.ceil(sq / _QUERY_BLOCK) / cluster.processors  # per processor
-    keys = np.maximum(blocks * causal_fraction, 1.0) * sk  # that the busiest processor visits
+    keys = np.maximum(blocks * causal_fraction, least) * sk  # that the busiest processor visits
     narrow = np.where(d <= 64, cluster.small_head_cost, 1.0)  # exp outweighs the products
     flops = 4.0 * _QUERY_BLOCK * d * narrow * keys * cluster.processors
     moved = b * d * (2 * hq * sq + 2 * hk * sk) * itemsize

@@ -24,13 +24,15 @@ def attention_math(
     softcap: float,
     dropout_p: float,
     sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """softmax(cap(scale * q k^T) + mask) v, written out; differentiable by autograd.
 
     `causal`: query i sees keys j <= i.  `window` w > 0: query i sees keys j > i - w.  `mask`: bool
     (True = attend) or additive, broadcastable to (b, hq, sq, sk).  `softcap` c > 0: scores become
     c * tanh(scores / c).  `sinks` (hq,): the score of one more key of each head, whose value is
-    zero.  A query that sees no key gives zeros.
+    zero.  `chunk` c > 0: query i sees keys of its own chunk, j // c = i // c.  A query that sees no
+    key gives zeros.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -41,7 +43,7 @@ def attention_math(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask.to(scores.dtype)
-    seen = _seen(q.shape[2], k.shape[2], mask, causal, window, q.device)
+    seen = _seen(q.shape[2], k.shape[2], mask, causal, window, chunk, q.device)
     if seen is None:
         weights = _weights(scores, sinks)
     else:
@@ -66,20 +68,25 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _seen(
-    sq: int, sk: int, mask: Tensor | None, causal: bool, window: int, device: torch.device
+    sq: int,
+    sk: int,
+    mask: Tensor | None,
+    causal: bool,
+    window: int,
+    chunk: int,
+    device: torch.device,
 ) -> Tensor | None:
     """Which keys each query may attend to, broadcastable to (b, hq, sq, sk); None means all."""
     seen = mask if mask is not None and mask.dtype == torch.bool else None
-    if not causal and window <= 0:
+    if not causal and window <= 0 and not chunk:
         return seen
     rows = torch.arange(sq, device=device)[:, None]
     columns = torch.arange(sk, device=device)[None, :]
-    if causal:
-        band = columns <= rows
-        if window > 0:
-            band = band & (columns > rows - window)
-    else:
-        band = columns > rows - window
+    band = columns <= rows if causal else torch.ones(sq, sk, dtype=torch.bool, device=device)
+    if window > 0:
+        band = band & (columns > rows - window)
+    if chunk:
+        band = band & (columns // chunk == rows // chunk)
     return band if seen is None else seen & band
 
 
@@ -100,6 +107,7 @@ def attention(
     softcap: float,
     dropout_p: float,
     sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """`attention_math` as one operator, so that tracing keeps it whole.
 
@@ -111,7 +119,7 @@ def attention(
             f"shardwright::attention cannot be run with dropout_p={dropout_p}: it is an operator "
             "for tracing; call `attention_math`, or set the attention dropout to 0"
         )
-    return attention_math(q, k, v, mask, scale, causal, window, softcap, 0.0, sinks).clone()
+    return attention_math(q, k, v, mask, scale, causal, window, softcap, 0.0, sinks, chunk).clone()
 
 
 def _attention_fake(
@@ -125,32 +133,32 @@ def _attention_fake(
     softcap: float,
     dropout_p: float,
     sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *first, sinks = inputs
+    *first, sinks, chunk = inputs
     ctx.save_for_backward(*first[:4], sinks)
-    ctx.options = first[4:]
+    ctx.options, ctx.chunk = first[4:], chunk
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, a floating-point mask and sinks, by running the formula again."""
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[-1])
-    leaves = [
+    wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[-2])
+    leaves: list[Any] = [
         None if value is None else value.detach().requires_grad_(need)
         for value, need in zip(saved, wanted, strict=True)
     ]
     with torch.enable_grad():
-        *first, sinks = leaves
-        output = attention_math(*first, *ctx.options, sinks)  # type: ignore[arg-type]
+        output = attention_math(*leaves[:4], *ctx.options, sinks=leaves[4], chunk=ctx.chunk)
     needed = [leaf for leaf, need in zip(leaves, wanted, strict=True) if leaf is not None and need]
     found = iter(torch.autograd.grad(output, needed, grad))
     *grads, of_sinks = [next(found) if need else None for need in wanted]
-    return (*grads, None, None, None, None, None, of_sinks)
+    return (*grads, None, None, None, None, None, of_sinks, None)
 
 
 attention.register_fake(_attention_fake)

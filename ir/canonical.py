@@ -86,7 +86,7 @@ def _unified(node: Node) -> Node:
         value = node.operands[0]
         rank = len(value.type.shape)
         if node.op == "aten.transpose.int":
-            dim0, dim1 = (int(node.arg(name)) % rank for name in ("dim0", "dim1"))  # type: ignore[arg-type]
+            dim0, dim1 = (node.int_arg(name) % rank for name in ("dim0", "dim1"))
         elif rank == 2:
             dim0, dim1 = 0, 1
         else:

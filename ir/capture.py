@@ -150,7 +150,7 @@ def _attention(
     """Inside, Hugging Face models call our attention operator; other models are as they are."""
     if huggingface.is_huggingface(model):
         packed = "position_ids" in inputs and not serving
-        return huggingface.shardwright_attention(model, positions_given=packed)
+        return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
     return nullcontext()
 
 
@@ -391,7 +391,7 @@ def _with_data(
     rebuild: Callable[[], nn.Module] | None,
 ) -> Graph:
     """Fill in the values of the constants that the graph reads, and drop the others."""
-    used = {v.name for node in graph.body for v in node.operands}  # type: ignore[union-attr]
+    used = {v.name for node in graph.nodes for v in node.operands}
     used |= {output.value.name for output in graph.outputs}
     needed = [p for p in graph.params if p.kind == "constant" and p.name in used]
     buffers = [p.name for p in needed if p.name in tensors.buffers]

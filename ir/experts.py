@@ -171,12 +171,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors but `indices`, by running the formula again."""
     wanted: tuple[bool, ...] = ctx.needs_input_grad[:_TENSORS]
-    leaves = [
+    leaves: list[Any] = [
         None if value is None else value.detach().requires_grad_(need)
         for value, need in zip(ctx.saved_tensors, wanted, strict=True)
     ]
     with torch.enable_grad():
-        output = moe_math(*leaves, *ctx.options)  # type: ignore[arg-type]
+        output = moe_math(*leaves, *ctx.options)
     needed = [leaf for leaf, need in zip(leaves, wanted, strict=True) if leaf is not None and need]
     found = iter(torch.autograd.grad(output, needed, grad, materialize_grads=True))
     grads = [next(found) if need else None for need in wanted]

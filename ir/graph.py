@@ -94,6 +94,13 @@ class Node:
                 return value
         raise KeyError(f"{self.op} has no argument `{name}`; it has {[k for k, _ in self.args]}")
 
+    def int_arg(self, name: str) -> int:
+        """The argument called `name`, which must be a number."""
+        value = self.arg(name)
+        if not isinstance(value, int):
+            raise ValueError(f"{self.loc}: argument `{name}` of `{self.op}` is {value}, no integer")
+        return value
+
     @property
     def operands(self) -> tuple[Value, ...]:
         """Tensor operands in argument order, lists flattened, repeats kept."""

@@ -59,6 +59,7 @@ class MaskInfo:
     causal: bool
     window: int
     mask: Tensor | None
+    chunk: int = 0  # only while a model is captured to be served; else chunks are in `mask`
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class _Trace:
     """Masks handed out while one model is traced: (stand-in tensor, its meaning)."""
 
     positions_given: bool
+    serving: bool
     masks: list[tuple[Tensor, MaskInfo]] = field(default_factory=list)
 
     def lookup(self, mask: Tensor) -> MaskInfo | None:
@@ -82,13 +84,16 @@ def is_huggingface(model: nn.Module) -> bool:
 
 
 @contextmanager
-def shardwright_attention(model: nn.Module, *, positions_given: bool = False) -> Generator[None]:
+def shardwright_attention(
+    model: nn.Module, *, positions_given: bool = False, serving: bool = False
+) -> Generator[None]:
     """Inside, `model` and its submodels call our operators and keep no KV cache.
 
     The operators are `shardwright::attention` and, for experts, `shardwright::moe`.
 
     `positions_given`: the caller passes `position_ids`, which may pack several sequences into one
-    row; a mask that separates them is then built as a tensor.
+    row; a mask that separates them is then built as a tensor.  `serving`: what is captured will
+    attend over a cache, where attention in chunks must not pass for causal while it is short.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -100,7 +105,7 @@ def shardwright_attention(model: nn.Module, *, positions_given: bool = False) ->
     switched: dict[int, Any] = {id(m.config): m.config for m in models if _can_switch(m)}
     caching = [(config, config.use_cache) for config in configs.values() if _caches(config)]
     before = [(config, config._attn_implementation_internal) for config in switched.values()]
-    token = _trace.set(_Trace(positions_given))
+    token = _trace.set(_Trace(positions_given, serving))
     try:
         for config, _ in before:
             config._attn_implementation_internal = NAME
@@ -224,10 +229,11 @@ def _mask(
     if q_offset != 0 or kv_offset != 0:
         raise ValueError("capture runs without a KV cache, but the model passed cached positions")
     overlays = _overlays(mask_function, trace.positions_given)
-    band = _band(overlays)
+    chunk, rest = _chunk(overlays) if trace.serving else (0, overlays)
+    band = _band(rest)
     if band is not None:
         padding = None if attention_mask is None else attention_mask.to(torch.bool)
-        info = MaskInfo(*band, None if padding is None else padding[:, None, None, :])
+        info = MaskInfo(*band, None if padding is None else padding[:, None, None, :], chunk)
     elif use_vmap:
         raise ValueError(
             "the model adds a mask function of its own to the attention mask "
@@ -308,6 +314,7 @@ def _attention_forward(
         float(softcap or 0.0),
         float(dropout),
         s_aux,
+        info.chunk,
     )
     return output.transpose(1, 2), None
 
@@ -354,6 +361,15 @@ def _without_packing(function: Any, positions_given: bool) -> Callable[..., Any]
     from transformers.masking_utils import and_masks
 
     return and_masks(*_overlays(function, positions_given))
+
+
+def _chunk(overlays: tuple[Callable[..., Any], ...]) -> tuple[int, tuple[Callable[..., Any], ...]]:
+    """Length of the chunks that attention does not leave, 0 for none, and the other overlays."""
+    chunks = [f for f in overlays if _name(f) == "chunked_overlay"]
+    sizes = [int(_closure(f)["chunk_size"]) for f in chunks]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the model attends in chunks of {sizes} tokens at once")
+    return (sizes[0] if sizes else 0), tuple(f for f in overlays if f not in chunks)
 
 
 def _band(overlays: tuple[Callable[..., Any], ...]) -> tuple[bool, int] | None:

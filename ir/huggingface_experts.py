@@ -48,6 +48,17 @@ def shardwright_experts(model: nn.Module) -> Generator[None]:
             config._experts_implementation_internal = implementation
 
 
+def use_own_loops(model: nn.Module) -> None:
+    """From now on the experts of `model` run in transformers' own loops over experts.
+
+    By default they run in torch's grouped product, which knows no float64.
+    """
+    for module in model.modules():
+        if _is_experts(module):
+            config: Any = module.config
+            config._experts_implementation_internal = "eager"
+
+
 def _is_experts(module: nn.Module) -> bool:
     """Does the module look its function up in transformers' registry?"""
     marks = ("config", "has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -163,4 +174,4 @@ def _same(function: Callable[[Tensor], Tensor], inputs: Tensor, wanted: Tensor) 
     return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
 
 
-__all__ = ["form_of", "shardwright_experts"]
+__all__ = ["form_of", "shardwright_experts", "use_own_loops"]

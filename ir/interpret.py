@@ -170,11 +170,13 @@ def cached_attention_math(
     softcap: float,
     context: int,
     value_dim: int = 0,
+    sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tokens]:
     """Attention of new tokens over all that are known, and all that are known then.
 
-    Without `v` the values are the first `value_dim` numbers of the keys.  `context`, the number
-    that was planned for, changes nothing.
+    Without `v` the values are the first `value_dim` numbers of the keys.  `sinks` (hq,) and
+    `chunk`: see `attention_math`.  `context`, the number that was planned for, changes nothing.
     """
     v = k[..., :value_dim] if v is None else v
     keys = positions
@@ -185,8 +187,10 @@ def cached_attention_math(
     mask = (columns >= 0) & (columns <= rows)
     if window:
         mask &= columns > rows - window
+    if chunk:
+        mask &= columns // chunk == rows // chunk
     out = attention_math(
-        q, k, v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0
+        q, k, v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0, sinks=sinks
     )
     return out, Tokens(k, v, keys)
 

@@ -908,6 +908,29 @@ register("aten.transpose.int", Op(_transpose_rule, "{self}.transpose({dim0}, {di
 register("aten.permute.default", Op(_permute_rule, "{self}.permute({dims})", kind="view"))
 
 
+def _pairs(text: str) -> Callable[[Node], Rule]:
+    """Complex numbers and the pairs of real ones that they are."""
+
+    def build(node: Node) -> Rule:
+        return replace(_text(text)(node), linear=(frozenset({0}),), passes=True)
+
+    return build
+
+
+register(
+    "aten.view_as_complex.default",
+    Op(_pairs("... [two] -> ..."), "torch.view_as_complex({self})", kind="view"),
+)
+register(
+    "aten.view_as_real.default",
+    Op(_pairs("... -> ... [two]"), "torch.view_as_real({self})", kind="view"),
+)
+register(
+    "aten.polar.default",
+    Op(_elementwise(uneven=False), "torch.polar({abs}, {angle})", saves=("result",)),
+)
+
+
 def _reversed_rule(node: Node) -> Rule:
     return _permute(node, list(reversed(range(len(node.operands[0].type.shape)))))
 
@@ -1521,6 +1544,8 @@ _ATTENTION = {
 
 
 def _emit_attention(node: Node, render: Render) -> str:
+    if dict(node.args).get("chunk"):
+        raise ValueError(f"{node.loc}: attention in chunks is only known over a cache")
     query = render.arg("q")
     kwargs = {
         "scale": render.arg("scale"),
@@ -1559,7 +1584,8 @@ register(
 def _cached_attention_rule(node: Node) -> Rule:
     """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand.
 
-    Without the operand v the values are the first `value_dim` numbers of the keys.
+    Without the operand v the values are the first `value_dim` numbers of the keys.  Sinks, the last
+    operand if there are any, are cut with the query heads and join once where keys are cut.
     """
     query, key = node.operands[:2]
     context = node.arg("context")
@@ -1567,11 +1593,13 @@ def _cached_attention_rule(node: Node) -> Rule:
     heads, new = key.type.shape[1], query.type.shape[2]
     groups = query.type.shape[1] // heads
     values = "" if values_in_keys(node) else " b n [k] [e],"
-    text = f"b (n g) [q] [d], b n [k] [d],{values} b [q] -> b (n g) [q] [e]"
+    sink, sinks = ("", ()) if _sinks(node) is None else (", (n g)", (V,))
+    text = f"b (n g) [q] [d], b n [k] [d],{values} b [q]{sink} -> b (n g) [q] [e]"
     rule = _text(text, sizes={"n": heads, "g": groups})(node)
-    tensors = len(node.operands) - 1  # besides the positions
-    shared = Algorithm(("q", "k", "c"), ((S(2),) * tensors) + (S(1),), (S(2),))
-    whole = Algorithm(("c",), (R,) * (tensors + 1), (R,), label="s")
+    tensors = 2 if values_in_keys(node) else 3  # that have tokens in dim 2
+    cut = (S(2),) * tensors + (S(1),)
+    shared = Algorithm(("q", "k", "c"), (*cut, *sinks), (S(2),))
+    whole = Algorithm(("c",), (R,) * len(node.operands), (R,), label="s")
     return replace(
         rule,
         sizes={**rule.sizes, "c": context + new},
@@ -1601,6 +1629,8 @@ def _emit_cached_attention(node: Node, render: Render) -> str:
         scale=render.arg("scale"),
         window=render.arg("window") if node.arg("window") else "",
         softcap=render.arg("softcap") if node.arg("softcap") else "",
+        sinks="" if _sinks(node) is None else render.arg("sinks"),
+        chunk=render.arg("chunk") if dict(node.args).get("chunk") else "",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
 from .indices import index_limits
-from .ops import kind_of
+from .ops import find_op, kind_of, rule_of
 from .rewrite import live_items, with_operands
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
@@ -33,29 +33,25 @@ def serving_graph(graph: Graph, context: int) -> Graph:
 
         attention(q, k, v, causal)  ->  cached_attention(q, k, v, positions, cache="kv")
         logits = lm_head(x)         ->  logits = lm_head(last_token(x, positions))
+        arange(t)                   ->  positions
 
     `context` is the number of tokens that are cached before.  Raises ServingError where the model
     has no input for positions or too few of them, no output `logits`, or another
-    attention than a causal one.
+    attention than a causal one, or counts tokens in a way that is not known.
     """
     positions = _positions(graph)
     _check_length(graph, positions, context)
     pass_ = _Pass(positions, context)
-    body: list[Node | Loop] = []
     known = replace(positions, name=f"{positions.name}_known")
-    clamp = Node(
-        known.name,
-        "aten.clamp_min.default",
-        (("self", positions), ("min", 0)),
-        (known,),
-        Loc(targets=("position_ids",)),
-    )
-    body.append(clamp)
+    clamp = _known(positions, known)
+    body: list[Node | Loop] = [clamp]
+    counted = _Counted(known)
     for item in graph.body:
         if isinstance(item, Loop):
+            counted.check(item)
             body.append(pass_.loop(item, known))
-        else:
-            body.append(pass_.node(with_operands(item, {positions.name: known}), positions))
+        elif told := counted.told(with_operands(item, {positions.name: known})):
+            body.append(pass_.node(told, positions))
     served = replace(graph, body=tuple(body))
     return _named_inputs(_last_logits(_without_unread(served, clamp), positions), positions)
 
@@ -125,12 +121,13 @@ class _Pass:
             cache = f"kv_{self.outside}"
             self.outside += 1
         tensors: list[tuple[str, Arg]] = [(name, node.arg(name)) for name in ("q", "k", "v")]
-        options: list[tuple[str, Arg]] = [
-            (name, node.arg(name)) for name in ("scale", "window", "softcap")
-        ]
+        chunk, window = dict(node.args).get("chunk", 0), node.arg("window")
+        assert isinstance(chunk, int) and isinstance(window, int)
+        window = min(window or chunk, chunk) if chunk else window  # no chunk reaches further
         args = (
-            *tensors, ("positions", positions), *options, ("context", self.context),
-            ("cache", cache), ("value_dim", 0),
+            *tensors, ("positions", positions), ("scale", node.arg("scale")), ("window", window),
+            ("softcap", node.arg("softcap")), ("context", self.context), ("cache", cache),
+            ("value_dim", 0), ("sinks", dict(node.args).get("sinks")), ("chunk", chunk),
         )  # fmt: skip
         return replace(node, op="shardwright.cached_attention", args=args)
 
@@ -145,13 +142,108 @@ class _Pass:
     def block(self, block: Block, kind: int) -> Block:
         """The block with an input for positions."""
         inner = replace(self.positions, name=f"{block.nodes[0].name}.positions{kind}")
+        counted = _Counted(replace(inner, name=f"{inner.name}_known"))
         count = 0
         nodes: list[Node] = []
         for node in block.nodes:
             if kind_of(node) == "attention":
                 count += 1
-            nodes.append(self.node(node, inner, "kv" if count == 1 else f"kv_{count}"))
+            if told := counted.told(node):
+                nodes.append(self.node(told, inner, "kv" if count == 1 else f"kv_{count}"))
+        counted.check(*block.outputs)
+        if counted.used:
+            nodes.insert(0, _known(inner, counted.known))
         return replace(block, inputs=(*block.inputs, inner), nodes=tuple(nodes))
+
+
+def _known(positions: Value, known: Value) -> Node:
+    """The node that makes 0 of the position of padding."""
+    args: tuple[tuple[str, Arg], ...] = (("self", positions), ("min", 0))
+    return Node(
+        known.name, "aten.clamp_min.default", args, (known,), Loc(targets=("position_ids",))
+    )
+
+
+class _Counted:
+    """Puts `known` positions (b, t) in place of tokens that a model counts, `arange(t)`.
+
+    What is computed of these elementwise, (t,) or (1, t, 1, ...), is then computed for each
+    sequence, (b, t) or (b, t, 1, ...), until it meets something that has a batch and tokens.
+    """
+
+    def __init__(self, known: Value) -> None:
+        self.known = known
+        self._by: dict[str, Value] = {}  # what is counted, for each sequence
+
+    @property
+    def used(self) -> bool:
+        """Was anything counted?"""
+        return bool(self._by)
+
+    def told(self, node: Node) -> Node | None:
+        """The node for known positions; None for the one that counts."""
+        lead = self.known.type.shape
+        if _counts(node, lead[1]):
+            self._by[node.output.name] = self.known
+            return None
+        counted = [value for value in node.operands if value.name in self._by]
+        if not counted:
+            return node
+        new, (old,) = with_operands(node, self._by), node.outputs
+        if any(len(value.type.shape) == len(old.type.shape) for value in counted):
+            if old.type.shape[:2] == lead and len(lead) <= len(old.type.shape):
+                return new
+            if old.type.shape == counted[0].type.shape and _is_pointwise(node):
+                return self._like(new, self._by[counted[0].name].type.shape)
+        elif node.op in ("aten.reshape.default", "aten.unsqueeze.default"):
+            shape = old.type.shape
+            if shape[:2] == (1, lead[1]) and set(shape[2:]) <= {1}:
+                return self._like(_reshape(new, (*lead, *shape[2:])), (*lead, *shape[2:]))
+        raise _counts_itself(node.loc)
+
+    def _like(self, node: Node, shape: tuple[int, ...]) -> Node:
+        """The node with a result of `shape`, which is counted too."""
+        old = node.output
+        made = replace(old, type=replace(old.type, shape=shape))
+        self._by[old.name] = made
+        return replace(node, outputs=(made,))
+
+    def check(self, *readers: Loop | Value) -> None:
+        """Raise ServingError if what is counted leaves the nodes that were told."""
+        for reader in readers:
+            values = _reads(reader) if isinstance(reader, Loop) else (reader,)
+            if any(value.name in self._by for value in values):
+                raise _counts_itself(Loc())
+
+
+def _counts(node: Node, tokens: int) -> bool:
+    """Does it number the tokens, 0 to `tokens` - 1?"""
+    args = dict(node.args)
+    return (
+        node.op.startswith("aten.arange.")
+        and (args.get("start", 0), args["end"], args.get("step", 1)) == (0, tokens, 1)
+        and not node.output.type.dtype.is_floating_point
+    )
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Is each element of the result made of one element of the only operand?"""
+    if find_op(node.op) is None or len(node.operands) != 1:
+        return False
+    rule = rule_of(node)
+    return rule.operands[0] == rule.results[0] and not rule.whole
+
+
+def _reshape(node: Node, shape: tuple[int, ...]) -> Node:
+    args: tuple[tuple[str, Arg], ...] = (("self", node.operands[0]), ("shape", shape))
+    return replace(node, op="aten.reshape.default", args=args)
+
+
+def _counts_itself(loc: Loc) -> ServingError:
+    return ServingError(
+        f"{loc}: the model counts its tokens itself (torch.arange), so that each step would begin"
+        " at 0 again; use the input `position_ids` instead"
+    )
 
 
 def _why_not(node: Node) -> str | None:
@@ -167,8 +259,6 @@ def _why_not(node: Node) -> str | None:
         return "has a mask that is a tensor (leave `attention_mask` out: padding has position -1)"
     if node.arg("dropout_p"):
         return "has dropout"
-    if dict(node.args).get("sinks") is not None:
-        return "has sinks"
     return None
 
 

@@ -224,13 +224,13 @@ def _tie_free(atoms: _Atoms, node: Node) -> None:
 
 def _tie_slice(atoms: _Atoms, node: Node) -> None:
     operand = node.operands[0]
-    dim = _int(node, "dim") % len(operand.type.shape)
+    dim = node.int_arg("dim") % len(operand.type.shape)
     x, y = atoms.dim(operand, dim), atoms.dim(node.output, dim)
     start = _start(node, x.size)
     unit = gcd(start, x.size, y.size)
     if x.size == y.size:
         atoms.equate([x], [y])
-    elif _int(node, "step") != 1:
+    elif node.int_arg("step") != 1:
         atoms.fix(x, y)
     elif x.size // unit <= _RATIO:
         shared = _Atom(unit)
@@ -247,12 +247,12 @@ def _tie_slice(atoms: _Atoms, node: Node) -> None:
 def _tie_parts(atoms: _Atoms, node: Node) -> None:
     """Split and chunk: parts of one dim."""
     operand = node.operands[0]
-    dim = _int(node, "dim") % len(operand.type.shape)
+    dim = node.int_arg("dim") % len(operand.type.shape)
     _tie_sum(atoms, atoms.dim(operand, dim), [atoms.dim(out, dim) for out in node.outputs])
 
 
 def _tie_cat(atoms: _Atoms, node: Node) -> None:
-    dim = _int(node, "dim") % len(node.output.type.shape)
+    dim = node.int_arg("dim") % len(node.output.type.shape)
     _tie_sum(atoms, atoms.dim(node.output, dim), [atoms.dim(v, dim) for v in node.operands])
 
 
@@ -284,23 +284,23 @@ def _tie_pad(atoms: _Atoms, node: Node) -> None:
 
 def _tie_select(atoms: _Atoms, node: Node) -> None:
     operand = node.operands[0]
-    dim = _int(node, "dim")
+    dim = node.int_arg("dim")
     size = operand.type.shape[dim]
-    if _int(node, "index") not in (0, -1, size - 1):
+    if node.int_arg("index") not in (0, -1, size - 1):
         atoms.fix(atoms.dim(operand, dim))
 
 
 def _tie_stack(atoms: _Atoms, node: Node) -> None:
-    atoms.fix(atoms.dim(node.output, _int(node, "dim")))
+    atoms.fix(atoms.dim(node.output, node.int_arg("dim")))
 
 
 def _tie_unbind(atoms: _Atoms, node: Node) -> None:
-    atoms.fix(atoms.dim(node.operands[0], _int(node, "dim")))
+    atoms.fix(atoms.dim(node.operands[0], node.int_arg("dim")))
 
 
 def _tie_repeat(atoms: _Atoms, node: Node) -> None:
     """`repeats` stays."""
-    dim = _int(node, "dim") % len(node.output.type.shape)
+    dim = node.int_arg("dim") % len(node.output.type.shape)
     x, y = atoms.dim(node.operands[0], dim), atoms.dim(node.output, dim)
     atoms.equate([y], [x, _Atom(y.size // x.size, fixed=True)])
 
@@ -308,7 +308,7 @@ def _tie_repeat(atoms: _Atoms, node: Node) -> None:
 def _tie_gather(atoms: _Atoms, node: Node) -> None:
     """The result is shaped like the indices; the dim that is read keeps its rows."""
     source, index = node.operands
-    dim = _int(node, "dim") % len(source.type.shape)
+    dim = node.int_arg("dim") % len(source.type.shape)
     for i in range(len(source.type.shape)):
         atoms.equate([atoms.dim(index, i)], [atoms.dim(node.output, i)])
         x, y = atoms.dim(source, i), atoms.dim(index, i)
@@ -320,13 +320,13 @@ def _tie_gather(atoms: _Atoms, node: Node) -> None:
 
 def _tie_topk(atoms: _Atoms, node: Node) -> None:
     """What is chosen from, and how much of it, stays: a router's experts and choices."""
-    dim = _int(node, "dim")
+    dim = node.int_arg("dim")
     atoms.fix(atoms.dim(node.operands[0], dim), atoms.dim(node.output, dim))
 
 
 def _tie_scatter(atoms: _Atoms, node: Node) -> None:
     """The dim that is written along stays, and that of the indices."""
-    dim = _int(node, "dim")
+    dim = node.int_arg("dim")
     atoms.fix(*(atoms.dim(value, dim) for value in node.operands))
 
 
@@ -599,25 +599,25 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
             changes[name] = result
     match node.op:
         case "aten.unflatten.int":
-            first = _int(node, "dim") % len(given)
+            first = node.int_arg("dim") % len(given)
             changes["sizes"] = result[first : first + len(result) - len(given) + 1]
         case "aten.layer_norm.default" | "aten.rms_norm.default":
             inner = node.arg("normalized_shape")
             assert isinstance(inner, tuple)
             changes["normalized_shape"] = result[len(result) - len(inner) :]
         case "aten.arange.default" | "aten.arange.start" | "aten.arange.start_step":
-            start = _int(node, "start") if "start" in names else 0
-            step = _int(node, "step") if "step" in names else 1
+            start = node.int_arg("start") if "start" in names else 0
+            step = node.int_arg("step") if "step" in names else 1
             changes["end"] = start + step * result[0]
-        case "aten.slice.Tensor" if _int(node, "step") == 1:  # with steps the dim stays
+        case "aten.slice.Tensor" if node.int_arg("step") == 1:  # with steps the dim stays
             changes |= _new_slice(node, given, result)
         case "aten.split.Tensor":
-            changes["split_size"] = result[_int(node, "dim")]
+            changes["split_size"] = result[node.int_arg("dim")]
         case "aten.split_with_sizes.default":
-            dim = _int(node, "dim")
+            dim = node.int_arg("dim")
             changes["split_sizes"] = tuple(shape(out)[dim] for out in node.outputs)
         case "aten.select.int":
-            dim, index = _int(node, "dim"), _int(node, "index")
+            dim, index = node.int_arg("dim"), node.int_arg("index")
             if index > 0 and index == node.operands[0].type.shape[dim] - 1:
                 changes["index"] = given[dim] - 1
         case "aten.embedding.default":
@@ -634,7 +634,7 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
 def _new_slice(node: Node, given: Sequence[int], result: Sequence[int]) -> dict[str, Arg]:
     """Bounds of the slice: from the start, to the end, or the same parts of the whole."""
     old = node.operands[0].type.shape
-    dim = _int(node, "dim") % len(old)
+    dim = node.int_arg("dim") % len(old)
     before, after = node.output.type.shape[dim], result[dim]
     start = _start(node, old[dim])
     if start == 0:
@@ -648,24 +648,19 @@ def _new_slice(node: Node, given: Sequence[int], result: Sequence[int]) -> dict[
 
 def _new_reach(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, Arg]:
     """Fewer cached tokens; a window that hides something still does."""
-    window, key = _int(node, "window"), node.operands[1]
+    window, key = node.int_arg("window"), node.operands[1]
     before, after = key.type.shape[2], shape(key)[2]
     changes: dict[str, Arg] = {}
     if node.op == "shardwright.cached_attention":
-        context = _int(node, "context")
+        context = node.int_arg("context")
         changes["context"] = min(context, _MOST_CONTEXT)
         before, after = before + context, after + min(context, _MOST_CONTEXT)
     if window > 0 and before != after:
         kept = after if window >= before else max(1, min(window, after // 2))
         changes["window"] = kept
+        if dict(node.args).get("chunk"):  # its window is as long
+            changes["chunk"] = kept
     return changes
-
-
-def _int(node: Node, name: str) -> int:
-    value = node.arg(name)
-    if not isinstance(value, int):
-        raise ValueError(f"{node.loc}: argument `{name}` of `{node.op}` is {value}, not a number")
-    return value
 
 
 def _start(node: Node, size: int) -> int:

@@ -264,7 +264,7 @@ def _order(node: Node) -> list[int]:
     rank = len(node.output.type.shape)
     order = list(range(rank))
     if node.op == _TRANSPOSE:
-        a, b = (_int(node.arg(name)) % rank for name in ("dim0", "dim1"))
+        a, b = (node.int_arg(name) % rank for name in ("dim0", "dim1"))
         order[a], order[b] = order[b], order[a]
     else:
         dims = node.arg("dims")
@@ -278,13 +278,13 @@ def _reads(node: Node, dim: int) -> Iterator[_Read]:
     shape = node.operands[0].type.shape
     if node.op not in (*_SPLITS, *_DROPS_DIM, "aten.slice.Tensor"):
         return
-    if _int(node.arg("dim")) % len(shape) != dim:
+    if node.int_arg("dim") % len(shape) != dim:
         return
     targets = node.loc.targets if len(node.loc.targets) == len(node.outputs) else ()
     names = targets or [""] * len(node.outputs)
     start = 0
     if node.op == "aten.select.int":
-        start = _int(node.arg("index")) % shape[dim]
+        start = node.int_arg("index") % shape[dim]
     elif node.op == "aten.slice.Tensor":
         if node.arg("step") != 1:
             return

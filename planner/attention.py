@@ -22,12 +22,14 @@ With a cache, new tokens q (b, hq, t, d) attend s cached rows per rank (the new 
 
 With fewer key heads than ranks Ulysses sends each rank those that its query heads attend.  A ring
 hides its hops behind the compute, so that a step takes the longer of the two, and so does a window.
+Steps in which mask and order of the tokens leave nothing to compute still pass the keys on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..costmodel.compute import attention_s
 from ..ir.graph import Node
@@ -222,63 +224,116 @@ def _halos(local: Local) -> list[int]:
     return rows
 
 
-def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tuple[float, float]:
-    """(forward, backward) seconds on the busiest rank, transfers included."""
-    step, steps = _compute(local, dtype, network)
-    moved = transfers(local, backward=backward)
+def seconds(
+    local: Local, dtype: str, network: Network, *, backward: bool, moving: bool = True
+) -> tuple[float, float]:
+    """(forward, backward) seconds on the busiest rank; without `moving`, of its compute alone."""
+    steps = _compute(local, dtype, network)
+    moved = transfers(local, backward=backward) if moving else []
 
-    def passing(compute: float, back: bool) -> float:
-        """Seconds of `compute` per step and of what moves meanwhile and besides."""
-        hops = [
+    def passing(times: float, back: bool) -> float:
+        """Seconds of all steps, each `times` its forward pass, and of what moves meanwhile."""
+        compute = [times * step for step in steps]
+        hop = sum(
             network.seconds(t.kind, (t.axis,), t.bytes)
             for t in moved
             if t.backward == back and t.hidden
-        ]
+        )
         exposed = sum(
             t.times * network.seconds(t.kind, (t.axis,), t.bytes)
             for t in moved
             if t.backward == back and not t.hidden
         )
-        if steps > 1:  # the last one waits for nothing
-            return compute + (steps - 1) * max(compute, sum(hops)) + exposed
-        return max(compute, sum(hops)) + exposed
+        if len(compute) == 1:
+            return max(compute[0], hop) + exposed
+        # the last step waits for nothing
+        return sum(max(step, hop) for step in compute[:-1]) + compute[-1] + exposed
 
-    back = passing(BACKWARD * step, True) if backward else 0.0
-    return passing(step, False), back
+    return passing(1.0, False), passing(BACKWARD, True) if backward else 0.0
 
 
-def _compute(local: Local, dtype: str, network: Network) -> tuple[float, int]:
-    """(seconds of one step, number of steps) of the busiest rank."""
-    p, causal = local.ranks, local.causal
-    heads, kv_heads, queries, keys, steps = (
-        local.heads, local.kv_heads, local.queries, local.keys, 1,
-    )  # fmt: skip
+def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
+    """Seconds of each step of the busiest rank; all but rings have one."""
+    p = local.ranks
+    heads, kv_heads, queries, keys = local.heads, local.kv_heads, local.queries, local.keys
     match local.algorithm:
         case _ if local.cached:
             keys *= p if local.algorithm == "gather" else 1
             steps = p if local.algorithm in ("ring", "pass_q") else 1
-            share = _cached_share(local)
+            shares = (_cached_share(local),) * steps
         case "ring":
-            steps, share = p, 0.5 if causal and local.zigzag else 1.0
+            shares = ring_shares(keys, p, local.causal, local.window, local.zigzag)
         case "gather":
             keys *= p
-            share = _share(local, keys, 2 if local.zigzag else 2 * p)
+            each = ring_shares(local.keys, p, local.causal, local.window, local.zigzag)
+            shares = (sum(each) / p,)
         case "ulysses":
             heads, kv_heads = heads // p, _kv_heads_each(local)
             queries, keys = queries * p, keys * p
-            share = _share(local, keys, 2)
+            shares = (_share(local, keys, 2),)
         case "window":
             keys = min(keys + local.halo, keys * p)
-            share = min(1.0, local.window / keys)
+            shares = (min(1.0, local.window / keys),)
         case _:
-            share = _share(local, keys, 2 * local.query_ways)
+            shares = (_share(local, keys, 2 * local.query_ways),)
     dims = (local.batch, heads, kv_heads, queries, keys, local.key_dim)
     shared = local.values_in_keys
-    step = network.once(
-        ("attention", *dims, share, dtype, shared),
-        lambda: attention_s(*dims, dtype, network.cluster, share, values_in_keys=shared),
+    split = local.cached and 2 * queries <= keys  # kernels of prefill do not share keys out
+
+    def step(share: float) -> float:
+        if not share:
+            return 0.0
+        return network.once(
+            ("attention", *dims, share, dtype, shared, split),
+            lambda: attention_s(
+                *dims, dtype, network.cluster, share, values_in_keys=shared, split_keys=split
+            ),
+        )
+
+    return tuple(step(share) for share in shares)
+
+
+@lru_cache(maxsize=1024)
+def ring_shares(
+    rows: int, ranks: int, causal: bool, window: int, zigzag: bool
+) -> tuple[float, ...]:
+    """Share of its queries x one rank's keys that the busiest rank computes in each step of a ring.
+
+    Every rank holds `rows` tokens; in step s it has the keys of the rank s before it.  The busiest
+    is the last rank, which attends most or, in zigzag order, has the two chunks in the middle, and
+    without a causal mask or zigzag order the first, to which a window leaves all later keys.
+    """
+    chunk = -(-rows // 2) if zigzag else rows
+
+    def chunks(rank: int) -> tuple[int, ...]:
+        return (rank, 2 * ranks - 1 - rank) if zigzag else (rank,)
+
+    busiest = ranks - 1 if causal or zigzag else 0
+    return tuple(
+        sum(
+            _pairs((q - k) * chunk, chunk, causal, window)
+            for q in chunks(busiest)
+            for k in chunks((busiest - step) % ranks)
+        )
+        / (chunk * len(chunks(busiest))) ** 2
+        for step in range(ranks)
     )
-    return step, steps
+
+
+def _pairs(ahead: int, rows: int, causal: bool, window: int) -> int:
+    """Pairs that attend, of `rows` queries and `rows` keys; the first query is `ahead` of the first
+    key."""
+
+    def at_least(distance: int) -> int:
+        """Pairs whose query is so far or further ahead of its key: sum of 1, 2, ..., rows, rows."""
+
+        def up_to(last: int) -> int:
+            ramp = min(max(last, 0), rows)
+            return ramp * (ramp + 1) // 2 + max(last - rows, 0) * rows
+
+        return up_to(rows + ahead - distance) - up_to(ahead - distance)
+
+    return (at_least(0) if causal else rows * rows) - (at_least(window) if window else 0)
 
 
 def _share(local: Local, keys: int, cut: int) -> float:

@@ -98,7 +98,7 @@ class Local:
 
 
 def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tuple[float, float]:
-    """(forward, backward) seconds on the busiest rank, exchanges included."""
+    """(forward, backward) seconds on the busiest rank, without the exchanges."""
     pairs = max(local.pairs, 1.0)
     # Of few rows each goes to another expert: their weights are what is read.
     active = max(local.experts * (1.0 - (1.0 - 1.0 / local.experts) ** pairs), 1.0)
@@ -117,12 +117,19 @@ def seconds(local: Local, dtype: str, network: Network, *, backward: bool) -> tu
     result = local.tokens * local.out * local.itemsize
     moved = network.traffic_seconds(2.0 * (saved_bytes(local) + result))
     forward = sum(product(*sizes) for sizes in products) + moved
-    forward += sum(network.seconds("all_to_all", local.axes, n) for n in exchanged(local, False))
     if not backward:
         return forward, 0.0
-    back = sum(product(m, k, n) + product(k, n, m) for m, n, k in products) + moved
-    back += sum(network.seconds("all_to_all", local.axes, n) for n in exchanged(local, True))
-    return forward, back
+    return forward, sum(product(m, k, n) + product(k, n, m) for m, n, k in products) + moved
+
+
+def exchange_seconds(local: Local, network: Network, *, backward: bool) -> tuple[float, float]:
+    """(forward, backward) seconds of the exchanges, which nothing hides."""
+
+    def passing(back: bool) -> float:
+        sent = exchanged(local, back)
+        return sum(network.seconds("all_to_all", local.axes, n) for n in sent)
+
+    return passing(False), passing(True) if backward else 0.0
 
 
 def exchanged(local: Local, backward: bool) -> list[float]:
@@ -144,4 +151,6 @@ def saved_bytes(local: Local) -> float:
     return local.pairs * widths * local.itemsize
 
 
-__all__ = ["Local", "exchanged", "saved_bytes", "seconds", "usual_imbalance"]
+__all__ = [
+    "Local", "exchange_seconds", "exchanged", "saved_bytes", "seconds", "usual_imbalance",
+]  # fmt: skip

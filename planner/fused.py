@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..costmodel.cluster import Cluster
 from ..ir.graph import Graph
 from ..ir.latent import absorbed, cached_numbers
-from ..ir.mesh import Mesh
 from ..ir.unfuse import unfuse
 from .build import all_params
 from .errors import InfeasibleError, PlanError
-from .plan import Baseline, Plan, Request
+from .plan import Baseline, Plan
 from .report import format_seconds
 from .roles import Pin, Pins
-from .search import Clock, Progress, make_plan
+from .search import Clock, Job, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +40,7 @@ class Variant:
 Tried = list[tuple[Variant, Plan | PlanError]]
 
 
-def make_faster_plan(
-    graph: Graph,
-    cluster: Cluster,
-    request: Request,
-    *,
-    mesh: Mesh | None,
-    pins: Sequence[str],
-    solver: str,
-    time_limit_s: float,
-    clock: Clock,
-    progress: Progress,
-) -> Plan:
+def make_faster_plan(graph: Graph, job: Job) -> Plan:
     """As `make_plan`; the best of planning each of the graph's variants.
 
     Takes the time of two plans where projections are fused or attention is over latents, of four
@@ -62,19 +49,10 @@ def make_faster_plan(
     """
 
     def made(variant: Variant) -> Plan:
-        return make_plan(
-            variant.graph,
-            cluster,
-            request,
-            mesh=mesh,
-            pins=pins,
-            solver=solver,
-            time_limit_s=time_limit_s,
-            clock=clock,
-            progress=saying(progress, variant.way),
-        )
+        return make_plan(variant.graph, job.saying(variant.way))
 
-    return fastest(_variants(graph, pins), made, lambda plan: plan.seconds, clock)
+    variants = _variants(graph, job.request.pins)
+    return fastest(variants, made, lambda plan: plan.seconds, job.clock)
 
 
 def fastest(
@@ -140,15 +118,6 @@ def forms(graph: Graph) -> list[Variant]:
     return [plain] if absorbed_graph is graph else [plain, Variant(absorbed_graph, False, True)]
 
 
-def saying(progress: Progress, way: str) -> Progress:
-    """`progress`, with `way` after each step."""
-
-    def report(step: str) -> None:
-        progress(step + way)
-
-    return report
-
-
 def _fused_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
     """How much slower it is to compute projections the other way."""
     same = [(v, plan) for v, plan in tried if v.latent == best.latent]
@@ -201,4 +170,4 @@ def _rank(row: Baseline) -> tuple[bool, float, float]:
     return (row.seconds is None, row.seconds or 0.0, row.peak_bytes)
 
 
-__all__ = ["Variant", "fastest", "forms", "make_faster_plan", "saying"]
+__all__ = ["Variant", "fastest", "forms", "make_faster_plan"]

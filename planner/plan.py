@@ -11,6 +11,7 @@ from ..ir.graph import Graph, Value
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec
 from .build import Decisions
+from .pricing import Work
 from .program import PricedStep, Program, lower
 
 
@@ -31,6 +32,11 @@ class Request:
     context: int = 0  # tokens of each sequence that are cached before
     output_tokens: int = 0  # of each answer, in phase `serve`
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
+
+    @property
+    def decode_steps(self) -> int:
+        """Decodes of an answer: prefill gives its first token.  At least one is planned."""
+        return max(self.output_tokens - 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +61,15 @@ class Memory:
 class Baseline:
     """An ordinary plan priced by the same model.
 
-    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.
+    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
+    what the seconds go into, as `planner.split` has it.
     """
 
     name: str
     mesh: str
     seconds: float | None
     peak_bytes: float
+    spent: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +81,6 @@ class Search:
     gap: float
     meshes: int
     seconds: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSeconds:
-    """Seconds of one run of a node, forward and backward."""
-
-    forward_s: float
-    backward_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Plan:
     mesh: Mesh
     decisions: Decisions
     paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
-    work: dict[str, NodeSeconds]
+    work: dict[str, Work]
     seconds: float
     optimizer_s: float
     memory: Memory
@@ -142,7 +142,7 @@ class Plan:
         if self.decode is None:
             raise ValueError(f"a plan for phase {self.request.phase} has no answers")
         conversion = sum(recache.seconds for recache in self.recached)
-        return self.seconds + conversion + self.request.output_tokens * self.decode.seconds
+        return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
 
     @property
     def training(self) -> bool:

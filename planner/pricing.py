@@ -29,15 +29,35 @@ _POSITION_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Seconds of one node on one rank."""
+    """Seconds of one run of a node on one rank, forward and backward.
+
+    The `moving` ones are those of them in which the op waits for collectives that it runs itself,
+    over the mesh's `axes`.
+    """
 
     forward_s: float
     backward_s: float
+    forward_moving_s: float = 0.0
+    backward_moving_s: float = 0.0
+    axes: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Forward and backward."""
         return self.forward_s + self.backward_s
+
+    @property
+    def moving_s(self) -> float:
+        """Forward and backward, of the collectives inside."""
+        return self.forward_moving_s + self.backward_moving_s
+
+    def moving(self, forward_s: float, backward_s: float, axes: tuple[int, ...]) -> Work:
+        """This work, which is compute alone, and collectives over `axes` besides."""
+        if not forward_s and not backward_s:
+            return self
+        return Work(
+            self.forward_s + forward_s, self.backward_s + backward_s, forward_s, backward_s, axes
+        )
 
 
 def local_bytes(value: Value, spec: Spec, sizes: tuple[int, ...]) -> int:
@@ -77,11 +97,13 @@ def price(
         case "experts":
             local = experts.Local.of(node, choices, sizes, imbalance)
             dtype = str(node.output.type.dtype)
-            return Work(*experts.seconds(local, dtype, network, backward=backward))
+            alone = Work(*experts.seconds(local, dtype, network, backward=backward))
+            sent = experts.exchange_seconds(local, network, backward=backward)
+            return alone.moving(*sent, local.axes)
         case _:
             work = _price_traffic(node, choices, network, training, backward)
-            reduced = _price_inside(node, choices, network)
-            return Work(work.forward_s + reduced, work.backward_s)
+            reduced, axes = _price_inside(node, choices, network)
+            return work.moving(reduced, 0.0, axes)
 
 
 def buffer_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]) -> float:
@@ -136,7 +158,12 @@ def _price_attention(
 ) -> Work:
     local = attention.Local.of(node, choices, network.mesh.sizes, order)
     dtype = str(node.output.type.dtype)
-    return Work(*attention.seconds(local, dtype, network, backward=backward))
+    alone = attention.seconds(local, dtype, network, backward=backward, moving=False)
+    if not local.algorithm:
+        return Work(*alone)
+    whole = attention.seconds(local, dtype, network, backward=backward)
+    waits = [max(a - b, 0.0) for a, b in zip(whole, alone, strict=True)]
+    return Work(*whole, waits[0], waits[1], (local.axis,))
 
 
 def _price_traffic(
@@ -164,20 +191,23 @@ def _price_traffic(
     return Work(forward, network.traffic_seconds(float(reads + writes + gradients)))
 
 
-def _price_inside(node: Node, choices: tuple[Choice, ...], network: Network) -> float:
-    """Seconds of the collectives that an op runs itself: a loss over a sharded vocabulary, the
-    last token of a sharded sequence."""
+def _price_inside(
+    node: Node, choices: tuple[Choice, ...], network: Network
+) -> tuple[float, tuple[int, ...]]:
+    """Seconds of the collectives that an op runs itself, and over which axes: a loss over a
+    sharded vocabulary, the last token of a sharded sequence."""
     if node.op == "shardwright.last_token":
         cut = tuple(axis for axis, choice in enumerate(choices) if choice == "s")
         rows = node.operands[0].type.shape[0] * _POSITION_BYTES
-        return network.seconds("all_reduce", cut, rows) if cut else 0.0
+        return (network.seconds("all_reduce", cut, rows) if cut else 0.0), cut
     inside = rule_of(node).inside
     axes = tuple(axis for axis, choice in enumerate(choices) if choice in inside)
     if not axes:
-        return 0.0
+        return 0.0, ()
     ways = rule_of(node).ways(choices, network.mesh.sizes) or {}
     rows = 1
     for dim in rule_of(node).operands[0][:-1]:
         for factor in dim:
             rows *= -(-rule_of(node).sizes[factor] // ways.get(factor, 1))
-    return sum(network.seconds("all_reduce", axes, 4.0 * n * rows) for n in _VOCABULARY_REDUCTIONS)
+    reductions = (4.0 * n * rows for n in _VOCABULARY_REDUCTIONS)
+    return sum(network.seconds("all_reduce", axes, n) for n in reductions), axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from ..ir.graph import Node
@@ -15,6 +15,7 @@ from .build import all_params
 from .plan import Baseline, Plan
 from .program import Compute, Convert, LoopCall, PricedStep
 from .recache import recached_bytes
+from .split import spent_in_ops
 from .traffic import Moved, predicted_bytes
 
 _WORDS = {  # what cutting a factor is called, by kind of op
@@ -40,6 +41,7 @@ _WORDS = {  # what cutting a factor is called, by kind of op
     "shardwright.cross_entropy": {"v": "vocabulary"},
 }
 _LABELS = {"b": "batch", "s": "sequence"}
+_SMALL = 0.002  # differences below this share of the time are not worth telling
 
 
 def format_plan(plan: Plan) -> str:
@@ -49,6 +51,7 @@ def format_plan(plan: Plan) -> str:
     parts = [
         _winner(plan),
         _ordinary(plan),
+        _differences(plan),
         "\n".join([_binding(plan), *_moved(plan, _unit(plan))]),
         *_tables(plan),
         _memory(plan),
@@ -191,6 +194,24 @@ def _baseline_row(plan: Plan, b: Baseline) -> tuple[str, ...]:
     return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
 
 
+def _differences(plan: Plan) -> str:
+    """What the best ordinary plan spends more and less on than this one, the most first."""
+    fitting = [b for b in plan.baselines if b.seconds is not None and b.spent]
+    if not fitting:
+        return ""
+    best = min(fitting, key=lambda b: b.seconds or 0.0)
+    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
+    ours, theirs = dict(spent.rows(plan.seconds, plan.optimizer_s)), dict(best.spent)
+    pairs = {what: (theirs.get(what, 0.0), ours.get(what, 0.0)) for what in {**ours, **theirs}}
+    order = sorted(pairs, key=lambda what: -abs(pairs[what][0] - pairs[what][1]))
+    rows = [
+        f"{what} {format_seconds(pairs[what][0])} (here {format_seconds(pairs[what][1])})"
+        for what in order
+        if abs(pairs[what][0] - pairs[what][1]) > _SMALL * plan.seconds
+    ]
+    return f"Of its time {best.name} on {best.mesh} spends: {', '.join(rows)}." if rows else ""
+
+
 def _binding(plan: Plan) -> str:
     compute, communication = split_seconds(plan)
     limit = plan.request.memory_bytes
@@ -241,18 +262,21 @@ def _by_size(kinds: dict[str, float]) -> list[str]:
 
 def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
     """(seconds of compute, seconds of communication per mesh axis) of one step."""
-    compute = 0.0
     axes = dict.fromkeys(plan.mesh.names, 0.0)
-    outside = {id(statement) for statement in plan.program.statements}
+    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
+    moving = list(spent.moving.items())
     for statement, times in plan.program.flat():
-        if isinstance(statement, Compute):
-            work = plan.work[statement.node.name]
-            again = plan.program.recompute and id(statement) not in outside
-            compute += times * ((2 if again else 1) * work.forward_s + work.backward_s)
-        else:
-            name = "+".join(plan.mesh.names[axis] for axis in statement.priced.step.axes)
-            axes[name] = axes.get(name, 0.0) + times * statement.priced.seconds
-    return compute, axes
+        if isinstance(statement, Convert):
+            moving.append((statement.priced.step.axes, times * statement.priced.seconds))
+    for over, seconds in moving:
+        name = _axes(over, plan.mesh)
+        axes[name] = axes.get(name, 0.0) + seconds
+    return sum(spent.computing.values()), axes
+
+
+def _axes(over: Sequence[int], mesh: Mesh) -> str:
+    """`dp+tp`: several axes taken as one."""
+    return "+".join(mesh.names[axis] for axis in over)
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -303,9 +327,7 @@ def _is_light(item: Compute | Convert) -> bool:
 
 def _light_rows(plan: Plan, items: list[Compute]) -> list[tuple[str, ...]]:
     """Consecutive elementwise ops and views in one row."""
-    seconds = sum(
-        plan.work[i.node.name].forward_s + plan.work[i.node.name].backward_s for i in items
-    )
+    seconds = sum(plan.work[item.node.name].seconds for item in items)
     if not seconds:
         return []
     result = format_spec(items[-1].outputs[0].spec)
@@ -317,12 +339,14 @@ def _row(
 ) -> tuple[str, ...]:
     node = item.node
     work = plan.work[node.name]
+    inside = f"{_axes(work.axes, plan.mesh)} inside {format_seconds(work.moving_s)}"
+    inside = inside if work.moving_s else ""
     return (
         _op_name(plan, node),
         strategy_text(item, plan.mesh, labels),
         format_spec(item.outputs[0].spec),
-        _communication([c.priced for c in before], plan.mesh),
-        format_seconds(work.forward_s + work.backward_s),
+        ", ".join(filter(None, (_communication([c.priced for c in before], plan.mesh), inside))),
+        format_seconds(work.seconds - work.moving_s),
     )
 
 
@@ -365,7 +389,7 @@ def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:
         kinds += [f"backward {t.kind}" for t in priced.traffic if t.backward and not kinds]
         if not kinds:
             continue
-        axes = "+".join(mesh.names[a] for a in step.axes)
+        axes = _axes(step.axes, mesh)
         entry = totals.setdefault((axes, kinds[0].replace("_", "-")), [0.0, 0.0])
         entry[0] += max(t.bytes for t in priced.traffic)
         entry[1] += priced.seconds

@@ -6,21 +6,22 @@ that it is priced by the same model as the winner, and can never beat it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
-from ..ir.graph import Graph, Param
+from ..ir.graph import Graph, Node, Param
 from ..ir.labels import factor_labels, label_dims
 from ..ir.mesh import Mesh
-from ..ir.ops import kind_of
-from ..ir.spec import Spec, format_spec, is_shard, parse_spec
+from ..ir.ops import kind_of, rule_of
+from ..ir.spec import S, Spec, format_spec, is_shard, parse_spec
 from .build import Restriction, all_params
 from .errors import PlanError
 from .regions import Region, Strategy, scopes
 
 ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP", "cp": "CP"}
+_SPREAD = "+ep"  # on an axis whose ranks have different experts
 _DATA = {"ddp": "b", "fsdp": "b", "cp": "s"}  # roles that cut one dim of the data wherever it is
 
 
@@ -120,6 +121,16 @@ class Pins(Restriction):
                 )
 
 
+def pinned(texts: Sequence[str]) -> Callable[[Graph, Mesh], Restriction]:
+    """What the pins of a request leave of a graph on a mesh."""
+
+    def limit(graph: Graph, mesh: Mesh) -> Restriction:
+        pins = [Pin.parse(text, len(mesh.axes)) for text in texts]
+        return Pins(pins, graph) if pins else Restriction()
+
+    return limit
+
+
 def _known_as(param: Param, name: str) -> tuple[str, ...]:
     """The names that a pin may use: a part of a fused weight is known by the weight's name too."""
     if param.part is None:
@@ -137,10 +148,14 @@ class Roles(Restriction):
 
     A data axis cuts the batch (`cp`: the sequence) wherever an op has one; a tensor axis cuts
     anything else, but never the sequence of attention, and its parameters are never gathered.
+    `tp+ep` and the like spread experts over the axis, and send them their tokens; all else keeps
+    to the role.
     """
 
     def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh) -> None:
-        self.roles = tuple(roles)
+        self.roles = tuple(role.removesuffix(_SPREAD) for role in roles)
+        self.spread = tuple(axis for axis, role in enumerate(roles) if role.endswith(_SPREAD))
+        self._of_experts = {value.name for node in _experts(graph) for value in node.operands}
         self.mesh = mesh
         labels = label_dims(graph)
         self._labels = {
@@ -148,16 +163,15 @@ class Roles(Restriction):
         }
         self._cuttable: dict[tuple[int, int], bool] = {}
 
-    @property
-    def name(self) -> str:
-        """`FSDP x TP+SP`; axes with the same role count as one."""
-        return " x ".join(ROLES[role] for role in dict.fromkeys(self.roles))
-
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
+        routed = any(kind_of(node) == "experts" for node in region.nodes)
         for axis, role in enumerate(self.roles):
             cuts = self._cuts(region, strategy, axis)
-            if role == "tp":
+            if routed and axis in self.spread:
+                if not _sends(region, strategy, axis):
+                    return False
+            elif role == "tp":
                 sequence = any(kind_of(n) == "attention" for n in region.nodes) and "s" in cuts
                 if "b" in cuts or sequence:
                     return False
@@ -186,8 +200,14 @@ class Roles(Restriction):
         return found
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """DDP replicates parameters; FSDP shards those that some dim of divides."""
+        """DDP replicates parameters; FSDP shards those that some dim of divides.  Experts lie on
+        the axes that they are spread over."""
+        routed = param.value.name in self._of_experts
         for axis, (role, state) in enumerate(zip(self.roles, spec, strict=True)):
+            if routed and axis in self.spread:
+                if state != S(0):
+                    return False
+                continue
             if role == "ddp" and is_shard(state):
                 return False
             if role == "fsdp" and not is_shard(state) and self._divides(param, axis):
@@ -202,12 +222,54 @@ class Roles(Restriction):
         return self.roles[axis] != "tp"
 
 
-def ordinary_roles(mesh: Mesh) -> list[tuple[str, ...]]:
-    """The ordinary plans on a mesh: one role on all axes, and data outside with tensor inside."""
+def name_of(roles: Sequence[str], mesh: Mesh) -> str:
+    """`FSDP x TP+SP, EP64`; axes with the same role count as one."""
+    name = " x ".join(dict.fromkeys(ROLES[role.removesuffix(_SPREAD)] for role in roles))
+    spread = [axis for axis, role in enumerate(roles) if role.endswith(_SPREAD)]
+    ranks = prod(mesh.sizes[axis] for axis in spread)
+    return f"{name}, EP{ranks}" if spread else name
+
+
+def _experts(graph: Graph) -> list[Node]:
+    """The layers of experts."""
+    nodes = [node for scope in scopes(graph) for node in scope.nodes]
+    return [node for node in nodes if kind_of(node) == "experts"]
+
+
+def _sends(region: Region, strategy: Strategy, axis: int) -> bool:
+    """Do the region's experts get their tokens by exchanges over `axis`?"""
+    return all(
+        choices[axis] in rule_of(node).algorithms
+        for node, choices in zip(region.nodes, strategy.choices, strict=True)
+        if kind_of(node) == "experts"
+    )
+
+
+def ordinary_roles(mesh: Mesh, graph: Graph) -> list[tuple[str, ...]]:
+    """The ordinary plans on a mesh: one role on all axes, and data outside with tensor inside.
+
+    With experts also those that spread them over the innermost axes, as many as divide them.
+    """
     n = len(mesh.axes)
-    pure = [(role,) * n for role in ROLES]
     mixed = [(role,) * (n - 1) + ("tp",) for role in ("ddp", "fsdp")] if n > 1 else []
-    return [*pure, *mixed]
+    inner = _axes_for_experts(mesh, graph)
+    spread = [
+        tuple(role + _SPREAD if axis >= n - inner else role for axis, role in enumerate(roles))
+        for roles in (("ddp",) * n, ("fsdp",) * n, *mixed)
+        if inner
+    ]
+    return [*((role,) * n for role in ROLES), *mixed, *spread]
 
 
-__all__ = ["Pin", "Pins", "Roles", "format_spec", "ordinary_roles"]
+def _axes_for_experts(mesh: Mesh, graph: Graph) -> int:
+    """How many of the innermost axes together divide the experts of all layers."""
+    numbers = [rule_of(node).sizes["e"] for node in _experts(graph)]
+    fitting = [
+        inner
+        for inner in range(1, len(mesh.axes) + 1)
+        if all(number % prod(mesh.sizes[-inner:]) == 0 for number in numbers)
+    ]
+    return max(fitting, default=0) if numbers else 0
+
+
+__all__ = ["Pin", "Pins", "Roles", "name_of", "ordinary_roles", "pinned"]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from math import isfinite
 
 from ..costmodel.cluster import Cluster
@@ -20,15 +21,17 @@ from .build import Builder, Decisions, Restriction, Setting, all_params
 from .conversion import Network, Step
 from .errors import InfeasibleError, PlanError
 from .infeasible import explain
-from .plan import Baseline, Memory, NodeSeconds, Plan, Request, Search
-from .pricing import local_bytes
-from .problem import evaluate
+from .plan import Baseline, Memory, Plan, Request, Search
+from .pricing import Work, local_bytes
+from .problem import ShardingProblem, evaluate
 from .program import PricedStep, lower, priced_path
 from .regions import scopes
-from .roles import Pin, Pins, Roles, ordinary_roles
+from .roles import Roles, name_of, ordinary_roles
 from .solvers import Solution, solve
+from .split import spent_in_ops
 
 Progress = Callable[[str], None]
+Limit = Callable[[Graph, Mesh], Restriction]
 
 _SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory
 
@@ -50,6 +53,54 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """A request, and how its plan is searched for.
+
+    `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph.
+    """
+
+    cluster: Cluster
+    request: Request
+    mesh: Mesh | None
+    limit: Limit
+    solver: str
+    time_limit_s: float
+    clock: Clock
+    progress: Progress
+
+    @property
+    def setting(self) -> Setting:
+        """What the problem builder needs to know of the request."""
+        return setting_of(self.request)
+
+    @property
+    def meshes(self) -> list[Mesh]:
+        """The meshes to try."""
+        if self.mesh is not None:
+            return [self.mesh]
+        return candidate_meshes(self.request.gpus, self.cluster)
+
+    def saying(self, way: str) -> Job:
+        """The same, with `way` said after each step."""
+        progress = self.progress
+        return replace(self, progress=lambda step: progress(step + way))
+
+    def solution(self, problem: ShardingProblem, mesh: Mesh) -> Solution | None:
+        """The optimum of one problem; None if nothing fits its memory.
+
+        Raises PlanError where the time was too short to find out.
+        """
+        with self.clock.step("solve"):
+            solution = solve(problem, solver=self.solver, time_limit_s=self.time_limit_s)
+        if solution.status == "unknown":
+            raise PlanError(
+                f"the solver found no plan on {mesh} within {self.time_limit_s:.0f} s; give it "
+                "more with --time-limit, or a smaller mesh with --mesh"
+            )
+        return solution if solution.assignment is not None else None
+
+
+@dataclass(frozen=True, slots=True)
 class Solved:
     """The optimum on one mesh."""
 
@@ -63,40 +114,16 @@ class Solved:
     transient: float
 
 
-def make_plan(
-    graph: Graph,
-    cluster: Cluster,
-    request: Request,
-    *,
-    mesh: Mesh | None,
-    pins: Sequence[str],
-    solver: str,
-    time_limit_s: float,
-    clock: Clock,
-    progress: Progress,
-) -> Plan:
-    """The cheapest plan over all candidate meshes (or on `mesh`).
+def make_plan(graph: Graph, job: Job) -> Plan:
+    """The cheapest plan over all the job's meshes.
 
     Raises InfeasibleError if none fits the memory.
     """
-    setting = setting_of(request)
-    meshes = [mesh] if mesh is not None else candidate_meshes(request.gpus, cluster)
-    if pins and mesh is None:
-        raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-
-    def attempt(mesh: Mesh, variant: Setting) -> Solved | None:
-        again = ", layers recomputed" if variant.recompute else ""
-        order = ", tokens in zigzag order" if variant.order == "zigzag" else ""
-        progress(f"solving {mesh}{again}{order}")
-        kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
-        restriction = Pins(kept, graph) if kept else Restriction()
-        with clock.step("problem"):
-            builder = Builder(graph, Network(mesh, cluster), variant)
-        return _solve(builder, restriction, solver, time_limit_s, clock)
+    setting, meshes = job.setting, job.meshes
 
     def attempts(setting: Setting) -> list[Solved | None]:
         return [
-            attempt(mesh, replace(setting, order=order))
+            _attempt(graph, mesh, replace(setting, order=order), job)
             for mesh in meshes
             for order in token_orders(graph, mesh)
         ]
@@ -106,12 +133,21 @@ def make_plan(
         tried += attempts(replace(setting, recompute=True))
     best = _cheapest(tried)
     if best is None:
-        raise InfeasibleError(explain(graph, cluster, setting, request))
-    progress("pricing the ordinary plans")
-    with clock.step("baselines"):
-        baselines = _baselines(graph, cluster, setting, meshes, best, solver, time_limit_s)
+        raise InfeasibleError(explain(graph, job.cluster, setting, job.request))
+    baselines = _baselines(graph, best, job)
     proven = all(one is None or one.solution.status == "optimal" for one in tried)
-    return assemble(graph, request, best, baselines, len(meshes), solver, clock, proven)
+    return assemble(graph, best, baselines, proven, job)
+
+
+def _attempt(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Solved | None:
+    """The optimum on one mesh; None if nothing fits its memory."""
+    again = ", layers recomputed" if setting.recompute else ""
+    order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
+    job.progress(f"solving {mesh}{again}{order}")
+    limit = job.limit(graph, mesh)
+    with job.clock.step("problem"):
+        builder = Builder(graph, Network(mesh, job.cluster), setting)
+    return _solve(builder, limit, job)
 
 
 def _cheapest(solved: Sequence[Solved | None]) -> Solved | None:
@@ -184,22 +220,13 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _solve(
-    builder: Builder,
-    restriction: Restriction,
-    solver: str,
-    time_limit_s: float,
-    clock: Clock,
-) -> Solved | None:
+def _solve(builder: Builder, restriction: Restriction, job: Job) -> Solved | None:
     """The optimum of one problem; None if nothing fits its memory."""
-    mesh = builder.network.mesh
-    with clock.step("problem"):
+    with job.clock.step("problem"):
         built = builder.build(restriction)
         problem = built.problem()
-    with clock.step("solve"):
-        solution = solve(problem, solver=solver, time_limit_s=time_limit_s)
-    if solution.assignment is None:
-        check_finished(solution, mesh, time_limit_s)
+    solution = job.solution(problem, builder.network.mesh)
+    if solution is None or solution.assignment is None:
         return None
     evaluation = evaluate(problem, solution.assignment)
     gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
@@ -227,53 +254,80 @@ def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
     return decisions if uses else replace(decisions, order="contiguous")
 
 
-def check_finished(solution: Solution, mesh: Mesh, time_limit_s: float) -> None:
-    """Raise PlanError where time, and not memory, is why there is no plan."""
-    if solution.status == "unknown":
-        raise PlanError(
-            f"the solver found no plan on {mesh} within {time_limit_s:.0f} s; give it more "
-            "with --time-limit, or a smaller mesh with --mesh"
-        )
-
-
-def _baselines(
-    graph: Graph,
-    cluster: Cluster,
-    setting: Setting,
-    meshes: Sequence[Mesh],
-    best: Solved,
-    solver: str,
-    time_limit_s: float,
-) -> tuple[Baseline, ...]:
+def _baselines(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
     """The ordinary plans on meshes that were searched, so that none can beat the winner."""
     recompute = [False, True] if best.builder.setting.recompute else [False]
-    rows: list[Baseline] = []
-    clock = Clock()
-    for mesh in baseline_meshes(meshes, best.builder.network.mesh, cluster):
-        network = Network(mesh, cluster)
-        builders = [
-            Builder(graph, network, replace(setting, recompute=again, order=order))
+    aside = replace(job, clock=Clock())
+
+    @lru_cache(maxsize=1)
+    def builders(mesh: Mesh) -> list[Builder]:
+        network = Network(mesh, job.cluster)
+        return [
+            Builder(graph, network, replace(job.setting, recompute=again, order=order))
             for again in recompute
             for order in token_orders(graph, mesh)
         ]
-        searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans are priced on one axis
-        for roles in ordinary_roles(mesh):
-            if searched and len(set(roles)) == 1:
-                continue
-            restriction = Roles(roles, graph, mesh)
-            size = "x".join(map(str, mesh.sizes))
-            solved = _cheapest(
-                [_solve(each, restriction, solver, time_limit_s, clock) for each in builders]
-            )
-            if solved is not None:
-                rows.append(Baseline(restriction.name, size, solved.seconds, solved.peak_bytes))
-            else:
-                least = min(each.build(restriction).least_memory() for each in builders)
-                rows.append(Baseline(restriction.name, size, None, least))
+
+    def price(mesh: Mesh, limit: Limit) -> Price:
+        restriction = limit(graph, mesh)
+        solved = _cheapest([_solve(each, restriction, aside) for each in builders(mesh)])
+        if solved is not None:
+            return solved.seconds, solved.peak_bytes, _spent(solved)
+        return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
+
+    return price_ordinary(graph, job, best.builder.network.mesh, price)
+
+
+# Seconds of the cheapest plan within a limit, its peak bytes, and what the seconds go into; where
+# none fits, None, the least bytes that one would need, and nothing.
+Price = tuple[float | None, float, tuple[tuple[str, float], ...]]
+
+
+def price_ordinary(
+    graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price]
+) -> tuple[Baseline, ...]:
+    """The rows of the ordinary plans, on meshes that were searched, the winner's among them."""
+    job.progress("pricing the ordinary plans")
+    meshes = job.meshes
+    rows: list[Baseline] = []
+    with job.clock.step("baselines"):
+        for mesh in _baseline_meshes(meshes, best, job.cluster):
+            searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans: priced on one axis
+            for roles in ordinary_roles(mesh, graph):
+                if searched and len(set(roles)) == 1:
+                    continue
+                size = "x".join(map(str, mesh.sizes))
+                row = price(mesh, partial(Roles, roles))
+                rows.append(Baseline(name_of(roles, mesh), size, *row))
     return tuple(rows)
 
 
-def baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
+def _spent(solved: Solved) -> tuple[tuple[str, float], ...]:
+    """What the seconds of a solution go into."""
+    builder, decided = solved.builder, solved.decisions
+    work = _work(builder, decided)
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+
+
+def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
+    """One run of each node, by its name."""
+    return {
+        node.name: builder.work(node, decisions.choices[node.name])
+        for scope in scopes(builder.graph)
+        for node in scope.nodes
+    }
+
+
+def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
+    """Seconds of the optimizer's step."""
+    return sum(
+        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
+        for ref in all_params(builder.graph)
+    )
+
+
+def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
     """One axis, a node's GPUs as the inner axis (all or half of them), and the winner's own."""
     node = min(cluster.gpus_per_node, meshes[0].ranks)
     inner = (node, node // 2)
@@ -285,14 +339,7 @@ def baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> lis
 
 
 def assemble(
-    graph: Graph,
-    request: Request,
-    best: Solved,
-    baselines: tuple[Baseline, ...],
-    meshes: int,
-    solver: str,
-    clock: Clock,
-    proven: bool,
+    graph: Graph, best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job
 ) -> Plan:
     """The plan; it is optimal only if the problem of every mesh was solved to its end."""
     builder, decisions = best.builder, best.decisions
@@ -306,28 +353,23 @@ def assemble(
         return paths[value.name, a, b]
 
     lower(graph, decisions, price_path, training=builder.setting.training)
-    work = {
-        node.name: NodeSeconds(w.forward_s, w.backward_s)
-        for scope in scopes(graph)
-        for node in scope.nodes
-        for w in [builder.work(node, decisions.choices[node.name])]
-    }
-    memory, optimizer_s = _memory(graph, best)
+    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
+    memory = _memory(graph, best)
     search = Search(
-        solver,
+        job.solver,
         "optimal" if proven else "feasible",
         best.solution.gap if isfinite(best.solution.gap) else 0.0,
-        meshes,
-        tuple(clock.seconds.items()),
+        len(job.meshes),
+        tuple(job.clock.seconds.items()),
     )
     return Plan(
-        request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory, baselines,
-        search, _notes(graph),
+        job.request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory,
+        baselines, search, _notes(graph),
     )  # fmt: skip
 
 
-def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
-    """Peak bytes by kind, and the seconds of the optimizer step."""
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
     parameters = states = 0.0
@@ -340,13 +382,8 @@ def _memory(graph: Graph, best: Solved) -> tuple[Memory, float]:
         )
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
-    seconds = sum(
-        ref.weight * builder.optimizer_s(ref, best.decisions.specs[ref.param.value.name])
-        for ref in all_params(graph)
-    )
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    memory = Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
-    return memory, seconds
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
@@ -405,6 +442,6 @@ def _notes(graph: Graph) -> tuple[str, ...]:
 
 
 __all__ = [
-    "Clock", "Progress", "Solved", "Step", "assemble", "baseline_meshes", "candidate_meshes",
-    "check_finished", "make_plan", "name_axes", "setting_of",
+    "Clock", "Job", "Limit", "Price", "Progress", "Solved", "Step", "assemble", "candidate_meshes",
+    "make_plan", "name_axes", "price_ordinary", "setting_of",
 ]  # fmt: skip

@@ -3,42 +3,33 @@
 Each phase has its own problem, since the number of new tokens decides what is fast.  They are
 solved as one, in which every parameter must be stored alike in both, and a KV cache that is laid
 out differently is converted, at its price (`recache.py`); what is minimised is the time of a whole
-answer, TTFT + conversion + output tokens * time per token.
+answer, TTFT + conversion + (output tokens - 1) * time per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 
-from ..costmodel.cluster import Cluster
 from ..ir.graph import Graph
 from ..ir.mesh import Mesh
 from ..ir.spec import Spec
 from .attention import cache_bytes_in, cache_spec
-from .build import Builder, Built, Floats, Restriction, all_params
+from .build import Builder, Built, Floats, all_params
 from .conversion import Network
 from .errors import InfeasibleError, PlanError
-from .fused import Variant, fastest, forms, saying
+from .fused import Variant, fastest, forms
 from .infeasible import explain
-from .plan import Baseline, Plan, Request
+from .plan import Baseline, Plan
 from .problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from .recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
-from .roles import Roles, ordinary_roles
-from .search import (
-    Clock,
-    Progress,
-    Solved,
-    assemble,
-    baseline_meshes,
-    candidate_meshes,
-    check_finished,
-    name_axes,
-    setting_of,
-)  # fmt: skip
-from .solvers import solve
+from .search import Clock, Job, Limit, Price, Solved, assemble, name_axes, price_ordinary
+
+_Graphs: TypeAlias = tuple[Graph, Graph]  # of prefill, and of decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +41,7 @@ class _Served:
     seconds: float  # of a whole answer
 
 
-def make_serving_plan(
-    prefill: Graph,
-    decode: Graph,
-    cluster: Cluster,
-    request: Request,
-    *,
-    mesh: Mesh | None,
-    restriction: Callable[[Graph, Mesh], Restriction],
-    solver: str,
-    time_limit_s: float,
-    clock: Clock,
-    progress: Progress,
-) -> Plan:
+def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
     """The plan of prefill, with that of decode as its `decode`.
 
     `decode` is the graph of one new token over the longest context.  Attention over latents is
@@ -75,124 +54,97 @@ def make_serving_plan(
     variants = [form for form in forms(prefill) if form.latent in decodes]
 
     def made(variant: Variant) -> Plan:
-        return _make_serving_plan(
-            variant.graph,
-            decodes[variant.latent],
-            cluster,
-            request,
-            mesh=mesh,
-            restriction=restriction,
-            solver=solver,
-            time_limit_s=time_limit_s,
-            clock=clock,
-            progress=saying(progress, variant.way),
-        )
+        graphs = (variant.graph, decodes[variant.latent])
+        return _make_serving_plan(graphs, job.saying(variant.way))
 
-    return fastest(variants, made, lambda plan: plan.answer_s, clock)
+    return fastest(variants, made, lambda plan: plan.answer_s, job.clock)
 
 
-def _make_serving_plan(
-    prefill: Graph,
-    decode: Graph,
-    cluster: Cluster,
-    request: Request,
-    *,
-    mesh: Mesh | None,
-    restriction: Callable[[Graph, Mesh], Restriction],
-    solver: str,
-    time_limit_s: float,
-    clock: Clock,
-    progress: Progress,
-) -> Plan:
-    """As `make_serving_plan`, of these graphs."""
-    setting = setting_of(request)
-    meshes = [mesh] if mesh is not None else candidate_meshes(request.gpus, cluster)
-
-    def attempt(
-        mesh: Mesh, limit: Callable[[Graph, Mesh], Restriction], clock: Clock
-    ) -> _Served | None:
-        network = Network(mesh, cluster)
-        with clock.step("problem"):
-            builders = [Builder(graph, network, setting) for graph in (prefill, decode)]
-            parts = [b.build(limit(b.graph, mesh)) for b in builders]
-            problem = _joined(parts, request.output_tokens)
-        with clock.step("solve"):
-            solution = solve(problem, solver=solver, time_limit_s=time_limit_s)
-        if solution.assignment is None:
-            check_finished(solution, mesh, time_limit_s)
-            return None
-        cut = len(parts[0].nodes)
-        halves = [solution.assignment[:cut], solution.assignment[cut:]]
-        peak = evaluate(problem, solution.assignment)
-        solved: list[Solved] = []
-        for builder, part, half in zip(builders, parts, halves, strict=True):
-            alone = evaluate(part.problem(), half)
-            gradients, kept, running = part.memory_at(half, alone.peak_time)
-            decisions = part.read(half)
-            solved.append(
-                Solved(
-                    builder, decisions, solution, alone.cost, peak.peak_usage, gradients, kept,
-                    running,
-                )
-            )  # fmt: skip
-        return _Served(solved[0], solved[1], peak.cost)
-
+def _make_serving_plan(graphs: _Graphs, job: Job) -> Plan:
+    """As `make_serving_plan`, of these graphs of prefill and decode."""
     tried: list[_Served | None] = []
-    for each in meshes:
-        progress(f"solving {each}")
-        tried.append(attempt(each, restriction, clock))
+    for mesh in job.meshes:
+        job.progress(f"solving {mesh}")
+        tried.append(_attempt(_builders(graphs, mesh, job), job.limit, job))
     found = [one for one in tried if one is not None]
     if not found:
-        raise InfeasibleError(explain(decode, cluster, setting, request))
+        raise InfeasibleError(explain(graphs[1], job.cluster, job.setting, job.request))
     best = min(found, key=lambda one: float(f"{one.seconds:.9e}"))
-    progress("pricing the ordinary plans")
-    baselines: list[Baseline] = []
-    best_mesh = best.prefill.builder.network.mesh
-    for each in baseline_meshes(meshes, best_mesh, cluster):
-        for roles in ordinary_roles(each):
-            if len(meshes) > 1 and len(each.axes) > 1 and len(set(roles)) == 1:
-                continue
-            named = Roles(roles, prefill, each)
-
-            def limit(graph: Graph, mesh: Mesh, roles: tuple[str, ...] = roles) -> Restriction:
-                return Roles(roles, graph, mesh)
-
-            with clock.step("baselines"):
-                one = attempt(each, limit, Clock())
-            size = "x".join(map(str, each.sizes))
-            if one is not None:
-                row = Baseline(named.name, size, one.seconds, one.prefill.peak_bytes)
-            else:
-                network = Network(each, cluster)
-                needed = [
-                    Builder(graph, network, setting).build(limit(graph, each)).least_memory()
-                    for graph in (prefill, decode)
-                ]
-                row = Baseline(named.name, size, None, max(needed))
-            baselines.append(row)
+    baselines = _baselines(graphs, best, job)
     proven = all(one is None or one.prefill.solution.status == "optimal" for one in tried)
-    plans = [
-        assemble(
-            solved.builder.graph,
-            replace(request, phase=phase, seq=seq, context=context),
-            solved,
-            rows,
-            len(meshes),
-            solver,
-            clock,
-            proven,
+    return _assembled(best, baselines, proven, job)
+
+
+def _builders(graphs: _Graphs, mesh: Mesh, job: Job) -> list[Builder]:
+    network = Network(mesh, job.cluster)
+    with job.clock.step("problem"):
+        return [Builder(graph, network, job.setting) for graph in graphs]
+
+
+def _attempt(builders: Sequence[Builder], limit: Limit, job: Job) -> _Served | None:
+    """The optimum of both phases on one mesh; None if nothing fits its memory."""
+    mesh = builders[0].network.mesh
+    with job.clock.step("problem"):
+        parts = [builder.build(limit(builder.graph, mesh)) for builder in builders]
+        problem = _joined(parts, job.request.decode_steps)
+    solution = job.solution(problem, mesh)
+    if solution is None or solution.assignment is None:
+        return None
+    whole = evaluate(problem, solution.assignment)
+    cut = len(parts[0].nodes)
+    halves = (solution.assignment[:cut], solution.assignment[cut:])
+    solved: list[Solved] = []
+    for builder, part, half in zip(builders, parts, halves, strict=True):
+        alone = evaluate(part.problem(), half)
+        memory = part.memory_at(half, alone.peak_time)
+        solved.append(
+            Solved(builder, part.read(half), solution, alone.cost, whole.peak_usage, *memory)
         )
-        for solved, phase, seq, context, rows in (
-            (best.prefill, "prefill", request.seq, 0, tuple(baselines)),
-            (best.decode, "decode", 1, request.seq + request.output_tokens - 1, ()),
-        )
-    ]
-    named_mesh = name_axes(prefill, best_mesh, best.prefill.decisions)
-    first, second = (replace(plan, mesh=named_mesh) for plan in plans)
-    recached = recaches(
-        first.graph, first.decisions, second.graph, second.decisions, best.prefill.builder.network
+    return _Served(solved[0], solved[1], whole.cost)
+
+
+def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]:
+    """The ordinary plans, seconds of a whole answer."""
+    aside = replace(job, clock=Clock())
+
+    @lru_cache(maxsize=1)
+    def builders(mesh: Mesh) -> list[Builder]:
+        return _builders(graphs, mesh, aside)
+
+    def price(mesh: Mesh, limit: Limit) -> Price:
+        served = _attempt(builders(mesh), limit, aside)
+        if served is not None:
+            return served.seconds, served.prefill.peak_bytes, ()
+        needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders(mesh)]
+        return None, max(needed), ()
+
+    return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)
+
+
+def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> Plan:
+    """The plan of prefill, with the rows of whole answers, and in it that of decode."""
+    request = job.request
+    phases = (
+        replace(request, phase="prefill"),
+        replace(request, phase="decode", seq=1, context=request.seq + request.decode_steps - 1),
     )
-    return replace(first, request=request, decode=second, recached=recached)
+    prefill, decode = (
+        assemble(solved.builder.graph, solved, rows, proven, replace(job, request=phase))
+        for solved, phase, rows in zip(
+            (best.prefill, best.decode), phases, (baselines, ()), strict=True
+        )
+    )
+    solved = best.prefill
+    network = solved.builder.network
+    mesh = name_axes(solved.builder.graph, network.mesh, solved.decisions)
+    recached = recaches(prefill.graph, prefill.decisions, decode.graph, decode.decisions, network)
+    return replace(
+        prefill,
+        request=request,
+        mesh=mesh,
+        decode=replace(decode, mesh=mesh),
+        recached=recached,
+    )
 
 
 def _check_alike(prefill: Graph, decode: Graph) -> None:
@@ -206,8 +158,8 @@ def _check_alike(prefill: Graph, decode: Graph) -> None:
         )
 
 
-def _joined(parts: Sequence[Built], answers: int) -> ShardingProblem:
-    """One problem: prefill, then decode as often as tokens are put out."""
+def _joined(parts: Sequence[Built], decodes: int) -> ShardingProblem:
+    """One problem: prefill, then `decodes` times decode."""
     prefill, decode = parts
     shift = len(prefill.nodes)
     late = prefill.horizon + 1
@@ -222,9 +174,9 @@ def _joined(parts: Sequence[Built], answers: int) -> ShardingProblem:
         usages = tuple(
             replace(usage, start=usage.start + late, end=usage.end + late) for usage in node.usages
         )
-        nodes.append(replace(node, costs=answers * node.costs, usages=usages))
+        nodes.append(replace(node, costs=decodes * node.costs, usages=usages))
     edges = list(prefill.edges)
-    edges += [Edge(e.a + shift, e.b + shift, answers * e.costs) for e in decode.edges]
+    edges += [Edge(e.a + shift, e.b + shift, decodes * e.costs) for e in decode.edges]
     edges += [Edge(a, b + shift, costs) for a, b, costs in _ties(prefill, decode, ours, theirs)]
     name = f"{prefill.builder.graph.name} served on {prefill.builder.network.mesh}"
     limit = prefill.builder.setting.memory_bytes

@@ -14,7 +14,8 @@ from ..ir.spec import Spec, format_spec, parse_spec
 from .build import Decisions
 from .conversion import Step, Traffic
 from .errors import PlanError
-from .plan import Baseline, Memory, NodeSeconds, Plan, Recache, Request, Search
+from .plan import Baseline, Memory, Plan, Recache, Request, Search
+from .pricing import Work
 from .program import PricedStep
 
 SCHEMA = "shardwright.plan/1"
@@ -40,6 +41,11 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "recompute": d.recompute,
         "order": d.order,
         "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
+        "moving": {
+            name: [w.forward_moving_s, w.backward_moving_s, list(w.axes)]
+            for name, w in plan.work.items()
+            if w.axes
+        },
         "conversions": [
             {
                 "value": value,
@@ -97,9 +103,7 @@ def plan_from_json(data: object) -> Plan:
         mesh=_mesh(axes),
         decisions=_decisions(reader),
         paths=dict(_path(row) for row in reader.children("conversions")),
-        work={
-            n: NodeSeconds(*reader.row("work", n, float, float)) for n in reader.get("work", dict)
-        },
+        work={name: _work(reader, name) for name in reader.get("work", dict)},
         seconds=reader.get("seconds", float),
         optimizer_s=reader.get("optimizer_s", float),
         memory=reader.build("memory", Memory),
@@ -115,6 +119,17 @@ def plan_from_json(data: object) -> Plan:
         decode=None if reader.is_null("decode") else plan_from_json(reader.get("decode", dict)),
         recached=tuple(_recache(row) for row in reader.children("recached")),
     )
+
+
+def _work(reader: _Reader, name: str) -> Work:
+    """Seconds of a node; plans of older versions do not say what its collectives take."""
+    forward, backward = reader.row("work", name, float, float)
+    if name not in reader.optional("moving", dict, {}):
+        return Work(forward, backward)
+    *moving, axes = reader.row("moving", name, float, float, list)
+    if not all(type(axis) is int for axis in axes):
+        raise PlanError(f"plan field `moving.{name}` must end with a list of mesh axes")
+    return Work(forward, backward, moving[0], moving[1], tuple(axes))
 
 
 def _mesh(axes: tuple[tuple[str, int], ...]) -> Mesh:
@@ -184,6 +199,10 @@ class _Reader:
             raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
         return value
 
+    def optional(self, name: str, kind: type, default: Any) -> Any:
+        """The field `name`, or `default` where there is none."""
+        return self.get(name, kind) if name in self._data else default
+
     def is_null(self, name: str) -> bool:
         """Is the field `name` null?"""
         return self._data.get(name, 0) is None
@@ -240,6 +259,8 @@ class _Reader:
             return None
         if annotation == "tuple[str, ...]":
             return self.many(name, str)
+        if annotation == "tuple[tuple[str, float], ...]":  # plans of older versions have none
+            return self.rows(name, str, float) if name in self._data else ()
         value = self.get(name, _PLAIN[annotation.removesuffix(" | None")])
         if isinstance(value, str) and not (value.isprintable() and '"""' not in value):
             raise PlanError(f"`{self._where}.{name}` must be one line of text, got {value[:40]!r}")

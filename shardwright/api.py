@@ -16,15 +16,23 @@ from .ir.capture import capture_folded
 from .ir.graph import Graph
 from .ir.mesh import Mesh
 from .ir.serving import ServingError, is_decoder, serving_graph
-from .loading import DTYPES, Loaded, load_target, one_token, quiet_torch, with_positions
+from .loading import (
+    DTYPES,
+    Loaded,
+    load_target,
+    quiet_torch,
+    tokens_of,
+    with_positions,
+    with_tokens,
+)
 from .planner import plan as plans
-from .planner.build import Builder, Restriction
+from .planner.build import Builder
 from .planner.conversion import Network
 from .planner.errors import PlanError
 from .planner.fused import make_faster_plan
 from .planner.iopddl import write_problem
-from .planner.roles import Pin, Pins
-from .planner.search import Clock, setting_of
+from .planner.roles import pinned
+from .planner.search import Clock, Job, setting_of
 from .planner.serving import make_serving_plan
 
 if TYPE_CHECKING:
@@ -77,8 +85,7 @@ class Plan(plans.Plan):
             setting_of(self.request), recompute=decided.recompute, order=decided.order
         )
         builder = Builder(self.graph, Network(self.mesh, cluster), setting)
-        pins = [Pin.parse(text, len(self.mesh.axes)) for text in self.request.pins]
-        built = builder.build(Pins(pins, self.graph) if pins else Restriction())
+        built = builder.build(pinned(self.request.pins)(self.graph, self.mesh))
         write_problem(built.problem(), Path(path))
 
 
@@ -122,9 +129,8 @@ def plan(
     `decode` is that of one output token, `recached` the caches that are converted in between.
     `cluster` is a built-in name or the path of a TOML file; `memory_bytes` overrides its memory per
     GPU; `mesh` (`2x4`) fixes the mesh, which is otherwise searched; `pins`
-    (`"*.q_proj.weight=R,S0"`) are kept and priced.
-    `expert_imbalance` is the load of the busiest rank's experts over the mean (default: that of a
-    power-law router).
+    (`"*.q_proj.weight=R,S0"`) are kept and priced.  `expert_imbalance` is the load of the busiest
+    rank's experts over the mean (default: that of a power-law router).
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
@@ -138,7 +144,7 @@ def plan(
         "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
         optimizer, memory_bytes, pins, context, output_tokens, expert_imbalance,
     )  # fmt: skip
-    return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, Clock())
+    return _plan(loaded, _job(request, mesh, solver, time_limit_s, progress, Clock()))
 
 
 def plan_file(
@@ -166,11 +172,11 @@ def plan_file(
         target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context,
         output_tokens, expert_imbalance,
     )  # fmt: skip
-    clock = Clock()
+    job = _job(request, mesh, solver, time_limit_s, progress, Clock())
     progress("build the model")
-    with clock.step("model"):
+    with job.clock.step("model"):
         loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype=dtype)
-    return _plan(loaded, request, mesh, pins, solver, time_limit_s, progress, clock)
+    return _plan(loaded, job)
 
 
 def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> Graph:
@@ -198,11 +204,14 @@ def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
     served = with_positions(loaded)
     if served is not None:
         graph = capture_graph(served, training=False, serving=True)
-        if phase != "prefill" or is_decoder(graph):
-            try:
-                return serving_graph(graph, context)
-            except ServingError as error:
-                raise PlanError(str(error)) from error
+        # One token alone attends itself, in an encoder as in a decoder.
+        telling = graph
+        if tokens_of(served) == 1:
+            telling = capture_graph(with_tokens(served, 2), training=False, serving=True)
+        if phase != "prefill" or is_decoder(telling):
+            if telling is not graph:
+                _served(telling, 0)  # raises what one token hides
+            return _served(graph, context)
     elif phase != "prefill":
         raise PlanError(
             f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
@@ -210,6 +219,20 @@ def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
             "torch.arange"
         )
     return capture_graph(loaded, training=False)
+
+
+def _decode_graph(loaded: Loaded, context: int) -> Graph:
+    """Of a model that is known to be served: one new token."""
+    served = with_positions(with_tokens(loaded, 1))
+    assert served is not None
+    return _served(capture_graph(served, training=False, serving=True), context)
+
+
+def _served(graph: Graph, context: int) -> Graph:
+    try:
+        return serving_graph(graph, context)
+    except ServingError as error:
+        raise PlanError(str(error)) from error
 
 
 def _request(
@@ -233,9 +256,9 @@ def _request(
         raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
     cached = phase in ("decode", "append")
     if context and not cached:
+        why = "has no cache" if phase == "train" else "begins with an empty cache"
         raise PlanError(
-            f"phase {phase} begins with an empty cache; cached tokens (--context {context}) are "
-            "for decode and append"
+            f"phase {phase} {why}; cached tokens (--context {context}) are for decode and append"
         )
     if output_tokens and phase != "serve":
         raise PlanError(f"only phase serve has output tokens (--output-tokens), not {phase}")
@@ -253,71 +276,39 @@ def _request(
     )  # fmt: skip
 
 
-def _plan(
-    loaded: Loaded,
+def _job(
     request: Request,
     mesh: str | None,
-    pins: Sequence[str],
     solver: str,
     time_limit_s: float,
     progress: Progress,
     clock: Clock,
-) -> Plan:
-    fixed = parse_mesh(mesh, request.gpus) if mesh else None
-    progress("capture the graph")
-    if request.phase == "serve":
-        return _serving_plan(loaded, request, fixed, pins, solver, time_limit_s, progress, clock)
-    with clock.step("capture"):
-        graph = phase_graph(loaded, request.phase, request.context)
-    made = make_faster_plan(
-        graph,
-        load_cluster(request.cluster, request.gpus),
-        request,
-        mesh=fixed,
-        pins=pins,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        clock=clock,
-        progress=progress,
-    )
-    return Plan.of(made)
-
-
-def _serving_plan(
-    loaded: Loaded,
-    request: Request,
-    mesh: Mesh | None,
-    pins: Sequence[str],
-    solver: str,
-    time_limit_s: float,
-    progress: Progress,
-    clock: Clock,
-) -> Plan:
-    """Prefill and decode together."""
-    if pins and mesh is None:
+) -> Job:
+    if request.pins and mesh is None:
         raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-
-    def restriction(graph: Graph, mesh: Mesh) -> Restriction:
-        kept = [Pin.parse(text, len(mesh.axes)) for text in pins]
-        return Pins(kept, graph) if kept else Restriction()
-
-    longest = request.seq + request.output_tokens - 1
-    with clock.step("capture"):
-        prefill = phase_graph(loaded, "append", 0)
-        decode = phase_graph(one_token(loaded), "decode", longest)
-    made = make_serving_plan(
-        prefill,
-        decode,
+    return Job(
         load_cluster(request.cluster, request.gpus),
         request,
-        mesh=mesh,
-        restriction=restriction,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        clock=clock,
-        progress=progress,
+        parse_mesh(mesh, request.gpus) if mesh else None,
+        pinned(request.pins),
+        solver,
+        time_limit_s,
+        clock,
+        progress,
     )
-    return Plan.of(made)
+
+
+def _plan(loaded: Loaded, job: Job) -> Plan:
+    request = job.request
+    job.progress("capture the graph")
+    with job.clock.step("capture"):
+        graph = phase_graph(loaded, request.phase, request.context)
+    if request.phase != "serve":
+        return Plan.of(make_faster_plan(graph, job))
+    with job.clock.step("capture"):
+        longest = request.seq + request.decode_steps - 1
+        decode = _decode_graph(loaded, longest)
+    return Plan.of(make_serving_plan(graph, decode, job))
 
 
 def parse_mesh(text: str, gpus: int) -> Mesh:

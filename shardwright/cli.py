@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -122,151 +122,176 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+# What options are, and say of themselves in the help.
+
+_Model: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="a Python file that defines build_model() and example_inputs(batch, seq), "
+        "`model.py:function` for another builder; or a Hugging Face config.json, or a folder "
+        "with one",
+    ),
+]
+_Gpus: TypeAlias = Annotated[
+    int, typer.Option(metavar="N", min=1, help="GPUs to use in all, e.g. --gpus 8")
+]
+_Phase: TypeAlias = Annotated[Phase, typer.Option(help="what to plan for, e.g. --phase prefill")]
+_Batch: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default="one per GPU",
+        help="sequences in the batch, over all GPUs together, e.g. --batch 64",
+    ),
+]
+_Seq: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default="1024; 1 with --phase decode",
+        help="tokens in a sequence, or new ones in inference, e.g. --seq 8192",
+    ),
+]
+_Context: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        show_default="8192 with --phase decode or append",
+        help="cached tokens before the new ones, e.g. --context 32768",
+    ),
+]
+_OutputTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default="256",
+        help="tokens of an answer, with --phase serve, e.g. --output-tokens 1024",
+    ),
+]
+_ExpertImbalance: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        show_default="that of a power-law router",
+        help="load of the GPU with the busiest experts over the mean load, e.g. "
+        "--expert-imbalance 1.5",
+    ),
+]
+_Dtype: TypeAlias = Annotated[
+    Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
+]
+_Cluster: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        help="the machines: a100, h100, h200, h800, b200, l40s, rtx4090, mi300x, cpu "
+        "(processes on this machine), or a file that describes yours, e.g. --cluster a100",
+    ),
+]
+_Memory: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        parser=parse_bytes,
+        show_default="the cluster's",
+        help="memory that a plan may fill on each GPU, e.g. --memory 64GB (or 64GiB, 64e9)",
+    ),
+]
+_Mesh: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        show_default="searched",
+        help="the grid of GPUs, slowest links first, e.g. --mesh 2x4 or --mesh dp=2,tp=4",
+    ),
+]
+_Pin: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=SPEC",
+        show_default=False,
+        help="a decision of your own, kept and priced: a glob of tensor names and a state per "
+        "mesh axis (R replicated, S0, S1, ... sharded along that dim), e.g. "
+        "--pin '*.q_proj.weight=R,S0'; may be repeated",
+    ),
+]
+_Optimizer: TypeAlias = Annotated[
+    Optimizer | None,
+    typer.Option(
+        show_default="adamw; none in inference",
+        help="the optimizer whose states take memory, e.g. --optimizer sgd",
+    ),
+]
+_Solver: TypeAlias = Annotated[
+    Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
+]
+_TimeLimit: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        min=0.1,
+        help="stop the search then, with the best plan so far, e.g. --time-limit 10",
+    ),
+]
+_Out: TypeAlias = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help=f"folder for {PLAN_FILE} and {MODULE_FILE}; an earlier plan in it is replaced, "
+        "anything else refused, e.g. --out plans/8b",
+    ),
+]
+_AsJson: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="print the plan as JSON instead of the report")
+]
+_DumpProblem: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="also write the problem that was solved, in the IOPDDL format, e.g. "
+        "--dump-problem problem.json.gz",
+    ),
+]
+_Version: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="print the version and exit"
+    ),
+]
+_Folder: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")
+]
+
+
 @app.command(epilog=_EPILOG)
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help="a Python file that defines build_model() and example_inputs(batch, seq), "
-            "`model.py:function` for another builder; or a Hugging Face config.json, or a folder "
-            "with one",
-        ),
-    ],
-    gpus: Annotated[
-        int, typer.Option(metavar="N", min=1, help="GPUs to use in all, e.g. --gpus 8")
-    ],
-    phase: Annotated[
-        Phase, typer.Option(help="what to plan for, e.g. --phase prefill")
-    ] = Phase.TRAIN,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            show_default="one per GPU",
-            help="sequences in the batch, over all GPUs together, e.g. --batch 64",
-        ),
-    ] = None,
-    seq: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            show_default="1024; 1 with --phase decode",
-            help="tokens in a sequence, or new ones in inference, e.g. --seq 8192",
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            show_default="8192 with --phase decode or append",
-            help="cached tokens before the new ones, e.g. --context 32768",
-        ),
-    ] = None,
-    output_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            show_default="256",
-            help="tokens of an answer, with --phase serve, e.g. --output-tokens 1024",
-        ),
-    ] = None,
-    expert_imbalance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            show_default="that of a power-law router",
-            help="load of the GPU with the busiest experts over the mean load, e.g. "
-            "--expert-imbalance 1.5",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
-    ] = Dtype.BFLOAT16,
-    cluster: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE.toml",
-            help="the machines: a100, h100, h200, h800, b200, l40s, rtx4090, mi300x, cpu "
-            "(processes on this machine), or a file that describes yours, e.g. --cluster a100",
-        ),
-    ] = "h100",
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=parse_bytes,
-            show_default="the cluster's",
-            help="memory that a plan may fill on each GPU, e.g. --memory 64GB (or 64GiB, 64e9)",
-        ),
-    ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            show_default="searched",
-            help="the grid of GPUs, slowest links first, e.g. --mesh 2x4 or --mesh dp=2,tp=4",
-        ),
-    ] = None,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN=SPEC",
-            show_default=False,
-            help="a decision of your own, kept and priced: a glob of tensor names and a state per "
-            "mesh axis (R replicated, S0, S1, ... sharded along that dim), e.g. "
-            "--pin '*.q_proj.weight=R,S0'; may be repeated",
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Optimizer | None,
-        typer.Option(
-            show_default="adamw; none in inference",
-            help="the optimizer whose states take memory, e.g. --optimizer sgd",
-        ),
-    ] = None,
-    solver: Annotated[
-        Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
-    ] = Solver.HIGHS,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.1,
-            help="stop the search then, with the best plan so far, e.g. --time-limit 10",
-        ),
-    ] = 60.0,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help=f"folder for {PLAN_FILE} and {MODULE_FILE}; an earlier plan in it is replaced, "
-            "anything else refused, e.g. --out plans/8b",
-        ),
-    ] = Path("plan_out"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the plan as JSON instead of the report")
-    ] = False,
-    dump_problem: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="also write the problem that was solved, in the IOPDDL format, e.g. "
-            "--dump-problem problem.json.gz",
-        ),
-    ] = None,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="print the version and exit"
-        ),
-    ] = False,
+    model: _Model,
+    gpus: _Gpus,
+    phase: _Phase = Phase.TRAIN,
+    batch: _Batch = None,
+    seq: _Seq = None,
+    context: _Context = None,
+    output_tokens: _OutputTokens = None,
+    expert_imbalance: _ExpertImbalance = None,
+    dtype: _Dtype = Dtype.BFLOAT16,
+    cluster: _Cluster = "h100",
+    memory: _Memory = None,
+    mesh: _Mesh = None,
+    pin: _Pin = None,
+    optimizer: _Optimizer = None,
+    solver: _Solver = Solver.HIGHS,
+    time_limit: _TimeLimit = 60.0,
+    out: _Out = Path("plan_out"),
+    as_json: _AsJson = False,
+    dump_problem: _DumpProblem = None,
+    version: _Version = False,
 ) -> None:
     """Plan how to cut MODEL over N GPUs, and write the PyTorch module that runs it so.
 
@@ -307,10 +332,8 @@ def plan(
 
 @tools.command("show")
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the plan as JSON instead of the report")
-    ] = False,
+    folder: _Folder,
+    as_json: _AsJson = False,
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
@@ -323,7 +346,7 @@ def show(
 
 @tools.command("verify")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")],
+    folder: _Folder,
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -366,9 +389,7 @@ def solve(
             help="stop the search then, with the best assignment so far, e.g. --time-limit 30",
         ),
     ] = 300.0,
-    solver: Annotated[
-        Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
-    ] = Solver.HIGHS,
+    solver: _Solver = Solver.HIGHS,
 ) -> None:
     """Solve a sharding problem: cost, bound, status, assignment, e.g. `plan solve problem.json`."""
     with _errors_as_exit_codes():

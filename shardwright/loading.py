@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def quiet_torch() -> Generator[None]:
     """
     before, stderr = logging.root.manager.disable, sys.stderr
     logging.disable(logging.CRITICAL)
-    sys.stderr = _WithoutExport(stderr)  # type: ignore[assignment]
+    sys.stderr = cast("TextIO", _WithoutExport(stderr))
     try:
         yield
     finally:
@@ -134,10 +134,18 @@ def with_positions(loaded: Loaded) -> Loaded | None:
     return replace(loaded, inputs={**inputs, name: positions}, labels=labels)
 
 
-def one_token(loaded: Loaded) -> Loaded:
-    """The same model with one token of each sequence as its inputs."""
+def tokens_of(loaded: Loaded) -> int:
+    """Tokens of each sequence in the inputs; 0 if none has such a dim."""
+    dims = [(x, _token_dim(loaded.labels.get(name, ()))) for name, x in loaded.inputs.items()]
+    return max((x.shape[dim] for x, dim in dims if dim >= 0), default=0)
+
+
+def with_tokens(loaded: Loaded, tokens: int) -> Loaded:
+    """The same model with so many tokens of each sequence as its inputs, all like the first."""
     inputs = {
-        name: x.narrow(dim, 0, 1) if (dim := _token_dim(loaded.labels.get(name, ()))) >= 0 else x
+        name: torch.cat([x.narrow(dim, 0, 1)] * tokens, dim)
+        if (dim := _token_dim(loaded.labels.get(name, ()))) >= 0
+        else x
         for name, x in loaded.inputs.items()
     }
     return replace(loaded, inputs=inputs)

@@ -34,6 +34,7 @@ from .conversation import (
     length_of,
 )
 from .ir.graph import Graph, Node, Value
+from .ir.huggingface_experts import use_own_loops
 from .ir.indices import index_limits
 from .ir.interpret import interpret
 from .ir.mesh import Mesh
@@ -398,6 +399,7 @@ def _original(
     A served one gets whole sequences at once.
     """
     model = build_real(case.plan.request.target, "float64").eval()
+    use_own_loops(model)
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
         raise PlanError(

@@ -27,8 +27,10 @@ from shardwright.ir.widen import widened as widened  # for the tests that import
 from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
 from shardwright.planner.conversion import Network
+from shardwright.planner.plan import Request
 from shardwright.planner.program import PricedStep, Program, lower, priced_path
 from shardwright.planner.regions import Region, Strategy
+from shardwright.planner.search import Clock, Job, Limit
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 
@@ -38,6 +40,12 @@ AXES = ("x", "y", "z")
 def mesh_of(*sizes: int) -> Mesh:
     """A mesh with axes x, y, z."""
     return Mesh(tuple(zip(AXES, sizes, strict=False)))
+
+
+def job_of(request: Request, mesh: Mesh, limit: Limit) -> Job:
+    """To plan a request on one mesh."""
+    machine = load_cluster(request.cluster, request.gpus)
+    return Job(machine, request, mesh, limit, "highs", 60.0, Clock(), lambda step: None)
 
 
 def builder_of(

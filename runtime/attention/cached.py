@@ -19,7 +19,7 @@ from ..collectives import Axis
 from .kernels import attend
 from .links import Link, pack, unpack
 from .partial import Partial
-from .pass_q import _return as return_partials  # pyright: ignore[reportPrivateUsage]
+from .pass_q import return_partials
 from .pieces import Piece, cut, fuse
 from .scores import Mask, Scores
 from .task import Options, check_heads, start
@@ -50,6 +50,7 @@ def cached_attention(
     softcap: float = 0.0,
     causal: bool = True,
     sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Store `k`, `v` in `cache`, then attend over the cache; (b, hq, t, dv), no gradient.
 
@@ -59,7 +60,8 @@ def cached_attention(
     `v` is None for a cache with `values_in_keys`: the values are the first dv numbers of the keys,
     which alone are stored and sent.
     `scale` is 1/sqrt(d) if None; `softcap` > 0 makes scores softcap * tanh(score / softcap);
-    `sinks` (hq,) are logits of one more key per head whose value is 0.
+    `sinks` (hq,) are logits of one more key per head whose value is 0.  `chunk` > 0: a query at p
+    attends keys of its own chunk only, j // chunk = p // chunk.
 
     `algorithm` says how ranks of `axis` that share sequences work together.  Below s is
     the longest part of a sequence that a rank caches, e the bytes of an element, p the ranks; bytes
@@ -81,7 +83,8 @@ def cached_attention(
     With float64 inputs partial results are float64: 8 bytes where pass_q and tree have 4.
 
     Raises ValueError for tensors, positions or options that do not fit, CacheFullError if the
-    cache has no room on this rank.
+    cache has no room on this rank.  The other ranks then wait until this one ends, or for the time
+    limit of the group; who would go on after it asks `cache.table.shortage` on all ranks before.
     """
     options = Options("cached_attention", causal, window, scale, softcap, sinks, None, None, None)
     check_heads(options.name, q, k, cache.values_of(k) if v is None else v)
@@ -97,7 +100,9 @@ def cached_attention(
             "cached_attention has no backward; call it under torch.no_grad(), or train with the"
             " module that was planned for training"
         )
-    scores = options.scores(q)
+    if chunk < 0:
+        options.refuse(f"chunk is 0 or a number of tokens, got {chunk}")
+    scores = replace(options.scores(q), chunk=chunk)
     step = cache.append(k, v, positions, axis=axis if algorithm == "tree" else None)
     alone = axis is None or axis.size == 1
     run = _local if alone else _ALGORITHMS[algorithm]
@@ -341,7 +346,8 @@ def _work(
                 return _Work([], attended.to(cache.table.device))
         return _Work(parts_of(queries, keys, scores))
 
-    return step.once((pairs, scores.causal, scores.window, scores.plain), make)
+    known = (pairs, scores.causal, scores.window, scores.chunk, scores.plain)
+    return step.once(known, make)
 
 
 def _attended(queries: Tensor, keys: Tensor, scores: Scores) -> Tensor:
@@ -351,6 +357,8 @@ def _attended(queries: Tensor, keys: Tensor, scores: Scores) -> Tensor:
         attended &= keys <= queries
     if scores.window:
         attended &= keys > queries - scores.window
+    if scores.chunk:
+        attended &= keys // scores.chunk == queries // scores.chunk
     return attended
 
 
@@ -380,9 +388,26 @@ def _pieces(queries: Tensor, keys: Tensor, scores: Scores) -> tuple[Piece, ...]:
     """All allowed pairs of one sequence, queries (t,) and keys (s,)."""
     stored = keys[: int((keys >= 0).sum())]
     found: list[Piece] = []
-    for run in runs_of(queries):
+    for run in _within_chunks(runs_of(queries), scores.chunk):
         found += _pieces_of_run(run, stored, scores)
     return fuse(tuple(found)) if scores.plain else tuple(found)
+
+
+def _within_chunks(runs: Iterable[Run], chunk: int) -> Iterable[Run]:
+    """The runs, cut where a chunk ends.
+
+    >>> [(run.row, run.position, run.length) for run in _within_chunks([Run(0, 2, 7)], 4)]
+    [(0, 2, 2), (2, 4, 4), (6, 8, 1)]
+    """
+    if not chunk:
+        yield from runs
+        return
+    for run in runs:
+        at, stop = run.position, run.position + run.length
+        while at < stop:
+            end = min(at - at % chunk + chunk, stop)
+            yield Run(run.row + at - run.position, at, end - at, run.document)
+            at = end
 
 
 def _pieces_of_run(run: Run, keys: Tensor, scores: Scores) -> Iterable[Piece]:
@@ -394,6 +419,11 @@ def _pieces_of_run(run: Run, keys: Tensor, scores: Scores) -> Iterable[Piece]:
         low = low_end = 0
     if not scores.causal:
         high_end = high = len(keys)
+    if scores.chunk:  # all queries of a run are in one
+        opening = first - first % scores.chunk
+        own = torch.searchsorted(keys, torch.tensor([opening, opening + scores.chunk])).tolist()
+        low, low_end = max(low, own[0]), max(low_end, own[0])
+        high_end, high = min(high_end, own[1]), min(high, own[1])
     if low_end < high_end:
         start = int(keys[low_end])
         count = high_end - low_end

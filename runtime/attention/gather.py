@@ -54,7 +54,7 @@ def gather_kv_attention(
     task = Task.of(options, group, q, k, v, layout, query_layout)
     if stride < 0:
         options.refuse(f"stride is a number of key heads, or 0 for all; got {stride}")
-    return _Gather.apply(q, k, v, sinks, task, stride or k.shape[1])
+    return _Gather.apply(q, k, v, sinks, bias, task, stride or k.shape[1])
 
 
 class _Gather(torch.autograd.Function):
@@ -65,6 +65,7 @@ class _Gather(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
+        bias: Tensor | None,
         task: Task,
         stride: int,
     ) -> Tensor:
@@ -85,7 +86,7 @@ class _Gather(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        task: Task = ctx.task
+        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
         queries, k, v, dsinks = saved(ctx, grads[0])
         dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, k, v))
         for heads, of_heads in _strides(task, queries.q, k, ctx.stride):
@@ -101,7 +102,7 @@ class _Gather(torch.autograd.Function):
                 attend_backward(into, some, keys, values, task.pieces(source), of_heads.scores)
             summed = task.link.reduce_scatter(summands, "backward")
             dk[:, heads], dv[:, heads] = unpack(summed, keys.shape, values.shape)
-        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, None, None
+        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, dbias, None, None
 
 
 def _group(q: Tensor, k: Tensor) -> int:

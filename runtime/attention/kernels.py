@@ -271,7 +271,7 @@ def _explicit(
 def _explicit_backward(
     queries: Queries, k: Tensor, v: Tensor, tile: Piece, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a tile, whose weights are computed again."""
+    """(dq, dk, dv) of a tile, whose weights are computed again; adds to the bias's gradient."""
     heads = (k.shape[1], -1)
     capped = _raw_scores(queries.q, k, scores)
     logits = _masked(capped, tile, scores)
@@ -281,6 +281,7 @@ def _explicit_backward(
     dv = (weights.transpose(-1, -2) @ grad).sum(2)
     dweights = grad @ v.to(weights.dtype).unsqueeze(2).transpose(-1, -2)
     dscores = weights * (dweights - queries.delta.unflatten(1, heads).unsqueeze(-1))
+    scores.add_bias_gradient(tile, dscores)
     if scores.softcap:
         dscores = dscores * (1 - (capped / scores.softcap).square())
     dscores = dscores * scores.scale

@@ -17,6 +17,9 @@ from ..counter import Phase
 
 Group: TypeAlias = ProcessGroup | Axis
 
+# Of `Link.tell`; the tags of other messages are 0 and 1.
+_TELL_TAG = 2
+
 
 class Link:
     """A process group, or an axis of a mesh, as attention uses it; None is this rank alone.
@@ -72,6 +75,15 @@ class Link:
         counter.record("all_gather", self.name, phase, (self.size - 1) * x.nbytes, self.size)
         return self._run(lambda: transport.all_gather(x.contiguous(), self.group))
 
+    def tell(self, x: Tensor) -> Tensor:
+        """The ranks' `x` along a new first dim; not counted, and apart from all other messages."""
+        everywhere = x.new_empty((self.size, *x.shape))
+        everywhere[self.rank] = x
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        send, receive = [(x, peer) for peer in others], [(everywhere[i], i) for i in others]
+        self._run(lambda: transport.wait(transport.post(send, receive, self.group, _TELL_TAG)))
+        return everywhere
+
     def reduce_scatter(self, rows: Tensor, phase: Phase) -> Tensor:
         """The sum over ranks of their row for this rank."""
         if self.size == 1 or not rows.numel():
@@ -115,6 +127,16 @@ class Link:
                 " (one of them ended, failed or is late; see its own message):"
                 f" {error}"
             ) from error
+
+
+def link_of(name: str, group: object) -> Link:
+    """The link over a group that a user of function `name` gave."""
+    if not isinstance(group, ProcessGroup | Axis):
+        raise TypeError(
+            f"{name}: a group is a ProcessGroup (torch.distributed.group.WORLD for all ranks) or an"
+            f" Axis of a Mesh, got {group!r}"
+        )
+    return Link(group)
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ class _PassQ(torch.autograd.Function):
     ) -> Tensor:
         ctx.task = task
         into = start(q, v, sinks)
-        for part in _return(_circulate(q, k, v, task), q, v, task.link):
+        for part in return_partials(_circulate(q, k, v, task), q, v, task.link):
             into.add_(part.out, part.lse)
         return save(ctx, (q, k, v, sinks), into)
 
@@ -84,7 +84,7 @@ def _circulate(q: Tensor, k: Tensor, v: Tensor, task: Task) -> list[Partial]:
     return parts
 
 
-def _return(parts: list[Partial], q: Tensor, v: Tensor, link: Link) -> list[Partial]:
+def return_partials(parts: list[Partial], q: Tensor, v: Tensor, link: Link) -> list[Partial]:
     """What this rank's queries got, from the own keys backwards around the ring."""
     own = link.rank
     messages = [part.lse if i == own else _encode(part, q.dtype) for i, part in enumerate(parts)]

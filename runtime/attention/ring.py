@@ -43,15 +43,17 @@ def ring_attention(
 
     `group` is a ProcessGroup or an `Axis`; `layout` says which tokens the shards hold
     (`Layout.zigzag` balances causal work), `query_layout` those of q where they are others (new
-    tokens over a cache).  Without a layout shards are equal and contiguous, and one message of 64
-    bytes makes sure that the ranks agree on their sizes.
+    tokens over a cache).  Without a layout shards are equal and contiguous, and one all-gather of
+    96 bytes makes sure that the ranks agree on their sizes; with one, the first call of each kind
+    does, so that a rank with other sizes, options or layouts is an error on all ranks.
 
-    A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0,
-    and `mask` allows it.  `scale` is 1/sqrt(d) if None.  `softcap` > 0 makes scores
-    softcap * tanh(score / softcap).  `sinks` (hq,) are logits of one more key per head whose value
-    is 0; their gradient is this rank's summand.  `bias` (b or 1, hq or 1, sq, S) is added to the
-    scores of this rank's queries, with a column per position; `slopes` (hq,) are ALiBi's.  Neither
-    gets a gradient.
+    A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0
+    (a bound to the left alone: without `causal`, all later keys too), and `mask` allows it.
+    `scale` is 1/sqrt(d) if None.  `softcap` > 0 makes scores softcap * tanh(score / softcap).
+    `sinks` (hq,) are logits of one more key per head whose value is 0; their gradient is this
+    rank's summand.  `bias` (b or 1, hq or 1, sq, S) is added to the scores of this rank's queries,
+    with a column per position; its gradient is whole for these rows.  `slopes` (hq,) are ALiBi's
+    and get no gradient.
 
     Cost, over p ranks, with kv = b hkv sk (d + dv) numbers of e bytes: forward receives
     (p-1) kv e bytes in p-1 messages, each under way while a block is computed; backward twice as
@@ -68,7 +70,7 @@ def ring_attention(
 
 def attend_over_ring(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task) -> Tensor:
     """`ring_attention` of checked inputs; on one rank it is local attention."""
-    return _Ring.apply(q, k, v, sinks, task)
+    return _Ring.apply(q, k, v, sinks, task.scores.bias, task)
 
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task) -> Partial:
@@ -123,7 +125,13 @@ def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor, ...]:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        bias: Tensor | None,  # that of the task; autograd knows it by this
+        task: Task,
     ) -> Tensor:
         ctx.task = task
         return save(ctx, (q, k, v, sinks), ring_forward(q, k, v, sinks, task))
@@ -133,4 +141,5 @@ class _Ring(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return (*ring_backward(ctx, grads[0], ctx.task), None)
+        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
+        return (*ring_backward(ctx, grads[0], task), dbias, None)

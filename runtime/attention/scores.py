@@ -32,8 +32,10 @@ class Scores:
     """softcap(q k^T scale) + bias, where the rules allow it.  Tensors as in `Mask`.
 
     causal, window  key <= query; key > query - window where window > 0
+    chunk           key // chunk = query // chunk where chunk > 0; only over a cache
     bias            (b or 1, hq or 1, rows of q, S): columns are positions of keys
     slopes          (hq,): ALiBi, slopes * (key - query) is added, with |key - query| unless causal
+    dbias           like bias: what backward adds its gradient to; None where nobody wants it
     """
 
     scale: float
@@ -43,6 +45,8 @@ class Scores:
     bias: Tensor | None = None
     slopes: Tensor | None = None
     mask: Mask = Mask()
+    dbias: Tensor | None = None
+    chunk: int = 0
 
     @property
     def plain(self) -> bool:
@@ -62,10 +66,11 @@ class Scores:
     def of_heads(self, first: int, count: int) -> Scores:
         """The same for the query heads `first` to `first + count`."""
         slopes = None if self.slopes is None else self.slopes.narrow(0, first, count)
-        bias = self.bias
-        if bias is not None and bias.shape[1] > 1:
-            bias = bias.narrow(1, first, count)
-        return replace(self, slopes=slopes, bias=bias)
+        bias, dbias = (
+            x if x is None or x.shape[1] == 1 else x.narrow(1, first, count)
+            for x in (self.bias, self.dbias)
+        )
+        return replace(self, slopes=slopes, bias=bias, dbias=dbias)
 
     def addend(self, piece: Piece, groups: tuple[int, int]) -> Tensor | None:
         """What is added to the scores of a piece, broadcastable to (b, hkv, group, sq, sk)."""
@@ -81,6 +86,20 @@ class Scores:
             alibi = self.slopes.view(1, *groups, 1, 1) * distance
             total = alibi if total is None else total + alibi
         return total
+
+    def add_bias_gradient(self, piece: Piece, grad: Tensor) -> None:
+        """Add the gradient of a piece's scores (b, hkv, group, sq, sk) to `dbias`, if there is one.
+
+        `grad` is that of the sum of scores and bias: softcap and scale come before the bias.
+        """
+        if self.dbias is None:
+            return
+        summand = grad.flatten(1, 2)
+        for dim in (0, 1):
+            if self.dbias.shape[dim] == 1:
+                summand = summand.sum(dim, keepdim=True)
+        rows = self.dbias.narrow(2, piece.q_row, piece.queries)
+        rows.narrow(3, piece.k_position, piece.keys).add_(summand)
 
     def blocked(self, piece: Piece, device: torch.device) -> Tensor | None:
         """True where a pair of a piece must not attend, broadcastable to (b, 1, 1, sq, sk)."""

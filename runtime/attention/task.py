@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agreement import Call, agree
 from .kernels import Queries, attend, sinks_gradient
-from .links import Group, Link
-from .partial import Partial
+from .links import Group, Link, link_of
+from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Mask, Scores
 from .tokens import Layout
@@ -41,11 +42,11 @@ class Options:
         for title, x in (("sinks", self.sinks), ("slopes", self.slopes)):
             if x is not None and tuple(x.shape) != (q.shape[1],):
                 self.refuse(f"{title} must have one number for each of {q.shape[1]} query heads")
-        for title, x in (("bias", self.bias), ("slopes", self.slopes)):
-            if x is not None and x.requires_grad:
-                raise NotImplementedError(
-                    f"{self.name}: no gradient is computed for {title}; detach it"
-                )
+        if self.slopes is not None and self.slopes.requires_grad:
+            raise NotImplementedError(
+                f"{self.name}: no gradient is computed for slopes; detach them, or give what they"
+                " add to the scores as `bias`, where the algorithm takes one"
+            )
         if self.bias is not None:
             self._check_bias(self.bias, q)
         mask = Mask() if self.mask is None else self._checked_mask(self.mask, q)
@@ -131,27 +132,6 @@ def check_layouts(
     return queries, keys
 
 
-# What `agree` compares, in this order.
-_COMPARED = ("batch", "query heads", "key heads", "rows of q", "rows of k", "d", "dv", "dtype")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def agree(options: Options, link: Link, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse, on every rank, shards that differ between ranks; one all-gather of 64 bytes.
-
-    For calls without a layout, where a rank cannot know what the others hold, and transfers of
-    unequal sizes would hang or end the process.
-    """
-    if link.size == 1:
-        return
-    kind = _DTYPES.index(q.dtype) if q.dtype in _DTYPES else -1
-    own = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], k.shape[3], v.shape[3], kind]
-    rows = link.all_gather(torch.tensor(own, device=q.device), "forward").tolist()
-    for title, column in zip(_COMPARED, zip(*rows, strict=True), strict=True):
-        if len(set(column)) > 1:
-            options.refuse(f"the ranks of `{link.name}` differ in {title}: {list(column)}")
-
-
 @dataclass(frozen=True, slots=True)
 class Task:
     """One call: who takes part, which tokens they hold, how scores are made."""
@@ -171,27 +151,34 @@ class Task:
         layout: Layout | None,
         query_layout: Layout | None,
     ) -> Task:
-        """Checked; layouts as in `check_layouts`."""
+        """Checked, also against the other ranks; layouts as in `check_layouts`."""
         check_heads(options.name, q, k, v)
-        link = Link(group)
-        if layout is None:
-            agree(options, link, q, k, v)
+        link = link_of(options.name, group)
         queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)
+        call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+        agree(call, [link], q.device, every_time=layout is None)
         return Task(link, scores, queries, keys)
 
     def pieces(self, source: int) -> tuple[Piece, ...]:
         """What this rank's queries attend of the keys of rank `source`."""
         return self.scores.pieces(self.queries, self.link.rank, self.keys, source)
 
+    def with_bias_gradient(self, wanted: bool) -> tuple[Task, Tensor | None]:
+        """(this task for a backward pass, what then has the gradient of the bias, if wanted).
+
+        The gradient is float32 or float64; autograd rounds it to the dtype of the bias.
+        """
+        bias = self.scores.bias
+        if bias is None or not wanted:
+            return self, None
+        dbias = torch.zeros_like(bias, dtype=wide(bias.dtype))
+        return replace(self, scores=replace(self.scores, dbias=dbias)), dbias
+
     def attend(self, into: Partial, q: Tensor, k: Tensor, v: Tensor, source: int) -> None:
         """Merge this rank's queries over the keys of rank `source` into `into`."""
         attend(into, q, k, v, self.pieces(source), self.scores)
-
-
-# Tensors that `save` always keeps.
-_SAVED = 6
 
 
 def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
@@ -215,12 +202,14 @@ def save(
 
 
 def saved_more(ctx: Any) -> tuple[Tensor, ...]:
-    """The `more` tensors that `save` kept."""
-    return ctx.saved_tensors[_SAVED:]
+    """The `more` tensors that `save` kept, once, after `saved`."""
+    more, ctx.more = ctx.more, ()
+    return tuple(more)
 
 
 def saved(ctx: Any, grad: Tensor) -> tuple[Queries, Tensor, Tensor, Tensor | None]:
     """(queries, k, v, gradient of the sinks) from what `save` kept."""
-    q, k, v, sinks, out, lse = ctx.saved_tensors[:_SAVED]
+    # Asked for once: each time gathers the parameters among them again.
+    q, k, v, sinks, out, lse, *ctx.more = ctx.saved_tensors
     queries = Queries.of(q, out, lse, grad.to(q.dtype))
     return queries, k, v, None if sinks is None else sinks_gradient(sinks, queries)

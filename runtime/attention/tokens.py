@@ -45,6 +45,25 @@ class Layout:
     start: int = 0
     documents: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        held = sorted((run.position, run.length) for runs in self.runs for run in runs)
+        stop = self.start
+        for position, length in held:
+            if position != stop or length < 1:
+                raise ValueError(
+                    f"layout: every token belongs into one row of one rank; after position"
+                    f" {stop - 1} come {length} tokens from {position}"
+                )
+            stop += length
+        if stop != self.start + self.length or self.start < 0:
+            raise ValueError(
+                f"layout: tokens {self.start} to {stop} are not {self.length} from 0 on"
+            )
+        for rank, runs in enumerate(self.runs):
+            rows = [0, *(x for run in sorted(runs) for x in (run.row, run.row + run.length))]
+            if any(a > b for a, b in pairwise([*rows, self.rows])):
+                raise ValueError(f"layout: runs of rank {rank} overlap or leave {self.rows} rows")
+
     # --- making one --------------------------------------------------------------------------
 
     @staticmethod
@@ -197,6 +216,11 @@ class Layout:
         """The sequence from all shards (a list by rank, or stacked along dim 0); undoes `shard`."""
         if len(parts) != self.ranks:
             raise ValueError(f"layout: {len(parts)} shards where there are {self.ranks}")
+        sizes = [part.shape[dim] for part in parts]
+        if any(size != self.rows for size in sizes):
+            raise ValueError(
+                f"layout: shards of {sizes} rows along dim {dim}, not {self.rows} each"
+            )
         row_of = torch.empty(self.length, dtype=torch.int64)
         for rank, runs in enumerate(self.runs):
             for row, position, length, _ in runs:

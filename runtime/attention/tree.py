@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .agreement import Call, agree
 from .kernels import Queries, attend, attend_backward, sinks_gradient
-from .links import Group, Link
+from .links import Group, Link, link_of
 from .partial import Partial, normalised, wide
 from .pieces import Piece
 from .scores import Mask, Scores
-from .task import Options, agree, check_heads
+from .task import Options, check_heads
 from .tokens import Layout
 
 
@@ -39,7 +40,8 @@ def tree_attention(
     """Attention of the same queries on every rank over keys that are sharded over `group`.
 
     q (b, hq, sq, d) is the same on all ranks, and so is the result (b, hq, sq, dv); k (b, hkv, sk,
-    d) and v (b, hkv, sk, dv) are this rank's shards.  Options are those of `ring_attention`.
+    d) and v (b, hkv, sk, dv) are this rank's shards.  Options are those of `ring_attention`.  Who
+    has the queries in shards gathers them before, or calls `pass_q_attention`.
 
     `layout` says which positions the keys have; query i stands at `query_start + i` (by default
     the queries are the last tokens of the layout).  Instead of a layout `lengths` (b,) may say how
@@ -50,19 +52,27 @@ def tree_attention(
     the number of keys.  Wins for decoding, where sq is 1.  Differentiable; the gradient of q costs
     one more all-reduce of b hq sq d numbers.  Gradients of q and sinks are whole on every rank.
 
-    Raises ValueError for sizes that do not fit together or to the layout.
+    Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for a
+    `bias` that needs a gradient.
     """
     options = Options("tree_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
     check_heads(options.name, q, k, v)
-    link, scores = Link(group), options.scores(q)
-    if layout is None and lengths is None:
-        agree(options, link, q, k, v)
+    if bias is not None and bias.requires_grad:
+        raise NotImplementedError(
+            "tree_attention: no gradient is computed for bias; detach it, or use ring_attention or"
+            " gather_kv_attention"
+        )
+    link, scores = link_of(options.name, group), options.scores(q)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:
         parts = [
             (slice(0, q.shape[0]), _by_layout(options, scores, link, q, k, layout, query_start))
         ]
+    # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
+    alone = layout is not None or lengths is not None
+    call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
+    agree(call, [link], q.device, every_time=not alone)
     return _Tree.apply(q, k, v, sinks, link, scores, parts)
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .links import Group, Link, pack, unpack
+from .agreement import Call, agree
+from .links import Group, Link, link_of, pack, unpack
 from .partial import wide
 from .ring import attend_over_ring
 from .scores import Mask
-from .task import Options, Task, agree, check_heads, check_layouts
+from .task import Options, Task, check_heads, check_layouts
 from .tokens import Layout
 
 
@@ -51,7 +52,8 @@ def ulysses_attention(
     options = Options(
         "ulysses_attention", causal, window, scale, softcap, sinks, None, slopes, mask
     )
-    return _attention(options, Link(group), Link(None), q, k, v, layout, query_layout)
+    link = link_of(options.name, group)
+    return _attention(options, link, Link(None), q, k, v, layout, query_layout)
 
 
 def usp_attention(
@@ -81,9 +83,13 @@ def usp_attention(
     Cost: `ulysses_attention` over u ranks plus `ring_attention` over r ranks on b hq/u heads and
     u times the rows.  Wins where there are more ranks than key heads, or several nodes:
     Ulysses inside a node, the ring across.
+
+    Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for
+    query heads that leave the ranks of `ulysses` with unequal groups.
     """
     options = Options("usp_attention", causal, window, scale, softcap, sinks, None, slopes, mask)
-    return _attention(options, Link(ulysses), Link(ring), q, k, v, layout, query_layout)
+    inner, outer = link_of(options.name, ulysses), link_of(options.name, ring)
+    return _attention(options, inner, outer, q, k, v, layout, query_layout)
 
 
 def _attention(
@@ -98,9 +104,6 @@ def _attention(
 ) -> Tensor:
     check_heads(options.name, q, k, v)
     rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
-    if layout is None:
-        agree(options, ulysses, q, k, v)
-        agree(options, ring, q, k, v)
     queries, keys = check_layouts(options, rank, ranks, q, k, layout, query_layout)
     scores = options.scores(q)
     options.check_covers(scores, queries, keys)
@@ -117,6 +120,8 @@ def _attention(
             " carry; use a ulysses group whose size divides the key heads, or is a multiple of"
             " them"
         )
+    call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+    agree(call, [ulysses, ring], q.device, every_time=layout is None)
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
     task = Task(

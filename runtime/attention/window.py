@@ -44,13 +44,15 @@ def window_attention(
     window is shorter than the sequence.
 
     Raises ValueError for sizes that do not fit together or to the layout, NotImplementedError for
-    what a halo cannot do (not causal, other layouts, a prefix).
+    what a halo cannot do: other layouts, a prefix, and causal=False, as a window bounds the keys
+    before a query alone.
     """
     options = Options("window_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
     if not causal:
         raise NotImplementedError(
-            "window_attention: causal=False; keys after a query are unbounded by the window, so"
-            " use ring_attention or gather_kv_attention"
+            "window_attention: causal=False; a window bounds the keys before a query and not those"
+            " after it, which a halo would bring from all later ranks: use ring_attention or"
+            " gather_kv_attention"
         )
     if window < 1:
         options.refuse(f"window is the number of keys that a query attends, got {window}")
@@ -61,7 +63,7 @@ def window_attention(
             "window_attention: a halo needs the contiguous layout; for other layouts use"
             " ring_attention or gather_kv_attention with `window`"
         )
-    return _Window.apply(q, k, v, sinks, task)
+    return _Window.apply(q, k, v, sinks, bias, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,13 @@ def halos(window: int, rows: int, ranks: int) -> list[Halo]:
 class _Window(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        task: Task,
     ) -> Tensor:
         hop = _fetch(task, k, v)
         into = start(q, v, sinks)
@@ -100,7 +108,7 @@ class _Window(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        task: Task = ctx.task
+        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
         queries, k, v, dsinks = saved(ctx, grads[0])
         dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, k, v))
         shares: list[Tensor] = []
@@ -115,7 +123,7 @@ class _Window(torch.autograd.Function):
         for halo, share in zip(_after(task), hop.wait(), strict=True):
             for total, part in zip((dk, dv), _unpack(share, halo, k, v), strict=True):
                 total.narrow(2, total.shape[2] - halo.rows, halo.rows).add_(part)
-        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, None
+        return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, dbias, None
 
 
 def _all(task: Task) -> list[Halo]:

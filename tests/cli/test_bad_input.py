@@ -263,7 +263,7 @@ def test_a_decoder_as_it_should_be(run: Run) -> None:
         ({}, "--phase decode --output-tokens 8", "only phase serve has output tokens"),
         ({}, "--phase decode --context 24", "24 cached tokens and 1 new ones need 25; plan with a"),
         ({}, "--phase append --seq 8", "Net has 24 positions, but 8192 cached tokens and 8 new"),
-        ({}, "--phase serve --seq 16 --output-tokens 10", "Net has 24 positions, but 25 cached"),
+        ({}, "--phase serve --seq 16 --output-tokens 10", "Net has 24 positions, but 24 cached"),
         (
             {"positions": "places=None"},
             "--phase decode --context 8",
@@ -277,6 +277,11 @@ def test_a_decoder_as_it_should_be(run: Run) -> None:
         (
             {"attention": "is_causal=False"},
             "--phase append --seq 8 --context 8",
+            "model.py:14: this attention is not causal; it cannot have a KV cache",
+        ),
+        (
+            {"attention": "is_causal=False"},
+            "--phase decode --context 8",
             "model.py:14: this attention is not causal; it cannot have a KV cache",
         ),
         (

@@ -103,6 +103,18 @@ def test_attention_causal_halves_the_work_of_many_blocks() -> None:
     assert (full - 1e-6) / (half - 1e-6) == pytest.approx(2.0)
 
 
+def test_few_queries_over_a_cache_use_all_processors() -> None:
+    """One block of query rows per head: alone it is as slow as its keys are many; with the keys
+    shared out, as fast as the same products in many blocks, and no faster than reading them."""
+    h100 = load_cluster("h100")
+    sizes = (1, 4, 1, 16, 131072, 128, "bf16", h100)
+    alone, shared = attention_s(*sizes), attention_s(*sizes, split_keys=True)
+    reading = 2 * 131072 * 128 * 2 / h100.bandwidth_bytes_per_s
+    assert reading < shared < alone / 10
+    many = (1, 512, 128, 2048, 4096, 128, "bf16", h100)
+    assert attention_s(*many, split_keys=True) == attention_s(*many)
+
+
 def test_attention_small_heads_cost_more() -> None:
     free = replace(_round(), bandwidth_bytes_per_s=1e18)
     wide = attention_s(100, 8, 8, 1024, 1024, 128, "bf16", free)

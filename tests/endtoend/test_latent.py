@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from shardwright.codegen.write import module_source
-from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Input
@@ -23,7 +22,7 @@ from shardwright.planner.build import Builder, Decisions, Restriction
 from shardwright.planner.plan import Request
 from shardwright.planner.pricing import cache_bytes
 from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.search import Clock
+from shardwright.planner.roles import pinned
 from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.solvers import solve
 from shardwright.planner.store import plan_from_json, plan_to_json
@@ -32,7 +31,7 @@ from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.cache import KVCache
 from tests.ir.models import VOCABULARY
 from tests.ir.test_moe import model_of
-from tests.sharded import builder_of, import_source, mesh_of, program_of, source_of
+from tests.sharded import builder_of, import_source, job_of, mesh_of, program_of, source_of
 
 Pool = Callable[[int], RankPool]
 BATCH, PROMPT, NEW = 4, 16, 5
@@ -89,8 +88,8 @@ def serve_on_rank(
     caches: list[KVCache] = []
     set_cache = model.set_cache
 
-    def kept(name: str, layer: KVCache) -> None:
-        caches.append(layer)
+    def kept(name: str, layer: KVCache | None) -> None:
+        caches.extend([layer] if layer is not None else [])
         set_cache(name, layer)
 
     model.set_cache = kept
@@ -148,11 +147,8 @@ def test_memory_of_the_cache(choice: str) -> None:
 def test_two_programs_serve_together(pool: Pool) -> None:
     """Prefill and decode planned as one problem, over one cache of latents."""
     request = Request("", 2, "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW)
-    plan = make_serving_plan(
-        graph_of(PROMPT), graph_of(1, PROMPT + NEW - 1), load_cluster("cpu"), request,
-        mesh=mesh_of(2), restriction=lambda graph, mesh: Restriction(), solver="highs",
-        time_limit_s=60.0, clock=Clock(), progress=lambda step: None,
-    )  # fmt: skip
+    job = job_of(request, mesh_of(2), pinned(()))
+    plan = make_serving_plan(graph_of(PROMPT), graph_of(1, PROMPT + NEW - 2), job)
     source = module_source(plan)
     assert "DECODE = Decoding" in source and "values_in_keys=True" in source
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan

@@ -16,7 +16,6 @@ from torch import Tensor
 from shardwright.codegen.module import write_source
 from shardwright.codegen.write import module_source
 from shardwright.conversation import Step, by_graph, by_module
-from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.spec import Spec, parse_spec
@@ -24,14 +23,21 @@ from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, all_params
 from shardwright.planner.plan import Plan, Request
 from shardwright.planner.recache import recached_bytes, recaches
-from shardwright.planner.search import Clock
 from shardwright.planner.serving import make_serving_plan
 from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.runtime import RankPool, count_collectives
 from tests.endtoend import test_latent, test_serving
 from tests.endtoend.test_serving import BATCH, NEW
 from tests.ir.models import VOCABULARY
-from tests.sharded import Laid, assert_close, builder_of, import_source, mesh_of, program_of
+from tests.sharded import (
+    Laid,
+    assert_close,
+    builder_of,
+    import_source,
+    job_of,
+    mesh_of,
+    program_of,
+)
 
 Pool = Callable[[int], RankPool]
 PROMPT = 32  # two pages, one for each of two ranks
@@ -180,7 +186,7 @@ def test_latents(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: str) -> 
 
 def serving_plan(name: str, sizes: tuple[int, ...], ours: str, theirs: str) -> Plan:
     """Prefill and decode planned together, with these layouts."""
-    prefill, decode = graph_of(name, PROMPT), graph_of(name, 1, PROMPT + NEW - 1)
+    prefill, decode = graph_of(name, PROMPT), graph_of(name, 1, PROMPT + NEW - 2)
     request = Request(
         "", prod(sizes), "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW
     )
@@ -188,11 +194,7 @@ def serving_plan(name: str, sizes: tuple[int, ...], ours: str, theirs: str) -> P
     def restriction(graph: Graph, mesh: Mesh) -> Restriction:
         return Laid(ours if graph is prefill else theirs)
 
-    return make_serving_plan(
-        prefill, decode, load_cluster("cpu"), request, mesh=mesh_of(*sizes),
-        restriction=restriction, solver="highs", time_limit_s=60.0, clock=Clock(),
-        progress=lambda step: None,
-    )  # fmt: skip
+    return make_serving_plan(prefill, decode, job_of(request, mesh_of(*sizes), restriction))
 
 
 def convert_on_rank(
@@ -228,7 +230,7 @@ def test_what_is_moved(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: st
     conversion = plan.recached[0]
     assert conversion.name == "model.layers.*.kv" and conversion.count == 3
     assert plan.answer_s == pytest.approx(
-        plan.seconds + conversion.seconds + NEW * plan.decode.seconds, rel=1e-12
+        plan.seconds + conversion.seconds + (NEW - 1) * plan.decode.seconds, rel=1e-12
     )
     predicted = dict(recached_bytes(plan))
     generator = torch.Generator().manual_seed(1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwright.ir.attention import attention
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Node
@@ -110,7 +111,7 @@ def test_nothing_of_the_heads_keys_is_left(folded: bool) -> None:
 
 class Latents(nn.Module):
     """Attention over latents; `change` makes it one that the pass does not know, or the other way
-    round: values before keys in the weight, and queries that no cat makes."""
+    round: values before keys in the weight, queries that no cat makes, and sinks."""
 
     def __init__(self, change: str) -> None:
         super().__init__()
@@ -120,6 +121,7 @@ class Latents(nn.Module):
         self.up = nn.Linear(5, 3 * (4 + 6), bias=change == "bias")
         self.rope, self.query = nn.Linear(12, 2), nn.Linear(12, 3 * 6)
         self.head = nn.Linear(18, VOCABULARY, bias=False)
+        self.sinks = nn.Parameter(torch.randn(3)) if change == "sinks" else None
         self.double()
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -136,7 +138,10 @@ class Latents(nn.Module):
         k = torch.cat([k, rope], -1)
         if self.change == "values":
             v = v + 1
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.sinks is None:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = attention(q, k, v, None, 6**-0.5, True, 0, 0.0, 0.0, self.sinks)
         return self.head(out.transpose(1, 2).reshape(b, t, 18))
 
 
@@ -146,10 +151,12 @@ def test_other_attention_stays(change: str) -> None:
     assert attentions(graph) and absorbed(graph) is graph
 
 
-def test_values_first_and_queries_in_one() -> None:
-    """The parts in the other order; the scale stays that of the heads, given or not."""
+@pytest.mark.parametrize("change", ["", "sinks"])
+def test_values_first_and_queries_in_one(change: str) -> None:
+    """The parts in the other order; the scale stays that of the heads, given or not, and so do
+    sinks."""
     torch.manual_seed(0)
-    model = Latents("")
+    model = Latents(change)
     plain = served(model, TOKENS, folded=False)
     body = [with_args(n, scale=None) if n in attentions(plain) else n for n in plain.body]  # type: ignore[arg-type]
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS))
@@ -157,5 +164,6 @@ def test_values_first_and_queries_in_one() -> None:
     want = model(**inputs)[:, -1]
     for graph in (absorbed(plain), absorbed(replace(plain, body=tuple(body)))):
         assert all(node.arg("value_dim") == 5 for node in attentions(graph))
+        assert all((node.arg("sinks") is None) == (change == "") for node in attentions(graph))
         got = next(iter(interpret(graph, model.state_dict(), inputs).values()))[:, 0]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

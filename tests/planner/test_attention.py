@@ -24,13 +24,15 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import kind_of
 from shardwright.loading import load_target
-from shardwright.planner.attention import Local, seconds, transfers
+from shardwright.planner.attention import Local, ring_shares, seconds, transfers
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting
 from shardwright.planner.conversion import Network
 from shardwright.planner.problem import evaluate
 from shardwright.planner.regions import Region, Strategy
 from shardwright.planner.roles import Roles
 from shardwright.planner.solvers import solve
+from shardwright.runtime import Layout
+from shardwright.runtime.attention.pieces import Piece, cut
 from shardwright.runtime.attention.volumes import (
     Sizes,
     Volume,
@@ -165,6 +167,44 @@ def test_keys_are_fewer_bytes_than_queries_above_a_share_of_new_tokens(
     assert (total(received(ring)) <= queries) == (new * groups >= 2 * (new + context))
 
 
+# --- work ----------------------------------------------------------------------------------------
+
+
+def computed(piece: Piece, causal: bool, window: int) -> int:
+    """Pairs of a piece that attend."""
+    if piece.rule == "full":
+        return piece.queries * piece.keys
+    if piece.rule != "band":
+        return piece.queries * (piece.queries + 1) // 2
+    ahead = [
+        piece.q_position + i - piece.k_position - j
+        for i in range(piece.queries)
+        for j in range(piece.keys)
+    ]
+    return sum(distance < window and (distance >= 0 or not causal) for distance in ahead)
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.booleans(), st.integers(0, 90), st.booleans())
+def test_steps_of_a_ring_compute_what_the_runtime_does(
+    ranks: int, half: int, causal: bool, window: int, zigzag: bool
+) -> None:
+    """The priced shares are those of the rank whose pieces have the most pairs."""
+    rows = 2 * half
+    make = Layout.zigzag if zigzag else Layout.contiguous
+    runs = make(rows * ranks, ranks).runs
+    work = [
+        [
+            sum(computed(piece, causal, window)
+                for piece in cut(runs[rank], runs[(rank - step) % ranks], causal, window, 0))
+            for step in range(ranks)
+        ]
+        for rank in range(ranks)
+    ]  # fmt: skip
+    shares = ring_shares(rows, ranks, causal, window, zigzag)
+    assert sum(shares) * rows**2 == pytest.approx(max(map(sum, work)))
+    assert [share * rows**2 for share in shares] in [pytest.approx(each) for each in work]
+
+
 # --- prices --------------------------------------------------------------------------------------
 
 
@@ -193,7 +233,7 @@ def test_pass_q_or_pass_kv_on_append() -> None:
     the results of pass-Q return exposed.  It depends on the link: a link at the datasheet's
     bandwidth hides more of the keys, a slower one less.
     """
-    assert 0.008 < crossover(network(4, 8)) < 0.06
+    assert 0.02 < crossover(network(4, 8)) < 0.06
     slower = replace(H100.inter_node, efficiency=H100.inter_node.efficiency / 2)
     assert 0.03 < crossover(network(4, 8, cluster=replace(H100, inter_node=slower))) < 0.08
     assert append_s("ring", 1.0, network(4, 8)) < append_s("pass_q", 1.0, network(4, 8))
@@ -233,7 +273,8 @@ def test_hops_hide_behind_long_sequences(ranks: int, causal: bool, factor: float
         part = local("ring", ranks, rows, rows, causal=causal)
         share = 0.5 if causal else 1.0
         step = attention_s(1, 32, 8, rows, rows, 128, "bfloat16", H100, share)
-        return forward_s(part, on) <= ranks * float(step) * (1 + 1e-9)
+        # A little more: the diagonal of the first step.
+        return forward_s(part, on) <= ranks * float(step) * (1 + 1e-3)
 
     assert not hidden(0.5 * rule) and hidden(1.5 * rule)
 
@@ -252,12 +293,27 @@ def test_a_short_window_needs_no_ring() -> None:
         assert forward_s(halo(4096), on) < forward_s(replace(ring, zigzag=zigzag), on)
 
 
-def test_zigzag_halves_a_causal_ring() -> None:
+def test_zigzag_balances_a_causal_ring() -> None:
     contiguous = local("ring", 4, 32768, 32768, zigzag=False)
     zigzag, full = replace(contiguous, zigzag=True), replace(contiguous, causal=False)
     on = network(4, 8)
-    assert forward_s(contiguous, on) / forward_s(zigzag, on) == pytest.approx(2, rel=0.03)
-    assert forward_s(contiguous, on) == forward_s(full, on)  # the last rank attends everything
+    # In blocks: the last rank has three whole ones and its own triangle; in zigzag four halves.
+    assert forward_s(full, on) / forward_s(contiguous, on) == pytest.approx(4 / 3.5, rel=0.03)
+    assert forward_s(full, on) / forward_s(zigzag, on) == pytest.approx(2, rel=0.03)
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_a_window_leaves_a_ring_its_hops(zigzag: bool) -> None:
+    """Steps without work still pass the keys on; a window of the whole sequence changes nothing."""
+    on, rows = network(4, 8), 32768
+    part = local("ring", 4, rows, rows, zigzag=zigzag)
+    narrow, wide = replace(part, window=128), replace(part, window=4 * rows)
+    assert forward_s(wide, on) == forward_s(part, on)
+    hop = float(on.seconds("send_recv", (0,), part.kv_bytes))
+    last = ring_shares(rows, 4, True, 128, zigzag)[-1]
+    assert last == 0 and forward_s(narrow, on) == pytest.approx(3 * hop)
+    half = replace(part, window=2 * rows)  # no step is without work in zigzag order
+    assert forward_s(narrow, on) < forward_s(half, on) < forward_s(part, on)
 
 
 # --- whole plans ---------------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from shardwright.costmodel.cluster import load_cluster
 from shardwright.costmodel.collective import wire_bytes
 from shardwright.ir.mesh import Mesh
 from shardwright.planner.conversion import Network
-from shardwright.planner.experts import Local, exchanged, saved_bytes, seconds, usual_imbalance
+from shardwright.planner.experts import (
+    Local,
+    exchange_seconds,
+    exchanged,
+    saved_bytes,
+    seconds,
+    usual_imbalance,
+)
 from shardwright.runtime import Mesh as RuntimeMesh
 from shardwright.runtime import RankPool, count_collectives, moe
 
@@ -131,7 +138,8 @@ def test_expected_bytes_are_the_mean_of_those_counted(pool: Pool) -> None:
 
 
 def spent(local: Local, *, backward: bool = True) -> float:
-    return sum(seconds(local, "torch.bfloat16", EIGHT, backward=backward))
+    alone = seconds(local, "torch.bfloat16", EIGHT, backward=backward)
+    return sum(alone) + sum(exchange_seconds(local, EIGHT, backward=backward))
 
 
 def test_small_experts_are_sent_tokens_rather_than_cut() -> None:

@@ -5,28 +5,34 @@ All prices are of one cost model, each the optimum within a restriction; `pytest
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import inf, prod
 from pathlib import Path
+from time import process_time
+from typing import Any
 
 import pytest
 
 from shardwright.api import phase_graph, plan_file
 from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph
+from shardwright.ir.latent import absorbed
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import kind_of, rule_of
 from shardwright.ir.unfuse import unfuse
 from shardwright.loading import load_target
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting
 from shardwright.planner.conversion import Network
+from shardwright.planner.experts import usual_imbalance
 from shardwright.planner.problem import evaluate
 from shardwright.planner.regions import Region, Strategy, scopes
 from shardwright.planner.roles import Roles
 from shardwright.planner.solvers import solve
+from shardwright.planner.split import spent_in_ops
 from tests.sharded import mesh_of
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -34,15 +40,23 @@ SEQ = 4096
 
 
 @cache
-def graph_of(name: str, batch: int, phase: str = "train") -> Graph:
+def graph_of(name: str | Path, batch: int, phase: str = "train") -> Graph:
     """The folded graph of a model of full size; no weight is allocated.
 
-    SEQ tokens of each sequence; in decoding one new token after as many.
+    `name` of a config in `examples`, or the path of another.  SEQ tokens of each sequence; in
+    decoding one new token after as many.
     """
     target, decode = str(CONFIGS / name), phase == "decode"
     seq = 1 if decode else SEQ
     loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype="bfloat16")
     return phase_graph(loaded, phase, SEQ if decode else 0)
+
+
+def changed(name: str, folder: Path, **fields: Any) -> Path:
+    """A copy of the config `name` in `folder`, with other `fields`."""
+    config = json.loads((CONFIGS / name / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
 
 
 class Sent(Restriction):
@@ -64,6 +78,7 @@ class Priced:
     seconds: float
     graph: Graph
     decisions: Decisions | None
+    spent: tuple[tuple[str, float], ...] = ()
 
     def experts(self) -> set[tuple[str, ...]]:
         """How the layers of experts run."""
@@ -91,14 +106,22 @@ def best(
                 training, "adamw" if training else "none", network.cluster.memory_bytes,
                 recompute, expert_imbalance=imbalance,
             )  # fmt: skip
-            built = Builder(variant, network, setting).build(within(variant))
+            builder = Builder(variant, network, setting)
+            built = builder.build(within(variant))
             problem = built.problem()
             assignment = solve(problem, solver="highs", time_limit_s=60.0).assignment
             if assignment is not None:
                 seconds = evaluate(problem, assignment).cost
                 if seconds < found.seconds:
-                    found = Priced(seconds, variant, built.read(assignment))
+                    found = _priced(builder, built.read(assignment), seconds)
     return found
+
+
+def _priced(builder: Builder, decisions: Decisions, seconds: float) -> Priced:
+    nodes = [node for scope in scopes(builder.graph) for node in scope.nodes]
+    work = {node.name: builder.work(node, decisions.choices[node.name]) for node in nodes}
+    spent = spent_in_ops(builder.graph, work, recompute=decisions.recompute).rows(seconds, 0.0)
+    return Priced(seconds, builder.graph, decisions, spent)
 
 
 def freely(graph: Graph) -> Restriction:
@@ -120,10 +143,9 @@ def megatron(mesh: Mesh) -> Callable[[Graph], Restriction]:
 
 def test_small_experts_are_chosen_to_stay_whole(tmp_path: Path) -> None:
     """Four layers of Qwen3-30B-A3B on one node: 16 experts on each GPU, which tokens go to."""
-    config = json.loads((CONFIGS / "qwen3-30b-a3b" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    folder = changed("qwen3-30b-a3b", tmp_path, num_hidden_layers=4)
     plan = plan_file(
-        str(tmp_path), gpus=8, cluster="h100", phase="train", batch=8, seq=SEQ, dtype="bfloat16",
+        str(folder), gpus=8, cluster="h100", phase="train", batch=8, seq=SEQ, dtype="bfloat16",
         memory_bytes=40_000_000_000, mesh="8", pins=(), optimizer="adamw", solver="highs",
         time_limit_s=60.0,
     )  # fmt: skip
@@ -169,11 +191,17 @@ def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
 # ---- DeepSeek-V3 in inference on H800s ---------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Published(Restriction):
-    """Prefill as deployed: attention TP4 with DP8 (SP is left open), experts over all 32 ranks."""
+    """As deployed: attention cut over batch and heads (SP is left open), experts over all ranks.
+
+    `heads` is the factor of attention that has them: key heads, or the query heads of latents.
+    """
+
+    heads: str
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
-        wanted = {"attention": ("b", "n"), "experts": ("dispatch_i0", "dispatch_i0")}
+        wanted = {"attention": ("b", self.heads), "experts": ("dispatch_i0", "dispatch_i0")}
         return all(
             choices == wanted.get(kind_of(node), choices)
             for node, choices in zip(region.nodes, strategy.choices, strict=True)
@@ -191,7 +219,7 @@ def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
     def price(within: Callable[[Graph], Restriction]) -> Priced:
         return best(graph, mesh, "h800", within, training=False, imbalance=imbalance)
 
-    ours, theirs = price(freely), price(lambda graph: Published())
+    ours, theirs = price(freely), price(lambda graph: Published("n"))
     print(f"\nDeepSeek-V3 {imbalance=}: {ours.seconds=} {theirs.seconds=} {ours.experts()}")
     assert ours.seconds <= theirs.seconds < 1.3 * ours.seconds
     if imbalance == 1.0:
@@ -215,3 +243,75 @@ def test_decode_of_deepseek_on_256_h800s() -> None:
     nodes = [node for scope in scopes(graph) for node in scope.nodes]
     attention = {ours.decisions.choices[n.name] for n in nodes if kind_of(n) == "attention"}
     assert attention == {("b", "n")}
+
+
+def load_with_copies(experts: int, copies: int) -> float:
+    """Load of the busiest of `experts + copies` ranks, each with one expert, over the mean.
+
+    Popularity is that of `usual_imbalance`; copies go one by one to the expert whose copies have
+    the most to do, and share its tokens equally, which is the best that copies can do.
+    """
+    total = sum((i + 1) ** -0.5 for i in range(experts))
+    heap = [(-((i + 1) ** -0.5) / total, 1, (i + 1) ** -0.5 / total) for i in range(experts)]
+    heapq.heapify(heap)
+    for _ in range(copies):
+        _, count, share = heapq.heappop(heap)
+        heapq.heappush(heap, (-share / (count + 1), count + 1, share))
+    return -heap[0][0] * (experts + copies)
+
+
+def test_copies_lower_the_load() -> None:
+    """One copy halves the load of the most popular expert at best."""
+    assert load_with_copies(2, 0) == pytest.approx(2 / (1 + 2**-0.5))
+    assert load_with_copies(2, 1) == pytest.approx(3 * 2**-0.5 / (1 + 2**-0.5))
+    assert 1.0 < load_with_copies(256, 64) < usual_imbalance(256, 64)
+
+
+BATCH_320 = 32 * 320  # 256 rows for each expert of 320, as the technical report has it at most
+
+
+@pytest.mark.slow
+def test_decode_of_deepseek_on_320_h800s(tmp_path: Path) -> None:
+    """Planned in less than a minute of processor time, and no dearer than the deployment.
+
+    The deployment (arXiv:2412.19437, 3.4.2) has attention TP4 with SP and DP80, and one expert on
+    each of 320 ranks, 64 of them copies.  There are no copies here, and 320 ranks do not divide 256
+    experts, so that experts go over 64 ranks, with five sets of them.  The deployment is priced
+    as a model of 320 experts: balanced, and with the load that copies leave of a power law.
+    """
+    started = process_time()
+    plan = plan_file(
+        str(CONFIGS / "deepseek-v3"), gpus=320, cluster="h800", phase="decode", batch=BATCH_320,
+        seq=1, context=SEQ, dtype="bfloat16", memory_bytes=None, mesh=None, pins=(),
+        optimizer="none", solver="highs", time_limit_s=60.0,
+    )  # fmt: skip
+    took = process_time() - started
+    print(f"\nplanned in {took:.1f} s of processor time\n{str(plan).split('outside the')[0]}")
+    assert took < 60 and plan.search.status == "optimal"
+    assert any("Attention reads latents" in note for note in plan.notes)
+    experts = {plan.decisions.choices[n.name] for n in plan.graph.nodes if kind_of(n) == "experts"}
+    assert experts == {("i0", "dispatch_i0", "dispatch_i0")}
+    assert plan.mesh.sizes[0] == 5
+
+    ours = absorbed(graph_of("deepseek-v3", BATCH_320, "decode"))
+    folder = changed("deepseek-v3", tmp_path, n_routed_experts=320)
+    theirs = absorbed(graph_of(folder, BATCH_320, "decode"))
+    copied = load_with_copies(256, 64)
+    for our_load, their_load in ((1.0, 1.0), (0.0, copied)):
+        print(
+            f"\nload of the busiest rank: ours {our_load or 'power law'}, theirs {their_load:.2f}"
+        )
+        own = best(ours, plan.mesh, "h800", freely, training=False, imbalance=our_load)
+        deployed = best(
+            theirs, mesh_of(80, 4), "h800", lambda graph: Published("g"), training=False,
+            imbalance=their_load,
+        )  # fmt: skip
+        for name, priced in (("ours", own), ("as deployed", deployed)):
+            parts = ", ".join(f"{what} {s * 1e3:.2f}" for what, s in priced.spent)
+            print(f"{name}: {priced.seconds * 1e3:.2f} ms: {parts}")
+        assert own.seconds <= deployed.seconds
+        parts, others = dict(own.spent), dict(deployed.spent)
+        # each GPU reads the cache of its own sequences, not of those that four GPUs share
+        assert parts["attention"] < 0.5 * others["attention"]
+        # but four experts' weights instead of one's
+        assert parts["experts"] > others["experts"]

@@ -16,16 +16,15 @@ from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.spec import Spec, parse_spec
-from shardwright.loading import Loaded, one_token
+from shardwright.loading import Loaded, with_tokens
 from shardwright.planner.build import Builder, Restriction, Setting
 from shardwright.planner.conversion import Network
 from shardwright.planner.errors import InfeasibleError
 from shardwright.planner.plan import Plan, Request
 from shardwright.planner.problem import evaluate
 from shardwright.planner.recache import Recaching, cached_attentions
-from shardwright.planner.search import Clock
 from shardwright.planner.serving import _joined, make_serving_plan
-from tests.sharded import Laid
+from tests.sharded import Laid, job_of
 
 GPUS, LAYERS, NEW = 8, 2, 256
 LAYOUTS = ("S0", "S1", "S2", "R")
@@ -45,7 +44,7 @@ def graphs(batch: int, seq: int, window: int = 0) -> tuple[Graph, Graph]:
     names = ("input_ids", "position_ids")
     loaded = Loaded(model.eval(), dict.fromkeys(names, ids), dict.fromkeys(names, ("b", "s")), None)
     prefill = phase_graph(loaded, "append", 0)
-    return prefill, phase_graph(one_token(loaded), "decode", seq + NEW - 1)
+    return prefill, phase_graph(with_tokens(loaded, 1), "decode", seq + NEW - 2)
 
 
 def planned(batch: int, seq: int, limit: Callable[[Graph], Restriction]) -> Plan:
@@ -53,11 +52,8 @@ def planned(batch: int, seq: int, limit: Callable[[Graph], Restriction]) -> Plan
     request = Request(
         "", GPUS, "h100", "serve", batch, seq, "bfloat16", "none", 80e9, (), 0, NEW
     )  # fmt: skip
-    return make_serving_plan(
-        prefill, decode, load_cluster("h100", GPUS), request, mesh=Mesh((("x", GPUS),)),
-        restriction=lambda graph, mesh: limit(graph), solver="highs", time_limit_s=60.0,
-        clock=Clock(), progress=lambda step: None,
-    )  # fmt: skip
+    job = job_of(request, Mesh((("x", GPUS),)), lambda graph, mesh: limit(graph))
+    return make_serving_plan(prefill, decode, job)
 
 
 def seconds(batch: int, seq: int, layout: str) -> float:

@@ -85,6 +85,16 @@ CASES = {
     "many sequences, sinks, softcap": replace(
         PLAIN, options={"softcap": 2.0}, sinks=True, steps=((20, 30, 31, 25, 40, 28), (1,) * 6)
     ),
+    "chunks": replace(PLAIN, options={"chunk": 7}),
+    "chunks, not causal": replace(
+        PLAIN, options={"causal": False, "chunk": 6}, steps=((3, 21), (2, 2))
+    ),
+    "many sequences, chunks that are forgotten": replace(
+        PLAIN,
+        options={"window": 25, "chunk": 25},
+        forget=True,
+        steps=((9, 30, 24, 25, 40, 0, 33), (1,) * 7, (1, 1, 1, 0, 1, 1, 1), (30, 1, 1, 1, 1, 1, 9)),
+    ),
     "in order": replace(PLAIN, balanced=False),
     "in order, window": replace(PLAIN, balanced=False, options={"window": 12}),
 }
@@ -144,6 +154,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
         scores = scores.masked_fill(at > query, -torch.inf)
     if options["window"]:
         scores = scores.masked_fill(at <= query - options["window"], -torch.inf)
+    if chunk := options.get("chunk"):
+        scores = scores.masked_fill(at // chunk != query // chunk, -torch.inf)
     sinks = sinks_of(case)
     if sinks is not None:
         column = sinks[:, None, None].expand(-1, q.shape[1], 1)

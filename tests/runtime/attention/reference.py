@@ -26,7 +26,7 @@ class Case:
     scale: float | None = None
     sinks: bool = False
     slopes: bool = False
-    bias: bool = False
+    bias: tuple[int, int] | None = None  # batch and heads, each 1 where they share it
     padded: bool = False
     documents: tuple[int, ...] = ()
     prefix: int = 0
@@ -70,7 +70,7 @@ def make(case: Case) -> Inputs:
     q, k, v, grad = draw(b, hq, s, d), draw(b, hkv, s, d), draw(b, hkv, s, dv), draw(b, hq, s, dv)
     sinks = draw(hq) if case.sinks else None
     slopes = draw(hq).abs() if case.slopes else None
-    bias = draw(1, hq, s, s) if case.bias else None
+    bias = draw(*case.bias, s, s) if case.bias else None
     keys = documents = None
     if case.padded:  # a different number of keys for each sequence
         keys = torch.arange(s) < torch.tensor([s - 3 * i for i in range(b)])[:, None]
@@ -109,17 +109,19 @@ def allowed(case: Case, inputs: Inputs) -> Tensor:
 
 
 def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """(out, dq, dk, dv and, with sinks, their gradient), every score written out."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    q, (k, v) = (
-        leaves[0],
-        (x.repeat_interleave(case.heads[0] // case.heads[1], 1) for x in leaves[1:]),
+    """(out, dq, dk, dv and gradients of sinks and bias, if any), every score written out."""
+    given = (inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.bias)
+    q, k, v, sinks, bias = (
+        None if x is None else x.detach().to(dtype).requires_grad_() for x in given
     )
+    assert q is not None and k is not None and v is not None
+    leaves = [x for x in (q, k, v, sinks, bias) if x is not None]
+    k, v = (x.repeat_interleave(case.heads[0] // case.heads[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (case.scale or q.shape[-1] ** -0.5)
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    if inputs.bias is not None:
-        scores = scores + inputs.bias.to(dtype)
+    if bias is not None:
+        scores = scores + bias
     if inputs.slopes is not None:
         position = torch.arange(case.length)
         distance = (position - position[:, None]).to(dtype)
@@ -128,9 +130,8 @@ def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
         )
     pairs = allowed(case, inputs)[:, None]
     scores = scores.masked_fill(~pairs, -torch.inf)
-    if inputs.sinks is not None:
-        leaves.append(inputs.sinks.detach().to(dtype).requires_grad_())
-        sink = leaves[3][None, :, None, None].expand(*scores.shape[:3], 1)
+    if sinks is not None:
+        sink = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
     else:
         nothing = ~pairs.any(-1, keepdim=True)

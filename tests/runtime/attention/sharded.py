@@ -20,6 +20,7 @@ Counts = dict[tuple[str, str, Phase], tuple[float, int]]  # (op, axis, phase): b
 
 RING, GATHER, PASS_Q = "ring_attention", "gather_kv_attention", "pass_q_attention"
 ULYSSES, USP, WINDOW = "ulysses_attention", "usp_attention", "window_attention"
+TREE = "tree_attention"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def on_rank(call: Call) -> tuple[list[Tensor], Counts]:
         leaves.append(inputs.sinks.clone().requires_grad_())
         options["sinks"] = leaves[3]
     if inputs.bias is not None:
-        options["bias"] = layout.shard(inputs.bias, 2, rank)
+        leaves.append(layout.shard(inputs.bias, 2, rank).requires_grad_())
+        options["bias"] = leaves[-1]
     if call.stride:
         options["stride"] = call.stride
     groups = {name: mesh[name] for name in mesh.names} if call.name == USP else mesh_group(mesh)
@@ -86,12 +88,14 @@ def _late(seconds: float) -> Any:
 
 
 def run(pool: Pool, call: Call) -> list[Tensor]:
-    """Whole result and gradients: (out, dq, dk, dv and, with sinks, their gradient)."""
+    """Whole result and gradients: (out, dq, dk, dv and those of sinks and bias, if any)."""
     results = [shards for shards, _ in pool(call.case.ranks).run(on_rank, call)]
     layout = call.layout()
     whole = [layout.unshard(parts, 2) for parts in zip(*(r[:4] for r in results), strict=True)]
     if call.case.sinks:
         whole.append(torch.stack([r[4] for r in results]).sum(0))
+    if call.case.bias:
+        whole.append(layout.unshard([r[-1] for r in results], 2))
     return whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ from shardwright.runtime import (
     Mesh,
     RankError,
     RankPool,
+    count_collectives,
     pass_q_attention,
     ring_attention,
 )
@@ -36,12 +38,14 @@ from tests.runtime.attention.sharded import (
     GATHER,
     PASS_Q,
     RING,
+    TREE,
     ULYSSES,
     USP,
     WINDOW,
     Call,
     Pool,
     check,
+    mesh_group,
     on_rank,
     run,
 )
@@ -99,19 +103,28 @@ def test_window_equals_one_process(pool: Pool, ranks: int) -> None:
     for length, window in product([1, 2, 24, 31], [1, 2, 7, 9, 30, 100]):
         check(pool, WINDOW, Case(ranks=ranks, length=length, window=window))
     check(pool, WINDOW, Case(ranks=ranks, length=600, window=150, batch=1))
-    check(pool, WINDOW, Case(ranks=ranks, window=9, softcap=1.0, sinks=True, bias=True))
+    check(pool, WINDOW, Case(ranks=ranks, window=9, softcap=1.0, sinks=True, bias=(1, 4)))
+    check(pool, WINDOW, Case(ranks=ranks, window=60, length=90, bias=(2, 1)))
 
 
 @pytest.mark.parametrize("name", [RING, GATHER])
-def test_bias(pool: Pool, name: str) -> None:
-    check(pool, name, Case(ranks=3, layout="zigzag", length=23, bias=True))
-    check(pool, name, Case(ranks=2, length=300, bias=True, softcap=1.0, slopes=True, batch=1))
+def test_bias_and_its_gradient(pool: Pool, name: str) -> None:
+    for bias in product([1, 2], [1, 4]):
+        check(pool, name, Case(ranks=3, layout="zigzag", length=23, bias=bias, sinks=True))
+    check(pool, name, Case(ranks=1, causal=False, padded=True, prefix=4, bias=(2, 4)))
+    check(pool, name, Case(ranks=3, layout="packed", length=23, documents=(9, 14), bias=(1, 4)))
+    check(pool, name, Case(ranks=3, layout="zigzag", length=2, bias=(1, 4)))
+    # More than one tile of queries, and of keys.
+    check(pool, name, Case(2, 700, bias=(1, 4), softcap=1.0, slopes=True, batch=1))
+    check(pool, name, Case(1, 1100, (2, 1), bias=(1, 1), batch=1))
+    check(pool, name, Case(2, 60, bias=(2, 1), dtype=torch.float32), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_gather_by_strides_of_heads(pool: Pool, stride: int) -> None:
-    case = Case(ranks=2, layout="zigzag", heads=(6, 3), slopes=True, sinks=True, bias=True)
-    check(pool, GATHER, case, stride=stride)
+    case = Case(ranks=2, layout="zigzag", heads=(6, 3), slopes=True, sinks=True)
+    for bias in ((1, 6), (2, 1)):
+        check(pool, GATHER, case.but(bias=bias), stride=stride)
 
 
 @pytest.mark.parametrize("heads", [(12, 3), (6, 3), (4, 1), (12, 2), (8, 8)], ids=str)
@@ -137,18 +150,32 @@ def test_full_product(pool: Pool, name: str, ranks: int) -> None:
             check(pool, name, case.but(layout="contiguous", padded=True))
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_full_product_of_halos(pool: Pool, ranks: int) -> None:
+    for heads, head_dim, causal, window in FULL_PRODUCT:
+        if causal and window:
+            case = Case(ranks, 203, heads, (head_dim, head_dim), 1, window=window)
+            check(pool, WINDOW, case)
+            check(pool, WINDOW, case.but(batch=2, padded=True, documents=(64, 100, 39)))
+
+
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP, WINDOW])
 @pytest.mark.parametrize("window", [0, 150])
 def test_float32(pool: Pool, name: str, window: int) -> None:
     case = Case(
         4, 403, (8, 4), (64, 64), 1, "zigzag", window=window, dtype=torch.float32, sinks=True
     )
+    if name == WINDOW:
+        case = case.but(layout="contiguous", window=window or 20)
     check(pool, name, case, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP])
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, USP, WINDOW])
 def test_bfloat16_is_as_exact_as_one_process(pool: Pool, name: str) -> None:
     case = Case(4, 403, (8, 4), (64, 64), 1, "zigzag", dtype=torch.bfloat16)
+    if name == WINDOW:  # over everything before a query
+        case = case.but(layout="contiguous", window=403)
     inputs = make(case)
     exact = reference(case, inputs, torch.float64)
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
@@ -271,7 +298,7 @@ def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -
 def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
     axis = Mesh.create({"cp": 2})["cp"]
     q, k, v = (torch.ones(shape) for shape in shapes)
-    getattr(runtime, name)(q, k, v, group=axis, **options)
+    getattr(runtime, name)(q, k, v, **{"group": axis, **options})
 
 
 SHAPE = (1, 4, 6, 8)
@@ -290,10 +317,15 @@ BAD = [
     (RING, {"sinks": torch.ones(3)}, [SHAPE] * 3, "sinks must have one number for each of 4"),
     (RING, {"bias": torch.ones(6, 12)}, [SHAPE] * 3, r"bias must be a float tensor \(1 or 1, 4"),
     (RING, {"slopes": torch.ones(4, requires_grad=True)}, [SHAPE] * 3, "no gradient is computed"),
+    (TREE, {"bias": torch.ones(1, 4, 6, 12, requires_grad=True)}, [SHAPE] * 3,
+     "tree_attention: no gradient is computed for bias"),
+    *((name, {"group": None, **({"window": 3} if name == WINDOW else {})}, [SHAPE] * 3,
+       rf"{name}: a group is a ProcessGroup .* or an Axis of a Mesh, got None")
+      for name in (*ANY_LAYOUT, WINDOW, TREE)),
     (GATHER, {"stride": -1}, [SHAPE] * 3, "stride is a number of key heads"),
     (ULYSSES, {}, [(1, 3, 6, 8)] * 3, "3 query heads do not divide by 2 ranks of `cp`"),
     (WINDOW, {"window": 0}, [SHAPE] * 3, "window is the number of keys"),
-    (WINDOW, {"window": 2, "causal": False}, [SHAPE] * 3, "use ring_attention or gather_kv"),
+    (WINDOW, {"window": 2, "causal": False}, [SHAPE] * 3, "bounds the keys before a query and not"),
     (WINDOW, {"window": 2, "layout": Layout.zigzag(12, 2)}, [SHAPE] * 3, "needs the contiguous"),
 ]  # fmt: skip
 
@@ -310,37 +342,89 @@ def test_refusals(
         pool(2).run(refuse, name, options, shapes)
 
 
-def disagree(name: str, what: str) -> None:
-    mesh = Mesh.create({"cp": 3})
-    rows, dtype = 6 + (what == "rows" and mesh.rank == 1), torch.float32
-    if what == "dtype" and mesh.rank == 2:
-        dtype = torch.float64
-    q = torch.ones(1, 3, rows, 8, dtype=dtype)
-    options = {"window": 3} if name == WINDOW else {}
-    getattr(runtime, name)(q, q, q, group=mesh["cp"], **options)
+def disagree(name: str, what: str, given: bool) -> str:
+    """What a rank is told where rank 1 is another in `what`; with or without a layout."""
+    mesh = Mesh.create({"ring": 2, "ulysses": 2} if name == USP else {"cp": 3})
+    groups = {name: mesh[name] for name in mesh.names} if name == USP else mesh_group(mesh)
+    ranks = 4 if name == USP else 3
+
+    def here(title: str, usual: Any, other: Any) -> Any:
+        return other if title == what and mesh.rank == 1 else usual
+
+    dtype = here("dtype", torch.float32, torch.float64)
+    q = torch.ones(here("batch", 1, 2), 6, here("rows", 6, 7), 8, dtype=dtype)
+    options: dict[str, Any] = {"scale": here("scale", 0.5, 0.6)}
+    if given:
+        options["layout"] = Layout.contiguous(6 * ranks - here("length", 0, 1), ranks)
+    if name == WINDOW:
+        options["window"] = 3
+    try:
+        getattr(runtime, name)(q, q, q, **groups, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
-@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, "tree_attention"])
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [("rows", r"differ in rows of q: \[6, 7, 6\]"), ("dtype", r"differ in dtype: \[1, 1, 0\]")],
-)
-def test_every_rank_refuses_shards_that_differ(
-    pool: Pool, name: str, what: str, message: str
-) -> None:
-    with pytest.raises(RankError, match=message):
-        pool(3).run(disagree, name, what)
+DIFFERENCES = [
+    ("rows", False, "differ in rows of q: [6, 7, 6]"),
+    ("dtype", False, "differ in dtype: [float32, float64, float32]"),
+    ("batch", True, "differ in batch: [1, 2, 1]"),
+    ("dtype", True, "differ in dtype: [float32, float64, float32]"),
+    ("scale", True, "differ in options: rank 1 from rank 0"),
+    ("length", True, "differ in layout: rank 1 from rank 0"),
+]
 
 
-def lose_a_peer(name: str) -> str:
-    """What a rank is told when rank 1 leaves between two calls."""
-    group = dist.new_group(timeout=timedelta(seconds=20))
+@pytest.mark.parametrize("name", [*ANY_LAYOUT, WINDOW, TREE])
+def test_every_rank_refuses_shards_that_differ(pool: Pool, name: str) -> None:
+    """Where messages of unequal sizes would end the process."""
+    for what, given, message in DIFFERENCES:
+        if (name, what) == (TREE, "length"):
+            continue  # its messages do not depend on the keys
+        for told in pool(3).run(disagree, name, what, given):
+            assert told.startswith(f"{name}: the ranks of `cp` ") and told.endswith(message)
+
+
+def test_usp_tells_ranks_that_share_no_group(pool: Pool) -> None:
+    """Ranks 0 and 1 are Ulysses of the first node; a ring joins 1 and 3, another 0 and 2."""
+    for what, given in (("rows", False), ("batch", True)):
+        told = pool(4).run(disagree, USP, what, given)
+        assert all(f"the ranks of `ulysses` differ in {what}" in told[rank] for rank in (0, 1))
+        assert "rank 0 of `ring` differs from others; see its message" in told[2]
+        assert f"the ranks of `ring` differ in {what}" in told[3]
+
+
+def count_calls() -> list[int]:
+    """Messages of three calls with a layout, and of two without."""
+    axis = Mesh.create({"cp": 2})["cp"]
+    q = torch.ones(1, 2, 6, 8)
+    counts: list[int] = []
+    for length in (12, 12, 11, 0, 0):
+        with count_collectives() as counter:
+            layout = Layout.contiguous(length, 2) if length else None
+            ring_attention(q, q, q, group=axis, layout=layout)
+        counts.append(counter.messages())
+    return counts
+
+
+def test_calls_without_a_layout_count_what_compares_them(pool: Pool) -> None:
+    assert pool(2).run(count_calls) == [[1, 1, 1, 2, 2]] * 2
+
+
+def lose_a_peer(name: str, timeout_s: float, how: str) -> str:
+    """What a rank is told when rank 1 leaves between two calls, or does nothing for long."""
+    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     options: dict[str, Any] = {"group": group, "layout": Layout.contiguous(600, 3)}
+    if name == WINDOW:
+        options["window"] = 250
     q = torch.ones(1, 3, 200, 64)
     getattr(runtime, name)(q, q, q, **options)
     dist.barrier()
     if dist.get_rank() == 1:
-        dist.destroy_process_group(group)
+        if how == "leaves":
+            dist.destroy_process_group(group)
+        else:
+            time.sleep(2 * timeout_s)
         return ""
     try:
         getattr(runtime, name)(q, q, q, **options)
@@ -349,10 +433,17 @@ def lose_a_peer(name: str) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("name", [RING, GATHER, PASS_Q, ULYSSES])
-def test_every_rank_is_told_of_a_lost_peer(name: str) -> None:
+LOST = [
+    *((name, 20.0, "leaves") for name in (*ANY_LAYOUT, WINDOW, TREE)),
+    *((name, 1.5, "is late") for name in (RING, WINDOW, TREE)),
+]
+
+
+@pytest.mark.parametrize(("name", "timeout_s", "how"), LOST)
+def test_every_rank_is_told_of_a_lost_peer(name: str, timeout_s: float, how: str) -> None:
+    """At once if a peer leaves, otherwise after the time limit of the group."""
     with RankPool(3) as pool:  # its own: a group is lost with the test
-        told = pool.run(lose_a_peer, name, timeout_s=60.0)
+        told = pool.run(lose_a_peer, name, timeout_s, how, timeout_s=60.0)
     for rank in (0, 2):
         assert f"attention: rank {rank} of 3 on `group` lost the other ranks" in told[rank]
 
@@ -361,6 +452,17 @@ def mix_dtypes() -> None:
     axis = Mesh.create({"cp": 2})["cp"]
     q = torch.ones(SHAPE)
     ring_attention(q, q.bfloat16(), q, group=axis)
+
+
+def unequal_groups() -> None:
+    mesh = Mesh.create({"ring": 2, "ulysses": 2})
+    q, k = torch.ones(1, 6, 4, 8), torch.ones(1, 3, 4, 8)
+    runtime.usp_attention(q, k, k, ulysses=mesh["ulysses"], ring=mesh["ring"])
+
+
+def test_usp_refuses_unequal_groups(pool: Pool) -> None:
+    with pytest.raises(RankError, match="6 query heads over 3 key heads .* leave unequal groups"):
+        pool(4).run(unequal_groups)
 
 
 def test_refuses_mixed_dtypes(pool: Pool) -> None:

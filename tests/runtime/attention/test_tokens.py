@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from shardwright.runtime import Layout
+from shardwright.runtime.attention.tokens import Run
 from shardwright.runtime.layout import block
 
 LENGTHS = st.integers(0, 40)
@@ -130,6 +131,23 @@ def test_a_cache_and_new_tokens(ranks: int, cached: int, new: int) -> None:
         assert same(part[: old.rows], old.shard(x[:cached], 0, rank))
 
 
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([[Run(0, 0, 2)], [Run(0, 1, 2)]], "after position 1 come 2 tokens from 1"),
+        ([[Run(0, 0, 2)], [Run(0, 3, 1)]], "after position 1 come 1 tokens from 3"),
+        ([[Run(0, 0, 2)], [Run(0, 2, 1)]], "tokens 0 to 3 are not 4"),
+        ([[Run(0, 0, 2), Run(1, 2, 1)], [Run(0, 3, 1)]], "runs of rank 0 overlap or leave 2 rows"),
+        ([[Run(1, 0, 2)], [Run(0, 2, 2)]], "runs of rank 0 overlap or leave 2 rows"),
+        ([[Run(0, 0, 2)], [Run(-1, 2, 2)]], "runs of rank 1 overlap or leave 2 rows"),
+    ],
+)
+def test_refuses_runs_that_are_no_permutation(runs: list[list[Run]], message: str) -> None:
+    assert Layout(4, 2, ((Run(0, 2, 2),), (Run(0, 0, 2),))).tokens(0).tolist() == [2, 3]
+    with pytest.raises(ValueError, match=message):
+        Layout(4, 2, tuple(map(tuple, runs)))
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="-1 tokens on 2 ranks"):
         Layout.zigzag(-1, 2)
@@ -139,6 +157,10 @@ def test_refusals() -> None:
         Layout.zigzag(6, 2).shard(torch.ones(2, 5), 1, 0)
     with pytest.raises(ValueError, match="1 shards where there are 2"):
         Layout.zigzag(6, 2).unshard([torch.ones(4)], 0)
+    with pytest.raises(ValueError, match=r"shards of \[4, 3\] rows along dim 0, not 4 each"):
+        Layout.zigzag(6, 2).unshard([torch.ones(4), torch.ones(3)], 0)
+    with pytest.raises(ValueError, match=r"shards of \[5, 5\] rows along dim 0, not 4 each"):
+        Layout.zigzag(6, 2).unshard(torch.ones(2, 5), 0)
     with pytest.raises(ValueError, match="3 shards do not join 2 at a time"):
         Layout.zigzag(6, 3).join(2)
     with pytest.raises(ValueError, match="do not follow 2 shards that end at position 6"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,19 +62,40 @@ CASES = [
 ]
 
 
+def check(pool: Pool, case: Case, new: int, tolerance: float = 1e-10) -> None:
+    """Result and gradients of the last `new` queries are those of one process."""
+
+    def close(got: Tensor, want: Tensor) -> None:
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+    results = [shards for shards, _ in pool(case.ranks).run(tree_on_rank, case, new)]
+    want, layout = only_last(case, make(case), new), case.make_layout()
+    for i in (0, 1, 4)[: len(want) - 2]:  # whole on every rank, with the same bits
+        close(results[0][i], want[i])
+        assert all(torch.equal(r[i], results[0][i]) for r in results)
+    for i in (2, 3):
+        close(layout.unshard([r[i] for r in results], 2), want[i])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equals_one_process(pool: Pool, ranks: int) -> None:
     for case in CASES:
-        case = case.but(ranks=ranks)
         for new in (1, 3):
-            results = [shards for shards, _ in pool(ranks).run(tree_on_rank, case, new)]
-            want, layout = only_last(case, make(case), new), case.make_layout()
-            for i in (0, 1, 4)[: len(want) - 2]:  # whole on every rank, with the same bits
-                torch.testing.assert_close(results[0][i], want[i], rtol=1e-10, atol=1e-10)
-                assert all(torch.equal(r[i], results[0][i]) for r in results)
-            for i in (2, 3):
-                whole = layout.unshard([r[i] for r in results], 2)
-                torch.testing.assert_close(whole, want[i], rtol=1e-10, atol=1e-10)
+            check(pool, case.but(ranks=ranks), new)
+
+
+def test_float32(pool: Pool) -> None:
+    case = Case(4, 403, (8, 4), (64, 64), 1, "zigzag", dtype=torch.float32, sinks=True)
+    check(pool, case, 2, tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_full_product(pool: Pool, ranks: int) -> None:
+    for heads, head_dim in product([(8, 8), (8, 2), (8, 1)], [32, 64, 80, 128]):
+        case = Case(ranks, 203, heads, (head_dim, head_dim), 2, padded=True)
+        for layout, causal, window in product(["contiguous", "zigzag"], [True, False], [0, 50]):
+            check(pool, case.but(layout=layout, causal=causal, window=window), 1)
 
 
 def by_lengths(held: list[list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,130 @@
+"""From a forward pass to serving: positions for tokens that a model counts, chunks, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shardwright.api import phase_graph
+from shardwright.ir.capture import capture, capture_folded
+from shardwright.ir.graph import Graph, Node
+from shardwright.ir.interpret import Caches, interpret
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.serving import ServingError, serving_graph
+from shardwright.ir.shrink import shrink
+from shardwright.loading import load_target
+from shardwright.planner.errors import PlanError
+from tests.examples.test_examples import EXAMPLES
+
+from .models import VOCABULARY
+from .test_moe import model_of
+
+BATCH, TOKENS = 2, 9
+Count = Callable[[int], Tensor]
+
+
+class Counting(nn.Module):
+    """A decoder whose tokens are scaled by what `count` makes of their number."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.count = count
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.qkv = nn.Linear(12, 36)
+        self.head = nn.Linear(12, VOCABULARY)
+        self.double()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        b, t = input_ids.shape
+        x = self.embed(input_ids) + position_ids[..., None]
+        x = x * self.count(t).expand(b, t, 1)
+        q, k, v = (y.view(b, t, 3, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(out.transpose(1, 2).reshape(b, t, 12))
+
+
+def rows(t: int) -> Tensor:
+    return torch.log1p(torch.arange(t).double()).view(1, t, 1) + 1.0
+
+
+def rows_by_unsqueeze(t: int) -> Tensor:
+    return torch.arange(0, t)[None].double().unsqueeze(-1) / 4 + 0.5
+
+
+def columns(t: int) -> Tensor:
+    return torch.arange(t).double()[:, None]
+
+
+def pairs(t: int) -> Tensor:
+    return (torch.arange(t)[:, None] - torch.arange(t)).double().sum(-1)[None, :, None]
+
+
+def served(model: nn.Module, tokens: int) -> Graph:
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids}
+    return serving_graph(capture(model, inputs, training=False, serving=True), 0)
+
+
+@pytest.mark.parametrize("count", [rows, rows_by_unsqueeze])
+def test_counted_tokens_are_positions(count: Count) -> None:
+    """Step by step, the second sequence a token behind, against whole sequences at once."""
+    model = Counting(count)
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(TOKENS).expand(BATCH, TOKENS)
+    whole = model(ids, positions)
+    caches: Caches = {}
+    for given in ([[0, 1, 2, 3], [0, 1, 2, -1]], [[4, 5, 6], [3, 4, 5]], [[7], [6]]):
+        at = torch.tensor(given)
+        inputs = {"input_ids": ids.gather(1, at.clamp(min=0)), "position_ids": at}
+        graph, state = served(model, at.shape[1]), model.state_dict()
+        (out,) = interpret(graph, state, inputs, caches).values()
+        want = whole[torch.arange(BATCH), at.max(1).values]
+        torch.testing.assert_close(out[:, 0], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [columns, pairs])
+def test_other_counts_are_refused(count: Count) -> None:
+    with pytest.raises(ServingError, match="test_serving.py.*counts its tokens itself"):
+        served(Counting(count), 4)
+
+
+@pytest.mark.parametrize("phase", ["decode", "append", "serve"])
+def test_a_model_without_positions_is_refused(phase: str) -> None:
+    loaded = load_target(str(EXAMPLES / "moe.py"), batch=2, seq=8, phase=phase, dtype="float32")
+    with pytest.raises(PlanError, match=r"MoETransformer\.forward has no keyword `position_ids`"):
+        phase_graph(loaded, phase, 0)
+
+
+def attentions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "shardwright.cached_attention"]
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_chunks_are_those_of_the_config(tokens: int) -> None:
+    """However many tokens are captured; a window as long says what a cache may drop."""
+    model: Any = model_of("llama4", "meta", attention_chunk_size=16)
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "position_ids": ids}
+    graph = serving_graph(capture_folded(model, inputs, training=False, serving=True), 0)
+    found = {(node.arg("chunk"), node.arg("window")) for node in attentions(graph)}
+    assert found == {(16, 16), (0, 0)}
+
+
+def test_chunks_are_shrunk_with_the_sequence() -> None:
+    model: Any = model_of("llama4", "meta", attention_chunk_size=512)
+    ids = torch.zeros(8, 1024, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "position_ids": ids}
+    graph = serving_graph(capture_folded(model, inputs, training=False, serving=True), 4096)
+    choices = {node.name: ("R",) for node in graph.nodes}
+    small = shrink(graph, choices, [], Mesh((("x", 4),)), Mesh((("x", 2),))).graph
+    for node in attentions(small):
+        chunk, context = node.arg("chunk"), node.arg("context")
+        assert isinstance(chunk, int) and isinstance(context, int)
+        assert node.arg("window") == chunk < context + node.operands[0].type.shape[2]
+    assert {bool(node.arg("chunk")) for node in attentions(small)} == {True, False}
