@@ -118,18 +118,20 @@ def test_memory_has_the_cache_of_the_phase(ours: str, theirs: str) -> None:
         for graph, spec in zip(graphs(8, 16384), (ours, theirs), strict=True)
     ]
     problem = _joined(parts, NEW)
-    whole = LAYERS * 8 * 8 * (16384 + NEW) * 256 * 2
+    tokens = 16384 + NEW - 1  # the last token is not cached
+    row = LAYERS * 8 * 8 * 256 * 2  # bytes of one token of every sequence
+    sizes = {"S0": row * tokens // 8, "S1": row * tokens // 8, "R": row * tokens}
+    sizes["S2"] = row * -(-tokens // 8)
     late = parts[0].horizon + 1
-    sizes = {"S0": 8, "S1": 8, "S2": 8, "R": 1}
     caches = [
         (usage.start, usage.end, usage.bytes[0])
         for node in problem.nodes
         for usage in node.usages
-        if usage.bytes[0] in (whole, whole // 8)
+        if usage.bytes[0] in sizes.values()
     ]
     assert caches == [
-        (0, late, whole // sizes[ours]),
-        (late, late + parts[1].horizon, whole // sizes[theirs]),
+        (0, late, sizes[ours]),
+        (late, late + parts[1].horizon, sizes[theirs]),
     ]
     chosen = [0] * len(problem.nodes)
     assert evaluate(problem, chosen).peak_usage >= max(size for _, _, size in caches)
