@@ -314,7 +314,7 @@ def _attention_forward(
         float(softcap or 0.0),
         float(dropout),
         s_aux,
-        *([info.chunk] if info.chunk else []),
+        info.chunk,
     )
     return output.transpose(1, 2), None
 
