@@ -15,7 +15,9 @@ A step is forward and backward until each rank has the whole gradient of the exp
 dense and replicated experts add theirs up over the ranks.  `--skew` s: experts are chosen with
 probabilities like rank ** -s; 0 is balanced.  The variants take turns in the same processes; a
 round's time is that of its slowest rank, and medians of all rounds are compared.  Results and
-gradients are compared too.  "flops" are those of the busiest rank over dense's.
+gradients are compared too.  "step / dense" is the time of a step over dense's, below 1 where it is
+faster; "received" are the busiest rank's bytes in a step, "experts" the bytes of experts on a rank;
+"flops / dense" are those of the busiest rank over dense's.
 """
 
 from __future__ import annotations
@@ -76,12 +78,11 @@ def main() -> None:
 
 
 def report(ranks: int, skew: float, runs: list[dict[str, Run]]) -> None:
-    """One line per variant; ratios are of a step."""
+    """One line per variant, and how many times as fast a step with sent tokens is."""
     print(f"\n{ranks} ranks, skew {skew:g}")
-    columns = "{:10} {:>11} {:>11} {:>9} {:>9} {:>11} {:>11} {:>7}"
-    print(
-        columns.format("", "forward", "step", "/ dense", "/ repl.", "received", "experts", "flops")
-    )
+    columns = "{:10} {:>10} {:>10} {:>12} {:>17} {:>11} {:>9} {:>13}"
+    titles = ("", "forward", "step", "step / dense", "step / replicated", "received", "experts")
+    print(columns.format(*titles, "flops / dense"))
     seconds = {name: _median(runs, name, "step") for name in VARIANTS}
     dense_pairs = max(run["dense"].pairs for run in runs)
     for name in VARIANTS:
@@ -97,8 +98,11 @@ def report(ranks: int, skew: float, runs: list[dict[str, Run]]) -> None:
                 f"{mine[0].weights / 1e6:.1f} MB",
                 f"{max(run.pairs for run in mine) / dense_pairs:.3f}",
             ),
-            flush=True,
         )
+    times = (seconds[name] / seconds["dispatch"] for name in ("dense", "replicated"))
+    print(
+        "dispatch is {:.2f} times as fast as dense, {:.2f} as replicated".format(*times), flush=True
+    )
     _compare(runs)
 
 

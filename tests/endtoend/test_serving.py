@@ -135,11 +135,17 @@ def count_on_rank(
     return {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "b", "n", "g"])
-@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [
+        *(("mistral", way) for way in (*ALGORITHMS, "b", "n", "g")),
+        *(("gpt_oss", way) for way in (*ALGORITHMS, "n", "g")),
+        *(("llama4", way) for way in ("pass_q", "tree")),
+    ],
+)
 def test_prefill_append_and_decode(pool: Pool, name: str, algorithm: str) -> None:
-    """Against the interpreter with a plain cache; both have windows and grouped heads, and GPT-OSS
-    has sinks, and layers without a window.
+    """Against the interpreter with a plain cache; all have grouped heads, Mistral has windows,
+    GPT-OSS windows in half of its layers and sinks, Llama 4 chunks in most of its layers.
 
     `g` cuts the two query heads of each key head, after another axis has cut the key heads.
     """
