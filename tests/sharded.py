@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.cluster import load_cluster
-from shardwright.ir.graph import Graph, Value
+from shardwright.ir.graph import Graph, Node, Value
 from shardwright.ir.interpret import interpret
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.spec import parse_spec
@@ -62,15 +62,22 @@ def builder_of(
 
 
 class Laid(Restriction):
-    """Every cache lies in one layout, and no attention runs the algorithm `without`."""
+    """Every cache lies in one layout, and no attention runs the algorithm `without`.
+
+    `S2|S1`: caches with a window in the first layout, others in the second.
+    """
 
     def __init__(self, spec: str, without: str = "") -> None:
-        self.spec, self.without = parse_spec(spec), without
+        self.specs, self.without = [parse_spec(text) for text in spec.split("|")], without
+
+    def spec_of(self, node: Node) -> tuple[int, ...]:
+        """The layout of an attention's cache."""
+        return self.specs[0 if node.arg("window") else -1]
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         pairs = zip(region.nodes, strategy.choices, strict=True)
         return all(
-            cache_spec(node, choices) == self.spec and self.without not in choices
+            cache_spec(node, choices) == self.spec_of(node) and self.without not in choices
             for node, choices in pairs
             if node.op == "shardwright.cached_attention"
         )

@@ -18,7 +18,7 @@ from shardwright.codegen.write import module_source
 from shardwright.conversation import Step, by_graph, by_module
 from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
-from shardwright.ir.spec import Spec, parse_spec
+from shardwright.ir.spec import Spec
 from shardwright.planner.attention import cache_spec
 from shardwright.planner.build import Builder, Decisions, Restriction, all_params
 from shardwright.planner.plan import Plan, Request
@@ -78,10 +78,11 @@ def random_decisions(
     Layers that share a page table must not run `tree` beside other algorithms.
     """
     rng = random.Random(seed)
-    built = builder.build(Laid(spec, "tree" if stored is None else ""))
+    laid = Laid(spec, "tree" if stored is None else "")
+    built = builder.build(laid)
     decisions = built.read([rng.randrange(node.costs.size) for node in built.nodes])
     assert all(
-        cache_spec(node, decisions.choices[node.name]) == parse_spec(spec)
+        cache_spec(node, decisions.choices[node.name]) == laid.spec_of(node)
         for node in builder.graph.nodes
         if node.op == "shardwright.cached_attention"
     )
@@ -132,6 +133,7 @@ LAYOUTS = [
     ("mistral", (2, 2), "S0,S2", "S2,S1"),
     ("llama", (2, 2), "S2,S1", "S0,S0"),
     ("llama", (2, 2), "S0,S0", "S1,S2"),
+    ("gemma3", (2,), "S2", "S2|S1"),  # caches with windows stay as they are
 ]
 MORE = [
     ("mistral", (2,), "S2", "S1"),
@@ -141,6 +143,7 @@ MORE = [
     ("mistral", (2, 2), "S1,S0", "R,S2"),
     ("llama", (2, 2), "R,S2", "S0,S1"),
     ("mistral", (2, 2), "S0,S1", "S2,R"),
+    ("gemma3", (2, 2), "S0,S2|S0,S1", "S1,S2|S0,S1"),
 ]
 
 
