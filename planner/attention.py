@@ -188,13 +188,17 @@ def position_transfers(local: Local) -> list[Transfer]:
     return [Transfer("all_gather", axis, each * p, 1, False) for each in (8, positions)]
 
 
-def cache_bytes(local: Local) -> int:
-    """Bytes of the KV cache that one rank keeps of this attention; what a window drops is not."""
+def cache_bytes(local: Local, run: int = 0) -> int:
+    """Bytes of the KV cache that one rank keeps of this attention; what a window drops is not.
+
+    A window keeps its own tokens and the new ones: those of this phase, or the `run` tokens of
+    another that shares the cache.
+    """
     if not local.cached:
         return 0
     rows = local.keys
     if local.window:
-        rows = min(rows, -(-(local.window + local.queries * local.ranks) // local.ranks))
+        rows = min(rows, local.window + max(local.queries, -(-run // local.ranks)))
     return local.kv_bytes // local.keys * rows
 
 
@@ -204,10 +208,10 @@ def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
     return tuple(dims.get(choice, R) for choice in choices)
 
 
-def cache_bytes_in(node: Node, spec: Spec, sizes: Sequence[int]) -> int:
+def cache_bytes_in(node: Node, spec: Spec, sizes: Sequence[int], run: int = 0) -> int:
     """Bytes of the KV cache that one rank keeps of an attention in a layout (see `cache_spec`)."""
     choices = tuple({S(0): "b", S(1): "n", S(2): "tree"}.get(state, "R") for state in spec)
-    return cache_bytes(Local.of(node, choices, sizes, "contiguous"))
+    return cache_bytes(Local.of(node, choices, sizes, "contiguous"), run)
 
 
 def _kv_heads_each(local: Local) -> int:

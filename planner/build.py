@@ -43,6 +43,7 @@ class Setting:
     `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
     `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
     `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
+    `longest_run`: new tokens of another phase that shares the KV caches.
     """
 
     training: bool
@@ -51,6 +52,7 @@ class Setting:
     recompute: bool = False
     order: str = "contiguous"
     expert_imbalance: float = 0.0
+    longest_run: int = 0
 
 
 class Restriction:
@@ -207,7 +209,7 @@ class Builder:
                 work.forward_s,
                 work.seconds,
                 float(held) + rows,
-                cache_bytes(node, choices, self.sizes),
+                cache_bytes(node, choices, self.sizes, self.setting.longest_run),
                 rows if self.setting.training else 0.0,
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),

@@ -122,11 +122,14 @@ def routed_bytes(
     return experts.saved_bytes(experts.Local.of(node, choices, sizes, imbalance))
 
 
-def cache_bytes(node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...]) -> float:
-    """Bytes of the KV cache that one rank keeps for a node."""
+def cache_bytes(
+    node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...], run: int = 0
+) -> float:
+    """Bytes of the KV cache that one rank keeps for a node; `run` as in `attention.cache_bytes`."""
     if node.op != "shardwright.cached_attention":
         return 0.0
-    return float(attention.cache_bytes(attention.Local.of(node, choices, sizes, "contiguous")))
+    local = attention.Local.of(node, choices, sizes, "contiguous")
+    return float(attention.cache_bytes(local, run))
 
 
 def _price_matmul(node: Node, ways: dict[str, int], network: Network, backward: bool) -> Work:

@@ -189,6 +189,7 @@ def setting_of(request: Request) -> Setting:
         request.optimizer,
         request.memory_bytes,
         expert_imbalance=request.expert_imbalance,
+        longest_run=request.seq if request.phase == "serve" else 0,
     )
 
 

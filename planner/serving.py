@@ -196,7 +196,8 @@ class _Cache:
 def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
     """The cache in prefill's layout, which has room for the whole answer from the start."""
     node, specs = decode.cached.node, prefill.specs
-    size = {spec: float(cache_bytes_in(node, spec, prefill.sizes)) for spec in set(specs)}
+    run = prefill.cached.node.operands[0].type.shape[2]
+    size = {spec: float(cache_bytes_in(node, spec, prefill.sizes, run)) for spec in set(specs)}
     return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
 
 

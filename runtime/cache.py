@@ -118,8 +118,12 @@ class PageTable:
     # --- storing -----------------------------------------------------------------------------
 
     def shortage(self, positions: Tensor) -> int:
-        """Pages that are missing to store `positions` (b, t); 0 or less if it fits."""
-        return sum(self._missing((positions.cpu() >= 0).sum(1))) - len(self._free)
+        """Pages that are missing to store `positions` (b, t); 0 or less if it fits.
+
+        Those that the window then gives back count as free.
+        """
+        free = len(self._free) + sum(self._out_of_reach())
+        return sum(self._missing((positions.cpu() >= 0).sum(1))) - free
 
     def advance(self, number: int, positions: Tensor, axis: Axis | None = None) -> Step:
         """The step in which a layer stores its `number`-th tokens; the first layer opens it.
@@ -299,12 +303,17 @@ class PageTable:
             table[i, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
         return table[sequence, places // PAGE] * PAGE + places % PAGE
 
+    def _out_of_reach(self) -> list[int]:
+        """Full pages at the front of each sequence that no query after its tokens can reach."""
+        if not self.window:
+            return [0] * self.batch
+        reach = self._last() + 1 - self.window  # the last position out of reach
+        gone = (self._positions >= 0) & (self._positions <= reach[:, None])
+        return (gone.sum(1) // PAGE).tolist()
+
     def _forget(self) -> None:
-        """Give back full pages at the front that no query after the stored tokens can reach."""
-        last = self._last()
-        for i, pages in enumerate(self._pages):
-            reach = int(last[i]) + 1 - self.window  # the last position out of reach
-            out = int(((self._positions[i] >= 0) & (self._positions[i] <= reach)).sum()) // PAGE
+        """Give back the pages that are out of reach."""
+        for i, (pages, out) in enumerate(zip(self._pages, self._out_of_reach(), strict=True)):
             if out:
                 gone = out * PAGE
                 self._forgotten[i] = int(self._positions[i, gone - 1])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cache import PAGE, CacheFullError, owners
+from .cache import PAGE, CacheFullError, PageTable, owners
 from .layout import Spec, format_spec, parse_spec
 from .pools import BATCH, TOKENS, Pools, Room, highest, own_part, owner_of, specs_of, ways
 from .recache import Path, Recaching, change_between
@@ -58,7 +58,8 @@ class Serving:
         self._rows = _padded_rows(model, batch, self._paths)
         limited = total_tokens is not None
         total = total_tokens if total_tokens is not None else batch * tokens
-        self._room = Room(self._rows, tokens, total, limited)
+        runs = [model.inputs_of(phase)["input_ids"].shape[1] for phase in model.phases()]
+        self._room = Room(self._rows, tokens, total, limited, max(runs))
         self._pools = Pools({}, self._room, model.mesh)
         self._pools = self._empty(model.CACHES)
 
@@ -102,12 +103,14 @@ class Serving:
         self.clear()
         self._check_capacity(counts)
         self.lay_out(phase)
-        positions = torch.arange(tokens).repeat(self._rows, 1)
-        positions[self.batch :] = -1
-        kept = {
-            shared.table: _own_pages(positions, shared.spec, self._model.mesh)
-            for shared in self._pools.tables
-        }
+        kept: dict[PageTable, Tensor] = {}
+        for shared in self._pools.tables:
+            window = shared.table.window
+            first = max(tokens - window, 0) if window else 0
+            positions = torch.arange(first, tokens).repeat(self._rows, 1)
+            positions[self.batch :] = -1
+            shared.table.begin_after(torch.full((shared.table.batch,), first - 1))
+            kept[shared.table] = _own_pages(positions, shared.spec, self._model.mesh)
         for cache in self._pools.caches.values():
             own = kept[cache.table]
             values = None if cache.values_in_keys else _random(cache.values, own)
@@ -181,7 +184,8 @@ class Serving:
 
     def _columns(self, wanted: Input) -> int:
         """How many tokens of a sequence fit in one run; 0 is any number."""
-        if 1 in wanted.free:
+        windows = any(shared.table.window for shared in self._pools.tables)
+        if 1 in wanted.free and not windows:
             return 0
         step = 2 * ways(parse_spec(wanted.spec), self._model.mesh, 1)
         return wanted.shape[1] if step == 2 else max(wanted.shape[1] // step * step, 1)

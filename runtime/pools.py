@@ -28,12 +28,14 @@ BATCH, HEADS, TOKENS = 0, 1, 2  # dims of a cache's spec
 @dataclass(frozen=True, slots=True)
 class Room:
     """Sequences, padding included, the tokens of each, and what all may hold together; `limited`
-    says that this is less than each may."""
+    says that this is less than each may.  `run` is the most that each gets at once: a window keeps
+    no more than its own tokens and those."""
 
     rows: int
     tokens: int
     total: int
     limited: bool
+    run: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,10 @@ class Pools:
         # Of every sequence a page may be half empty; where ranks share a sequence, two.
         pages = -(-room.total // (ways(spec, self.mesh, BATCH) * sharing * PAGE))
         pages += rows * (1 + (sharing > 1))
-        pages = min(pages, rows * (-(-tokens // PAGE) + 2 * (sharing > 1)))
+        most = -(-tokens // PAGE)
+        if cache.window:  # one page may be half out of reach
+            most = min(most, -(-(cache.window - (-room.run // sharing)) // PAGE) + 1)
+        pages = min(pages, rows * (most + 2 * (sharing > 1)))
         table = PageTable(rows, pages, window=cache.window, device=self.mesh.device)
         self.tables.append(Shared(spec, table))
         return table

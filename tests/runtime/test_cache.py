@@ -153,6 +153,9 @@ def test_a_window_gives_pages_back() -> None:
         assert held == list(range(held[0], position + 1))
         assert held[0] <= max(0, position - window + 1) and len(held) <= window + PAGE
     check(cache, [list(range(176, 200))])
+    table = cache.table  # two pages are used; the first is out of reach after 195 tokens
+    assert table.shortage(torch.arange(200, 224)[None]) == 0
+    assert table.shortage(torch.arange(200, 225)[None]) == 1
     cache.truncate([198])
     check(cache, [list(range(176, 198))])
     with pytest.raises(ValueError, match="cannot go back to 190 tokens"):

@@ -327,6 +327,36 @@ def test_windows_limit_how_far_back(pool: Pool) -> None:
         torch.testing.assert_close(second, plain_logits([*tokens, 1, 2], 5), **EXACT)
 
 
+def talk_in_windows(mesh: dict[str, int], algorithm: str) -> tuple[list[int], list[Tensor]]:
+    """A long prompt and an answer under a window of 20: the pools' pages, and logits."""
+    model = toy(mesh, algorithm, 20).from_state_dict(weights())
+    model.new_cache(4, 400)
+    tokens = torch.arange(200).repeat(4, 1) % VOCAB
+    logits = [model.prefill(tokens[:, :150]), model.append(tokens[:, 150:])]
+    logits += [model.decode(torch.full((4,), token)) for token in range(20)]
+    return [cache.table.pages for cache in caches_of(model)], [x[0] for x in logits]
+
+
+def caches_of(model: Any) -> list[KVCache]:
+    return [layer.kv for layer in model.layers]
+
+
+@pytest.mark.parametrize(
+    "mesh, algorithm", [({}, "local"), ({"cp": 2}, "ring"), ({"cp": 2}, "tree")]
+)
+def test_a_windows_pool_is_that_of_the_window_and_a_run(
+    pool: Pool, mesh: dict[str, int], algorithm: str
+) -> None:
+    """Planned are runs of 16 tokens: 20 + 16 tokens and one page, and two more where ranks share."""
+    ranks = mesh.get("cp", 1)
+    want = [range(150), range(200), *[[*range(200), *range(n)] for n in range(1, 21)]]
+    for pages, logits in pool(ranks).run(talk_in_windows, mesh, algorithm):
+        assert pages == [4 * {1: 4, 2: 5}[ranks]] * 2
+        for got, given in zip(logits, want, strict=True):
+            rows = [token % VOCAB for token in given]
+            torch.testing.assert_close(got, plain_logits(rows, 20), **EXACT)
+
+
 def test_attention_mask_on_either_side(greedy: list[list[int]]) -> None:
     model = toy({}).from_state_dict(weights())
     ids, lengths = padded(PROMPTS)
