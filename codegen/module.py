@@ -44,10 +44,28 @@ def write_source(
     if decode is not None:
         second = [_Writer(decode, mesh, "decode", optimizer, _DECODING)]
     first = _Writer(program, mesh, phase, optimizer, "ShardedModel", second, recached)
+    tables = _page_tables([writer.caches() for writer in (first, *second)])
+    for writer in (first, *second):
+        writer.tables = tables
     parts = [part for writer in (*second, first) for part in writer.classes()]
     head = _head(summary, [line for part in parts for line in part])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
     return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n")
+
+
+def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
+    """By its name, which caches may share a page table with which.
+
+    Where a program attends by `tree`, ranks store the pages that they own, otherwise their own
+    tokens: caches differ that do so over other axes in one of the programs.
+    """
+
+    def owners(name: str) -> tuple[int, ...]:
+        choices = [program[name].choices for program in programs]
+        return tuple(each.index("tree") if "tree" in each else -1 for each in choices)
+
+    kinds = list(dict.fromkeys(map(owners, programs[0])))
+    return {name: kinds.index(owners(name)) for name in programs[0]}
 
 
 def _head(summary: str, lines: Sequence[str]) -> list[str]:
@@ -94,6 +112,7 @@ class _Writer:
         self.recached = recached  # ways of caches to its layout, by node
         self.labels: dict[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
+        self.tables: Mapping[str, int] = {}  # of page tables that caches share, by their names
         self.baked: set[str] = set()  # labels of dims whose planned size the text holds
         self.class_of: dict[tuple[str, int], str] = {}
         self._name_classes()
@@ -395,25 +414,31 @@ class _Writer:
         """KV caches by their path, `model.layers.{0..31}.kv`."""
         if self.second and not self.recached:
             return [f"    CACHES = {_DECODING}.CACHES"]
-        rows: list[str] = []
-        for item in self.program.statements:
-            if isinstance(item, Compute):
-                rows += self._cache_lines(item, "")
-            elif isinstance(item, LoopCall):
-                for kind, body in enumerate(item.bodies):
-                    layers = [i for i, k in enumerate(item.loop.order) if k == kind]
-                    path = f"{item.loop.path}.{{{_range_text(layers)}}}."
-                    for inner in body.statements:
-                        if isinstance(inner, Compute):
-                            rows += self._cache_lines(inner, path)
+        rows = [
+            line for name, item in self.caches().items() for line in self._cache_row(name, item)
+        ]
         if self.recached:
             rows.insert(0, "        # Before tokens are decoded a cache goes along its `path`.")
         return ["    CACHES = {", *rows, "    }"] if rows else []
 
-    def _cache_lines(self, item: Compute, prefix: str) -> list[str]:
+    def caches(self) -> dict[str, Compute]:
+        """Attention over a cache, by the cache's name, the same in both programs of a model."""
+        found: dict[str, Compute] = {}
+
+        def add(statements: Sequence[object], prefix: str) -> None:
+            for item in statements:
+                if isinstance(item, Compute) and item.node.op == "shardwright.cached_attention":
+                    found[f"{prefix}{item.node.arg('cache')}"] = item
+
+        add(self.program.statements, "")
+        for call in self.loops:
+            for kind, body in enumerate(call.bodies):
+                layers = [i for i, k in enumerate(call.loop.order) if k == kind]
+                add(body.statements, f"{call.loop.path}.{{{_range_text(layers)}}}.")
+        return found
+
+    def _cache_row(self, name: str, item: Compute) -> list[str]:
         node = item.node
-        if node.op != "shardwright.cached_attention":
-            return []
         key = node.operands[1]
         args = [
             f"heads={key.type.shape[1]}",
@@ -429,7 +454,9 @@ class _Writer:
         if node.name in self.recached:
             path = [format_spec(spec) for spec in self.recached[node.name][1:]]
             args.append(f"path={_strings(path)}")
-        return statement(f'"{prefix}{node.arg("cache")}": Cache({", ".join(args)}),', 2)
+        if self.tables[name]:
+            args.append(f"table={self.tables[name]}")
+        return statement(f'"{name}": Cache({", ".join(args)}),', 2)
 
     def _spec_text(self, item: Sharded) -> str:
         """`S0,Z1` for a value in spec `S0,S1` whose dim 1 is cut in zigzag order."""

@@ -59,6 +59,9 @@ class Cache:
 
     Where the program for decoding has another spec, `path` are the specs that the cache takes one
     by one from `spec` to that (see `recache.py`).
+
+    Caches of one `table`, window and cut of batch and sequence share a page table, and store the
+    same tokens in every step.
     """
 
     heads: int
@@ -69,6 +72,7 @@ class Cache:
     window: int = 0
     values_in_keys: bool = False
     path: tuple[str, ...] = ()
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,9 @@ class Pools:
     def empty(declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> Pools:
         """Pools with nothing in them."""
         pools = Pools(declared, room, mesh)
-        tables: dict[tuple[Spec, int], PageTable] = {}
+        tables: dict[tuple[Spec, int, int], PageTable] = {}
         for name, cache in declared.items():
-            key = without_heads(parse_spec(cache.spec)), cache.window
+            key = without_heads(parse_spec(cache.spec)), cache.window, cache.table
             if key not in tables:
                 tables[key] = pools.add_table(cache)
             pools.add_cache(name, tables[key])

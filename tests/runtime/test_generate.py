@@ -333,12 +333,8 @@ def talk_in_windows(mesh: dict[str, int], algorithm: str) -> tuple[list[int], li
     model.new_cache(4, 400)
     tokens = torch.arange(200).repeat(4, 1) % VOCAB
     logits = [model.prefill(tokens[:, :150]), model.append(tokens[:, 150:])]
-    logits += [model.decode(torch.full((4,), token)) for token in range(20)]
-    return [cache.table.pages for cache in caches_of(model)], [x[0] for x in logits]
-
-
-def caches_of(model: Any) -> list[KVCache]:
-    return [layer.kv for layer in model.layers]
+    logits += [model.decode(torch.full((4,), token % VOCAB)) for token in range(20)]
+    return [layer.kv.table.pages for layer in model.layers], [x[0] for x in logits]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +343,7 @@ def caches_of(model: Any) -> list[KVCache]:
 def test_a_windows_pool_is_that_of_the_window_and_a_run(
     pool: Pool, mesh: dict[str, int], algorithm: str
 ) -> None:
-    """Planned are runs of 16 tokens: 20 + 16 tokens and one page, and two more where ranks share."""
+    """Planned are runs of 16 tokens: 20 + 16 tokens and a page, and two more where ranks share."""
     ranks = mesh.get("cp", 1)
     want = [range(150), range(200), *[[*range(200), *range(n)] for n in range(1, 21)]]
     for pages, logits in pool(ranks).run(talk_in_windows, mesh, algorithm):
@@ -448,6 +444,8 @@ def lay_out_anew() -> list[Any]:
     serving = model._served()
     serving.fill(CONTEXT, "decode")
     kept = model.layers[0].kv.lengths.tolist()
+    with pytest.raises(ValueError, match="cannot go back"):
+        model.truncate([CONTEXT - 2])
     set_cache = model.set_cache
 
     def fail(name: str, cache: Any) -> None:
@@ -470,7 +468,7 @@ def test_caches_in_two_layouts(pool: Pool) -> None:
         torch.testing.assert_close(again, first, **EXACT)
         torch.testing.assert_close(after[0], plain_logits(tokens, 5), **EXACT)
         torch.testing.assert_close(anew[0], plain_logits(tokens, 5), **EXACT)
-        assert kept == [CONTEXT]
+        assert kept == [5]  # no more than the window
 
 
 def demonstrate() -> str:
@@ -659,11 +657,12 @@ def test_a_cache_that_is_filled_for_measurements(
 ) -> None:
     results = pool(2).run(fill_and_demonstrate, algorithm, mesh, window)
     kept = [rows for rows, _, _ in results]
+    filled = list(range(CONTEXT - window if window else 0, CONTEXT))
     if "cp" in mesh:  # the ranks share every sequence
         pairs = list(zip(*kept, strict=True))
-        assert all(sorted(a + b) == list(range(CONTEXT)) and a and b for a, b in pairs)
+        assert all(sorted(a + b) == filled and a and b for a, b in pairs)
     else:
-        assert all(row == list(range(CONTEXT)) for rows in kept for row in rows)
+        assert all(row == filled for rows in kept for row in rows)
         assert [len(rows) for rows in kept] == ([2, 2] if "dp" in mesh else [4, 4])
     for _, (first, again), _ in results:
         torch.testing.assert_close(again, first, **EXACT)

@@ -68,7 +68,7 @@ def filled(
 ) -> tuple[Pools, Tensor]:
     """Caches in which tokens lie on ranks at random; (them, the place of each token by axis)."""
     table = {f"{i}.kv": declared(spec, **kind) for i, spec in enumerate(specs)}
-    room = Room(ROWS, CAPACITY, 4 * ROWS * CAPACITY, limited=False)
+    room = Room(ROWS, CAPACITY, 4 * ROWS * CAPACITY, limited=False, run=CAPACITY)
     pools = Pools.empty(table, room, mesh)
     randomness = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(mesh.sizes)
@@ -225,7 +225,7 @@ def run_out_on_rank() -> tuple[str, list[int]]:
     """Sequences that fit where heads are cut, but not where the batch is."""
     mesh = Mesh.create({"x": 2})
     lengths = [70, 70, 1, 1]
-    room = Room(ROWS, CAPACITY, 160, limited=True)
+    room = Room(ROWS, CAPACITY, 160, limited=True, run=CAPACITY)
     pools = Pools.empty({"kv": declared((HEAD,))}, room, mesh)
     at = torch.arange(70).repeat(ROWS, 1)
     at = at.where(at < torch.tensor(lengths)[:, None], -1)
@@ -246,7 +246,7 @@ def test_every_rank_says_that_there_is_no_room(pool: Pool) -> None:
 
 def test_a_step_that_failed_half_way_is_refused() -> None:
     mesh = Mesh.create({"x": 1})
-    room = Room(1, 8, 8, limited=False)
+    room = Room(1, 8, 8, limited=False, run=8)
     table = {"a": declared((R,)), "b": declared((R,))}
     pools = Pools.empty(table, room, mesh)
     at = torch.arange(3)[None]
