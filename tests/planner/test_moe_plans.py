@@ -282,8 +282,8 @@ def test_decode_of_deepseek_on_320_h800s(tmp_path: Path) -> None:
     started = process_time()
     plan = plan_file(
         str(CONFIGS / "deepseek-v3"), gpus=320, cluster="h800", phase="decode", batch=BATCH_320,
-        seq=1, context=SEQ, dtype="bfloat16", memory_bytes=None, mesh=None, pins=(), optimizer="none",
-        solver="highs", time_limit_s=60.0,
+        seq=1, context=SEQ, dtype="bfloat16", memory_bytes=None, mesh=None, pins=(),
+        optimizer="none", solver="highs", time_limit_s=60.0,
     )  # fmt: skip
     took = process_time() - started
     print(f"\nplanned in {took:.1f} s of processor time\n{str(plan).split('outside the')[0]}")
