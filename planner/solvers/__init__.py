@@ -23,6 +23,10 @@ from .heuristic import search
 _SAME_COST = 1e-9
 # More strategies than this after presolve: exact solvers may find nothing in a minute.
 _LARGE = 5000
+# More strategies than this, and no more pairs across edges than that: HiGHS first solves the linear
+# relaxation, and then what it leaves.
+_NARROWED = 1500
+_RELAXABLE = 2_000_000
 # The share of the time kept for search where the exact solver finds nothing.
 _RESERVED = 0.15
 
@@ -70,6 +74,20 @@ def solve(
         raise ValueError(f"unknown solver `{solver}`{tip} There are {', '.join(SOLVERS)}.")
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive, got {time_limit_s} s")
+    return _solve_reduced(
+        problem, SOLVERS[solver], time_limit_s, presolve=presolve, searchable=presolve
+    )
+
+
+def _solve_reduced(
+    problem: ShardingProblem,
+    solver: Solver,
+    time_limit_s: float,
+    *,
+    presolve: bool,
+    searchable: bool,
+) -> Solution:
+    """Presolve if asked for, solve each part, and price the answer in the problem as given."""
     started = perf_counter()
     reduced = reduce(problem) if presolve else None
     if isinstance(reduced, Infeasible):
@@ -79,14 +97,14 @@ def solve(
         inner, parts = problem, (Part(problem, tuple(range(len(problem.nodes)))),)
     else:
         inner, parts = reduced.problem, split(reduced.problem)
-    found = _solve_parts(inner, parts, SOLVERS[solver], started, time_limit_s, presolve)
+    found = _solve_parts(inner, parts, solver, started, time_limit_s, searchable)
     if found.assignment is None:
         return replace(found, seconds=perf_counter() - started)
     assignment = found.assignment if reduced is None else reduced.restore(found.assignment)
     checked = conclude(problem, assignment, found.bound, perf_counter() - started)
     if abs(checked.cost - found.cost) > _SAME_COST * max(abs(checked.cost), abs(found.cost)):
         raise SolverError(
-            f"`{problem.name}`: {solver} says {found.cost!r}, the evaluator {checked.cost!r}"
+            f"`{problem.name}`: the solver says {found.cost!r}, the evaluator {checked.cost!r}"
         )
     return checked
 
@@ -133,7 +151,15 @@ def _solve_part(
     if not searchable:
         return solver(problem, time_limit_s=time_limit_s)
     started = perf_counter()
-    if sum(node.costs.size for node in problem.nodes) > _LARGE:
+    strategies = sum(node.costs.size for node in problem.nodes)
+    pairs = sum(edge.costs.size for edge in problem.edges)
+    if solver is _highs and strategies > _NARROWED and pairs <= _RELAXABLE:
+        found = _narrowed(problem, time_limit_s)
+        if found is not None:
+            return found
+        time_limit_s = max(LEAST_S, time_limit_s - (perf_counter() - started))
+        started = perf_counter()
+    if strategies > _LARGE:
         first = search(problem, time_limit_s=time_limit_s / 2)
         if first.status == "optimal":
             return first
@@ -143,6 +169,16 @@ def _solve_part(
     if found.assignment is not None or found.status == "infeasible":
         return found
     return _better(found, search(problem, time_limit_s=_RESERVED * time_limit_s))
+
+
+def _narrowed(problem: ShardingProblem, time_limit_s: float) -> Solution | None:
+    """Solve one part by HiGHS, strategies that are proven too dear left out first."""
+    from .narrow import narrowed
+
+    def exact(rest: ShardingProblem, seconds: float) -> Solution:
+        return _solve_reduced(rest, _highs, seconds, presolve=True, searchable=False)
+
+    return narrowed(problem, exact, time_limit_s=time_limit_s)
 
 
 def _better(one: Solution, other: Solution) -> Solution:

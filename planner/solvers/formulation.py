@@ -61,6 +61,26 @@ class Formulation:
         """The memory rows."""
         return Memory(self.problem, self.starts)
 
+    def shifts(self, prices: FloatArray) -> list[list[FloatArray]]:
+        """Costs shifted from each edge to the strategies of its two ends by `prices` of the
+        equations; the problem must have no edge from a node to itself."""
+        found: list[list[FloatArray]] = []
+        at = len(self.problem.nodes)  # the first equations are those of the nodes
+        for edge in self.problem.edges:
+            groups = _Groups.of(edge.costs)
+            of_rows = prices[at : at + groups.shape[0]]
+            at += groups.shape[0]
+            if groups.match is not None:
+                own = groups.matched_price - of_rows
+                given = np.empty(groups.shape[1])
+                given[groups.match] = of_rows
+                found.append([own[groups.row], given[groups.col]])
+                continue
+            of_cols = prices[at : at + groups.shape[1]]
+            at += groups.shape[1]
+            found.append([of_rows[groups.row], of_cols[groups.col]])
+        return found
+
     def assignment(self, x: FloatArray) -> tuple[int, ...]:
         """The strategy of each node with the largest value in `x`."""
         pairs = zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True)
@@ -92,7 +112,7 @@ class Memory:
         if times.size:
             most = np.maximum.reduceat(self.bytes, self.at[:-1])
             self.rows = np.nonzero(self._per_row(most, times.size) > problem.capacity)[0]
-        self._times = times.size
+        self.times = times  # of all rows, those that cannot bind included
 
     def _per_row(self, values: FloatArray, count: int) -> FloatArray:
         change = np.zeros(count + 1)
@@ -105,7 +125,7 @@ class Memory:
         if not self.rows.size:
             return np.zeros(0)
         values = np.add.reduceat(self.bytes * x[self.variable], self.at[:-1])
-        return self._per_row(values, self._times)[self.rows]
+        return self._per_row(values, self.times.size)[self.rows]
 
     def entries(self) -> int:
         """About how many nonzeros all `rows` would have."""
@@ -187,27 +207,54 @@ def formulate(problem: ShardingProblem) -> Formulation:
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """An edge's costs by groups of equal rows and columns: `row` and `col` are those of each
+    strategy.  Where each row group allows just one column group and the other way round, `match`
+    is the column group of each row group."""
+
+    costs: FloatArray
+    row: IntArray
+    col: IntArray
+    match: IntArray | None
+
+    @staticmethod
+    def of(costs: FloatArray) -> _Groups:
+        row_first, row = group_rows(costs)
+        col_first, col = group_rows(costs.T)
+        grouped = costs[np.ix_(row_first, col_first)]
+        finite = np.isfinite(grouped)
+        one = bool((finite.sum(axis=1) == 1).all() and (finite.sum(axis=0) == 1).all())
+        return _Groups(grouped, row, col, finite.argmax(axis=1) if one else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many groups of rows and of columns."""
+        rows, cols = self.costs.shape
+        return rows, cols
+
+    @property
+    def matched_price(self) -> FloatArray:
+        """What each row group costs with the column group that it is matched with."""
+        return self.costs[np.arange(self.shape[0]), self.match]
+
+
 def _add_edge(builder: _Builder, costs: FloatArray, start_a: int, start_b: int) -> None:
     """Equations of one edge; `start_a` and `start_b` are the variables of its ends."""
-    row_first, row_group = group_rows(costs)
-    col_first, col_group = group_rows(costs.T)
-    grouped = costs[np.ix_(row_first, col_first)]
-    finite = np.isfinite(grouped)
-    rows, cols = row_first.size, col_first.size
+    groups = _Groups.of(costs)
+    (rows, cols), row_group, col_group = groups.shape, groups.row, groups.col
     s_a = start_a + np.arange(row_group.size)
     s_b = start_b + np.arange(col_group.size)
-    if (finite.sum(axis=1) == 1).all() and (finite.sum(axis=0) == 1).all():
-        # groups are matched one to one: sum over the row group = sum over its column group
-        match = finite.argmax(axis=1)
+    if groups.match is not None:  # sum over the row group = sum over its column group
         equation = builder.equations_for(np.zeros(rows))
         of_col = np.empty(cols, dtype=np.int64)
-        of_col[match] = np.arange(rows)
+        of_col[groups.match] = np.arange(rows)
         builder.add(equation + row_group, s_a, 1.0)
         builder.add(equation + of_col[col_group], s_b, -1.0)
-        price = grouped[np.arange(rows), match]
-        builder.objective[0][s_a] += price[row_group]
+        builder.objective[0][s_a] += groups.matched_price[row_group]
         return
-    r, c = np.nonzero(finite)
+    grouped = groups.costs
+    r, c = np.nonzero(np.isfinite(grouped))
     e = builder.variables_for(grouped[r, c])
     equation = builder.equations_for(np.zeros(rows + cols))
     builder.add(equation + r, e, 1.0)

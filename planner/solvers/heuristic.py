@@ -20,6 +20,7 @@ from .base import Solution, conclude
 
 _POLISH_SWEEPS = 20
 _DECODE_EVERY = 3  # rounds, once something is found
+_MARGIN_SWEEPS = 2
 # The bound is taken to rise by this much at most in one step on the memory prices.
 _FIRST_STEP = 0.05
 _SMALLEST_STEP = 1e-4
@@ -59,6 +60,43 @@ def search(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
     if best is None:
         return Solution(None, inf, bound, "unknown", seconds)
     return conclude(problem, best, bound, seconds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Margins:
+    """What prices prove: every assignment costs at least `bound`, and one in which node n takes
+    strategy k at least `bound + above[n][k]`; and the best assignment found, of `cost` (inf
+    without one)."""
+
+    bound: float
+    above: list[FloatArray]
+    cost: float
+    assignment: tuple[int, ...] | None
+
+
+def margins(
+    problem: ShardingProblem,
+    shifts: list[list[FloatArray]],
+    prices: FloatArray,
+    start: tuple[int, ...],
+) -> Margins:
+    """The margins that `shifts` and `prices` prove (see `_Search`), after a few sweeps.
+
+    `start` is the assignment from which local search begins.  For presolved problems.
+    """
+    state = _Search(problem)
+    state.shift, state.prices = shifts, prices
+    cost, best = inf, None
+    _, decoded = state.sweep(True, True)
+    for assignment in (list(start), decoded):
+        over, price, polished = state.polish(assignment, inf)
+        if over <= 0 and price < cost:
+            cost, best = price, tuple(polished)
+    for _ in range(_MARGIN_SWEEPS):
+        state.sweep(False, False)
+        state.sweep(True, False)
+    bound = state.bound()
+    return Margins(bound - _BOUND_ROUNDING * abs(bound), state.above(), cost, best)
 
 
 @dataclass(slots=True, eq=False)
@@ -194,6 +232,18 @@ class _Search:
         for edge, (of_a, of_b) in zip(self.problem.edges, self.shift, strict=True):
             total += float((edge.costs - of_a[:, None] - of_b).min())
         return total
+
+    def above(self) -> list[FloatArray]:
+        """By how much each strategy of each node raises the lower bound, at least."""
+        prices = np.concatenate([[0.0], np.cumsum(self.prices)])
+        found: list[FloatArray] = []
+        for node in self.nodes:
+            total = node.costs + (prices[node.stop] - prices[node.first]) @ node.bytes
+            for link in node.links:  # all that the edge can give goes to this node
+                given = self.shift[link.edge][1 - link.end]
+                total = total + (link.costs - given).min(axis=1)
+            found.append(total - total.min())
+        return found
 
     def reprice(self, alone: list[int], gap: float) -> None:
         """A subgradient step on the memory prices, of the length that would close `gap`."""

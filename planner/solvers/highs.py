@@ -14,7 +14,14 @@ from math import inf
 from time import perf_counter
 
 import numpy as np
-from ortools.math_opt import model_pb2
+from ortools.math_opt import (
+    callback_pb2,
+    model_parameters_pb2,
+    model_pb2,
+    parameters_pb2,
+    sparse_containers_pb2,
+)
+from ortools.math_opt.core.python import solver as core
 from ortools.math_opt.python import mathopt
 
 from ..problem import FloatArray, IntArray, ShardingProblem, whole_costs
@@ -66,6 +73,40 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Relaxed:
+    """An optimal answer of the linear relaxation: the strategy of each node that it has most of,
+    costs shifted from edges to their ends, the price of a byte at each of the problem's live rows
+    (see `problem.live_rows`), and the times of those that have one."""
+
+    rounded: tuple[int, ...]
+    shifts: list[list[FloatArray]]
+    prices: FloatArray
+    binding: IntArray
+
+
+def relax(problem: ShardingProblem, *, time_limit_s: float) -> Relaxed | None:
+    """Solve the linear relaxation of a presolved problem; None without an answer in the time."""
+    started = perf_counter()
+    formulation = formulate(problem)
+    model = _Model(formulation)
+    model.add_violated(np.ones(formulation.strategies))  # the rows where most can be live
+    while True:
+        found = model.relax(max(LEAST_S, time_limit_s - (perf_counter() - started)))
+        if found is None or not model.add_violated(found[0]):
+            break
+    if found is None:
+        return None
+    x, duals = found
+    prices = np.zeros(formulation.memory.times.size)
+    first = formulation.rhs.size
+    for number, (position, scale) in enumerate(model.scales.items()):
+        row = formulation.memory.rows[position]
+        prices[row] = max(0.0, -duals[first + number] * scale)
+    binding = formulation.memory.times[prices > 0]
+    return Relaxed(formulation.assignment(x), formulation.shifts(duals), prices, binding)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Result:
     """Values of all variables (None if none were found), a proven bound in the problem's units."""
 
@@ -80,7 +121,7 @@ class _Model:
     def __init__(self, formulation: Formulation) -> None:
         self.formulation = formulation
         self.scale = _objective_scale(formulation.objective)
-        self.added: set[int] = set()
+        self.scales: dict[int, float] = {}  # of the memory rows that were added, in order
         self.proto = model_pb2.ModelProto()
         objective = formulation.objective * self.scale
         count, strategies = objective.size, formulation.strategies
@@ -122,13 +163,13 @@ class _Model:
             scale = min(1 / unit, _ROW_LIMIT / room) if room else 1 / unit
             row = self._add_constraints(np.array([-inf]), np.array([room * scale]))
             self._add_terms(np.full(cols.size, row), cols, size * scale)
-            self.added.add(position)
+            self.scales[position] = scale
 
     def add_violated(self, x: FloatArray) -> bool:
         """Add the rows that `x` violates most, spread over time.  True if any was added."""
         memory = self.formulation.memory
         excess = memory.live(x) - self.formulation.problem.capacity * (1 + 1e-9)
-        excess[list(self.added)] = 0.0
+        excess[list(self.scales)] = 0.0
         # a peak: no less than its neighbours; a plateau gives one row only
         padded = np.concatenate([[-inf], excess, [-inf]])
         peak = (excess > 0) & (excess >= padded[:-2]) & (excess > padded[2:])
@@ -136,6 +177,30 @@ class _Model:
         worst = worst[np.argsort(-excess[worst])][:_ROWS_PER_ROUND]
         self.add_rows(worst.tolist())
         return bool(worst.size)
+
+    def relax(self, time_limit_s: float) -> tuple[FloatArray, FloatArray] | None:
+        """(values of the strategies, prices of all rows) of an optimal answer without integrality;
+        None if there is none in the time.
+
+        The solver is called as MathOpt calls it: its own wrapper would make Python objects of the
+        basis, which takes longer than the solver.
+        """
+        del self.proto.variables.integers[:]
+        self.proto.variables.integers.extend(np.zeros(self.formulation.objective.size, dtype=bool))
+        params = mathopt.SolveParameters(time_limit=timedelta(seconds=time_limit_s))
+        kind = mathopt.SolverType.HIGHS
+        found = core.solve(
+            self.proto, kind.value, parameters_pb2.SolverInitializerProto(), params.to_proto(),
+            model_parameters_pb2.ModelSolveParametersProto(), None,
+            callback_pb2.CallbackRegistrationProto(), None, None,
+        )  # fmt: skip
+        if found.termination.reason != mathopt.TerminationReason.OPTIMAL.value:
+            return None
+        best = found.solutions[0]
+        values = _dense(best.primal_solution.variable_values, self.formulation.objective.size)
+        rows = len(self.proto.linear_constraints.ids)
+        prices = _dense(best.dual_solution.dual_values, rows) / self.scale
+        return values[: self.formulation.strategies], prices
 
     def solve(self, time_limit_s: float, relaxed: bool) -> _Result:
         """Solve with the rows added so far; `relaxed` drops integrality."""
@@ -164,6 +229,13 @@ class _Model:
             values = found.variable_values()
             x = np.fromiter(values.values(), dtype=np.float64, count=len(values))
         return _Result(x, bound, False)
+
+
+def _dense(sparse: sparse_containers_pb2.SparseDoubleVectorProto, size: int) -> FloatArray:
+    """The numbers by id, 0 where there is none."""
+    found = np.zeros(size)
+    found[np.array(sparse.ids, dtype=np.int64)] = sparse.values
+    return found
 
 
 def _objective_scale(objective: FloatArray) -> float:
