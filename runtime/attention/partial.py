@@ -51,11 +51,10 @@ class Partial:
     def add_(self, out: Tensor, lse: Tensor) -> None:
         """Merge another partial result of the same queries into this one, in place."""
         lse = lse.to(self.lse.dtype)
-        total = torch.logaddexp(self.lse, lse)
-        origin = total.masked_fill(total == -torch.inf, 0)  # two empties: exp(-inf - 0) = 0
-        self.out.mul_(torch.exp(self.lse - origin).unsqueeze(-1))
-        self.out.addcmul_(torch.exp(lse - origin).unsqueeze(-1), out.to(self.out.dtype))
-        self.lse.copy_(total)
+        known = self.lse.clamp_min(torch.finfo(lse.dtype).min)  # of two empties: -inf - -inf
+        share = torch.sigmoid(lse - known)
+        self.out.lerp_(out.to(self.out.dtype), share.unsqueeze(-1))
+        torch.logaddexp(self.lse, lse, out=self.lse)
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
