@@ -11,7 +11,9 @@ ceiling      each rank computes its share of the queries with all keys already t
              kernel in the fewest calls, no messages, nothing to merge but neighbours in position
 one process  `F.scaled_dot_product_attention` of the whole, on rank 0 alone, with one thread
 torch ring   `_templated_ring_attention` of torch.distributed.tensor.experimental, driven with the
-             same CPU kernel (`context_parallel` itself has no causal CPU path)
+             same CPU kernel (`context_parallel` itself has no causal CPU path), its keys and values
+             passed on by `alltoall`
+torch gather the same by `allgather`, torch's default: it is no ring, all are fetched at once
 
 `/ceiling` is time over the ceiling's, and `cpu` the same of the processor time of all ranks
 together, which says more where ranks share cores with each other or with other work.  Memory is
@@ -190,7 +192,8 @@ def make_steps(case: Case) -> dict[str, Step]:
     steps: dict[str, Step] = {
         "ceiling": _ceiling(whole, layout, axis.rank),
         "one process": _one_process(whole, axis.rank),
-        "torch ring": _torch_ring(whole, layout, axis),
+        "torch ring": _torch_ring(whole, layout, axis, "alltoall"),
+        "torch gather": _torch_ring(whole, layout, axis, "allgather"),
         "ring": zigzag(ring_attention),
         "gather": zigzag(gather_kv_attention),
         "pass q": zigzag(pass_q_attention),
@@ -266,7 +269,7 @@ def _ceiling(whole: tuple[Tensor, ...], layout: Layout, rank: int) -> Step:
     return step
 
 
-def _torch_ring(whole: tuple[Tensor, ...], layout: Layout, axis: Axis) -> Step:
+def _torch_ring(whole: tuple[Tensor, ...], layout: Layout, axis: Axis, method: str) -> Step:
     """torch's private ring; its zigzag is `Layout.zigzag`."""
     from torch.distributed.tensor.experimental._context_parallel import _attention as private
 
@@ -275,6 +278,7 @@ def _torch_ring(whole: tuple[Tensor, ...], layout: Layout, axis: Axis) -> Step:
     q, k, v, grad = (x.detach() for x in _leaves(whole, layout, axis.rank))
 
     def step(backward: bool) -> None:
+        private.set_rotate_method(method)
         out, lse = private._templated_ring_attention(  # pyright: ignore[reportPrivateUsage]
             axis.group, 2, kernel, q, k, v, is_causal=True, dropout_p=0.0
         )
