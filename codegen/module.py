@@ -443,7 +443,7 @@ class _Writer:
         args = [
             f"heads={key.type.shape[1]}",
             f"key_dim={key.type.shape[3]}",
-            f"value_dim={node.output.type.shape[3]}",
+            f"value_dim={dict(node.args).get('value_dim') or node.output.type.shape[3]}",
             f"dtype={key.type.dtype}",
             f'spec="{format_spec(cache_spec(node, item.choices))}"',
         ]

@@ -172,11 +172,13 @@ def cached_attention_math(
     value_dim: int = 0,
     sinks: Tensor | None = None,
     chunk: int = 0,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tokens]:
     """Attention of new tokens over all that are known, and all that are known then.
 
     Without `v` the values are the first `value_dim` numbers of the keys.  `sinks` (hq,) and
     `chunk`: see `attention_math`.  `context`, the number that was planned for, changes nothing.
+    With `up` (hq, d + dv, r) the keys are latents, of which keys and values of all heads are made.
     """
     v = k[..., :value_dim] if v is None else v
     keys = positions
@@ -189,10 +191,21 @@ def cached_attention_math(
         mask &= columns > rows - window
     if chunk:
         mask &= columns // chunk == rows // chunk
+    heads_k, heads_v = (k, v) if up is None else _decompressed(k, up, q.shape[3])
     out = attention_math(
-        q, k, v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0, sinks=sinks
-    )
+        q, heads_k, heads_v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0,
+        sinks=sinks,
+    )  # fmt: skip
     return out, Tokens(k, v, keys)
+
+
+def _decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of all heads from latents (b, 1, s, r + rope), rotated part last."""
+    heads, rank = up.shape[0], up.shape[2]
+    rope = latents[..., rank:].expand(-1, heads, -1, -1)
+    made = torch.einsum("bsr,hur->bhsu", latents[:, 0, :, :rank], up)
+    nope = key_dim - rope.shape[3]
+    return torch.cat([made[..., :nope], rope], -1), made[..., nope:]
 
 
 _OURS: dict[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""Attention whose keys and values are made from a latent attends over the latent itself.
+"""Attention whose keys and values are made from a latent caches the latent, and may attend over it.
 
 Multi-head latent attention (DeepSeek-V2 and V3) makes the keys and values of all heads from one
 short vector per token, c (r numbers), and adds a rotated part that all heads share:
@@ -15,16 +15,21 @@ is exact up to rounding, since q . (W c) = (W^T q) . c and sum_j p_j (W c_j) = W
 The cache then holds r + rope numbers per token, 576 instead of 40,960 in DeepSeek-V3.  Scores cost
 more, 2 (r + rope + r) FLOP per head and pair, but no token's keys are ever made again.  W_uk and
 W_uv are views of the one weight, so state dicts and shardings of it stay as they are.
+
+The expanded form has the same cache, but makes k and v of it, as above, whenever it attends.
+Scores then cost what they did; each step makes the keys of all cached tokens again, 2 r (d + dv)
+FLOP per head and token, which many new tokens share and one cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
+from typing import TypeAlias
 
 from .graph import Arg, Block, Graph, Loop, Node, TensorType, Value
-from .ops import values_in_keys
+from .ops import cached_per_head, values_in_keys
 from .rewrite import live_items, producers, with_args
 
 _CAT, _SPLIT, _RESHAPE = (
@@ -43,27 +48,37 @@ def absorbed(graph: Graph) -> Graph:
     3. what is split is a linear without bias, reshaped to (b, t, heads, both parts), transposed.
     Gives `graph` itself where there is none.
     """
+    return _with_latents(graph, _Latent.absorbed)
+
+
+def expanded(graph: Graph) -> Graph:
+    """As `absorbed`, with every attention over latents in the expanded form."""
+    return _with_latents(graph, _Latent.expanded)
+
+
+def _with_latents(graph: Graph, form: _Form) -> Graph:
+    """The graph with the nodes of `form` in place of every attention over latents."""
     found = False
     body: list[Node | Loop] = []
     flat = [item for item in graph.body if isinstance(item, Node)]
     made = producers(flat)
     for item in graph.body:
         if isinstance(item, Loop):
-            blocks = tuple(map(_absorbed_block, item.blocks))
+            blocks = tuple(_block_with_latents(block, form) for block in item.blocks)
             changed = any(a is not b for a, b in zip(blocks, item.blocks, strict=True))
             found |= changed
             body.append(replace(item, blocks=blocks) if changed else item)
             continue
         latent = _latent(item, made)
         found |= latent is not None
-        body += [item] if latent is None else latent.nodes()
+        body += [item] if latent is None else form(latent)
     if not found:
         return graph
     read = {output.value.name for output in graph.outputs}
     return replace(graph, body=live_items(body, read))
 
 
-def _absorbed_block(block: Block) -> Block:
+def _block_with_latents(block: Block, form: _Form) -> Block:
     made = producers(block.nodes)
     latents = {node.name: _latent(node, made) for node in block.nodes}
     if not any(latents.values()):
@@ -71,7 +86,7 @@ def _absorbed_block(block: Block) -> Block:
     nodes: list[Node] = []
     for node in block.nodes:
         latent = latents[node.name]
-        nodes += [node] if latent is None else latent.nodes()
+        nodes += [node] if latent is None else form(latent)
     live = live_items(nodes, {value.name for value in block.outputs})
     return replace(block, nodes=tuple(item for item in live if isinstance(item, Node)))
 
@@ -139,7 +154,7 @@ class _Latent:
     rope: Value  # the part that all heads share (b, 1, t, rope)
     joined: Node | None  # the cat that makes the queries, if one does
 
-    def nodes(self) -> list[Node]:
+    def absorbed(self) -> list[Node]:
         """The absorbed form; its last node gives the value that the attention gave."""
         batch, heads, new, _ = self.nope.type.shape
         value_dim, rank = (
@@ -147,6 +162,7 @@ class _Latent:
             self.linear.operands[0].type.shape[-1],
         )
         up_keys, up_values, unpacked = self._weights()
+        k, cached = self._keys()
         q_nope, q_rope, parted = self._query_parts()
         wide = rank + self.rope.type.shape[3]
         q_latent = self._einsum(
@@ -154,32 +170,61 @@ class _Latent:
         )
         q = self._node("q_absorbed", _CAT, (batch, heads, new, wide),
                        tensors=(q_latent.output, q_rope), dim=-1)  # fmt: skip
-        latent = self.linear.operands[0]
-        by_batch: list[Node] = []
-        if latent.type.shape != (batch, 1, new, rank):
-            shape = (batch, 1, new, rank)
-            by_batch = [self._node("latent", _RESHAPE, shape, self=latent, shape=shape)]
-            latent = by_batch[0].output
-        k = self._node("k_latent", _CAT, (batch, 1, new, wide),
-                       tensors=(latent, self.rope), dim=-1)  # fmt: skip
-        attention = self._attention(q.output, k.output, rank)
+        attention = self._attention(q.output, k, rank)
         out = self._einsum(
             "out", "bhtr,hvr->bhtv", (attention.output, up_values), (batch, heads, new, value_dim)
         )
         out = replace(out, outputs=self.attention.outputs)
-        return [*unpacked, *parted, q_latent, q, *by_batch, k, attention, out]
+        return [*unpacked, *parted, q_latent, q, *cached, attention, out]
+
+    def expanded(self) -> list[Node]:
+        """The expanded form: the attention itself, given the latents and what makes keys of them.
+
+        The rows of `up` (heads, d + dv, r) that make keys come first.
+        """
+        up, unpacked = self._weight()
+        if self.split.outputs[0] != self.nope:
+            up_keys, up_values, unpacked = self._weights()
+            joined = self._node("up_sorted", _CAT, up.type.shape,
+                                tensors=(up_keys, up_values), dim=1)  # fmt: skip
+            up, unpacked = joined.output, [*unpacked, joined]
+        k, cached = self._keys()
+        changed = with_args(self.attention, k=k, v=None, scale=self._scale())
+        args = tuple((n, a) for n, a in changed.args if n != "value_dim")
+        args = (*args, ("value_dim", up.type.shape[2]), ("up", up))
+        return [*unpacked, *cached, replace(changed, args=args)]
+
+    def _keys(self) -> tuple[Value, list[Node]]:
+        """What is cached (b, 1, t, r + rope), and the nodes that make it."""
+        batch, _, new, rope = self.rope.type.shape
+        latent = self.linear.operands[0]
+        rank = latent.type.shape[-1]
+        nodes: list[Node] = []
+        if latent.type.shape != (batch, 1, new, rank):
+            shape = (batch, 1, new, rank)
+            nodes = [self._node("latent", _RESHAPE, shape, self=latent, shape=shape)]
+            latent = nodes[0].output
+        k = self._node("k_latent", _CAT, (batch, 1, new, rank + rope),
+                       tensors=(latent, self.rope), dim=-1)  # fmt: skip
+        return k.output, [*nodes, k]
+
+    def _weight(self) -> tuple[Value, list[Node]]:
+        """The linear's weight by heads (heads, d + dv, r), and the node that makes it."""
+        weight, heads = self.linear.operands[1], self.nope.type.shape[1]
+        rows = sum(out.type.shape[3] for out in self.split.outputs)
+        shape = (heads, rows, weight.type.shape[1])
+        whole = self._node("up", _RESHAPE, shape, self=weight, shape=shape)
+        return whole.output, [whole]
 
     def _weights(self) -> tuple[Value, Value, list[Node]]:
         """The linear's weight of keys (heads, d, r), that of values, and the nodes of both."""
-        weight = self.linear.operands[1]
-        heads, sizes = self.nope.type.shape[1], [out.type.shape[3] for out in self.split.outputs]
-        shape = (heads, sum(sizes), weight.type.shape[1])
-        whole = self._node("up", _RESHAPE, shape, self=weight, shape=shape)
+        whole, nodes = self._weight()
+        sizes = [out.type.shape[3] for out in self.split.outputs]
         first = self.split.outputs[0] == self.nope
         names = ("up_keys", "up_values") if first else ("up_values", "up_keys")
-        split = self._split(whole.output, names, sizes, 1)
+        split = self._split(whole, names, sizes, 1)
         by_name = dict(zip(names, split.outputs, strict=True))
-        return by_name["up_keys"], by_name["up_values"], [whole, split]
+        return by_name["up_keys"], by_name["up_values"], [*nodes, split]
 
     def _query_parts(self) -> tuple[Value, Value, list[Node]]:
         """The queries of the two parts of the keys, and the node that cuts them if one has to."""
@@ -193,14 +238,18 @@ class _Latent:
         return split.outputs[0], split.outputs[1], [split]
 
     def _attention(self, q: Value, k: Value, rank: int) -> Node:
-        batch, heads, new, dim = self.attention.operands[0].type.shape
-        scale = self.attention.arg("scale")
-        scale = 1.0 / sqrt(dim) if scale is None else scale  # that of the heads, not of the latent
+        batch, heads, new, _ = self.attention.operands[0].type.shape
         output = self._value("attended", (batch, heads, new, rank))
-        changed = with_args(self.attention, q=q, k=k, v=None, scale=scale)
+        changed = with_args(self.attention, q=q, k=k, v=None, scale=self._scale())
         args = tuple((n, a) for n, a in changed.args if n != "value_dim")
         loc = replace(changed.loc, targets=("attended",))
         return replace(changed, args=(*args, ("value_dim", rank)), outputs=(output,), loc=loc)
+
+    def _scale(self) -> Arg:
+        """That of the heads' scores, whatever the width of a latent."""
+        scale = self.attention.arg("scale")
+        dim = self.attention.operands[0].type.shape[3]
+        return 1.0 / sqrt(dim) if scale is None else scale
 
     def _einsum(
         self, name: str, equation: str, tensors: tuple[Value, Value], shape: tuple[int, ...]
@@ -229,15 +278,19 @@ class _Latent:
         return replace(like, name=full, type=TensorType(shape, like.type.dtype))
 
 
+_Form: TypeAlias = Callable[[_Latent], list[Node]]
+
+
 def cached_numbers(graph: Graph) -> int:
     """Numbers that the KV cache of a served graph holds per token, in the layer with most."""
-    most = 0
-    for node in graph.nodes:
-        if node.op == "shardwright.cached_attention":
-            stored = node.operands[1:2] if values_in_keys(node) else node.operands[1:3]
-            numbers = sum(value.type.shape[1] * value.type.shape[3] for value in stored)
-            most = max(most, numbers)
-    return most
+    return max(
+        (
+            node.operands[1].type.shape[1] * cached_per_head(node)
+            for node in graph.nodes
+            if node.op == "shardwright.cached_attention"
+        ),
+        default=0,
+    )
 
 
-__all__ = ["absorbed", "cached_numbers"]
+__all__ = ["absorbed", "cached_numbers", "expanded"]

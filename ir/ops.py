@@ -1584,8 +1584,9 @@ register(
 def _cached_attention_rule(node: Node) -> Rule:
     """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand.
 
-    Without the operand v the values are the first `value_dim` numbers of the keys.  Sinks, the last
-    operand if there are any, are cut with the query heads and join once where keys are cut.
+    Without the operand v the values are the first `value_dim` numbers of the keys.  Behind the
+    positions come sinks, if there are any, which join once where keys are cut, and `up`, which
+    makes keys and values of latents; both are cut with the query heads.
     """
     query, key = node.operands[:2]
     context = node.arg("context")
@@ -1593,12 +1594,15 @@ def _cached_attention_rule(node: Node) -> Rule:
     heads, new = key.type.shape[1], query.type.shape[2]
     groups = query.type.shape[1] // heads
     values = "" if values_in_keys(node) else " b n [k] [e],"
-    sink, sinks = ("", ()) if _sinks(node) is None else (", (n g)", (V,))
-    text = f"b (n g) [q] [d], b n [k] [d],{values} b [q]{sink} -> b (n g) [q] [e]"
+    sink, more = ("", ()) if _sinks(node) is None else (", (n g)", (V,))
+    key_dim, up = "d", ""
+    if decompressing(node) is not None:
+        key_dim, up, more = "w", ", (n g) [u] [r]", (*more, V)
+    text = f"b (n g) [q] [d], b n [k] [{key_dim}],{values} b [q]{sink}{up} -> b (n g) [q] [e]"
     rule = _text(text, sizes={"n": heads, "g": groups})(node)
     tensors = 2 if values_in_keys(node) else 3  # that have tokens in dim 2
     cut = (S(2),) * tensors + (S(1),)
-    shared = Algorithm(("q", "k", "c"), (*cut, *sinks), (S(2),))
+    shared = Algorithm(("q", "k", "c"), (*cut, *more), (S(2),))
     whole = Algorithm(("c",), (R,) * len(node.operands), (R,), label="s")
     return replace(
         rule,
@@ -1617,6 +1621,21 @@ def values_in_keys(node: Node) -> bool:
     return bool(dict(node.args).get("value_dim"))
 
 
+def cached_per_head(node: Node) -> int:
+    """Numbers that an attention over a cache stores per token and key head."""
+    stored = node.operands[1:2] if values_in_keys(node) else node.operands[1:3]
+    return sum(value.type.shape[3] for value in stored)
+
+
+def decompressing(node: Node) -> Value | None:
+    """The weight (heads, d + dv, r) with which an attention makes keys and values of latents.
+
+    Only the expanded form of `ir.latent` has one.
+    """
+    up = dict(node.args).get("up")
+    return up if isinstance(up, Value) else None
+
+
 def _emit_cached_attention(node: Node, render: Render) -> str:
     name, axis = render.algorithm()
     return call(
@@ -1631,6 +1650,7 @@ def _emit_cached_attention(node: Node, render: Render) -> str:
         softcap=render.arg("softcap") if node.arg("softcap") else "",
         sinks="" if _sinks(node) is None else render.arg("sinks"),
         chunk=render.arg("chunk") if dict(node.args).get("chunk") else "",
+        up="" if decompressing(node) is None else render.arg("up"),
     )
 
 

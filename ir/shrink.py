@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .graph import Arg, Graph, Loop, Node, Param, TensorType, Value, originals
 from .interpret import interpret
 from .mesh import Mesh
-from .ops import find_op, rule_of
+from .ops import decompressing, find_op, rule_of, values_in_keys
 from .rewrite import with_args
 from .rule import Choice, opaque_rule
 from .spec import Spec, is_shard
@@ -343,6 +343,19 @@ def _tie_experts(atoms: _Atoms, node: Node) -> None:
         atoms.equate([rows], [unit, two])
 
 
+def _tie_heads(atoms: _Atoms, node: Node) -> None:
+    """Keys and values that are made from latents: their parts fit the queries and the result."""
+    up = decompressing(node)
+    if up is None:
+        return
+    query, latent = (atoms.dim(value, 3) for value in node.operands[:2])
+    made, rank, value = atoms.dim(up, 1), atoms.dim(up, 2), atoms.dim(node.output, 3)
+    nope, rope = _Atom(made.size - value.size), _Atom(latent.size - rank.size)
+    _tie_sum(atoms, made, [nope, value])
+    _tie_sum(atoms, latent, [rank, rope])
+    _tie_sum(atoms, query, [nope, rope])
+
+
 _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
     **dict.fromkeys(
         (
@@ -372,6 +385,7 @@ _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
     "aten.topk.default": _tie_topk,
     **dict.fromkeys(("aten.scatter.src", "aten.scatter.value"), _tie_scatter),
     "shardwright.moe": _tie_experts,
+    "shardwright.cached_attention": _tie_heads,
 }  # fmt: skip
 
 
@@ -626,6 +640,9 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
                 changes["padding_idx"] = min(padding, given[0] - 1)
         case "shardwright.attention" | "shardwright.cached_attention":
             changes |= _new_reach(node, shape)
+            if values_in_keys(node):
+                up = decompressing(node)
+                changes["value_dim"] = result[3] if up is None else shape(up)[2]
         case _:
             pass
     return changes

@@ -3,7 +3,8 @@
 The algorithms are choices of `shardwright.attention` (see `ir.ops`); `runtime/attention/` runs
 them and counts the same bytes.  For p ranks along the axis, local shapes q (b, hq, s, d),
 k (b, hk, s, d), v (b, hk, s, dv), and `kv` the bytes of one rank's keys and values together (of
-its keys alone where they hold the values, see `ir.latent`):
+its keys alone where they hold the values, see `ir.latent`, and of latents where both are made of
+them):
 
 | algorithm | forward                                   | backward                               |
 |-----------|-------------------------------------------|----------------------------------------|
@@ -31,9 +32,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..costmodel.compute import attention_s
+from ..costmodel.compute import attention_s, matmul_s
 from ..ir.graph import Node
-from ..ir.ops import attention_dims, rule_of, values_in_keys
+from ..ir.ops import attention_dims, cached_per_head, decompressing, rule_of, values_in_keys
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec
 from .conversion import Network
@@ -76,6 +77,9 @@ class Local:
     query_ways: int  # how many ways the queries alone are cut
     cached: bool  # `keys` are those of the cache, of which the last `queries` are new
     values_in_keys: bool = False  # values are the first `value_dim` numbers of the keys
+    # (r, rope) if latents of these sizes are cached, of which a rank makes the keys and values of
+    # its heads: `kv_heads` is 1, the other sizes are those of the heads
+    latent: tuple[int, int] | None = None
 
     @staticmethod
     def of(node: Node, choices: Sequence[Choice], sizes: Sequence[int], order: str) -> Local:
@@ -89,21 +93,31 @@ class Local:
         if cached:
             keys = -(-rule.sizes["c"] // ways.get("c", 1))
         axis = next((i for i, choice in enumerate(choices) if choice in rule.algorithms), -1)
-        window = node.arg("window")
+        window, up, latent = node.arg("window"), decompressing(node), None
         assert isinstance(window, int)
+        if up is not None:
+            rank = up.type.shape[2]
+            latent = (rank, cached_per_head(node) - rank)
         return Local(
             batch, heads, kv_heads, queries, keys, key_dim, rule.sizes["e"],
             node.output.type.dtype.itemsize, cached or bool(node.arg("causal")), window,
             choices[axis] if axis >= 0 else "", axis, sizes[axis] if axis >= 0 else 1,
-            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1), cached, values_in_keys(node),
+            order == "zigzag", 1 if axis >= 0 else ways.get("q", 1), cached,
+            values_in_keys(node) and latent is None, latent,
         )  # fmt: skip
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of this rank's keys and values."""
+        """Bytes of this rank's keys and values, or of the latents of which they are made."""
         rows = self.batch * self.kv_heads * self.keys
         values = 0 if self.values_in_keys else self.value_dim
-        return rows * (self.key_dim + values) * self.itemsize
+        numbers = sum(self.latent) if self.latent else self.key_dim + values
+        return rows * numbers * self.itemsize
+
+    @property
+    def made_dim(self) -> int:
+        """Numbers of a head's key and value that are made from a latent."""
+        return self.key_dim - self.latent[1] + self.value_dim if self.latent else 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -196,10 +210,14 @@ def cache_bytes(local: Local, run: int = 0) -> int:
     """
     if not local.cached:
         return 0
-    rows = local.keys
-    if local.window:
-        rows = min(rows, local.window + max(local.queries, -(-run // local.ranks)))
-    return local.kv_bytes // local.keys * rows
+    return local.kv_bytes // local.keys * _cached_rows(local, run)
+
+
+def _cached_rows(local: Local, run: int = 0) -> int:
+    """Tokens of a sequence that one rank keeps; `run` as in `cache_bytes`."""
+    if not local.window:
+        return local.keys
+    return min(local.keys, local.window + max(local.queries, -(-run // local.ranks)))
 
 
 def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
@@ -259,7 +277,8 @@ def seconds(
 def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
     """Seconds of each step of the busiest rank; all but rings have one."""
     p = local.ranks
-    heads, kv_heads, queries, keys = local.heads, local.kv_heads, local.queries, local.keys
+    heads, queries, keys = local.heads, local.queries, local.keys
+    kv_heads = heads if local.latent else local.kv_heads
     match local.algorithm:
         case _ if local.cached:
             keys *= p if local.algorithm == "gather" else 1
@@ -294,7 +313,28 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
             ),
         )
 
-    return tuple(step(share) for share in shares)
+    scores = tuple(step(share) for share in shares)
+    return _with_decompression(scores, local, dtype, network) if local.latent else scores
+
+
+def _with_decompression(
+    steps: tuple[float, ...], local: Local, dtype: str, network: Network
+) -> tuple[float, ...]:
+    """The steps, with the seconds to make keys and values of the latents that each attends.
+
+    A ring makes those of each hop, pass_q its own once.  A product makes them all, then keys are
+    copied behind one another with what their heads share.
+    """
+    assert local.latent is not None
+    rows = local.batch * _cached_rows(local) * (local.ranks if local.algorithm == "gather" else 1)
+    made, rank = local.heads * local.made_dim, local.latent[0]
+    seconds = network.once(
+        ("matmul", rows, made, rank, 1, dtype),
+        lambda: matmul_s(rows, made, rank, 1, dtype, network.cluster),
+    )
+    seconds += network.traffic_seconds(2.0 * rows * local.heads * local.key_dim * local.itemsize)
+    again = seconds if local.algorithm == "ring" else 0.0
+    return (steps[0] + seconds, *(step + again for step in steps[1:]))
 
 
 @lru_cache(maxsize=1024)
@@ -364,7 +404,19 @@ def _cached_share(local: Local) -> float:
 
 
 def buffer_bytes(local: Local) -> float:
-    """Bytes that the algorithm holds beside its operands and result while it runs."""
+    """Bytes that an attention holds beside its operands and result while it runs.
+
+    With latents also the keys and values of the heads, those of one rank's latents at a time.
+    """
+    held = 0.0
+    if local.latent:
+        rows = local.batch * local.heads * _cached_rows(local)
+        held = float(rows * (local.key_dim + local.made_dim) * local.itemsize)
+    return held + _moved_bytes(local)
+
+
+def _moved_bytes(local: Local) -> float:
+    """Bytes of what the algorithm sends and receives, as far as it holds them at once."""
     p = local.ranks
     match local.algorithm:
         case "pass_q":

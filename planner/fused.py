@@ -1,18 +1,20 @@
-"""Two ways to compute the same: both are planned, the faster plan is kept.
+"""Several ways to compute the same: all are planned, the fastest plan is kept.
 
 - Fused projections whole or apart.  Apart, q, k and v can each be cut by heads; whole, they are one
   matrix product instead of three.
-- Attention over keys and values that are made from a latent: of all heads, or absorbed (see
-  `ir.latent`).  Absorbed, the KV cache is a fraction; of all heads, scores cost less.
+- Attention over keys and values that are made from a latent: of all heads, absorbed, or expanded
+  (see `ir.latent`).  With the last two the KV cache is a fraction.  Absorbed, scores cost more;
+  expanded, keys and values are made again in every step, which pays for many new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from ..ir.graph import Graph
-from ..ir.latent import absorbed, cached_numbers
+from ..ir.latent import absorbed, cached_numbers, expanded
 from ..ir.unfuse import unfuse
 from .build import all_params
 from .errors import InfeasibleError, PlanError
@@ -21,20 +23,37 @@ from .report import format_seconds
 from .roles import Pin, Pins
 from .search import Clock, Job, make_plan
 
+Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
+_READ: dict[Form, str] = {
+    "plain": "keys and values of all heads",
+    "absorbed": "latents",
+    "expanded": "keys and values made from latents",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A graph of the model; `apart`: its fused projections are, `latent`: attention is absorbed."""
+    """A graph of the model; `apart`: its fused projections are, `form`: that of its attention.
+
+    `decode` is the graph of single tokens that is planned with it, if one is.
+    """
 
     graph: Graph
-    apart: bool
-    latent: bool
+    apart: bool = False
+    form: Form = "plain"
+    decode: Graph | None = None
 
     @property
     def way(self) -> str:
         """What is said of it after each step of planning."""
         parts = ", fused projections in parts" if self.apart else ""
-        return parts + (", attention over latents" if self.latent else "")
+        return parts + ("" if self.form == "plain" else f", attention over {_READ[self.form]}")
+
+    @property
+    def reads(self) -> str:
+        """What attention reads, in both phases where they differ."""
+        both = self.form == "expanded" and self.decode is not None
+        return _READ[self.form] + (", and latents in decode" if both else "")
 
 
 Tried = list[tuple[Variant, Plan | PlanError]]
@@ -43,9 +62,9 @@ Tried = list[tuple[Variant, Plan | PlanError]]
 def make_faster_plan(graph: Graph, job: Job) -> Plan:
     """As `make_plan`; the best of planning each of the graph's variants.
 
-    Takes the time of two plans where projections are fused or attention is over latents, of four
-    where both are.  Ordinary plans are the best of all, too.  Raises what `make_plan` raises where
-    no variant gives a plan.
+    Takes the time of two plans where projections are fused, of three where attention is over
+    latents (two for one new token), of their product where both are.  Ordinary plans are the best
+    of all, too.  Raises what `make_plan` raises where no variant gives a plan.
     """
 
     def made(variant: Variant) -> Plan:
@@ -112,15 +131,30 @@ def _variants(graph: Graph, pins: Sequence[str]) -> list[Variant]:
 
 
 def forms(graph: Graph) -> list[Variant]:
-    """The graph, and with attention over latents absorbed where it has such."""
-    absorbed_graph = absorbed(graph)
-    plain = Variant(graph, False, False)
-    return [plain] if absorbed_graph is graph else [plain, Variant(absorbed_graph, False, True)]
+    """The graph, and where it has attention over latents the other forms of that.
+
+    One new token has no expanded form: it would make the keys of all cached tokens for itself.
+    """
+    found, absorbed_graph = [Variant(graph)], absorbed(graph)
+    if absorbed_graph is not graph:
+        found.append(Variant(absorbed_graph, form="absorbed"))
+        if _new_tokens(graph) > 1:
+            found.append(Variant(expanded(graph), form="expanded"))
+    return found
+
+
+def _new_tokens(graph: Graph) -> int:
+    """New tokens of each sequence, in a graph with attention over a cache."""
+    return max(
+        node.operands[0].type.shape[2]
+        for node in graph.nodes
+        if node.op == "shardwright.cached_attention"
+    )
 
 
 def _fused_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
     """How much slower it is to compute projections the other way."""
-    same = [(v, plan) for v, plan in tried if v.latent == best.latent]
+    same = [(v, plan) for v, plan in tried if v.form == best.form]
     others = [plan for v, plan in same if v.apart != best.apart and isinstance(plan, Plan)]
     if not others:
         return ()
@@ -131,19 +165,20 @@ def _fused_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -
 
 
 def _latent_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
-    """What the KV cache holds per token, and what the other form would take."""
-    others = [(v, plan) for v, plan in tried if v.latent != best.latent]
+    """What the KV cache holds per token, and what the other forms would take."""
+    others = dict.fromkeys(v.form for v, _ in reversed(tried) if v.form != best.form)
     if not others:
         return ()
-    ours, theirs = (cached_numbers(graph) for graph in (best.graph, others[0][0].graph))
-    times = [seconds(plan) for _, plan in others if isinstance(plan, Plan)]
-    fits = any(not isinstance(result, InfeasibleError) for _, result in others)
-    time = format_seconds(min(times)) if times else "no plan found" if fits else "does not fit"
-    now, other = ("latents", "keys and values of all heads")[:: 1 if best.latent else -1]
-    return (
-        f"Attention reads {now}: the KV cache holds {ours:,} values per token and layer; with"
-        f" {other} {theirs:,}: {time}",
-    )
+    text = f"Attention reads {best.reads}: the KV cache holds {cached_numbers(best.graph):,} values"
+    text += " per token and layer"
+    for form in others:
+        same = [(v, plan) for v, plan in tried if v.form == form]
+        times = [seconds(plan) for _, plan in same if isinstance(plan, Plan)]
+        fits = any(not isinstance(result, InfeasibleError) for _, result in same)
+        time = format_seconds(min(times)) if times else "no plan found" if fits else "does not fit"
+        other = same[0][0]
+        text += f"; with {other.reads} {cached_numbers(other.graph):,}: {time}"
+    return (text,)
 
 
 def _fused_names(apart: Graph) -> str:
@@ -170,4 +205,4 @@ def _rank(row: Baseline) -> tuple[bool, float, float]:
     return (row.seconds is None, row.seconds or 0.0, row.peak_bytes)
 
 
-__all__ = ["Variant", "fastest", "forms", "make_faster_plan"]
+__all__ = ["Form", "Variant", "fastest", "forms", "make_faster_plan"]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..costmodel.collective import wire_bytes
 from ..ir.graph import Graph, Loop, Node, TensorType
-from ..ir.ops import attention_dims, rule_of, values_in_keys
+from ..ir.ops import attention_dims, cached_per_head, rule_of
 from ..ir.spec import S, Spec, local_shape
 from .attention import cache_spec
 from .build import Decisions
@@ -76,13 +76,12 @@ class Recaching:
     def _conversions(self) -> Conversions:
         """Those of (batch, heads, tokens, numbers of a head), which are gathered, never summed."""
         node, ranks = self._cached.node, self._network.mesh.ranks
-        batch, _, heads, _, _, key_dim = attention_dims(node, {})
+        batch, _, heads, *_ = attention_dims(node, {})
         sizes, window = rule_of(node).sizes, node.arg("window")
         assert isinstance(window, int)
         tokens = min(sizes["c"], window - 1) if window > 1 else sizes["c"]
         tokens = -(-tokens // ranks) * ranks
-        numbers = key_dim if values_in_keys(node) else key_dim + sizes["e"]
-        kind = TensorType((batch, heads, tokens, numbers), node.output.type.dtype)
+        kind = TensorType((batch, heads, tokens, cached_per_head(node)), node.output.type.dtype)
         return Conversions(kind, self._network, gradient=False, param=True)
 
     def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:

@@ -45,17 +45,22 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
     """The plan of prefill, with that of decode as its `decode`.
 
     `decode` is the graph of one new token over the longest context.  Attention over latents is
-    planned absorbed in both phases and in neither, which takes twice the time, and the faster plan
-    is kept.  Raises PlanError where the graphs do not have the same layers, InfeasibleError if no
+    planned absorbed in both phases, in neither, and expanded in prefill with absorbed in decode,
+    which has the same caches; this takes three times the time, and the fastest plan is kept.
+    Raises PlanError where the graphs do not have the same layers, InfeasibleError if no
     mesh has the memory.
     """
     _check_alike(prefill, decode)
-    decodes = {form.latent: form.graph for form in forms(decode)}
-    variants = [form for form in forms(prefill) if form.latent in decodes]
+    decodes = {form.form: form.graph for form in forms(decode)}
+    pairs = [
+        (form, decodes.get("absorbed" if form.form == "expanded" else form.form))
+        for form in forms(prefill)
+    ]
+    variants = [replace(form, decode=graph) for form, graph in pairs if graph is not None]
 
     def made(variant: Variant) -> Plan:
-        graphs = (variant.graph, decodes[variant.latent])
-        return _make_serving_plan(graphs, job.saying(variant.way))
+        assert variant.decode is not None
+        return _make_serving_plan((variant.graph, variant.decode), job.saying(variant.way))
 
     return fastest(variants, made, lambda plan: plan.answer_s, job.clock)
 

@@ -51,6 +51,7 @@ def cached_attention(
     causal: bool = True,
     sinks: Tensor | None = None,
     chunk: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Store `k`, `v` in `cache`, then attend over the cache; (b, hq, t, dv), no gradient.
 
@@ -63,6 +64,12 @@ def cached_attention(
     `sinks` (hq,) are logits of one more key per head whose value is 0.  `chunk` > 0: a query at p
     attends keys of its own chunk only, j // chunk = p // chunk.
 
+    With `up` (hq, d_nope + dv, r), k (b, 1, t, r + rope) are latents c and behind them the part of
+    the keys that all heads share; the cache has `values_in_keys`, r of them.  They alone are stored
+    and sent.  Of all cached tokens that it is about to attend, a rank makes keys, up[:, :d_nope] c
+    and the shared part, d = d_nope + rope, and values, up[:, d_nope:] c, of its query heads: for s
+    tokens 2 b s r hq (d_nope + dv) FLOP, and b s hq (d + d_nope + dv) numbers of memory.
+
     `algorithm` says how ranks of `axis` that share sequences work together.  Below s is
     the longest part of a sequence that a rank caches, e the bytes of an element, p the ranks; bytes
     are those that a rank receives.
@@ -72,7 +79,7 @@ def cached_attention(
             (p-1) b hkv s (d + dv) e bytes in p-1 messages, each under way while a block
             is computed.
     gather  The same in one all-gather.  Memory for p times b hkv s (d + dv) e bytes.
-            (d instead of d + dv, in both, where the keys hold the values.)
+            (d instead of d + dv, in both, where the keys hold the values; r + rope with `up`.)
     pass_q  New tokens as for ring; queries circulate, (p-1) b hq t d e bytes in p-1 messages, and
             partial results return, (p-1) b hq t (dv e + 4) bytes in one all-to-all.
     tree    Every rank has all new tokens and caches the pages that it owns (`cache.owners`); the
@@ -87,15 +94,17 @@ def cached_attention(
     limit of the group; who would go on after it asks `cache.table.shortage` on all ranks before.
     """
     options = Options("cached_attention", causal, window, scale, softcap, sinks, None, None, None)
-    check_heads(options.name, q, k, cache.values_of(k) if v is None else v)
+    heads = None if up is None else _Heads.of(options, up.detach(), q, k, v, cache)
+    if heads is None:
+        check_heads(options.name, q, k, cache.values_of(k) if v is None else v)
     _check_algorithm(options, algorithm, axis)
     kept = cache.table.window
     if kept and not 0 < window <= kept:
         options.refuse(
             f"the cache drops what a window of {kept} leaves behind, got window={window}"
         )
-    given = (q, k) if v is None else (q, k, v)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    given = (q, k, v, up)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         raise RuntimeError(
             "cached_attention has no backward; call it under torch.no_grad(), or train with the"
             " module that was planned for training"
@@ -106,7 +115,7 @@ def cached_attention(
     step = cache.append(k, v, positions, axis=axis if algorithm == "tree" else None)
     alone = axis is None or axis.size == 1
     run = _local if alone else _ALGORITHMS[algorithm]
-    out = run(q.detach(), cache, step, scores, sinks, axis)
+    out = run(q.detach(), cache, step, scores, sinks, heads, axis)
     return out.to(q.dtype)
 
 
@@ -121,27 +130,90 @@ def _check_algorithm(options: Options, algorithm: str, axis: Axis | None) -> Non
         options.refuse(f"`{algorithm}` needs the axis that cuts the sequences")
 
 
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Makes the keys and values of heads from the latents that are cached."""
+
+    up: Tensor  # (heads, nope + value_dim, rank)
+    nope: int  # numbers of a key that are made from the latent
+
+    @staticmethod
+    def of(
+        options: Options, up: Tensor, q: Tensor, k: Tensor, v: Tensor | None, cache: KVCache
+    ) -> _Heads:
+        """Checked, for queries, and latents to be stored in `cache`."""
+        if v is not None or not cache.values_in_keys:
+            options.refuse("with `up`, v is None and the cache holds values in its keys")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, up {tuple(up.shape)}"
+        if not q.ndim == k.ndim == 4 or up.ndim != 3:
+            options.refuse(
+                "expected q (batch, heads, sequence, head_dim), k (batch, 1, sequence, r + rope)"
+                f" and up (heads, d_nope + dv, r), got {shapes}"
+            )
+        rank, stored = up.shape[2], cache.values.shape[2]
+        nope = q.shape[3] - (k.shape[3] - rank)
+        fits = k.shape[1] == 1 and q.shape[1] == up.shape[0] and q.shape[0] == k.shape[0]
+        if not fits or rank != stored or not 0 < nope <= q.shape[3] or nope >= up.shape[1]:
+            options.refuse(f"sizes do not fit together, with latents of {stored}: {shapes}")
+        if not q.dtype == k.dtype == up.dtype or not q.is_floating_point():
+            options.refuse(f"one float dtype expected, got {q.dtype}, {k.dtype}, {up.dtype}")
+        if not q.device == k.device == up.device:
+            options.refuse(f"one device expected, got {q.device}, {k.device}, {up.device}")
+        return _Heads(up, nope)
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value."""
+        return self.up.shape[1] - self.nope
+
+    def made(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (b, h, s, d) and values (b, h, s, dv) of latents (b, 1, s, rank + rope)."""
+        heads, _, rank = self.up.shape
+        rows = F.linear(k[:, 0, :, :rank], self.up.flatten(0, 1))  # one product for all heads
+        by_heads = rows.unflatten(2, (heads, -1)).transpose(1, 2)
+        nope, v = by_heads.split([self.nope, self.value_dim], 3)
+        return torch.cat([nope, k[..., rank:].expand(-1, heads, -1, -1)], 3), v
+
+
+def _of_heads(k: Tensor, v: Tensor, heads: _Heads | None) -> tuple[Tensor, Tensor]:
+    """The keys and values that queries attend, from those that are cached."""
+    return (k, v) if heads is None else heads.made(k)
+
+
 # --- the algorithms ------------------------------------------------------------------------------
 
 
 def _local(
-    q: Tensor, cache: KVCache, step: Step, scores: Scores, sinks: Tensor | None, axis: Axis | None
+    q: Tensor,
+    cache: KVCache,
+    step: Step,
+    scores: Scores,
+    sinks: Tensor | None,
+    heads: _Heads | None,
+    axis: Axis | None,
 ) -> Tensor:
     k, v, key_positions = cache.gathered()
-    into = start(q, v, sinks)
+    k, v = _of_heads(k, v, heads)
+    into = start(q, v.shape[3], sinks)
     work = _work(cache, step, "own", scores, step.whole, key_positions)
     _attend(into, q, k, v, work, scores)
     return into.out
 
 
 def _ring(
-    q: Tensor, cache: KVCache, step: Step, scores: Scores, sinks: Tensor | None, axis: Axis | None
+    q: Tensor,
+    cache: KVCache,
+    step: Step,
+    scores: Scores,
+    sinks: Tensor | None,
+    heads: _Heads | None,
+    axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
     link = Link(axis)
     everywhere = _key_positions(cache, step, link)
     k, v = _padded(cache, everywhere.shape[2])
-    into = start(q, v, sinks)
+    into = start(q, v.shape[3] if heads is None else heads.value_dim, sinks)
     buffer = _sent(cache, k, v)
     for hop_number in range(link.size):
         source = (link.rank - hop_number) % link.size
@@ -149,7 +221,7 @@ def _ring(
         work = _work(
             cache, step, ("keys", source, link.name), scores, step.positions, everywhere[source]
         )
-        _attend(into, q, k, v, work, scores)
+        _attend(into, q, *_of_heads(k, v, heads), work, scores)
         if hop is not None:
             (buffer,) = hop.wait()
             k, v = _received(cache, buffer, k, v)
@@ -157,13 +229,19 @@ def _ring(
 
 
 def _gather(
-    q: Tensor, cache: KVCache, step: Step, scores: Scores, sinks: Tensor | None, axis: Axis | None
+    q: Tensor,
+    cache: KVCache,
+    step: Step,
+    scores: Scores,
+    sinks: Tensor | None,
+    heads: _Heads | None,
+    axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
     link = Link(axis)
     everywhere = _key_positions(cache, step, link)
     k, v = _padded(cache, everywhere.shape[2])
-    into = start(q, v, sinks)
+    into = start(q, v.shape[3] if heads is None else heads.value_dim, sinks)
     rows = link.all_gather(_sent(cache, k, v), "forward")
     for behind in range(link.size):  # the order of a ring, so that both give the same bits
         source = (link.rank - behind) % link.size
@@ -171,16 +249,23 @@ def _gather(
         work = _work(
             cache, step, ("keys", source, link.name), scores, step.positions, everywhere[source]
         )
-        _attend(into, q, k, v, work, scores)
+        _attend(into, q, *_of_heads(k, v, heads), work, scores)
     return into.out
 
 
 def _pass_q(
-    q: Tensor, cache: KVCache, step: Step, scores: Scores, sinks: Tensor | None, axis: Axis | None
+    q: Tensor,
+    cache: KVCache,
+    step: Step,
+    scores: Scores,
+    sinks: Tensor | None,
+    heads: _Heads | None,
+    axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
     link = Link(axis)
     k, v, key_positions = cache.gathered()
+    k, v = _of_heads(k, v, heads)
     everywhere = _query_positions(cache, step, link)
     partials = [Partial.empty(q, v.shape[3]) for _ in range(link.size)]
     here = q.contiguous()
@@ -193,17 +278,24 @@ def _pass_q(
         _attend(partials[owner], here, k, v, work, scores)
         if hop is not None:
             (here,) = hop.wait()
-    into = start(q, v, sinks)
+    into = start(q, v.shape[3], sinks)
     for part in return_partials(partials, q, v, link):
         into.add_(part.out, part.lse)
     return into.out
 
 
 def _tree(
-    q: Tensor, cache: KVCache, step: Step, scores: Scores, sinks: Tensor | None, axis: Axis | None
+    q: Tensor,
+    cache: KVCache,
+    step: Step,
+    scores: Scores,
+    sinks: Tensor | None,
+    heads: _Heads | None,
+    axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
     k, v, key_positions = cache.gathered()
+    k, v = _of_heads(k, v, heads)
     own = Partial.empty(q, v.shape[3])
     work = _work(cache, step, "own", scores, step.whole, key_positions)
     _attend(own, q, k, v, work, scores)
@@ -215,7 +307,7 @@ def _tree(
 
 
 _Algorithm: TypeAlias = Callable[
-    [Tensor, KVCache, Step, Scores, Tensor | None, Axis | None], Tensor
+    [Tensor, KVCache, Step, Scores, Tensor | None, _Heads | None, Axis | None], Tensor
 ]
 _ALGORITHMS: dict[str, _Algorithm] = {
     "local": _local,

@@ -70,7 +70,7 @@ class _Gather(torch.autograd.Function):
         stride: int,
     ) -> Tensor:
         ctx.task, ctx.stride = task, stride
-        into = start(q, v, sinks)
+        into = start(q, v.shape[3], sinks)
         for heads, of_heads in _strides(task, q, k, stride):
             own = slice(heads.start * _group(q, k), heads.stop * _group(q, k))
             part = Partial(into.out[:, own], into.lse[:, own])

@@ -57,7 +57,7 @@ class _PassQ(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task
     ) -> Tensor:
         ctx.task = task
-        into = start(q, v, sinks)
+        into = start(q, v.shape[3], sinks)
         for part in return_partials(_circulate(q, k, v, task), q, v, task.link):
             into.add_(part.out, part.lse)
         return save(ctx, (q, k, v, sinks), into)

@@ -69,7 +69,7 @@ class _SharedPrefix(torch.autograd.Function):
         folded = _fold(q)
         common = Partial.empty(folded, v.shape[3])
         attend(common, folded, prefix_k, prefix_v, _whole(folded, prefix_k), scores)
-        into = start(q, v, sinks)
+        into = start(q, v.shape[3], sinks)
         into.add_(_unfold(common.out, q.shape[0]), _unfold(common.lse, q.shape[0]))
         attend(into, q, k, v, _own(q, k, scores), scores)
         return save(ctx, (q, k, v, sinks), into, prefix_k, prefix_v)

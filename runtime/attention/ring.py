@@ -75,7 +75,7 @@ def attend_over_ring(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task) -> Partial:
     """This rank's queries over the keys of all ranks, from its own backwards around the ring."""
-    into = start(q, v, sinks)
+    into = start(q, v.shape[3], sinks)
     link, buffer = task.link, pack(k, v) if task.link.size > 1 else None
     for step in range(link.size):
         source = (link.rank - step) % link.size

@@ -181,11 +181,11 @@ class Task:
         attend(into, q, k, v, self.pieces(source), self.scores)
 
 
-def start(q: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
+def start(q: Tensor, value_dim: int, sinks: Tensor | None) -> Partial:
     """What the queries have before the first key: nothing, or the sinks."""
     if sinks is None:
-        return Partial.empty(q, v.shape[3])
-    return Partial.of_sinks(sinks, q, v.shape[3])
+        return Partial.empty(q, value_dim)
+    return Partial.of_sinks(sinks, q, value_dim)
 
 
 def save(

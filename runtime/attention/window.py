@@ -95,7 +95,7 @@ class _Window(torch.autograd.Function):
         task: Task,
     ) -> Tensor:
         hop = _fetch(task, k, v)
-        into = start(q, v, sinks)
+        into = start(q, v.shape[3], sinks)
         task.attend(into, q, k, v, task.link.rank)
         ctx.task, fetched = task, hop.wait()
         for halo, buffer in zip(_before(task), fetched, strict=True):

@@ -15,7 +15,7 @@ from shardwright.codegen.write import module_source
 from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Input
-from shardwright.ir.latent import absorbed
+from shardwright.ir.latent import absorbed, expanded
 from shardwright.ir.serving import serving_graph
 from shardwright.ir.widen import widened
 from shardwright.planner.build import Builder, Decisions, Restriction
@@ -35,6 +35,7 @@ from tests.sharded import builder_of, import_source, job_of, mesh_of, program_of
 
 Pool = Callable[[int], RankPool]
 BATCH, PROMPT, NEW = 4, 16, 5
+FORMS = {"absorbed": absorbed, "expanded": expanded}
 WAYS = ("g", "b", "ring", "gather", "pass_q", "tree")  # g: query heads, over one latent head
 
 
@@ -44,13 +45,13 @@ def deepseek() -> Any:
 
 
 @cache
-def graph_of(tokens: int, context: int = 0) -> Graph:
+def graph_of(tokens: int, context: int = 0, form: str = "absorbed") -> Graph:
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     inputs = {"input_ids": ids, "position_ids": ids}
     folded = fold(capture(deepseek(), inputs, training=False, serving=True))
     named = tuple(Input(item.name, item.value, ("b", "s")) for item in folded.inputs)
     graph = Graph(folded.name, named, folded.params, folded.body, folded.outputs)
-    return absorbed(widened(serving_graph(graph, context)))
+    return FORMS[form](widened(serving_graph(graph, context)))
 
 
 class Cut(Restriction):
@@ -66,8 +67,11 @@ class Cut(Restriction):
 
 
 @cache
-def decided(tokens: int, ranks: int, choice: str) -> tuple[Builder, Decisions]:
-    builder = builder_of(graph_of(tokens), mesh_of(ranks), training=False)
+def decided(
+    tokens: int, sizes: tuple[int, ...], choice: str, form: str
+) -> tuple[Builder, Decisions]:
+    graph = graph_of(tokens, form=form)
+    builder = builder_of(graph, mesh_of(*sizes), training=False)
     built = builder.build(Cut(choice))
     solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
     assert solution.assignment is not None
@@ -118,10 +122,11 @@ def answers() -> Tensor:
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("choice", WAYS)
-def test_generation_equals_transformers(pool: Pool, choice: str) -> None:
+def test_generation_equals_transformers(pool: Pool, choice: str, form: str) -> None:
     """Each way to cut attention serves from 24 numbers per token, and moves what is predicted."""
-    builder, decisions = decided(PROMPT, 2, choice)
+    builder, decisions = decided(PROMPT, (2,), choice, form)
     source = source_of(builder, decisions)
     assert "values_in_keys=True" in source
     assert max(map(len, source.splitlines())) <= 100
@@ -134,23 +139,46 @@ def test_generation_equals_transformers(pool: Pool, choice: str) -> None:
         assert moved == pytest.approx(predicted, rel=1e-12)
 
 
+@pytest.mark.parametrize("choice", ("g", "b", "ring", "tree"))
+def test_prompts_longer_than_planned(pool: Pool, choice: str) -> None:
+    """Keys and values made from latents, of chunks that attend what earlier ones cached, on 2x2."""
+    builder, decisions = decided(PROMPT // 2, (2, 2), choice, "expanded")
+    source = source_of(builder, decisions)
+    assert "up=" in source
+    ids, lengths = prompts()
+    results = pool(4).run(generate_on_rank, source, deepseek().state_dict(), ids, lengths)
+    for out in results:
+        assert torch.equal(out[:, PROMPT:], answers())
+
+
+def generate_on_rank(
+    source: str, state: dict[str, Tensor], ids: Tensor, lengths: list[int]
+) -> Tensor:
+    model = import_source(source).ShardedModel.from_state_dict(state).eval()
+    return model.generate(ids, NEW, lengths=lengths)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("choice", WAYS)
-def test_memory_of_the_cache(choice: str) -> None:
+def test_memory_of_the_cache(choice: str, form: str) -> None:
     """Priced are the numbers of one key per token; what cuts no tokens keeps all of them."""
-    builder, decisions = decided(PROMPT, 2, choice)
+    builder, decisions = decided(PROMPT, (2,), choice, form)
     nodes = [n for n in builder.graph.nodes if n.op == "shardwright.cached_attention"]
     tokens = BATCH * PROMPT // (1 if choice == "g" else 2)
     for node in nodes:
         assert cache_bytes(node, decisions.choices[node.name], (2,)) == tokens * 24 * 8
 
 
-def test_two_programs_serve_together(pool: Pool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_two_programs_serve_together(pool: Pool, form: str) -> None:
     """Prefill and decode planned as one problem, over one cache of latents."""
     request = Request("", 2, "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW)
     job = job_of(request, mesh_of(2), pinned(()))
-    plan = make_serving_plan(graph_of(PROMPT), graph_of(1, PROMPT + NEW - 2), job)
+    prefill, decode = graph_of(PROMPT, form=form), graph_of(1, PROMPT + NEW - 2)
+    plan = make_serving_plan(prefill, decode, job)
     source = module_source(plan)
     assert "DECODE = Decoding" in source and "values_in_keys=True" in source
+    assert ("up=" in source) == (form == "expanded")
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
     ids, lengths = prompts()
     for out, shapes, _ in pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths):

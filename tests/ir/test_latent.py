@@ -1,7 +1,8 @@
-"""Attention over latents: the absorbed form gives the model's own logits, from a smaller cache."""
+"""Attention over latents: its forms give the model's own logits, from a smaller cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from shardwright.ir.capture import capture
 from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.interpret import Caches, interpret
-from shardwright.ir.latent import absorbed
+from shardwright.ir.latent import absorbed, expanded
 from shardwright.ir.rewrite import with_args
 from shardwright.ir.serving import serving_graph
 from shardwright.ir.text import format_graph
@@ -24,6 +25,7 @@ from shardwright.ir.widen import widened
 from .models import VOCABULARY
 from .test_moe import model_of
 
+Form = Callable[[Graph], Graph]
 BATCH, TOKENS = 2, 10
 RANK, ROPE = 16, 8  # numbers of the latent and of the rotated part in `test_moe.config_of`
 
@@ -45,14 +47,21 @@ def attentions(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "shardwright.cached_attention"]
 
 
-def steps(model: nn.Module, ids: Tensor, widths: list[int], absorb: bool) -> tuple[Any, Caches]:
-    """Logits (b, v) after each chunk of tokens, and the caches in the end."""
+def plain(graph: Graph) -> Graph:
+    return graph
+
+
+def steps(model: nn.Module, ids: Tensor, widths: list[int], *forms: Form) -> tuple[Any, Caches]:
+    """Logits (b, v) after each chunk of tokens, and the caches in the end.
+
+    The first form is that of many tokens, the last one that of a single one.
+    """
     caches: Caches = {}
     found: list[Tensor] = []
     at = 0
     for width in widths:
         graph = served(model, width, folded=True)
-        graph = absorbed(graph) if absorb else graph
+        graph = forms[-1 if width == 1 else 0](graph)
         positions = torch.arange(at, at + width).expand(BATCH, width)
         inputs = {"input_ids": ids[:, at : at + width], "position_ids": positions}
         outputs = interpret(graph, model.state_dict(), inputs, caches)
@@ -61,40 +70,45 @@ def steps(model: nn.Module, ids: Tensor, widths: list[int], absorb: bool) -> tup
     return found, caches
 
 
-def test_logits_equal_the_models_step_by_step() -> None:
+@pytest.mark.parametrize("forms", [(absorbed,), (expanded,), (expanded, absorbed)])
+def test_logits_equal_the_models_step_by_step(forms: tuple[Form, ...]) -> None:
     """Prefill, append and decode over latents, against the model on the whole sequence."""
     model = deepseek()
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     widths = [6, 2, 1, 1]
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        got, caches = steps(model, ids, widths, absorb=True)
-        _, plain = steps(model, ids, widths, absorb=False)
+        got, caches = steps(model, ids, widths, *forms)
+        _, whole_heads = steps(model, ids, widths, plain)
     ends = torch.tensor(widths).cumsum(0) - 1
     for logits, end in zip(got, ends.tolist(), strict=True):
         # the model's own norms and rotations are in float32
         torch.testing.assert_close(logits, whole[:, end], rtol=0, atol=2e-5)
     assert {tokens.k.shape for tokens in caches.values()} == {(BATCH, 1, TOKENS, RANK + ROPE)}
-    assert {tokens.k.shape[1] for tokens in plain.values()} == {4}
+    assert {tokens.k.shape[1] for tokens in whole_heads.values()} == {4}
 
 
-def test_absorbed_equals_decompressed_to_rounding() -> None:
+@pytest.mark.parametrize("forms", [(absorbed,), (expanded,), (expanded, absorbed)])
+def test_forms_are_equal_to_rounding(forms: tuple[Form, ...]) -> None:
     model = deepseek()
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got, _ = steps(model, ids, [7, 1, 1, 1], absorb=True)
-        want, _ = steps(model, ids, [7, 1, 1, 1], absorb=False)
+        got, caches = steps(model, ids, [5, 2, 1, 1, 1], *forms)
+        want, _ = steps(model, ids, [5, 2, 1, 1, 1], plain)
+        _, absorbed_caches = steps(model, ids, [5, 2, 1, 1, 1], absorbed)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    for path, tokens in absorbed_caches.items():
+        torch.testing.assert_close(caches[path].k, tokens.k, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_nothing_of_the_heads_keys_is_left(folded: bool) -> None:
     """Every layer attends one latent head, and no linear reads a latent any more."""
-    plain = served(deepseek(), 4, folded=folded)
-    graph = absorbed(plain)
+    before = served(deepseek(), 4, folded=folded)
+    graph = absorbed(before)
     nodes = attentions(graph)
-    assert len(nodes) == len(attentions(plain)) == (2 if folded else 4)
+    assert len(nodes) == len(attentions(before)) == (2 if folded else 4)
     for node in nodes:
         q, k = node.operands[:2]
         assert q.type.shape == (BATCH, 4, 4, RANK + ROPE) and k.type.shape[1] == 1
@@ -103,10 +117,27 @@ def test_nothing_of_the_heads_keys_is_left(folded: bool) -> None:
     assert not any(n.op == "aten.expand.default" and "self_attn" in n.loc.module
                    for n in graph.nodes)  # fmt: skip
     linears = [n for n in graph.nodes if n.op == "aten.linear.default"]
-    assert len(linears) == len([n for n in plain.nodes if n.op == "aten.linear.default"]) - len(
+    assert len(linears) == len([n for n in before.nodes if n.op == "aten.linear.default"]) - len(
         nodes
     )
-    assert absorbed(graph) is graph
+    assert absorbed(graph) is graph and expanded(graph) is graph
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_the_expanded_form_caches_latents(folded: bool) -> None:
+    """Every layer stores one latent head, and attends with its own queries and result."""
+    before = served(deepseek(), 4, folded=folded)
+    graph = expanded(before)
+    nodes = attentions(graph)
+    assert len(nodes) == len(attentions(before)) == (2 if folded else 4)
+    for node, old in zip(nodes, attentions(before), strict=True):
+        q, k, up = node.operands[0], node.operands[1], node.operands[-1]
+        assert q == old.operands[0] and node.outputs == old.outputs
+        assert k.type.shape == (BATCH, 1, 4, RANK + ROPE) and node.arg("v") is None
+        assert node.arg("value_dim") == RANK and node.arg("up") == up
+    assert not any(n.op == "aten.expand.default" and "self_attn" in n.loc.module
+                   for n in graph.nodes)  # fmt: skip
+    assert absorbed(graph) is graph and expanded(graph) is graph
 
 
 class Latents(nn.Module):
@@ -148,21 +179,22 @@ class Latents(nn.Module):
 @pytest.mark.parametrize("change", ["bias", "scaled", "rope of heads", "values"])
 def test_other_attention_stays(change: str) -> None:
     graph = served(Latents(change), 4, folded=False)
-    assert attentions(graph) and absorbed(graph) is graph
+    assert attentions(graph) and absorbed(graph) is graph and expanded(graph) is graph
 
 
+@pytest.mark.parametrize("form", [absorbed, expanded])
 @pytest.mark.parametrize("change", ["", "sinks"])
-def test_values_first_and_queries_in_one(change: str) -> None:
+def test_values_first_and_queries_in_one(change: str, form: Form) -> None:
     """The parts in the other order; the scale stays that of the heads, given or not, and so do
     sinks."""
     torch.manual_seed(0)
     model = Latents(change)
-    plain = served(model, TOKENS, folded=False)
-    body = [with_args(n, scale=None) if n in attentions(plain) else n for n in plain.body]  # type: ignore[arg-type]
+    before = served(model, TOKENS, folded=False)
+    body = [with_args(n, scale=None) if n in attentions(before) else n for n in before.body]  # type: ignore[arg-type]
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS))
     inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS).expand(BATCH, TOKENS)}
     want = model(**inputs)[:, -1]
-    for graph in (absorbed(plain), absorbed(replace(plain, body=tuple(body)))):
+    for graph in (form(before), form(replace(before, body=tuple(body)))):
         assert all(node.arg("value_dim") == 5 for node in attentions(graph))
         assert all((node.arg("sinks") is None) == (change == "") for node in attentions(graph))
         got = next(iter(interpret(graph, model.state_dict(), inputs).values()))[:, 0]

@@ -24,7 +24,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import kind_of
 from shardwright.loading import load_target
-from shardwright.planner.attention import Local, ring_shares, seconds, transfers
+from shardwright.planner.attention import Local, buffer_bytes, ring_shares, seconds, transfers
 from shardwright.planner.build import Builder, Decisions, Restriction, Setting
 from shardwright.planner.conversion import Network
 from shardwright.planner.problem import evaluate
@@ -63,6 +63,12 @@ def local(algorithm: str, ranks: int, queries: int, keys: int, **other: Any) -> 
     }  # fmt: skip
     values |= other
     return Local(algorithm=algorithm, ranks=ranks, queries=queries, keys=keys, **values)
+
+
+LATENT: dict[str, Any] = {
+    "heads": 16, "kv_heads": 1, "key_dim": 192, "value_dim": 128, "latent": (512, 64),
+    "cached": True,
+}  # fmt: skip
 
 
 def forward_s(part: Local, on: Network) -> float:
@@ -277,6 +283,32 @@ def test_hops_hide_behind_long_sequences(ranks: int, causal: bool, factor: float
         return forward_s(part, on) <= ranks * float(step) * (1 + 1e-3)
 
     assert not hidden(0.5 * rule) and hidden(1.5 * rule)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "times"), [("", 1), ("pass_q", 1), ("ring", 4), ("gather", 4)]
+)
+def test_heads_made_from_latents(algorithm: str, times: int) -> None:
+    """Sent are latents.  The rest costs what heads cost, the products that make them, at 60 % of
+    the peak or more, and copies of the keys; held are those of one rank's latents at a time."""
+    keys, on = 16384, network(4)
+    made = local(algorithm, 4 if algorithm else 1, keys, keys, **LATENT)
+    heads = replace(made, kv_heads=16, latent=None)
+    assert made.kv_bytes == keys * 576 * 2 and heads.kv_bytes == keys * 16 * (192 + 128) * 2
+    if algorithm in ("ring", "gather"):
+        ours, theirs = (transfers(part, backward=False)[0] for part in (made, heads))
+        assert ours == replace(theirs, bytes=theirs.bytes * made.kv_bytes // heads.kv_bytes)
+    else:
+        assert transfers(made, backward=False) == transfers(heads, backward=False)
+    alone, without = (
+        seconds(part, "bfloat16", on, backward=False, moving=False)[0] for part in (made, heads)
+    )
+    least = 2 * keys * 512 * 16 * 256 / H100.peak("bfloat16")
+    least += 2 * keys * 16 * 192 * 2 / H100.bandwidth_bytes_per_s
+    assert least < (alone - without) / times < least / 0.6
+    held = {"ring": 2 * made.kv_bytes, "gather": 4 * made.kv_bytes, "": 0}
+    if algorithm in held:
+        assert buffer_bytes(made) - held[algorithm] == keys * 16 * (192 + 128 + 128) * 2
 
 
 def test_a_short_window_needs_no_ring() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 
 import shardwright
 from shardwright.ir.graph import Node
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.ops import decompressing, values_in_keys
+from shardwright.ir.shrink import shrink, state_of
 from shardwright.planner.errors import InfeasibleError
+from shardwright.planner.store import plan_from_json, plan_to_json
 
 LATENT, HEADS = 512 + 64, 128 * (192 + 128)  # values per token and layer in DeepSeek-V3
 
@@ -36,20 +41,34 @@ def decode() -> Any:
     return planned("decode", 64, 1, context=16384)
 
 
+@cache
+def append() -> Any:
+    return planned("append", 8, 2048, context=32768)
+
+
+@cache
+def tight_append() -> Any:
+    """With less memory than the cache of the heads' keys and values takes."""
+    return planned("append", 8, 2048, context=32768, memory_bytes=int(0.9 * append().memory.cache))
+
+
 def attentions(plan: Any) -> list[Node]:
     return [node for node in plan.graph.nodes if node.op == "shardwright.cached_attention"]
 
 
-def reads_latents(plan: Any) -> bool:
-    """Whether all attention does; none may be of the other form."""
-    (answer,) = {node.arg("v") is None for node in attentions(plan)}
+def form(plan: Any) -> str:
+    """That of all attention."""
+    (answer,) = {
+        "plain" if not values_in_keys(node) else "expanded" if decompressing(node) else "absorbed"
+        for node in attentions(plan)
+    }
     return answer
 
 
 def test_decode_reads_latents() -> None:
     """Reading the cache takes most of the time of the other form."""
     plan = decode()
-    assert reads_latents(plan)
+    assert form(plan) == "absorbed"
     (note,) = (note for note in plan.notes if note.startswith("Attention"))
     assert note.startswith(
         f"Attention reads latents: the KV cache holds {LATENT} values per token and layer; with"
@@ -70,23 +89,44 @@ def test_bytes_of_the_cache_are_those_of_latents() -> None:
 def test_prefill_reads_the_keys_of_all_heads() -> None:
     """Scores of many new tokens cost less with 192 and 128 numbers than with 576 and 512."""
     plan = planned("prefill", 8, 4096)
-    assert not reads_latents(plan)
+    assert form(plan) == "plain"
     assert any(f"{HEADS:,} values per token" in note for note in plan.notes)
 
 
 def test_latents_where_nothing_else_fits() -> None:
     """Slower for many new tokens, but the long context then fits."""
-    plan = planned("append", 8, 512, context=32768)
-    assert not reads_latents(plan)
-    tight = planned("append", 8, 512, context=32768, memory_bytes=int(0.9 * plan.memory.cache))
-    assert reads_latents(tight) and tight.seconds > plan.seconds
+    plan = append()
+    assert form(plan) == "plain"
+    tight = tight_append()
+    assert form(tight) == "expanded" and tight.seconds > plan.seconds
     assert any(note.endswith(f"{HEADS:,}: does not fit") for note in tight.notes)
     with pytest.raises(InfeasibleError):
-        planned("append", 8, 512, context=32768, memory_bytes=10**8)
+        planned("append", 8, 2048, context=32768, memory_bytes=10**8)
 
 
-def test_both_phases_of_serving_read_alike() -> None:
+def test_serving_makes_heads_for_the_prompt_alone() -> None:
+    """A long prompt attends the heads' keys, single tokens the latents, in the same caches."""
     plan = planned("serve", 64, 2048, output_tokens=256)
-    assert reads_latents(plan) and reads_latents(plan.decode)
-    assert any(note.startswith("Attention reads latents") for note in plan.notes)
-    assert "Attention reads latents" in str(plan)
+    assert (form(plan), form(plan.decode)) == ("expanded", "absorbed")
+    (note,) = (note for note in plan.notes if note.startswith("Attention"))
+    assert note.startswith(
+        "Attention reads keys and values made from latents, and latents in decode: the KV cache"
+        f" holds {LATENT} values per token and layer; with latents {LATENT}: "
+    )
+    assert f"; with keys and values of all heads {HEADS:,}: " in note and note in str(plan)
+    stored = json.dumps(plan_to_json(plan))
+    assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
+
+
+@pytest.mark.parametrize("phase, context", [("append", 32768), ("decode", 16384)])
+def test_plans_over_latents_shrink(phase: str, context: int) -> None:
+    """To sizes that `plan verify` runs: latents, heads and what they share fit together."""
+    plan = tight_append() if phase == "append" else decode()
+    small = shrink(
+        plan.graph, plan.decisions.choices, plan.decisions.specs.items(), plan.mesh,
+        Mesh((("x", 2),)),
+    ).graph  # fmt: skip
+    before, after = (
+        sum(value.type.numel for value in state_of(graph).values()) for graph in (plan.graph, small)
+    )
+    assert after < before / 400

@@ -59,9 +59,12 @@ class Case:
     forget: bool = False  # the cache drops what the window leaves behind
     balanced: bool = True
     dtype: torch.dtype = F64
+    rank: int = 0  # of latents that are cached, of which heads are made
 
 
+ROPE = 3  # numbers that the keys made from latents share
 PLAIN = Case()
+LATENT = replace(PLAIN, heads=(4, 4), dims=(8, 6), rank=7)
 CASES = {
     "plain": PLAIN,
     "mqa": replace(PLAIN, heads=(4, 1)),
@@ -95,21 +98,52 @@ CASES = {
         forget=True,
         steps=((9, 30, 24, 25, 40, 0, 33), (1,) * 7, (1, 1, 1, 0, 1, 1, 1), (30, 1, 1, 1, 1, 1, 9)),
     ),
+    "latents": LATENT,
+    "latents, forgetting window": replace(
+        LATENT,
+        options={"window": 7},
+        forget=True,
+        steps=((40, 3), (1, 1), (30, 1), (-1, 0), (1, 1)),
+    ),
+    "latents, many sequences, sinks, softcap": replace(
+        LATENT, options={"softcap": 2.0}, sinks=True, steps=((20, 30, 31, 25, 40, 28), (1,) * 6)
+    ),
+    "latents, chunks": replace(LATENT, options={"chunk": 7}),
     "in order": replace(PLAIN, balanced=False),
     "in order, window": replace(PLAIN, balanced=False, options={"window": 12}),
 }
 
 
 def inputs(case: Case, number: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (b, h, t, d) of all new tokens of a step."""
+    """q, k, v (b, h, t, d) of all new tokens of a step; with latents k is these, and v empty."""
     generator = torch.Generator().manual_seed(number)
     (hq, hkv), (d, dv), batch = case.heads, case.dims, len(case.steps[0])
+    if case.rank:
+        latents = torch.randn(batch, 1, width, case.rank + ROPE, generator=generator, dtype=F64)
+        q = torch.randn(batch, hq, width, d, generator=generator, dtype=F64)
+        return q.to(case.dtype), latents.to(case.dtype), latents[..., :0]
     shapes = [(batch, hq, width, d), (batch, hkv, width, d), (batch, hkv, width, dv)]
     return tuple(torch.randn(s, generator=generator, dtype=F64).to(case.dtype) for s in shapes)  # pyright: ignore
 
 
 def sinks_of(case: Case) -> Tensor | None:
     return torch.linspace(-1, 2, case.heads[0], dtype=F64) if case.sinks else None
+
+
+def up_of(case: Case) -> Tensor | None:
+    """What makes keys and values of latents (heads, d_nope + dv, r)."""
+    rows = case.dims[0] - ROPE + case.dims[1]
+    generator = torch.Generator().manual_seed(99)
+    shape = (case.heads[0], rows, case.rank)
+    return torch.randn(shape, generator=generator, dtype=F64).to(case.dtype) if case.rank else None
+
+
+def heads_of(case: Case, latents: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (b, h, t, d) of latents, head by head."""
+    c, shared = latents[:, 0].split([case.rank, ROPE], 2)
+    nope = case.dims[0] - ROPE
+    keys = [torch.cat([c @ weight[:nope].T, shared], 2) for weight in up]
+    return torch.stack(keys, 1), torch.stack([c @ weight[nope:].T for weight in up], 1)
 
 
 def expected(case: Case) -> list[Tensor]:
@@ -124,6 +158,8 @@ def expected(case: Case) -> list[Tensor]:
                 keys[i], values[i] = (x[: len(x) + count] for x in (keys[i], values[i]))
             continue
         q, k, v = inputs(case, number, max(counts))
+        if (up := up_of(case)) is not None:
+            k, v = heads_of(case, k, up)
         out = torch.zeros(batch, case.heads[0], max(counts), case.dims[1], dtype=F64)
         for i, count in enumerate(counts):
             keys[i] += k[i, :, :count].double().unbind(1)
@@ -169,7 +205,12 @@ def attend(case: Case, algorithm: str, ranks: int) -> list[Tensor]:
     batch = len(case.steps[0])
     window = case.options.get("window", 0) if case.forget else 0
     table = PageTable(batch, 40 * batch, window=window)
-    cache = KVCache(batch, 0, case.heads[1], *case.dims, dtype=case.dtype, table=table)
+    if case.rank:
+        sizes: tuple[int, int, int] = (1, case.rank + ROPE, case.rank)
+    else:
+        sizes = (case.heads[1], *case.dims)
+    shared = case.rank > 0
+    cache = KVCache(batch, 0, *sizes, dtype=case.dtype, table=table, values_in_keys=shared)
     lengths = torch.zeros(batch, dtype=torch.int64)
     outputs: list[Tensor] = []
     for number, counts in enumerate(case.steps):
@@ -188,8 +229,9 @@ def attend(case: Case, algorithm: str, ranks: int) -> list[Tensor]:
         for x in (q, k, v):  # what stands in padding must not matter
             x.masked_fill_((order < 0)[:, None, :, None], 1e4)
         local = cached_attention(
-            q, k, v, cache, positions, algorithm=algorithm, axis=axis,  # pyright: ignore
-            sinks=sinks_of(case), **case.options,
+            q, k, None if shared else v, cache, positions,
+            algorithm=algorithm, axis=axis,  # pyright: ignore
+            sinks=sinks_of(case), up=up_of(case), **case.options,
         )  # fmt: skip
         assert local.isfinite().all() and local.dtype == case.dtype
         out = torch.full((*local.shape[:2], width, case.dims[1]), torch.nan, dtype=case.dtype)
@@ -391,6 +433,26 @@ def test_refuses_options_by_name(options: dict[str, Any], message: str) -> None:
     x, at = torch.randn(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         cached_attention(x, x, x, cache, at, **options)
+    assert not cache.lengths.any()
+
+
+@pytest.mark.parametrize(
+    ("up", "dim", "message"),
+    [
+        ((2, 9, 5), 6, "sizes do not fit together, with latents of 4"),  # of another rank
+        ((3, 9, 4), 6, "sizes do not fit together"),  # of more heads than the queries
+        ((2, 4, 4), 6, "sizes do not fit together"),  # no values
+        ((2, 9, 4), 2, "sizes do not fit together"),  # queries of what heads share alone
+        ((2, 36), 6, "expected q .batch, heads, sequence, head_dim."),
+    ],
+)
+def test_refuses_what_makes_no_heads(up: tuple[int, ...], dim: int, message: str) -> None:
+    cache = KVCache(1, 32, 1, 6, 4, values_in_keys=True)
+    q, k, at = torch.randn(1, 2, 1, dim), torch.randn(1, 1, 1, 6), torch.zeros(1, 1).long()
+    with pytest.raises(ValueError, match=message):
+        cached_attention(q, k, None, cache, at, up=torch.randn(up))
+    with pytest.raises(ValueError, match="v is None and the cache holds values in its keys"):
+        cached_attention(q, k, k, KVCache(1, 32, 1, 6), at, up=torch.randn(2, 9, 4))
     assert not cache.lengths.any()
 
 
