@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from math import isfinite
+from typing import Generic, Literal, TypeAlias
 
 from ..ir.graph import Graph
 from ..ir.latent import absorbed, cached_numbers, expanded
 from ..ir.unfuse import unfuse
 from .build import all_params
 from .errors import InfeasibleError, PlanError
+from .infeasible import explain
 from .plan import Baseline, Plan
 from .report import format_seconds
 from .roles import Pin, Pins
-from .search import Clock, Job, make_plan
+from .search import Found, Job, Searched, Solved, assemble, ordinary_plans, search_meshes
 
 Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
 _READ: dict[Form, str] = {
@@ -56,78 +58,109 @@ class Variant:
         return _READ[self.form] + (", and latents in decode" if both else "")
 
 
-Tried = list[tuple[Variant, Plan | PlanError]]
+@dataclass(frozen=True, slots=True)
+class Way(Generic[Found]):
+    """How a variant is planned.
 
-
-def make_faster_plan(graph: Graph, job: Job) -> Plan:
-    """As `make_plan`; the best of planning each of the graph's variants.
-
-    Takes the time of two plans where projections are fused, of three where attention is over
-    latents (two for one new token), of their product where both are.  Ordinary plans are the best
-    of all, too.  Raises what `make_plan` raises where no variant gives a plan.
+    `search` finds the best plan if one beats the rival, `ordinary` prices the ordinary plans beside
+    it, `finish` makes the plan, `explain` says why nothing fits.
     """
 
-    def made(variant: Variant) -> Plan:
-        return make_plan(variant.graph, job.saying(variant.way))
+    search: Callable[[Variant, Found | None], Searched[Found]]
+    ordinary: Callable[[Variant, Found], tuple[Baseline, ...]]
+    finish: Callable[[Variant, Found, tuple[Baseline, ...], bool], Plan]
+    explain: Callable[[Variant], InfeasibleError]
 
-    variants = _variants(graph, job.request.pins)
-    return fastest(variants, made, lambda plan: plan.seconds, job.clock)
 
+def make_plan(graph: Graph, job: Job) -> Plan:
+    """The cheapest plan of the graph's variants over all the job's meshes.
 
-def fastest(
-    variants: Sequence[Variant],
-    make: Callable[[Variant], Plan],
-    seconds: Callable[[Plan], float],
-    clock: Clock,
-) -> Plan:
-    """The plan of fewest `seconds` among those of the variants, with notes on the others.
-
-    Optimal only if all problems were solved to the end.  Raises the last error if all fail.
+    Attention over latents is planned in all its forms, then fused projections in parts in the best
+    of these.  Raises InfeasibleError where nothing fits the memory, PlanError where the time is too
+    short to find a plan.
     """
-    tried: Tried = []
-    for variant in variants:
-        try:
-            tried.append((variant, make(variant)))
-        except PlanError as error:
-            tried.append((variant, error))
-    found = [(variant, plan) for variant, plan in tried if isinstance(plan, Plan)]
-    errors = [error for _, error in tried if isinstance(error, PlanError)]
-    if not found:
-        raise errors[-1]
-    variant, best = min(found, key=lambda pair: float(f"{seconds(pair[1]):.9e}"))
-    if len(tried) == 1:
-        return best
-    finished = all(isinstance(error, InfeasibleError) for error in errors)
-    proven = finished and all(plan.search.status == "optimal" for _, plan in found)
-    search = replace(
-        best.search,
-        status="optimal" if proven else "feasible",
-        seconds=tuple(clock.seconds.items()),
-    )
-    notes = (*best.notes, *_fused_note(variant, tried, seconds))
-    notes += tuple(_latent_note(variant, tried, seconds))
-    baselines = _better([plan.baselines for _, plan in found])
-    return replace(best, search=search, notes=notes, baselines=baselines)
+
+    def search(variant: Variant, rival: Solved | None) -> Searched[Solved]:
+        return search_meshes(variant.graph, job.saying(variant.way), rival)
+
+    def ordinary(variant: Variant, best: Solved) -> tuple[Baseline, ...]:
+        return ordinary_plans(variant.graph, best, job.saying(variant.way))
+
+    def finish(variant: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool) -> Plan:
+        return assemble(variant.graph, best, rows, proven, job)
+
+    def explained(variant: Variant) -> InfeasibleError:
+        return InfeasibleError(explain(variant.graph, job.cluster, job.setting, job.request))
+
+    known = _known(forms(graph), job.request.pins)
+    return plan_variants(known, Way(search, ordinary, finish, explained))
 
 
-def _variants(graph: Graph, pins: Sequence[str]) -> list[Variant]:
-    """The graph's variants that differ; without those that the pins do not know."""
-    found: list[Variant] = []
-    for form in forms(graph):
-        found.append(form)
+@dataclass(frozen=True, slots=True)
+class _Tried(Generic[Found]):
+    """What became of a variant."""
+
+    variant: Variant
+    searched: Searched[Found] | None  # None where the time was too short
+
+    @property
+    def time(self) -> str:
+        """What its best plan takes, as far as that is known."""
+        if self.searched is None:
+            return "no plan found"
+        if self.searched.best is not None:
+            return format_seconds(self.searched.best.seconds)
+        least = self.searched.least
+        return f"at least {format_seconds(least)}" if isfinite(least) else "does not fit"
+
+
+def plan_variants(variants: Sequence[Variant], way: Way[Found]) -> Plan:
+    """The plan of fewest seconds among those of the variants, with notes on the others.
+
+    What is whole is planned first, and in parts what has the form of the best of these.  Optimal
+    only if all problems were solved to the end.  Ordinary plans have the form of the best, too.
+    """
+    tried: list[_Tried[Found]] = []
+    best: tuple[Variant, Found] | None = None
+    error = PlanError()
+    for apart in (False, True):
+        for variant in variants:
+            if variant.apart != apart or (best and apart and variant.form != best[0].form):
+                continue
+            try:
+                searched = way.search(variant, best[1] if best else None)
+            except PlanError as caught:
+                searched, error = None, caught
+            tried.append(_Tried(variant, searched))
+            if searched is not None and searched.best is not None:
+                best = variant, searched.best
+    if best is None:
+        raise error if any(one.searched is None for one in tried) else way.explain(variants[-1])
+    rows = [way.ordinary(one.variant, best[1]) for one in tried if one.variant.form == best[0].form]
+    proven = all(one.searched is not None and one.searched.proven for one in tried)
+    plan = way.finish(*best, _better(rows), proven)
+    notes = (*plan.notes, *_fused_note(best[0], tried), *_latent_note(best[0], tried))
+    return replace(plan, notes=notes)
+
+
+def _known(found: Sequence[Variant], pins: Sequence[str]) -> list[Variant]:
+    """These variants and those with fused projections in parts, if the pins know them."""
+    variants: list[Variant] = []
+    for form in found:
+        variants.append(form)
         apart = unfuse(form.graph)
         if apart is not form.graph:
-            found.append(replace(form, graph=apart, apart=True))
-    if len(found) == 1:
-        return found
+            variants.append(replace(form, graph=apart, apart=True))
+    if len(variants) == 1:
+        return variants
     known: list[Variant] = []
-    for variant in found:
+    for variant in variants:
         try:
             Pins([Pin.parse(text) for text in pins], variant.graph)
         except PlanError:  # where none knows them, planning says why
             continue
         known.append(variant)
-    return known or found[-1:]
+    return known or variants[-1:]
 
 
 def forms(graph: Graph) -> list[Variant]:
@@ -152,32 +185,26 @@ def _new_tokens(graph: Graph) -> int:
     )
 
 
-def _fused_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
+def _fused_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]:
     """How much slower it is to compute projections the other way."""
-    same = [(v, plan) for v, plan in tried if v.form == best.form]
-    others = [plan for v, plan in same if v.apart != best.apart and isinstance(plan, Plan)]
+    same = [one for one in tried if one.variant.form == best.form]
+    others = [one for one in same if one.variant.apart != best.apart]
     if not others:
         return ()
-    fused = _fused_names(next(variant.graph for variant, _ in same if variant.apart))
+    fused = _fused_names(next(one.variant.graph for one in same if one.variant.apart))
     now, other = ("in parts", "whole") if best.apart else ("whole", "in parts")
-    time = format_seconds(seconds(others[0]))
-    return (f"Fused projections ({fused}) are computed {now}; {other}: {time}",)
+    return (f"Fused projections ({fused}) are computed {now}; {other}: {others[0].time}",)
 
 
-def _latent_note(best: Variant, tried: Tried, seconds: Callable[[Plan], float]) -> Sequence[str]:
+def _latent_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]:
     """What the KV cache holds per token, and what the other forms would take."""
-    others = dict.fromkeys(v.form for v, _ in reversed(tried) if v.form != best.form)
+    others = {one.variant.form: one for one in tried if one.variant.form != best.form}
     if not others:
         return ()
     text = f"Attention reads {best.reads}: the KV cache holds {cached_numbers(best.graph):,} values"
     text += " per token and layer"
-    for form in others:
-        same = [(v, plan) for v, plan in tried if v.form == form]
-        times = [seconds(plan) for _, plan in same if isinstance(plan, Plan)]
-        fits = any(not isinstance(result, InfeasibleError) for _, result in same)
-        time = format_seconds(min(times)) if times else "no plan found" if fits else "does not fit"
-        other = same[0][0]
-        text += f"; with {other.reads} {cached_numbers(other.graph):,}: {time}"
+    for one in reversed(others.values()):
+        text += f"; with {one.variant.reads} {cached_numbers(one.variant.graph):,}: {one.time}"
     return (text,)
 
 
@@ -205,4 +232,4 @@ def _rank(row: Baseline) -> tuple[bool, float, float]:
     return (row.seconds is None, row.seconds or 0.0, row.peak_bytes)
 
 
-__all__ = ["Form", "Variant", "fastest", "forms", "make_faster_plan"]
+__all__ = ["Form", "Variant", "Way", "forms", "make_plan", "plan_variants"]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from math import isfinite
+from math import inf, isfinite
+from typing import Generic, Protocol, TypeVar
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.memory import parameter_state_bytes
@@ -19,8 +20,7 @@ from ..ir.order import is_causal_self_attention, token_dims
 from ..ir.spec import Spec
 from .build import Builder, Decisions, Restriction, Setting, all_params
 from .conversion import Network, Step
-from .errors import InfeasibleError, PlanError
-from .infeasible import explain
+from .errors import PlanError
 from .plan import Baseline, Memory, Plan, Request, Search
 from .pricing import Work, local_bytes
 from .problem import ShardingProblem, evaluate
@@ -85,19 +85,33 @@ class Job:
         progress = self.progress
         return replace(self, progress=lambda step: progress(step + way))
 
-    def solution(self, problem: ShardingProblem, mesh: Mesh) -> Solution | None:
-        """The optimum of one problem; None if nothing fits its memory.
+    def solution(self, problem: ShardingProblem, mesh: Mesh, ceiling: float = inf) -> Solution:
+        """The optimum of one problem, unless it is known to take `ceiling` seconds or more.
 
         Raises PlanError where the time was too short to find out.
         """
         with self.clock.step("solve"):
-            solution = solve(problem, solver=self.solver, time_limit_s=self.time_limit_s)
+            solution = solve(
+                problem, solver=self.solver, time_limit_s=self.time_limit_s, ceiling=ceiling
+            )
         if solution.status == "unknown":
             raise PlanError(
                 f"the solver found no plan on {mesh} within {self.time_limit_s:.0f} s; give it "
                 "more with --time-limit, or a smaller mesh with --mesh"
             )
-        return solution if solution.assignment is not None else None
+        return solution
+
+
+class Timed(Protocol):
+    """A plan, or what one is made of."""
+
+    @property
+    def seconds(self) -> float:
+        """What it takes."""
+        ...
+
+
+Found = TypeVar("Found", bound=Timed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,46 +128,46 @@ class Solved:
     transient: float
 
 
-def make_plan(graph: Graph, job: Job) -> Plan:
-    """The cheapest plan over all the job's meshes.
+def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
+    """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    searched = Searched[Solved](inf if rival is None else rival.seconds)
 
-    Raises InfeasibleError if none fits the memory.
-    """
-    setting, meshes = job.setting, job.meshes
+    def attempt(setting: Setting) -> None:
+        for mesh in job.meshes:
+            for order in token_orders(graph, mesh):
+                builder = _builder(graph, mesh, replace(setting, order=order), job)
+                searched.add(*_solve(builder, job.limit(graph, mesh), job, searched.ceiling))
 
-    def attempts(setting: Setting) -> list[Solved | None]:
-        return [
-            _attempt(graph, mesh, replace(setting, order=order), job)
-            for mesh in meshes
-            for order in token_orders(graph, mesh)
-        ]
-
-    tried = attempts(setting)
-    if _short_of_memory(_cheapest(tried), setting):
-        tried += attempts(replace(setting, recompute=True))
-    best = _cheapest(tried)
-    if best is None:
-        raise InfeasibleError(explain(graph, job.cluster, setting, job.request))
-    baselines = _baselines(graph, best, job)
-    proven = all(one is None or one.solution.status == "optimal" for one in tried)
-    return assemble(graph, best, baselines, proven, job)
+    attempt(job.setting)
+    if _short_of_memory(searched.best or rival, job.setting):
+        attempt(replace(job.setting, recompute=True))
+    return searched
 
 
-def _attempt(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Solved | None:
-    """The optimum on one mesh; None if nothing fits its memory."""
+@dataclass(slots=True)
+class Searched(Generic[Found]):
+    """What a search has found so far: each mesh needs a plan only if it beats those before it."""
+
+    ceiling: float  # seconds that a plan has to beat
+    best: Found | None = None
+    least: float = inf  # no plan takes fewer seconds; inf where nothing fits the memory
+    proven: bool = True  # every problem was solved to its end
+
+    def add(self, found: Found | None, solution: Solution) -> None:
+        """The plan of one mesh, None where it has none, and the solver's answer."""
+        self.least = min(self.least, solution.bound)
+        self.proven &= solution.status != "feasible"
+        # equal ones differ by rounding: the first is kept
+        if found is not None and float(f"{found.seconds:.9e}") < float(f"{self.ceiling:.9e}"):
+            self.best, self.ceiling = found, found.seconds
+
+
+def _builder(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Builder:
     again = ", layers recomputed" if setting.recompute else ""
     order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
     job.progress(f"solving {mesh}{again}{order}")
-    limit = job.limit(graph, mesh)
     with job.clock.step("problem"):
-        builder = Builder(graph, Network(mesh, job.cluster), setting)
-    return _solve(builder, limit, job)
-
-
-def _cheapest(solved: Sequence[Solved | None]) -> Solved | None:
-    """The one with the fewest seconds; of equal ones the first."""
-    found = [one for one in solved if one is not None]
-    return min(found, key=lambda one: float(f"{one.seconds:.9e}")) if found else None
+        return Builder(graph, Network(mesh, job.cluster), setting)
 
 
 def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
@@ -221,17 +235,20 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _solve(builder: Builder, restriction: Restriction, job: Job) -> Solved | None:
-    """The optimum of one problem; None if nothing fits its memory."""
+def _solve(
+    builder: Builder, restriction: Restriction, job: Job, ceiling: float = inf
+) -> tuple[Solved | None, Solution]:
+    """The optimum of one problem, None if nothing fits its memory or is below the ceiling, and
+    the solver's answer."""
     with job.clock.step("problem"):
         built = builder.build(restriction)
         problem = built.problem()
-    solution = job.solution(problem, builder.network.mesh)
-    if solution is None or solution.assignment is None:
-        return None
+    solution = job.solution(problem, builder.network.mesh, ceiling)
+    if solution.assignment is None:
+        return None, solution
     evaluation = evaluate(problem, solution.assignment)
     gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
-    return Solved(
+    solved = Solved(
         builder,
         _plain_order(builder.graph, built.read(solution.assignment)),
         solution,
@@ -241,6 +258,7 @@ def _solve(builder: Builder, restriction: Restriction, job: Job) -> Solved | Non
         activations,
         transient,
     )
+    return solved, solution
 
 
 def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
@@ -255,8 +273,8 @@ def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
     return decisions if uses else replace(decisions, order="contiguous")
 
 
-def _baselines(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
-    """The ordinary plans on meshes that were searched, so that none can beat the winner."""
+def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
+    """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
     recompute = [False, True] if best.builder.setting.recompute else [False]
     aside = replace(job, clock=Clock())
 
@@ -270,9 +288,10 @@ def _baselines(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
         ]
 
     def price(mesh: Mesh, limit: Limit) -> Price:
-        restriction = limit(graph, mesh)
-        solved = _cheapest([_solve(each, restriction, aside) for each in builders(mesh)])
-        if solved is not None:
+        restriction, searched = limit(graph, mesh), Searched[Solved](inf)
+        for each in builders(mesh):
+            searched.add(*_solve(each, restriction, aside))
+        if (solved := searched.best) is not None:
             return solved.seconds, solved.peak_bytes, _spent(solved)
         return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
 
@@ -443,6 +462,7 @@ def _notes(graph: Graph) -> tuple[str, ...]:
 
 
 __all__ = [
-    "Clock", "Job", "Limit", "Price", "Progress", "Solved", "Step", "assemble", "candidate_meshes",
-    "make_plan", "name_axes", "price_ordinary", "setting_of",
+    "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "Solved", "Step", "assemble",
+    "candidate_meshes", "name_axes", "ordinary_plans", "price_ordinary", "search_meshes",
+    "setting_of",
 ]  # fmt: skip

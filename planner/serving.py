@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from typing import TypeAlias
 
 import numpy as np
@@ -22,12 +23,23 @@ from .attention import cache_bytes_in, cache_spec
 from .build import Builder, Built, Floats, all_params
 from .conversion import Network
 from .errors import InfeasibleError, PlanError
-from .fused import Variant, fastest, forms
+from .fused import Variant, Way, forms, plan_variants
 from .infeasible import explain
 from .plan import Baseline, Plan
 from .problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from .recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
-from .search import Clock, Job, Limit, Price, Solved, assemble, name_axes, price_ordinary
+from .search import (
+    Clock,
+    Job,
+    Limit,
+    Price,
+    Searched,
+    Solved,
+    assemble,
+    name_axes,
+    price_ordinary,
+)
+from .solvers import Solution
 
 _Graphs: TypeAlias = tuple[Graph, Graph]  # of prefill, and of decode
 
@@ -58,26 +70,34 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
     ]
     variants = [replace(form, decode=graph) for form, graph in pairs if graph is not None]
 
-    def made(variant: Variant) -> Plan:
-        assert variant.decode is not None
-        return _make_serving_plan((variant.graph, variant.decode), job.saying(variant.way))
+    def search(variant: Variant, rival: _Served | None) -> Searched[_Served]:
+        return _search(_graphs(variant), job.saying(variant.way), rival)
 
-    return fastest(variants, made, lambda plan: plan.answer_s, job.clock)
+    def ordinary(variant: Variant, best: _Served) -> tuple[Baseline, ...]:
+        return _baselines(_graphs(variant), best, job.saying(variant.way))
+
+    def finish(_: Variant, best: _Served, rows: tuple[Baseline, ...], proven: bool) -> Plan:
+        return _assembled(best, rows, proven, job)
+
+    def explained(variant: Variant) -> InfeasibleError:
+        graph = _graphs(variant)[1]
+        return InfeasibleError(explain(graph, job.cluster, job.setting, job.request))
+
+    return plan_variants(variants, Way(search, ordinary, finish, explained))
 
 
-def _make_serving_plan(graphs: _Graphs, job: Job) -> Plan:
-    """As `make_serving_plan`, of these graphs of prefill and decode."""
-    tried: list[_Served | None] = []
+def _graphs(variant: Variant) -> _Graphs:
+    assert variant.decode is not None
+    return variant.graph, variant.decode
+
+
+def _search(graphs: _Graphs, job: Job, rival: _Served | None) -> Searched[_Served]:
+    """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    searched = Searched[_Served](inf if rival is None else rival.seconds)
     for mesh in job.meshes:
         job.progress(f"solving {mesh}")
-        tried.append(_attempt(_builders(graphs, mesh, job), job.limit, job))
-    found = [one for one in tried if one is not None]
-    if not found:
-        raise InfeasibleError(explain(graphs[1], job.cluster, job.setting, job.request))
-    best = min(found, key=lambda one: float(f"{one.seconds:.9e}"))
-    baselines = _baselines(graphs, best, job)
-    proven = all(one is None or one.prefill.solution.status == "optimal" for one in tried)
-    return _assembled(best, baselines, proven, job)
+        searched.add(*_attempt(_builders(graphs, mesh, job), job.limit, job, searched.ceiling))
+    return searched
 
 
 def _builders(graphs: _Graphs, mesh: Mesh, job: Job) -> list[Builder]:
@@ -86,15 +106,18 @@ def _builders(graphs: _Graphs, mesh: Mesh, job: Job) -> list[Builder]:
         return [Builder(graph, network, job.setting) for graph in graphs]
 
 
-def _attempt(builders: Sequence[Builder], limit: Limit, job: Job) -> _Served | None:
-    """The optimum of both phases on one mesh; None if nothing fits its memory."""
+def _attempt(
+    builders: Sequence[Builder], limit: Limit, job: Job, ceiling: float = inf
+) -> tuple[_Served | None, Solution]:
+    """The optimum of both phases on one mesh, None if nothing fits its memory or is below the
+    ceiling, and the solver's answer."""
     mesh = builders[0].network.mesh
     with job.clock.step("problem"):
         parts = [builder.build(limit(builder.graph, mesh)) for builder in builders]
         problem = _joined(parts, job.request.decode_steps)
-    solution = job.solution(problem, mesh)
-    if solution is None or solution.assignment is None:
-        return None
+    solution = job.solution(problem, mesh, ceiling)
+    if solution.assignment is None:
+        return None, solution
     whole = evaluate(problem, solution.assignment)
     cut = len(parts[0].nodes)
     halves = (solution.assignment[:cut], solution.assignment[cut:])
@@ -105,7 +128,7 @@ def _attempt(builders: Sequence[Builder], limit: Limit, job: Job) -> _Served | N
         solved.append(
             Solved(builder, part.read(half), solution, alone.cost, whole.peak_usage, *memory)
         )
-    return _Served(solved[0], solved[1], whole.cost)
+    return _Served(solved[0], solved[1], whole.cost), solution
 
 
 def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]:
@@ -117,7 +140,7 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
         return _builders(graphs, mesh, aside)
 
     def price(mesh: Mesh, limit: Limit) -> Price:
-        served = _attempt(builders(mesh), limit, aside)
+        served, _ = _attempt(builders(mesh), limit, aside)
         if served is not None:
             return served.seconds, served.prefill.peak_bytes, ()
         needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders(mesh)]

@@ -29,7 +29,7 @@ from .planner import plan as plans
 from .planner.build import Builder
 from .planner.conversion import Network
 from .planner.errors import PlanError
-from .planner.fused import make_faster_plan
+from .planner.fused import make_plan
 from .planner.iopddl import write_problem
 from .planner.roles import pinned
 from .planner.search import Clock, Job, setting_of
@@ -304,7 +304,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
     if request.phase != "serve":
-        return Plan.of(make_faster_plan(graph, job))
+        return Plan.of(make_plan(graph, job))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
         decode = _decode_graph(loaded, longest)

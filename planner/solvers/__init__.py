@@ -62,11 +62,14 @@ def solve(
     solver: str = "highs",
     time_limit_s: float = 60.0,
     presolve: bool = True,
+    ceiling: float = inf,
 ) -> Solution:
     """Solve `problem` with the back end `solver` (a key of `SOLVERS`).
 
-    The answer's cost is the evaluator's for `problem` itself.  Raises `ValueError` for an unknown
-    solver or a time limit that is not positive, `SolverError` if a solver's answer is wrong.
+    No answer that costs `ceiling` or more is wanted: where it is soon proven that there is no
+    other, the status is `dearer`.  The answer's cost is the evaluator's for `problem` itself.
+    Raises `ValueError` for an unknown solver or a time limit that is not positive, `SolverError` if
+    a solver's answer is wrong.
     """
     if solver not in SOLVERS:
         near = get_close_matches(solver, SOLVERS, n=1)
@@ -75,8 +78,9 @@ def solve(
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive, got {time_limit_s} s")
     return _solve_reduced(
-        problem, SOLVERS[solver], time_limit_s, presolve=presolve, searchable=presolve
-    )
+        problem, SOLVERS[solver], time_limit_s, presolve=presolve, searchable=presolve,
+        ceiling=ceiling,
+    )  # fmt: skip
 
 
 def _solve_reduced(
@@ -86,6 +90,7 @@ def _solve_reduced(
     *,
     presolve: bool,
     searchable: bool,
+    ceiling: float = inf,
 ) -> Solution:
     """Presolve if asked for, solve each part, and price the answer in the problem as given."""
     started = perf_counter()
@@ -97,7 +102,7 @@ def _solve_reduced(
         inner, parts = problem, (Part(problem, tuple(range(len(problem.nodes)))),)
     else:
         inner, parts = reduced.problem, split(reduced.problem)
-    found = _solve_parts(inner, parts, solver, started, time_limit_s, searchable)
+    found = _solve_parts(inner, parts, solver, started, time_limit_s, searchable, ceiling)
     if found.assignment is None:
         return replace(found, seconds=perf_counter() - started)
     assignment = found.assignment if reduced is None else reduced.restore(found.assignment)
@@ -116,19 +121,24 @@ def _solve_parts(
     started: float,
     time_limit_s: float,
     searchable: bool,
+    ceiling: float,
 ) -> Solution:
     """Solve each independent part in the time that is left; `seconds` is not filled in."""
     full = [0] * len(problem.nodes)
     inside = {n for part in parts for n in part.nodes}
     bounds = [float(n.costs[0]) for k, n in enumerate(problem.nodes) if k not in inside]
     complete = True
+    # What is left of the ceiling for a part is known where there is no other.
+    room = ceiling - fsum(bounds) if sum(bool(part.nodes) for part in parts) == 1 else inf
     for part in parts:
         if not part.nodes:
             continue
         left = max(LEAST_S, time_limit_s - (perf_counter() - started))
-        found = _solve_part(part.problem, solver, left, searchable)
+        found = _solve_part(part.problem, solver, left, searchable, room)
         if found.status == "infeasible":
             return found
+        if found.status == "dearer":
+            return replace(found, bound=fsum([*bounds, found.bound]))
         bounds.append(found.bound)
         if found.assignment is None:
             complete = False
@@ -142,7 +152,11 @@ def _solve_parts(
 
 
 def _solve_part(
-    problem: ShardingProblem, solver: Solver, time_limit_s: float, searchable: bool
+    problem: ShardingProblem,
+    solver: Solver,
+    time_limit_s: float,
+    searchable: bool,
+    ceiling: float,
 ) -> Solution:
     """Solve one part: a large one by search first, a small one by search only if all else fails.
 
@@ -154,7 +168,7 @@ def _solve_part(
     strategies = sum(node.costs.size for node in problem.nodes)
     pairs = sum(edge.costs.size for edge in problem.edges)
     if solver is _highs and strategies > _NARROWED and pairs <= _RELAXABLE:
-        found = _narrowed(problem, time_limit_s)
+        found = _narrowed(problem, time_limit_s, ceiling)
         if found is not None:
             return found
         time_limit_s = max(LEAST_S, time_limit_s - (perf_counter() - started))
@@ -171,14 +185,14 @@ def _solve_part(
     return _better(found, search(problem, time_limit_s=_RESERVED * time_limit_s))
 
 
-def _narrowed(problem: ShardingProblem, time_limit_s: float) -> Solution | None:
+def _narrowed(problem: ShardingProblem, time_limit_s: float, ceiling: float) -> Solution | None:
     """Solve one part by HiGHS, strategies that are proven too dear left out first."""
     from .narrow import narrowed
 
     def exact(rest: ShardingProblem, seconds: float) -> Solution:
         return _solve_reduced(rest, _highs, seconds, presolve=True, searchable=False)
 
-    return narrowed(problem, exact, time_limit_s=time_limit_s)
+    return narrowed(problem, exact, time_limit_s=time_limit_s, ceiling=ceiling)
 
 
 def _better(one: Solution, other: Solution) -> Solution:

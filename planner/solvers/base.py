@@ -15,7 +15,7 @@ RELATIVE_GAP = 1e-6
 # The least time a back end is given: enough to answer a trivial problem.
 LEAST_S = 0.01
 
-Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unknown"]
+Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unknown", "dearer"]
 
 
 class SolverError(RuntimeError):
@@ -28,9 +28,10 @@ class Solution:
 
     `optimal`: proven within a relative gap of 1e-6 (integer costs: exactly).  `feasible`: the best
     found in the time.  `infeasible`: proven, `reason` says what shows it.  `unknown`: neither an
-    assignment nor a proof.  `assignment` is None for the last two; `cost` is then inf.  `bound`
-    is a proven lower bound on every feasible assignment's cost (-inf if none is known).
-    `seconds` is the wall-clock time of the whole call.
+    assignment nor a proof.  `dearer`: proven that whatever there is costs the given ceiling or
+    more.  `assignment` is None for the last three; `cost` is then inf.  `bound` is a proven lower
+    bound on every feasible assignment's cost (-inf if none is known).  `seconds` is the wall-clock
+    time of the whole call.
     """
 
     assignment: tuple[int, ...] | None

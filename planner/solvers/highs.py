@@ -187,7 +187,10 @@ class _Model:
         """
         del self.proto.variables.integers[:]
         self.proto.variables.integers.extend(np.zeros(self.formulation.objective.size, dtype=bool))
-        params = mathopt.SolveParameters(time_limit=timedelta(seconds=time_limit_s))
+        # What presolve could find ours has found: HiGHS' own takes longer than the simplex then.
+        params = mathopt.SolveParameters(
+            time_limit=timedelta(seconds=time_limit_s), presolve=mathopt.Emphasis.OFF
+        )
         kind = mathopt.SolverType.HIGHS
         found = core.solve(
             self.proto, kind.value, parameters_pb2.SolverInitializerProto(), params.to_proto(),

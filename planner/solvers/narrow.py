@@ -4,7 +4,7 @@
 2. Its answer, rounded and improved by local search, is an assignment of cost U.
 3. The edges' costs, shifted by the prices, make the bound a sum of minima.  By what a strategy is
    above its node's minimum, at least, every assignment with it is above the bound.  Strategies
-   that are so above U are in no better assignment.
+   that are so above U are in no better assignment.  A bound above the ceiling ends it.
 4. What is left is presolved, which now goes much further, and solved exactly: first with the
    memory rows alone that have a price, then with those too that the answer violates.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -38,10 +39,12 @@ def narrowed(
     exact: Callable[[ShardingProblem, float], Solution],
     *,
     time_limit_s: float,
+    ceiling: float = inf,
 ) -> Solution | None:
     """Solve a presolved problem; `exact` solves what is left in the seconds given.
 
-    None where the relaxation takes too long, or rounding its answer does not fit the memory.
+    Answers that cost `ceiling` or more are left out, too.  None where the relaxation takes too
+    long, or rounding its answer does not fit the memory.
     """
     started = perf_counter()
 
@@ -52,14 +55,19 @@ def narrowed(
     if relaxed is None:
         return None
     found = margins(problem, relaxed.shifts, relaxed.prices, relaxed.rounded)
+    if found.bound >= ceiling:
+        return Solution(None, inf, found.bound, "dearer", perf_counter() - started)
     if found.assignment is None:
         return None
-    keep = _within(found)
+    limit = min(found.cost, ceiling)
+    keep = _within(found, limit)
     rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left)
-    bound = max(found.bound, min(rest.bound, found.cost))
+    bound = max(found.bound, min(rest.bound, limit))
     best = found.assignment
     if rest.assignment is not None and rest.cost <= found.cost:
         best = tuple(int(k[choice]) for k, choice in zip(keep, rest.assignment, strict=True))
+    if bound >= ceiling:
+        return Solution(None, inf, bound, "dearer", perf_counter() - started)
     return conclude(problem, best, bound, perf_counter() - started)
 
 
@@ -97,9 +105,10 @@ def _at(problem: ShardingProblem, times: IntArray) -> ShardingProblem:
     return replace(problem, nodes=tuple(nodes))
 
 
-def _within(found: Margins) -> list[IntArray]:
-    """The strategies of each node that an assignment cheaper than the known one may have."""
-    room = found.cost - found.bound + _ROUNDING * abs(found.cost)
+def _within(found: Margins, limit: float) -> list[IntArray]:
+    """The strategies of each node that an assignment cheaper than `limit` may have, and those of
+    the known one."""
+    room = limit - found.bound + _ROUNDING * abs(limit)
     keep = [np.nonzero(above <= room)[0] for above in found.above]
     assert found.assignment is not None
     return [np.union1d(k, [own]) for k, own in zip(keep, found.assignment, strict=True)]

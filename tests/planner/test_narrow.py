@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardwright.planner import solvers
 from shardwright.planner.presolve import Infeasible
@@ -89,3 +90,35 @@ def test_narrowing_equals_brute_force(problem: ShardingProblem) -> None:
     assert found.status == "optimal"
     assert found.cost == pytest.approx(want[1], rel=1e-6, abs=1e-9)
     assert found.bound <= found.cost
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), share=st.floats(0.5, 1.5))
+def test_a_ceiling_hides_no_cheaper_answer(problem: ShardingProblem, share: float) -> None:
+    """What costs less is found, and proven the optimum; `dearer` is said of nothing else."""
+    want = brute_force(problem)
+    if want is None:
+        return
+    ceiling = want[1] * share if want[1] > 0 else want[1] / share
+    with pytest.MonkeyPatch.context() as patch:
+        narrowing(patch)
+        found = solvers.solve(problem, ceiling=ceiling)
+    if found.status == "dearer":
+        assert want[1] >= ceiling * (1 - 1e-6) - 1e-9
+        assert ceiling <= found.bound + 1e-9 and found.bound <= want[1] + 1e-6 * abs(want[1]) + 1e-9
+    else:
+        assert found.status == "optimal"
+        assert found.cost == pytest.approx(want[1], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.999, 1.001, 1.1])
+def test_a_ceiling_below_the_optimum_ends_the_search(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = ring(30, 7, 15.0)
+    whole = solvers.solve(problem)
+    narrowing(monkeypatch)
+    found = solvers.solve(problem, ceiling=share * whole.cost)
+    assert found.status == ("dearer" if share < 1 else "optimal")
+    if share < 1:
+        assert found.assignment is None and share * whole.cost <= found.bound <= whole.cost
