@@ -239,6 +239,8 @@ def _entering(call: LoopCall, body: BlockBody, gathers: _Gathers) -> _Gathers:
 def _kept_gathers(item: Compute, gathers: _Gathers) -> list[tuple[Convert, ...]]:
     """The steps behind each gathered parameter that autograd keeps from a node."""
     kept = {value.name for value in saved_values(item.node)}
+    if item.node.op == "aten.embedding.default" and "v" in item.choices:
+        kept.clear()  # a table cut by its rows keeps indices into those that are here
     operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept]
     return list(dict.fromkeys(gathers[o] for o in operands if gathers.get(o)))
 
