@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.cache import KVCache
+from tests.endtoend.test_moe import Way, case_of, check, planned
 from tests.ir.models import VOCABULARY
 from tests.ir.test_moe import model_of
 from tests.sharded import builder_of, import_source, job_of, mesh_of, program_of, source_of
@@ -183,3 +185,25 @@ def test_two_programs_serve_together(pool: Pool, form: str) -> None:
     ids, lengths = prompts()
     for out, shapes, _ in pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths):
         assert torch.equal(out[:, PROMPT:], answers()) and shapes == [(1, 24)] * 4
+
+
+# --- training ------------------------------------------------------------------------------------
+
+TRAINED = {
+    "ring": Way(("dispatch_i1",), (2,), attention=("ring",)),
+    "gather, sharded": Way(("dispatch_i1",), (2,), sharded=True, attention=("gather",)),
+    "queries alone": Way(("dispatch_i1",), (2,), attention=("q",)),
+    "batch x ring": Way(("dispatch_i0", "i1"), (2, 2), attention=("b", "ring")),
+    "heads x ring, sharded": Way(("e", "i1"), (2, 2), sharded=True, attention=("g", "ring")),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_over_latents(pool: Pool, name: str) -> None:
+    """Loss and all gradients are those of one process that attends over the keys of all heads;
+    latents and their gradients are what is moved, as predicted."""
+    plain, way = case_of("deepseek_v3"), TRAINED[name]
+    case = replace(plain, graph=expanded(plain.graph))
+    builder, decisions = planned(case, way)
+    assert "up=" in source_of(builder, decisions)
+    check(pool(builder.network.mesh.ranks), case, builder, decisions)
