@@ -204,7 +204,7 @@ def _latent_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]
     if not others:
         return ()
     cached = any(node.op == "shardwright.cached_attention" for node in _attentions(best.graph))
-    what = "the KV cache holds" if cached else "backward and ranks that share a sequence get"
+    what = "the KV cache holds" if cached else "sent, and saved for backward, are"
     text = f"Attention reads {best.reads}: {what} {numbers_per_token(best.graph):,} values"
     text += " per token and layer"
     for one in reversed(others.values()):
