@@ -18,6 +18,7 @@ from shardwright.ir.graph import Graph, Node
 from shardwright.ir.interpret import Caches, interpret
 from shardwright.ir.latent import absorbed, expanded
 from shardwright.ir.ops import rule_of, saved_values
+from shardwright.ir.order import token_dims
 from shardwright.ir.rewrite import with_args
 from shardwright.ir.serving import serving_graph
 from shardwright.ir.spec import R, S, V
@@ -211,11 +212,14 @@ def test_values_first_and_queries_in_one(change: str, form: Form) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def trained(change: str, masked: bool = False) -> tuple[Latents, Graph, dict[str, Tensor]]:
+def trained(
+    change: str, masked: bool = False, tokens: int = TOKENS
+) -> tuple[Latents, Graph, dict[str, Tensor]]:
+    """A model, its training graph, and inputs."""
     torch.manual_seed(0)
     model = Latents(change, masked)
-    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS))
-    inputs = {"input_ids": ids, "position_ids": torch.arange(TOKENS).expand(BATCH, TOKENS)}
+    ids = torch.randint(3, VOCABULARY, (BATCH, tokens))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens).expand(BATCH, tokens)}
     return model, fold(capture(model, inputs, training=True)), inputs
 
 
@@ -250,6 +254,15 @@ def test_every_cut_of_training_over_latents() -> None:
         "R": (R, R, R), "b": (S(0), S(0), V), "g": (S(1), V, S(0)), "q": (S(2), V, V),
         "ring": (S(2), S(2), V), "gather": (S(2), S(2), V),
     }  # fmt: skip
+
+
+def test_latents_stand_in_the_order_of_the_tokens() -> None:
+    """And what makes heads of them does not."""
+    _, graph, _ = trained("")
+    graph = expanded(graph)
+    (node,) = (n for n in graph.nodes if n.op == "shardwright.attention")
+    ordered = token_dims(graph)
+    assert [ordered.get(value.name) for value in node.operands] == [{2}, {2}, None]
 
 
 def test_training_with_a_mask_stays() -> None:
