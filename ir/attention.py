@@ -148,7 +148,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, a floating-point mask and sinks, by running the formula again."""
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[-2])
+    # torch leaves out last arguments that have their default
+    wanted: tuple[bool, ...] = (*ctx.needs_input_grad[:4], any(ctx.needs_input_grad[9:10]))
     leaves: list[Any] = [
         None if value is None else value.detach().requires_grad_(need)
         for value, need in zip(saved, wanted, strict=True)

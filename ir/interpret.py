@@ -199,6 +199,24 @@ def cached_attention_math(
     return out, Tokens(k, v, keys)
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    up: Tensor | None = None,
+    value_dim: int = 0,
+    **options: Any,
+) -> Tensor:
+    """`attention_math`; with `up` (hq, d + dv, r) over keys and values made from latents k.
+
+    `value_dim` r, their numbers without the rotated part, follows from `up`.
+    """
+    if up is not None:
+        k, v = _decompressed(k, up, q.shape[3])
+    assert v is not None, "values are an operand, or made from latents"
+    return attention_math(q, k, v, **options)
+
+
 def _decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values of all heads from latents (b, 1, s, r + rope), rotated part last."""
     heads, rank = up.shape[0], up.shape[2]
@@ -209,7 +227,7 @@ def _decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Te
 
 
 _OURS: dict[str, Callable[..., Any]] = {
-    "shardwright.attention": attention_math,
+    "shardwright.attention": _attention,
     "shardwright.affine": _affine,
     "shardwright.last_token": _last_token,
     "shardwright.cross_entropy": _cross_entropy,

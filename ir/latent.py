@@ -19,6 +19,9 @@ W_uv are views of the one weight, so state dicts and shardings of it stay as the
 The expanded form has the same cache, but makes k and v of it, as above, whenever it attends.
 Scores then cost what they did; each step makes the keys of all cached tokens again, 2 r (d + dv)
 FLOP per head and token, which many new tokens share and one cannot.
+
+In training there is no cache, but a sharded sequence has its keys sent, and backward needs them.
+In the expanded form latents are sent, with their gradients, and kept for backward.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TypeAlias
 
-from .graph import Arg, Block, Graph, Loop, Node, TensorType, Value
+from .graph import Arg, Block, Graph, Loop, Node, TensorType, Value, values_in
 from .ops import cached_per_head, values_in_keys
 from .rewrite import live_items, producers, with_args
 
@@ -37,39 +40,41 @@ _CAT, _SPLIT, _RESHAPE = (
     "aten.split_with_sizes.default",
     "aten.reshape.default",
 )
+_CACHED, _TRAINED = ("shardwright.cached_attention",), ("shardwright.attention",)
 
 
 def absorbed(graph: Graph) -> Graph:
     """The served `graph`, folded or flat, with every attention over latents in the absorbed form.
 
-    Recognised by structure, at any attention over a cache where
+    Recognised by structure, at any attention over a cache (for `expanded` also without one, mask
+    or dropout) where
     1. k is a cat of two: part of a split, and (b, 1, t, rope) expanded over the heads;
     2. v is the other part of that split, and there are as many query heads as key heads;
     3. what is split is a linear without bias, reshaped to (b, t, heads, both parts), transposed.
     Gives `graph` itself where there is none.
     """
-    return _with_latents(graph, _Latent.absorbed)
+    return _with_latents(graph, _Latent.absorbed, _CACHED)
 
 
 def expanded(graph: Graph) -> Graph:
     """As `absorbed`, with every attention over latents in the expanded form."""
-    return _with_latents(graph, _Latent.expanded)
+    return _with_latents(graph, _Latent.expanded, (*_CACHED, *_TRAINED))
 
 
-def _with_latents(graph: Graph, form: _Form) -> Graph:
-    """The graph with the nodes of `form` in place of every attention over latents."""
+def _with_latents(graph: Graph, form: _Form, ops: Sequence[str]) -> Graph:
+    """The graph with the nodes of `form` in place of every attention of `ops` over latents."""
     found = False
     body: list[Node | Loop] = []
     flat = [item for item in graph.body if isinstance(item, Node)]
     made = producers(flat)
     for item in graph.body:
         if isinstance(item, Loop):
-            blocks = tuple(_block_with_latents(block, form) for block in item.blocks)
+            blocks = tuple(_block_with_latents(block, form, ops) for block in item.blocks)
             changed = any(a is not b for a, b in zip(blocks, item.blocks, strict=True))
             found |= changed
             body.append(replace(item, blocks=blocks) if changed else item)
             continue
-        latent = _latent(item, made)
+        latent = _latent(item, made, ops)
         found |= latent is not None
         body += [item] if latent is None else form(latent)
     if not found:
@@ -78,9 +83,9 @@ def _with_latents(graph: Graph, form: _Form) -> Graph:
     return replace(graph, body=live_items(body, read))
 
 
-def _block_with_latents(block: Block, form: _Form) -> Block:
+def _block_with_latents(block: Block, form: _Form, ops: Sequence[str]) -> Block:
     made = producers(block.nodes)
-    latents = {node.name: _latent(node, made) for node in block.nodes}
+    latents = {node.name: _latent(node, made, ops) for node in block.nodes}
     if not any(latents.values()):
         return block
     nodes: list[Node] = []
@@ -91,9 +96,11 @@ def _block_with_latents(block: Block, form: _Form) -> Block:
     return replace(block, nodes=tuple(item for item in live if isinstance(item, Node)))
 
 
-def _latent(node: Node, made: Mapping[str, Node]) -> _Latent | None:
-    """What `node` attends over, if it is an attention over decompressed latents."""
-    if node.op != "shardwright.cached_attention" or values_in_keys(node):
+def _latent(node: Node, made: Mapping[str, Node], ops: Sequence[str]) -> _Latent | None:
+    """What `node` attends over, if it is an attention of `ops` over decompressed latents."""
+    if node.op not in ops or values_in_keys(node):
+        return None
+    if node.op in _TRAINED and (node.arg("mask") is not None or node.arg("dropout_p")):
         return None
     q, k, v = node.operands[:3]
     batch, heads, new, _ = k.type.shape
@@ -111,6 +118,8 @@ def _latent(node: Node, made: Mapping[str, Node]) -> _Latent | None:
         return None
     linear = _linear(split.operands[0], (batch, new, heads), made)
     if linear is None:
+        return None
+    if len({value.type.dtype for value in (q, k, v, rope, *linear.operands)}) > 1:
         return None
     return _Latent(node, linear, split, nope, rope, _made_by(_CAT, q, made))
 
@@ -260,14 +269,16 @@ class _Latent:
     def _split(self, value: Value, names: Sequence[str], sizes: Sequence[int], dim: int) -> Node:
         shape = value.type.shape
         shapes = [(*shape[:dim], size, *shape[dim + 1 :]) for size in sizes]
-        outputs = tuple(self._value(n, s) for n, s in zip(names, shapes, strict=True))
+        values = (self._value(n, s) for n, s in zip(names, shapes, strict=True))
+        outputs = tuple(replace(v, differentiable=value.differentiable) for v in values)
         node = self._node(
             f"{names[0]}_split", _SPLIT, shape, self=value, split_sizes=tuple(sizes), dim=dim
         )
         return replace(node, outputs=outputs, loc=replace(node.loc, targets=tuple(names)))
 
     def _node(self, name: str, op: str, shape: tuple[int, ...], /, **args: Arg) -> Node:
-        output = self._value(name, shape)
+        given = any(v.differentiable for arg in args.values() for v in values_in(arg))
+        output = replace(self._value(name, shape), differentiable=given)
         loc = replace(self.attention.loc, targets=(name,))
         return Node(output.name, op, tuple(args.items()), (output,), loc)
 
@@ -281,16 +292,16 @@ class _Latent:
 _Form: TypeAlias = Callable[[_Latent], list[Node]]
 
 
-def cached_numbers(graph: Graph) -> int:
-    """Numbers that the KV cache of a served graph holds per token, in the layer with most."""
+def numbers_per_token(graph: Graph) -> int:
+    """Numbers of a token that attention caches, or sends and saves, in the layer with most."""
     return max(
         (
             node.operands[1].type.shape[1] * cached_per_head(node)
             for node in graph.nodes
-            if node.op == "shardwright.cached_attention"
+            if node.op in (*_CACHED, *_TRAINED)
         ),
         default=0,
     )
 
 
-__all__ = ["absorbed", "cached_numbers", "expanded"]
+__all__ = ["absorbed", "expanded", "numbers_per_token"]

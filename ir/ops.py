@@ -131,8 +131,8 @@ def saved_values(node: Node) -> tuple[Value, ...]:
         name, _, other = entry.partition(" if ")
         if other and not any(value.differentiable for value in values_in(node.arg(other))):
             continue
-        if name == "sinks":  # nodes of older plans have no such argument
-            kept += [sinks] if (sinks := _sinks(node)) is not None else []
+        if name in ("sinks", "up"):  # nodes of older plans have no such argument
+            kept += values_in(dict(node.args).get(name))
             continue
         kept += node.outputs[:1] if name == "result" else values_in(node.arg(name))
     return tuple(kept)
@@ -1497,7 +1497,10 @@ def _attention_rule(node: Node) -> Rule:
         pairs = zip(names, mask.type.shape, strict=True)
         term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
     term += ", (n g)" if _sinks(node) is not None else ""
-    text = f"b (n g) q [d], b n [k] [d], b n [k] [e]{term} -> b (n g) q [e]"
+    held = "b n [k] [d], b n [k] [e]"
+    if decompressing(node) is not None:
+        held, term = "b n [k] [w]", f"{term}, (n g) [u] [r]"
+    text = f"b (n g) q [d], {held}{term} -> b (n g) q [e]"
     rule = replace(_text(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
     return replace(rule, inner=_INNER_HEADS)
 
@@ -1512,7 +1515,7 @@ def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
     """Ways to run self-attention over an axis that cuts queries, keys and values alike.
 
     Dropout would need the weights of all ranks, and a mask its rows and columns: neither is known
-    to these.
+    to these.  Latents, which are one key head, are only sent whole.
     """
     query, key = node.operands[:2]
     heads = query.type.shape[1]
@@ -1520,8 +1523,12 @@ def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
     if masked or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
         return {}
     sinks = () if _sinks(node) is None else (V,)
-    way = Algorithm(("q", "k"), (S(2), S(2), S(2), *sinks), (S(2),))
+    latents = decompressing(node) is not None
+    held = (S(2), *sinks, V) if latents else (S(2), S(2), *sinks)
+    way = Algorithm(("q", "k"), (S(2), *held), (S(2),))
     found = {"ring": way, "gather": way}
+    if latents:
+        return found
     if heads % key.type.shape[1] == 0:
         found["ulysses"] = replace(way, fits=_heads_divide)
     if node.arg("window") and node.arg("causal"):
@@ -1553,6 +1560,7 @@ def _emit_attention(node: Node, render: Render) -> str:
         "window": render.arg("window") if node.arg("window") else "",
         "softcap": render.arg("softcap") if node.arg("softcap") else "",
         "sinks": "" if _sinks(node) is None else render.arg("sinks"),
+        "up": "" if decompressing(node) is None else render.arg("up"),
     }
     name, axis = render.algorithm()
     if name:
@@ -1576,7 +1584,7 @@ register(
         _attention_rule,
         _emit_attention,
         kind="attention",
-        saves=("q", "k", "v", "sinks", "result"),
+        saves=("q", "k", "v", "sinks", "up", "result"),
     ),
 )
 
@@ -1614,7 +1622,7 @@ def _cached_attention_rule(node: Node) -> Rule:
 
 
 def values_in_keys(node: Node) -> bool:
-    """Does an attention over a cache read its values from the keys, and so store no others?
+    """Does an attention read its values from the keys, or make them of these, and have no others?
 
     Nodes of older plans have no argument `value_dim`: theirs are an operand.
     """
@@ -1622,7 +1630,7 @@ def values_in_keys(node: Node) -> bool:
 
 
 def cached_per_head(node: Node) -> int:
-    """Numbers that an attention over a cache stores per token and key head."""
+    """Numbers that an attention caches, or sends and saves, per token and key head."""
     stored = node.operands[1:2] if values_in_keys(node) else node.operands[1:3]
     return sum(value.type.shape[3] for value in stored)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from .graph import Graph, Loop, Node, Value
-from .ops import rule_of
+from .ops import rule_of, values_in_keys
 from .rule import Choice
 
 Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)
@@ -35,7 +35,7 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
         groups.find((value.name, 2))
         for node in graph.nodes
         if node.op == "shardwright.attention" and is_causal_self_attention(node)
-        for value in node.operands[:3]
+        for value in node.operands[: 2 if values_in_keys(node) else 3]
     ]
     tokens = set(seen)
     params = {p.value.name for p in graph.params} | {

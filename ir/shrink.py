@@ -385,7 +385,7 @@ _TIES: dict[str, Callable[[_Atoms, Node], None]] = {
     "aten.topk.default": _tie_topk,
     **dict.fromkeys(("aten.scatter.src", "aten.scatter.value"), _tie_scatter),
     "shardwright.moe": _tie_experts,
-    "shardwright.cached_attention": _tie_heads,
+    **dict.fromkeys(("shardwright.attention", "shardwright.cached_attention"), _tie_heads),
 }  # fmt: skip
 
 

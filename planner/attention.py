@@ -23,6 +23,8 @@ With a cache, new tokens q (b, hq, t, d) attend s cached rows per rank (the new 
 
 With fewer key heads than ranks Ulysses sends each rank those that its query heads attend.  A ring
 hides its hops behind the compute, so that a step takes the longer of the two, and so does a window.
+Of latents a rank makes keys and values of its heads before it computes with them, in backward again
+and then their gradients.
 Steps in which mask and order of the tokens leave nothing to compute still pass the keys on.
 """
 
@@ -38,6 +40,9 @@ from ..ir.ops import attention_dims, cached_per_head, decompressing, rule_of, va
 from ..ir.rule import Choice
 from ..ir.spec import R, S, Spec
 from .conversion import Network
+
+# Keys and values of latents in backward: made again, and two products for the gradients.
+_MADE_BACKWARD = 3.0
 
 # Flash attention: 2 matrix products forward, 5 backward (arXiv:2307.08691, section 3.1)
 BACKWARD = 2.5
@@ -214,8 +219,8 @@ def cache_bytes(local: Local, run: int = 0) -> int:
 
 
 def _cached_rows(local: Local, run: int = 0) -> int:
-    """Tokens of a sequence that one rank keeps; `run` as in `cache_bytes`."""
-    if not local.window:
+    """Tokens of a sequence that one rank holds; `run` as in `cache_bytes`."""
+    if not local.window or not local.cached:
         return local.keys
     return min(local.keys, local.window + max(local.queries, -(-run // local.ranks)))
 
@@ -251,11 +256,15 @@ def seconds(
 ) -> tuple[float, float]:
     """(forward, backward) seconds on the busiest rank; without `moving`, of its compute alone."""
     steps = _compute(local, dtype, network)
+    made = _decompression(local, steps, dtype, network)
     moved = transfers(local, backward=backward) if moving else []
 
-    def passing(times: float, back: bool) -> float:
-        """Seconds of all steps, each `times` its forward pass, and of what moves meanwhile."""
-        compute = [times * step for step in steps]
+    def passing(times: float, made_times: float, back: bool) -> float:
+        """Seconds of all steps, each so many `times` its forward pass, and of what moves meanwhile.
+
+        `made_times` is that of making keys and values of latents.
+        """
+        compute = [times * a + made_times * b for a, b in zip(steps, made, strict=True)]
         hop = sum(
             network.seconds(t.kind, (t.axis,), t.bytes)
             for t in moved
@@ -271,7 +280,8 @@ def seconds(
         # the last step waits for nothing
         return sum(max(step, hop) for step in compute[:-1]) + compute[-1] + exposed
 
-    return passing(1.0, False), passing(BACKWARD, True) if backward else 0.0
+    back = passing(BACKWARD, _MADE_BACKWARD, True) if backward else 0.0
+    return passing(1.0, 1.0, False), back
 
 
 def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
@@ -313,19 +323,19 @@ def _compute(local: Local, dtype: str, network: Network) -> tuple[float, ...]:
             ),
         )
 
-    scores = tuple(step(share) for share in shares)
-    return _with_decompression(scores, local, dtype, network) if local.latent else scores
+    return tuple(step(share) for share in shares)
 
 
-def _with_decompression(
-    steps: tuple[float, ...], local: Local, dtype: str, network: Network
+def _decompression(
+    local: Local, steps: Sequence[float], dtype: str, network: Network
 ) -> tuple[float, ...]:
-    """The steps, with the seconds to make keys and values of the latents that each attends.
+    """Seconds of each step to make keys and values of the latents that it attends.
 
-    A ring makes those of each hop, pass_q its own once.  A product makes them all, then keys are
-    copied behind one another with what their heads share.
+    A ring makes those of each hop that is attended, pass_q its own once.  A product makes them all,
+    then keys are copied behind one another with what their heads share.
     """
-    assert local.latent is not None
+    if local.latent is None:
+        return (0.0,) * len(steps)
     rows = local.batch * _cached_rows(local) * (local.ranks if local.algorithm == "gather" else 1)
     made, rank = local.heads * local.made_dim, local.latent[0]
     seconds = network.once(
@@ -334,7 +344,7 @@ def _with_decompression(
     )
     seconds += network.traffic_seconds(2.0 * rows * local.heads * local.key_dim * local.itemsize)
     again = seconds if local.algorithm == "ring" else 0.0
-    return (steps[0] + seconds, *(step + again for step in steps[1:]))
+    return (seconds, *(again if step else 0.0 for step in steps[1:]))
 
 
 @lru_cache(maxsize=1024)
@@ -406,12 +416,15 @@ def _cached_share(local: Local) -> float:
 def buffer_bytes(local: Local) -> float:
     """Bytes that an attention holds beside its operands and result while it runs.
 
-    With latents also the keys and values of the heads, those of one rank's latents at a time.
+    With latents also the keys and values of the heads, those of one rank's latents at a time, and
+    without a cache, in backward, their gradients.
     """
-    held = 0.0
+    held = 0
     if local.latent:
         rows = local.batch * local.heads * _cached_rows(local)
-        held = float(rows * (local.key_dim + local.made_dim) * local.itemsize)
+        held = rows * (local.key_dim + local.made_dim) * local.itemsize
+        if not local.cached:
+            held += rows * (local.key_dim + local.value_dim) * max(local.itemsize, 4)
     return held + _moved_bytes(local)
 
 

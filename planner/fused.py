@@ -4,7 +4,8 @@
   matrix product instead of three.
 - Attention over keys and values that are made from a latent: of all heads, absorbed, or expanded
   (see `ir.latent`).  With the last two the KV cache is a fraction.  Absorbed, scores cost more;
-  expanded, keys and values are made again in every step, which pays for many new tokens.
+  expanded, keys and values are made again in every step, which pays for many new tokens.  In
+  training, expanded, a fraction is sent over a sharded sequence and kept for backward.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Generic, Literal, TypeAlias
 
-from ..ir.graph import Graph
-from ..ir.latent import absorbed, cached_numbers, expanded
+from ..ir.graph import Graph, Node
+from ..ir.latent import absorbed, expanded, numbers_per_token
+from ..ir.ops import kind_of
 from ..ir.unfuse import unfuse
 from .build import all_params
 from .errors import InfeasibleError, PlanError
@@ -166,23 +168,23 @@ def _known(found: Sequence[Variant], pins: Sequence[str]) -> list[Variant]:
 def forms(graph: Graph) -> list[Variant]:
     """The graph, and where it has attention over latents the other forms of that.
 
-    One new token has no expanded form: it would make the keys of all cached tokens for itself.
+    Training has no absorbed form, and one new token no expanded one: it would make the keys of all
+    cached tokens for itself.
     """
-    found, absorbed_graph = [Variant(graph)], absorbed(graph)
-    if absorbed_graph is not graph:
-        found.append(Variant(absorbed_graph, form="absorbed"))
-        if _new_tokens(graph) > 1:
-            found.append(Variant(expanded(graph), form="expanded"))
-    return found
+    others: dict[Form, Graph] = {"absorbed": absorbed(graph)}
+    if _queries(graph) > 1:
+        others["expanded"] = expanded(graph)
+    changed = [Variant(other, form=form) for form, other in others.items() if other is not graph]
+    return [Variant(graph), *changed]
 
 
-def _new_tokens(graph: Graph) -> int:
-    """New tokens of each sequence, in a graph with attention over a cache."""
-    return max(
-        node.operands[0].type.shape[2]
-        for node in graph.nodes
-        if node.op == "shardwright.cached_attention"
-    )
+def _attentions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if kind_of(node) == "attention"]
+
+
+def _queries(graph: Graph) -> int:
+    """Queries of each sequence, in the attention with most."""
+    return max((node.operands[0].type.shape[2] for node in _attentions(graph)), default=0)
 
 
 def _fused_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]:
@@ -197,14 +199,16 @@ def _fused_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]:
 
 
 def _latent_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]:
-    """What the KV cache holds per token, and what the other forms would take."""
+    """What the KV cache holds per token, or training sends and saves, and what other forms take."""
     others = {one.variant.form: one for one in tried if one.variant.form != best.form}
     if not others:
         return ()
-    text = f"Attention reads {best.reads}: the KV cache holds {cached_numbers(best.graph):,} values"
+    cached = any(node.op == "shardwright.cached_attention" for node in _attentions(best.graph))
+    what = "the KV cache holds" if cached else "sent, and saved for backward, are"
+    text = f"Attention reads {best.reads}: {what} {numbers_per_token(best.graph):,} values"
     text += " per token and layer"
     for one in reversed(others.values()):
-        text += f"; with {one.variant.reads} {cached_numbers(one.variant.graph):,}: {one.time}"
+        text += f"; with {one.variant.reads} {numbers_per_token(one.variant.graph):,}: {one.time}"
     return (text,)
 
 

@@ -34,32 +34,34 @@ class Call:
     shape: tuple[int, int, int, int]  # of q
     key_heads: int
     k_rows: int
-    v_dim: int
+    v_dim: int  # 0 with latents
     dtype: torch.dtype
+    latent: tuple[int, ...]  # numbers of a latent, and sizes of what makes heads of them
 
     @staticmethod
     def of(
         name: str,
         scores: Scores,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         layouts: tuple[Layout, ...],
         *,
         k_rows: int | None = None,
+        up: Tensor | None = None,
     ) -> Call:
-        """The call with `tensors` q, k, v and sinks."""
+        """The call with `tensors` q, k, v and sinks; with `up`, k are latents and v is None."""
         q, k, v, sinks = tensors
         b, heads, rows, d = q.shape
         k_rows = k.shape[2] if k_rows is None else k_rows
         return Call(
             name, scores, sinks is not None, layouts, (b, heads, rows, d), k.shape[1], k_rows,
-            v.shape[3], q.dtype,
+            0 if v is None else v.shape[3], q.dtype, () if up is None else (k.shape[3], *up.shape),
         )  # fmt: skip
 
     def numbers(self) -> dict[str, int]:
         """By title; hashes of what is not a number, the same in every process."""
         s, (b, heads, rows, d) = self.scores, self.shape
         given = (s.bias, s.slopes, s.mask.keys, s.mask.documents)
-        options = (s.causal, s.window, s.scale, s.softcap, s.mask.prefix, self.sinks)
+        options = (s.causal, s.window, s.scale, s.softcap, s.mask.prefix, self.sinks, self.latent)
         return {
             "function": crc32(self.name.encode()),
             "batch": b,

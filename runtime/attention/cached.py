@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from ..cache import KVCache, Step
 from ..collectives import Axis
 from .kernels import attend
+from .latents import Heads
 from .links import Link, pack, unpack
 from .partial import Partial
 from .pass_q import return_partials
 from .pieces import Piece, cut, fuse
 from .scores import Mask, Scores
-from .task import Options, check_heads, start
+from .task import Options, check_heads, check_latents, start
 from .tokens import Run
 from .tree import merge_over
 
@@ -94,7 +95,7 @@ def cached_attention(
     limit of the group; who would go on after it asks `cache.table.shortage` on all ranks before.
     """
     options = Options("cached_attention", causal, window, scale, softcap, sinks, None, None, None)
-    heads = None if up is None else _Heads.of(options, up.detach(), q, k, v, cache)
+    heads = None if up is None else _checked_heads(options, up.detach(), q, k, v, cache)
     if heads is None:
         check_heads(options.name, q, k, cache.values_of(k) if v is None else v)
     _check_algorithm(options, algorithm, axis)
@@ -130,52 +131,22 @@ def _check_algorithm(options: Options, algorithm: str, axis: Axis | None) -> Non
         options.refuse(f"`{algorithm}` needs the axis that cuts the sequences")
 
 
-@dataclass(frozen=True, slots=True)
-class _Heads:
-    """Makes the keys and values of heads from the latents that are cached."""
-
-    up: Tensor  # (heads, nope + value_dim, rank)
-    nope: int  # numbers of a key that are made from the latent
-
-    @staticmethod
-    def of(
-        options: Options, up: Tensor, q: Tensor, k: Tensor, v: Tensor | None, cache: KVCache
-    ) -> _Heads:
-        """Checked, for queries, and latents to be stored in `cache`."""
-        if v is not None or not cache.values_in_keys:
-            options.refuse("with `up`, v is None and the cache holds values in its keys")
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, up {tuple(up.shape)}"
-        if not q.ndim == k.ndim == 4 or up.ndim != 3:
-            options.refuse(
-                "expected q (batch, heads, sequence, head_dim), k (batch, 1, sequence, r + rope)"
-                f" and up (heads, d_nope + dv, r), got {shapes}"
-            )
-        rank, stored = up.shape[2], cache.values.shape[2]
-        nope = q.shape[3] - (k.shape[3] - rank)
-        fits = k.shape[1] == 1 and q.shape[1] == up.shape[0] and q.shape[0] == k.shape[0]
-        if not fits or rank != stored or not 0 < nope <= q.shape[3] or nope >= up.shape[1]:
-            options.refuse(f"sizes do not fit together, with latents of {stored}: {shapes}")
-        if not q.dtype == k.dtype == up.dtype or not q.is_floating_point():
-            options.refuse(f"one float dtype expected, got {q.dtype}, {k.dtype}, {up.dtype}")
-        if not q.device == k.device == up.device:
-            options.refuse(f"one device expected, got {q.device}, {k.device}, {up.device}")
-        return _Heads(up, nope)
-
-    @property
-    def value_dim(self) -> int:
-        """Numbers of a value."""
-        return self.up.shape[1] - self.nope
-
-    def made(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (b, h, s, d) and values (b, h, s, dv) of latents (b, 1, s, rank + rope)."""
-        heads, _, rank = self.up.shape
-        rows = F.linear(k[:, 0, :, :rank], self.up.flatten(0, 1))  # one product for all heads
-        by_heads = rows.unflatten(2, (heads, -1)).transpose(1, 2)
-        nope, v = by_heads.split([self.nope, self.value_dim], 3)
-        return torch.cat([nope, k[..., rank:].expand(-1, heads, -1, -1)], 3), v
+def _checked_heads(
+    options: Options, up: Tensor, q: Tensor, k: Tensor, v: Tensor | None, cache: KVCache
+) -> Heads:
+    """What makes heads of the latents to be stored in `cache`."""
+    if v is not None or not cache.values_in_keys:
+        options.refuse("with `up`, v is None and the cache holds values in its keys")
+    check_latents(options, q, k, up)
+    if up.shape[2] != (stored := cache.values.shape[2]):
+        options.refuse(
+            f"sizes do not fit together, with latents of {stored}: k {tuple(k.shape)}, up"
+            f" {tuple(up.shape)}"
+        )
+    return Heads.of(up, q, k)
 
 
-def _of_heads(k: Tensor, v: Tensor, heads: _Heads | None) -> tuple[Tensor, Tensor]:
+def _of_heads(k: Tensor, v: Tensor, heads: Heads | None) -> tuple[Tensor, Tensor]:
     """The keys and values that queries attend, from those that are cached."""
     return (k, v) if heads is None else heads.made(k)
 
@@ -189,7 +160,7 @@ def _local(
     step: Step,
     scores: Scores,
     sinks: Tensor | None,
-    heads: _Heads | None,
+    heads: Heads | None,
     axis: Axis | None,
 ) -> Tensor:
     k, v, key_positions = cache.gathered()
@@ -206,7 +177,7 @@ def _ring(
     step: Step,
     scores: Scores,
     sinks: Tensor | None,
-    heads: _Heads | None,
+    heads: Heads | None,
     axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
@@ -234,7 +205,7 @@ def _gather(
     step: Step,
     scores: Scores,
     sinks: Tensor | None,
-    heads: _Heads | None,
+    heads: Heads | None,
     axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
@@ -259,7 +230,7 @@ def _pass_q(
     step: Step,
     scores: Scores,
     sinks: Tensor | None,
-    heads: _Heads | None,
+    heads: Heads | None,
     axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
@@ -290,7 +261,7 @@ def _tree(
     step: Step,
     scores: Scores,
     sinks: Tensor | None,
-    heads: _Heads | None,
+    heads: Heads | None,
     axis: Axis | None,
 ) -> Tensor:
     assert axis is not None
@@ -307,7 +278,7 @@ def _tree(
 
 
 _Algorithm: TypeAlias = Callable[
-    [Tensor, KVCache, Step, Scores, Tensor | None, _Heads | None, Axis | None], Tensor
+    [Tensor, KVCache, Step, Scores, Tensor | None, Heads | None, Axis | None], Tensor
 ]
 _ALGORITHMS: dict[str, _Algorithm] = {
     "local": _local,

@@ -11,15 +11,14 @@ from torch.nn import functional as F
 from ..stochastic import dropout
 from .links import Link
 from .ring import attend_over_ring
-from .scores import Scores
-from .task import Task, check_heads
+from .task import Options, Task, check_keys
 from .tokens import Layout
 
 
 def attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     mask: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -30,6 +29,7 @@ def attention(
     dropout_p: float = 0.0,
     query_start: int | None = None,
     generator: torch.Generator | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T scale) v for q (b, hq, sq, d), k (b, hkv, sk, d), v (b, hkv, sk, dv).
 
@@ -39,7 +39,8 @@ def attention(
     `mask` allows it: bool (True attends) or a float to add, broadcastable to (b, hq, sq, sk).
     `softcap` > 0 makes scores softcap * tanh(scores / softcap).  `sinks` (hq,) are the scores of
     one more key per head, whose value is zero.  Query head h uses key head h // (hq // hkv).
-    Result (b, hq, sq, dv).
+    Result (b, hq, sq, dv).  With `up`, v is None and k are latents, as in `ring_attention`; they
+    take neither mask nor dropout.
 
     Without mask and dropout memory grows with sq + sk and not with their product, whatever the
     positions; with dropout, or a mask together with positions or softcap, it has sq x sk scores.
@@ -50,10 +51,15 @@ def attention(
     # Nothing here may depend on the rank: backward asks for gathered operands in one order.
     shared = query_start is not None
     query_start = query_start or 0
+    options = Options("attention", causal, window, scale, softcap, sinks, None, None, None)
+    if up is not None or v is None:
+        if mask is not None or dropout_p > 0:
+            options.refuse("latents k, of which `up` makes heads, take neither mask nor dropout")
+        return _by_positions(options, q, k, v, up, query_start)
     bounded = window > 0 and (shared or sq > window)
     positioned = bounded or causal and (shared or sq != sk)
     if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
-        return _by_positions(q, k, v, sinks, scale, causal, window, softcap, query_start)
+        return _by_positions(options, q, k, v, None, query_start)
     if softcap == 0 and dropout_p == 0 and mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -71,26 +77,23 @@ def attention(
 
 
 def _by_positions(
+    options: Options,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    window: int,
-    softcap: float,
+    v: Tensor | None,
+    up: Tensor | None,
     query_start: int,
 ) -> Tensor:
     """Attention without a mask of queries x keys: a ring of one rank."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # as SDPA does
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_heads("attention", q, k, v)
+        q, k = q.to(dtype), k.to(dtype)
+        v, up = (None if x is None else x.to(dtype) for x in (v, up))
+    check_keys(options, q, k, v, up)
     queries = Layout.contiguous(q.shape[2], 1, start=query_start)
     keys = Layout.contiguous(k.shape[2], 1)
-    factor = 1.0 / sqrt(q.shape[-1]) if scale is None else scale
-    scores = Scores(factor, causal, window, softcap)
-    return attend_over_ring(q, k, v, sinks, Task(Link(None), scores, queries, keys))
+    task = Task(Link(None), options.scores(q), queries, keys)
+    return attend_over_ring(q, k, v, options.sinks, task, up)
 
 
 def _with_positions(

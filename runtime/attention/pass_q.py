@@ -67,7 +67,8 @@ class _PassQ(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return (*ring_backward(ctx, grads[0], ctx.task), None)
+        *found, _ = ring_backward(ctx, grads[0], ctx.task)  # there is no `up`
+        return (*found, None)
 
 
 def _circulate(q: Tensor, k: Tensor, v: Tensor, task: Task) -> list[Partial]:

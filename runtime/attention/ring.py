@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import attend_backward
-from .links import Group, pack, unpack
+from .latents import Held
+from .links import Group, unpack
 from .partial import Partial, wide
 from .scores import Mask
-from .task import Options, Task, save, saved, start
+from .task import Options, Task, save, saved_held, start
 from .tokens import Layout
 
 # Messages of keys and values, and of their gradients, which are under way at the same time.
@@ -22,7 +22,7 @@ _KV_TAG, _GRADIENT_TAG = 0, 1
 def ring_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     group: Group,
     causal: bool = False,
@@ -35,6 +35,7 @@ def ring_attention(
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     mask: Mask | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Attention over a sequence that is sharded over `group`, by ring pass-KV.
 
@@ -55,71 +56,85 @@ def ring_attention(
     with a column per position; its gradient is whole for these rows.  `slopes` (hq,) are ALiBi's
     and get no gradient.
 
-    Cost, over p ranks, with kv = b hkv sk (d + dv) numbers of e bytes: forward receives
-    (p-1) kv e bytes in p-1 messages, each under way while a block is computed; backward twice as
-    many messages, (p-1) kv (e + 4) bytes, as gradients travel in float32.  Memory: two blocks of
-    keys and values, in backward also two of their gradients.  Wins for long new sequences
-    (training, prefill), where computing a block takes longer than its message.
+    With `up` (hq, d_nope + dv, r), v is None and k (b, 1, sk, r + rope) are latents: c, and behind
+    it the part of the keys that all heads share.  They alone are sent and kept for backward.  Of
+    those of each rank in turn, and in backward again, keys up[:, :d_nope] c and the shared part,
+    d = d_nope + rope, and values up[:, d_nope:] c are made: 2 b sk r hq (d_nope + dv) FLOP, and
+    twice as many for their gradients; b hq sk (d + d_nope + dv) numbers of memory, in backward
+    also b hq sk (d + dv) in float32.  The gradient of `up` is this rank's summand.
+
+    Cost, over p ranks, with kv = b hkv sk (d + dv) numbers of e bytes, b sk (r + rope) with `up`:
+    forward receives (p-1) kv e bytes in p-1 messages, each under way while a block is computed;
+    backward twice as many messages, (p-1) kv (e + 4) bytes, as gradients travel in float32.
+    Memory: two blocks of keys and values, in backward also two of their gradients.  Wins for long
+    new sequences (training, prefill), where computing a block takes longer than its message.
 
     Raises ValueError for sizes that do not fit together or to the layout.
     """
     options = Options("ring_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
-    task = Task.of(options, group, q, k, v, layout, query_layout)
-    return attend_over_ring(q, k, v, sinks, task)
+    task = Task.of(options, group, q, k, v, layout, query_layout, up)
+    return attend_over_ring(q, k, v, sinks, task, up)
 
 
-def attend_over_ring(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task) -> Tensor:
+def attend_over_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    sinks: Tensor | None,
+    task: Task,
+    up: Tensor | None = None,
+) -> Tensor:
     """`ring_attention` of checked inputs; on one rank it is local attention."""
-    return _Ring.apply(q, k, v, sinks, task.scores.bias, task)
+    return _Ring.apply(q, k, v, sinks, task.scores.bias, up, task)
 
 
-def ring_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task) -> Partial:
+def ring_forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
     """This rank's queries over the keys of all ranks, from its own backwards around the ring."""
-    into = start(q, v.shape[3], sinks)
-    link, buffer = task.link, pack(k, v) if task.link.size > 1 else None
+    into = start(q, held.value_dim, sinks)
+    link, buffer = task.link, held.packed() if task.link.size > 1 else None
     for step in range(link.size):
         source = (link.rank - step) % link.size
         last = step == link.size - 1
         hop = None if last or buffer is None else link.shift(buffer, "forward", _KV_TAG)
-        task.attend(into, q, k, v, source)
+        held.attend(into, q, task.pieces(source), task.scores)
         if hop is not None:
             (buffer,) = hop.wait()
-            k, v = unpack(buffer, k.shape, v.shape)
+            held = held.received(buffer)
     return into
 
 
-def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, sinks: keys travel again, their gradients one rank behind them.
+def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, sinks, up: keys travel again, their gradients one rank behind them.
 
     A rank adds its share to the gradient that comes with the keys and passes it on; after p-1
     hops it is with the keys' owner, whose own share never left.
     """
-    queries, k, v, dsinks = saved(ctx, grad)
-    link, dtype = task.link, wide(k.dtype)
+    queries, held, dsinks = saved_held(ctx, grad)
+    link, dtype = task.link, wide(held.k.dtype)
     dq = queries.q.new_zeros(queries.q.shape, dtype=dtype)
-    size = k.numel() + v.numel()
-    own = k.new_zeros(size, dtype=dtype)
-    buffer = pack(k, v) if link.size > 1 else None
-    shapes = (k.shape, v.shape)
+    dup = None if held.heads is None else torch.zeros_like(held.heads.up, dtype=dtype)
+    shapes, size = held.shapes, sum(x.numel() for x in held.sent)
+    own = held.k.new_zeros(size, dtype=dtype)
+    buffer = held.packed() if link.size > 1 else None
     gradients = None  # the hop that brings gradients of the keys that are here now
     for step in range(link.size):
         source = (link.rank - step) % link.size
         last = step == link.size - 1
         keys = None if last or buffer is None else link.shift(buffer, "backward", _KV_TAG)
-        share = own if step == 0 else k.new_zeros(size, dtype=dtype)
-        dk, dv = unpack(share, *shapes)
-        attend_backward((dq, dk, dv), queries, k, v, task.pieces(source), task.scores)
+        share = own if step == 0 else torch.zeros_like(own)
+        grads = (dq, unpack(share, *shapes), dup)
+        held.attend_backward(grads, queries, task.pieces(source), task.scores)
         if step > 0:
             if gradients is not None:
                 share += gradients.wait()[0]
             gradients = link.shift(share, "backward", _GRADIENT_TAG)
         if keys is not None:
             (buffer,) = keys.wait()
-            k, v = unpack(buffer, *shapes)
+            held = held.received(buffer)
     if gradients is not None:
         own += gradients.wait()[0]
-    dk, dv = unpack(own, *shapes)
-    return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks  # pyright: ignore
+    dk, *dv = (x.to(queries.q.dtype) for x in unpack(own, *shapes))
+    return dq.to(queries.q.dtype), dk, dv[0] if dv else None, dsinks, dup
 
 
 class _Ring(torch.autograd.Function):
@@ -128,13 +143,15 @@ class _Ring(torch.autograd.Function):
         ctx: Any,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         sinks: Tensor | None,
         bias: Tensor | None,  # that of the task; autograd knows it by this
+        up: Tensor | None,
         task: Task,
     ) -> Tensor:
         ctx.task = task
-        return save(ctx, (q, k, v, sinks), ring_forward(q, k, v, sinks, task))
+        into = ring_forward(q, Held.of(q, k, v, up), sinks, task)
+        return save(ctx, (q, k, v, sinks), into, up=up)
 
     @staticmethod
     @once_differentiable
@@ -142,4 +159,5 @@ class _Ring(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
-        return (*ring_backward(ctx, grads[0], task), dbias, None)
+        *found, dup = ring_backward(ctx, grads[0], task)
+        return (*found, dbias, dup, None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .agreement import Call, agree
 from .kernels import Queries, attend, sinks_gradient
+from .latents import Held
 from .links import Group, Link, link_of
 from .partial import Partial, wide
 from .pieces import Piece
@@ -105,6 +106,34 @@ def check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: one device expected, got {q.device}, {k.device}, {v.device}")
 
 
+def check_latents(options: Options, q: Tensor, k: Tensor, up: Tensor) -> None:
+    """Refuse latents k (b, 1, s, r + rope) of which `up` makes no keys for q (b, h, s, d)."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, up {tuple(up.shape)}"
+    if not q.ndim == k.ndim == 4 or up.ndim != 3:
+        options.refuse(
+            "expected q (batch, heads, sequence, head_dim), k (batch, 1, sequence, r + rope)"
+            f" and up (heads, d_nope + dv, r), got {shapes}"
+        )
+    nope = q.shape[3] - (k.shape[3] - up.shape[2])
+    fits = k.shape[1] == 1 and q.shape[1] == up.shape[0] and q.shape[0] == k.shape[0]
+    if not fits or not 0 < nope <= q.shape[3] or nope >= up.shape[1]:
+        options.refuse(f"sizes do not fit together: {shapes}")
+    if not q.dtype == k.dtype == up.dtype or not q.is_floating_point():
+        options.refuse(f"one float dtype expected, got {q.dtype}, {k.dtype}, {up.dtype}")
+    if not q.device == k.device == up.device:
+        options.refuse(f"one device expected, got {q.device}, {k.device}, {up.device}")
+
+
+def check_keys(options: Options, q: Tensor, k: Tensor, v: Tensor | None, up: Tensor | None) -> None:
+    """Refuse keys and values, or latents and what makes both of them, that do not fit."""
+    if (v is None) != (up is not None):
+        options.refuse("v is None with `up`, which makes keys and values of latents k, and only so")
+    if up is not None:
+        check_latents(options, q, k, up)
+    elif v is not None:
+        check_heads(options.name, q, k, v)
+
+
 def check_layouts(
     options: Options,
     rank: int,
@@ -147,17 +176,18 @@ class Task:
         group: Group,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         layout: Layout | None,
         query_layout: Layout | None,
+        up: Tensor | None = None,
     ) -> Task:
         """Checked, also against the other ranks; layouts as in `check_layouts`."""
-        check_heads(options.name, q, k, v)
+        check_keys(options, q, k, v, up)
         link = link_of(options.name, group)
         queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
         options.check_covers(scores, queries, keys)
-        call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+        call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys), up=up)
         agree(call, [link], q.device, every_time=layout is None)
         return Task(link, scores, queries, keys)
 
@@ -190,14 +220,15 @@ def start(q: Tensor, value_dim: int, sinks: Tensor | None) -> Partial:
 
 def save(
     ctx: Any,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     into: Partial,
     *more: Tensor,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Keep inputs, final result and `more` tensors for backward; the result in q's dtype."""
     q, k, v, sinks = inputs
     out = into.out.to(q.dtype)
-    ctx.save_for_backward(q, k, v, sinks, out, into.lse, *more)
+    ctx.save_for_backward(q, k, v, sinks, up, out, into.lse, *more)
     return out
 
 
@@ -209,7 +240,15 @@ def saved_more(ctx: Any) -> tuple[Tensor, ...]:
 
 def saved(ctx: Any, grad: Tensor) -> tuple[Queries, Tensor, Tensor, Tensor | None]:
     """(queries, k, v, gradient of the sinks) from what `save` kept."""
+    queries, held, dsinks = saved_held(ctx, grad)
+    assert held.v is not None, "latents, of an algorithm that knows none"
+    return queries, held.k, held.v, dsinks
+
+
+def saved_held(ctx: Any, grad: Tensor) -> tuple[Queries, Held, Tensor | None]:
+    """As `saved`; k and v may be latents, and what makes both of them."""
     # Asked for once: each time gathers the parameters among them again.
-    q, k, v, sinks, out, lse, *ctx.more = ctx.saved_tensors
+    q, k, v, sinks, up, out, lse, *ctx.more = ctx.saved_tensors
     queries = Queries.of(q, out, lse, grad.to(q.dtype))
-    return queries, k, v, None if sinks is None else sinks_gradient(sinks, queries)
+    dsinks = None if sinks is None else sinks_gradient(sinks, queries)
+    return queries, Held.of(q, k, v, up), dsinks

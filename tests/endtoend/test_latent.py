@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,9 +30,20 @@ from shardwright.planner.store import plan_from_json, plan_to_json
 from shardwright.planner.traffic import predicted_bytes
 from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.cache import KVCache
+from tests import sharded
+from tests.endtoend.test_moe import Way, case_of, check, planned
 from tests.ir.models import VOCABULARY
+from tests.ir.test_latent import trained
 from tests.ir.test_moe import model_of
-from tests.sharded import builder_of, import_source, job_of, mesh_of, program_of, source_of
+from tests.sharded import (
+    builder_of,
+    import_source,
+    job_of,
+    mesh_of,
+    program_of,
+    reference,
+    source_of,
+)
 
 Pool = Callable[[int], RankPool]
 BATCH, PROMPT, NEW = 4, 16, 5
@@ -183,3 +195,39 @@ def test_two_programs_serve_together(pool: Pool, form: str) -> None:
     ids, lengths = prompts()
     for out, shapes, _ in pool(2).run(serve_on_rank, source, deepseek().state_dict(), ids, lengths):
         assert torch.equal(out[:, PROMPT:], answers()) and shapes == [(1, 24)] * 4
+
+
+# --- training ------------------------------------------------------------------------------------
+
+TRAINED = {
+    "ring": Way(("dispatch_i1",), (2,), attention=("ring",)),
+    "gather, sharded": Way(("dispatch_i1",), (2,), sharded=True, attention=("gather",)),
+    "queries alone": Way(("dispatch_i1",), (2,), attention=("q",)),
+    "batch x ring": Way(("dispatch_i0", "i1"), (2, 2), attention=("b", "ring")),
+    "heads x ring, sharded": Way(("e", "i1"), (2, 2), sharded=True, attention=("g", "ring")),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_over_latents(pool: Pool, name: str) -> None:
+    """Loss and all gradients are those of one process that attends over the keys of all heads;
+    latents and their gradients are what is moved, as predicted."""
+    plain, way = case_of("deepseek_v3"), TRAINED[name]
+    case = replace(plain, graph=expanded(plain.graph))
+    builder, decisions = planned(case, way)
+    assert "up=" in source_of(builder, decisions)
+    check(pool(builder.network.mesh.ranks), case, builder, decisions)
+
+
+@pytest.mark.parametrize("choice", ["ring", "gather"])
+def test_training_over_latents_in_zigzag_order(pool: Pool, choice: str) -> None:
+    model, plain, inputs = trained("", tokens=16)
+    params = dict(model.state_dict())
+    builder = builder_of(expanded(plain), mesh_of(2), order="zigzag")
+    built = builder.build(Way((), (2,), attention=(choice,)))
+    solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
+    assert solution.assignment is not None
+    decisions = built.read(solution.assignment)
+    assert "ops.Layout.zigzag" in source_of(builder, decisions)
+    expected = reference(plain, params, inputs)
+    sharded.check(pool(2), builder, decisions, params, inputs, expected, tolerance=1e-10)

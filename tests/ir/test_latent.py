@@ -17,8 +17,11 @@ from shardwright.ir.fold import fold
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.interpret import Caches, interpret
 from shardwright.ir.latent import absorbed, expanded
+from shardwright.ir.ops import rule_of, saved_values
+from shardwright.ir.order import token_dims
 from shardwright.ir.rewrite import with_args
 from shardwright.ir.serving import serving_graph
+from shardwright.ir.spec import R, S, V
 from shardwright.ir.text import format_graph
 from shardwright.ir.widen import widened
 
@@ -144,9 +147,9 @@ class Latents(nn.Module):
     """Attention over latents; `change` makes it one that the pass does not know, or the other way
     round: values before keys in the weight, queries that no cat makes, and sinks."""
 
-    def __init__(self, change: str) -> None:
+    def __init__(self, change: str, masked: bool = False) -> None:
         super().__init__()
-        self.change = change
+        self.change, self.masked = change, masked
         self.embed = nn.Embedding(VOCABULARY, 12)
         self.down = nn.Linear(12, 5, bias=False)
         self.up = nn.Linear(5, 3 * (4 + 6), bias=change == "bias")
@@ -169,10 +172,15 @@ class Latents(nn.Module):
         k = torch.cat([k, rope], -1)
         if self.change == "values":
             v = v + 1
-        if self.sinks is None:
+        if self.masked:
+            mask = (position_ids[:, None, :, None] >= position_ids[:, None, None]).expand(
+                b, 1, t, t
+            )
+            out = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        elif self.sinks is None:
             out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            out = attention(q, k, v, None, 6**-0.5, True, 0, 0.0, 0.0, self.sinks)
+            out = attention(q, k, v, None, 6**-0.5, True, 0, 0.0, 0.0, self.sinks, 0)
         return self.head(out.transpose(1, 2).reshape(b, t, 18))
 
 
@@ -199,3 +207,73 @@ def test_values_first_and_queries_in_one(change: str, form: Form) -> None:
         assert all((node.arg("sinks") is None) == (change == "") for node in attentions(graph))
         got = next(iter(interpret(graph, model.state_dict(), inputs).values()))[:, 0]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def trained(
+    change: str, masked: bool = False, tokens: int = TOKENS
+) -> tuple[Latents, Graph, dict[str, Tensor]]:
+    """A model, its training graph, and inputs."""
+    torch.manual_seed(0)
+    model = Latents(change, masked)
+    ids = torch.randint(3, VOCABULARY, (BATCH, tokens))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(tokens).expand(BATCH, tokens)}
+    return model, fold(capture(model, inputs, training=True)), inputs
+
+
+@pytest.mark.parametrize("change", ["", "sinks"])
+def test_training_over_latents(change: str) -> None:
+    """Outputs and the gradients of all weights are those of the model; nothing is absorbed."""
+    model, before, inputs = trained(change)
+    graph = expanded(before)
+    (node,) = (n for n in graph.nodes if n.op == "shardwright.attention")
+    assert node.operands[1].type.shape == (BATCH, 1, TOKENS, 5 + 2) and node.arg("v") is None
+    assert set(rule_of(node).algorithms) == {"ring", "gather"}
+    assert node.arg("up") in saved_values(node) and node.operands[1] in saved_values(node)
+    assert all(value.differentiable for value in node.operands)
+    assert absorbed(before) is before and expanded(graph) is graph
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in model.named_parameters()}
+    (got,) = interpret(graph, leaves, inputs).values()
+    want = model(**inputs)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).double()
+    wants = torch.autograd.grad((want * weights).sum(), list(model.parameters()))
+    gots = torch.autograd.grad((got * weights).sum(), list(leaves.values()))
+    for one, other in zip(gots, wants, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def test_every_cut_of_training_over_latents() -> None:
+    """Latents and `up` are whole where queries, batch or heads cut others: gradients partial."""
+    _, graph, _ = trained("")
+    (node,) = (n for n in expanded(graph).nodes if n.op == "shardwright.attention")
+    choices = {name: operands for name, (operands, _) in rule_of(node).choices().items()}
+    assert choices == {
+        "R": (R, R, R), "b": (S(0), S(0), V), "g": (S(1), V, S(0)), "q": (S(2), V, V),
+        "ring": (S(2), S(2), V), "gather": (S(2), S(2), V),
+    }  # fmt: skip
+
+
+def test_latents_stand_in_the_order_of_the_tokens() -> None:
+    """And what makes heads of them does not."""
+    _, graph, _ = trained("")
+    graph = expanded(graph)
+    (node,) = (n for n in graph.nodes if n.op == "shardwright.attention")
+    ordered = token_dims(graph)
+    assert [ordered.get(value.name) for value in node.operands] == [{2}, {2}, None]
+
+
+def test_training_with_a_mask_stays() -> None:
+    _, graph, _ = trained("", masked=True)
+    assert any(n.op == "shardwright.attention" for n in graph.nodes) and expanded(graph) is graph
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    model = Latents("")
+    model.up.requires_grad_(False)
+    inputs = {name: torch.zeros(BATCH, TOKENS).long() for name in ("input_ids", "position_ids")}
+    graph = expanded(fold(capture(model, inputs, training=True)))
+    (node,) = (n for n in graph.nodes if n.op == "shardwright.attention")
+    assert [value.differentiable for value in node.operands] == [True, True, False]

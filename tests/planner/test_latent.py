@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,11 +12,19 @@ import pytest
 import torch
 
 import shardwright
+from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.compute import matmul_s
+from shardwright.ir.capture import capture
+from shardwright.ir.fold import fold
 from shardwright.ir.graph import Node
+from shardwright.ir.latent import expanded
 from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import decompressing, values_in_keys
+from shardwright.ir.ops import decompressing, kind_of, rule_of, values_in_keys
 from shardwright.ir.shrink import shrink, state_of
+from shardwright.planner.attention import Local, buffer_bytes, seconds, transfers
+from shardwright.planner.conversion import Network
 from shardwright.planner.errors import InfeasibleError
+from shardwright.planner.pricing import price
 from shardwright.planner.store import plan_from_json, plan_to_json
 
 LATENT, HEADS = 512 + 64, 128 * (192 + 128)  # values per token and layer in DeepSeek-V3
@@ -52,8 +62,15 @@ def tight_append() -> Any:
     return planned("append", 8, 2048, context=32768, memory_bytes=int(0.9 * append().memory.cache))
 
 
+@cache
+def training() -> Any:
+    """One long sequence."""
+    ids = torch.zeros(1, 65536, dtype=torch.long, device="meta")
+    return shardwright.plan(deepseek(), {"input_ids": ids}, gpus=8, mesh="8", phase="train")
+
+
 def attentions(plan: Any) -> list[Node]:
-    return [node for node in plan.graph.nodes if node.op == "shardwright.cached_attention"]
+    return [node for node in plan.graph.nodes if kind_of(node) == "attention"]
 
 
 def form(plan: Any) -> str:
@@ -118,10 +135,67 @@ def test_serving_makes_heads_for_the_prompt_alone() -> None:
     assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
 
 
-@pytest.mark.parametrize("phase, context", [("append", 32768), ("decode", 16384)])
-def test_plans_over_latents_shrink(phase: str, context: int) -> None:
+def test_training_keeps_latents() -> None:
+    """Keys and values of a long sequence are made again rather than kept; there are two forms."""
+    plan = training()
+    assert form(plan) == "expanded"
+    (note,) = (note for note in plan.notes if note.startswith("Attention"))
+    assert note.startswith(
+        "Attention reads keys and values made from latents: sent, and saved for backward, are"
+        f" {LATENT} values per token and layer; with keys and values of all heads {HEADS:,}: "
+    )
+    assert note.count(";") == 1 and note in str(plan)
+    stored = json.dumps(plan_to_json(plan))
+    assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
+
+
+def test_a_ring_over_latents_sends_fewer_bytes() -> None:
+    """Latents of 2 bytes forward and backward, and gradients of 4; less waiting for a slow link."""
+    ids = torch.zeros(1, 65536, dtype=torch.long, device="meta")
+    plain = fold(capture(deepseek(), {"input_ids": ids}, training=True))
+    moved: list[int] = []
+    waits: list[float] = []
+    network = Network(Mesh((("cp", 8),)), load_cluster("rtx4090", 8))
+    for graph in (plain, expanded(plain)):
+        (node,) = (node for node in graph.nodes if node.op == "shardwright.attention")
+        local = Local.of(node, ("ring",), (8,), "zigzag")
+        moved.append(sum(t.bytes * t.times for t in transfers(local, backward=True)))
+        waits.append(price(node, ("ring",), network, training=True, order="zigzag").moving_s)
+        assert ("ulysses" in rule_of(node).algorithms) == (graph is plain)
+    assert moved == [7 * 8192 * numbers * (2 + 2 + 4) for numbers in (HEADS, LATENT)]
+    assert waits[1] < waits[0] / 10
+
+
+def test_seconds_of_making_heads() -> None:
+    """A ring makes them in each hop that it attends: once forward, thrice in backward."""
+    network = Network(Mesh((("cp", 4),)), load_cluster("h100", 4))
+    sizes = dict(
+        batch=1, heads=128, kv_heads=1, queries=4096, keys=4096, key_dim=192, value_dim=128,
+        itemsize=2, causal=True, window=0, axis=0, ranks=4, query_ways=1, cached=False,
+    )  # fmt: skip
+    ring = Local(**sizes, algorithm="ring", zigzag=True, latent=(512, 64))
+    plain = replace(ring, latent=None, kv_heads=128)
+    forward, backward = (
+        over - heads
+        for over, heads in zip(
+            *(
+                seconds(local, "bfloat16", network, backward=True, moving=False)
+                for local in (ring, plain)
+            ),
+            strict=True,
+        )
+    )
+    product = matmul_s(4096, 128 * 256, 512, 1, "bfloat16", network.cluster)
+    assert forward > 4 * product and backward == pytest.approx(3 * forward)
+    assert buffer_bytes(ring) - buffer_bytes(plain) == (
+        4096 * 128 * ((192 + 256) * 2 + (192 + 128) * 4) + 2 * 4096 * (LATENT - HEADS) * 2
+    )
+
+
+@pytest.mark.parametrize("made", [tight_append, decode, training])
+def test_plans_over_latents_shrink(made: Callable[[], Any]) -> None:
     """To sizes that `plan verify` runs: latents, heads and what they share fit together."""
-    plan = tight_append() if phase == "append" else decode()
+    plan = made()
     small = shrink(
         plan.graph, plan.decisions.choices, plan.decisions.specs.items(), plan.mesh,
         Mesh((("x", 2),)),

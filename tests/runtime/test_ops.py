@@ -251,6 +251,29 @@ def test_attention_under_autocast() -> None:
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 3, "causal": True}, {}], ids=str)
+def test_attention_over_latents(options: dict[str, Any]) -> None:
+    """Result and gradients are those over the keys and values that are made from them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 3, 8), (2, 1, 9, 5 + 2), (4, 6 + 4, 5), (2, 4, 3, 4)]
+    q, latents, up, grad = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes
+    )
+    leaves = [x.requires_grad_() for x in (q, latents, up)]
+    made = torch.einsum("bsr,hur->bhsu", latents[:, 0, :, :5], up)
+    k, v = torch.cat([made[..., :6], latents[..., 5:].expand(-1, 4, -1, -1)], 3), made[..., 6:]
+    want = attention(q, k, v, query_start=4, **options)
+    got = attention(q, latents, None, query_start=4, up=up, **options)
+    torch.testing.assert_close(got, want, **EXACT)
+    wants, gots = (torch.autograd.grad(out, leaves, grad) for out in (want, got))
+    for one, other in zip(gots, wants, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    with pytest.raises(ValueError, match="take neither mask nor dropout"):
+        attention(q, latents, None, torch.ones(3, 9).bool(), up=up)
+    with pytest.raises(ValueError, match="v is None with `up`"):
+        attention(q, latents, None)
+
+
 def test_attention_refuses_heads_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="attention: 3 query heads over 2 key heads"):
         attention(torch.ones(1, 3, 2, 4), torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from shardwright.runtime import Layout, Mask
 
+ROPE = 3  # numbers of a latent that are part of the keys of all heads
+
 
 @dataclass(frozen=True)
 class Case:
@@ -30,6 +32,7 @@ class Case:
     padded: bool = False
     documents: tuple[int, ...] = ()
     prefix: int = 0
+    rank: int = 0  # of latents, of which keys and values of all heads are made
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -57,6 +60,7 @@ class Inputs:
     slopes: Tensor | None
     bias: Tensor | None
     mask: Mask | None
+    up: Tensor | None = None  # with it k are latents (b, 1, s, rank + ROPE), and v is empty
 
 
 def make(case: Case) -> Inputs:
@@ -79,8 +83,19 @@ def make(case: Case) -> Inputs:
             torch.arange(len(case.documents)), torch.tensor(case.documents)
         )
         documents = torch.stack([ids, ids.flip(0)])[:b]
-    mask = Mask(keys, documents, case.prefix)
-    return Inputs(q, k, v, grad, sinks, slopes, bias, mask)
+    mask, up = Mask(keys, documents, case.prefix), None
+    if case.rank:
+        k, v = draw(b, 1, s, case.rank + ROPE), draw(b, 1, s, 0)
+        up = draw(hq, d - ROPE + dv, case.rank)
+    return Inputs(q, k, v, grad, sinks, slopes, bias, mask, up)
+
+
+def heads_of(case: Case, latents: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (b, h, s, d) of latents, head by head."""
+    c, shared = latents[:, 0].split([case.rank, ROPE], 2)
+    nope = case.head_dims[0] - ROPE
+    keys = [torch.cat([c @ weight[:nope].T, shared], 2) for weight in up]
+    return torch.stack(keys, 1), torch.stack([c @ weight[nope:].T for weight in up], 1)
 
 
 def allowed(case: Case, inputs: Inputs) -> Tensor:
@@ -109,14 +124,19 @@ def allowed(case: Case, inputs: Inputs) -> Tensor:
 
 
 def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """(out, dq, dk, dv and gradients of sinks and bias, if any), every score written out."""
-    given = (inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.bias)
-    q, k, v, sinks, bias = (
+    """(out, dq, dk, dv and gradients of sinks, up and bias, if any), every score written out.
+
+    With latents dk is that of these, and there is no dv.
+    """
+    given = (inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.up, inputs.bias)
+    q, k, v, sinks, up, bias = (
         None if x is None else x.detach().to(dtype).requires_grad_() for x in given
     )
     assert q is not None and k is not None and v is not None
-    leaves = [x for x in (q, k, v, sinks, bias) if x is not None]
-    k, v = (x.repeat_interleave(case.heads[0] // case.heads[1], 1) for x in (k, v))
+    leaves = [x for x in (q, k, None if case.rank else v, sinks, up, bias) if x is not None]
+    if up is not None:
+        k, v = heads_of(case, k, up)
+    k, v = (x.repeat_interleave(case.heads[0] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (case.scale or q.shape[-1] ** -0.5)
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)

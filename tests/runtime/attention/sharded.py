@@ -46,14 +46,19 @@ def on_rank(call: Call) -> tuple[list[Tensor], Counts]:
     names = {"ring": case.ranks // call.ulysses, "ulysses": call.ulysses}
     mesh = Mesh.create(names if call.name == USP else {"cp": case.ranks})
     rank, post = mesh.rank, transport.post
-    leaves = [layout.shard(x, 2, rank).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    tokens = (inputs.q, inputs.k, inputs.v)[: _tokens(case)]
+    leaves = [layout.shard(x, 2, rank).requires_grad_() for x in tokens]
+    tensors = [*leaves, None][:3]  # q, k, v
     options: dict[str, Any] = {
         "causal": case.causal, "window": case.window, "softcap": case.softcap, "layout": layout,
         "scale": case.scale, "slopes": inputs.slopes, "mask": inputs.mask,
     }  # fmt: skip
     if inputs.sinks is not None:
         leaves.append(inputs.sinks.clone().requires_grad_())
-        options["sinks"] = leaves[3]
+        options["sinks"] = leaves[-1]
+    if inputs.up is not None:
+        leaves.append(inputs.up.clone().requires_grad_())
+        options["up"] = leaves[-1]
     if inputs.bias is not None:
         leaves.append(layout.shard(inputs.bias, 2, rank).requires_grad_())
         options["bias"] = leaves[-1]
@@ -64,7 +69,7 @@ def on_rank(call: Call) -> tuple[list[Tensor], Counts]:
         transport.post = _late(call.delays[rank])
     try:
         with count_collectives() as counter:
-            out = getattr(runtime, call.name)(*leaves[:3], **groups, **options)
+            out = getattr(runtime, call.name)(*tensors, **groups, **options)
             out.backward(layout.shard(inputs.grad, 2, rank))
     finally:
         transport.post = post
@@ -87,13 +92,19 @@ def _late(seconds: float) -> Any:
     return late
 
 
+def _tokens(case: Case) -> int:
+    """How many of q, k, v there are: latents have no v."""
+    return 2 if case.rank else 3
+
+
 def run(pool: Pool, call: Call) -> list[Tensor]:
-    """Whole result and gradients: (out, dq, dk, dv and those of sinks and bias, if any)."""
+    """Whole result and gradients, in the order of `reference`."""
     results = [shards for shards, _ in pool(call.case.ranks).run(on_rank, call)]
-    layout = call.layout()
-    whole = [layout.unshard(parts, 2) for parts in zip(*(r[:4] for r in results), strict=True)]
-    if call.case.sinks:
-        whole.append(torch.stack([r[4] for r in results]).sum(0))
+    layout, first = call.layout(), 1 + _tokens(call.case)
+    whole = [layout.unshard(parts, 2) for parts in zip(*(r[:first] for r in results), strict=True)]
+    last = len(results[0]) - bool(call.case.bias)
+    for summands in zip(*(r[first:last] for r in results), strict=True):  # of sinks and up
+        whole.append(torch.stack(summands).sum(0))
     if call.case.bias:
         whole.append(layout.unshard([r[-1] for r in results], 2))
     return whole

@@ -33,7 +33,7 @@ from shardwright.runtime.attention.volumes import (
     usp_volume,
     window_volume,
 )
-from tests.runtime.attention.reference import Case, make, reference
+from tests.runtime.attention.reference import ROPE, Case, heads_of, make, reference
 from tests.runtime.attention.sharded import (
     GATHER,
     PASS_Q,
@@ -88,6 +88,48 @@ def test_equals_one_process(pool: Pool, name: str, ranks: int) -> None:
             check(pool, name, case.but(ranks=ranks, heads=heads))
         except Exception as error:
             raise AssertionError(f"{name} on {ranks} ranks, {title}") from error
+
+
+LATENTS = Case(length=25, heads=(4, 4), head_dims=(8, 6), rank=7)
+LATENT_CASES = {
+    "causal": LATENTS,
+    "full": LATENTS.but(causal=False),
+    "zigzag": LATENTS.but(layout="zigzag", length=29),
+    "window, sinks": LATENTS.but(layout="zigzag", length=33, window=5, sinks=True),
+    "bias, softcap, scale": LATENTS.but(bias=(1, 4), softcap=2.0, scale=0.2, sinks=True),
+    "key padding": LATENTS.but(causal=False, padded=True, head_dims=(8, 8)),
+    "packed": LATENTS.but(layout="packed", length=32, documents=(5, 17, 1, 9)),
+    "empty shards": LATENTS.but(layout="zigzag", length=2),
+    "no token": LATENTS.but(length=0),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", [RING, GATHER])
+def test_latents_equal_one_process(pool: Pool, name: str, ranks: int) -> None:
+    """Keys and values that are made from latents: gradients of the latents and of the weight."""
+    for title, case in LATENT_CASES.items():
+        try:
+            check(pool, name, case.but(ranks=ranks))
+        except Exception as error:
+            raise AssertionError(f"{name} on {ranks} ranks, {title}") from error
+    check(pool, name, LATENTS.but(ranks=ranks, dtype=torch.float32, length=61), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", [RING, GATHER])
+def test_latents_in_bfloat16_are_as_exact_as_heads(pool: Pool, name: str) -> None:
+    """Gradients of latents, and of what makes heads of them, as autograd's of one process."""
+    case = Case(2, 203, (8, 8), (64, 64), 1, "zigzag", rank=32, dtype=torch.bfloat16)
+    inputs = make(case)
+    assert inputs.up is not None
+    exact = reference(case, inputs, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.up)]
+    k, v = heads_of(case, leaves[1], leaves[2])
+    out = F.scaled_dot_product_attention(leaves[0], k, v, is_causal=True)
+    single = [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad)]
+    for got, one, want in zip(run(pool, Call(name, case)), single, exact, strict=True):
+        error, allowed = ((x.double() - want).pow(2).mean().sqrt() for x in (got, one))
+        assert error <= 2 * allowed
 
 
 def test_usp_equals_one_process(pool: Pool) -> None:
@@ -201,7 +243,10 @@ def test_the_same_bits_whenever_messages_arrive(pool: Pool, name: str) -> None:
 
 def sizes_of(call: Call) -> Sizes:
     case, rows = call.case, call.layout().rows
-    return Sizes(case.batch, *case.heads, rows, rows, *case.head_dims, itemsize=case.dtype.itemsize)
+    heads, dims = case.heads, case.head_dims
+    if case.rank:  # one latent
+        heads, dims = (heads[0], 1), (case.rank + ROPE, 0)
+    return Sizes(case.batch, *heads, rows, rows, *dims, itemsize=case.dtype.itemsize)
 
 
 def predicted(call: Call, rank: int) -> dict[str, Volume]:
@@ -223,6 +268,8 @@ def predicted(call: Call, rank: int) -> dict[str, Volume]:
 MOVES = [
     *(Call(name, Case(3, 31, (6, 2), (16, 8), layout="zigzag", dtype=dtype))
       for name in ANY_LAYOUT for dtype in (torch.float32, torch.bfloat16)),
+    *(Call(name, Case(3, 31, (6, 6), (16, 8), layout="zigzag", rank=5, dtype=dtype))
+      for name in (RING, GATHER) for dtype in (torch.float32, torch.bfloat16)),
     Call(GATHER, Case(3, 31, (6, 2)), stride=1),
     Call(ULYSSES, Case(4, 31, (12, 3))),
     Call(USP, Case(4, 31, (12, 2), layout="zigzag")),
@@ -293,6 +340,46 @@ def test_new_tokens_over_a_cache(pool: Pool, name: str, cached: int, new: int) -
 
 
 # --- refusals ------------------------------------------------------------------------------------
+
+
+def refuse_latents(name: str, up: tuple[int, ...], dim: int, value: bool) -> None:
+    axis, k = Mesh.create({"cp": 2})["cp"], torch.ones(1, 1, 6, 6)
+    v = k if value else None
+    getattr(runtime, name)(torch.ones(1, 2, 6, dim), k, v, group=axis, up=torch.ones(up))
+
+
+BAD_LATENTS = [
+    ((3, 9, 4), 6, False, "sizes do not fit together"),  # of more heads than the queries
+    ((2, 4, 4), 6, False, "sizes do not fit together"),  # no values
+    ((2, 9, 4), 2, False, "sizes do not fit together"),  # queries of what heads share alone
+    ((2, 36), 6, False, "expected q .batch, heads, sequence, head_dim."),
+    ((2, 9, 4), 6, True, "v is None with `up`"),
+]
+
+
+@pytest.mark.parametrize("name", [RING, GATHER])
+def test_refuses_latents_that_make_no_heads(pool: Pool, name: str) -> None:
+    for *given, message in BAD_LATENTS:
+        with pytest.raises(RankError, match=message):
+            pool(2).run(refuse_latents, name, *given)
+
+
+def other_latents(name: str) -> str:
+    """What a rank is told where rank 1 has latents of another rank."""
+    mesh = Mesh.create({"cp": 2})
+    rank = 4 + mesh.rank
+    q, k, up = torch.ones(1, 2, 6, 5), torch.ones(1, 1, 6, rank + 2), torch.ones(2, 7, rank)
+    try:
+        getattr(runtime, name)(q, k, None, group=mesh["cp"], up=up)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", [RING, GATHER])
+def test_every_rank_refuses_latents_that_differ(pool: Pool, name: str) -> None:
+    told = pool(2).run(other_latents, name)
+    assert told == [f"{name}: the ranks of `cp` differ in options: rank 1 from rank 0"] * 2
 
 
 def refuse(name: str, options: dict[str, object], shapes: list[tuple[int, ...]]) -> None:
