@@ -57,7 +57,7 @@ class Variant:
     def reads(self) -> str:
         """What attention reads, in both phases where they differ."""
         both = self.form == "expanded" and self.decode is not None
-        return _READ[self.form] + (", and latents in decode" if both else "")
+        return _READ[self.form] + (" in prefill and latents in decode" if both else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,11 @@ def _latent_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]
     what = "the KV cache holds" if cached else "sent, and saved for backward, are"
     text = f"Attention reads {best.reads}: {what} {numbers_per_token(best.graph):,} values"
     text += " per token and layer"
-    for one in reversed(others.values()):
-        text += f"; with {one.variant.reads} {numbers_per_token(one.variant.graph):,}: {one.time}"
-    return (text,)
+    rest = [
+        f"{one.variant.reads} ({numbers_per_token(one.variant.graph):,} values): {one.time}"
+        for one in reversed(others.values())
+    ]
+    return (f"{text}; instead, {'; '.join(rest)}",)
 
 
 def _fused_names(apart: Graph) -> str:

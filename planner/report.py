@@ -109,8 +109,12 @@ def _layouts(plan: Plan) -> str:
     lines = ["One set of weights serves both phases; after prefill KV caches are converted:"]
     for recache in plan.recached:
         ends = f"{_cuts(recache.source, plan.mesh)} -> {_cuts(recache.target, plan.mesh)}"
-        each = _communication(recache.steps, plan.mesh) or "slices alone"
-        lines.append(f"  {recache.count} x {recache.name}: {ends} ({each} each)")
+        moves = _communication(recache.steps, plan.mesh)
+        steps = [*([moves] if moves else []), "reading and writing its pages"]
+        each = format_seconds(recache.seconds / recache.count)
+        lines.append(
+            f"  {recache.count} x {recache.name}: {ends} ({each} each: {', '.join(steps)})"
+        )
     moved = _received(recached_bytes(plan), plan.mesh)
     return "\n".join([*lines, *([f"Each GPU receives for it: {moved}."] if moved else [])])
 

@@ -148,8 +148,8 @@ class Roles(Restriction):
 
     A data axis cuts the batch (`cp`: the sequence) wherever an op has one; a tensor axis cuts
     anything else, but never the sequence of attention, and its parameters are never gathered.
-    `tp+ep` and the like spread experts over the axis, and send them their tokens; all else keeps
-    to the role.
+    `tp+ep` and the like spread experts over the axis, and send them their tokens, which no other
+    role does; all else keeps to the role.
     """
 
     def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh) -> None:
@@ -168,9 +168,10 @@ class Roles(Restriction):
         routed = any(kind_of(node) == "experts" for node in region.nodes)
         for axis, role in enumerate(self.roles):
             cuts = self._cuts(region, strategy, axis)
+            if routed and _sends(region, strategy, axis) != (axis in self.spread):
+                return False
             if routed and axis in self.spread:
-                if not _sends(region, strategy, axis):
-                    return False
+                continue
             elif role == "tp":
                 sequence = any(kind_of(n) == "attention" for n in region.nodes) and "s" in cuts
                 if "b" in cuts or sequence:

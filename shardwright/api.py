@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 PHASES = ("train", "prefill", "decode", "append", "serve")
 _CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
 _OUTPUT_TOKENS = 256  # of an answer, in phase `serve`
+_AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 Request = plans.Request
 
 
@@ -304,11 +305,23 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
     if request.phase != "serve":
-        return Plan.of(make_plan(graph, job))
+        return Plan.of(_with_mesh_note(make_plan(graph, job), job.mesh))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
         decode = _decode_graph(loaded, longest)
-    return Plan.of(make_serving_plan(graph, decode, job))
+    return Plan.of(_with_mesh_note(make_serving_plan(graph, decode, job), job.mesh))
+
+
+def _with_mesh_note(made: plans.Plan, asked: Mesh | None) -> plans.Plan:
+    """Names that a user gave to axes decide nothing: says so where the plan has others."""
+    given = asked is not None and not set(asked.names) <= set(_AXES)
+    if asked is None or not given or asked.names == made.mesh.names:
+        return made
+    note = (
+        f"--mesh decides sizes alone: its {asked} is {made.mesh} here, axes being named for what is"
+        " cut over them; --pin decides what is cut"
+    )
+    return replace(made, notes=(*made.notes, note))
 
 
 def parse_mesh(text: str, gpus: int) -> Mesh:
@@ -321,7 +334,7 @@ def parse_mesh(text: str, gpus: int) -> Mesh:
         [part for part in text.replace("x", ",").split(",")] if "=" not in text else text.split(",")
     )
     axes: list[tuple[str, int]] = []
-    for part, default in zip(parts, ("x", "y", "z", "u"), strict=False):
+    for part, default in zip(parts, _AXES, strict=False):
         name, sign, size = part.partition("=")
         name, size = (name.strip(), size) if sign else (default, name)
         if not size.strip().isdigit() or int(size) < 1:

@@ -124,7 +124,8 @@ class Link:
         except RuntimeError as error:
             raise RuntimeError(
                 f"attention: rank {self.rank} of {self.size} on `{self.name}` lost the other ranks"
-                " (one of them ended, failed or is late; see its own message):"
+                " (one of them ended, failed, is late or calls with other sizes or options; see its"
+                " own message):"
                 f" {error}"
             ) from error
 

@@ -45,8 +45,10 @@ def ring_attention(
     `group` is a ProcessGroup or an `Axis`; `layout` says which tokens the shards hold
     (`Layout.zigzag` balances causal work), `query_layout` those of q where they are others (new
     tokens over a cache).  Without a layout shards are equal and contiguous, and one all-gather of
-    96 bytes makes sure that the ranks agree on their sizes; with one, the first call of each kind
-    does, so that a rank with other sizes, options or layouts is an error on all ranks.
+    96 bytes makes sure that the ranks agree on sizes, options and layouts, else it is an error on
+    all ranks; with a layout only the first call of each kind does.  Ranks that mix up kinds which
+    were compared before are not noticed, and one that alone has a new kind waits for the others
+    until the group's time limit.
 
     A query at position p attends key j where j <= p if `causal`, j > p - window if `window` > 0
     (a bound to the left alone: without `causal`, all later keys too), and `mask` allows it.

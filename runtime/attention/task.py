@@ -134,6 +134,18 @@ def check_keys(options: Options, q: Tensor, k: Tensor, v: Tensor | None, up: Ten
         check_heads(options.name, q, k, v)
 
 
+def layouts_of(
+    ranks: int, q: Tensor, k: Tensor, layout: Layout | None, query_layout: Layout | None
+) -> tuple[Layout, Layout]:
+    """The layouts of queries and keys.
+
+    `layout` is that of the keys and, if `query_layout` is None, of the queries.  Without one
+    the ranks hold equal shards one after the other.
+    """
+    keys = layout or Layout.contiguous(k.shape[2] * ranks, ranks)
+    return query_layout or layout or Layout.contiguous(q.shape[2] * ranks, ranks), keys
+
+
 def check_layouts(
     options: Options,
     rank: int,
@@ -143,13 +155,8 @@ def check_layouts(
     layout: Layout | None,
     query_layout: Layout | None,
 ) -> tuple[Layout, Layout]:
-    """The layouts of queries and keys; refuses those that do not fit the shards of this rank.
-
-    `layout` is that of the keys and, if `query_layout` is None, of the queries.  Without one
-    the ranks hold equal shards one after the other.
-    """
-    keys = layout or Layout.contiguous(k.shape[2] * ranks, ranks)
-    queries = query_layout or layout or Layout.contiguous(q.shape[2] * ranks, ranks)
+    """`layouts_of`; refuses those that do not fit the shards of this rank."""
+    queries, keys = layouts_of(ranks, q, k, layout, query_layout)
     for title, x, lay in (("q", q, queries), ("k", k, keys)):
         if lay.ranks != ranks:
             options.refuse(f"the layout has {lay.ranks} shards where there are {ranks} ranks")
@@ -184,11 +191,13 @@ class Task:
         """Checked, also against the other ranks; layouts as in `check_layouts`."""
         check_keys(options, q, k, v, up)
         link = link_of(options.name, group)
-        queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
         scores = options.scores(q)
-        options.check_covers(scores, queries, keys)
-        call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys), up=up)
+        layouts = layouts_of(link.size, q, k, layout, query_layout)
+        call = Call.of(options.name, scores, (q, k, v, options.sinks), layouts, up=up)
+        # before this rank's own rows are checked: the others must hear of them
         agree(call, [link], q.device, every_time=layout is None)
+        queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
+        options.check_covers(scores, queries, keys)
         return Task(link, scores, queries, keys)
 
     def pieces(self, source: int) -> tuple[Piece, ...]:

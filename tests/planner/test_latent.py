@@ -88,8 +88,8 @@ def test_decode_reads_latents() -> None:
     assert form(plan) == "absorbed"
     (note,) = (note for note in plan.notes if note.startswith("Attention"))
     assert note.startswith(
-        f"Attention reads latents: the KV cache holds {LATENT} values per token and layer; with"
-        f" keys and values of all heads {HEADS:,}: "
+        f"Attention reads latents: the KV cache holds {LATENT} values per token and layer; instead,"
+        f" keys and values of all heads ({HEADS:,} values): "
     )
     assert note in str(plan)
 
@@ -116,7 +116,7 @@ def test_latents_where_nothing_else_fits() -> None:
     assert form(plan) == "plain"
     tight = tight_append()
     assert form(tight) == "expanded" and tight.seconds > plan.seconds
-    assert any(note.endswith(f"{HEADS:,}: does not fit") for note in tight.notes)
+    assert any(note.endswith(f"({HEADS:,} values): does not fit") for note in tight.notes)
     with pytest.raises(InfeasibleError):
         planned("append", 8, 2048, context=32768, memory_bytes=10**8)
 
@@ -127,10 +127,10 @@ def test_serving_makes_heads_for_the_prompt_alone() -> None:
     assert (form(plan), form(plan.decode)) == ("expanded", "absorbed")
     (note,) = (note for note in plan.notes if note.startswith("Attention"))
     assert note.startswith(
-        "Attention reads keys and values made from latents, and latents in decode: the KV cache"
-        f" holds {LATENT} values per token and layer; with latents {LATENT}: "
+        "Attention reads keys and values made from latents in prefill and latents in decode: the KV"
+        f" cache holds {LATENT} values per token and layer; instead, latents ({LATENT} values): "
     )
-    assert f"; with keys and values of all heads {HEADS:,}: " in note and note in str(plan)
+    assert f"; keys and values of all heads ({HEADS:,} values): " in note and note in str(plan)
     stored = json.dumps(plan_to_json(plan))
     assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
 
@@ -142,7 +142,8 @@ def test_training_keeps_latents() -> None:
     (note,) = (note for note in plan.notes if note.startswith("Attention"))
     assert note.startswith(
         "Attention reads keys and values made from latents: sent, and saved for backward, are"
-        f" {LATENT} values per token and layer; with keys and values of all heads {HEADS:,}: "
+        f" {LATENT} values per token and layer; instead, keys and values of all heads ({HEADS:,}"
+        " values): "
     )
     assert note.count(";") == 1 and note in str(plan)
     stored = json.dumps(plan_to_json(plan))
