@@ -146,26 +146,21 @@ def layouts_of(
     return query_layout or layout or Layout.contiguous(q.shape[2] * ranks, ranks), keys
 
 
-def check_layouts(
-    options: Options,
-    rank: int,
-    ranks: int,
-    q: Tensor,
-    k: Tensor,
-    layout: Layout | None,
-    query_layout: Layout | None,
-) -> tuple[Layout, Layout]:
-    """`layouts_of`; refuses those that do not fit the shards of this rank."""
-    queries, keys = layouts_of(ranks, q, k, layout, query_layout)
-    for title, x, lay in (("q", q, queries), ("k", k, keys)):
-        if lay.ranks != ranks:
-            options.refuse(f"the layout has {lay.ranks} shards where there are {ranks} ranks")
-        if x.shape[2] != lay.rows:
+def check_rows(
+    options: Options, rank: int, ranks: int, q: Tensor, k: Tensor, layouts: tuple[Layout, Layout]
+) -> None:
+    """Refuse layouts of queries and keys that do not fit the shards of this rank.
+
+    After `agree`: the other ranks must hear of a shard that is wrong on one of them alone.
+    """
+    for title, x, layout in zip("qk", (q, k), layouts, strict=True):
+        if layout.ranks != ranks:
+            options.refuse(f"the layout has {layout.ranks} shards where there are {ranks} ranks")
+        if x.shape[2] != layout.rows:
             options.refuse(
                 f"{title} {tuple(x.shape)} on rank {rank} has {x.shape[2]} rows, its layout has"
-                f" {lay.rows}; cut it with layout.shard(x, 2, rank)"
+                f" {layout.rows}; cut it with layout.shard(x, 2, rank)"
             )
-    return queries, keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +183,16 @@ class Task:
         query_layout: Layout | None,
         up: Tensor | None = None,
     ) -> Task:
-        """Checked, also against the other ranks; layouts as in `check_layouts`."""
+        """Checked, also against the other ranks; layouts as in `layouts_of`."""
         check_keys(options, q, k, v, up)
         link = link_of(options.name, group)
         scores = options.scores(q)
         layouts = layouts_of(link.size, q, k, layout, query_layout)
         call = Call.of(options.name, scores, (q, k, v, options.sinks), layouts, up=up)
-        # before this rank's own rows are checked: the others must hear of them
         agree(call, [link], q.device, every_time=layout is None)
-        queries, keys = check_layouts(options, link.rank, link.size, q, k, layout, query_layout)
-        options.check_covers(scores, queries, keys)
-        return Task(link, scores, queries, keys)
+        check_rows(options, link.rank, link.size, q, k, layouts)
+        options.check_covers(scores, *layouts)
+        return Task(link, scores, *layouts)
 
     def pieces(self, source: int) -> tuple[Piece, ...]:
         """What this rank's queries attend of the keys of rank `source`."""

@@ -63,16 +63,16 @@ def tree_attention(
             " gather_kv_attention"
         )
     link, scores = link_of(options.name, group), options.scores(q)
+    # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
+    alone = layout is not None or lengths is not None
+    call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
+    agree(call, [link], q.device, every_time=not alone)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:
         parts = [
             (slice(0, q.shape[0]), _by_layout(options, scores, link, q, k, layout, query_start))
         ]
-    # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
-    alone = layout is not None or lengths is not None
-    call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
-    agree(call, [link], q.device, every_time=not alone)
     return _Tree.apply(q, k, v, sinks, link, scores, parts)
 
 

@@ -15,7 +15,7 @@ from .links import Group, Link, link_of, pack, unpack
 from .partial import wide
 from .ring import attend_over_ring
 from .scores import Mask
-from .task import Options, Task, check_heads, check_layouts
+from .task import Options, Task, check_heads, check_rows, layouts_of
 from .tokens import Layout
 
 
@@ -104,8 +104,11 @@ def _attention(
 ) -> Tensor:
     check_heads(options.name, q, k, v)
     rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
-    queries, keys = check_layouts(options, rank, ranks, q, k, layout, query_layout)
     scores = options.scores(q)
+    queries, keys = layouts_of(ranks, q, k, layout, query_layout)
+    call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
+    agree(call, [ulysses, ring], q.device, every_time=layout is None)
+    check_rows(options, rank, ranks, q, k, (queries, keys))
     options.check_covers(scores, queries, keys)
     if q.shape[1] % ulysses.size:
         options.refuse(
@@ -120,8 +123,6 @@ def _attention(
             " carry; use a ulysses group whose size divides the key heads, or is a multiple of"
             " them"
         )
-    call = Call.of(options.name, scores, (q, k, v, options.sinks), (queries, keys))
-    agree(call, [ulysses, ring], q.device, every_time=layout is None)
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
     task = Task(

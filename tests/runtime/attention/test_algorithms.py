@@ -454,6 +454,7 @@ def disagree(name: str, what: str, given: bool) -> str:
 
 DIFFERENCES = [
     ("rows", False, "differ in rows of q: [6, 7, 6]"),
+    ("rows", True, "differ in rows of q: [6, 7, 6]"),
     ("dtype", False, "differ in dtype: [float32, float64, float32]"),
     ("batch", True, "differ in batch: [1, 2, 1]"),
     ("dtype", True, "differ in dtype: [float32, float64, float32]"),
