@@ -293,8 +293,7 @@ def _attend(into: Partial, q: Tensor, k: Tensor, v: Tensor, work: _Work, scores:
     """Merge attention of `q` over `k`, `v` into `into`, as `work` says."""
     if work.attended is None:
         for batch, pieces in work.parts:
-            some = Partial(into.out[batch], into.lse[batch])
-            attend(some, q[batch], k[batch], v[batch], pieces, scores)
+            attend(into.of_batch(batch), q[batch], k[batch], v[batch], pieces, scores)
         return
     # The query heads that share a key head stand in for queries: K and V are read once for all.
     heads = (k.shape[1], -1)
@@ -303,7 +302,7 @@ def _attend(into: Partial, q: Tensor, k: Tensor, v: Tensor, work: _Work, scores:
         into.out.unflatten(1, heads).squeeze(3), into.lse.unflatten(1, heads).squeeze(3)
     )
     if q.device.type == "cpu" and scores.plain and q.shape[3] == v.shape[3]:
-        grouped.add_(*_flash_with_mask(q, k, v, work.attended, scores.scale))
+        grouped.add_(*_flash_with_mask(q, k, v, work.attended, scores.scale), given=True)
         return
     everything = Piece(0, q.shape[2], 0, k.shape[2], 0, 0, "full")
     attend(grouped, q, k, v, (everything,), replace(scores, mask=Mask(keys=work.attended)))

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .latents import Held
 from .links import Group, unpack
-from .partial import Partial, wide
+from .partial import wide
 from .scores import Mask
 from .task import Options, Task, save, saved_held, start
 from .tokens import Layout
@@ -77,7 +77,7 @@ class _Gather(torch.autograd.Function):
         into = start(q, held.value_dim, sinks)
         for heads, of_heads in _strides(task, q, k, stride):
             own = slice(heads.start * _group(q, k), heads.stop * _group(q, k))
-            part, some = Partial(into.out[:, own], into.lse[:, own]), held.of_key_heads(heads)
+            part, some = into.of_heads(own), held.of_key_heads(heads)
             rows = task.link.all_gather(some.packed(), "forward")
             for source in _sources(task):
                 there = some.received(rows[source])

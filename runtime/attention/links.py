@@ -17,8 +17,8 @@ from ..counter import Phase
 
 Group: TypeAlias = ProcessGroup | Axis
 
-# Of `Link.tell`; the tags of other messages are 0 and 1.
-_TELL_TAG = 2
+# Of `Link.tell`; the tag of other messages is 0.
+_TELL_TAG = 1
 
 
 class Link:
@@ -45,27 +45,26 @@ class Link:
         assert self._group is not None, "a rank alone sends nothing"
         return self._group.group if isinstance(self._group, Axis) else self._group
 
-    def shift(self, x: Tensor, phase: Phase, tag: int = 0) -> Hop:
+    def shift(self, x: Tensor, phase: Phase) -> Hop:
         """Start to send contiguous `x` to the next rank of the ring, and to receive its like."""
-        received = torch.empty_like(x)
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        return self.swap([(x, after)], [(received, before)], phase, tag)
+        received, works = torch.empty_like(x), []
+        if x.numel():
+            counter.record("send_recv", self.name, phase, x.nbytes, self.size)
+            works = self._run(lambda: transport.post_shift(x, received, self.group))
+        return Hop(self, works, [received], [x])
 
     def swap(
         self,
         send: Sequence[tuple[Tensor, int]],
         receive: Sequence[tuple[Tensor, int]],
         phase: Phase,
-        tag: int = 0,
     ) -> Hop:
         """Start messages to and from single ranks; all tensors contiguous."""
         send = [(x, peer) for x, peer in send if x.numel()]
         full = [(x, peer) for x, peer in receive if x.numel()]
         for x, _ in full:
             counter.record("send_recv", self.name, phase, x.nbytes, self.size)
-        works = self._run(
-            lambda: transport.post(send, full, self.group, tag) if send or full else []
-        )
+        works = self._run(lambda: transport.post(send, full, self.group) if send or full else [])
         return Hop(self, works, [x for x, _ in receive], [x for x, _ in send])
 
     def all_gather(self, x: Tensor, phase: Phase) -> Tensor:

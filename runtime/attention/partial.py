@@ -9,7 +9,6 @@ A set without keys is (0, -inf), and so is the merge of two such sets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,41 +19,71 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True, slots=True)
 class Partial:
-    """`out` (b, h, s, dv) and `lse` (b, h, s), natural log; both float32, or both float64."""
+    """`out` (b, h, s, dv) and `lse` (b, h, s), natural log; both float32, or both float64.
 
-    out: Tensor
-    lse: Tensor
+    Without an `out` it is zeros for values of `head_dim`, which are made only if they are needed.
+    """
+
+    __slots__ = ("_head_dim", "_lse", "_out")
+
+    def __init__(self, out: Tensor | None, lse: Tensor, head_dim: int = 0) -> None:
+        self._out, self._lse, self._head_dim = out, lse, head_dim
+
+    @property
+    def out(self) -> Tensor:
+        """The weighted mean of the values."""
+        if self._out is None:
+            self._out = self._lse.new_zeros((*self._lse.shape, self._head_dim))
+        return self._out
+
+    @property
+    def lse(self) -> Tensor:
+        """The natural logarithm of the sum of exp(score)."""
+        return self._lse
 
     @staticmethod
     def empty(queries: Tensor, head_dim: int) -> Partial:
         """No keys yet, for `queries` (b, h, s, d) and values of `head_dim`."""
-        shape = queries.shape[:3]
-        dtype = wide(queries.dtype)
-        return Partial(
-            queries.new_zeros((*shape, head_dim), dtype=dtype),
-            queries.new_full(shape, -torch.inf, dtype=dtype),
-        )
+        shape, dtype = queries.shape[:3], wide(queries.dtype)
+        return Partial(None, queries.new_full(shape, -torch.inf, dtype=dtype), head_dim)
 
     @staticmethod
     def of_sinks(sinks: Tensor, queries: Tensor, head_dim: int) -> Partial:
         """Attention sinks (h,) as one more key per head, whose value is zero."""
-        part = Partial.empty(queries, head_dim)
-        part.lse.copy_(sinks.detach()[None, :, None])
-        return part
+        nothing = Partial.empty(queries, head_dim)
+        return Partial(nothing.out, nothing.lse.copy_(sinks.detach()[None, :, None]))
 
-    def rows(self, start: int, length: int) -> Partial:
-        """A view of the queries `start` to `start + length`."""
-        return Partial(self.out.narrow(2, start, length), self.lse.narrow(2, start, length))
+    def of_batch(self, batch: slice) -> Partial:
+        """A view of some sequences."""
+        return self._view(0, batch)
 
-    def add_(self, out: Tensor, lse: Tensor) -> None:
-        """Merge another partial result of the same queries into this one, in place."""
-        lse = lse.to(self.lse.dtype)
-        known = self.lse.clamp_min(torch.finfo(lse.dtype).min)  # of two empties: -inf - -inf
-        share = torch.sigmoid(lse - known)
-        self.out.lerp_(out.to(self.out.dtype), share.unsqueeze(-1))
-        torch.logaddexp(self.lse, lse, out=self.lse)
+    def of_heads(self, heads: slice) -> Partial:
+        """A view of some heads."""
+        return self._view(1, heads)
+
+    def _view(self, dim: int, part: slice) -> Partial:
+        start, stop, _ = part.indices(self._lse.shape[dim])
+        if stop - start == self._lse.shape[dim]:
+            return self
+        length = stop - start
+        return Partial(self.out.narrow(dim, start, length), self._lse.narrow(dim, start, length))
+
+    def add_(self, out: Tensor, lse: Tensor, row: int = 0, *, given: bool = False) -> None:
+        """Merge another partial result, of the queries from `row` on, into this one, in place.
+
+        With `given` nobody else uses `out` and `lse`: the first ones are kept as they are.
+        """
+        out, lse = out.to(self._lse.dtype), lse.to(self._lse.dtype)
+        if given and self._out is None and out.shape[:3] == self._lse.shape:
+            self._out, self._lse = out, lse  # saves two passes over them
+            return
+        rows = out.shape[2]
+        into, known = self.out.narrow(2, row, rows), self._lse.narrow(2, row, rows)
+        # clamped, as of two empties: -inf - -inf
+        share = torch.sigmoid(lse - known.clamp_min(torch.finfo(lse.dtype).min))
+        into.lerp_(out, share.unsqueeze(-1))
+        torch.logaddexp(known, lse, out=known)
 
 
 def merge(partials: Sequence[Partial]) -> Partial:

@@ -15,9 +15,6 @@ from .scores import Mask
 from .task import Options, Task, save, saved_held, start
 from .tokens import Layout
 
-# Messages of keys and values, and of their gradients, which are under way at the same time.
-_KV_TAG, _GRADIENT_TAG = 0, 1
-
 
 def ring_attention(
     q: Tensor,
@@ -97,7 +94,7 @@ def ring_forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Par
     for step in range(link.size):
         source = (link.rank - step) % link.size
         last = step == link.size - 1
-        hop = None if last or buffer is None else link.shift(buffer, "forward", _KV_TAG)
+        hop = None if last or buffer is None else link.shift(buffer, "forward")
         held.attend(into, q, task.pieces(source), task.scores)
         if hop is not None:
             (buffer,) = hop.wait()
@@ -122,14 +119,14 @@ def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor | None, ..
     for step in range(link.size):
         source = (link.rank - step) % link.size
         last = step == link.size - 1
-        keys = None if last or buffer is None else link.shift(buffer, "backward", _KV_TAG)
+        keys = None if last or buffer is None else link.shift(buffer, "backward")
         share = own if step == 0 else torch.zeros_like(own)
         grads = (dq, unpack(share, *shapes), dup)
         held.attend_backward(grads, queries, task.pieces(source), task.scores)
         if step > 0:
             if gradients is not None:
                 share += gradients.wait()[0]
-            gradients = link.shift(share, "backward", _GRADIENT_TAG)
+            gradients = link.shift(share, "backward")
         if keys is not None:
             (buffer,) = keys.wait()
             held = held.received(buffer)

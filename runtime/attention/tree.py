@@ -153,8 +153,7 @@ class _Tree(torch.autograd.Function):
         ctx.link, ctx.scores, ctx.parts = link, scores, parts
         own = Partial.empty(q, v.shape[3])
         for batch, pieces in parts:
-            some = Partial(own.out[batch], own.lse[batch])
-            attend(some, q[batch], k[batch], v[batch], pieces, scores)
+            attend(own.of_batch(batch), q[batch], k[batch], v[batch], pieces, scores)
         whole = merge_over(own, link)
         if sinks is not None:
             sink = Partial.of_sinks(sinks, q, v.shape[3])
