@@ -161,6 +161,11 @@ def verify(folder: Path, ranks: int | None = None) -> Verification:
     return _run(case)
 
 
+def is_verifiable(plan: Plan) -> bool:
+    """Can `verify` run the module, as it is or smaller, on this machine?"""
+    return plan.decode is None or (plan.mesh.ranks <= _MOST_RANKS and _runs_here(plan.graph))
+
+
 def _advice(plan: Plan, runnable: bool) -> str:
     if runnable:
         return f"give --ranks {plan.mesh.ranks} to run the file itself"

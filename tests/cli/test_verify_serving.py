@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shardwright import load_plan
+from shardwright.api import is_verifiable
 from shardwright.conversation import conversation, length_of
 
 if TYPE_CHECKING:
@@ -110,8 +112,17 @@ def test_two_programs_of_one_module(run: Run) -> None:
     path.write_text(f"{wrong}class Decoding({second}")
     ran = run("verify", "out")
     assert ran.code == 1 and re.search("logits after step 5: decode 1 +TOO LARGE", ran.out), ran.out
+    assert is_verifiable(load_plan("out"))
     ran = run("verify", "out", "--ranks", "1")
     assert ran.code == 2 and "its two programs are only run as they are" in ran.err
+
+
+def test_a_check_that_is_refused_is_not_recommended(run: Run) -> None:
+    words = "--gpus 16 --cluster h100 --mesh 16 --phase serve --batch 16 --seq 16"
+    report = planned(run, MISTRAL, f"{words} --output-tokens 8")
+    assert "torchrun" in report and "plan verify" not in report
+    ran = run("verify", "out")
+    assert ran.code == 2 and "its two programs are only run as they are, on 16 ranks" in ran.err
 
 
 @pytest.mark.parametrize(
