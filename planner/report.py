@@ -8,7 +8,7 @@ from itertools import groupby
 from ..ir.graph import Node
 from ..ir.labels import DimLabels, factor_labels, label_dims
 from ..ir.mesh import Mesh
-from ..ir.ops import kind_of
+from ..ir.ops import kind_of, rule_of
 from ..ir.rule import Choice
 from ..ir.spec import S, Spec, format_spec
 from .build import all_params
@@ -369,19 +369,23 @@ def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> st
     known = factor_labels(item.node, labels)
     words = _WORDS.get(item.node.op) or _WORDS.get(kind_of(item.node), {})
     parts = [
-        f"{name}: {_choice_text(choice, known, words)}"
+        f"{name}: {_choice_text(item.node, choice, known, words)}"
         for name, choice in zip(mesh.names, item.choices, strict=True)
         if choice not in ("R", "V")
     ]
     return ", ".join(parts) or "replicated"
 
 
-def _choice_text(choice: Choice, known: dict[str, str], words: dict[str, str]) -> str:
+def _choice_text(node: Node, choice: Choice, known: dict[str, str], words: dict[str, str]) -> str:
     if choice in words:
         return words[choice]
     if choice in known:
         return _LABELS.get(known[choice], known[choice])
-    return "partial sums" if choice.startswith("P") else choice
+    rule = rule_of(node)
+    if choice not in rule.sizes:
+        return "partial sums" if choice.startswith("P") else choice
+    dims = [i for result in rule.results for i, factors in enumerate(result) if choice in factors]
+    return f"dim {dims[0]}" if dims else "partial sums"
 
 
 def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:
