@@ -73,7 +73,7 @@ def _format_serving(plan: Plan, decode: Plan) -> str:
     head = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "
         f"sequences of {request.seq} tokens are answered with {request.output_tokens} tokens each "
-        f"in {format_seconds(whole)} (predicted).\n"
+        f"in {format_seconds(whole)} (predicted){_versus(plan, whole)}\n"
         f"  time to the first token (TTFT)   {format_seconds(plan.seconds)}\n"
         f"{_conversion_time(plan)}"
         f"  time per output token            {format_seconds(decode.seconds)}\n"
@@ -157,18 +157,27 @@ def _winner(plan: Plan) -> str:
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
         f"{format_seconds(plan.seconds)} per {_unit(plan)}{_rate(plan)} (predicted)"
     )
+    return text + _versus(plan, plan.seconds)
+
+
+def _versus(plan: Plan, seconds: float) -> str:
+    """How the plan, which takes `seconds`, stands beside the best ordinary one."""
     fitting = [b for b in plan.baselines if b.seconds is not None]
     if not fitting:
-        return f"{text}; no ordinary plan fits the memory."
+        return "; no ordinary plan fits the memory."
     best = min(fitting, key=lambda b: b.seconds or 0.0)
     assert best.seconds is not None
-    ratio = best.seconds / plan.seconds
+    ratio = best.seconds / seconds
     versus = (
         f"the best ordinary plan, {best.name} on {best.mesh}, takes {format_seconds(best.seconds)}"
     )
-    if ratio < 1.005:
-        return f"{text}; {versus}: no better plan exists under this cost model."
-    return f"{text}, {ratio:.2f}x faster: {versus}."
+    if ratio >= 1.005:
+        return f", {ratio:.2f}x faster: {versus}."
+    if ratio >= 0.995 and plan.search.status == "optimal":
+        return f"; {versus}: no better plan exists under this cost model."
+    if plan.request.pins:
+        return f"; {versus}: this plan keeps to its pins."
+    return f"; {versus}: the solver did not finish, --time-limit gives it more time."
 
 
 def _unit(plan: Plan) -> str:

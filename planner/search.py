@@ -174,7 +174,9 @@ def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
     """May recomputing layers help?  It costs time and gives nothing but memory."""
     if not setting.training or setting.memory_bytes is None:
         return False
-    return best is None or best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
+    if best is None or best.builder.setting.recompute:  # also a rival that fits no other way
+        return True
+    return best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
 
 
 def token_orders(graph: Graph, mesh: Mesh) -> list[str]:

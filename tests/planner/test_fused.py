@@ -13,15 +13,19 @@ from shardwright.planner.errors import PlanError
 from tests.endtoend.families import example_module
 
 
-def planned(batch: int, width: int, *pins: str, seq: int = 4096) -> Any:
-    """Two layers of a GPT on eight GPUs of one node."""
+def planned(
+    batch: int, width: int, *pins: str, seq: int = 4096, layers: int = 2, memory: int | None = None
+) -> Any:
+    """Layers of a GPT on eight GPUs of one node, with `memory` bytes each."""
     example = example_module("gpt")
     with torch.device("meta"):
-        config = example.GPTConfig(2048, seq, layers=2, heads=width // 128, width=width)
+        config = example.GPTConfig(2048, seq, layers=layers, heads=width // 128, width=width)
         model = example.GPT(config).bfloat16()
         tokens = torch.zeros(batch, seq, dtype=torch.int64)
     inputs = {"tokens": tokens, "labels": tokens}
-    return shardwright.plan(model, inputs, gpus=8, mesh="8", cluster="h100", pins=pins)
+    return shardwright.plan(
+        model, inputs, gpus=8, mesh="8", cluster="h100", pins=pins, memory_bytes=memory
+    )
 
 
 @cache
@@ -72,6 +76,13 @@ def test_ordinary_plans_are_the_better_of_both() -> None:
         faster[batch] = {ours.name: ours.seconds / theirs.seconds for ours, theirs in rows}
         assert max(faster[batch].values()) <= 1.0
     assert faster[1]["TP+SP"] == 1.0 and faster[8]["DDP"] < 1.0
+
+
+def test_both_are_planned_with_layers_recomputed() -> None:
+    """Whole, recomputed layers leave much of the memory free; in parts they are needed, too."""
+    plan = planned(2, 4096, layers=12, memory=3_900_000_000)
+    assert plan.decisions.recompute and len(parts(plan)) == 6
+    assert plan.seconds <= min(row.seconds for row in plan.baselines if row.seconds)
 
 
 @pytest.mark.parametrize("pattern", ["*.qkv.weight", "blocks.*.qkv.*", "*.weight_k"])
