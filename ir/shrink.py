@@ -45,39 +45,55 @@ class Shrunk:
     changes: tuple[tuple[str, int, int], ...]
 
 
-def shrink(
-    graph: Graph,
-    choices: Mapping[str, tuple[Choice, ...]],
-    specs: Iterable[tuple[str, Spec]],
-    old: Mesh,
-    new: Mesh,
-    *,
-    tokens_only: bool = False,
-) -> Shrunk:
-    """`graph` with smaller sizes that `choices` (by node) and `specs` (by value) fit on `new`.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A graph, the choices by node, and every spec that a value takes on its way, by its name."""
 
-    `specs` are all that any value takes on its way, repeats allowed.  Each axis size of `new`
-    divides that of `old`.  `tokens_only`: only dims labelled as batch or sequence change.
-    Raises ValueError if the smaller graph does not come out right, naming the node.
+    graph: Graph
+    choices: Mapping[str, tuple[Choice, ...]]
+    specs: Iterable[tuple[str, Spec]]  # repeats allowed
+
+
+def shrink(planned: Planned, old: Mesh, new: Mesh, *, tokens_only: bool = False) -> Shrunk:
+    """The graph with smaller sizes that its choices and specs fit on `new`.
+
+    Each axis size of `new` divides that of `old`.  `tokens_only`: only dims labelled as batch or
+    sequence change.  Raises ValueError if the smaller graph does not come out right, naming the
+    node.
     """
+    return shrink_together([planned], old, new, tokens_only=tokens_only)[0]
+
+
+def shrink_together(
+    planned: Sequence[Planned], old: Mesh, new: Mesh, *, tokens_only: bool = False
+) -> list[Shrunk]:
+    """`shrink` of several graphs of one model, whose parameters and batch stay alike."""
     if any(a % b for a, b in zip(old.sizes, new.sizes, strict=True)):
         raise ValueError(f"mesh {new} does not divide mesh {old}")
-    values = {value.name: value for value in _values(graph)}
-    atoms = _Atoms()
-    for node in graph.nodes:
-        _tie_node(atoms, node)
-    for loop in graph.loops:
-        _tie_loop(atoms, loop)
-    _fix_tables(atoms, graph)
-    demands = _Demands(atoms, old.sizes, new.sizes)
-    for node in graph.nodes:
-        demands.node(node, choices[node.name])
-    for name, spec in specs:
-        demands.value(values[name], spec)
-    sizes = _choose(atoms, demands, _floors(atoms, graph, tokens_only))
-    small = _rewrite(graph, atoms, sizes, shorten=not tokens_only)
-    _check(graph, small, choices, new)
-    return Shrunk(small, _changes(graph, small))
+    sums: list[tuple[_Atom, _Atom, int]] = []
+    every = [_Atoms(sums=sums) for _ in planned]
+    for atoms, one in zip(every, planned, strict=True):
+        _tie_graph(atoms, one.graph)
+    for atoms, one in zip(every[1:], planned[1:], strict=True):
+        _tie_graphs(every[0], planned[0].graph, atoms, one.graph)
+    demands = _Demands(old.sizes, new.sizes)
+    floors: dict[_Atom, int] = {}
+    for atoms, one in zip(every, planned, strict=True):
+        values = {value.name: value for value in _values(one.graph)}
+        for node in one.graph.nodes:
+            demands.node(atoms, node, one.choices[node.name])
+        for name, spec in one.specs:
+            demands.value(atoms, values[name], spec)
+        for atom, floor in _floors(atoms, one.graph, tokens_only).items():
+            floors[atom] = max(floor, floors.get(atom, 0))
+    sizes = _choose(every[0], demands, floors)
+    found: list[Shrunk] = []
+    windows: dict[int, int] = {}
+    for atoms, one in zip(every, planned, strict=True):
+        small = _rewrite(one.graph, atoms, sizes, windows, shorten=not tokens_only)
+        _check(one.graph, small, one.choices, new)
+        found.append(Shrunk(small, _changes(one.graph, small)))
+    return found
 
 
 # --- sizes and how they hang together -----------------------------------------------------------
@@ -178,6 +194,46 @@ def _values(graph: Graph) -> Iterator[Value]:
         yield from loop.outputs
         for block in loop.blocks:
             yield from block.inputs
+
+
+def _tie_graph(atoms: _Atoms, graph: Graph) -> None:
+    for node in graph.nodes:
+        _tie_node(atoms, node)
+    for loop in graph.loops:
+        _tie_loop(atoms, loop)
+    _fix_tables(atoms, graph)
+
+
+def _tie_graphs(ours: _Atoms, graph: Graph, theirs: _Atoms, other: Graph) -> None:
+    """Two graphs of one model have the same parameters, and inputs of one batch."""
+    known = dict(_named_params(graph))
+    for name, value in _named_params(other):
+        if name in known:
+            pairs = zip(ours.all_of(known[name]), theirs.all_of(value), strict=True)
+            for x, y in pairs:
+                ours.equate([x], [y])
+    batch = [_labelled(atoms, g, "b") for atoms, g in ((ours, graph), (theirs, other))]
+    for x in batch[0]:
+        for y in batch[1]:
+            ours.equate([x], [y])
+
+
+def _named_params(graph: Graph) -> Iterator[tuple[str, Value]]:
+    """Every parameter by a name that all graphs of a model have for it."""
+    yield from ((param.name, param.value) for param in graph.params)
+    for loop in graph.loops:
+        for kind, block in enumerate(loop.blocks):
+            yield from ((f"{loop.path} {kind} {p.name}", p.value) for p in block.params)
+
+
+def _labelled(atoms: _Atoms, graph: Graph, label: str) -> list[_Atom]:
+    """The sizes of the inputs' dims of that label."""
+    return [
+        atoms.dim(item.value, dim)
+        for item in graph.inputs
+        for dim, name in enumerate(item.labels)
+        if name == label
+    ]
 
 
 def _tie_loop(atoms: _Atoms, loop: Loop) -> None:
@@ -417,13 +473,12 @@ def _passed_on(graph: Graph) -> set[str]:
 class _Demands:
     """Per atom: the numbers that must divide it, and those that must not."""
 
-    atoms: _Atoms
     old: tuple[int, ...]
     new: tuple[int, ...]
     multiple: dict[_Atom, set[int]] = field(default_factory=dict)
     uneven: dict[_Atom, set[int]] = field(default_factory=dict)
 
-    def node(self, node: Node, choices: Sequence[Choice]) -> None:
+    def node(self, atoms: _Atoms, node: Node, choices: Sequence[Choice]) -> None:
         """Each factor is cut by the axes that chose it."""
         rule = rule_of(node)
         tensors = [*zip(node.operands, rule.operands, strict=True)]
@@ -433,14 +488,14 @@ class _Demands:
             for value, dims in tensors:
                 for dim, names in enumerate(dims):
                     if factor in names:  # a factor that may be cut is the major one of its dim
-                        whole = self.atoms.flat([self.atoms.dim(value, dim)])
+                        whole = atoms.flat([atoms.dim(value, dim)])
                         self._cut(_leading(whole, rule.sizes[factor]), axes)
 
-    def value(self, value: Value, spec: Spec) -> None:
+    def value(self, atoms: _Atoms, value: Value, spec: Spec) -> None:
         """Each dim is cut by the axes that shard it."""
         for dim in {state for state in spec if is_shard(state)}:
             axes = [i for i, state in enumerate(spec) if state == dim]
-            self._cut(self.atoms.flat([self.atoms.dim(value, dim)]), axes)
+            self._cut(atoms.flat([atoms.dim(value, dim)]), axes)
 
     def _cut(self, items: Sequence[_Atom], axes: Sequence[int]) -> None:
         before = prod(self.old[axis] for axis in axes)
@@ -546,7 +601,16 @@ def _groups(atoms: _Atoms, floors: Mapping[_Atom, int]) -> list[list[tuple[_Atom
 # --- the graph with the new sizes ---------------------------------------------------------------
 
 
-def _rewrite(graph: Graph, atoms: _Atoms, sizes: Mapping[_Atom, int], *, shorten: bool) -> Graph:
+def _rewrite(
+    graph: Graph,
+    atoms: _Atoms,
+    sizes: Mapping[_Atom, int],
+    windows: dict[int, int],
+    *,
+    shorten: bool,
+) -> Graph:
+    """`windows` are those of attention, before and after; new ones are noted there."""
+
     def shape(value: Value) -> tuple[int, ...]:
         return tuple(
             prod(sizes.get(atom, atom.size) for atom in atoms.flat([item]))
@@ -558,7 +622,7 @@ def _rewrite(graph: Graph, atoms: _Atoms, sizes: Mapping[_Atom, int], *, shorten
 
     def node(old: Node) -> Node:
         same = all(shape(v) == v.type.shape for v in (*old.operands, *old.outputs))
-        return old if same else with_args(old, **_new_args(old, shape))
+        return old if same else with_args(old, **_new_args(old, shape, windows))
 
     starts = _part_starts(graph, shape)
 
@@ -602,7 +666,9 @@ def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | float 
     return tuple(_cut_data(item, shape[1:]) for item in data[: shape[0]])
 
 
-def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, Arg]:
+def _new_args(
+    node: Node, shape: Callable[[Value], tuple[int, ...]], windows: dict[int, int]
+) -> dict[str, Arg]:
     """The arguments of `node` that hold a size, for the new shapes."""
     names = {name for name, _ in node.args}
     result = shape(node.output)
@@ -639,7 +705,7 @@ def _new_args(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str
             if isinstance(padding, int):
                 changes["padding_idx"] = min(padding, given[0] - 1)
         case "shardwright.attention" | "shardwright.cached_attention":
-            changes |= _new_reach(node, shape)
+            changes |= _new_reach(node, shape, windows)
             if values_in_keys(node):
                 up = decompressing(node)
                 changes["value_dim"] = result[3] if up is None else shape(up)[2]
@@ -663,8 +729,10 @@ def _new_slice(node: Node, given: Sequence[int], result: Sequence[int]) -> dict[
     return {"start": first, "end": first + after if first + after < given[dim] else 2**63 - 1}
 
 
-def _new_reach(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, Arg]:
-    """Fewer cached tokens; a window that hides something still does."""
+def _new_reach(
+    node: Node, shape: Callable[[Value], tuple[int, ...]], windows: dict[int, int]
+) -> dict[str, Arg]:
+    """Fewer cached tokens; a window that hides something still does, the same in all graphs."""
     window, key = node.int_arg("window"), node.operands[1]
     before, after = key.type.shape[2], shape(key)[2]
     changes: dict[str, Arg] = {}
@@ -672,8 +740,9 @@ def _new_reach(node: Node, shape: Callable[[Value], tuple[int, ...]]) -> dict[st
         context = node.int_arg("context")
         changes["context"] = min(context, _MOST_CONTEXT)
         before, after = before + context, after + min(context, _MOST_CONTEXT)
-    if window > 0 and before != after:
+    if window > 0:
         kept = after if window >= before else max(1, min(window, after // 2))
+        kept = windows.setdefault(window, kept if before != after else window)
         changes["window"] = kept
         if dict(node.args).get("chunk"):  # its window is as long
             changes["chunk"] = kept
@@ -740,4 +809,4 @@ def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
     return tuple(change for change in found if change[1] != change[2])
 
 
-__all__ = ["Shrunk", "buffers_of", "shrink", "state_of"]
+__all__ = ["Planned", "Shrunk", "buffers_of", "shrink", "shrink_together", "state_of"]

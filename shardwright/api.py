@@ -364,23 +364,4 @@ def verify(folder: str | Path, ranks: int | None = None) -> Verification:
     return run(Path(folder), ranks)
 
 
-def is_verifiable(plan: Plan) -> bool:
-    """Can `verify` run the plan's module, as it is or smaller, on this machine?
-
-    Not where phase `serve` is planned for more than 8 GPUs, or for a model that is too large: its
-    two programs are only run as they are.
-    """
-    from .verify import is_verifiable as ask
-
-    return ask(plan)
-
-
-__all__ = [
-    "Plan",
-    "capture_graph",
-    "is_verifiable",
-    "load_plan",
-    "plan",
-    "plan_file",
-    "verify",
-]
+__all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file", "verify"]

@@ -513,15 +513,13 @@ def _temporary_folder(parent: Path) -> Generator[Path, None, None]:
 
 def _report(made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool) -> None:
     """The report, the files and the next commands; with `as_json` stdout is the JSON alone."""
-    from .api import is_verifiable
-
     print(json.dumps(made.to_json(), indent=2) if as_json else made)
     notes = [
         "Written",
         *(f"  {path}" for path in written),
         "Next",
         f"  {made.launch_command(str(out / MODULE_FILE))}",
-        *([f"  plan verify {shlex.quote(str(out))}"] if is_verifiable(made) else []),
+        f"  plan verify {shlex.quote(str(out))}",
     ]
     print("", *notes, sep="\n", file=sys.stderr if as_json else sys.stdout)
 

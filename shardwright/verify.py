@@ -40,13 +40,13 @@ from .ir.interpret import interpret
 from .ir.mesh import Mesh
 from .ir.ops import kind_of
 from .ir.serving import POSITIONS
-from .ir.shrink import buffers_of, shrink, state_of
-from .ir.spec import Spec
+from .ir.shrink import Planned, buffers_of, shrink_together, state_of
+from .ir.spec import R, Spec
 from .ir.widen import widened, without_dropout
 from .loading import build_real, load_target, with_positions
 from .planner.errors import PlanError
 from .planner.plan import Plan
-from .planner.program import PricedStep, lower
+from .planner.program import PricedStep, Program, lower
 from .runtime import RankError, run_ranks
 
 MODULE_FILE = "sharded_model.py"
@@ -55,6 +55,7 @@ MODULE_FILE = "sharded_model.py"
 _PARAMETER_BYTES, _RESULT_BYTES, _FLOPS = 4e9, 1e9, 1e12
 _MOST_PARAMETERS = 2e8  # and after shrinking
 _MOST_RANKS = 8
+_TOKENS = 2  # the dim of a KV cache that holds them
 _TIMEOUT_S = 600.0
 # Largest relative error that rounding explains, by the narrowest format that is computed in.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -161,11 +162,6 @@ def verify(folder: Path, ranks: int | None = None) -> Verification:
     return _run(case)
 
 
-def is_verifiable(plan: Plan) -> bool:
-    """Can `verify` run the module, as it is or smaller, on this machine?"""
-    return plan.decode is None or (plan.mesh.ranks <= _MOST_RANKS and _runs_here(plan.graph))
-
-
 def _advice(plan: Plan, runnable: bool) -> str:
     if runnable:
         return f"give --ranks {plan.mesh.ranks} to run the file itself"
@@ -189,46 +185,50 @@ class _Case:
 
 
 def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
-    if plan.decode is not None:
-        raise PlanError(
-            f"{plan.graph.name} is planned for phase serve, and its two programs are only run as "
-            f"they are, on {plan.mesh.ranks} ranks (at most {_MOST_RANKS}) with a model that fits "
-            "this machine; verify a smaller configuration, or plan prefill and decode by themselves"
-        )
-    specs = list(_specs(plan))
-    shrunk = shrink(
-        plan.graph, plan.decisions.choices, specs, plan.mesh, mesh, tokens_only=tokens_only
+    plans = [plan] if plan.decode is None else [plan, plan.decode]
+    shrunk = shrink_together(
+        [Planned(each.graph, each.decisions.choices, list(_specs(each))) for each in plans],
+        plan.mesh,
+        mesh,
+        tokens_only=tokens_only,
     )
-    count = sum(value.type.numel for value in state_of(shrunk.graph).values())
+    count = sum(value.type.numel for value in state_of(shrunk[0].graph).values())
     if count > _MOST_PARAMETERS:
         raise PlanError(
             f"{plan.graph.name} still has {count:.2g} parameter elements when its sizes are shrunk "
             f"as far as they can be (at most {_MOST_PARAMETERS:.0e} are run): it has an op whose "
             "sizes are not known to be free; verify a smaller configuration of the same model"
         )
-    wide = widened(shrunk.graph)
+    wide = [widened(each.graph) for each in shrunk]
+    programs = [_program(each, graph) for each, graph in zip(plans, wide, strict=True)]
+    source = write_source(
+        programs[0],
+        mesh,
+        summary=f"{plan.graph.name}, smaller, on {mesh}.",
+        phase=plan.request.phase if plan.decode is None else "prefill",
+        optimizer="none",
+        decode=None if plan.decode is None else programs[1],
+        recached={recache.node: recache.path for recache in plan.recached},
+    )
+    return _Case(
+        plan,
+        without_dropout(wide[0]),
+        mesh,
+        source,
+        "generated from the plan's decisions for these sizes",
+        shrunk[0].changes,
+        tokens_only,
+    )
+
+
+def _program(plan: Plan, graph: Graph) -> Program:
+    """The program of `plan` for `graph`, which has other sizes."""
     free = {k: tuple(_unpriced(s) for s in steps) for k, steps in plan.paths.items()}
 
     def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
         return free[value.name, a, b]
 
-    program = lower(wide, plan.decisions, paths, training=plan.training)
-    source = write_source(
-        program,
-        mesh,
-        summary=f"{plan.graph.name}, smaller, on {mesh}.",
-        phase=plan.request.phase,
-        optimizer="none",
-    )
-    return _Case(
-        plan,
-        without_dropout(wide),
-        mesh,
-        source,
-        "generated from the plan's decisions for these sizes",
-        shrunk.changes,
-        tokens_only,
-    )
+    return lower(graph, plan.decisions, paths, training=plan.training)
 
 
 def _unpriced(priced: PricedStep) -> PricedStep:
@@ -247,6 +247,11 @@ def _specs(plan: Plan) -> Iterator[tuple[str, Spec]]:
             axes = priced.step.axes
             a = tuple(priced.step.b if i in axes else state for i, state in enumerate(a))
             yield name, a
+    nodes = {node.name: node for node in plan.graph.nodes}
+    for recache in plan.recached:  # batch and heads are cut as those of new keys; tokens are pages
+        keys = nodes[recache.node].operands[1].name
+        for spec in recache.path:
+            yield keys, tuple(R if state == _TOKENS else state for state in spec)
 
 
 def _smaller_mesh(mesh: Mesh, ranks: int | None) -> Mesh:

@@ -69,7 +69,6 @@ class FakeApi:
 
     answer: FakePlan | Exception = field(default_factory=FakePlan)
     verified: bool = True
-    verifiable: bool = True
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def plan_file(self, target: str, **options: Any) -> FakePlan:
@@ -88,16 +87,13 @@ class FakeApi:
         self.calls.append(("verify", {"folder": folder, "ranks": ranks}))
         return FakeVerification(self.verified)
 
-    def is_verifiable(self, _: FakePlan) -> bool:
-        return self.verifiable
-
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeApi:
     """The fake `shardwright.api`, in an empty current folder."""
     fake = FakeApi()
     module = ModuleType("shardwright.api")
-    for name in ("plan_file", "load_plan", "verify", "is_verifiable"):
+    for name in ("plan_file", "load_plan", "verify"):
         setattr(module, name, getattr(fake, name))
     errors = ModuleType("shardwright.planner.errors")
     errors.InfeasibleError = InfeasibleError  # type: ignore[attr-defined]

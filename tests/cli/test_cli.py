@@ -226,8 +226,6 @@ def test_report_files_and_next_commands(api: FakeApi, run: Run) -> None:
         "sharded_model.py",
     ]
     assert [path.name for path in Path().iterdir()] == ["new"]
-    api.verifiable = False
-    assert "plan verify" not in run("model.py --gpus 8 --out new/folder").out
 
 
 def test_json_is_all_that_stdout_holds(api: FakeApi, run: Run) -> None:

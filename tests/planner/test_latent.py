@@ -20,7 +20,7 @@ from shardwright.ir.graph import Node
 from shardwright.ir.latent import expanded
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import decompressing, kind_of, rule_of, values_in_keys
-from shardwright.ir.shrink import shrink, state_of
+from shardwright.ir.shrink import Planned, shrink, state_of
 from shardwright.planner.attention import Local, buffer_bytes, seconds, transfers
 from shardwright.planner.conversion import Network
 from shardwright.planner.errors import InfeasibleError
@@ -197,10 +197,8 @@ def test_seconds_of_making_heads() -> None:
 def test_plans_over_latents_shrink(made: Callable[[], Any]) -> None:
     """To sizes that `plan verify` runs: latents, heads and what they share fit together."""
     plan = made()
-    small = shrink(
-        plan.graph, plan.decisions.choices, plan.decisions.specs.items(), plan.mesh,
-        Mesh((("x", 2),)),
-    ).graph  # fmt: skip
+    decided = Planned(plan.graph, plan.decisions.choices, plan.decisions.specs.items())
+    small = shrink(decided, plan.mesh, Mesh((("x", 2),))).graph
     before, after = (
         sum(value.type.numel for value in state_of(graph).values()) for graph in (plan.graph, small)
     )
