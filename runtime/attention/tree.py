@@ -63,10 +63,10 @@ def tree_attention(
             " gather_kv_attention"
         )
     link, scores = link_of(options.name, group), options.scores(q)
-    # Messages hold queries alone: what keys a rank has is its own affair, if it says so.
-    alone = layout is not None or lengths is not None
+    # Messages hold queries alone: what keys a rank has is its own affair, if it says so rightly.
+    alone = lengths is not None or (layout is not None and layout.rows == k.shape[2])
     call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
-    agree(call, [link], q.device, every_time=not alone)
+    agree(call, [link], q.device, every_time=layout is None and lengths is None)
     if lengths is not None:
         parts = _by_length(options, scores, q, k, lengths, layout)
     else:

@@ -440,13 +440,14 @@ def disagree(name: str, what: str, given: bool) -> str:
 
     dtype = here("dtype", torch.float32, torch.float64)
     q = torch.ones(here("batch", 1, 2), 6, here("rows", 6, 7), 8, dtype=dtype)
+    k = torch.ones(q.shape[0], 6, here("keys", q.shape[2], 7), 8, dtype=dtype)
     options: dict[str, Any] = {"scale": here("scale", 0.5, 0.6)}
     if given:
         options["layout"] = Layout.contiguous(6 * ranks - here("length", 0, 1), ranks)
     if name == WINDOW:
         options["window"] = 3
     try:
-        getattr(runtime, name)(q, q, q, **groups, **options)
+        getattr(runtime, name)(q, k, k, **groups, **options)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -455,6 +456,8 @@ def disagree(name: str, what: str, given: bool) -> str:
 DIFFERENCES = [
     ("rows", False, "differ in rows of q: [6, 7, 6]"),
     ("rows", True, "differ in rows of q: [6, 7, 6]"),
+    ("keys", False, "differ in rows of k: [6, 7, 6]"),
+    ("keys", True, "differ in rows of k: [6, 7, 6]"),
     ("dtype", False, "differ in dtype: [float32, float64, float32]"),
     ("batch", True, "differ in batch: [1, 2, 1]"),
     ("dtype", True, "differ in dtype: [float32, float64, float32]"),
@@ -469,6 +472,8 @@ def test_every_rank_refuses_shards_that_differ(pool: Pool, name: str) -> None:
     for what, given, message in DIFFERENCES:
         if (name, what) == (TREE, "length"):
             continue  # its messages do not depend on the keys
+        if (name, what, given) == (TREE, "keys", True):
+            message = "differ in rows of k: [0, 7, 0]"  # 0 is as the layout says
         for told in pool(3).run(disagree, name, what, given):
             assert told.startswith(f"{name}: the ranks of `cp` ") and told.endswith(message)
 
