@@ -147,9 +147,9 @@ def test_two_programs_run_smaller_together(run: Run, name: str, words: str, conv
             "llama3-8b", "--gpus 8 --mesh tp=8 --batch 1 --seq 128 --context 65536 --phase append",
             ("on 2 ranks", "(planned: tp=8)", "layers of model.layers 32 -> 2"),
         ),
-        (
+        pytest.param(
             "gemma2-9b", "--gpus 16 --mesh 4x4 --batch 16 --context 8192 --phase decode",
-            ("on 4 ranks", "append 0 to 1, decode 1"),
+            ("on 4 ranks", "append 0 to 1, decode 1"), marks=pytest.mark.slow,
         ),
         (
             "gpt2", "--gpus 4 --mesh 2x2 --batch 4 --phase prefill",
