@@ -60,6 +60,7 @@ def passed(ran: Ran, *said: str) -> None:
     assert len(errors) >= 2 and max(errors) < 1e-4 and max(errors[:2]) < 1e-9, ran.out
 
 
+@pytest.mark.slow
 def test_fused_projections_in_parts(run: Run) -> None:
     """By the file itself, and smaller; a part's slice that is taken from elsewhere is caught."""
     pin = "--pin blocks.*.attention.qkv.weight_*=S0"

@@ -54,6 +54,7 @@ def test_the_formatter_changes_nothing(name: str) -> None:
         assert "torch.ops." not in source
 
 
+@pytest.mark.slow
 def test_families_have_no_bare_operator_calls() -> None:
     pytest.importorskip("transformers")
     for name, config in huggingface_configs().items():

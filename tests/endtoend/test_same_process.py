@@ -6,6 +6,8 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import pytest
+
 import shardwright
 from tests.endtoend.families import build, inputs_of
 
@@ -21,6 +23,7 @@ def plan_text(name: str, gpus: int, phase: str) -> str:
     return json.dumps(data, sort_keys=True) + plan.module_source()
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_depend_on_earlier_ones() -> None:
     together = [plan_text(*request) for request in (*REQUESTS, REQUESTS[0])]
     assert together[0] == together[-1]

@@ -217,6 +217,7 @@ def test_two_programs_serve_together(pool: Pool, name: str, ways: tuple[str, str
         assert torch.equal(got[:, PROMPT:], want)
 
 
+@pytest.mark.slow
 def test_serving_minimises_the_whole_answer() -> None:
     """No other pair of plans with the same weights answers sooner, whatever its caches."""
     best = serving_plan("llama", (2, 2), None)

@@ -9,7 +9,10 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = [
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem == "03_serving" else [])
+    for path in sorted(FOLDER.glob("*.ipynb"))
+]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
