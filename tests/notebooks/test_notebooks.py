@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = [
-    pytest.param(path, marks=[pytest.mark.slow] if path.stem == "03_serving" else [])
+    pytest.param(path, marks=[] if path.stem == "02_long_context" else [pytest.mark.slow])
     for path in sorted(FOLDER.glob("*.ipynb"))
 ]
 
