@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..ir.mesh import Mesh
 from ..planner.plan import Plan
+from ..planner.program import Program
 from ..planner.report import format_bytes, format_seconds
 from .module import write_source
 
 
 def module_source(plan: Plan) -> str:
     """The generated module of `plan`: one file for all ranks, the same bytes every time."""
+    programs = [each.program for each in plan.phases]
+    return programs_source(
+        plan, programs, plan.mesh, summary=_summary(plan), optimizer=plan.request.optimizer
+    )
+
+
+def programs_source(
+    plan: Plan, programs: Sequence[Program], mesh: Mesh, *, summary: str, optimizer: str
+) -> str:
+    """The module of `programs`, one for each of the plan's phases, which may have other sizes."""
     return write_source(
-        plan.program,
-        plan.mesh,
-        summary=_summary(plan),
+        programs[0],
+        mesh,
+        summary=summary,
         phase=plan.request.phase if plan.decode is None else "prefill",
-        optimizer=plan.request.optimizer,
-        decode=None if plan.decode is None else plan.decode.program,
+        optimizer=optimizer,
+        decode=None if plan.decode is None else programs[1],
         recached={recache.node: recache.path for recache in plan.recached},
     )
 

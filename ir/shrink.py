@@ -54,20 +54,15 @@ class Planned:
     specs: Iterable[tuple[str, Spec]]  # repeats allowed
 
 
-def shrink(planned: Planned, old: Mesh, new: Mesh, *, tokens_only: bool = False) -> Shrunk:
-    """The graph with smaller sizes that its choices and specs fit on `new`.
-
-    Each axis size of `new` divides that of `old`.  `tokens_only`: only dims labelled as batch or
-    sequence change.  Raises ValueError if the smaller graph does not come out right, naming the
-    node.
-    """
-    return shrink_together([planned], old, new, tokens_only=tokens_only)[0]
-
-
-def shrink_together(
+def shrink(
     planned: Sequence[Planned], old: Mesh, new: Mesh, *, tokens_only: bool = False
 ) -> list[Shrunk]:
-    """`shrink` of several graphs of one model, whose parameters and batch stay alike."""
+    """Graphs of one model with smaller sizes that their choices and specs fit on `new`.
+
+    Parameters and batch stay alike in all of them.  Each axis size of `new` divides that of `old`.
+    `tokens_only`: only dims labelled as batch or sequence change.  Raises ValueError if a smaller
+    graph does not come out right, naming the node.
+    """
     if any(a % b for a, b in zip(old.sizes, new.sizes, strict=True)):
         raise ValueError(f"mesh {new} does not divide mesh {old}")
     sums: list[tuple[_Atom, _Atom, int]] = []
@@ -809,4 +804,4 @@ def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
     return tuple(change for change in found if change[1] != change[2])
 
 
-__all__ = ["Planned", "Shrunk", "buffers_of", "shrink", "shrink_together", "state_of"]
+__all__ = ["Planned", "Shrunk", "buffers_of", "shrink", "state_of"]

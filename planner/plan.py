@@ -145,6 +145,11 @@ class Plan:
         return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
 
     @property
+    def phases(self) -> tuple[Plan, ...]:
+        """This plan, and in phase `serve` that of decode."""
+        return (self,) if self.decode is None else (self, self.decode)
+
+    @property
     def training(self) -> bool:
         """Is this a plan for training steps?"""
         return self.request.phase == "train"

@@ -177,6 +177,8 @@ def _versus(plan: Plan, seconds: float) -> str:
         return f"; {versus}: no better plan exists under this cost model."
     if plan.request.pins:
         return f"; {versus}: this plan keeps to its pins."
+    if plan.search.status == "optimal":
+        return f"; {versus}, although this one is proven optimal: report this as a bug."
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
 
 

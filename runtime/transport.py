@@ -197,8 +197,8 @@ def post_shift(x: Tensor, into: Tensor, group: ProcessGroup) -> list[Any]:
 
     All ranks do so in the same order, with the same sizes.  On the CPU as an all-to-all of gloo,
     whose own threads talk to the sockets: a message posted by this thread may have to wait until a
-    thread that holds its lock gets a core, of which the other ranks' computing leaves none.  Ring
-    attention of 1024 tokens on 2 ranks, one a core: 7 % faster.
+    thread that holds its lock gets a core, of which the other ranks' computing leaves none.  0.5
+    MB beside 7.4 ms of computing, on 2 ranks, one a core: 8.2 ms instead of 10.1 (torch 2.13).
     """
     ways, rank = group.size(), group.rank()
     after, before = (rank + 1) % ways, (rank - 1) % ways

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .codegen.module import write_source
-from .codegen.write import module_source
+from .codegen.write import module_source, programs_source
 from .conversation import (
     Step,
     by_graph,
@@ -40,7 +39,7 @@ from .ir.interpret import interpret
 from .ir.mesh import Mesh
 from .ir.ops import kind_of
 from .ir.serving import POSITIONS
-from .ir.shrink import Planned, buffers_of, shrink_together, state_of
+from .ir.shrink import Planned, buffers_of, shrink, state_of
 from .ir.spec import R, Spec
 from .ir.widen import widened, without_dropout
 from .loading import build_real, load_target, with_positions
@@ -48,6 +47,7 @@ from .planner.errors import PlanError
 from .planner.plan import Plan
 from .planner.program import PricedStep, Program, lower
 from .runtime import RankError, run_ranks
+from .runtime.pools import TOKENS
 
 MODULE_FILE = "sharded_model.py"
 
@@ -55,7 +55,6 @@ MODULE_FILE = "sharded_model.py"
 _PARAMETER_BYTES, _RESULT_BYTES, _FLOPS = 4e9, 1e9, 1e12
 _MOST_PARAMETERS = 2e8  # and after shrinking
 _MOST_RANKS = 8
-_TOKENS = 2  # the dim of a KV cache that holds them
 _TIMEOUT_S = 600.0
 # Largest relative error that rounding explains, by the narrowest format that is computed in.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -185,9 +184,8 @@ class _Case:
 
 
 def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
-    plans = [plan] if plan.decode is None else [plan, plan.decode]
-    shrunk = shrink_together(
-        [Planned(each.graph, each.decisions.choices, list(_specs(each))) for each in plans],
+    shrunk = shrink(
+        [Planned(each.graph, each.decisions.choices, list(_specs(each))) for each in plan.phases],
         plan.mesh,
         mesh,
         tokens_only=tokens_only,
@@ -200,16 +198,9 @@ def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
             "sizes are not known to be free; verify a smaller configuration of the same model"
         )
     wide = [widened(each.graph) for each in shrunk]
-    programs = [_program(each, graph) for each, graph in zip(plans, wide, strict=True)]
-    source = write_source(
-        programs[0],
-        mesh,
-        summary=f"{plan.graph.name}, smaller, on {mesh}.",
-        phase=plan.request.phase if plan.decode is None else "prefill",
-        optimizer="none",
-        decode=None if plan.decode is None else programs[1],
-        recached={recache.node: recache.path for recache in plan.recached},
-    )
+    programs = [_program(each, graph) for each, graph in zip(plan.phases, wide, strict=True)]
+    summary = f"{plan.graph.name}, smaller, on {mesh}."
+    source = programs_source(plan, programs, mesh, summary=summary, optimizer="none")
     return _Case(
         plan,
         without_dropout(wide[0]),
@@ -251,7 +242,7 @@ def _specs(plan: Plan) -> Iterator[tuple[str, Spec]]:
     for recache in plan.recached:  # batch and heads are cut as those of new keys; tokens are pages
         keys = nodes[recache.node].operands[1].name
         for spec in recache.path:
-            yield keys, tuple(R if state == _TOKENS else state for state in spec)
+            yield keys, tuple(R if state == TOKENS else state for state in spec)
 
 
 def _smaller_mesh(mesh: Mesh, ranks: int | None) -> Mesh:

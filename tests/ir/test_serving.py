@@ -17,7 +17,7 @@ from shardwright.ir.interpret import Caches, interpret
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.ops import rule_of
 from shardwright.ir.serving import ServingError, serving_graph
-from shardwright.ir.shrink import Planned, shrink, shrink_together, state_of
+from shardwright.ir.shrink import Planned, shrink, state_of
 from shardwright.loading import load_target
 from shardwright.planner.errors import PlanError
 from tests.examples.test_examples import EXAMPLES
@@ -123,7 +123,7 @@ def test_chunks_are_shrunk_with_the_sequence() -> None:
     inputs = {"input_ids": ids, "position_ids": ids}
     graph = serving_graph(capture_folded(model, inputs, training=False, serving=True), 4096)
     choices = {node.name: ("R",) for node in graph.nodes}
-    small = shrink(Planned(graph, choices, []), Mesh((("x", 4),)), Mesh((("x", 2),))).graph
+    small = shrink([Planned(graph, choices, [])], Mesh((("x", 4),)), Mesh((("x", 2),)))[0].graph
     for node in attentions(small):
         chunk, context = node.arg("chunk"), node.arg("context")
         assert isinstance(chunk, int) and isinstance(context, int)
@@ -144,11 +144,11 @@ def test_graphs_of_one_model_shrink_together() -> None:
         }
         planned.append(Planned(graph, choices, []))
     old, new = Mesh((("x", 4),)), Mesh((("x", 2),))
-    first, second = (each.graph for each in shrink_together(planned, old, new))
+    first, second = (each.graph for each in shrink(planned, old, new))
     assert state_of(first) == state_of(second) != state_of(planned[0].graph)
     batch, tokens = first.inputs[0].value.type.shape
     assert second.inputs[0].value.type.shape == (batch, 1) and 1 < tokens < 1024 and batch < 12
     windows = [[node.arg("window") for node in attentions(graph)] for graph in (first, second)]
     assert windows[0] == windows[1] and 0 < max(windows[0]) < 512
-    alone = shrink(planned[1], old, new).graph
+    alone = shrink(planned[1:], old, new)[0].graph
     assert max(node.arg("window") for node in attentions(alone)) != max(windows[0])

@@ -60,9 +60,8 @@ def test_any_decisions_fit_the_small_graph(target: str, seq: int, parts: bool) -
     decisions = random_decisions(builder_of(graph, old), seed=0)
     specs = [*decisions.specs.items(), *decisions.outputs.items()]
 
-    small = shrink(
-        Planned(graph, decisions.choices, specs), old, new
-    ).graph  # checks shapes and rules
+    planned = Planned(graph, decisions.choices, specs)
+    small = shrink([planned], old, new)[0].graph  # checks shapes and rules
 
     assert sum(value.type.numel for value in state_of(small).values()) < 1e7
     for loop, before in zip(small.loops, graph.loops, strict=True):
@@ -86,7 +85,8 @@ def test_tokens_only() -> None:
         node.name: ("i0",) if "i0" in rule_of(node).choices() else ("R",)
         for node in nodes_of(graph)
     }
-    shrunk = shrink(Planned(graph, choices, []), mesh, Mesh((("x", 2),)), tokens_only=True)
+    planned = Planned(graph, choices, [])
+    (shrunk,) = shrink([planned], mesh, Mesh((("x", 2),)), tokens_only=True)
     assert [what for what, _, _ in shrunk.changes] == ["batch", "sequence"]
     assert state_of(shrunk.graph) == state_of(graph)
 
@@ -99,11 +99,11 @@ def test_what_was_uneven_stays_so() -> None:
     choices = {node.name: ("R",) for node in nodes_of(graph)}
     choices[node.name] = ("v",)
     specs = [(table.value.name, (0,))]
-    small = shrink(Planned(graph, choices, specs), mesh, Mesh((("x", 2),))).graph
+    small = shrink([Planned(graph, choices, specs)], mesh, Mesh((("x", 2),)))[0].graph
     assert small.params[0].value.type.shape[0] % 2
 
 
 def test_a_mesh_that_does_not_divide_is_refused() -> None:
     graph = graph_of("gpt.py", 4, 16)
     with pytest.raises(ValueError, match="mesh x=3 does not divide mesh x=4"):
-        shrink(Planned(graph, {}, []), Mesh((("x", 4),)), Mesh((("x", 3),)))
+        shrink([Planned(graph, {}, [])], Mesh((("x", 4),)), Mesh((("x", 3),)))

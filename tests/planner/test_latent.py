@@ -198,7 +198,7 @@ def test_plans_over_latents_shrink(made: Callable[[], Any]) -> None:
     """To sizes that `plan verify` runs: latents, heads and what they share fit together."""
     plan = made()
     decided = Planned(plan.graph, plan.decisions.choices, plan.decisions.specs.items())
-    small = shrink(decided, plan.mesh, Mesh((("x", 2),))).graph
+    small = shrink([decided], plan.mesh, Mesh((("x", 2),)))[0].graph
     before, after = (
         sum(value.type.numel for value in state_of(graph).values()) for graph in (plan.graph, small)
     )
