@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shardwright.costmodel import calibrate
-from shardwright.costmodel.calibrate import Errors, held_out
-from shardwright.costmodel.cluster import Kernel, Link, load_cluster
+from shardwright.costmodel.calibration import calibrate
+from shardwright.costmodel.calibration.calibrate import Errors, held_out
 from shardwright.costmodel.compute import op_s
+from shardwright.costmodel.machines.cluster import Kernel, Link, load_cluster
 
 _NAIVE = Kernel(floor_s=0.0, efficiency=1.0, bandwidth_efficiency=1.0, overlap=16.0)
 

@@ -41,18 +41,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from benchmarks.memory import give_back_freed_blocks, peak_bytes, resident_bytes, start_peak
 from shardwright.api import capture_graph
 from shardwright.codegen.module import write_source
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.facts.spec import S, Spec
 from shardwright.ir.graph import Graph, Param, Value
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.spec import S, Spec
 from shardwright.loading import Loaded
-from shardwright.planner.build import Builder, Setting, all_params
-from shardwright.planner.conversion import Network
-from shardwright.planner.problem import evaluate
-from shardwright.planner.program import PricedStep, lower
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.roles import Roles
-from shardwright.planner.solvers import solve
+from shardwright.planner.ilp.problem import evaluate
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.program import PricedStep, lower
+from shardwright.planner.strategies.build import Builder, Setting, all_params
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import RankPool
 from shardwright.runtime.live import LiveBytes
 

@@ -8,14 +8,14 @@ from math import isfinite, prod
 
 import torch
 
+from ..facts.mesh import Mesh
+from ..facts.spec import P, R, S, V, is_shard
 from ..ir.graph import Arg, Node, Value
-from ..ir.labels import DimLabels
-from ..ir.mesh import Mesh
-from ..ir.ops import find_op, kind_of, rule_of
-from ..ir.spec import P, R, S, V, is_shard
-from ..planner.conversion import Step, primitive
-from ..planner.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
-from ..planner.report import format_bytes, format_seconds
+from ..ir.ops.labels import DimLabels
+from ..ir.ops.registry import find_op, kind_of, rule_of
+from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
+from ..planner.report.report import format_bytes, format_seconds
+from ..planner.strategies.conversion import Step, primitive
 from .names import Names, base_name
 from .source import statement
 
@@ -153,7 +153,7 @@ class BodyEmitter:
         return statement(f"{name} = {text}", indent, comment)
 
     def _conversion_call(self, item: Convert) -> str:
-        """The method of `runtime.Axis` for the step (its table is in runtime/collectives.py)."""
+        """The method of `runtime.Axis` for the step (see its table)."""
         step, source = item.priced.step, self.text(item.source)
         axis = self.axis_text(step)
         size = _uneven_size(item, self.mesh)

@@ -8,14 +8,22 @@ from functools import cached_property
 from math import isfinite, lcm, prod
 from types import MappingProxyType
 
+from ..facts.mesh import Mesh
+from ..facts.spec import Spec, format_spec, local_shape
 from ..ir.graph import Param, Value
-from ..ir.labels import DimLabels, label_dims
-from ..ir.mesh import Mesh
-from ..ir.ops import values_in_keys
-from ..ir.spec import Spec, format_spec, local_shape
-from ..planner.attention import cache_spec
-from ..planner.program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, is_gather
-from ..planner.traffic import kept_until
+from ..ir.ops.labels import DimLabels, label_dims
+from ..ir.ops.registry import values_in_keys
+from ..planner.plan.program import (
+    BlockBody,
+    Compute,
+    Convert,
+    LoopCall,
+    Program,
+    Sharded,
+    is_gather,
+)
+from ..planner.plan.traffic import kept_until
+from ..planner.strategies.attention import cache_spec
 from .body import BodyEmitter, parameter_path
 from .names import hides
 from .source import WIDTH, check, statement

@@ -7,9 +7,9 @@ import keyword
 from collections.abc import Iterable
 
 from ..ir.graph import Node
-from ..ir.ops import kind_of
-from ..planner.conversion import primitive
-from ..planner.program import Compute, Convert, Sharded
+from ..ir.ops.registry import kind_of
+from ..planner.plan.program import Compute, Convert, Sharded
+from ..planner.strategies.conversion import primitive
 
 # What generated functions use by these names
 _RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})

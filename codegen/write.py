@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..ir.mesh import Mesh
-from ..planner.plan import Plan
-from ..planner.program import Program
-from ..planner.report import format_bytes, format_seconds
+from ..facts.mesh import Mesh
+from ..planner.plan.plan import Plan
+from ..planner.plan.program import Program
+from ..planner.report.report import format_bytes, format_seconds
 from .module import write_source
 
 

@@ -47,8 +47,8 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.mesh import Mesh
-from .cluster import Cluster, Link
+from ..facts.mesh import Mesh
+from .machines.cluster import Cluster, Link
 
 Collective: TypeAlias = Literal[
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv"

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .cluster import Cluster, Kernel, Tiles, short_dtype
+from .machines.cluster import Cluster, Kernel, Tiles, short_dtype
 
 Floats: TypeAlias = NDArray[np.float64]
 Number: TypeAlias = "float | Floats"

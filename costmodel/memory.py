@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from .cluster import Cluster
 from .compute import elementwise_s
+from .machines.cluster import Cluster
 
 Optimizer: TypeAlias = Literal["adamw", "sgd", "none"]
 Phase: TypeAlias = Literal["train", "prefill"]

@@ -1,7 +1,6 @@
 """What generated modules import: collectives with gradients, sharded ops, checkpoints."""
 
 from . import ops
-from .ahead import Gather
 from .attention import (
     Layout,
     Mask,
@@ -16,13 +15,16 @@ from .attention import (
     usp_attention,
     window_attention,
 )
-from .cache import CacheFullError, KVCache, PageTable
-from .collectives import Axis
-from .counter import CollectiveCounter, count_collectives
+from .cache.cache import CacheFullError, KVCache, PageTable
+from .gathering.ahead import Gather
+from .gathering.regather import regathering
 from .launch import RankError, RankPool, run_ranks
-from .layers import Layer, per_layer
-from .mesh import Mesh
-from .module import Cache, Input, Namespace, Output, Outputs, ShardedModule
+from .mesh.collectives import Axis
+from .mesh.counter import CollectiveCounter, count_collectives
+from .mesh.mesh import Mesh
+from .module.layers import Layer, per_layer
+from .module.module import Cache, Input, Namespace, Output, Outputs, ShardedModule
+from .module.parameters import Param, Part
 from .moe import moe
 from .ops import (
     attention,
@@ -32,8 +34,6 @@ from .ops import (
     last_token,
     vocab_embedding,
 )
-from .parameters import Param, Part
-from .regather import regathering
 
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Gather", "Input", "KVCache", "Layer",

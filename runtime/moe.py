@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import transport
-from .collectives import Axis
-from .counter import Phase
+from .mesh import transport
+from .mesh.collectives import Axis
+from .mesh.counter import Phase
 
 Gating: TypeAlias = Literal["none", "separate", "halves", "pairs"]
 

@@ -17,9 +17,9 @@ from .attention import ulysses_attention as ulysses_attention
 from .attention import window_attention as window_attention
 from .attention.cached import cached_attention as cached_attention
 from .attention.local import attention as attention
-from .collectives import Axis
+from .mesh.collectives import Axis
+from .mesh.stochastic import dropout as dropout
 from .moe import moe as moe  # generated modules call it `ops.moe`
-from .stochastic import dropout as dropout
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

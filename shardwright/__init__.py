@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import Plan, load_plan, plan
-    from .ir.experts import experts, moe
+    from .ir.ops.experts import experts, moe
 
 __version__ = "0.1.0"
 

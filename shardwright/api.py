@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .codegen.write import module_source
-from .costmodel.cluster import load_cluster
-from .ir.capture import capture_folded
+from .costmodel.machines.cluster import load_cluster
+from .facts.mesh import Mesh
+from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
-from .ir.mesh import Mesh
-from .ir.serving import ServingError, is_decoder, serving_graph
+from .ir.passes.serving import ServingError, is_decoder, serving_graph
 from .loading import (
     DTYPES,
     Loaded,
@@ -25,15 +25,15 @@ from .loading import (
     with_positions,
     with_tokens,
 )
-from .planner import plan as plans
-from .planner.build import Builder
-from .planner.conversion import Network
 from .planner.errors import PlanError
-from .planner.fused import make_plan
-from .planner.iopddl import write_problem
-from .planner.roles import pinned
-from .planner.search import Clock, Job, setting_of
-from .planner.serving import make_serving_plan
+from .planner.ilp.iopddl import write_problem
+from .planner.plan import plan as plans
+from .planner.search.search import Clock, Job, setting_of
+from .planner.search.serving import make_serving_plan
+from .planner.search.variants import make_plan
+from .planner.strategies.build import Builder
+from .planner.strategies.conversion import Network
+from .planner.strategies.roles import pinned
 
 if TYPE_CHECKING:
     from .verify import Verification

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .ir.graph import Graph
-from .ir.interpret import Caches, interpret
-from .runtime.cache import PAGE
+from .ir.reference.interpret import Caches, interpret
+from .runtime.cache.cache import PAGE
 
 
 class Step(NamedTuple):

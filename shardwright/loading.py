@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor, nn
 
-from .ir.serving import POSITIONS
+from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
 
 DTYPES = {
@@ -104,7 +104,7 @@ def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
 
 
 def _load_config(path: Path, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
-    from .ir.huggingface import from_config
+    from .ir.capture.huggingface import from_config
 
     if not path.exists():
         raise PlanError(f"`{path}` does not exist")

@@ -32,22 +32,22 @@ from .conversation import (
     is_served,
     length_of,
 )
+from .facts.mesh import Mesh
+from .facts.spec import R, Spec
+from .ir.capture.huggingface_experts import use_own_loops
 from .ir.graph import Graph, Node, Value
-from .ir.huggingface_experts import use_own_loops
-from .ir.indices import index_limits
-from .ir.interpret import interpret
-from .ir.mesh import Mesh
-from .ir.ops import kind_of
-from .ir.serving import POSITIONS
-from .ir.shrink import Planned, buffers_of, shrink, state_of
-from .ir.spec import R, Spec
-from .ir.widen import widened, without_dropout
+from .ir.ops.indices import index_limits
+from .ir.ops.registry import kind_of
+from .ir.passes.serving import POSITIONS
+from .ir.reference.interpret import interpret
+from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
+from .ir.reference.widen import widened, without_dropout
 from .loading import build_real, load_target, with_positions
 from .planner.errors import PlanError
-from .planner.plan import Plan
-from .planner.program import PricedStep, Program, lower
+from .planner.plan.plan import Plan
+from .planner.plan.program import PricedStep, Program, lower
 from .runtime import RankError, run_ranks
-from .runtime.pools import TOKENS
+from .runtime.cache.pools import TOKENS
 
 MODULE_FILE = "sharded_model.py"
 

@@ -18,20 +18,28 @@ import torch
 from torch import Tensor
 
 from shardwright.codegen.module import write_source
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.facts.spec import parse_spec
 from shardwright.ir.graph import Graph, Node, Value
-from shardwright.ir.interpret import interpret
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.spec import parse_spec
-from shardwright.ir.widen import widened as widened  # for the tests that import it from here
-from shardwright.planner.attention import cache_spec
-from shardwright.planner.build import Builder, Decisions, Restriction, Setting, all_params
-from shardwright.planner.conversion import Network
-from shardwright.planner.plan import Request
-from shardwright.planner.program import PricedStep, Program, lower, priced_path
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.search import Clock, Job, Limit
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.ir.reference.interpret import interpret
+from shardwright.ir.reference.widen import (
+    widened as widened,  # for the tests that import it from here
+)
+from shardwright.planner.plan.plan import Request
+from shardwright.planner.plan.program import PricedStep, Program, lower, priced_path
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.search.search import Clock, Job, Limit
+from shardwright.planner.strategies.attention import cache_spec
+from shardwright.planner.strategies.build import (
+    Builder,
+    Decisions,
+    Restriction,
+    Setting,
+    all_params,
+)
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool, count_collectives
 
 AXES = ("x", "y", "z")

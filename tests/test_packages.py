@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("codegen", "costmodel", "ir", "planner", "runtime")
+ROOMS = ("codegen", "costmodel", "facts", "ir", "planner", "runtime")
 
 
 def test_every_folder_with_code_is_installed() -> None:
@@ -14,8 +14,8 @@ def test_every_folder_with_code_is_installed() -> None:
     folders = {
         path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")
     }
-    want = {"shardwright": "shardwright"}
-    want |= {".".join(("shardwright", *folder.parts)): folder.as_posix() for folder in folders}
-    assert setuptools["package-dir"] == want
-    assert sorted(setuptools["packages"]) == sorted(want)
+    rooms = {"shardwright": "shardwright"} | {f"shardwright.{room}": room for room in ROOMS}
+    assert setuptools["package-dir"] == rooms
+    packages = ["shardwright", *(".".join(("shardwright", *folder.parts)) for folder in folders)]
+    assert sorted(setuptools["packages"]) == sorted(packages)
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cache import KVCache, Step
-from ..collectives import Axis
+from ..cache.cache import KVCache, Step
+from ..mesh.collectives import Axis
 from .kernels import attend
 from .latents import Heads
 from .links import Link, pack, unpack

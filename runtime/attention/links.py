@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import counter, transport
-from ..collectives import Axis
-from ..counter import Phase
+from ..mesh import counter, transport
+from ..mesh.collectives import Axis
+from ..mesh.counter import Phase
 
 Group: TypeAlias = ProcessGroup | Axis
 

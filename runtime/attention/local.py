@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..stochastic import dropout
+from ..mesh.stochastic import dropout
 from .links import Link
 from .ring import attend_over_ring
 from .task import Options, Task, check_keys

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import block
+from ..mesh.layout import block
 
 
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ..counter import Phase
+from ..mesh.counter import Phase
 from .ulysses import Heads
 from .window import halos
 

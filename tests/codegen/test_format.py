@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardwright.ir.capture import capture_folded
+from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.graph import Graph
 from tests.ir.models import batch, huggingface_configs, huggingface_model
 from tests.sharded import builder_of, mesh_of, random_decisions, source_of

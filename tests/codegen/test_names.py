@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.codegen.source import statement
-from shardwright.ir.capture import capture_folded
+from shardwright.ir.capture.capture import capture_folded
 from shardwright.runtime import RankPool
 from tests.sharded import (
     builder_of,

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardwright.costmodel import calibrate
-from shardwright.costmodel.calibrate import Errors, held_out, nelder_mead
-from shardwright.costmodel.cluster import Kernel, load_cluster
-from shardwright.costmodel.measure import (
+from shardwright.costmodel.calibration import calibrate
+from shardwright.costmodel.calibration.calibrate import Errors, held_out, nelder_mead
+from shardwright.costmodel.calibration.measure import (
     CpuFigures,
     HostFigures,
     format_cpu,
     format_hosts,
     measure_cpu,
 )
+from shardwright.costmodel.machines.cluster import Kernel, load_cluster
 
 _FOLDER = Path(__file__).parents[2].parent / "shared" / "data" / "silicon"
 measured = pytest.mark.skipif(

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.costmodel.cluster import BUILT_IN, ClusterError, built_in_text, load_cluster
+from shardwright.costmodel.machines.cluster import (
+    BUILT_IN,
+    ClusterError,
+    built_in_text,
+    load_cluster,
+)
 
 _NUMBER = re.compile(r"^\s*[\w.]+\s*=\s*[-+0-9.]")
 
@@ -164,7 +169,7 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["cluster", "compute", "collective", "memory"])
+@pytest.mark.parametrize("module", ["machines.cluster", "compute", "collective", "memory"])
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"shardwright.costmodel.{module}"))
     assert result.attempted and not result.failed

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.costmodel.cluster import BUILT_IN, Cluster, Link, load_cluster
 from shardwright.costmodel.collective import (
     COLLECTIVES,
     AxisLink,
@@ -19,7 +18,8 @@ from shardwright.costmodel.collective import (
     joint_link,
     wire_bytes,
 )
-from shardwright.ir.mesh import Mesh
+from shardwright.costmodel.machines.cluster import BUILT_IN, Cluster, Link, load_cluster
+from shardwright.facts.mesh import Mesh
 
 _FAST = Link(bytes_per_s=200e9, efficiency=0.5, launch_s=0.0, hop_s=0.0)  # 1e11 bytes/s
 _SLOW = Link(bytes_per_s=1e10, efficiency=1.0, launch_s=0.0, hop_s=0.0)

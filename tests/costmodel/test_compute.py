@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.costmodel.cluster import (
+from shardwright.costmodel.compute import attention_s, elementwise_s, matmul_s, op_s
+from shardwright.costmodel.machines.cluster import (
     BUILT_IN,
     Cluster,
     ClusterError,
@@ -17,7 +18,6 @@ from shardwright.costmodel.cluster import (
     Tiles,
     load_cluster,
 )
-from shardwright.costmodel.compute import attention_s, elementwise_s, matmul_s, op_s
 
 _PLAIN = Kernel(floor_s=1e-6, efficiency=0.5, bandwidth_efficiency=0.5, overlap=1.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.costmodel.memory import (
     optimizer_step_bytes,
     optimizer_step_s,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
 from tests.ir.models import batch, huggingface_configs, huggingface_model
 from tests.sharded import reference, widened
 

@@ -7,13 +7,13 @@ from functools import cache
 
 import pytest
 
-from shardwright.ir.ops import kind_of, rule_of
-from shardwright.planner.build import Builder, Decisions, Restriction
-from shardwright.planner.program import Convert, LoopCall
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.roles import Roles
-from shardwright.planner.solvers import solve
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.ir.ops.registry import kind_of, rule_of
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.program import Convert, LoopCall
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction
+from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import RankPool
 from tests.endtoend.families import FAMILIES, Case, case, case32, fused_case
 from tests.sharded import builder_of, check, mesh_of, program_of, random_decisions

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import shardwright
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
-from shardwright.ir.text import format_graph
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.capture.capture import capture
+from shardwright.ir.graph.text import format_graph
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
 from tests.endtoend.families import ROOT, build, example_module, inputs_of
 from tests.sharded import builder_of, mesh_of, random_decisions, source_of
 

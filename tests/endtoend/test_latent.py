@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from shardwright.codegen.write import module_source
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Input
-from shardwright.ir.latent import absorbed, expanded
-from shardwright.ir.serving import serving_graph
-from shardwright.ir.widen import widened
-from shardwright.planner.build import Builder, Decisions, Restriction
-from shardwright.planner.plan import Request
-from shardwright.planner.pricing import cache_bytes
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.roles import pinned
-from shardwright.planner.serving import make_serving_plan
-from shardwright.planner.solvers import solve
-from shardwright.planner.store import plan_from_json, plan_to_json
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.latent import absorbed, expanded
+from shardwright.ir.passes.serving import serving_graph
+from shardwright.ir.reference.widen import widened
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.plan import Request
+from shardwright.planner.plan.store import plan_from_json, plan_to_json
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.search.serving import make_serving_plan
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction
+from shardwright.planner.strategies.pricing import cache_bytes
+from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.roles import pinned
 from shardwright.runtime import RankPool, count_collectives
-from shardwright.runtime.cache import KVCache
+from shardwright.runtime.cache.cache import KVCache
 from tests import sharded
 from tests.endtoend.test_moe import Way, case_of, check, planned
 from tests.ir.models import VOCABULARY

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from shardwright.api import capture_graph
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.ir.graph import Graph
 from shardwright.loading import Loaded
-from shardwright.planner.build import Builder, Setting
-from shardwright.planner.conversion import Network
-from shardwright.planner.problem import evaluate
-from shardwright.planner.roles import Roles
-from shardwright.planner.solvers import solve
+from shardwright.planner.ilp.problem import evaluate
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.strategies.build import Builder, Setting
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import RankPool
 from shardwright.runtime.live import LiveBytes
 from tests.endtoend.families import example_module

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import shardwright
-from shardwright.ir import interpret
-from shardwright.ir.capture import capture
-from shardwright.ir.experts import moe_math
-from shardwright.ir.fold import fold
+from shardwright.facts.spec import Spec, is_shard
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node, Param
-from shardwright.ir.spec import Spec, is_shard
-from shardwright.ir.unfuse import unfuse
-from shardwright.ir.widen import widened
-from shardwright.planner import experts
-from shardwright.planner.build import Builder, Decisions, Restriction
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.solvers import solve
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.ir.ops.experts import moe_math
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
+from shardwright.ir.reference import interpret
+from shardwright.ir.reference.widen import widened
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.strategies import experts
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction
+from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool
 from tests import sharded
 from tests.ir.models import batch

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
-from shardwright.ir.widen import widened
+from shardwright.ir.capture.capture import capture
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.reference.widen import widened
 from shardwright.runtime import RankPool
 from tests.sharded import builder_of, check, mesh_of, random_decisions, reference
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from shardwright.codegen.write import module_source
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.facts.mesh import Mesh
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph
-from shardwright.ir.interpret import Caches, interpret
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.serving import serving_graph
-from shardwright.ir.widen import widened
-from shardwright.planner.build import Decisions, Restriction
-from shardwright.planner.plan import Plan, Request
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.serving import make_serving_plan
-from shardwright.planner.solvers import solve
-from shardwright.planner.store import plan_from_json, plan_to_json
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.serving import serving_graph
+from shardwright.ir.reference.interpret import Caches, interpret
+from shardwright.ir.reference.widen import widened
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.store import plan_from_json, plan_to_json
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.search.serving import make_serving_plan
+from shardwright.planner.strategies.build import Decisions, Restriction
+from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool, count_collectives
 from tests.ir import test_moe
 from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model

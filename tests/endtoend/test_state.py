@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
 from shardwright.runtime import RankPool
 from tests.endtoend.families import build, example_module, inputs_of
 from tests.sharded import (

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwright.costmodel.cluster import Cluster, load_cluster
-from shardwright.costmodel.measure import measure_hosts
+from shardwright.costmodel.calibration.measure import measure_hosts
+from shardwright.costmodel.machines.cluster import Cluster, load_cluster
+from shardwright.facts.spec import S
 from shardwright.ir.graph import TensorType
-from shardwright.ir.spec import S
-from shardwright.planner.attention import Local, seconds
-from shardwright.planner.conversion import Conversions, Network
+from shardwright.planner.strategies.attention import Local, seconds
+from shardwright.planner.strategies.conversion import Conversions, Network
 from shardwright.runtime import (
     Layout,
     Mesh,

@@ -16,15 +16,15 @@ from torch import Tensor
 from shardwright.codegen.module import write_source
 from shardwright.codegen.write import module_source
 from shardwright.conversation import Step, by_graph, by_module
+from shardwright.facts.mesh import Mesh
+from shardwright.facts.spec import Spec
 from shardwright.ir.graph import Graph
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.spec import Spec
-from shardwright.planner.attention import cache_spec
-from shardwright.planner.build import Builder, Decisions, Restriction, all_params
-from shardwright.planner.plan import Plan, Request
-from shardwright.planner.recache import recached_bytes, recaches
-from shardwright.planner.serving import make_serving_plan
-from shardwright.planner.store import plan_from_json, plan_to_json
+from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.recache import recached_bytes, recaches
+from shardwright.planner.plan.store import plan_from_json, plan_to_json
+from shardwright.planner.search.serving import make_serving_plan
+from shardwright.planner.strategies.attention import cache_spec
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction, all_params
 from shardwright.runtime import RankPool, count_collectives
 from tests.endtoend import test_latent, test_serving
 from tests.endtoend.test_serving import BATCH, NEW

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.ir.attention import attention, attention_math
-from shardwright.ir.capture import capture
-from shardwright.ir.evaluate import describe_mask
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.interpret import interpret
+from shardwright.ir.ops.attention import attention, attention_math
+from shardwright.ir.reference.evaluate import describe_mask
+from shardwright.ir.reference.interpret import interpret
 
 
 class Call(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.ir.capture import CaptureError, capture, capture_folded
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.interpret import interpret
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.reference.interpret import interpret
 
 from .models import FlatTokens, TinyGPT, batch, huggingface_configs, huggingface_model
 

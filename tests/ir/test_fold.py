@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwright.ir.capture import capture, capture_folded
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture, capture_folded
 from shardwright.ir.graph import Graph, Loop, Node
-from shardwright.ir.interpret import interpret
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.reference.interpret import interpret
 
 from .models import TinyGPT, batch
 

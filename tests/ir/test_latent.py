@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwright.ir.attention import attention
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.facts.spec import R, S, V
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.interpret import Caches, interpret
-from shardwright.ir.latent import absorbed, expanded
-from shardwright.ir.ops import rule_of, saved_values
-from shardwright.ir.order import token_dims
-from shardwright.ir.rewrite import with_args
-from shardwright.ir.serving import serving_graph
-from shardwright.ir.spec import R, S, V
-from shardwright.ir.text import format_graph
-from shardwright.ir.widen import widened
+from shardwright.ir.graph.rewrite import with_args
+from shardwright.ir.graph.text import format_graph
+from shardwright.ir.ops.attention import attention
+from shardwright.ir.ops.order import token_dims
+from shardwright.ir.ops.registry import rule_of, saved_values
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.latent import absorbed, expanded
+from shardwright.ir.passes.serving import serving_graph
+from shardwright.ir.reference.interpret import Caches, interpret
+from shardwright.ir.reference.widen import widened
 
 from .models import VOCABULARY
 from .test_moe import model_of

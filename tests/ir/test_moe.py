@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwright
-from shardwright.ir.capture import CaptureError, capture, capture_folded
-from shardwright.ir.experts import Form, moe_math, moe_operator
+from shardwright.facts.spec import P, R, S, V
+from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
+from shardwright.ir.capture.huggingface_experts import form_of
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.huggingface_experts import form_of
-from shardwright.ir.labels import label_dims
-from shardwright.ir.ops import experts_dims, find_op, rule_of
-from shardwright.ir.spec import P, R, S, V
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.ops.experts import Form, moe_math, moe_operator
+from shardwright.ir.ops.labels import label_dims
+from shardwright.ir.ops.registry import experts_dims, find_op, rule_of
+from shardwright.ir.passes.unfuse import unfuse
 from tests.examples.test_examples import load
 
 from .models import VOCABULARY, batch

@@ -17,19 +17,27 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.codegen.module import write_source
-from shardwright.costmodel.cluster import load_cluster
-from shardwright.ir.experts import Form
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.facts.spec import P, R, S, Spec, V, is_shard
 from shardwright.ir.graph import Arg, Graph, Input, Node, Output, Param, TensorType, Value
-from shardwright.ir.interpret import interpret, operator
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import OPS, find_op, kind_of, matmul_dims, register, rule_of, saved_values
-from shardwright.ir.rule import Choice
-from shardwright.ir.spec import P, R, S, Spec, V, is_shard
-from shardwright.planner.build import Decisions
-from shardwright.planner.conversion import Conversions as TypeConversions
-from shardwright.planner.conversion import Network, spec_fits
-from shardwright.planner.program import PricedStep, Program, lower
-from shardwright.planner.regions import node_specs
+from shardwright.ir.ops.experts import Form
+from shardwright.ir.ops.registry import (
+    OPS,
+    find_op,
+    kind_of,
+    matmul_dims,
+    register,
+    rule_of,
+    saved_values,
+)
+from shardwright.ir.ops.rule import Choice
+from shardwright.ir.reference.interpret import interpret, operator
+from shardwright.planner.plan.program import PricedStep, Program, lower
+from shardwright.planner.strategies.build import Decisions
+from shardwright.planner.strategies.conversion import Conversions as TypeConversions
+from shardwright.planner.strategies.conversion import Network, spec_fits
+from shardwright.planner.strategies.regions import node_specs
 from shardwright.runtime import RankPool
 from tests.sharded import (
     assert_close,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.ir.rule import (
+from shardwright.facts.spec import format_spec
+from shardwright.ir.ops.rule import (
     Rule,
     broadcast_rule,
     local_dims,
@@ -18,7 +19,6 @@ from shardwright.ir.rule import (
     parse_rule,
     reshape_rule,
 )
-from shardwright.ir.spec import format_spec
 
 
 def dims(text: str) -> tuple[tuple[str, ...], ...]:

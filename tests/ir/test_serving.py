@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.api import phase_graph
-from shardwright.ir.capture import capture, capture_folded
+from shardwright.facts.mesh import Mesh
+from shardwright.ir.capture.capture import capture, capture_folded
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.interpret import Caches, interpret
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import rule_of
-from shardwright.ir.serving import ServingError, serving_graph
-from shardwright.ir.shrink import Planned, shrink, state_of
+from shardwright.ir.ops.registry import rule_of
+from shardwright.ir.passes.serving import ServingError, serving_graph
+from shardwright.ir.reference.interpret import Caches, interpret
+from shardwright.ir.reference.shrink import Planned, shrink, state_of
 from shardwright.loading import load_target
 from shardwright.planner.errors import PlanError
 from tests.examples.test_examples import EXAMPLES

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from shardwright.api import capture_graph
+from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph, Loop, Node
-from shardwright.ir.interpret import interpret
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import rule_of
-from shardwright.ir.shrink import Planned, shrink, state_of
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.ops.registry import rule_of
+from shardwright.ir.passes.unfuse import unfuse
+from shardwright.ir.reference.interpret import interpret
+from shardwright.ir.reference.shrink import Planned, shrink, state_of
 from shardwright.loading import load_target
 from tests.sharded import builder_of, random_decisions
 

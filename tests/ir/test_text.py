@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph
-from shardwright.ir.serialize import graph_from_json, graph_to_json
-from shardwright.ir.text import format_graph
+from shardwright.ir.graph.serialize import graph_from_json, graph_to_json
+from shardwright.ir.graph.text import format_graph
+from shardwright.ir.passes.fold import fold
 
 from .models import TinyGPT, batch, huggingface_configs, huggingface_model
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node, Param
-from shardwright.ir.interpret import interpret
-from shardwright.ir.serialize import graph_from_json, graph_to_json
-from shardwright.ir.shrink import state_of
-from shardwright.ir.text import format_graph, format_param
-from shardwright.ir.unfuse import unfuse
-from shardwright.ir.widen import widened
+from shardwright.ir.graph.serialize import graph_from_json, graph_to_json
+from shardwright.ir.graph.text import format_graph, format_param
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
+from shardwright.ir.reference.interpret import interpret
+from shardwright.ir.reference.shrink import state_of
+from shardwright.ir.reference.widen import widened
 from tests.endtoend.families import build, inputs_of
 
 F64 = torch.float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from shardwright.planner.problem import Edge, ProblemNode, ShardingProblem, Usage
+from shardwright.planner.ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 
 INF = float("inf")
 

@@ -17,20 +17,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright.api import phase_graph
-from shardwright.costmodel.cluster import Cluster, load_cluster
 from shardwright.costmodel.collective import wire_bytes
 from shardwright.costmodel.compute import attention_s
+from shardwright.costmodel.machines.cluster import Cluster, load_cluster
+from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import kind_of
+from shardwright.ir.ops.registry import kind_of
 from shardwright.loading import load_target
-from shardwright.planner.attention import Local, buffer_bytes, ring_shares, seconds, transfers
-from shardwright.planner.build import Builder, Decisions, Restriction, Setting
-from shardwright.planner.conversion import Network
-from shardwright.planner.problem import evaluate
-from shardwright.planner.regions import Region, Strategy
-from shardwright.planner.roles import Roles
-from shardwright.planner.solvers import solve
+from shardwright.planner.ilp.problem import evaluate
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.strategies.attention import (
+    Local,
+    buffer_bytes,
+    ring_shares,
+    seconds,
+    transfers,
+)
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import Layout
 from shardwright.runtime.attention.pieces import Piece, cut
 from shardwright.runtime.attention.volumes import (

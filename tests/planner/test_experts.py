@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwright.costmodel.cluster import load_cluster
 from shardwright.costmodel.collective import wire_bytes
-from shardwright.ir.mesh import Mesh
-from shardwright.planner.conversion import Network
-from shardwright.planner.experts import (
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.experts import (
     Local,
     exchange_seconds,
     exchanged,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from shardwright.planner.iopddl import (
+from shardwright.planner.ilp.iopddl import (
     INFINITE_COST,
     IopddlError,
     problem_from_json,
@@ -20,7 +20,13 @@ from shardwright.planner.iopddl import (
     solve_file,
     write_problem,
 )
-from shardwright.planner.problem import ProblemNode, ShardingProblem, Usage, brute_force, evaluate
+from shardwright.planner.ilp.problem import (
+    ProblemNode,
+    ShardingProblem,
+    Usage,
+    brute_force,
+    evaluate,
+)
 from tests.planner.random_problems import problems
 
 INF = float("inf")

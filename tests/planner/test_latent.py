@@ -12,20 +12,20 @@ import pytest
 import torch
 
 import shardwright
-from shardwright.costmodel.cluster import load_cluster
 from shardwright.costmodel.compute import matmul_s
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Node
-from shardwright.ir.latent import expanded
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import decompressing, kind_of, rule_of, values_in_keys
-from shardwright.ir.shrink import Planned, shrink, state_of
-from shardwright.planner.attention import Local, buffer_bytes, seconds, transfers
-from shardwright.planner.conversion import Network
+from shardwright.ir.ops.registry import decompressing, kind_of, rule_of, values_in_keys
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.latent import expanded
+from shardwright.ir.reference.shrink import Planned, shrink, state_of
 from shardwright.planner.errors import InfeasibleError
-from shardwright.planner.pricing import price
-from shardwright.planner.store import plan_from_json, plan_to_json
+from shardwright.planner.plan.store import plan_from_json, plan_to_json
+from shardwright.planner.strategies.attention import Local, buffer_bytes, seconds, transfers
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.pricing import price
 
 LATENT, HEADS = 512 + 64, 128 * (192 + 128)  # values per token and layer in DeepSeek-V3
 

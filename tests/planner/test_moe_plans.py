@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 
 from shardwright.api import phase_graph, plan_file
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
-from shardwright.ir.latent import absorbed, expanded
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.ops import kind_of, rule_of
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.ops.registry import kind_of, rule_of
+from shardwright.ir.passes.latent import absorbed, expanded
+from shardwright.ir.passes.unfuse import unfuse
 from shardwright.loading import load_target
-from shardwright.planner.build import Builder, Decisions, Restriction, Setting
-from shardwright.planner.conversion import Network
-from shardwright.planner.experts import usual_imbalance
-from shardwright.planner.problem import evaluate
-from shardwright.planner.regions import Region, Strategy, scopes
-from shardwright.planner.roles import Roles
-from shardwright.planner.solvers import solve
-from shardwright.planner.split import spent_in_ops
+from shardwright.planner.ilp.problem import evaluate
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.plan.split import spent_in_ops
+from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.experts import usual_imbalance
+from shardwright.planner.strategies.regions import Region, Strategy, scopes
+from shardwright.planner.strategies.roles import Roles
 from tests.sharded import mesh_of
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner import solvers
-from shardwright.planner.presolve import Infeasible
-from shardwright.planner.presolve import presolve as reduce
-from shardwright.planner.problem import Edge, ProblemNode, ShardingProblem, Usage, brute_force
-from shardwright.planner.solvers.heuristic import margins
-from shardwright.planner.solvers.highs import relax
+from shardwright.planner.ilp import solve as solvers
+from shardwright.planner.ilp.heuristic import margins
+from shardwright.planner.ilp.highs import relax
+from shardwright.planner.ilp.presolve import Infeasible
+from shardwright.planner.ilp.presolve import presolve as reduce
+from shardwright.planner.ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, brute_force
 from tests.planner.random_problems import problems
 
 

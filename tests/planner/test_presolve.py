@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.presolve import FIXED, Infeasible, group_rows, presolve, split
-from shardwright.planner.problem import (
+from shardwright.planner.ilp.presolve import FIXED, Infeasible, group_rows, presolve, split
+from shardwright.planner.ilp.problem import (
     Edge,
     ProblemNode,
     ShardingProblem,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shardwright.planner.problem import (
+from shardwright.planner.ilp.problem import (
     Edge,
     Evaluation,
     ProblemNode,

@@ -12,18 +12,18 @@ import torch
 import transformers
 
 from shardwright.api import phase_graph
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts.mesh import Mesh
+from shardwright.facts.spec import Spec, parse_spec
 from shardwright.ir.graph import Graph
-from shardwright.ir.mesh import Mesh
-from shardwright.ir.spec import Spec, parse_spec
 from shardwright.loading import Loaded, with_tokens
-from shardwright.planner.build import Builder, Restriction, Setting
-from shardwright.planner.conversion import Network
 from shardwright.planner.errors import InfeasibleError
-from shardwright.planner.plan import Plan, Request
-from shardwright.planner.problem import evaluate
-from shardwright.planner.recache import Recaching, cached_attentions
-from shardwright.planner.serving import _joined, make_serving_plan
+from shardwright.planner.ilp.problem import evaluate
+from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.recache import Recaching, cached_attentions
+from shardwright.planner.search.serving import _joined, make_serving_plan
+from shardwright.planner.strategies.build import Builder, Restriction, Setting
+from shardwright.planner.strategies.conversion import Network
 from tests.sharded import Laid, job_of
 
 GPUS, LAYERS, NEW = 8, 2, 256

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.iopddl import read_problem
-from shardwright.planner.presolve import Infeasible
-from shardwright.planner.presolve import presolve as reduce
-from shardwright.planner.problem import (
+from shardwright.planner.ilp.heuristic import search
+from shardwright.planner.ilp.iopddl import read_problem
+from shardwright.planner.ilp.presolve import Infeasible
+from shardwright.planner.ilp.presolve import presolve as reduce
+from shardwright.planner.ilp.problem import (
     Edge,
     ProblemNode,
     ShardingProblem,
@@ -20,8 +21,7 @@ from shardwright.planner.problem import (
     brute_force,
     evaluate,
 )
-from shardwright.planner.solvers import SOLVERS, Solution, SolverError, solve
-from shardwright.planner.solvers.heuristic import search
+from shardwright.planner.ilp.solve import SOLVERS, Solution, SolverError, solve
 from tests.planner.random_problems import problems
 
 INF = float("inf")
@@ -148,7 +148,7 @@ def test_search_steps_in_where_the_solver_finds_nothing(monkeypatch: pytest.Monk
     def lazy(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
         return Solution(None, INF, -INF, "unknown", 0.0)
 
-    monkeypatch.setattr("shardwright.planner.solvers.SOLVERS", {"lazy": lazy})
+    monkeypatch.setattr("shardwright.planner.ilp.solve.SOLVERS", {"lazy": lazy})
     found = solve(grid(4, 1, 0.0, limit=45.0), solver="lazy", time_limit_s=10)
     assert found.assignment is not None and found.bound <= found.cost < INF
 
@@ -171,7 +171,7 @@ def test_a_solver_that_lies_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = tuple(0 for _ in problem.nodes)
         return Solution(wrong, 0.0, 0.0, "optimal", 0.0)
 
-    monkeypatch.setattr("shardwright.planner.solvers.SOLVERS", {"liar": liar})
+    monkeypatch.setattr("shardwright.planner.ilp.solve.SOLVERS", {"liar": liar})
     forbidden = Edge(0, 1, np.array([[INF, 1.0], [1.0, 1.0]]))
     nodes = (ProblemNode("x", np.zeros(2)), ProblemNode("y", np.zeros(2)))
     with pytest.raises(SolverError, match="strategy 0 of node `x` with strategy 0 of node `y`"):

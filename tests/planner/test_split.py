@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import shardwright
-from shardwright.costmodel.cluster import load_cluster
+from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.ir.graph import Node
-from shardwright.ir.ops import kind_of
-from shardwright.planner import experts
-from shardwright.planner.conversion import Network
-from shardwright.planner.plan import Plan
-from shardwright.planner.regions import scopes
-from shardwright.planner.report import split_seconds
+from shardwright.ir.ops.registry import kind_of
+from shardwright.planner.plan.plan import Plan
+from shardwright.planner.report.report import split_seconds
+from shardwright.planner.strategies import experts
+from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.regions import scopes
 
 LAYERS = 2
 

@@ -10,10 +10,10 @@ import torch
 
 import shardwright
 from shardwright.costmodel.collective import wire_bytes
-from shardwright.planner.plan import Plan
-from shardwright.planner.program import Convert
-from shardwright.planner.report import format_bytes, format_plan
-from shardwright.planner.traffic import predicted_bytes
+from shardwright.planner.plan.plan import Plan
+from shardwright.planner.plan.program import Convert
+from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.report.report import format_bytes, format_plan
 from tests.endtoend.families import example_module
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shardwright.runtime import Gather, Mesh, RankPool, count_collectives, regathering
-from shardwright.runtime.ahead import gathering_ahead
-from shardwright.runtime.collectives import Axis
+from shardwright.runtime.gathering.ahead import gathering_ahead
+from shardwright.runtime.mesh.collectives import Axis
 
 Pool = Callable[[int], RankPool]
 WIDTH = 6

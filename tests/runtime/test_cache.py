@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardwright.runtime import CacheFullError, KVCache, PageTable
-from shardwright.runtime.cache import PAGE, owners
+from shardwright.runtime.cache.cache import PAGE, owners
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5
 

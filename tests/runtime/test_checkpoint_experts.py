@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shardwright.ir.capture import capture
-from shardwright.ir.fold import fold
-from shardwright.ir.unfuse import unfuse
+from shardwright.ir.capture.capture import capture
+from shardwright.ir.passes.fold import fold
+from shardwright.ir.passes.unfuse import unfuse
 from shardwright.runtime import Param, Part, RankError, RankPool, ShardedModule
-from shardwright.runtime.checkpoint import Safetensors
+from shardwright.runtime.module.checkpoint import Safetensors
 from tests.ir.models import batch
 from tests.ir.test_moe import model_of
 from tests.sharded import builder_of, import_source, mesh_of, random_decisions, source_of

@@ -24,7 +24,7 @@ from shardwright.runtime import (
     ShardedModule,
     ops,
 )
-from shardwright.runtime.generate import arrange, compact, next_tokens
+from shardwright.runtime.serving.generate import arrange, compact, next_tokens
 
 Pool = Callable[[int], RankPool]
 F64, I64 = torch.float64, torch.int64

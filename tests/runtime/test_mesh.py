@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwright.ir import spec as ir_spec
+from shardwright.facts import spec as ir_spec
 from shardwright.runtime import Mesh, RankError, RankPool, dropout
-from shardwright.runtime.layout import Block, block, blocks, local_shape, parse_spec
+from shardwright.runtime.mesh.layout import Block, block, blocks, local_shape, parse_spec
 
 Pool = Callable[[int], RankPool]
 

@@ -28,7 +28,7 @@ from shardwright.runtime import (
     count_collectives,
     ops,
 )
-from shardwright.runtime.parameters import originals
+from shardwright.runtime.module.parameters import originals
 
 Pool = Callable[[int], RankPool]
 VOCAB, WIDTH = 11, 6

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from shardwright.runtime import Cache, CacheFullError, RankPool
-from shardwright.runtime.cache import KVCache, owners
-from shardwright.runtime.layout import Spec, block, format_spec, parse_spec
-from shardwright.runtime.mesh import Mesh
-from shardwright.runtime.pools import Pools, Room
-from shardwright.runtime.recache import Recaching, change_between
+from shardwright.runtime.cache.cache import KVCache, owners
+from shardwright.runtime.cache.pools import Pools, Room
+from shardwright.runtime.cache.recache import Recaching, change_between
+from shardwright.runtime.mesh.layout import Spec, block, format_spec, parse_spec
+from shardwright.runtime.mesh.mesh import Mesh
 
 Pool = Callable[[int], RankPool]
 ROWS, HEADS, KEY, VALUE, CAPACITY = 4, 4, 4, 2, 80

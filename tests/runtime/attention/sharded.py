@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from shardwright import runtime
-from shardwright.runtime import Axis, Layout, Mesh, RankPool, count_collectives, transport
-from shardwright.runtime.counter import Phase
+from shardwright.runtime import Axis, Layout, Mesh, RankPool, count_collectives
+from shardwright.runtime.mesh import transport
+from shardwright.runtime.mesh.counter import Phase
 from tests.runtime.attention.reference import Case, make, reference
 
 Pool = Callable[[int], RankPool]

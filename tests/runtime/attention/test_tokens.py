@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from shardwright.runtime import Layout
 from shardwright.runtime.attention.tokens import Run
-from shardwright.runtime.layout import block
+from shardwright.runtime.mesh.layout import block
 
 LENGTHS = st.integers(0, 40)
 RANKS = st.integers(1, 5)

@@ -1,0 +1,1 @@
+"""Fits a description of a cluster on measurements, and measures this machine."""

@@ -1,0 +1,1 @@
+"""From a module to a graph: export, canonical form, Hugging Face models."""

@@ -1,0 +1,456 @@
+"""`capture`: from a PyTorch module and example inputs to a `Graph`, without allocating weights.
+
+1. check the inputs against `forward`
+2. replace every tensor of the model by a fake one: shape and dtype, no memory
+3. `torch.export` runs `forward` once and records what it calls
+4. convert the recording to our graph, and bring it to canonical form
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_unflatten
+
+from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
+from ..graph.rewrite import flat, remove_dead
+from ..passes.fold import fold
+from . import huggingface
+from .canonical import canonicalise
+from .constants import UnknownConstant, recover
+from .fx import EXPERTS_HINT, UnsupportedNode, convert
+from .location import innermost_frame
+from .repeat import Repeats, cut, repeats
+
+# A constant with more elements than this would make the plan file unreadable.
+_CONSTANT_LIMIT = 2**22
+
+
+class CaptureError(ValueError):
+    """The model cannot be captured; the message names the line and what to change."""
+
+
+def capture(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    training: bool,
+    serving: bool = False,
+    rebuild: Callable[[], nn.Module] | None = None,
+) -> Graph:
+    """The flat, canonical graph of `model(**inputs)`, every layer written out.
+
+    `model` and `inputs` may be on the meta device; neither is changed.  `training` decides about
+    dropout.  `serving` says that `position_ids` among the inputs tell where new tokens of one
+    sequence per row stand, and not that rows are packed.  `rebuild` makes the model anew; it is
+    called only if a non-persistent buffer has no value.  Raises CaptureError.
+    """
+    exported = export(model, inputs, training=training, serving=serving)
+    return _finish(model, *exported, rebuild)
+
+
+def capture_folded(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    training: bool,
+    serving: bool = False,
+    rebuild: Callable[[], nn.Module] | None = None,
+) -> Graph:
+    """`fold(capture(...))`, but fast for deep models: layers that repeat are not all exported.
+
+    Arguments and errors as `capture`.
+    """
+    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    _check_inputs(model, inputs)
+    with _mode(model, training):
+        short = repeats(model, inputs, lambda: _on_meta(model, inputs, serving))
+
+    def whole() -> Graph:
+        flat = capture(model, inputs, training=training, serving=serving, rebuild=rebuild)
+        return fold(flat, classes)
+
+    if short is not None:
+        with cut(model, short.kept):
+            graph = whole()
+        extended = _extended(graph, short)
+        if extended is not None:
+            return extended
+    return whole()
+
+
+def _extended(graph: Graph, short: Repeats) -> Graph | None:
+    """The graph of the cut model with its loops run over all layers; None if one is no loop."""
+    loops = {loop.path: loop for loop in graph.loops}
+    for path, kept in short.kept.items():
+        like = short.like[path]
+        if kept == len(like):
+            continue
+        if path not in loops or len(loops[path].order) != kept:
+            return None
+        order = loops[path].order
+        loops[path] = replace(loops[path], order=tuple(order[layer] for layer in like))
+    body = tuple(loops[item.path] if isinstance(item, Loop) else item for item in graph.body)
+    return replace(graph, body=body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The model's tensors: name -> tensor, and each tensor's first name -> further names."""
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    persistent: frozenset[str]
+    first: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Tensors:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        transient = {
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        }
+        by_id: dict[int, str] = {}
+        first = {name: by_id.setdefault(id(t), name) for name, t in (parameters | buffers).items()}
+        return cls(parameters, buffers, frozenset(buffers) - transient, first)
+
+
+def export(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, training: bool, serving: bool = False
+) -> tuple[ExportedProgram, _Tensors]:
+    """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
+    _check_inputs(model, inputs)
+    tensors = _Tensors.of(model)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    arguments = {name: _fake(value, fake) for name, value in inputs.items()}
+    make = functools.partial(_fake, mode=fake)
+    with _mode(model, training), _attention(model, inputs, serving), _replaced(model, make):
+        try:
+            program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
+        except Exception as error:  # `forward` is the user's code: it may raise anything
+            raise CaptureError(_explain(model, error)) from error
+    return program, tensors
+
+
+def _attention(
+    model: nn.Module, inputs: Mapping[str, Tensor], serving: bool
+) -> AbstractContextManager[None]:
+    """Inside, Hugging Face models call our attention operator; other models are as they are."""
+    if huggingface.is_huggingface(model):
+        packed = "position_ids" in inputs and not serving
+        return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
+    return nullcontext()
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    """Raise CaptureError where `forward` does not take the inputs."""
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = [
+        name
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    unknown = [name for name in inputs if name not in accepted]
+    if unknown and not open_ended:
+        raise CaptureError(
+            f"{type(model).__name__}.forward takes no `{unknown[0]}`; it takes "
+            + ", ".join(f"`{name}`" for name in accepted)
+        )
+    missing = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
+    missing = [name for name in missing if name not in inputs]
+    if missing:
+        raise CaptureError(
+            f"{type(model).__name__}.forward needs `{missing[0]}`, which is not among the inputs "
+            + ", ".join(f"`{name}`" for name in inputs)
+        )
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"input `{name}` is a {type(value).__name__}, not a tensor")
+
+
+# ---- fake tensors ------------------------------------------------------------------------------
+
+
+def _fake(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A tensor of the same shape and dtype, without memory, that says it is on the CPU.
+
+    Fake CPU tensors rather than meta tensors: `torch.arange(n)` in a forward gives a CPU tensor,
+    and a model on the meta device could not add the two.
+    """
+    with mode:
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+
+
+@contextmanager
+def _on_meta(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) -> Generator[None]:
+    """Inside, `model` runs on meta tensors as it would be exported."""
+    with (
+        _attention(model, inputs, serving),
+        _replaced(model, functools.partial(torch.empty_like, device="meta")),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Inside, the model's parameters and buffers are what `make` makes of them; ties are kept."""
+    twins: dict[int, Tensor] = {}
+    before: list[tuple[nn.Module, str, Tensor]] = []
+
+    def twin(value: Tensor) -> Tensor:
+        if id(value) not in twins:
+            new = make(value.detach())
+            if isinstance(value, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=value.requires_grad)
+            twins[id(value)] = new
+        return twins[id(value)]
+
+    try:
+        for module in model.modules():
+            own = (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            )
+            for name, value in own:
+                before.append((module, name, value))
+                setattr(module, name, twin(value))
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Generator[None]:
+    """Inside, the model is in training or evaluation mode."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+# ---- from the exported program to the graph ----------------------------------------------------
+
+
+def _finish(
+    model: nn.Module,
+    program: ExportedProgram,
+    tensors: _Tensors,
+    rebuild: Callable[[], nn.Module] | None,
+) -> Graph:
+    """Convert and canonicalise."""
+    bound, inputs, params, lifted = _bind_placeholders(program, tensors)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the model changes `{spec.target}` while it runs; a sharded model has no such "
+                "state yet"
+            )
+    try:
+        nodes, returned = convert(program.graph_module, bound)
+    except UnsupportedNode as error:
+        raise CaptureError(str(error)) from error
+    outputs = _outputs(program, returned)
+    graph = remove_dead(Graph(type(model).__name__, inputs, params, tuple(nodes), outputs))
+    _check_masks(graph)
+    return canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
+
+
+def _check_masks(graph: Graph) -> None:
+    """Raise CaptureError where a node reads a mask that only our attention operator understands."""
+    stand_ins: set[str] = set()
+    for node in flat(graph):
+        if node.op == "shardwright.mask_stand_in.default":
+            stand_ins.add(node.output.name)
+        elif any(value.name in stand_ins for value in node.operands):
+            raise CaptureError(
+                f"{node.loc}: {node.loc.module_class} computes with the attention mask itself, "
+                "outside transformers' attention functions; its attention cannot be kept whole. "
+                'Pass a whole 4-D `attention_mask`, or build the model with attention "sdpa"'
+            )
+
+
+def _keywords(program: ExportedProgram) -> dict[str, str]:
+    """The keyword behind each of the inputs' placeholders: export writes `F` as `f`."""
+    placeholders = list(program.graph_signature.user_inputs)
+    structure = program.call_spec.in_spec
+    assert structure is not None
+    _, keywords = tree_unflatten(placeholders, structure)
+    return {placeholder: keyword for keyword, placeholder in keywords.items()}
+
+
+def _bind_placeholders(
+    program: ExportedProgram, tensors: _Tensors
+) -> tuple[dict[fx.Node, Value | None], tuple[Input, ...], tuple[Param, ...], dict[str, Tensor]]:
+    """Values of the graph's placeholders; all inputs; all parameters, buffers and constants of the
+    model; the tensors of those constants that are no buffers, by name."""
+    params = {p.name: p for p in _params(tensors)}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    bound: dict[fx.Node, Value | None] = {}
+    keywords = _keywords(program)
+    inputs: list[Input] = []
+    lifted: dict[str, Tensor] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        spec = specs[node.name]
+        value = node.meta.get("val")
+        if spec.kind is InputKind.USER_INPUT:
+            if not isinstance(value, Tensor):
+                bound[node] = None
+                continue
+            given = Value(node.name, TensorType(tuple(value.shape), value.dtype))
+            bound[node] = given
+            inputs.append(Input(keywords[node.name], given))
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            bound[node] = params[tensors.first[spec.target]].value
+        elif spec.kind is InputKind.CONSTANT_TENSOR and isinstance(value, Tensor):
+            assert spec.target is not None
+            # export numbers them through the model; numbered by module, equal layers stay equal
+            owner = spec.target.rpartition(".")[0]
+            owner = f"{owner}." if owner else ""
+            number = sum(name.startswith(f"{owner}constant_") for name in lifted)
+            name = f"{owner}constant_{number}"
+            tensor = program.constants[spec.target]
+            assert isinstance(tensor, Tensor)
+            lifted[name] = tensor
+            constant = Value(name, TensorType(tuple(value.shape), value.dtype))
+            params[name] = Param(name, constant, "constant")
+            bound[node] = constant
+        else:
+            raise CaptureError(f"the model uses `{spec.target}`, which is no tensor")
+    return bound, tuple(inputs), tuple(params.values()), lifted
+
+
+def _params(tensors: _Tensors) -> Iterator[Param]:
+    """Every parameter and buffer once, under its first name."""
+    for name, tensor in (tensors.parameters | tensors.buffers).items():
+        if tensors.first[name] != name:
+            continue
+        aliases = tuple(other for other, first in tensors.first.items() if first == name != other)
+        parameter = isinstance(tensor, nn.Parameter)
+        kept = parameter or name in tensors.persistent
+        kind = "parameter" if parameter else "buffer" if kept else "constant"
+        trains = tensor.requires_grad and tensor.dtype.is_floating_point
+        value = Value(name, TensorType(tuple(tensor.shape), tensor.dtype), trains)
+        yield Param(name, value, kind, aliases)
+
+
+def _outputs(program: ExportedProgram, returned: Any) -> tuple[Output, ...]:
+    """The returned tensors with their paths; None and plain numbers are dropped."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    structure = spec.unflatten(list(returned))
+    outputs = tuple(Output(path, value) for path, value in _leaves(structure, ()))
+    if not outputs:
+        raise CaptureError("the model returns no tensor")
+    return outputs
+
+
+def _leaves(
+    item: Any, path: tuple[str | int, ...]
+) -> Iterator[tuple[tuple[str | int, ...], Value]]:
+    """(path, value) of every value in nested dicts, tuples and lists."""
+    if isinstance(item, Value):
+        yield path, item
+    elif isinstance(item, Mapping):
+        for key, inner in item.items():
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(item, (tuple, list)):
+        for index, inner in enumerate(item):
+            yield from _leaves(inner, (*path, index))
+    elif item is not None and not isinstance(item, (int, float, bool, str)):
+        raise CaptureError(
+            f"the model returns a {type(item).__name__}; return tensors, or tuples, lists and "
+            "dicts of them"
+        )
+
+
+def _with_data(
+    graph: Graph,
+    model: nn.Module,
+    tensors: _Tensors,
+    lifted: Mapping[str, Tensor],
+    rebuild: Callable[[], nn.Module] | None,
+) -> Graph:
+    """Fill in the values of the constants that the graph reads, and drop the others."""
+    used = {v.name for node in graph.nodes for v in node.operands}
+    used |= {output.value.name for output in graph.outputs}
+    needed = [p for p in graph.params if p.kind == "constant" and p.name in used]
+    buffers = [p.name for p in needed if p.name in tensors.buffers]
+    if rebuild is None and huggingface.is_huggingface(model):
+        rebuild = functools.partial(huggingface.rebuild, model)
+    try:
+        data: dict[str, Tensor] = recover(model, buffers, rebuild)
+    except UnknownConstant as error:
+        raise CaptureError(str(error)) from error
+    for param in needed:
+        value = data[param.name] if param.name in data else lifted[param.name]
+        if value.device.type == "meta":
+            raise CaptureError(
+                f"a tensor of shape {tuple(value.shape)} that `forward` uses has no values: it is "
+                "kept as a plain attribute of a module on the meta device. Register it as a buffer"
+            )
+        if value.numel() > _CONSTANT_LIMIT:
+            raise CaptureError(
+                f"constant `{param.name}` has {value.numel():,} elements; above "
+                f"{_CONSTANT_LIMIT:,} register it as a persistent buffer or compute it in `forward`"
+            )
+        data[param.name] = value
+    params = tuple(
+        Param(p.name, p.value, p.kind, p.aliases, _nested(data[p.name].tolist()))
+        if p.kind == "constant"
+        else p
+        for p in graph.params
+        if p.kind != "constant" or p.name in used
+    )
+    return Graph(graph.name, graph.inputs, params, graph.body, graph.outputs)
+
+
+def _nested(value: Any) -> Any:
+    """Nested lists as nested tuples."""
+    return tuple(_nested(item) for item in value) if isinstance(value, list) else value
+
+
+# ---- what went wrong ---------------------------------------------------------------------------
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """A failed export in words: the user's line, and what its kind of failure means."""
+    where, current = "", error.__traceback__
+    while current is not None:
+        path = current.tb_frame.f_code.co_filename
+        frame = innermost_frame(f'  File "{path}", line {current.tb_lineno}, in f')
+        if frame[0] and not path.startswith("<"):
+            where = f"{path}:{current.tb_lineno}: "
+        current = current.tb_next
+    kind, text = type(error).__name__, str(error).strip().split("\n")[0]
+    if kind in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException") or (
+        "data-dependent" in text.lower() or "DataDependent" in kind
+    ):
+        return (
+            f"{where}{type(model).__name__} decides by the values of a tensor (an `if`, a "
+            "`.item()`, or a shape that depends on the data); a plan must hold for all inputs. "
+            f"Use `torch.where`, or move the decision out of `forward`. {EXPERTS_HINT}"
+        )
+    return f"{where}{type(model).__name__} cannot be traced: {kind}: {text}"
+
+
+__all__ = ["CaptureError", "capture", "capture_folded", "export"]

@@ -1,0 +1,486 @@
+"""From the graph that `torch.export` makes to ours: flat, functional, without no-ops.
+
+The steps, for each fx node in order (`_Converter.run`):
+1. regions (`no_grad`, disabled autocast) are inlined; what leaves a no_grad region is detached
+2. arguments get the names of the op's schema, defaults are filled in
+3. nodes that compute nothing (asserts, aliases, casts to the same dtype) vanish
+4. in-place ops become their functional twins: later readers see the new value
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from ..graph import Arg, Loc, Node, TensorType, Value
+from .location import innermost_frame, statement
+
+_Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
+
+# arguments that say where and how a tensor lies in memory, which the plan decides
+_PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "generator"})
+
+_CHECKS = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_async.msg",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+_SAME_VALUE = frozenset(
+    {
+        "aten.alias.default",
+        "aten.lift_fresh.default",
+        "aten.positive.default",
+        "aten.requires_grad_.default",
+    }
+)
+_CASTS = frozenset(
+    {
+        "aten._to_copy.default",
+        "aten.to.device",
+        "aten.to.dtype",
+        "aten.to.dtype_layout",
+        "aten.to.other",
+        "aten.type_as.default",
+    }
+)
+_DETACH = frozenset({"aten.detach.default", "aten.detach_.default", "aten.detach_copy.default"})
+
+
+EXPERTS_HINT = (
+    "If this is a loop over experts that picks each one's tokens, mark the module of the experts "
+    "with `@shardwright.experts(...)`"
+)
+
+
+class UnsupportedNode(ValueError):
+    """A node that has no meaning in our graph; the message says why, and where it stands."""
+
+    where = ""
+
+    def __str__(self) -> str:
+        return self.where + super().__str__()
+
+
+@dataclass(slots=True)
+class _Converter:
+    """State of one conversion: nodes so far, and what each fx node stands for."""
+
+    nodes: list[Node] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    bases: dict[str, str] = field(default_factory=dict)  # value -> value whose memory it shares
+    views: dict[str, Node] = field(default_factory=dict)  # value -> the node that views its operand
+    statements: list[tuple[str, int, str]] = field(default_factory=list)  # of each node
+
+    # ---- naming and types ----------------------------------------------------------------------
+
+    def unique(self, name: str) -> str:
+        """`name`, or `name_1`, `name_2`, ... where it is taken."""
+        candidate, count = name, 0
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def emit(
+        self,
+        op: str,
+        args: tuple[tuple[str, Arg], ...],
+        name: str,
+        types: Iterable[TensorType],
+        differentiable: bool,
+        origin: fx.Node,
+    ) -> tuple[Value, ...]:
+        """Append a node; its output values."""
+        name = self.unique(name)
+        types = tuple(types)
+        parts = [f"{name}_part{i}" for i in range(len(types))] if len(types) > 1 else []
+        names = [self.unique(part) for part in parts] or [name]
+        outputs = tuple(
+            Value(n, t, differentiable and (t.dtype.is_floating_point or t.dtype.is_complex))
+            for n, t in zip(names, types, strict=True)
+        )
+        location, frame = _locate(origin)
+        self.nodes.append(Node(name, op, args, outputs, location))
+        self.statements.append(frame)
+        return outputs
+
+    # ---- the walk ------------------------------------------------------------------------------
+
+    def run(self, module: fx.GraphModule, env: dict[fx.Node, _Bound], grad: bool) -> _Bound:
+        """Convert one fx graph whose placeholders are bound in `env`; what it returns."""
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return _bind(node.args[0], env)
+            # placeholders are bound by the caller; get_attr names a region's body
+            if node.op == "call_function":
+                try:
+                    self.step(module, node, env, grad)
+                except UnsupportedNode as error:
+                    error.where = error.where or _where(module, node)
+                    raise
+        raise UnsupportedNode("the exported graph has no output")
+
+    def step(
+        self, module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool
+    ) -> None:
+        """Convert one call."""
+        if node.target is operator.getitem:
+            container, index = node.args
+            env[node] = _bind(container, env)[index]
+        elif isinstance(node.target, HigherOrderOperator):
+            env[node] = self.region(module, node, env, grad)
+        else:
+            self.call(node, env, grad)
+
+    def region(
+        self, module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool
+    ) -> _Bound:
+        """Inline a `torch.no_grad()` or `torch.autocast(enabled=False)` region."""
+        name = str(node.target)
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *operands = node.args
+            inner = bool(enabled)
+        elif name == "wrap_with_autocast":
+            device, dtype, enabled, _, body, *operands = node.args
+            if enabled:
+                raise UnsupportedNode(
+                    f"the model turns autocast on itself (`torch.autocast({device!r}, {dtype})`); "
+                    "cast the model with `model.to(dtype)` instead"
+                )
+            inner = grad
+        else:
+            raise UnsupportedNode(f"the higher-order operator `{name}` cannot be planned")
+        assert isinstance(body, fx.Node)
+        submodule = module.get_submodule(str(body.target))
+        assert isinstance(submodule, fx.GraphModule)
+        placeholders = [n for n in submodule.graph.nodes if n.op == "placeholder"]
+        bound = [_bind(operand, env) for operand in operands]
+        if grad and not inner:
+            bound = [self.detached(b, node) if isinstance(b, Value) else b for b in bound]
+        return self.run(submodule, dict(zip(placeholders, bound, strict=True)), inner)
+
+    def detached(self, value: Value, origin: fx.Node) -> Value:
+        """`value`, cut off from its gradient if it has one."""
+        if not value.differentiable:
+            return value
+        args: tuple[tuple[str, Arg], ...] = (("self", value),)
+        return self.emit("aten.detach.default", args, "detach", [value.type], False, origin)[0]
+
+    def call(self, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool) -> None:
+        """Convert one call of an aten or custom op."""
+        target: Any = node.target
+        if not isinstance(target, OpOverload):
+            raise UnsupportedNode(f"`{target}` computes with sizes, which must be plain numbers")
+        op = str(target)
+        if op in _CHECKS:
+            env[node] = None
+            return
+        args = _schema_args(target, node, env)
+        operands = [v for _, arg in args for v in _values(arg)]
+        same = _same_value(op, dict(args), node)
+        if same is not None:
+            env[node] = same
+            return
+        if op in _CASTS:
+            op, args = "aten.to.dtype", _cast_args(operands[0], _tensor_types(node)[0].dtype)
+        differentiable = grad and op not in _DETACH and any(v.differentiable for v in operands)
+        if op in _DETACH:
+            op = "aten.detach.default"
+        written = _written(target) if not op.startswith("aten.detach") else None
+        if op == "aten.copy_.default":
+            op, args = "aten.clone.default", self.copied(operands[0].type, operands[1], node)
+        elif written is not None:
+            op = self.functional_name(target, node)
+        outputs = self.emit(op, args, node.name, _tensor_types(node), differentiable, node)
+        self.note_views(target, operands, outputs)
+        is_tuple = isinstance(node.meta["val"], (tuple, list))
+        env[node] = outputs if is_tuple else outputs[0]
+        if written is not None:
+            self.rebind(operands[0], outputs[0], env, node)
+
+    # ---- in-place ops --------------------------------------------------------------------------
+
+    def copied(self, to: TensorType, source: Value, node: fx.Node) -> tuple[tuple[str, Arg], ...]:
+        """Arguments of a clone of `source` in the type of what it overwrites."""
+        grad = source.differentiable
+        if source.type.dtype != to.dtype:
+            cast = TensorType(source.type.shape, to.dtype)
+            args = _cast_args(source, to.dtype)
+            source = self.emit("aten.to.dtype", args, "cast", [cast], grad, node)[0]
+        if source.type.shape != to.shape:
+            args = (("self", source), ("size", to.shape), ("implicit", False))
+            source = self.emit("aten.expand.default", args, "expand", [to], grad, node)[0]
+        return (("self", source), ("memory_format", None))
+
+    def functional_name(self, target: OpOverload, node: fx.Node) -> str:
+        """`aten.add.Tensor` for `aten.add_.Tensor`."""
+        packet, _, overload = str(target).rpartition(".")
+        if packet == "aten.zero_":
+            return "aten.zeros_like.default"
+        name = packet.removeprefix("aten.").rstrip("_")
+        if not hasattr(getattr(torch.ops.aten, name, None), overload):
+            raise UnsupportedNode(f"`{target}` changes its argument in place; use its other form")
+        return f"aten.{name}.{overload}"
+
+    def rebind(self, old: Arg, new: Value, env: dict[fx.Node, _Bound], node: fx.Node) -> None:
+        """Later readers of `old`, and of what it is a view of, read the new value.
+
+        Refused where another view of the same memory is read later.
+        """
+        assert isinstance(old, Value)
+        changed = {old.name: new}
+        while old.name in self.views:
+            view = self.views[old.name]
+            parent = view.operands[0]
+            written = self.written_back(view, parent, new, node)
+            self.views[new.name] = _with_operand(view, written)
+            changed[parent.name] = written
+            old, new = parent, written
+        base = self.bases.get(old.name, old.name)
+        for key, bound in list(env.items()):
+            if not isinstance(bound, Value) or key is node:
+                continue
+            shares = self.bases.get(bound.name, bound.name) == base
+            if shares and key.op == "placeholder":
+                raise UnsupportedNode(
+                    f"`{node.target}` changes the input, parameter or buffer `{bound.name}` in "
+                    "place; compute a new tensor instead"
+                )
+            if bound.name in changed:
+                env[key] = changed[bound.name]
+            elif shares and any(user not in env for user in key.users):
+                raise UnsupportedNode(
+                    f"`{node.target}` writes in place into memory that another tensor views; "
+                    "write `x = torch.where(...)` or `x = x.op(...)` instead"
+                )
+        self.bases.update({value.name: new.name for value in changed.values() if value != new})
+
+    def written_back(self, view: Node, parent: Value, part: Value, origin: fx.Node) -> Value:
+        """`parent` with the part that `view` looks at replaced by `part`."""
+        name, args = _WRITE_BACK[view.op]
+        named = dict(view.args)
+        values = {"self": parent, "src": part, "shape": parent.type.shape}
+        if "src" not in args:
+            values["self"] = part  # the view shows the whole parent
+        found = tuple((arg, values[arg] if arg in values else named[arg]) for arg in args)
+        differentiable = parent.differentiable or part.differentiable
+        return self.emit(name, found, "written", [parent.type], differentiable, origin)[0]
+
+    def note_views(
+        self, target: OpOverload, operands: list[Value], outputs: tuple[Value, ...]
+    ) -> None:
+        """Remember which outputs share memory with an operand."""
+        for argument in _arguments(target):
+            info = argument.alias_info
+            if info is not None and not info.is_write and operands:
+                base = self.bases.get(operands[0].name, operands[0].name)
+                self.bases.update({output.name: base for output in outputs})
+                if str(target) in _WRITE_BACK:
+                    self.views[outputs[0].name] = self.nodes[-1]
+
+
+# view op -> op that puts a changed view back into its operand, and that op's arguments
+_WRITE_BACK = {
+    "aten.slice.Tensor": (
+        "aten.slice_scatter.default",
+        ("self", "src", "dim", "start", "end", "step"),
+    ),
+    "aten.select.int": ("aten.select_scatter.default", ("self", "src", "dim", "index")),
+    "aten.view.default": ("aten.reshape.default", ("self", "shape")),
+    "aten.transpose.int": ("aten.transpose.int", ("self", "dim0", "dim1")),
+    "aten.t.default": ("aten.t.default", ("self",)),
+    "aten.unsqueeze.default": ("aten.squeeze.dim", ("self", "dim")),
+}
+
+
+def _with_operand(view: Node, operand: Value) -> Node:
+    """`view` looking at `operand`, its first argument."""
+    name, _ = view.args[0]
+    return Node(view.name, view.op, ((name, operand), *view.args[1:]), view.outputs, view.loc)
+
+
+def convert(
+    module: fx.GraphModule, bound: dict[fx.Node, Value | None]
+) -> tuple[list[Node], _Bound]:
+    """Nodes and returned structure of an exported graph whose placeholders are `bound`.
+
+    Raises UnsupportedNode, with the fx node's stack trace as a note, for what cannot be expressed.
+    """
+    converter = _Converter()
+    converter.names.update(v.name for v in bound.values() if v is not None)
+    result = converter.run(module, dict(bound), True)
+    return _with_targets(converter.nodes, converter.statements), result
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def _bind(arg: Any, env: dict[fx.Node, _Bound]) -> Any:
+    """An fx argument with its nodes replaced by what they stand for."""
+    if isinstance(arg, fx.Node):
+        return env[arg]
+    if isinstance(arg, (list, tuple)):
+        return tuple(_bind(item, env) for item in arg)
+    return arg
+
+
+def _arguments(target: OpOverload) -> list[Any]:
+    """The arguments in the op's schema."""
+    return target._schema.arguments  # pyright: ignore[reportPrivateUsage]
+
+
+def _schema_args(
+    target: OpOverload, node: fx.Node, env: dict[fx.Node, _Bound]
+) -> tuple[tuple[str, Arg], ...]:
+    """Every argument of the op's schema by name."""
+    found: list[tuple[str, Arg]] = []
+    for position, argument in enumerate(_arguments(target)):
+        if argument.name in _PLACEMENT:
+            value: Any = None
+        elif position < len(node.args):
+            value = _bind(node.args[position], env)
+        elif argument.name in node.kwargs:
+            value = _bind(node.kwargs[argument.name], env)
+        else:
+            value = argument.default_value
+        found.append((argument.name, _plain(value, argument.name, str(target))))
+    return tuple(found)
+
+
+def _plain(value: Any, name: str, op: str) -> Arg:
+    """`value` as an `Arg`."""
+    if value is None or isinstance(value, (Value, bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item, name, op) for item in value)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise UnsupportedNode(
+            f"`{op}` has an argument `{name}` that depends on the data: {value}; "
+            "shapes must follow from the inputs' shapes"
+        )
+    raise UnsupportedNode(f"`{op}` has an argument `{name}` of type {type(value).__name__}")
+
+
+def _values(arg: Arg) -> list[Value]:
+    if isinstance(arg, Value):
+        return [arg]
+    return [v for item in arg for v in _values(item)] if isinstance(arg, tuple) else []
+
+
+def _tensor_types(node: fx.Node) -> list[TensorType]:
+    """Types of what the fx node returns; only tensors, or flat lists of them, are known."""
+    value = node.meta.get("val")
+    items = value if isinstance(value, (tuple, list)) else [value]
+    types: list[TensorType] = []
+    for item in items:
+        if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+            raise UnsupportedNode(
+                "a number that depends on the data is read out of a tensor (`.item()`, `int(x)`, "
+                "`x.tolist()`); a plan must hold for all inputs, so keep it a tensor"
+            )
+        if not isinstance(item, Tensor):
+            raise UnsupportedNode(f"`{node.target}` returns a {type(item).__name__}, not a tensor")
+        shape = tuple(item.shape)
+        if not all(type(size) is int for size in shape):
+            raise UnsupportedNode(
+                f"`{node.target}` returns a tensor whose shape {shape} depends on the data. "
+                f"{EXPERTS_HINT}"
+            )
+        types.append(TensorType(shape, item.dtype))
+    return types
+
+
+def _same_value(op: str, args: dict[str, Arg], node: fx.Node) -> Value | None:
+    """The operand that the node returns unchanged, if it does."""
+    value = next((arg for arg in args.values() if isinstance(arg, Value)), None)
+    if value is None:
+        return None
+    dropout = op.startswith(("aten.dropout", "aten.native_dropout", "aten.feature_dropout"))
+    if dropout and (not args["train"] or args["p"] == 0):
+        return value if not isinstance(node.meta["val"], tuple) else None
+    if op in _SAME_VALUE or (op in _DETACH and not value.differentiable):
+        return value
+    if op in _CASTS and _tensor_types(node)[0].dtype == value.type.dtype:
+        return value
+    return None
+
+
+def _cast_args(value: Value, dtype: torch.dtype) -> tuple[tuple[str, Arg], ...]:
+    """Arguments of `aten.to.dtype`."""
+    return (
+        ("self", value),
+        ("dtype", dtype),
+        ("non_blocking", False),
+        ("copy", False),
+        ("memory_format", None),
+    )
+
+
+def _written(target: OpOverload) -> str | None:
+    """The argument that the op writes to, or None for a functional op."""
+    for argument in _arguments(target):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return argument.name
+    return None
+
+
+# ---- locations ---------------------------------------------------------------------------------
+
+
+def _where(module: fx.GraphModule, node: fx.Node) -> str:
+    """`path:line: ` of the user's line; a region is where its first located node is."""
+    nodes = [node]
+    for argument in node.all_input_nodes:
+        body = module.get_submodule(str(argument.target)) if argument.op == "get_attr" else None
+        nodes += list(body.graph.nodes) if isinstance(body, fx.GraphModule) else []
+    for candidate in nodes:
+        path, line = innermost_frame(candidate.meta.get("stack_trace") or "")
+        if path:
+            return f"{path}:{line}: "
+    return ""
+
+
+def _locate(node: fx.Node) -> tuple[Loc, tuple[str, int, str]]:
+    """The node's location without targets, and the statement it belongs to.
+
+    A statement is (path, first line, path of the innermost module that is not torch's own).
+    """
+    path, line = innermost_frame(node.meta.get("stack_trace") or "")
+    module, module_class, owner = "", "", ""
+    for name, cls in (node.meta.get("nn_module_stack") or {}).values():
+        full = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        module, module_class = name, full.rpartition(".")[2]
+        if not full.startswith("torch."):
+            owner = name
+    first = statement(path, line).line if path else 0
+    file = path.replace("\\", "/").rpartition("/")[2]
+    return Loc(file, line, module, module_class), (path, first, owner)
+
+
+def _with_targets(nodes: list[Node], statements: list[tuple[str, int, str]]) -> list[Node]:
+    """Give the last node of each statement the names that the statement assigns.
+
+    Of `a, b = ...` a node with two results has the names; which name another has cannot be told.
+    """
+    last = {key: index for index, key in enumerate(statements)}
+    result: list[Node] = []
+    for index, (node, key) in enumerate(zip(nodes, statements, strict=True)):
+        targets = statement(key[0], node.loc.line).targets if key[0] and last[key] == index else ()
+        if targets and len(targets) == len(node.outputs):
+            node = replace(node, loc=replace(node.loc, targets=targets))
+        result.append(node)
+    return result
+
+
+__all__ = ["EXPERTS_HINT", "UnsupportedNode", "convert"]

@@ -1,0 +1,390 @@
+"""Everything that knows Hugging Face `transformers`, which is imported only when it is used.
+
+Capture wants attention as one operator, and it wants causal and windowed masks as two numbers
+instead of a q x k tensor.  `shardwright_attention` switches a model over for that: transformers'
+own registries then call the two functions at the bottom of this file, and, for experts, the one in
+`ir/capture/huggingface_experts.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.attention import attention, mask_stand_in
+from .huggingface_experts import shardwright_experts
+
+NAME = "shardwright"
+
+_MISSING = "this needs the package `transformers`: pip install 'shardwright[hf]'"
+
+# what an attention layer may pass along that changes nothing in what it computes
+_HARMLESS = frozenset(
+    {
+        "position_ids",  # rotary layers have used them already
+        "cache_position",
+        "cache_params",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "num_items_in_batch",
+        "seq_idx",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "layer_idx",
+        "deterministic",
+        "training",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskInfo:
+    """What a mask made by transformers means: `band` in numbers, the rest as a tensor."""
+
+    causal: bool
+    window: int
+    mask: Tensor | None
+    chunk: int = 0  # only while a model is captured to be served; else chunks are in `mask`
+
+
+@dataclass(slots=True)
+class _Trace:
+    """Masks handed out while one model is traced: (stand-in tensor, its meaning)."""
+
+    positions_given: bool
+    serving: bool
+    masks: list[tuple[Tensor, MaskInfo]] = field(default_factory=list)
+
+    def lookup(self, mask: Tensor) -> MaskInfo | None:
+        return next((info for stand_in, info in self.masks if stand_in is mask), None)
+
+
+_trace: ContextVar[_Trace | None] = ContextVar("_trace", default=None)
+
+
+def is_huggingface(model: nn.Module) -> bool:
+    """Is `model` a transformers model?  Does not import transformers."""
+    package = sys.modules.get("transformers")
+    return package is not None and isinstance(model, package.PreTrainedModel)
+
+
+@contextmanager
+def shardwright_attention(
+    model: nn.Module, *, positions_given: bool = False, serving: bool = False
+) -> Generator[None]:
+    """Inside, `model` and its submodels call our operators and keep no KV cache.
+
+    The operators are `shardwright::attention` and, for experts, `shardwright::moe`.
+
+    `positions_given`: the caller passes `position_ids`, which may pack several sequences into one
+    row; a mask that separates them is then built as a tensor.  `serving`: what is captured will
+    attend over a cache, where attention in chunks must not pass for causal while it is short.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    AttentionInterface.register(NAME, _attention_forward)
+    AttentionMaskInterface.register(NAME, _mask)
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs: dict[int, Any] = {id(module.config): module.config for module in models}
+    # submodels that write attention out themselves keep doing so
+    switched: dict[int, Any] = {id(m.config): m.config for m in models if _can_switch(m)}
+    caching = [(config, config.use_cache) for config in configs.values() if _caches(config)]
+    before = [(config, config._attn_implementation_internal) for config in switched.values()]
+    token = _trace.set(_Trace(positions_given, serving))
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        for config, _ in caching:
+            config.use_cache = False
+        with shardwright_experts(model):
+            yield
+    finally:
+        _trace.reset(token)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        for config, use_cache in caching:
+            config.use_cache = use_cache
+
+
+def _can_switch(model: Any) -> bool:
+    """Does the model look its attention function up in transformers' registry?"""
+    return model._can_set_attn_implementation()
+
+
+def _caches(config: Any) -> bool:
+    """Would the model return a KV cache?"""
+    return bool(getattr(config, "use_cache", False))
+
+
+def rebuild(model: nn.Module) -> nn.Module:
+    """A new model of the same class and config; the caller's factory modes decide where it lies."""
+    from transformers.initialization import no_init_weights
+
+    cls: Any = type(model)
+    with no_init_weights():
+        return cls._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+
+def from_config(
+    config: Any, *, batch: int, seq: int, phase: str, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
+
+    The class is the one named in the config's `architectures`.  `phase` is `train` (inputs have
+    `labels`) or one of inference.  Raises ValueError for a file that is no config, or a class that
+    is not in transformers.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"to plan a Hugging Face model, {_MISSING}") from error
+    if isinstance(config, (str, Path)):
+        config = _load_config(transformers, Path(config))
+    names: list[str] = list(getattr(config, "architectures", None) or [])
+    if not names:
+        raise ValueError(
+            f"the config of `{config.model_type}` has no `architectures`: name the class to build "
+            'there, for example `"architectures": ["LlamaForCausalLM"]`'
+        )
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise ValueError(
+            f"`architectures` names `{names[0]}`, which is not in transformers "
+            f"{transformers.__version__}; models with their own code need a Python file with "
+            "`build_model`"
+        )
+    with torch.device("meta"):
+        model: nn.Module = cls._from_config(config, dtype=dtype)
+    return model, _example_inputs(model, batch, seq, phase)
+
+
+def _load_config(transformers: Any, path: Path) -> Any:
+    """The transformers config at `path`, a file or a folder with a `config.json`."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: no `config.json` there")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(file))
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]  # what follows is about installing
+        raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
+
+
+def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[str, Tensor]:
+    """Token ids for every input that the model's task needs."""
+
+    def ids() -> Tensor:
+        return torch.zeros(batch, seq, dtype=torch.long, device="meta")
+
+    inputs = {"input_ids": ids()}
+    config: Any = model.config
+    if config.is_encoder_decoder and phase != "train":
+        inputs["decoder_input_ids"] = ids()
+    if phase == "train":
+        inputs["labels"] = ids()
+    return inputs
+
+
+# ---- what transformers calls -------------------------------------------------------------------
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """A stand-in for the mask that transformers describes by `mask_function`.
+
+    The stand-in has the shape of the whole mask and must never be read: `_attention_forward`
+    knows it by identity and takes its meaning from the trace.  Capture refuses a graph that does.
+    """
+    trace = _trace.get()
+    if trace is None:
+        raise ValueError(
+            f"attention implementation `{NAME}` works only while a model is captured; "
+            'set `attn_implementation="sdpa"` to run it'
+        )
+    if q_offset != 0 or kv_offset != 0:
+        raise ValueError("capture runs without a KV cache, but the model passed cached positions")
+    overlays = _overlays(mask_function, trace.positions_given)
+    chunk, rest = _chunk(overlays) if trace.serving else (0, overlays)
+    band = _band(rest)
+    if band is not None:
+        padding = None if attention_mask is None else attention_mask.to(torch.bool)
+        info = MaskInfo(*band, None if padding is None else padding[:, None, None, :], chunk)
+    elif use_vmap:
+        raise ValueError(
+            "the model adds a mask function of its own to the attention mask "
+            f"({', '.join(_name(f) for f in overlays)}); pass the whole mask as a 4-D "
+            "`attention_mask` instead"
+        )
+    else:  # any other index-based mask: as a tensor, exactly
+        from transformers.masking_utils import sdpa_mask
+
+        info = MaskInfo(
+            False,
+            0,
+            sdpa_mask(
+                batch_size,
+                q_length,
+                kv_length,
+                mask_function=_without_packing(mask_function, trace.positions_given),
+                attention_mask=attention_mask,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                device=device,
+            ),
+        )
+    stand_in = mask_stand_in(torch.empty(0, device=device), batch_size, q_length, kv_length)
+    trace.masks.append((stand_in, info))
+    return stand_in
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` as transformers' layers call it; (b, s, h, d) out.  `s_aux` are its sinks."""
+    for name, argument in kwargs.items():
+        if argument is not None and argument is not False and name not in _HARMLESS:
+            raise ValueError(
+                f"{type(module).__name__} passes `{name}` to its attention, which "
+                "`shardwright::attention` does not know"
+            )
+    trace = _trace.get()
+    info = None
+    if attention_mask is not None and trace is not None:
+        info = trace.lookup(attention_mask)
+        if info is None and trace.masks:
+            raise ValueError(
+                f"{type(module).__name__} changes the attention mask between making it and using "
+                "it; its meaning is lost. Pass the whole mask as a 4-D `attention_mask`"
+            )
+    if info is None:  # the model makes no mask itself, or the user gave a whole one
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if sliding_window is not None and attention_mask is None:
+            raise ValueError(
+                f"{type(module).__name__} passes sliding_window={sliding_window} but no mask; "
+                "transformers' own implementations disagree on what that means"
+            )
+        info = MaskInfo(
+            bool(causal) and attention_mask is None and query.shape[2] > 1, 0, attention_mask
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    output = attention(
+        query,
+        key,
+        value,
+        info.mask,
+        float(scale),
+        info.causal,
+        info.window,
+        float(softcap or 0.0),
+        float(dropout),
+        s_aux,
+        info.chunk,
+    )
+    return output.transpose(1, 2), None
+
+
+# ---- what a mask function means: transformers builds them as closures --------------------------
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """`sliding_window_overlay` for the closure that `sliding_window_overlay(4)` returns."""
+    return getattr(function, "__qualname__", repr(function)).split(".")[0]
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that `function` closes over, by name."""
+    if not isinstance(function, FunctionType):
+        return {}
+    cells = function.__closure__ or ()
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
+    }
+
+
+def _overlays(function: Any, positions_given: bool) -> tuple[Callable[..., Any], ...]:
+    """The mask functions whose intersection `function` is.
+
+    Without `position_ids` from the caller a row is one sequence: the model counts positions from
+    0 itself.  The masks that transformers adds for packed rows while tracing are then left out.
+    """
+    name = _name(function)
+    if name == "and_masks":
+        parts = [_overlays(part, positions_given) for part in _closure(function)["mask_functions"]]
+        return tuple(part for group in parts for part in group)
+    if not positions_given:
+        if name == "packed_sequence_mask_function":
+            return ()
+        if name == "remap_positions_for_packed_sequence":
+            return _overlays(_closure(function)["mask_function"], positions_given)
+    return (function,)
+
+
+def _without_packing(function: Any, positions_given: bool) -> Callable[..., Any]:
+    """The mask function of `_overlays` as one function again."""
+    from transformers.masking_utils import and_masks
+
+    return and_masks(*_overlays(function, positions_given))
+
+
+def _chunk(overlays: tuple[Callable[..., Any], ...]) -> tuple[int, tuple[Callable[..., Any], ...]]:
+    """Length of the chunks that attention does not leave, 0 for none, and the other overlays."""
+    chunks = [f for f in overlays if _name(f) == "chunked_overlay"]
+    sizes = [int(_closure(f)["chunk_size"]) for f in chunks]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the model attends in chunks of {sizes} tokens at once")
+    return (sizes[0] if sizes else 0), tuple(f for f in overlays if f not in chunks)
+
+
+def _band(overlays: tuple[Callable[..., Any], ...]) -> tuple[bool, int] | None:
+    """(causal, window) if the overlays mean just that, else None.  Window 0 is none."""
+    causal, window = False, 0
+    for overlay in overlays:
+        name = _name(overlay)
+        if name == "causal_mask_function":
+            causal = True
+        elif name == "sliding_window_overlay":
+            width = int(_closure(overlay)["sliding_window"])
+            window = min(window, width) if window else width
+        elif name != "bidirectional_mask_function":
+            return None
+    return causal, window
+
+
+__all__ = ["MaskInfo", "from_config", "is_huggingface", "rebuild", "shardwright_attention"]

@@ -1,0 +1,23 @@
+"""The graph that everything else reads, its text and JSON forms, and rewriting."""
+
+from .nodes import (
+    Arg,
+    Block,
+    Graph,
+    Input,
+    Loc,
+    Loop,
+    Node,
+    Output,
+    Param,
+    Part,
+    TensorType,
+    Value,
+    originals,
+    values_in,
+)
+
+__all__ = [
+    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
+    "TensorType", "Value", "originals", "values_in",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""The operators: factor rules, and what follows from them."""

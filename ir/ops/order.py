@@ -1,0 +1,134 @@
+"""Which dims stand in the order of the tokens.
+
+Ranks that shard a sequence need not hold contiguous parts of it.  Under a causal mask they share
+the work evenly if each holds two chunks, one from either end (zigzag).  An op that an axis
+cuts along a factor treats that factor's rows one by one, in any order; so the order may be chosen
+freely, if only it is the same for all dims that meet in a factor anywhere in the graph.  These
+dims are found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from ..graph import Graph, Loop, Node, Value
+from .registry import rule_of, values_in_keys
+from .rule import Choice
+
+Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)
+
+
+def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
+    """By value, the dims in the order of the tokens that causal attention sees.
+
+    Empty if there is no causal self-attention, or if a parameter has such a dim: parameters are
+    kept in their own order.
+    """
+    groups = _Groups()
+    for item in graph.body:
+        if isinstance(item, Loop):
+            _tie_loop(item, groups)
+        else:
+            _tie_node(item, groups)
+    seen = [
+        groups.find((value.name, 2))
+        for node in graph.nodes
+        if node.op == "shardwright.attention" and is_causal_self_attention(node)
+        for value in node.operands[: 2 if values_in_keys(node) else 3]
+    ]
+    tokens = set(seen)
+    params = {p.value.name for p in graph.params} | {
+        p.value.name for loop in graph.loops for block in loop.blocks for p in block.params
+    }
+    found: dict[str, set[int]] = {}
+    for name, dim in groups.members():
+        if groups.find((name, dim)) in tokens:
+            if name in params:
+                return {}
+            found.setdefault(name, set()).add(dim)
+    return {name: frozenset(dims) for name, dims in found.items()}
+
+
+def fits_order(node: Node, choice: Choice, order: str) -> bool:
+    """Can `node` run under `choice` when ranks hold tokens in this order?
+
+    Causal attention with queries cut alone, and a halo from the left neighbour, need contiguous
+    positions.
+    """
+    if order == "contiguous" or node.op != "shardwright.attention":
+        return True
+    positions = bool(node.arg("causal")) or bool(node.arg("window"))
+    return choice != "window" and not (choice == "q" and positions)
+
+
+def is_causal_self_attention(node: Node) -> bool:
+    """Do the queries and keys of this attention stand at the same positions, masked causally?"""
+    query, key = node.operands[:2]
+    return bool(node.arg("causal")) and query.type.shape[2] == key.type.shape[2]
+
+
+class _Groups:
+    """Dims that must be in one order, as disjoint sets."""
+
+    def __init__(self) -> None:
+        self._leader: dict[Dim, Dim] = {}
+
+    def find(self, dim: Dim) -> Dim:
+        """The representative of the group of `dim`."""
+        self._leader.setdefault(dim, dim)
+        while self._leader[dim] != dim:
+            self._leader[dim] = self._leader[self._leader[dim]]
+            dim = self._leader[dim]
+        return dim
+
+    def join(self, dims: Iterable[Dim]) -> None:
+        """All of `dims` are in one order."""
+        first: Dim | None = None
+        for dim in dims:
+            if first is None:
+                first = self.find(dim)
+            else:
+                self._leader[self.find(dim)] = first
+
+    def members(self) -> list[Dim]:
+        """Every dim that was seen."""
+        return list(self._leader)
+
+
+def _tie_node(node: Node, groups: _Groups) -> None:
+    """Dims that an axis cuts together: those with the same outermost factor, or one algorithm."""
+    rule = rule_of(node)
+    places: dict[str, list[Dim]] = {}
+    values = zip((*node.operands, *node.outputs), (*rule.operands, *rule.results), strict=True)
+    for value, dims in values:
+        for number, names in enumerate(dims):
+            major = next((name for name in names if rule.sizes[name] != 1), None)
+            if major is not None and major not in rule.whole:
+                places.setdefault(major, []).append((value.name, number))
+    for dims in places.values():
+        groups.join(dims)
+    for way in rule.algorithms.values():
+        states = zip((*node.operands, *node.outputs), (*way.operands, *way.results), strict=True)
+        groups.join((value.name, state) for value, state in states if state >= 0)
+
+
+def _tie_loop(loop: Loop, groups: _Groups) -> None:
+    outer = (*loop.carried, *loop.invariants)
+    for block in loop.blocks:
+        for node in block.nodes:
+            _tie_node(node, groups)
+        for a, b in zip(block.inputs, outer, strict=True):
+            _tie_values(a, b, groups)
+        for a, b in zip(block.outputs, loop.outputs, strict=True):
+            _tie_values(a, b, groups)
+        for a, b in zip(block.inputs, loop.outputs, strict=False):
+            _tie_values(a, b, groups)
+
+
+def _tie_values(a: Value, b: Value, groups: _Groups) -> None:
+    for dim in range(len(a.type.shape)):
+        groups.join([(a.name, dim), (b.name, dim)])
+
+
+__all__ = ["fits_order", "is_causal_self_attention", "token_dims"]

@@ -1,0 +1,364 @@
+"""From the graph of a forward pass to that of serving: new tokens over a cache.
+
+Prefill, decode and append are one graph in different sizes.  Every op but attention treats tokens
+one by one; attention stores the new keys and values, and attends to everything cached.  What
+stands where is told by positions, an input (b, t): a token's index in its own sequence, -1 for
+padding.  Of the logits only those after each sequence's last new token are wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
+from ..graph.rewrite import live_items, with_operands
+from ..ops.indices import index_limits
+from ..ops.registry import find_op, kind_of, rule_of
+
+POSITIONS = ("position_ids", "positions")  # what models call the input
+
+
+class ServingError(ValueError):
+    """The model cannot be served; the message says why and what to do."""
+
+
+def is_decoder(graph: Graph) -> bool:
+    """Is every attention of this graph a causal self-attention?"""
+    attentions = [node for node in graph.nodes if kind_of(node) == "attention"]
+    return bool(attentions) and all(_why_not(node) is None for node in attentions)
+
+
+def serving_graph(graph: Graph, context: int) -> Graph:
+    """`graph`, of new tokens, with attention over a cache and logits (b, 1, v).
+
+        attention(q, k, v, causal)  ->  cached_attention(q, k, v, positions, cache="kv")
+        logits = lm_head(x)         ->  logits = lm_head(last_token(x, positions))
+        arange(t)                   ->  positions
+
+    `context` is the number of tokens that are cached before.  Raises ServingError where the model
+    has no input for positions or too few of them, no output `logits`, or another
+    attention than a causal one, or counts tokens in a way that is not known.
+    """
+    positions = _positions(graph)
+    _check_length(graph, positions, context)
+    pass_ = _Pass(positions, context)
+    known = replace(positions, name=f"{positions.name}_known")
+    clamp = _known(positions, known)
+    body: list[Node | Loop] = [clamp]
+    counted = _Counted(known)
+    for item in graph.body:
+        if isinstance(item, Loop):
+            counted.check(item)
+            body.append(pass_.loop(item, known))
+        elif told := counted.told(with_operands(item, {positions.name: known})):
+            body.append(pass_.node(told, positions))
+    served = replace(graph, body=tuple(body))
+    return _named_inputs(_last_logits(_without_unread(served, clamp), positions), positions)
+
+
+def _named_inputs(graph: Graph, positions: Value) -> Graph:
+    """The two inputs of every served model, called `input_ids` and `position_ids`."""
+    others = [item for item in graph.inputs if item.value.name != positions.name]
+    if len(others) != 1 or others[0].value.type.shape != positions.type.shape:
+        names = ", ".join(f"`{item.name}`" for item in others) or "none"
+        raise ServingError(
+            f"{graph.name} takes the inputs {names} besides positions; to be served it must take"
+            " tokens (batch, tokens) alone"
+        )
+    renamed = tuple(
+        replace(i, name="position_ids" if i.value.name == positions.name else "input_ids")
+        for i in graph.inputs
+    )
+    return replace(graph, inputs=renamed)
+
+
+def _positions(graph: Graph) -> Value:
+    for item in graph.inputs:
+        if item.name in POSITIONS and len(item.value.type.shape) == 2:
+            return item.value
+    raise ServingError(
+        f"{graph.name} has no input `position_ids` (batch, tokens), so it cannot tell where new"
+        " tokens stand in their sequences; add the keyword `position_ids` to `forward` and use it"
+        " in place of torch.arange"
+    )
+
+
+def _check_length(graph: Graph, positions: Value, context: int) -> None:
+    rows, _ = index_limits(graph, positions.name)
+    tokens = positions.type.shape[1]
+    if rows and context + tokens > min(rows):
+        raise ServingError(
+            f"{graph.name} has {min(rows)} positions, but {context} cached tokens and {tokens} new"
+            f" ones need {context + tokens}; plan with a shorter sequence or context"
+        )
+
+
+def _without_unread(graph: Graph, clamp: Node) -> Graph:
+    """Without the clamp, if only attention reads the positions."""
+    read = {value.name for node in graph.nodes for value in node.operands if node is not clamp}
+    read |= {value.name for loop in graph.loops for value in loop.invariants}
+    if clamp.output.name in read:
+        return graph
+    return replace(graph, body=tuple(item for item in graph.body if item is not clamp))
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Puts caches under attention nodes, and names them in order."""
+
+    positions: Value
+    context: int
+    outside: int = 0
+
+    def node(self, node: Node, positions: Value, cache: str = "") -> Node:
+        """An attention with a cache; any other node as it is."""
+        if kind_of(node) != "attention":
+            return node
+        reason = _why_not(node)
+        if reason is not None:
+            raise ServingError(f"{node.loc}: this attention {reason}; it cannot have a KV cache")
+        if not cache:
+            cache = f"kv_{self.outside}"
+            self.outside += 1
+        tensors: list[tuple[str, Arg]] = [(name, node.arg(name)) for name in ("q", "k", "v")]
+        chunk, window = dict(node.args).get("chunk", 0), node.arg("window")
+        assert isinstance(chunk, int) and isinstance(window, int)
+        window = min(window or chunk, chunk) if chunk else window  # no chunk reaches further
+        args = (
+            *tensors, ("positions", positions), ("scale", node.arg("scale")), ("window", window),
+            ("softcap", node.arg("softcap")), ("context", self.context), ("cache", cache),
+            ("value_dim", 0), ("sinks", dict(node.args).get("sinks")), ("chunk", chunk),
+        )  # fmt: skip
+        return replace(node, op="shardwright.cached_attention", args=args)
+
+    def loop(self, loop: Loop, known: Value) -> Loop:
+        """The loop with the positions as one more invariant, and those that the model reads."""
+        renamed = tuple(
+            known if value.name == self.positions.name else value for value in loop.invariants
+        )
+        blocks = tuple(self.block(block, kind) for kind, block in enumerate(loop.blocks))
+        return replace(loop, invariants=(*renamed, self.positions), blocks=blocks)
+
+    def block(self, block: Block, kind: int) -> Block:
+        """The block with an input for positions."""
+        inner = replace(self.positions, name=f"{block.nodes[0].name}.positions{kind}")
+        counted = _Counted(replace(inner, name=f"{inner.name}_known"))
+        count = 0
+        nodes: list[Node] = []
+        for node in block.nodes:
+            if kind_of(node) == "attention":
+                count += 1
+            if told := counted.told(node):
+                nodes.append(self.node(told, inner, "kv" if count == 1 else f"kv_{count}"))
+        counted.check(*block.outputs)
+        if counted.used:
+            nodes.insert(0, _known(inner, counted.known))
+        return replace(block, inputs=(*block.inputs, inner), nodes=tuple(nodes))
+
+
+def _known(positions: Value, known: Value) -> Node:
+    """The node that makes 0 of the position of padding."""
+    args: tuple[tuple[str, Arg], ...] = (("self", positions), ("min", 0))
+    return Node(
+        known.name, "aten.clamp_min.default", args, (known,), Loc(targets=("position_ids",))
+    )
+
+
+class _Counted:
+    """Puts `known` positions (b, t) in place of tokens that a model counts, `arange(t)`.
+
+    What is computed of these elementwise, (t,) or (1, t, 1, ...), is then computed for each
+    sequence, (b, t) or (b, t, 1, ...), until it meets something that has a batch and tokens.
+    """
+
+    def __init__(self, known: Value) -> None:
+        self.known = known
+        self._by: dict[str, Value] = {}  # what is counted, for each sequence
+
+    @property
+    def used(self) -> bool:
+        """Was anything counted?"""
+        return bool(self._by)
+
+    def told(self, node: Node) -> Node | None:
+        """The node for known positions; None for the one that counts."""
+        lead = self.known.type.shape
+        if _counts(node, lead[1]):
+            self._by[node.output.name] = self.known
+            return None
+        counted = [value for value in node.operands if value.name in self._by]
+        if not counted:
+            return node
+        new, (old,) = with_operands(node, self._by), node.outputs
+        if any(len(value.type.shape) == len(old.type.shape) for value in counted):
+            if old.type.shape[:2] == lead and len(lead) <= len(old.type.shape):
+                return new
+            if old.type.shape == counted[0].type.shape and _is_pointwise(node):
+                return self._like(new, self._by[counted[0].name].type.shape)
+        elif node.op in ("aten.reshape.default", "aten.unsqueeze.default"):
+            shape = old.type.shape
+            if shape[:2] == (1, lead[1]) and set(shape[2:]) <= {1}:
+                return self._like(_reshape(new, (*lead, *shape[2:])), (*lead, *shape[2:]))
+        raise _counts_itself(node.loc)
+
+    def _like(self, node: Node, shape: tuple[int, ...]) -> Node:
+        """The node with a result of `shape`, which is counted too."""
+        old = node.output
+        made = replace(old, type=replace(old.type, shape=shape))
+        self._by[old.name] = made
+        return replace(node, outputs=(made,))
+
+    def check(self, *readers: Loop | Value) -> None:
+        """Raise ServingError if what is counted leaves the nodes that were told."""
+        for reader in readers:
+            values = _reads(reader) if isinstance(reader, Loop) else (reader,)
+            if any(value.name in self._by for value in values):
+                raise _counts_itself(Loc())
+
+
+def _counts(node: Node, tokens: int) -> bool:
+    """Does it number the tokens, 0 to `tokens` - 1?"""
+    args = dict(node.args)
+    return (
+        node.op.startswith("aten.arange.")
+        and (args.get("start", 0), args["end"], args.get("step", 1)) == (0, tokens, 1)
+        and not node.output.type.dtype.is_floating_point
+    )
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Is each element of the result made of one element of the only operand?"""
+    if find_op(node.op) is None or len(node.operands) != 1:
+        return False
+    rule = rule_of(node)
+    return rule.operands[0] == rule.results[0] and not rule.whole
+
+
+def _reshape(node: Node, shape: tuple[int, ...]) -> Node:
+    args: tuple[tuple[str, Arg], ...] = (("self", node.operands[0]), ("shape", shape))
+    return replace(node, op="aten.reshape.default", args=args)
+
+
+def _counts_itself(loc: Loc) -> ServingError:
+    return ServingError(
+        f"{loc}: the model counts its tokens itself (torch.arange), so that each step would begin"
+        " at 0 again; use the input `position_ids` instead"
+    )
+
+
+def _why_not(node: Node) -> str | None:
+    """Why an attention cannot have a cache; None if it can."""
+    if node.op != "shardwright.attention":
+        return "is none that is known here"
+    query, key = (value.type.shape[2] for value in node.operands[:2])
+    if query != key:
+        return "reads keys of other tokens (an encoder's)"
+    if not node.arg("causal") and query > 1:
+        return "is not causal"
+    if node.arg("mask") is not None:
+        return "has a mask that is a tensor (leave `attention_mask` out: padding has position -1)"
+    if node.arg("dropout_p"):
+        return "has dropout"
+    return None
+
+
+# ---- logits ------------------------------------------------------------------------------------
+
+
+def _last_logits(graph: Graph, positions: Value) -> Graph:
+    """Only the logits of the last new token of each sequence, picked as early as possible."""
+    named = [out for out in graph.outputs if out.path and out.path[-1] == "logits"]
+    found = named or [out for out in graph.outputs if len(out.value.type.shape) == 3][:1]
+    if not found:
+        raise ServingError(
+            f"{graph.name} has no output `logits` (batch, tokens, vocabulary); return one, by"
+            " that name or as the only output"
+        )
+    logits = found[0]
+    chain = _tokenwise_chain(graph, logits.value)
+    start = chain[0].operands[0] if chain else logits.value
+    picked = _with_tokens(start, f"{start.name}_last")
+    pick = Node(
+        picked.name,
+        "shardwright.last_token",
+        (("x", start), ("positions", positions)),
+        (picked,),
+        replace(chain[0].loc if chain else Loc(), targets=("last_token",)),
+    )
+    by = {start.name: picked}
+    rewritten: dict[str, Node] = {}
+    for node in chain:
+        out = _with_tokens(node.output, node.output.name)
+        rewritten[node.name] = replace(with_operands(node, by), outputs=(out,))
+        by[node.output.name] = out
+    body: list[Node | Loop] = []
+    for item in graph.body:
+        if isinstance(item, Node) and chain and item.name == chain[0].name:
+            body.append(pick)
+        body.append(rewritten.get(item.name, item) if isinstance(item, Node) else item)
+    if not chain:
+        body.append(pick)
+    output = Output(logits.path, by[logits.value.name])
+    return _live(replace(graph, body=tuple(body), outputs=(output,)))
+
+
+def _with_tokens(value: Value, name: str) -> Value:
+    batch, _, *rest = value.type.shape
+    kind = replace(value.type, shape=(batch, 1, *rest))
+    return replace(value, name=name, type=kind)
+
+
+def _tokenwise_chain(graph: Graph, logits: Value) -> list[Node]:
+    """The nodes behind `logits` that treat tokens one by one and take one value (b, t, ...)."""
+    made = {
+        value.name: item for item in graph.body if isinstance(item, Node) for value in item.outputs
+    }
+    users: dict[str, int] = {}
+    for node in graph.nodes:
+        for value in node.operands:
+            users[value.name] = users.get(value.name, 0) + 1
+    chain: list[Node] = []
+    at = logits
+    while at.name in made and users.get(at.name, 0) == (1 if chain else 0):
+        node = made[at.name]
+        if not _is_tokenwise(node):
+            break
+        chain.insert(0, node)
+        at = node.operands[0]
+        if kind_of(node) == "matmul":
+            break
+    return chain
+
+
+def _is_tokenwise(node: Node) -> bool:
+    """One operand (b, t, ...), all others without tokens, one result (b, t, ...)."""
+    if len(node.outputs) != 1 or not node.operands:
+        return False
+    first, *others = node.operands
+    lead = first.type.shape[:2]
+    if len(first.type.shape) < 3 or node.output.type.shape[:2] != lead:
+        return False
+    if node.op in ("aten.linear.default", "shardwright.affine"):
+        return True
+    plain = kind_of(node) == "elementwise" and not any(_is_sizes(arg) for _, arg in node.args)
+    return plain and all(value.type.shape in ((), (1,)) for value in others)
+
+
+def _is_sizes(arg: Arg) -> bool:
+    return isinstance(arg, tuple)
+
+
+def _live(graph: Graph) -> Graph:
+    """The graph without nodes outside loops that nothing reads."""
+    outputs = {out.value.name for out in graph.outputs}
+    body = live_items(graph.body, outputs)
+    read = outputs | {value.name for item in body for value in _reads(item)}
+    used = tuple(i for i in graph.inputs if i.value.name in read)
+    return replace(graph, body=body, inputs=used)
+
+
+def _reads(item: Node | Loop) -> tuple[Value, ...]:
+    return (*item.carried, *item.invariants) if isinstance(item, Loop) else item.operands
+
+
+__all__ = ["POSITIONS", "ServingError", "is_decoder", "serving_graph"]

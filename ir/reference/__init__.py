@@ -1,0 +1,1 @@
+"""Graphs run in one process: the reference for tests and `plan verify`."""

@@ -1,0 +1,188 @@
+"""The plan: what was decided, what it costs, and how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...facts.mesh import Mesh
+from ...facts.spec import Spec
+from ...ir.graph import Graph, Value
+from ..strategies.build import Decisions
+from ..strategies.pricing import Work
+from .program import PricedStep, Program, lower
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for; enough to build the model again for `plan verify`."""
+
+    target: str  # `model.py:build_model`, a config folder, or "" for a model given by the API
+    gpus: int
+    cluster: str
+    phase: str
+    batch: int
+    seq: int
+    dtype: str
+    optimizer: str
+    memory_bytes: float
+    pins: tuple[str, ...] = ()
+    context: int = 0  # tokens of each sequence that are cached before
+    output_tokens: int = 0  # of each answer, in phase `serve`
+    expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
+
+    @property
+    def decode_steps(self) -> int:
+        """Decodes of an answer: prefill gives its first token.  At least one is planned."""
+        return max(self.output_tokens - 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per GPU at the peak, by kind: gradients are those that are there by then."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+    cache: float = 0.0  # keys and values of cached tokens, room for the new ones included
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        state = self.parameters + self.gradients + self.optimizer + self.cache
+        return state + self.activations + self.transient
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """An ordinary plan priced by the same model.
+
+    If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
+    what the seconds go into, as `planner.split` has it.
+    """
+
+    name: str
+    mesh: str
+    seconds: float | None
+    peak_bytes: float
+    spent: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the plan was found: solver status, relative gap, seconds of each planning step."""
+
+    solver: str
+    status: str
+    gap: float
+    meshes: int
+    seconds: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recache:
+    """KV caches that are converted once per answer, from prefill's layout to that of decode.
+
+    `name` is that of the cache, layers as `*`; `count` such caches, of the attention that prefill's
+    graph calls `node`, take `steps` each; `seconds` is the time of all.
+    """
+
+    name: str
+    node: str
+    count: int
+    source: Spec
+    target: Spec
+    steps: tuple[PricedStep, ...]
+    seconds: float
+
+    @property
+    def path(self) -> tuple[Spec, ...]:
+        """The specs from the first layout to the last."""
+        specs = [self.source]
+        for priced in self.steps:
+            step = priced.step
+            specs.append(tuple(step.b if i in step.axes else s for i, s in enumerate(specs[-1])))
+        return tuple(specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to cut a model over a mesh.  `print(plan)` explains it.
+
+    `seconds` is one step (training) or one forward pass (other phases), as the cost model prices
+    it.
+    `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
+    In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
+    same mesh and parameters; `recached` are the caches that decode wants laid out otherwise.
+    """
+
+    request: Request
+    graph: Graph
+    mesh: Mesh
+    decisions: Decisions
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
+    work: dict[str, Work]
+    seconds: float
+    optimizer_s: float
+    memory: Memory
+    baselines: tuple[Baseline, ...]
+    search: Search
+    notes: tuple[str, ...] = field(default=())
+    decode: Plan | None = None
+    recached: tuple[Recache, ...] = ()
+
+    @property
+    def answer_s(self) -> float:
+        """Seconds of a whole answer in phase `serve`: prefill, the conversion of caches, and all
+        output tokens."""
+        if self.decode is None:
+            raise ValueError(f"a plan for phase {self.request.phase} has no answers")
+        conversion = sum(recache.seconds for recache in self.recached)
+        return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
+
+    @property
+    def phases(self) -> tuple[Plan, ...]:
+        """This plan, and in phase `serve` that of decode."""
+        return (self,) if self.decode is None else (self, self.decode)
+
+    @property
+    def training(self) -> bool:
+        """Is this a plan for training steps?"""
+        return self.request.phase == "train"
+
+    @cached_property
+    def program(self) -> Program:
+        """The statements that one rank runs."""
+
+        def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+            return self.paths[value.name, a, b]
+
+        return lower(self.graph, self.decisions, paths, training=self.training)
+
+    def __str__(self) -> str:
+        from ..report.report import format_plan
+
+        return format_plan(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON data."""
+        from .store import plan_to_json
+
+        return plan_to_json(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write `plan.json`; `load_plan` gives an equal plan back."""
+        from .store import save_plan
+
+        save_plan(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote.  Raises PlanError naming the field that is malformed."""
+        from .store import read_plan
+
+        return read_plan(Path(path))

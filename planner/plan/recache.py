@@ -1,0 +1,177 @@
+"""KV caches that prefill leaves in another layout than decode reads: what the conversion costs.
+
+It is made once per answer, of the prompt's tokens, cache by cache: each is read from its pool, goes
+the way that any value would go between the two specs (see `conversion.py`), and is written to its
+new pool.  `runtime/cache/recache.py` does it and counts the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...costmodel.collective import wire_bytes
+from ...facts.spec import S, Spec, local_shape
+from ...ir.graph import Graph, Loop, Node, TensorType
+from ...ir.ops.registry import attention_dims, cached_per_head, rule_of
+from ..strategies.attention import cache_spec
+from ..strategies.build import Decisions
+from ..strategies.conversion import Conversions, Network
+from ..strategies.regions import Scope, scopes
+from .plan import Plan, Recache
+from .program import priced_path
+from .traffic import Moved
+
+Key: TypeAlias = tuple[str, int, object]  # path of the loop, kind of block, name in the block
+_Floats: TypeAlias = NDArray[np.float64]
+_POSITION_BYTES = 4  # who holds a token, told once for all caches that lie alike
+_ROOM_BYTES = 8  # how many pages a rank lacks
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """An attention over a cache, how many layers have it, and the cache's name, layers as `*`."""
+
+    node: Node
+    count: int
+    name: str
+
+
+def cached_attentions(graph: Graph) -> dict[Key, Cached]:
+    """Every attention over a cache; the same keys in both graphs of a model."""
+    found: dict[Key, Cached] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if node.op == "shardwright.cached_attention":
+                path = f"{scope.loop.path}.*." if scope.loop is not None else ""
+                name = f"{path}{node.arg('cache')}"
+                found[key_of(scope, node)] = Cached(node, scope.weight, name)
+    return found
+
+
+def key_of(scope: Scope, node: Node) -> Key:
+    """What an attention over a cache is called in both graphs of a model."""
+    loop, block = scope.loop, scope.block
+    kind = 0 if loop is None or block is None else _kind_of(loop, block.nodes)
+    return loop.path if loop else "", kind, node.arg("cache")
+
+
+def _kind_of(loop: Loop, nodes: object) -> int:
+    return next(kind for kind, block in enumerate(loop.blocks) if block.nodes is nodes)
+
+
+class Recaching:
+    """The conversions of the cache that prefill's `cached` fills."""
+
+    def __init__(self, cached: Cached, network: Network) -> None:
+        self._cached, self._network = cached, network
+
+    @cached_property
+    def _conversions(self) -> Conversions:
+        """Those of (batch, heads, tokens, numbers of a head), which are gathered, never summed."""
+        node, ranks = self._cached.node, self._network.mesh.ranks
+        batch, _, heads, *_ = attention_dims(node, {})
+        sizes, window = rule_of(node).sizes, node.arg("window")
+        assert isinstance(window, int)
+        tokens = min(sizes["c"], window - 1) if window > 1 else sizes["c"]
+        tokens = -(-tokens // ranks) * ranks
+        kind = TensorType((batch, heads, tokens, cached_per_head(node)), node.output.type.dtype)
+        return Conversions(kind, self._network, gradient=False, param=True)
+
+    def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:
+        """Seconds of all layers from each of `ours` (rows) to each of `theirs` (columns)."""
+        rows, columns = list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
+        prices = np.zeros((len(rows), len(columns)))
+        if set(rows) != set(columns) or len(rows) > 1:
+            copies = [[self._copies_s(a, b) for b in columns] for a in rows]
+            prices = self._cached.count * (self._conversions.matrix(rows, columns) + copies)
+        return prices[np.ix_([rows.index(a) for a in ours], [columns.index(b) for b in theirs])]
+
+    def recache(self, source: Spec, target: Spec) -> Recache:
+        """The conversion between two layouts that differ."""
+        steps = priced_path(self._conversions, source, target)
+        seconds = sum(step.seconds for step in steps) + self._copies_s(source, target)
+        return Recache(
+            self._cached.name, self._cached.node.name, self._cached.count, source, target, steps,
+            self._cached.count * seconds,
+        )  # fmt: skip
+
+    def _copies_s(self, source: Spec, target: Spec) -> float:
+        """Seconds to read a cache from its pool and to write it to another."""
+        if source == target:
+            return 0.0
+        kind, sizes = self._conversions.type, self._network.mesh.sizes
+        numels = [prod(local_shape(kind.shape, spec, sizes)) for spec in (source, target)]
+        return sum(self._network.traffic_seconds(2.0 * n * kind.dtype.itemsize) for n in numels)
+
+
+def recaches(
+    graph: Graph, ours: Decisions, decode: Graph, theirs: Decisions, network: Network
+) -> tuple[Recache, ...]:
+    """The conversions that two sets of decisions ask for, those of prefill and of decode."""
+    found: list[Recache] = []
+    for key, other in cached_attentions(decode).items():
+        cached = cached_attentions(graph)[key]
+        source = cache_spec(cached.node, ours.choices[cached.node.name])
+        target = cache_spec(other.node, theirs.choices[other.node.name])
+        if source != target:
+            found.append(Recaching(cached, network).recache(source, target))
+    return tuple(found)
+
+
+def recached_bytes(plan: Plan) -> dict[Moved, float]:
+    """Bytes that each rank receives when the caches of the planned prompts are converted."""
+    moved: dict[Moved, float] = {}
+
+    def add(kind: str, axes: Sequence[int], n_bytes: float) -> None:
+        ways = prod(plan.mesh.sizes[axis] for axis in axes)
+        name = "_".join(plan.mesh.names[axis] for axis in axes)
+        if ways > 1:
+            key = Moved(kind, name, "forward")
+            moved[key] = moved.get(key, 0.0) + float(wire_bytes(kind, n_bytes, ways))
+
+    for recache in plan.recached:
+        for priced in recache.steps:
+            for traffic in priced.traffic:
+                add(traffic.kind, traffic.axes, recache.count * traffic.bytes)
+    for axis in _asked_over(plan):
+        add("all_reduce", (axis,), _POSITION_BYTES * plan.request.batch * plan.request.seq)
+    for axis in range(len(plan.mesh.axes)) if _may_run_out(plan) else ():
+        add("all_reduce", (axis,), _ROOM_BYTES)
+    return moved
+
+
+def _asked_over(plan: Plan) -> list[int]:
+    """The axes over which ranks tell each other who holds a token, once for each layout."""
+    windows = {c.node.name: c.node.arg("window") for c in cached_attentions(plan.graph).values()}
+    layouts = {
+        (tuple(state if state in (S(0), S(2)) else -1 for state in r.source), windows[r.node])
+        for r in plan.recached
+    }
+    return [
+        axis
+        for spec, _ in layouts
+        if S(2) in spec
+        for axis, state in enumerate(spec)
+        if state in (S(0), S(2))
+    ]
+
+
+def _may_run_out(plan: Plan) -> bool:
+    """Does decode's layout cut tokens, so that ranks ask each other for room?"""
+    if plan.decode is None or not plan.recached:
+        return False
+    chosen = plan.decode.decisions.choices
+    cached = cached_attentions(plan.decode.graph).values()
+    return any(S(2) in cache_spec(c.node, chosen[c.node.name]) for c in cached)
+
+
+__all__ = [
+    "Cached", "Key", "Recaching", "cached_attentions", "key_of", "recached_bytes", "recaches",
+]  # fmt: skip

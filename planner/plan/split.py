@@ -1,0 +1,56 @@
+"""What the seconds of a step are spent on: compute by kind of op, and communication.
+
+The one place that says what counts as what.  Collectives that an op runs itself (experts'
+exchanges, the hops of a ring that compute does not hide, the sums of a loss over a sharded
+vocabulary) are communication, as conversions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...ir.graph import Graph
+from ...ir.ops.registry import kind_of
+from ..strategies.pricing import Work
+from ..strategies.regions import scopes
+
+_KINDS = {"matmul": "matrix products", "attention": "attention", "experts": "experts"}
+_OTHERS = "other ops"
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of one step in ops: computing, by kind of op, and moving, by the mesh axes."""
+
+    computing: dict[str, float]
+    moving: dict[tuple[int, ...], float]
+
+    def rows(self, seconds: float, optimizer_s: float) -> tuple[tuple[str, float], ...]:
+        """(what, seconds) of a step of `seconds`: what neither ops nor the optimizer take is
+        communication."""
+        moving = seconds - optimizer_s - sum(self.computing.values())
+        rows = (*self.computing.items(), ("communication", moving), ("optimizer", optimizer_s))
+        return tuple((what, s) for what, s in rows if s > 0)
+
+
+def spent_in_ops(graph: Graph, work: Mapping[str, Work], *, recompute: bool) -> Spent:
+    """What the ops of `graph` take, given the `work` of one run of each node (by its name).
+
+    `recompute`: nodes in loops run forward twice.
+    """
+    computing: dict[str, float] = dict.fromkeys((*_KINDS.values(), _OTHERS), 0.0)
+    moving: dict[tuple[int, ...], float] = {}
+    for scope in scopes(graph):
+        again = 1 if recompute and scope.loop is not None else 0
+        for node in scope.nodes:
+            one = work[node.name]
+            whole = scope.weight * (one.seconds + again * one.forward_s)
+            waits = scope.weight * (one.moving_s + again * one.forward_moving_s)
+            computing[_KINDS.get(kind_of(node), _OTHERS)] += whole - waits
+            if one.axes:
+                moving[one.axes] = moving.get(one.axes, 0.0) + waits
+    return Spent(computing, moving)
+
+
+__all__ = ["Spent", "spent_in_ops"]

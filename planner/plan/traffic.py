@@ -1,0 +1,263 @@
+"""What a program's collectives move in one step: bytes by operation, axis and phase.
+
+This is the count that `runtime.count_collectives` makes on a rank, known before running: every
+conversion of the program, the collectives inside ops (a loss over a sharded vocabulary, counting
+tokens), and the second gathering of parameters that backward needs.  In backward only what a
+gradient reaches is counted: with a scalar loss among the outputs, the gradient starts there alone.
+Layers that are recomputed run forward twice, the second time until everything is back that
+autograd had kept: what comes after in the layer is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+from ...costmodel.collective import wire_bytes
+from ...facts.mesh import Mesh
+from ...facts.spec import local_shape
+from ...ir.ops.registry import is_view, kind_of, rule_of, saved_values
+from ..strategies import attention, experts
+from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
+
+_COUNT_BYTES = 8  # the number of labels is an int64
+_Gathers: TypeAlias = Mapping[Sharded, tuple[Convert, ...]]
+
+
+class Moved(NamedTuple):
+    """A row of the count; `axis` joins the names of several axes taken as one: `dp_tp`."""
+
+    op: str
+    axis: str
+    phase: str  # forward | backward
+
+
+def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
+    """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
+    walk = _Walk(mesh, program.recompute, program.order)
+    trained = [out for out in program.outputs if out.value.differentiable and program.training]
+    scalars = [out for out in trained if out.value.type.shape == ()]
+    walk.run(program.statements, set(scalars[:1] or trained), {})
+    return walk.moved
+
+
+class _Walk:
+    """Goes through statements from the last to the first, with what a gradient reaches."""
+
+    def __init__(self, mesh: Mesh, recompute: bool, order: str) -> None:
+        self.mesh = mesh
+        self.recompute = recompute
+        self.order = order
+        self.moved: dict[Moved, float] = {}
+        self._positions: set[object] = set()  # what was told of cached positions
+        # By gathering step: how many nodes will ask for its result in backward, and whether it is
+        # there, as in runtime/gathering/regather.py
+        self.asking: dict[int, int] = {}
+        self.there: set[int] = set()
+
+    def run(
+        self,
+        statements: Sequence[Statement],
+        live: set[Sharded],
+        entering: _Gathers,
+        *,
+        again: int = 0,
+    ) -> set[Sharded]:
+        """Count `statements`; `live` grows by what a gradient reaches, and is returned.
+
+        `entering` are gathered parameters that come from outside; the first `again` statements
+        run forward twice.
+        """
+        gathers = _gathers(statements, {} if again else entering)
+        own = {id(item) for item in statements}
+        self.there -= own
+        self.asking |= dict.fromkeys(own, 0)
+        if not again:
+            self._expect(statements, gathers, own)
+        for at, item in reversed(list(enumerate(statements))):
+            times = 2 if at < again else 1
+            if isinstance(item, LoopCall):
+                live |= self._loop(item, live, gathers)
+            elif isinstance(item, Convert):
+                self._convert(item, item.target in live, times)
+                if item.target in live and item.source.value.differentiable:
+                    live.add(item.source)
+            else:
+                live_here = bool(live.intersection(item.outputs))
+                self._attention(item, times, live_here)
+                self._experts(item, times, live_here)
+                self._loss(item, times)
+                if live_here:
+                    live.update(o for o in item.operands if o.value.differentiable)
+                    if not again:  # what is gathered the second time serves backward
+                        for chain in _kept_gathers(item, gathers):
+                            self._gather_again(chain)
+        return live
+
+    def _loop(self, call: LoopCall, live: set[Sharded], gathers: _Gathers) -> set[Sharded]:
+        """Count the layers from the last to the first; what of the outside a gradient reaches."""
+        n = len(call.carried)
+        reached: set[Sharded] = set()
+        carried = [out in live for out in call.outputs]
+        for kind in reversed(call.loop.order):
+            body = call.bodies[kind]
+            inner = _inner(call, body)
+            entering = _entering(call, body, gathers)
+            ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
+            again = kept_until(body.statements) if self.recompute and ends else 0
+            reaches = self.run(body.statements, ends, entering, again=again)
+            names = {item.value.name for item in reaches}
+            carried = [value.name in names for value in body.block.inputs[:n]]
+            reached |= {a for a in call.arguments if inner[a].value.name in names}
+        return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
+
+    def _convert(self, item: Convert, live: bool, times: int) -> None:
+        forward = [t for t in item.priced.traffic if not t.backward]
+        for traffic in forward[:1] * times:
+            self._add(traffic.kind, traffic.axes, False, traffic.bytes)
+        for traffic in item.priced.traffic if live else ():
+            again = traffic.kind == item.primitive == "all_gather"  # see `_gather_again`
+            if traffic.backward and not again:
+                self._add(traffic.kind, traffic.axes, True, traffic.bytes)
+
+    def _expect(self, statements: Sequence[Statement], gathers: _Gathers, own: set[int]) -> None:
+        """Count the nodes, those in loops too, that keep what the steps `own` gather."""
+        for item in statements:
+            if isinstance(item, LoopCall) and not self.recompute:
+                for kind in item.loop.order:
+                    body = item.bodies[kind]
+                    entering = _entering(item, body, gathers)
+                    self._expect(body.statements, _gathers(body.statements, entering), own)
+            elif isinstance(item, Compute):
+                for chain in _kept_gathers(item, gathers):
+                    if id(chain[-1]) in own:
+                        self._ask_later(chain)
+
+    def _ask_later(self, chain: tuple[Convert, ...]) -> None:
+        *before, last = chain
+        if before and not self.asking[id(last)]:
+            self._ask_later(tuple(before))
+        self.asking[id(last)] += 1
+
+    def _gather_again(self, chain: tuple[Convert, ...]) -> None:
+        """A node's backward asks for a parameter: gathered, and kept for others that will ask."""
+        *before, last = chain
+        if id(last) not in self.there:
+            if before:
+                self._gather_again(tuple(before))
+            for traffic in last.priced.traffic:
+                if traffic.backward and traffic.kind == "all_gather":
+                    self._add("all_gather", traffic.axes, True, traffic.bytes)
+        self.asking[id(last)] = max(self.asking[id(last)] - 1, 0)
+        if self.asking[id(last)]:
+            self.there.add(id(last))
+        else:
+            self.there.discard(id(last))
+
+    def _attention(self, item: Compute, times: int, live: bool) -> None:
+        """An attention algorithm over a sharded sequence; positions once for all with one cache."""
+        if kind_of(item.node) != "attention":
+            return
+        local = attention.Local.of(item.node, item.choices, self.mesh.sizes, self.order)
+        for transfer in attention.position_transfers(local):
+            known = (item.choices, local.algorithm == "pass_q", local.window, transfer)
+            if known not in self._positions:
+                self._positions.add(known)
+                self._add(transfer.kind, (transfer.axis,), False, transfer.bytes)
+        for transfer in attention.transfers(local, backward=live):
+            runs = transfer.times * (1 if transfer.backward else times)
+            for _ in range(runs):
+                self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
+
+    def _experts(self, item: Compute, times: int, live: bool) -> None:
+        """Tokens sent to experts: what is expected of balanced routing."""
+        if kind_of(item.node) != "experts":
+            return
+        local = experts.Local.of(item.node, item.choices, self.mesh.sizes, imbalance=1.0)
+        for backward in (False, True) if live else (False,):
+            for n_bytes in experts.exchanged(local, backward):
+                for _ in range(1 if backward else times):
+                    self._add("all_to_all", local.axes, backward, n_bytes)
+
+    def _loss(self, item: Compute, times: int) -> None:
+        """A loss over a sharded vocabulary, and the number of labels over sharded tokens; which
+        rank has the last token of a sharded sequence."""
+        if item.node.op == "shardwright.last_token":
+            axes = self._axes(item, "s")
+            if axes:
+                rows = item.operands[0]
+                batch = local_shape(rows.value.type.shape, rows.spec, self.mesh.sizes)[0]
+                self._add("all_reduce", axes, False, batch * _COUNT_BYTES)
+            return
+        if item.node.op != "shardwright.cross_entropy":
+            return
+        logits, rule = item.operands[0], rule_of(item.node)
+        *tokens, vocabulary = ((f, self._axes(item, f)) for dim in rule.operands[0] for f in dim)
+        shape = local_shape(logits.value.type.shape, logits.spec, self.mesh.sizes)
+        itemsize = max(4, logits.value.type.dtype.itemsize)  # half precision is computed in fp32
+        rows = times * prod(shape[:-1]) * itemsize
+        if axes := vocabulary[1]:
+            self._add("all_reduce", axes, False, rows)  # the largest logit
+            self._add("all_reduce", axes, False, 2 * rows)  # sum of exponentials, label's logit
+        if item.node.arg("reduction") == 1:  # mean
+            for _, axes in tokens:
+                if axes:
+                    self._add("all_reduce", axes, False, times * _COUNT_BYTES)
+
+    def _axes(self, item: Compute, factor: str) -> tuple[int, ...]:
+        return tuple(i for i, choice in enumerate(item.choices) if choice == factor)
+
+    def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: float) -> None:
+        ways = prod(self.mesh.sizes[axis] for axis in axes)
+        name = "_".join(self.mesh.names[axis] for axis in axes)
+        key = Moved(kind, name, "backward" if backward else "forward")
+        moved = float(wire_bytes(kind, float(n_bytes), ways))
+        if moved:
+            self.moved[key] = self.moved.get(key, 0.0) + moved
+
+
+def kept_until(statements: Sequence[Statement]) -> int:
+    """How many statements run until the last one of which autograd keeps something."""
+    kept = [i for i, s in enumerate(statements) if isinstance(s, Compute) and saved_values(s.node)]
+    return kept[-1] + 1 if kept else 0
+
+
+def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:
+    """The loop's arguments by the names that a block knows them by."""
+    inputs = body.block.inputs[len(call.carried) :]
+    of = {outer.name: i for outer, i in zip(call.loop.invariants, inputs, strict=True)}
+    return {a: Sharded(of[a.value.name], a.spec) for a in call.arguments}
+
+
+def _entering(call: LoopCall, body: BlockBody, gathers: _Gathers) -> _Gathers:
+    """The gathered parameters among a loop's arguments, as a block knows them."""
+    inner = _inner(call, body)
+    return {inner[a]: gathers[a] for a in call.arguments if a in gathers}
+
+
+def _kept_gathers(item: Compute, gathers: _Gathers) -> list[tuple[Convert, ...]]:
+    """The steps behind each gathered parameter that autograd keeps from a node."""
+    kept = {value.name for value in saved_values(item.node)}
+    if item.node.op == "aten.embedding.default" and "v" in item.choices:
+        kept.clear()  # a table cut by its rows keeps indices into those that are here
+    operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept]
+    return list(dict.fromkeys(gathers[o] for o in operands if gathers.get(o)))
+
+
+def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
+    """The gathering steps behind each parameter that was gathered, and behind views of it."""
+    found = dict(entering)
+    for item in statements:
+        if isinstance(item, Convert):
+            before = found.get(item.source, ())
+            if item.param and item.primitive == "all_gather":
+                found[item.target] = (*before, item)
+            elif item.primitive == "nothing":
+                found[item.target] = before
+        elif isinstance(item, Compute) and is_view(item.node):
+            found |= {out: found.get(item.operands[0], ()) for out in item.outputs}
+    return found
+
+
+__all__ = ["Moved", "kept_until", "predicted_bytes"]

@@ -1,0 +1,470 @@
+"""A plan in words: the winner against the ordinary plans, what binds, each block, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from ...facts.mesh import Mesh
+from ...facts.spec import S, Spec, format_spec
+from ...ir.graph import Node
+from ...ir.ops.labels import DimLabels, factor_labels, label_dims
+from ...ir.ops.registry import kind_of, rule_of
+from ...ir.ops.rule import Choice
+from ..plan.plan import Baseline, Plan
+from ..plan.program import Compute, Convert, LoopCall, PricedStep
+from ..plan.recache import recached_bytes
+from ..plan.split import spent_in_ops
+from ..plan.traffic import Moved, predicted_bytes
+from ..strategies.build import all_params
+
+_WORDS = {  # what cutting a factor is called, by kind of op
+    "matmul": {"o": "columns", "k": "rows"},
+    "attention": {
+        "n": "heads",
+        "q": "queries, K/V gathered",
+        "ring": "sequence, ring of K/V",
+        "gather": "sequence, K/V gathered",
+        "ulysses": "sequence, exchanged for heads",
+        "window": "sequence, window's K/V from the neighbours",
+        "pass_q": "sequence, ring of queries",
+        "tree": "cached tokens, tree",
+    },
+    "experts": {
+        "e": "experts, summands",
+        "f": "hidden units",
+        "o": "columns",
+        "dispatch_i0": "experts, tokens sent to them",
+        "dispatch_i1": "experts, tokens sent to them",
+    },
+    "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
+    "shardwright.cross_entropy": {"v": "vocabulary"},
+}
+_LABELS = {"b": "batch", "s": "sequence"}
+_SMALL = 0.002  # differences below this share of the time are not worth telling
+
+
+def format_plan(plan: Plan) -> str:
+    """The whole report, as `plan` prints it."""
+    if plan.decode is not None:
+        return _format_serving(plan, plan.decode)
+    parts = [
+        _winner(plan),
+        _ordinary(plan),
+        _differences(plan),
+        "\n".join([_binding(plan), *_moved(plan, _unit(plan))]),
+        *_tables(plan),
+        _memory(plan),
+        _search(plan),
+        _notes(plan),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _notes(plan: Plan) -> str:
+    return "\n".join(["Notes", *(f"  {note}" for note in plan.notes)]) if plan.notes else ""
+
+
+def _format_serving(plan: Plan, decode: Plan) -> str:
+    """Both phases: what an answer costs, then each one's tables."""
+    request, mesh = plan.request, plan.mesh
+    whole = plan.answer_s
+    rate = request.batch * request.output_tokens / whole
+    head = (
+        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "
+        f"sequences of {request.seq} tokens are answered with {request.output_tokens} tokens each "
+        f"in {format_seconds(whole)} (predicted){_versus(plan, whole)}\n"
+        f"  time to the first token (TTFT)   {format_seconds(plan.seconds)}\n"
+        f"{_conversion_time(plan)}"
+        f"  time per output token            {format_seconds(decode.seconds)}\n"
+        f"  output tokens                    {rate:.4g}/s, {rate / request.gpus:.4g}/s/GPU\n"
+        f"{_layouts(plan)}"
+    )
+    tokens = f"{request.batch} x {request.seq} tokens"
+    parts = [
+        head,
+        _ordinary(plan),
+        "\n".join([f"Prefill of {tokens}", _binding(plan), *_moved(plan, "prefill")]),
+        *_tables(plan),
+        "\n".join(["Decode of one token", _binding(decode), *_moved(decode, "output token")]),
+        *_tables(decode),
+        _memory(decode),
+        _search(plan),
+        _notes(plan),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _conversion_time(plan: Plan) -> str:
+    if not plan.recached:
+        return ""
+    seconds = sum(recache.seconds for recache in plan.recached)
+    return f"  conversion of the KV caches      {format_seconds(seconds)}\n"
+
+
+def _layouts(plan: Plan) -> str:
+    """What both phases share, and which caches are converted between them."""
+    if not plan.recached:
+        return "One set of weights and one cache layout serve both phases."
+    lines = ["One set of weights serves both phases; after prefill KV caches are converted:"]
+    for recache in plan.recached:
+        ends = f"{_cuts(recache.source, plan.mesh)} -> {_cuts(recache.target, plan.mesh)}"
+        moves = _communication(recache.steps, plan.mesh)
+        steps = [*([moves] if moves else []), "reading and writing its pages"]
+        each = format_seconds(recache.seconds / recache.count)
+        lines.append(
+            f"  {recache.count} x {recache.name}: {ends} ({each} each: {', '.join(steps)})"
+        )
+    moved = _received(recached_bytes(plan), plan.mesh)
+    return "\n".join([*lines, *([f"Each GPU receives for it: {moved}."] if moved else [])])
+
+
+def _cuts(spec: Spec, mesh: Mesh) -> str:
+    """What a cache's layout cuts over each axis: `dp: batch, tp: heads`."""
+    words = {S(0): "batch", S(1): "heads", S(2): "tokens"}
+    cut = zip(mesh.names, spec, strict=True)
+    parts = [f"{name}: {words[state]}" for name, state in cut if state in words]
+    return ", ".join(parts) or "whole"
+
+
+def format_seconds(s: float) -> str:
+    """`1.23 s`, `45.6 ms`, `789 us`.
+
+    >>> format_seconds(0.0456)
+    '45.6 ms'
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if s * scale >= 1.0:
+            return f"{s * scale:.3g} {unit}"
+    return f"{s * 1e6:.3g} us"
+
+
+def format_bytes(n: float) -> str:
+    """`67.1 MB`, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+# -- the sentence ---------------------------------------------------------------------------------
+
+
+def _winner(plan: Plan) -> str:
+    request = plan.request
+    text = (
+        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
+        f"{format_seconds(plan.seconds)} per {_unit(plan)}{_rate(plan)} (predicted)"
+    )
+    return text + _versus(plan, plan.seconds)
+
+
+def _versus(plan: Plan, seconds: float) -> str:
+    """How the plan, which takes `seconds`, stands beside the best ordinary one."""
+    fitting = [b for b in plan.baselines if b.seconds is not None]
+    if not fitting:
+        return "; no ordinary plan fits the memory."
+    best = min(fitting, key=lambda b: b.seconds or 0.0)
+    assert best.seconds is not None
+    ratio = best.seconds / seconds
+    versus = (
+        f"the best ordinary plan, {best.name} on {best.mesh}, takes {format_seconds(best.seconds)}"
+    )
+    if ratio >= 1.005:
+        return f", {ratio:.2f}x faster: {versus}."
+    if ratio >= 0.995 and plan.search.status == "optimal":
+        return f"; {versus}: no better plan exists under this cost model."
+    if plan.request.pins:
+        return f"; {versus}: this plan keeps to its pins."
+    if plan.search.status == "optimal":
+        return f"; {versus}, although this one is proven optimal: report this as a bug."
+    return f"; {versus}: the solver did not finish, --time-limit gives it more time."
+
+
+def _unit(plan: Plan) -> str:
+    """What the seconds are for."""
+    return "step" if plan.training else plan.request.phase
+
+
+def _rate(plan: Plan) -> str:
+    """New tokens per second, in serving: `, 5200 tokens/s, 650 tokens/s/GPU`."""
+    if plan.training:
+        return ""
+    rate = plan.request.batch * plan.request.seq / plan.seconds
+    return f", {rate:,.0f} tokens/s, {rate / plan.request.gpus:,.0f} tokens/s/GPU"
+
+
+def _ordinary(plan: Plan) -> str:
+    if not plan.baselines:
+        return ""
+    rows: list[tuple[str, ...]] = [("ordinary plan", "mesh", "time", "memory per GPU")]
+    rows += [_baseline_row(plan, b) for b in plan.baselines]
+    return table(rows)
+
+
+def _baseline_row(plan: Plan, b: Baseline) -> tuple[str, ...]:
+    if b.seconds is None:
+        return (b.name, b.mesh, "does not fit", f"at least {format_bytes(b.peak_bytes)}")
+    return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
+
+
+def _differences(plan: Plan) -> str:
+    """What the best ordinary plan spends more and less on than this one, the most first."""
+    fitting = [b for b in plan.baselines if b.seconds is not None and b.spent]
+    if not fitting:
+        return ""
+    best = min(fitting, key=lambda b: b.seconds or 0.0)
+    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
+    ours, theirs = dict(spent.rows(plan.seconds, plan.optimizer_s)), dict(best.spent)
+    pairs = {what: (theirs.get(what, 0.0), ours.get(what, 0.0)) for what in {**ours, **theirs}}
+    order = sorted(pairs, key=lambda what: -abs(pairs[what][0] - pairs[what][1]))
+    rows = [
+        f"{what} {format_seconds(pairs[what][0])} (here {format_seconds(pairs[what][1])})"
+        for what in order
+        if abs(pairs[what][0] - pairs[what][1]) > _SMALL * plan.seconds
+    ]
+    return f"Of its time {best.name} on {best.mesh} spends: {', '.join(rows)}." if rows else ""
+
+
+def _binding(plan: Plan) -> str:
+    compute, communication = split_seconds(plan)
+    limit = plan.request.memory_bytes
+    share = plan.memory.total / limit
+    axes = ", ".join(f"{name} {format_seconds(s)}" for name, s in communication.items() if s)
+    total = sum(communication.values())
+    text = (
+        f"Time: compute {format_seconds(compute)}, communication {format_seconds(total)}"
+        + (f" ({axes})" if axes else "")
+        + (f", optimizer {format_seconds(plan.optimizer_s)}" if plan.optimizer_s else "")
+        + "."
+    )
+    if share > 0.9:
+        bound = f"memory binds ({share:.0%} of {format_bytes(limit)})"
+    elif total > compute:
+        busiest = max(communication, key=lambda name: communication[name])
+        bound = f"the links of {busiest} bind"
+    else:
+        bound = "compute binds"
+    recompute = " Layers keep only their inputs and are recomputed in backward."
+    return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
+
+
+def _moved(plan: Plan, unit: str) -> list[str]:
+    """What a rank receives over each axis, as the runtime would count it; most first."""
+    moved = _received(predicted_bytes(plan.program, plan.mesh), plan.mesh)
+    return [f"Each GPU receives per {unit}: {moved}."] if moved else []
+
+
+def _received(moved: Mapping[Moved, float], mesh: Mesh) -> str:
+    """`tp 67 MB (all-gather 67 MB); dp ...`, the axis with the most first."""
+    axes: dict[str, dict[str, float]] = {}
+    for (op, axis, _), n in moved.items():
+        name = axis if axis in mesh.names else axis.replace("_", "+")
+        kinds = axes.setdefault(name, {})
+        kinds[op] = kinds.get(op, 0.0) + n
+    parts = [
+        f"{axis} {format_bytes(sum(kinds.values()))} ({', '.join(_by_size(kinds))})"
+        for axis, kinds in sorted(axes.items(), key=lambda entry: -sum(entry[1].values()))
+    ]
+    return "; ".join(parts)
+
+
+def _by_size(kinds: dict[str, float]) -> list[str]:
+    order = sorted(kinds, key=lambda kind: -kinds[kind])
+    return [f"{kind.replace('_', '-')} {format_bytes(kinds[kind])}" for kind in order]
+
+
+def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
+    """(seconds of compute, seconds of communication per mesh axis) of one step."""
+    axes = dict.fromkeys(plan.mesh.names, 0.0)
+    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
+    moving = list(spent.moving.items())
+    for statement, times in plan.program.flat():
+        if isinstance(statement, Convert):
+            moving.append((statement.priced.step.axes, times * statement.priced.seconds))
+    for over, seconds in moving:
+        name = _axes(over, plan.mesh)
+        axes[name] = axes.get(name, 0.0) + seconds
+    return sum(spent.computing.values()), axes
+
+
+def _axes(over: Sequence[int], mesh: Mesh) -> str:
+    """`dp+tp`: several axes taken as one."""
+    return "+".join(mesh.names[axis] for axis in over)
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _tables(plan: Plan) -> list[str]:
+    labels = label_dims(plan.graph)
+    out: list[str] = []
+    outside: list[Compute | Convert] = []
+    for statement in plan.program.statements:
+        if not isinstance(statement, LoopCall):
+            outside.append(statement)
+            continue
+        for kind, body in enumerate(statement.bodies):
+            times = statement.loop.order.count(kind)
+            title = f"{statement.loop.path}: {times} x {body.block.class_name}"
+            out.append(f"{title}\n{_block_table(plan, body.statements, labels)}")
+    return [f"outside the layers\n{_block_table(plan, outside, labels)}", *out]
+
+
+def _block_table(
+    plan: Plan, statements: Iterable[Compute | Convert], labels: dict[str, DimLabels]
+) -> str:
+    rows: list[tuple[str, ...]] = [("op", "strategy", "result", "communication", "time")]
+    pending: list[Convert] = []
+    for light, group in groupby(statements, key=_is_light):
+        items = list(group)
+        if light:
+            rows += _light_rows(plan, [i for i in items if isinstance(i, Compute)])
+            continue
+        for item in items:
+            if isinstance(item, Convert):
+                pending.append(item)
+                continue
+            rows.append(_row(plan, item, pending, labels))
+            pending = []
+    for item in pending:
+        rows.append(("", "", "", _communication([item.priced], plan.mesh), ""))
+    return table(rows)
+
+
+def _is_light(item: Compute | Convert) -> bool:
+    if isinstance(item, Convert):
+        return False
+    heavy = ("aten.embedding.default", "shardwright.cross_entropy")
+    return kind_of(item.node) in ("elementwise", "view") and item.node.op not in heavy
+
+
+def _light_rows(plan: Plan, items: list[Compute]) -> list[tuple[str, ...]]:
+    """Consecutive elementwise ops and views in one row."""
+    seconds = sum(plan.work[item.node.name].seconds for item in items)
+    if not seconds:
+        return []
+    result = format_spec(items[-1].outputs[0].spec)
+    return [(f"{len(items)} elementwise ops", "", result, "", format_seconds(seconds))]
+
+
+def _row(
+    plan: Plan, item: Compute, before: list[Convert], labels: dict[str, DimLabels]
+) -> tuple[str, ...]:
+    node = item.node
+    work = plan.work[node.name]
+    inside = f"{_axes(work.axes, plan.mesh)} inside {format_seconds(work.moving_s)}"
+    inside = inside if work.moving_s else ""
+    return (
+        _op_name(plan, node),
+        strategy_text(item, plan.mesh, labels),
+        format_spec(item.outputs[0].spec),
+        ", ".join(filter(None, (_communication([c.priced for c in before], plan.mesh), inside))),
+        format_seconds(work.seconds - work.moving_s),
+    )
+
+
+def _op_name(plan: Plan, node: Node) -> str:
+    """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
+    name = node.loc.module.rsplit(".", 1)[-1]
+    if kind_of(node) == "attention" or not name or name.isdigit():
+        return node.op.split(".")[1]
+    parts = {ref.param.value for ref in all_params(plan.graph) if ref.param.part is not None}
+    matrices = [value for value in node.operands if value in parts and len(value.type.shape) == 2]
+    return ".".join([name, *(value.name.rsplit(".", 1)[-1] for value in matrices)])
+
+
+def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:
+    """`dp: batch, tp: heads`."""
+    known = factor_labels(item.node, labels)
+    words = _WORDS.get(item.node.op) or _WORDS.get(kind_of(item.node), {})
+    parts = [
+        f"{name}: {_choice_text(item.node, choice, known, words)}"
+        for name, choice in zip(mesh.names, item.choices, strict=True)
+        if choice not in ("R", "V")
+    ]
+    return ", ".join(parts) or "replicated"
+
+
+def _choice_text(node: Node, choice: Choice, known: dict[str, str], words: dict[str, str]) -> str:
+    if choice in words:
+        return words[choice]
+    if choice in known:
+        return _LABELS.get(known[choice], known[choice])
+    rule = rule_of(node)
+    if choice not in rule.sizes:
+        return "partial sums" if choice.startswith("P") else choice
+    dims = [i for result in rule.results for i, factors in enumerate(result) if choice in factors]
+    return f"dim {dims[0]}" if dims else "partial sums"
+
+
+def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:
+    """`tp all-gather 67 MB 0.2 ms`, summed over steps of the same kind."""
+    totals: dict[tuple[str, str], list[float]] = {}
+    for priced in steps:
+        step = priced.step
+        kinds = [t.kind for t in priced.traffic if not t.backward]
+        kinds += [f"backward {t.kind}" for t in priced.traffic if t.backward and not kinds]
+        if not kinds:
+            continue
+        axes = _axes(step.axes, mesh)
+        entry = totals.setdefault((axes, kinds[0].replace("_", "-")), [0.0, 0.0])
+        entry[0] += max(t.bytes for t in priced.traffic)
+        entry[1] += priced.seconds
+    return ", ".join(
+        f"{axes} {kind} {format_bytes(n)} {format_seconds(s)}"
+        for (axes, kind), (n, s) in totals.items()
+    )
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  " + "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _memory(plan: Plan) -> str:
+    memory, limit = plan.memory, plan.request.memory_bytes
+    kinds = (
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("KV cache", memory.cache),
+        ("running op", memory.transient),
+    )
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
+    return (
+        f"Memory per GPU at its peak: {format_bytes(memory.total)} of {format_bytes(limit)} "
+        f"({memory.total / limit:.0%}): {parts}.{_capacity(plan)}"
+    )
+
+
+def _capacity(plan: Plan) -> str:
+    """How many tokens fit the KV cache, and how many sequences as long as planned."""
+    request, memory = plan.request, plan.memory
+    if not memory.cache:
+        return ""
+    length = request.context + 1 if request.output_tokens else request.context + request.seq
+    per_token = memory.cache / (request.batch * length)
+    tokens = int((request.memory_bytes - memory.total + memory.cache) / per_token)
+    return (
+        f" A cached token takes {format_bytes(per_token)} of each GPU: {tokens:,} tokens fit, or "
+        f"{tokens // length:,} sequences of {length:,}."
+    )
+
+
+def _search(plan: Plan) -> str:
+    search = plan.search
+    times = ", ".join(f"{name} {format_seconds(s)}" for name, s in search.seconds)
+    proof = "proven optimal" if search.status == "optimal" else f"{search.status}"
+    return (
+        f"Solver: {search.solver}, {proof}, gap {search.gap:.1e}, {search.meshes} "
+        f"mesh{'es' if search.meshes > 1 else ''} tried. Planning: {times}."
+    )

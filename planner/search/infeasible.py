@@ -1,0 +1,50 @@
+"""Why no plan fits, and the smallest change that would."""
+
+from __future__ import annotations
+
+from ...costmodel.machines.cluster import Cluster
+from ...costmodel.memory import parameter_state_bytes
+from ...ir.graph import Graph
+from ..plan.plan import Request
+from ..report.report import format_bytes
+from ..strategies.build import Setting, all_params
+
+
+def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) -> str:
+    """A sentence on what fills the memory, and what would fit.
+
+    States are counted as if sharded over every GPU, which no plan can beat; what is left is too
+    little for activations and what an op holds while it runs.
+    """
+    parts = [0.0, 0.0, 0.0]
+    for ref in all_params(graph):
+        kind = ref.param.value.type
+        state = parameter_state_bytes(
+            kind.numel, kind.dtype.itemsize, setting.optimizer, ref.trainable and setting.training
+        )
+        for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):
+            parts[i] += ref.weight * part
+    total = sum(parts)
+    limit = request.memory_bytes
+    share = total / request.gpus
+    needed = max(1, -(-int(total) // max(1, int(0.8 * limit))))
+    parameters, gradients, states = map(format_bytes, parts)
+    text = (
+        f"no plan fits {format_bytes(limit)} per GPU on {request.gpus} x {cluster.name}: "
+        f"parameters {parameters}, gradients {gradients} and optimizer states {states} are "
+        f"{format_bytes(share)} per GPU even when sharded over all of them"
+    )
+    if share >= 0.9 * limit:
+        grown = max(needed, request.gpus + 1)
+        return f"{text}; at least {grown} GPUs of this size are needed (--gpus {grown})"
+    if request.batch > 1:
+        return (
+            f"{text}, and the activations of batch {request.batch} do not fit in the rest; try a "
+            f"smaller batch (--batch {max(1, request.batch // 2)}) or more GPUs "
+            f"(--gpus {2 * request.gpus})"
+        )
+    return (
+        f"{text}, and the activations of one sequence of {request.seq} tokens do not fit in the "
+        f"rest; try a shorter sequence (--seq {max(1, request.seq // 2)}) or more GPUs "
+        f"(--gpus {2 * request.gpus})"
+    )

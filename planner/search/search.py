@@ -1,0 +1,470 @@
+"""From a graph to the best plan: try meshes, solve each, price the ordinary plans beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from math import inf, isfinite
+from typing import Generic, Protocol, TypeVar
+
+from ...costmodel.machines.cluster import Cluster
+from ...costmodel.memory import parameter_state_bytes
+from ...facts.mesh import Mesh
+from ...facts.spec import Spec
+from ...ir.graph import Graph, Node, Value
+from ...ir.ops.labels import factor_labels, label_dims
+from ...ir.ops.order import is_causal_self_attention, token_dims
+from ...ir.ops.registry import experts_dims, find_op, kind_of, matmul_dims, rule_of
+from ..errors import PlanError
+from ..ilp.problem import ShardingProblem, evaluate
+from ..ilp.solve import Solution, solve
+from ..plan.plan import Baseline, Memory, Plan, Request, Search
+from ..plan.program import PricedStep, lower, priced_path
+from ..plan.split import spent_in_ops
+from ..strategies.build import Builder, Decisions, Restriction, Setting, all_params
+from ..strategies.conversion import Network, Step
+from ..strategies.pricing import Work, local_bytes
+from ..strategies.regions import scopes
+from ..strategies.roles import Roles, name_of, ordinary_roles
+
+Progress = Callable[[str], None]
+Limit = Callable[[Graph, Mesh], Restriction]
+
+_SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent in each planning step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Generator[None]:
+        """Add the time of the `with` block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, and how its plan is searched for.
+
+    `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph.
+    """
+
+    cluster: Cluster
+    request: Request
+    mesh: Mesh | None
+    limit: Limit
+    solver: str
+    time_limit_s: float
+    clock: Clock
+    progress: Progress
+
+    @property
+    def setting(self) -> Setting:
+        """What the problem builder needs to know of the request."""
+        return setting_of(self.request)
+
+    @property
+    def meshes(self) -> list[Mesh]:
+        """The meshes to try."""
+        if self.mesh is not None:
+            return [self.mesh]
+        return candidate_meshes(self.request.gpus, self.cluster)
+
+    def saying(self, way: str) -> Job:
+        """The same, with `way` said after each step."""
+        progress = self.progress
+        return replace(self, progress=lambda step: progress(step + way))
+
+    def solution(self, problem: ShardingProblem, mesh: Mesh, ceiling: float = inf) -> Solution:
+        """The optimum of one problem, unless it is known to take `ceiling` seconds or more.
+
+        Raises PlanError where the time was too short to find out.
+        """
+        with self.clock.step("solve"):
+            solution = solve(
+                problem, solver=self.solver, time_limit_s=self.time_limit_s, ceiling=ceiling
+            )
+        if solution.status == "unknown":
+            raise PlanError(
+                f"the solver found no plan on {mesh} within {self.time_limit_s:.0f} s; give it "
+                "more with --time-limit, or a smaller mesh with --mesh"
+            )
+        return solution
+
+
+class Timed(Protocol):
+    """A plan, or what one is made of."""
+
+    @property
+    def seconds(self) -> float:
+        """What it takes."""
+        ...
+
+
+Found = TypeVar("Found", bound=Timed)
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The optimum on one mesh."""
+
+    builder: Builder
+    decisions: Decisions
+    solution: Solution
+    seconds: float
+    peak_bytes: float
+    gradients: float
+    activations: float
+    transient: float
+
+
+def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
+    """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    searched = Searched[Solved](inf if rival is None else rival.seconds)
+
+    def attempt(setting: Setting) -> None:
+        for mesh in job.meshes:
+            for order in token_orders(graph, mesh):
+                builder = _builder(graph, mesh, replace(setting, order=order), job)
+                searched.add(*_solve(builder, job.limit(graph, mesh), job, searched.ceiling))
+
+    attempt(job.setting)
+    if _short_of_memory(searched.best or rival, job.setting):
+        attempt(replace(job.setting, recompute=True))
+    return searched
+
+
+@dataclass(slots=True)
+class Searched(Generic[Found]):
+    """What a search has found so far: each mesh needs a plan only if it beats those before it."""
+
+    ceiling: float  # seconds that a plan has to beat
+    best: Found | None = None
+    least: float = inf  # no plan takes fewer seconds; inf where nothing fits the memory
+    proven: bool = True  # every problem was solved to its end
+
+    def add(self, found: Found | None, solution: Solution) -> None:
+        """The plan of one mesh, None where it has none, and the solver's answer."""
+        self.least = min(self.least, solution.bound)
+        self.proven &= solution.status != "feasible"
+        # equal ones differ by rounding: the first is kept
+        if found is not None and float(f"{found.seconds:.9e}") < float(f"{self.ceiling:.9e}"):
+            self.best, self.ceiling = found, found.seconds
+
+
+def _builder(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Builder:
+    again = ", layers recomputed" if setting.recompute else ""
+    order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
+    job.progress(f"solving {mesh}{again}{order}")
+    with job.clock.step("problem"):
+        return Builder(graph, Network(mesh, job.cluster), setting)
+
+
+def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
+    """May recomputing layers help?  It costs time and gives nothing but memory."""
+    if not setting.training or setting.memory_bytes is None:
+        return False
+    if best is None or best.builder.setting.recompute:  # also a rival that fits no other way
+        return True
+    return best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
+
+
+def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
+    """The orders of tokens worth trying on `mesh`.
+
+    Zigzag balances causal attention and costs nothing, where the sequence divides; only a sliding
+    window can be cheaper over contiguous tokens.
+    """
+    causal = [
+        node
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if node.op == "shardwright.attention" and is_causal_self_attention(node)
+    ]
+    uneven = any(node.operands[0].type.shape[2] % (2 * mesh.ranks) for node in causal)
+    if uneven or not token_dims(graph):
+        return ["contiguous"]
+    windows = any(node.arg("window") for node in causal)
+    return ["contiguous", "zigzag"] if windows else ["zigzag"]
+
+
+def setting_of(request: Request) -> Setting:
+    """What the problem builder needs to know of a request."""
+    return Setting(
+        request.phase == "train",
+        request.optimizer,
+        request.memory_bytes,
+        expert_imbalance=request.expert_imbalance,
+        longest_run=request.seq if request.phase == "serve" else 0,
+    )
+
+
+def candidate_meshes(gpus: int, cluster: Cluster) -> list[Mesh]:
+    """Meshes worth trying: one to three axes, the inner ones within a node.
+
+    The innermost axis is the one that talks most.  Across nodes there is one mesh of three axes: a
+    node's GPUs inside, and up to eight nodes between them and the outermost axis.
+    """
+    node = min(cluster.gpus_per_node, gpus)
+    shapes: list[tuple[int, ...]] = [(gpus,)]
+    inner = [n for n in _divisors(node) if 1 < n < gpus and gpus % n == 0]
+    shapes += [(gpus // n, n) for n in inner]
+    if gpus <= node:
+        shapes += [
+            (gpus // (a * b), a, b)
+            for b in inner
+            for a in _divisors(gpus // b)
+            if a > 1 and gpus // (a * b) > 1
+        ]
+    else:
+        middle = [a for a in (8, 4, 2) if gpus % (a * node) == 0 and gpus > a * node]
+        shapes += [(gpus // (a * node), a, node) for a in middle[:1]]
+    names = {1: ("x",), 2: ("x", "y"), 3: ("x", "y", "z")}
+    return [Mesh(tuple(zip(names[len(s)], s, strict=True))) for s in shapes]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _solve(
+    builder: Builder, restriction: Restriction, job: Job, ceiling: float = inf
+) -> tuple[Solved | None, Solution]:
+    """The optimum of one problem, None if nothing fits its memory or is below the ceiling, and
+    the solver's answer."""
+    with job.clock.step("problem"):
+        built = builder.build(restriction)
+        problem = built.problem()
+    solution = job.solution(problem, builder.network.mesh, ceiling)
+    if solution.assignment is None:
+        return None, solution
+    evaluation = evaluate(problem, solution.assignment)
+    gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
+    solved = Solved(
+        builder,
+        _plain_order(builder.graph, built.read(solution.assignment)),
+        solution,
+        evaluation.cost,
+        evaluation.peak_usage,
+        gradients,
+        activations,
+        transient,
+    )
+    return solved, solution
+
+
+def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
+    """Without a causal attention over a sharded sequence the order of tokens does not matter."""
+    uses = any(
+        choice in ("ring", "gather") and is_causal_self_attention(node)
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if node.op == "shardwright.attention"
+        for choice in decisions.choices[node.name]
+    )
+    return decisions if uses else replace(decisions, order="contiguous")
+
+
+def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
+    """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
+    recompute = [False, True] if best.builder.setting.recompute else [False]
+    aside = replace(job, clock=Clock())
+
+    @lru_cache(maxsize=1)
+    def builders(mesh: Mesh) -> list[Builder]:
+        network = Network(mesh, job.cluster)
+        return [
+            Builder(graph, network, replace(job.setting, recompute=again, order=order))
+            for again in recompute
+            for order in token_orders(graph, mesh)
+        ]
+
+    def price(mesh: Mesh, limit: Limit) -> Price:
+        restriction, searched = limit(graph, mesh), Searched[Solved](inf)
+        for each in builders(mesh):
+            searched.add(*_solve(each, restriction, aside))
+        if (solved := searched.best) is not None:
+            return solved.seconds, solved.peak_bytes, _spent(solved)
+        return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
+
+    return price_ordinary(graph, job, best.builder.network.mesh, price)
+
+
+# Seconds of the cheapest plan within a limit, its peak bytes, and what the seconds go into; where
+# none fits, None, the least bytes that one would need, and nothing.
+Price = tuple[float | None, float, tuple[tuple[str, float], ...]]
+
+
+def price_ordinary(
+    graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price]
+) -> tuple[Baseline, ...]:
+    """The rows of the ordinary plans, on meshes that were searched, the winner's among them."""
+    job.progress("pricing the ordinary plans")
+    meshes = job.meshes
+    rows: list[Baseline] = []
+    with job.clock.step("baselines"):
+        for mesh in _baseline_meshes(meshes, best, job.cluster):
+            searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans: priced on one axis
+            for roles in ordinary_roles(mesh, graph):
+                if searched and len(set(roles)) == 1:
+                    continue
+                size = "x".join(map(str, mesh.sizes))
+                row = price(mesh, partial(Roles, roles))
+                rows.append(Baseline(name_of(roles, mesh), size, *row))
+    return tuple(rows)
+
+
+def _spent(solved: Solved) -> tuple[tuple[str, float], ...]:
+    """What the seconds of a solution go into."""
+    builder, decided = solved.builder, solved.decisions
+    work = _work(builder, decided)
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+
+
+def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
+    """One run of each node, by its name."""
+    return {
+        node.name: builder.work(node, decisions.choices[node.name])
+        for scope in scopes(builder.graph)
+        for node in scope.nodes
+    }
+
+
+def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
+    """Seconds of the optimizer's step."""
+    return sum(
+        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
+        for ref in all_params(builder.graph)
+    )
+
+
+def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
+    """One axis, a node's GPUs as the inner axis (all or half of them), and the winner's own."""
+    node = min(cluster.gpus_per_node, meshes[0].ranks)
+    inner = (node, node // 2)
+    return [
+        mesh
+        for mesh in meshes
+        if len(mesh.axes) == 1 or (len(mesh.axes) == 2 and mesh.sizes[1] in inner) or mesh == best
+    ]
+
+
+def assemble(
+    graph: Graph, best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job
+) -> Plan:
+    """The plan; it is optimal only if the problem of every mesh was solved to its end."""
+    builder, decisions = best.builder, best.decisions
+    mesh = name_axes(graph, builder.network.mesh, decisions)
+    params = {ref.param.value.name for ref in all_params(graph)}
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
+
+    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in params)
+        paths[value.name, a, b] = priced_path(conversions, a, b)
+        return paths[value.name, a, b]
+
+    lower(graph, decisions, price_path, training=builder.setting.training)
+    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
+    memory = _memory(graph, best)
+    search = Search(
+        job.solver,
+        "optimal" if proven else "feasible",
+        best.solution.gap if isfinite(best.solution.gap) else 0.0,
+        len(job.meshes),
+        tuple(job.clock.seconds.items()),
+    )
+    return Plan(
+        job.request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory,
+        baselines, search, _notes(graph),
+    )  # fmt: skip
+
+
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
+    builder, sizes = best.builder, best.builder.sizes
+    setting = builder.setting
+    parameters = states = 0.0
+    for ref in all_params(graph):
+        value = ref.param.value
+        n = local_bytes(value, best.decisions.specs[value.name], sizes)
+        itemsize = value.type.dtype.itemsize
+        state = parameter_state_bytes(
+            n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
+        )
+        parameters += ref.weight * state.parameter
+        states += ref.weight * state.optimizer
+    kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
+
+
+def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
+    """The mesh with its axes named by their main use: dp, cp (sequence of attention) or tp.
+
+    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.
+    """
+    labels = label_dims(graph)
+    names: list[str] = []
+    for axis, _ in enumerate(mesh.axes):
+        votes: dict[str, float] = {}
+        for scope in scopes(graph):
+            for node in scope.nodes:
+                if kind_of(node) in ("matmul", "attention", "experts"):
+                    use = _use_of(node, decisions.choices[node.name][axis], labels)
+                    weight = scope.weight * _flops(node)
+                    votes[use] = votes.get(use, 0.0) + weight
+        names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
+    for name in list(names):
+        if names.count(name) > 1:
+            same = [k for k, other in enumerate(names) if other == name]
+            for count, k in enumerate(same, start=1):
+                names[k] = f"{name}{count}"
+    return Mesh(tuple((name, size) for name, (_, size) in zip(names, mesh.axes, strict=True)))
+
+
+def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
+    if choice in ("R", "V"):
+        return "tp"
+    if kind_of(node) == "experts" and "e" in rule_of(node).cuts(choice):
+        return "ep"
+    label = factor_labels(node, labels).get(choice, "")
+    return {"b": "dp", "s": "cp"}.get(label, "tp")
+
+
+def _flops(node: Node) -> float:
+    if kind_of(node) == "matmul":
+        batch, m, n, k = matmul_dims(node, {})
+        return 2.0 * batch * m * n * k
+    if kind_of(node) == "experts":
+        tokens, picks, _, width, hidden, out, matrices = experts_dims(node, {})
+        return 2.0 * tokens * picks * hidden * (matrices * width + out)
+    return float(node.output.type.numel)
+
+
+def _notes(graph: Graph) -> tuple[str, ...]:
+    """Ops that have no rule run replicated: say which and where."""
+    seen: dict[str, str] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if find_op(node.op) is None:
+                seen.setdefault(node.op, str(node.loc))
+    return tuple(
+        f"`{op}` ({loc}) has no sharding rule and runs replicated" for op, loc in seen.items()
+    )
+
+
+__all__ = [
+    "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "Solved", "Step", "assemble",
+    "candidate_meshes", "name_axes", "ordinary_plans", "price_ordinary", "search_meshes",
+    "setting_of",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What may be chosen per operator, what it costs, and the problem built of it."""

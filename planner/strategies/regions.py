@@ -1,0 +1,313 @@
+"""Regions: the units that the planner decides about.
+
+A region is one heavy op (a matrix product, attention, a lookup, a loss) or a connected group of
+light ops (elementwise, views, norms) that hold a gradient.  Inside a region values are not
+converted: a conversion in the middle of such a chain is never cheaper than at one of its ends,
+where the ends of a chain of casts are the two dtypes to choose from.  The one exception is the
+small result of a reduction (the mean of a norm over a dim that is cut), which may be all-reduced.
+
+A region's *strategy* is a choice for each of its nodes on each mesh axis that agrees on every
+internal value.  Axis by axis the agreeing choices are found by search; strategies are their
+products, as far as sizes divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeAlias
+
+from ...facts.spec import P, R, Spec, State, V
+from ...ir.graph import Block, Graph, Loop, Node, Value
+from ...ir.ops.order import fits_order
+from ...ir.ops.registry import find_op, kind_of, rule_of
+from ...ir.ops.rule import Choice, Rule
+
+_States: TypeAlias = tuple[tuple[str, State], ...]
+
+_MAX_PER_AXIS = 24  # more agreeing choices than this on one axis: the region is split into nodes
+_REDUCTIONS = frozenset({"aten.sum.dim_IntList", "aten.mean.dim"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A straight run of nodes: the code outside loops between two loops, or one kind of block."""
+
+    nodes: tuple[Node, ...]
+    weight: int = 1  # how often it runs per step
+    loop: Loop | None = None
+    block: Block | None = None
+
+
+def scopes(graph: Graph) -> Iterator[Scope]:
+    """The graph's straight runs in order."""
+    run: list[Node] = []
+    for item in graph.body:
+        if isinstance(item, Node):
+            run.append(item)
+            continue
+        if run:
+            yield Scope(tuple(run))
+            run = []
+        for kind, block in enumerate(item.blocks):
+            yield Scope(block.nodes, item.order.count(kind), item, block)
+    if run:
+        yield Scope(tuple(run))
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to run a region: per node its choice on each axis, and the specs that follow.
+
+    `requires` has, per boundary operand, the specs that its uses need (usually one); `produces` has
+    the spec of every value made in the region.
+    """
+
+    choices: tuple[tuple[Choice, ...], ...]
+    requires: tuple[tuple[Spec, ...], ...]
+    produces: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Nodes that are decided together, with their strategies."""
+
+    nodes: tuple[Node, ...]
+    scope: Scope
+    operands: tuple[Value, ...]  # values from outside the region
+    values: tuple[Value, ...]  # values made here
+    strategies: tuple[Strategy, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the region's heavy or first node."""
+        heavy = [node for node in self.nodes if not _is_light(node)]
+        return (heavy or list(self.nodes))[0].name
+
+
+def make_regions(
+    graph: Graph, axis_sizes: tuple[int, ...], *, training: bool, order: str = "contiguous"
+) -> list[Region]:
+    """All regions of the graph, in order of their first node.
+
+    `order` is how ranks that share a sequence hold its tokens: not all strategies allow zigzag.
+    """
+    out: list[Region] = []
+    for scope in scopes(graph):
+        groups = _groups(scope)
+        visible = _visible(graph, scope, groups)
+        for group in groups:
+            out += _regions_of(group, scope, axis_sizes, training, visible)
+    return [_in_order(region, order) for region in out] if order != "contiguous" else out
+
+
+def _in_order(region: Region, order: str) -> Region:
+    """The region with those strategies that allow this order of the tokens."""
+    kept = tuple(
+        strategy
+        for strategy in region.strategies
+        if all(
+            fits_order(node, choice, order)
+            for node, choices in zip(region.nodes, strategy.choices, strict=True)
+            for choice in choices
+        )
+    )
+    return replace(region, strategies=kept)
+
+
+def _visible(graph: Graph, scope: Scope, groups: list[list[Node]]) -> set[str]:
+    """Names of values that are used outside the group of nodes that makes them."""
+    group_of = {v.name: i for i, group in enumerate(groups) for n in group for v in n.outputs}
+    seen = {
+        v.name
+        for i, g in enumerate(groups)
+        for n in g
+        for v in n.operands
+        if group_of.get(v.name, i) != i
+    }
+    if scope.block is not None:
+        return seen | {value.name for value in scope.block.outputs}
+    inside = {value.name for node in scope.nodes for value in node.outputs}
+    elsewhere = {out.value.name for out in graph.outputs}
+    for item in graph.body:
+        if isinstance(item, Loop):
+            elsewhere |= {value.name for value in (*item.carried, *item.invariants)}
+        elif item not in scope.nodes:
+            elsewhere |= {value.name for value in item.operands}
+    return seen | (elsewhere & inside)
+
+
+def _is_light(node: Node) -> bool:
+    light = kind_of(node) in ("elementwise", "view") and find_op(node.op) is not None
+    return light and node.op not in ("aten.embedding.default", "shardwright.cross_entropy")
+
+
+def _groups(scope: Scope) -> list[list[Node]]:
+    """Light nodes joined along values that hold a gradient; every other node alone."""
+    leader: dict[str, str] = {}
+    producer = {value.name: node for node in scope.nodes for value in node.outputs}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    for node in scope.nodes:
+        leader[node.name] = node.name
+        if not _is_light(node):
+            continue
+        for value in node.operands:
+            source = producer.get(value.name)
+            if source is not None and _is_light(source) and value.differentiable:
+                leader[find(node.name)] = find(source.name)
+    groups: dict[str, list[Node]] = {}
+    for node in scope.nodes:
+        groups.setdefault(find(node.name), []).append(node)
+    return list(groups.values())
+
+
+def _regions_of(
+    nodes: list[Node],
+    scope: Scope,
+    axis_sizes: tuple[int, ...],
+    training: bool,
+    visible: set[str],
+) -> list[Region]:
+    per_axis = _agreeing(nodes, training, visible)
+    if per_axis is None:
+        every = {value.name for node in nodes for value in node.outputs}
+        singles = (_regions_of([n], scope, axis_sizes, training, every) for n in nodes)
+        return [region for single in singles for region in single]
+    made = {value.name for node in nodes for value in node.outputs}
+    operands = {v.name: v for n in nodes for v in n.operands if v.name not in made}
+    values = tuple(value for node in nodes for value in node.outputs)
+    rules = [rule_of(node) for node in nodes]
+    strategies: list[Strategy] = []
+    for combination in product(per_axis, repeat=len(axis_sizes)):
+        choices = tuple(zip(*combination, strict=True))
+        if all(r.ways(c, axis_sizes) is not None for r, c in zip(rules, choices, strict=True)):
+            strategies.append(_strategy(nodes, rules, choices, tuple(operands), training))
+    return [Region(tuple(nodes), scope, tuple(operands.values()), values, tuple(strategies))]
+
+
+def node_specs(
+    node: Node, rule: Rule, choices: tuple[Choice, ...], training: bool
+) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Specs of the operands and of the outputs of a node under its choices, one per axis.
+
+    Without a gradient `V` says no more than `R`, and is written so.
+    """
+    table = rule.choices()
+    rows = [table[choice] for choice in choices]
+
+    def specs(values: tuple[Value, ...], side: int) -> tuple[Spec, ...]:
+        return tuple(
+            tuple(_plain(row[side][i], training and value.differentiable) for row in rows)
+            for i, value in enumerate(values)
+        )
+
+    return specs(node.operands, 0), specs(node.outputs, 1)
+
+
+def _plain(state: State, gradient: bool) -> State:
+    return R if state == V and not gradient else state
+
+
+def _strategy(
+    nodes: list[Node],
+    rules: list[Rule],
+    choices: tuple[tuple[Choice, ...], ...],
+    operands: tuple[str, ...],
+    training: bool,
+) -> Strategy:
+    requires: dict[str, list[Spec]] = {name: [] for name in operands}
+    produces: list[Spec] = []
+    for node, rule, choice in zip(nodes, rules, choices, strict=True):
+        needed, made = node_specs(node, rule, choice, training)
+        produces += made
+        for value, spec in zip(node.operands, needed, strict=True):
+            if value.name in requires and spec not in requires[value.name]:
+                requires[value.name].append(spec)
+    return Strategy(choices, tuple(tuple(requires[n]) for n in operands), tuple(produces))
+
+
+def _agreeing(
+    nodes: list[Node], training: bool, visible: set[str]
+) -> list[tuple[Choice, ...]] | None:
+    """Choices per node on one axis that agree on every value inside; None if too many.
+
+    Of choices with the same states at the region's border the first is kept: factors are tried
+    before `R`, so it is the one that cuts most.
+    """
+    ways = [_different_choices(node, training) for node in nodes]
+    found: dict[tuple[_States, _States, Choice], tuple[Choice, ...]] = {}
+
+    def extend(at: int, states: dict[str, State], border: _States, taken: list[Choice]) -> bool:
+        if at == len(nodes):
+            key = (tuple(dict.fromkeys(border)), tuple(states.items()), _algorithm(nodes, taken))
+            found.setdefault(key, tuple(taken))
+            return len(found) <= 4 * _MAX_PER_AXIS
+        node = nodes[at]
+        for choice, needed, made in ways[at]:
+            if not _agrees(node, needed, states, nodes):
+                continue
+            inner = dict(states)
+            inner |= {value.name: state for value, state in zip(node.outputs, made, strict=True)}
+            outside = tuple(
+                (v.name, s)
+                for v, s in zip(node.operands, needed, strict=True)
+                if v.name not in states
+            )
+            if not extend(at + 1, inner, (*border, *outside), [*taken, choice]):
+                return False
+        return True
+
+    if not extend(0, {}, (), []):
+        return None
+    kept: dict[tuple[_States, _States, Choice], tuple[Choice, ...]] = {}
+    for (border, states, algorithm), choices in found.items():
+        outputs = tuple(item for item in states if item[0] in visible)
+        kept.setdefault((border, outputs, algorithm), choices)
+    return list(kept.values()) if len(kept) <= _MAX_PER_AXIS or len(nodes) == 1 else None
+
+
+def _different_choices(node: Node, training: bool) -> list[tuple[Choice, list[State], list[State]]]:
+    """(choice, states of the operands, states of the outputs), factors first.
+
+    Of choices with the same states (`R` and `V` where there is no gradient) the first is kept:
+    otherwise a region of n nodes would have 2^n equal strategies.
+    """
+    rule = rule_of(node)
+    out: list[tuple[Choice, list[State], list[State]]] = []
+    for choice, states in sorted(rule.choices().items(), key=lambda c: c[0] not in rule.sizes):
+        needed, made = (
+            [_plain(s, training and v.differentiable) for s, v in zip(side, values, strict=True)]
+            for side, values in zip(states, (node.operands, node.outputs), strict=True)
+        )
+        if choice in rule.algorithms or not any((needed, made) == row[1:] for row in out):
+            out.append((choice, needed, made))
+    return out
+
+
+def _algorithm(nodes: list[Node], choices: list[Choice]) -> Choice:
+    """The algorithm among the choices: two with the same states differ in price."""
+    for node, choice in zip(nodes, choices, strict=True):
+        if choice in rule_of(node).algorithms:
+            return choice
+    return ""
+
+
+def _agrees(node: Node, needs: list[State], states: dict[str, State], nodes: list[Node]) -> bool:
+    for value, need in zip(node.operands, needs, strict=True):
+        have = states.get(value.name, need)
+        if have == need:
+            continue
+        if have == P and need in (R, V) and _is_reduction(value, nodes):
+            continue
+        return False
+    return True
+
+
+def _is_reduction(value: Value, nodes: list[Node]) -> bool:
+    return any(n.op in _REDUCTIONS for n in nodes if value in n.outputs)

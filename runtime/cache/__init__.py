@@ -1,0 +1,1 @@
+"""KV caches: pages, pools of a program, conversion between layouts."""

@@ -1,0 +1,146 @@
+"""The KV caches of one program on this rank: their pools, and the page tables that layers share.
+
+The layout of a cache is its spec over batch 0, heads 1 and tokens 2.  Caches that keep the same
+tokens on a rank share a page table, whatever they hold of the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..mesh.layout import Spec, blocks, local_shape, parse_spec
+from .cache import PAGE, KVCache, PageTable
+
+if TYPE_CHECKING:
+    from ..mesh.collectives import Axis
+    from ..mesh.mesh import Mesh
+    from ..module.module import Cache
+
+BATCH, HEADS, TOKENS = 0, 1, 2  # dims of a cache's spec
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Sequences, padding included, the tokens of each, and what all may hold together; `limited`
+    says that this is less than each may.  `run` is the most that each gets at once: a window keeps
+    no more than its own tokens and those."""
+
+    rows: int
+    tokens: int
+    total: int
+    limited: bool
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A page table, and how its tokens lie: a spec without heads."""
+
+    spec: Spec
+    table: PageTable
+
+
+class Pools:
+    """The caches that a program declares, by name, and the tables that they share.
+
+    It begins without pools; `Pools.empty` makes all of them.
+    """
+
+    def __init__(self, declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> None:
+        self.declared, self.room, self.mesh = declared, room, mesh
+        self.caches: dict[str, KVCache] = {}
+        self.tables: list[Shared] = []
+
+    @staticmethod
+    def empty(declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> Pools:
+        """Pools with nothing in them."""
+        pools = Pools(declared, room, mesh)
+        tables: dict[tuple[Spec, int, int], PageTable] = {}
+        for name, cache in declared.items():
+            key = without_heads(parse_spec(cache.spec)), cache.window, cache.table
+            if key not in tables:
+                tables[key] = pools.add_table(cache)
+            pools.add_cache(name, tables[key])
+        return pools
+
+    @property
+    def may_run_out(self) -> bool:
+        """Can tokens be too many for a pool although no sequence is too long?
+
+        Not where every sequence has room for all of its tokens and lies on one rank.
+        """
+        cut = any(ways(shared.spec, self.mesh, TOKENS) > 1 for shared in self.tables)
+        return self.room.limited or cut
+
+    def add_table(self, cache: Cache) -> PageTable:
+        """A new table for caches that lie as `cache` does."""
+        spec, room = without_heads(parse_spec(cache.spec)), self.room
+        rows, _, tokens = local_shape((room.rows, 1, room.tokens), spec, self.mesh.sizes)
+        sharing = ways(spec, self.mesh, TOKENS)
+        # Of every sequence a page may be half empty; where ranks share a sequence, two.
+        pages = -(-room.total // (ways(spec, self.mesh, BATCH) * sharing * PAGE))
+        pages += rows * (1 + (sharing > 1))
+        most = -(-tokens // PAGE)
+        if cache.window:  # one page may be half out of reach
+            most = min(most, -(-(cache.window - (-room.run // sharing)) // PAGE) + 1)
+        pages = min(pages, rows * (most + 2 * (sharing > 1)))
+        table = PageTable(rows, pages, window=cache.window, device=self.mesh.device)
+        self.tables.append(Shared(spec, table))
+        return table
+
+    def add_cache(self, name: str, table: PageTable) -> KVCache:
+        """The pool of the cache declared as `name`, over `table`."""
+        cache, room = self.declared[name], self.room
+        shape = (room.rows, cache.heads, room.tokens)
+        rows, heads, tokens = local_shape(shape, parse_spec(cache.spec), self.mesh.sizes)
+        self.caches[name] = KVCache(
+            rows, tokens, heads, cache.key_dim, cache.value_dim,
+            dtype=cache.dtype, table=table, values_in_keys=cache.values_in_keys,
+        )  # fmt: skip
+        return self.caches[name]
+
+
+def specs_of(declared: Mapping[str, Cache]) -> dict[str, Spec]:
+    """The layout of each cache."""
+    return {name: parse_spec(cache.spec) for name, cache in declared.items()}
+
+
+def without_heads(spec: Spec) -> Spec:
+    """The same cuts of batch and tokens."""
+    return tuple(state if state in (BATCH, TOKENS) else -1 for state in spec)
+
+
+def ways(spec: Spec, mesh: Mesh, dim: int) -> int:
+    """Into how many parts `spec` cuts a dim."""
+    return prod(size for state, size in zip(spec, mesh.sizes, strict=True) if state == dim)
+
+
+def owner_of(axes: Sequence[Axis]) -> tuple[int, int]:
+    """(how many ranks share a sequence over `axes`, which of them this is)."""
+    rank = 0
+    for axis in axes:
+        rank = rank * axis.size + axis.rank
+    return prod(axis.size for axis in axes), rank
+
+
+def own_part(x: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """This rank's part of what all ranks have, a view.
+
+    Of lengths (b,) and positions (b, t) a table's spec cuts the batch alone: tokens are its dim 2.
+    """
+    own = blocks(x.shape, spec, mesh.sizes, mesh.coordinates)
+    return x[tuple(slice(part.start, part.stop) for part in own)]
+
+
+def highest(number: int, mesh: Mesh) -> int:
+    """The highest of all ranks' numbers; an all-reduce of 8 bytes over each axis."""
+    found = torch.tensor([number], device=mesh.device)
+    for axis in mesh.axes:
+        found = axis.reduce(found, "max")
+    return int(found)

@@ -1,0 +1,1 @@
+"""The mesh of ranks: axes, collectives with gradients, layouts of slices."""

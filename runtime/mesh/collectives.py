@@ -1,0 +1,436 @@
+"""Conversions between the states of a value on one mesh axis, with their gradients.
+
+| state  | value on each rank | gradient on each rank |
+|--------|--------------------|-----------------------|
+| `R`    | whole              | whole, the same on all |
+| `S(d)` | slice along dim d  | slice                 |
+| `P`    | summand            | whole                 |
+| `V`    | whole              | summand               |
+
+Only three things can lie on the ranks, whole (W), slice (S) or summand (P), so a conversion a -> b
+is a pair of primitives from one table of nine: forward takes the value from a to b, backward takes
+the gradient from b to a.  In this module a place is an int: `WHOLE`, `SUMMAND` or a dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import counter, transport
+from .counter import Phase
+from .layout import (
+    Block,
+    P,
+    R,
+    State,
+    V,
+    block,
+    from_zigzag,
+    pad_blocks,
+    pad_tail,
+    to_zigzag,
+    trim_blocks,
+)
+
+if TYPE_CHECKING:
+    from ..gathering.ahead import Early
+    from .mesh import Mesh
+
+Place: TypeAlias = int
+WHOLE: Place = -1
+SUMMAND: Place = -2
+
+_VALUE: dict[State, Place] = {R: WHOLE, P: SUMMAND, V: WHOLE}
+_GRADIENT: dict[State, Place] = {R: WHOLE, P: WHOLE, V: SUMMAND}
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A primitive: from place to place; `size` is the true size of a source slice's dim.
+
+    Slices of the dims in `zigzag` hold two chunks each, see `layout.zigzag_order`.
+    """
+
+    source: Place
+    target: Place
+    size: int | None = None
+    zigzag: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """An all-gather under way; `move` says along which dim."""
+
+    axis: Axis
+    transfer: transport.Transfer
+    move: Move
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, padding included."""
+        return self.transfer.result.nbytes
+
+    def whole(self) -> Tensor:
+        """Wait for the whole tensor."""
+        return _join(self.transfer.finish(), self.move, self.axis)
+
+
+class Axis:
+    """One axis of the mesh, or several flattened (the first named is the major one).
+
+    `name`, `size`, `rank` (this rank's index along the axis) and `group`; `sizes` and
+    `coordinates` have one entry per flattened axis.  All methods take any strides, keep the dtype,
+    and are the identity where the axis has one rank.  Bytes below are those that each
+    rank receives for a whole tensor of n bytes over p ranks.
+    """
+
+    __slots__ = ("name", "size", "rank", "sizes", "coordinates", "mesh")
+
+    def __init__(
+        self, mesh: Mesh, name: str, sizes: tuple[int, ...], coordinates: tuple[int, ...]
+    ) -> None:
+        self.mesh = mesh
+        self.name = name
+        self.sizes = sizes
+        self.coordinates = coordinates
+        self.size = prod(sizes)
+        self.rank = 0
+        for ways, index in zip(sizes, coordinates, strict=True):
+            self.rank = self.rank * ways + index
+
+    def __repr__(self) -> str:
+        return f"Axis({self.name}={self.size}, rank={self.rank})"
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group of this axis; held by the mesh, so that no axis outlives it."""
+        return self.mesh.group(self.name)
+
+    def block(self, size: int) -> Block:
+        """The rows of a dim of `size` that this rank holds."""
+        return block(size, list(zip(self.sizes, self.coordinates, strict=True)))
+
+    # --- conversions by name, as generated code calls them ---------------------------------
+
+    def copy(self, x: Tensor) -> Tensor:
+        """R -> V. Forward nothing; backward all-reduce, 2(p-1)/p n."""
+        return self.convert(x, R, V)
+
+    def own_gradient(self, x: Tensor) -> Tensor:
+        """V -> R. Forward nothing; backward the first rank keeps the gradient, others get zeros."""
+        return self.convert(x, V, R)
+
+    def all_reduce(
+        self, x: Tensor, *, backward: Literal["identity", "all_reduce"] = "identity"
+    ) -> Tensor:
+        """P -> R. Forward all-reduce, 2(p-1)/p n; backward nothing.
+
+        `backward="all_reduce"` is P -> V: backward all-reduce as well.
+        """
+        return self.convert(x, P, V if backward == "all_reduce" else R)
+
+    def all_gather(
+        self,
+        x: Tensor,
+        dim: int,
+        size: int | None = None,
+        *,
+        backward: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+        zigzag: bool = False,
+    ) -> Tensor:
+        """S(dim) -> V. Forward all-gather, (p-1)/p n; backward reduce-scatter, (p-1)/p n.
+
+        `backward="slice"` is S(dim) -> R: backward takes its slice of the gradient, 0 bytes.
+        `size` is the true size of `dim` where it does not divide by p.  `zigzag`, here and below:
+        slices hold the tokens that `layout.zigzag_order` says; the whole is in its natural order.
+        """
+        target = R if backward == "slice" else V
+        return self.convert(x, _front(dim), target, size, (dim,) if zigzag else ())
+
+    def reduce_scatter(self, x: Tensor, dim: int, *, zigzag: bool = False) -> Tensor:
+        """P -> S(dim). Forward reduce-scatter, (p-1)/p n; backward all-gather, (p-1)/p n."""
+        return self.convert(x, P, _front(dim), zigzag=(dim,) if zigzag else ())
+
+    def shard(
+        self,
+        x: Tensor,
+        dim: int,
+        *,
+        backward: Literal["all_gather", "pad"] = "all_gather",
+        zigzag: bool = False,
+    ) -> Tensor:
+        """R -> S(dim). Forward takes its slice, 0 bytes; backward all-gather, (p-1)/p n.
+
+        `backward="pad"` is V -> S(dim): backward pads the slice with zeros to the whole, 0 bytes.
+        """
+        source = V if backward == "pad" else R
+        return self.convert(x, source, _front(dim), zigzag=(dim,) if zigzag else ())
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        *,
+        gather_dim: int,
+        shard_dim: int,
+        size: int | None = None,
+        zigzag: tuple[int, ...] = (),
+    ) -> Tensor:
+        """S(gather_dim) -> S(shard_dim). Forward and backward all-to-all, (p-1)/p n/p each.
+
+        `size` is the true size of `gather_dim` where it does not divide by p; `zigzag` names
+        those of the two dims whose slices are in zigzag order.
+        """
+        return self.convert(x, _front(gather_dim), _front(shard_dim), size, zigzag)
+
+    def partial(self, x: Tensor, *, backward: Literal["identity", "mask"] = "identity") -> Tensor:
+        """R -> P. The first rank keeps the value, others take zeros; backward nothing.
+
+        `backward="mask"` is V -> P: the gradient, too, stays on the first rank.  0 bytes.
+        """
+        return self.convert(x, V if backward == "mask" else R, P)
+
+    def pad(self, x: Tensor, dim: int, size: int | None = None, *, zigzag: bool = False) -> Tensor:
+        """S(dim) -> P. Forward pads the slice with zeros to the whole; backward slices. 0 bytes.
+
+        `size` is the true size of `dim` where it does not divide by p.
+        """
+        return self.convert(x, _front(dim), P, size, (dim,) if zigzag else ())
+
+    def gather_parameter(
+        self,
+        x: Tensor,
+        dim: int,
+        size: int | None = None,
+        *,
+        backward: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+    ) -> Tensor:
+        """`all_gather` whose result is gathered again for backward, not kept.
+
+        That needs `with regathering(mesh)` around the forward pass; without it this is
+        a plain all-gather.  Where the parameter was `gathering_ahead` it is on its way already,
+        and its gradient's reduce-scatter does not hold backward up either.
+        """
+        ahead = self.mesh.ahead
+        early = None if ahead is None else ahead.take(x, self, dim)
+        if early is None:
+            whole = self.all_gather(x, dim, size, backward=backward)
+        else:
+            whole = self._arrived(early, R if backward == "slice" else V)
+        memory = self.mesh.parameter_memory
+        if memory is not None and self.size > 1:
+            memory.remember(whole, x, self, dim, size)
+        return whole
+
+    # --- the general form ------------------------------------------------------------------
+
+    def convert(
+        self,
+        x: Tensor,
+        source: State,
+        target: State,
+        size: int | None = None,
+        zigzag: tuple[int, ...] = (),
+    ) -> Tensor:
+        """`x` in state `source` as `target` (`R`, `P`, `V` or a dim); any pair is legal.
+
+        `size` is the true size of dim `source` where that is a dim and does not divide; slices of
+        the dims in `zigzag` are in zigzag order.
+        """
+        for dim in (source, target):
+            if dim >= x.ndim or dim < V:
+                raise ValueError(
+                    f"axis `{self.name}`: {tuple(x.shape)} has no dim {dim}; dims count from 0"
+                )
+        if self.size == 1 or source == target:
+            return x
+        forward = Move(_VALUE.get(source, source), _VALUE.get(target, target), size, zigzag)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.move(x, forward, "forward")
+        backward = _backward_of(x, source, target, zigzag)
+        return _Convert.apply(x, self, forward, backward)
+
+    def start_gather(
+        self,
+        x: Tensor,
+        dim: int,
+        size: int | None,
+        phase: Phase,
+        zigzag: tuple[int, ...] = (),
+    ) -> Gathering:
+        """An all-gather of raw tensors under way; `x` must not change before it has arrived."""
+        self.record("all_gather", (self.size - 1) * x.nbytes, phase)
+        transfer = transport.start_all_gather(x.contiguous(), self.group)
+        return Gathering(self, transfer, Move(dim, WHOLE, size, zigzag))
+
+    def start_reduce_scatter(
+        self, x: Tensor, dim: int, phase: Phase, zigzag: tuple[int, ...] = ()
+    ) -> transport.Transfer:
+        """A reduce-scatter of raw tensors under way; `x` must not change before it is finished."""
+        rows = _split(x, Move(SUMMAND, dim, None, zigzag), self)
+        self.record("reduce_scatter", (self.size - 1) / self.size * rows.nbytes, phase)
+        return transport.start_reduce_scatter(rows, self.group)
+
+    def _arrived(self, early: Early, target: State) -> Tensor:
+        """The whole of a parameter that was gathered ahead of its use."""
+        gathering, x = early.gathering, early.source
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return gathering.whole()
+        backward = _backward_of(x, gathering.move.source, target)
+        return _Convert.apply(x, self, gathering.move, backward, early)
+
+    def move(self, x: Tensor, move: Move, phase: Phase) -> Tensor:
+        """Run one primitive on raw tensors, without gradient."""
+        if move.source == move.target:
+            return x
+        primitive = _PRIMITIVES[min(move.source, 0), min(move.target, 0)]
+        return primitive(self, x, move, phase)
+
+    def reduce(
+        self, x: Tensor, op: transport.Reduction = "sum", phase: Phase = "forward"
+    ) -> Tensor:
+        """The sum or maximum of `x` over the axis, without gradient."""
+        if self.size == 1:
+            return x
+        if x.dtype == torch.bool:
+            raise TypeError(
+                f"axis `{self.name}`: bool tensors cannot be added up over ranks; convert to int"
+            )
+        self.record("all_reduce", 2 * (self.size - 1) / self.size * x.nbytes, phase)
+        return transport.all_reduce(x, self.group, op)
+
+    def record(self, op: str, nbytes: float, phase: Phase) -> None:
+        """Tell the active counters of a collective that brings `nbytes` to this rank."""
+        counter.record(op, self.name, phase, nbytes, self.size)
+
+
+def _backward_of(x: Tensor, source: State, target: State, zigzag: tuple[int, ...] = ()) -> Move:
+    """What the gradient of a conversion of `x` takes."""
+    size = x.shape[target] if target >= 0 else None
+    return Move(_GRADIENT.get(target, target), _GRADIENT.get(source, source), size, zigzag)
+
+
+def _front(dim: int) -> int:
+    if dim < 0:
+        raise ValueError(f"dim {dim}: dims count from the front, from 0")
+    return dim
+
+
+class _Convert(torch.autograd.Function):
+    """Primitive `forward` on the value, primitive `backward` on its gradient.
+
+    The gradient of the gradient takes the way of the value, so this can be differentiated again.
+    `early`: the value is on its way already, and the gradient may be handed on while on its way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, forward: Move, backward: Move, early: Early | None = None
+    ) -> Tensor:
+        ctx.axis, ctx.forward_move, ctx.backward_move = axis, forward, backward
+        ctx.gradient = None if early is None else early.gradient
+        return axis.move(x, forward, "forward") if early is None else early.gathering.whole()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad, axis, move = grad_outputs[0], ctx.axis, ctx.backward_move
+        if torch.is_grad_enabled() and grad.requires_grad:  # create_graph=True
+            grad = _Convert.apply(grad, axis, move, ctx.forward_move)
+        elif ctx.gradient is not None and move.source == SUMMAND and not torch.is_anomaly_enabled():
+            ctx.gradient.append(axis.start_reduce_scatter(grad, move.target, "backward"))
+            grad = ctx.gradient[0].result
+        else:
+            grad = axis.move(grad, move, "backward")
+        return grad, None, None, None, None
+
+
+# --- the nine primitives -------------------------------------------------------------------------
+
+
+def _identity(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    return x
+
+
+def _slice(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    """Own rows in a buffer of their own, so that the whole can be freed."""
+    if move.target in move.zigzag:
+        x = to_zigzag(x, move.target, axis.sizes)
+    rows = axis.block(x.shape[move.target])
+    own = x.narrow(move.target, rows.start, rows.stop - rows.start)
+    if rows.stop - rows.start < rows.rows:
+        return pad_tail(own, move.target, rows.rows)
+    return own.clone(memory_format=torch.contiguous_format)
+
+
+def _first_keeps(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    return x if axis.rank == 0 else torch.zeros_like(x)
+
+
+def _gather(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    return axis.start_gather(x, move.source, move.size, phase, move.zigzag).whole()
+
+
+def _exchange(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    rows = _split(x, move, axis)
+    axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
+    return _join(transport.all_to_all(rows, axis.group), move, axis)
+
+
+def _zero_pad(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    dim = move.source
+    size = x.shape[dim] * axis.size if move.size is None else move.size
+    rows = axis.block(size)
+    shape = list(x.shape)
+    shape[dim] = size
+    whole = x.new_zeros(shape)
+    valid = rows.stop - rows.start
+    whole.narrow(dim, rows.start, valid).copy_(x.narrow(dim, 0, valid))
+    return from_zigzag(whole, dim, axis.sizes) if dim in move.zigzag else whole
+
+
+def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    return axis.reduce(x, "sum", phase)
+
+
+def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
+    return axis.start_reduce_scatter(x, move.target, phase, move.zigzag).finish()
+
+
+_SLICE: Place = 0  # in the table's keys, for any dim
+_Primitive: TypeAlias = Callable[[Axis, Tensor, Move, Phase], Tensor]
+_PRIMITIVES: dict[tuple[Place, Place], _Primitive] = {
+    (WHOLE, WHOLE): _identity,
+    (WHOLE, _SLICE): _slice,
+    (WHOLE, SUMMAND): _first_keeps,
+    (_SLICE, WHOLE): _gather,
+    (_SLICE, _SLICE): _exchange,
+    (_SLICE, SUMMAND): _zero_pad,
+    (SUMMAND, WHOLE): _all_reduce,
+    (SUMMAND, _SLICE): _reduce_scatter,
+    (SUMMAND, SUMMAND): _identity,
+}
+
+
+def _split(x: Tensor, move: Move, axis: Axis) -> Tensor:
+    """The blocks of `x` along `move.target`, one per rank, stacked along a new first dim.
+
+    Contiguous; no copy where only dims of size 1 come before the dim.
+    """
+    dim = move.target
+    x = to_zigzag(x, dim, axis.sizes) if dim in move.zigzag else pad_blocks(x, dim, axis.sizes)
+    return x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+
+
+def _join(rows: Tensor, move: Move, axis: Axis) -> Tensor:
+    """Inverse of `_split` along `move.source`, the padding taken off where the size is given."""
+    dim = move.source
+    whole = rows.movedim(0, dim).flatten(dim, dim + 1)
+    if dim in move.zigzag:
+        return from_zigzag(whole, dim, axis.sizes)
+    return whole if move.size is None else trim_blocks(whole, dim, axis.sizes, move.size)

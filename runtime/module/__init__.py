@@ -1,0 +1,1 @@
+"""The base of generated modules: parameters, layers, checkpoints."""

@@ -1,0 +1,96 @@
+"""Repeated blocks of a generated module: one class per distinct block, one object per layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..gathering.ahead import Gather
+from ..mesh.mesh import Mesh
+
+_T = TypeVar("_T")
+_RANGE = re.compile(r"\{([\d.,]+)\}")
+
+
+class Layer(nn.Module):
+    """A block of a generated module; its parameters are registered by the model that owns it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.mesh.device
+
+    def gathers(self) -> Iterable[Gather]:
+        """The parameters that `forward` gathers, in that order; see `ahead.py`."""
+        return ()
+
+    def generator(self, *sharded_axes: str) -> torch.Generator:
+        """Random numbers that differ along `sharded_axes` and agree along all others."""
+        return self.mesh.generator(sharded_axes)
+
+
+def per_layer(
+    table: Mapping[str, _T], item_of_layer: Callable[[_T, int], _T] = lambda item, index: item
+) -> dict[str, _T]:
+    """`table` with names such as `layers.{0..3}.weight` or `layers.{0,2}.weight` written out.
+
+    Layers come in order, each with its own names in the order of the table; `item_of_layer` makes
+    an item of the table that of one layer.
+
+    >>> list(per_layer({"h.{0..1}.w": 1, "h.{0..1}.b": 2}))
+    ['h.0.w', 'h.0.b', 'h.1.w', 'h.1.b']
+    """
+    rows: list[tuple[str, int, int, str, _T]] = []
+    first: dict[str, int] = {}
+    for position, (name, item) in enumerate(table.items()):
+        match = _RANGE.search(name)
+        if match is None:
+            rows.append((name, 0, position, name, item))
+            first[name] = position
+            continue
+        path = name[: match.start()]
+        first.setdefault(path, position)
+        for index in _indices(match.group(1)):
+            full = of_layer(name, index)
+            rows.append((path, index, position, full, item_of_layer(item, index)))
+    rows.sort(key=lambda row: (first[row[0]], row[1], row[2]))
+    return {full: item for _, _, _, full, item in rows}
+
+
+def of_layer(name: str, index: int) -> str:
+    """The name in one layer.
+
+    >>> of_layer("h.{0..3}.w", 2)
+    'h.2.w'
+    """
+    return _RANGE.sub(str(index), name, count=1)
+
+
+def _indices(text: str) -> list[int]:
+    out: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("..")
+        out += range(int(low), int(high or low) + 1)
+    return out
+
+
+def install_layers(
+    model: nn.Module, mesh: Mesh, layers: Mapping[str, Sequence[type[Layer]]]
+) -> None:
+    """Put one object of each class under its path: `{"model.layers": [Block, Block]}`."""
+    for path, classes in layers.items():
+        owner = model
+        *parents, leaf = path.split(".")
+        for name in parents:
+            if not hasattr(owner, name):
+                owner.add_module(name, nn.Module())
+            owner = getattr(owner, name)
+        owner.add_module(leaf, nn.ModuleList([cls(mesh) for cls in classes]))

@@ -1,0 +1,1 @@
+"""Prefill, decode, append and generation over caches."""
