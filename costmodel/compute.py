@@ -41,7 +41,7 @@ def op_s(
     traffic counts: their arithmetic always hides behind it, and integers have no FLOP rate.
     An operation of 0 FLOP and 0 bytes still pays the kernel's floor.
 
-    >>> from shardwright.costmodel.cluster import load_cluster
+    >>> from shardwright.costmodel.machines.cluster import load_cluster
     >>> h100 = load_cluster("h100")
     >>> round(op_s(2 * 8192**3, 3 * 2 * 8192**2, "bf16", h100) * 1e3, 1)
     1.5

@@ -25,8 +25,8 @@ _LAZY = {  # name -> module
     "Plan": ".api",
     "load_plan": ".api",
     "plan": ".api",
-    "experts": ".ir.experts",
-    "moe": ".ir.experts",
+    "experts": ".ir.ops.experts",
+    "moe": ".ir.ops.experts",
 }
 
 __all__ = ["Plan", "__version__", "experts", "load_plan", "moe", "plan"]

@@ -95,7 +95,7 @@ def test_user_file_over_a_base(tmp_path: Path) -> None:
 
 
 def test_docstring_example_loads(tmp_path: Path) -> None:
-    import shardwright.costmodel.cluster as module
+    import shardwright.costmodel.machines.cluster as module
 
     example = re.search(r"(?m)^    base = .*?(?=^\S)", module.__doc__ or "", re.S | re.M)
     assert example
