@@ -8,8 +8,9 @@ from functools import cached_property
 from math import isfinite, lcm, prod
 from types import MappingProxyType
 
+from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
-from ..facts.spec import Spec, format_spec, local_shape
+from ..facts.spec import Spec, format_spec
 from ..ir.graph import Param, Value
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import values_in_keys

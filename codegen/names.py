@@ -6,10 +6,10 @@ import builtins
 import keyword
 from collections.abc import Iterable
 
+from ..facts.moves import primitive
 from ..ir.graph import Node
 from ..ir.ops.registry import kind_of
 from ..planner.plan.program import Compute, Convert, Sharded
-from ..planner.strategies.conversion import primitive
 
 # What generated functions use by these names
 _RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})

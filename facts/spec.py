@@ -10,17 +10,14 @@
 A state is one small int so that specs are cheap to hash and compare by the ten thousand:
 `R`, `P`, `V` are negative, `S(d)` is `d` itself.  `P` and `V` are each other's dual: the dual of
 a state is the state of the gradient, and a conversion a -> b in forward is dual(b) -> dual(a)
-in backward.
+in backward (`moves.py` has what runs then).
 
-Several axes on one dim shard it in mesh order, major to minor: with `dp=2, tp=2` and both on
-dim 0, rank (i, j) holds block 2 * i + j.  A dim of n rows over p ranks gives each rank
-ceil(n / p) rows; where p does not divide n the last rows are padding that no rank reads.
+A spec is written `S0,R`, outermost axis first.  Where slices of a dim are in zigzag order
+(`blocks.py`) its state is written `Z1` in the tables of a generated module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
 from typing import TypeAlias
 
 State: TypeAlias = int
@@ -75,22 +72,19 @@ def format_spec(spec: Spec) -> str:
 
 
 def parse_spec(text: str) -> Spec:
-    """Inverse of `format_spec`."""
-    return tuple(parse_state(part.strip()) for part in text.split(","))
+    """Inverse of `format_spec`; `Z1` is `S1`, and `zigzag_dims` tells that it was written so.
 
-
-def local_shape(shape: Sequence[int], spec: Spec, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Shape of one rank's part, padding rows included.
-
-    >>> local_shape((8, 50257), (0, 1), (2, 4))
-    (4, 12565)
+    >>> parse_spec("S0,Z1") == (S(0), S(1)), format_spec((0, -1))
+    (True, 'S0,R')
     """
-    return tuple(
-        -(-size // prod(n for state, n in zip(spec, sizes, strict=True) if state == dim))
-        for dim, size in enumerate(shape)
-    )
+    return tuple(parse_state(part.strip().replace("Z", "S")) for part in text.split(","))
 
 
-def shard_ways(spec: Spec, sizes: Sequence[int]) -> int:
-    """How many different slices `spec` cuts a value into."""
-    return prod(n for state, n in zip(spec, sizes, strict=True) if is_shard(state))
+def zigzag_dims(text: str) -> tuple[int, ...]:
+    """The dims that a written spec cuts in zigzag order.
+
+    >>> zigzag_dims("S0,Z1,Z1")
+    (1,)
+    """
+    found = [int(part.strip()[1:]) for part in text.split(",") if part.strip().startswith("Z")]
+    return tuple(sorted(set(found)))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from ...facts.moves import primitive
 from ...facts.spec import R, Spec, V
 from ...ir.graph import Block, Graph, Loop, Node, Param, Value
 from ...ir.ops.order import token_dims
 from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
-from ..strategies.conversion import Conversions, Step, Traffic, primitive
+from ..strategies.conversion import Conversions, Step, Traffic
 from ..strategies.regions import node_specs
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...costmodel.collective import wire_bytes
-from ...facts.spec import S, Spec, local_shape
+from ...facts.blocks import local_shape
+from ...facts.spec import S, Spec
 from ...ir.graph import Graph, Loop, Node, TensorType
 from ...ir.ops.registry import attention_dims, cached_per_head, rule_of
 from ..strategies.attention import cache_spec

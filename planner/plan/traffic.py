@@ -15,8 +15,8 @@ from math import prod
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import wire_bytes
+from ...facts.blocks import local_shape
 from ...facts.mesh import Mesh
-from ...facts.spec import local_shape
 from ...ir.ops.registry import is_view, kind_of, rule_of, saved_values
 from ..strategies import attention, experts
 from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement

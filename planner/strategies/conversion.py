@@ -33,41 +33,17 @@ from numpy.typing import NDArray
 from ...costmodel.collective import AxisLink, axis_links, collective_s, joint_link
 from ...costmodel.compute import Number, elementwise_s
 from ...costmodel.machines.cluster import Cluster
+from ...facts.blocks import local_shape
 from ...facts.mesh import Mesh
-from ...facts.spec import P, R, S, Spec, State, V, dual, format_state, is_shard, local_shape
+from ...facts.moves import COLLECTIVES, backward_primitive, primitive
+from ...facts.spec import P, R, S, Spec, State, V, format_state, is_shard
 from ...ir.graph import TensorType
 
-_MOVES = {  # (value state, value state) -> collective, by kind of state
-    ("W", "S"): "slice",
-    ("W", "P"): "mask",
-    ("S", "W"): "all_gather",
-    ("S", "S"): "all_to_all",
-    ("S", "P"): "pad",
-    ("P", "W"): "all_reduce",
-    ("P", "S"): "reduce_scatter",
-}
 # A price for the step itself, so that the shortest of equally cheap paths is the cheapest
 STEP_S = 1e-12
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-COLLECTIVES = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter"})
 _LOCAL = frozenset({"slice", "mask", "pad"})
-
-
-def value_kind(state: State) -> str:
-    """`W`, `S` or `P`: what a rank holds of a value in `state`."""
-    return "S" if is_shard(state) else "P" if state == P else "W"
-
-
-def primitive(a: State, b: State) -> str:
-    """The forward primitive from state `a` to `b`: a collective, a local move, or `nothing`.
-
-    >>> primitive(S(0), V), primitive(dual(V), dual(S(0)))   # FSDP: forward and backward
-    ('all_gather', 'reduce_scatter')
-    """
-    if a == b:
-        return "nothing"
-    return _MOVES.get((value_kind(a), value_kind(b)), "nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +304,7 @@ class Conversions:
         """(primitive, is it in backward) of every move that a step a -> b makes."""
         kinds = [(primitive(a, b), False)] * (2 if self.again else 1)
         if self.gradient:
-            kinds.append((primitive(dual(b), dual(a)), True))
+            kinds.append((backward_primitive(a, b), True))
         if self.regather and kinds[0][0] == "all_gather":
             kinds.append(("all_gather", True))
         return [(kind, backward) for kind, backward in kinds if kind != "nothing"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...costmodel.compute import matmul_s
-from ...facts.spec import Spec, local_shape
+from ...facts.blocks import local_shape
+from ...facts.spec import Spec
 from ...ir.graph import Node, Value
 from ...ir.ops.registry import find_op, kind_of, matmul_dims, rule_of
 from ...ir.ops.rule import Choice

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mesh.layout import block
+from ...facts.blocks import block
 
 
 class Run(NamedTuple):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..mesh.layout import Spec, blocks, local_shape, parse_spec
+from ...facts.blocks import blocks, local_shape
+from ...facts.spec import Spec, parse_spec
 from .cache import PAGE, KVCache, PageTable
 
 if TYPE_CHECKING:

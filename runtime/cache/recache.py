@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from ..mesh.collectives import WHOLE, Move
-from ..mesh.layout import R, Spec, State, block, blocks, format_spec
+from ...facts.blocks import block, blocks
+from ...facts.spec import R, Spec, State, format_spec
+from ..mesh.collectives import Move
 from ..mesh.mesh import Mesh
 from .cache import PAGE, CacheFullError, KVCache, PageTable
 from .cache import Step as Stored
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 Path: TypeAlias = tuple[Spec, ...]
 NUMBERS = 3
-_DIM = {R: WHOLE, BATCH: 0, TOKENS: 1, HEADS: 2, NUMBERS: 3}  # in a dense cache
+_DIM = {R: R, BATCH: 0, TOKENS: 1, HEADS: 2, NUMBERS: 3}  # in a dense cache
 
 
 @dataclass(frozen=True, slots=True)

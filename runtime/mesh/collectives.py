@@ -7,9 +7,9 @@
 | `P`    | summand            | whole                 |
 | `V`    | whole              | summand               |
 
-Only three things can lie on the ranks, whole (W), slice (S) or summand (P), so a conversion a -> b
-is a pair of primitives from one table of nine: forward takes the value from a to b, backward takes
-the gradient from b to a.  In this module a place is an int: `WHOLE`, `SUMMAND` or a dim.
+A conversion a -> b is a pair of primitives from one table (`facts/moves.py`): forward takes the
+value from a to b, backward takes the gradient from b to a.  `Move` is one of them, between places:
+a place is `R` (whole), `P` (summands) or a dim, whatever the gradient is.
 """
 
 from __future__ import annotations
@@ -23,39 +23,25 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ...facts.blocks import Block, block
+from ...facts.moves import Primitive, primitive
+from ...facts.spec import P, R, State, V, dual
 from . import counter, transport
 from .counter import Phase
-from .layout import (
-    Block,
-    P,
-    R,
-    State,
-    V,
-    block,
-    from_zigzag,
-    pad_blocks,
-    pad_tail,
-    to_zigzag,
-    trim_blocks,
-)
+from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
 
 if TYPE_CHECKING:
     from ..gathering.ahead import Early
     from .mesh import Mesh
 
-Place: TypeAlias = int
-WHOLE: Place = -1
-SUMMAND: Place = -2
-
-_VALUE: dict[State, Place] = {R: WHOLE, P: SUMMAND, V: WHOLE}
-_GRADIENT: dict[State, Place] = {R: WHOLE, P: WHOLE, V: SUMMAND}
+Place: TypeAlias = State
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
     """A primitive: from place to place; `size` is the true size of a source slice's dim.
 
-    Slices of the dims in `zigzag` hold two chunks each, see `layout.zigzag_order`.
+    Slices of the dims in `zigzag` hold two chunks each, see `facts.blocks.zigzag_order`.
     """
 
     source: Place
@@ -250,7 +236,7 @@ class Axis:
                 )
         if self.size == 1 or source == target:
             return x
-        forward = Move(_VALUE.get(source, source), _VALUE.get(target, target), size, zigzag)
+        forward = Move(_place(source), _place(target), size, zigzag)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.move(x, forward, "forward")
         backward = _backward_of(x, source, target, zigzag)
@@ -267,13 +253,13 @@ class Axis:
         """An all-gather of raw tensors under way; `x` must not change before it has arrived."""
         self.record("all_gather", (self.size - 1) * x.nbytes, phase)
         transfer = transport.start_all_gather(x.contiguous(), self.group)
-        return Gathering(self, transfer, Move(dim, WHOLE, size, zigzag))
+        return Gathering(self, transfer, Move(dim, R, size, zigzag))
 
     def start_reduce_scatter(
         self, x: Tensor, dim: int, phase: Phase, zigzag: tuple[int, ...] = ()
     ) -> transport.Transfer:
         """A reduce-scatter of raw tensors under way; `x` must not change before it is finished."""
-        rows = _split(x, Move(SUMMAND, dim, None, zigzag), self)
+        rows = _split(x, Move(P, dim, None, zigzag), self)
         self.record("reduce_scatter", (self.size - 1) / self.size * rows.nbytes, phase)
         return transport.start_reduce_scatter(rows, self.group)
 
@@ -289,8 +275,7 @@ class Axis:
         """Run one primitive on raw tensors, without gradient."""
         if move.source == move.target:
             return x
-        primitive = _PRIMITIVES[min(move.source, 0), min(move.target, 0)]
-        return primitive(self, x, move, phase)
+        return _RUN[primitive(move.source, move.target)](self, x, move, phase)
 
     def reduce(
         self, x: Tensor, op: transport.Reduction = "sum", phase: Phase = "forward"
@@ -313,7 +298,11 @@ class Axis:
 def _backward_of(x: Tensor, source: State, target: State, zigzag: tuple[int, ...] = ()) -> Move:
     """What the gradient of a conversion of `x` takes."""
     size = x.shape[target] if target >= 0 else None
-    return Move(_GRADIENT.get(target, target), _GRADIENT.get(source, source), size, zigzag)
+    return Move(_place(dual(target)), _place(dual(source)), size, zigzag)
+
+
+def _place(state: State) -> Place:
+    return R if state == V else state
 
 
 def _front(dim: int) -> int:
@@ -342,7 +331,7 @@ class _Convert(torch.autograd.Function):
         grad, axis, move = grad_outputs[0], ctx.axis, ctx.backward_move
         if torch.is_grad_enabled() and grad.requires_grad:  # create_graph=True
             grad = _Convert.apply(grad, axis, move, ctx.forward_move)
-        elif ctx.gradient is not None and move.source == SUMMAND and not torch.is_anomaly_enabled():
+        elif ctx.gradient is not None and move.source == P and not torch.is_anomaly_enabled():
             ctx.gradient.append(axis.start_reduce_scatter(grad, move.target, "backward"))
             grad = ctx.gradient[0].result
         else:
@@ -402,18 +391,16 @@ def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     return axis.start_reduce_scatter(x, move.target, phase, move.zigzag).finish()
 
 
-_SLICE: Place = 0  # in the table's keys, for any dim
-_Primitive: TypeAlias = Callable[[Axis, Tensor, Move, Phase], Tensor]
-_PRIMITIVES: dict[tuple[Place, Place], _Primitive] = {
-    (WHOLE, WHOLE): _identity,
-    (WHOLE, _SLICE): _slice,
-    (WHOLE, SUMMAND): _first_keeps,
-    (_SLICE, WHOLE): _gather,
-    (_SLICE, _SLICE): _exchange,
-    (_SLICE, SUMMAND): _zero_pad,
-    (SUMMAND, WHOLE): _all_reduce,
-    (SUMMAND, _SLICE): _reduce_scatter,
-    (SUMMAND, SUMMAND): _identity,
+_Run: TypeAlias = Callable[[Axis, Tensor, Move, Phase], Tensor]
+_RUN: dict[Primitive, _Run] = {
+    "nothing": _identity,
+    "slice": _slice,
+    "mask": _first_keeps,
+    "all_gather": _gather,
+    "all_to_all": _exchange,
+    "pad": _zero_pad,
+    "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter,
 }
 
 

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...facts.blocks import block, blocks, local_shape
+from ...facts.spec import R, Spec, parse_spec, zigzag_dims
 from ..cache.cache import KVCache
 from ..cache.pools import specs_of
 from ..gathering.ahead import Gather, gathering_ahead
 from ..gathering.regather import regathering
-from ..mesh.collectives import WHOLE, Move
-from ..mesh.layout import Spec, block, blocks, local_shape, parse_spec, to_zigzag, zigzag_dims
+from ..mesh.collectives import Move
+from ..mesh.layout import to_zigzag
 from ..mesh.mesh import Mesh, stable_seed
 from ..serving.generate import ServePhase, Serving, checked_lengths, generate
 from .checkpoint import Experts, OwnNames, Safetensors, Source, StateDict, Writer
@@ -783,7 +785,7 @@ def gather_whole(
             continue
         majors = [(ways, 0) for state, ways in cuts[:number] if state == dim]
         size = block(shape[dim], majors).rows
-        x = axis.move(x, Move(dim, WHOLE, size, zigzag), "forward")
+        x = axis.move(x, Move(dim, R, size, zigzag), "forward")
     return x
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...facts.spec import Spec, format_spec, parse_spec
 from ..cache.cache import PAGE, CacheFullError, PageTable, owners
 from ..cache.pools import BATCH, TOKENS, Pools, Room, highest, own_part, owner_of, specs_of, ways
 from ..cache.recache import Path, Recaching, change_between
-from ..mesh.layout import Spec, format_spec, parse_spec
 
 if TYPE_CHECKING:
     from ..mesh.mesh import Mesh

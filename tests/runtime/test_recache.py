@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardwright.facts.blocks import block
+from shardwright.facts.spec import Spec, format_spec, parse_spec
 from shardwright.runtime import Cache, CacheFullError, RankPool
 from shardwright.runtime.cache.cache import KVCache, owners
 from shardwright.runtime.cache.pools import Pools, Room
 from shardwright.runtime.cache.recache import Recaching, change_between
-from shardwright.runtime.mesh.layout import Spec, block, format_spec, parse_spec
 from shardwright.runtime.mesh.mesh import Mesh
 
 Pool = Callable[[int], RankPool]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from shardwright.facts.blocks import block
 from shardwright.runtime import Layout
 from shardwright.runtime.attention.tokens import Run
-from shardwright.runtime.mesh.layout import block
 
 LENGTHS = st.integers(0, 40)
 RANKS = st.integers(1, 5)
