@@ -11,11 +11,11 @@ import torch
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
+from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Arg, Node, Value
 from ..ir.ops.labels import DimLabels
 from ..ir.ops.registry import find_op, kind_of, rule_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
-from ..planner.report.report import format_bytes, format_seconds
 from ..planner.strategies.conversion import Step
 from .names import Names, base_name
 from .source import statement

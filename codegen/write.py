@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..facts.mesh import Mesh
-from ..planner.plan.plan import Plan
+from ..facts.units import format_bytes, format_seconds
+from ..planner.plan.plan import PlanData
 from ..planner.plan.program import Program
-from ..planner.report.report import format_bytes, format_seconds
 from .module import write_source
 
 
-def module_source(plan: Plan) -> str:
+def module_source(plan: PlanData) -> str:
     """The generated module of `plan`: one file for all ranks, the same bytes every time."""
     programs = [each.program for each in plan.phases]
     return programs_source(
@@ -20,7 +20,7 @@ def module_source(plan: Plan) -> str:
 
 
 def programs_source(
-    plan: Plan, programs: Sequence[Program], mesh: Mesh, *, summary: str, optimizer: str
+    plan: PlanData, programs: Sequence[Program], mesh: Mesh, *, summary: str, optimizer: str
 ) -> str:
     """The module of `programs`, one for each of the plan's phases, which may have other sizes."""
     return write_source(
@@ -34,7 +34,7 @@ def programs_source(
     )
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: PlanData) -> str:
     request = plan.request
     unit = "training step" if plan.training else request.phase
     if plan.decode is not None:

@@ -1,4 +1,4 @@
-"""Bytes that training state takes, and what an optimizer step costs.
+"""Bytes that training state takes, and that an optimizer step moves.
 
 All sizes are those of one rank's part (`numel_local`), in bytes.
 """
@@ -8,12 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from .compute import elementwise_s
-from .machines.cluster import Cluster
-
 Optimizer: TypeAlias = Literal["adamw", "sgd", "none"]
 Phase: TypeAlias = Literal["train", "prefill"]
-OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 PHASES: tuple[str, ...] = get_args(Phase)
 
 # Tensors of the parameter's size and dtype that the optimizer keeps between steps.
@@ -75,15 +71,6 @@ def optimizer_step_bytes(numel_local: int, dtype_bytes: int, optimizer: str) -> 
     states = _checked(_STATES, optimizer, "optimizer")
     passes = 0 if optimizer == "none" else 1 + 2 + 2 * states
     return numel_local * dtype_bytes * passes
-
-
-def optimizer_step_s(numel_local: int, dtype_bytes: int, optimizer: str, cluster: Cluster) -> float:
-    """Seconds of one fused optimizer step over all parameters of a rank, taken together.
-
-    It is all memory traffic: AdamW does about 15 FLOP for 28 bytes.
-    """
-    moved = optimizer_step_bytes(numel_local, dtype_bytes, optimizer)
-    return float(elementwise_s(float(moved), cluster)) if moved else 0.0
 
 
 def _checked(table: dict[str, int], key: str, what: str) -> int:

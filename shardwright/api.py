@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from .loading import (
 )
 from .planner.errors import PlanError
 from .planner.ilp.iopddl import write_problem
-from .planner.plan import plan as plans
+from .planner.plan.plan import PlanData, Request
+from .planner.plan.store import plan_to_json, read_plan, save_plan
+from .planner.report.report import format_plan
 from .planner.search.search import Clock, Job, setting_of
 from .planner.search.serving import make_serving_plan
 from .planner.search.variants import make_plan
@@ -42,22 +44,41 @@ PHASES = ("train", "prefill", "decode", "append", "serve")
 _CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
 _OUTPUT_TOKENS = 256  # of an answer, in phase `serve`
 _AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
-Request = plans.Request
 
 
 @dataclass(frozen=True)
-class Plan(plans.Plan):
-    """A plan with what the other rooms make of it: the module, the problem, the command to run."""
+class Plan(PlanData):
+    """How to cut a model over a mesh.  `print(plan)` explains it.
+
+    The data of a plan with what the rooms make of it: the report, the file, the module, the
+    problem, the command to run.
+    """
+
+    decode: Plan | None = None
 
     @staticmethod
-    def of(base: plans.Plan) -> Plan:
-        """The same plan."""
-        return Plan(**{f.name: getattr(base, f.name) for f in fields(base)})
+    def of(data: PlanData) -> Plan:
+        """The plan with this data."""
+        values: dict[str, Any] = {f.name: getattr(data, f.name) for f in fields(data)}
+        if data.decode is not None:
+            values["decode"] = Plan.of(data.decode)
+        return Plan(**values)
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote.  Raises PlanError naming the field that is malformed."""
-        return Plan.of(plans.Plan.load(path))
+        return Plan.of(read_plan(Path(path)))
+
+    def __str__(self) -> str:
+        return format_plan(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON data."""
+        return plan_to_json(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write `plan.json`; `load_plan` gives an equal plan back."""
+        save_plan(self, Path(path))
 
     def module_source(self) -> str:
         """The generated module as text."""
@@ -312,7 +333,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
     return Plan.of(_with_mesh_note(make_serving_plan(graph, decode, job), job.mesh))
 
 
-def _with_mesh_note(made: plans.Plan, asked: Mesh | None) -> plans.Plan:
+def _with_mesh_note(made: PlanData, asked: Mesh | None) -> PlanData:
     """Names that a user gave to axes decide nothing: says so where the plan has others."""
     given = asked is not None and not set(asked.names) <= set(_AXES)
     if asked is None or not given or asked.names == made.mesh.names:

@@ -44,8 +44,9 @@ from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
 from .ir.reference.widen import widened, without_dropout
 from .loading import build_real, load_target, with_positions
 from .planner.errors import PlanError
-from .planner.plan.plan import Plan
+from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
+from .planner.plan.store import read_plan
 from .runtime import RankError, run_ranks
 from .runtime.cache.pools import TOKENS
 
@@ -134,7 +135,7 @@ def verify(folder: Path, ranks: int | None = None) -> Verification:
     Default: the plan's own number of ranks where that is at most 8 and this machine can run the
     model as it is, else as few as keep every mesh axis.  Raises PlanError where no such run exists.
     """
-    plan = Plan.load(folder)
+    plan = read_plan(folder)
     path = folder / MODULE_FILE
     if not path.is_file():
         raise PlanError(
@@ -161,7 +162,7 @@ def verify(folder: Path, ranks: int | None = None) -> Verification:
     return _run(case)
 
 
-def _advice(plan: Plan, runnable: bool) -> str:
+def _advice(plan: PlanData, runnable: bool) -> str:
     if runnable:
         return f"give --ranks {plan.mesh.ranks} to run the file itself"
     return "this model is too large to run as it is on this machine"
@@ -174,7 +175,7 @@ def _advice(plan: Plan, runnable: bool) -> str:
 class _Case:
     """A module to run, with the graph that says what it must give, both in float64."""
 
-    plan: Plan
+    plan: PlanData
     graph: Graph
     mesh: Mesh
     source: str
@@ -183,7 +184,7 @@ class _Case:
     real: bool  # sizes of parameters are the original's
 
 
-def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
+def _shrunk_case(plan: PlanData, mesh: Mesh, *, tokens_only: bool) -> _Case:
     shrunk = shrink(
         [Planned(each.graph, each.decisions.choices, list(_specs(each))) for each in plan.phases],
         plan.mesh,
@@ -212,7 +213,7 @@ def _shrunk_case(plan: Plan, mesh: Mesh, *, tokens_only: bool) -> _Case:
     )
 
 
-def _program(plan: Plan, graph: Graph) -> Program:
+def _program(plan: PlanData, graph: Graph) -> Program:
     """The program of `plan` for `graph`, which has other sizes."""
     free = {k: tuple(_unpriced(s) for s in steps) for k, steps in plan.paths.items()}
 
@@ -227,7 +228,7 @@ def _unpriced(priced: PricedStep) -> PricedStep:
     return replace(priced, seconds=0.0, traffic=())
 
 
-def _specs(plan: Plan) -> Iterator[tuple[str, Spec]]:
+def _specs(plan: PlanData) -> Iterator[tuple[str, Spec]]:
     """Every spec that a value takes, with the value's name."""
     yield from plan.decisions.specs.items()
     yield from plan.decisions.outputs.items()
@@ -426,7 +427,7 @@ def _original(
     return _Reference(title, _TOLERANCE[watch.dtype], expected)
 
 
-def _whole_sequences(plan: Plan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole_sequences(plan: PlanData, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tokens and positions under the names that the original model has for them."""
     request = plan.request
     loaded = load_target(

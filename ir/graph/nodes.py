@@ -236,7 +236,7 @@ class Graph:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """Every node, those of each kind of block once."""
+        """Every node once: those of a loop stand in its blocks, one for each kind of layer."""
         found: list[Node] = []
         for item in self.body:
             if isinstance(item, Loop):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec
@@ -110,9 +108,11 @@ class Recache:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to cut a model over a mesh.  `print(plan)` explains it.
+class PlanData:
+    """How to cut a model over a mesh: what `plan.json` holds.
 
+    It is data alone.  `report` prints it, `store` writes and reads it, `codegen` makes a module of
+    it; `shardwright.Plan` is this with all of that as methods.
     `seconds` is one step (training) or one forward pass (other phases), as the cost model prices
     it.
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
@@ -132,7 +132,7 @@ class Plan:
     baselines: tuple[Baseline, ...]
     search: Search
     notes: tuple[str, ...] = field(default=())
-    decode: Plan | None = None
+    decode: PlanData | None = None
     recached: tuple[Recache, ...] = ()
 
     @property
@@ -145,7 +145,7 @@ class Plan:
         return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
 
     @property
-    def phases(self) -> tuple[Plan, ...]:
+    def phases(self) -> tuple[PlanData, ...]:
         """This plan, and in phase `serve` that of decode."""
         return (self,) if self.decode is None else (self, self.decode)
 
@@ -162,27 +162,3 @@ class Plan:
             return self.paths[value.name, a, b]
 
         return lower(self.graph, self.decisions, paths, training=self.training)
-
-    def __str__(self) -> str:
-        from ..report.report import format_plan
-
-        return format_plan(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON data."""
-        from .store import plan_to_json
-
-        return plan_to_json(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write `plan.json`; `load_plan` gives an equal plan back."""
-        from .store import save_plan
-
-        save_plan(self, Path(path))
-
-    @staticmethod
-    def load(path: str | Path) -> Plan:
-        """Read what `save` wrote.  Raises PlanError naming the field that is malformed."""
-        from .store import read_plan
-
-        return read_plan(Path(path))

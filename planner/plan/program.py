@@ -94,7 +94,7 @@ class LoopCall:
     """`for layer in path: carried = layer(carried, arguments)`.
 
     `carried` are the loop's initial values in the carried specs; `arguments` the outer values that
-    the blocks take, each in the spec they need; `inner` the same arguments by the blocks' names.
+    the blocks take, each in the spec they need.
     """
 
     loop: Loop

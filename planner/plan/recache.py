@@ -25,7 +25,7 @@ from ..strategies.attention import cache_spec
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network
 from ..strategies.regions import Scope, scopes
-from .plan import Plan, Recache
+from .plan import PlanData, Recache
 from .program import priced_path
 from .traffic import Moved
 
@@ -126,7 +126,7 @@ def recaches(
     return tuple(found)
 
 
-def recached_bytes(plan: Plan) -> dict[Moved, float]:
+def recached_bytes(plan: PlanData) -> dict[Moved, float]:
     """Bytes that each rank receives when the caches of the planned prompts are converted."""
     moved: dict[Moved, float] = {}
 
@@ -148,7 +148,7 @@ def recached_bytes(plan: Plan) -> dict[Moved, float]:
     return moved
 
 
-def _asked_over(plan: Plan) -> list[int]:
+def _asked_over(plan: PlanData) -> list[int]:
     """The axes over which ranks tell each other who holds a token, once for each layout."""
     windows = {c.node.name: c.node.arg("window") for c in cached_attentions(plan.graph).values()}
     layouts = {
@@ -164,7 +164,7 @@ def _asked_over(plan: Plan) -> list[int]:
     ]
 
 
-def _may_run_out(plan: Plan) -> bool:
+def _may_run_out(plan: PlanData) -> bool:
     """Does decode's layout cut tokens, so that ranks ask each other for room?"""
     if plan.decode is None or not plan.recached:
         return False

@@ -15,14 +15,14 @@ from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.conversion import Step, Traffic
 from ..strategies.pricing import Work
-from .plan import Baseline, Memory, Plan, Recache, Request, Search
+from .plan import Baseline, Memory, PlanData, Recache, Request, Search
 from .program import PricedStep
 
 SCHEMA = "shardwright.plan/1"
 _PLAIN: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: PlanData) -> dict[str, Any]:
     """The plan as plain JSON data, with its schema version."""
     d = plan.decisions
     return {
@@ -85,7 +85,7 @@ def _step_to_json(priced: PricedStep) -> dict[str, Any]:
     }
 
 
-def plan_from_json(data: object) -> Plan:
+def plan_from_json(data: object) -> PlanData:
     """Inverse of `plan_to_json`.  Raises PlanError naming the field that is wrong."""
     reader = _Reader(data, "plan")
     schema = reader.get("schema", str)
@@ -97,7 +97,7 @@ def plan_from_json(data: object) -> Plan:
         raise PlanError(f"plan field `graph`: {error}") from error
     axes = reader.rows("mesh", str, int)
     search = reader.child("search")
-    return Plan(
+    return PlanData(
         request=reader.build("request", Request),
         graph=graph,
         mesh=_mesh(axes),
@@ -122,9 +122,9 @@ def plan_from_json(data: object) -> Plan:
 
 
 def _work(reader: _Reader, name: str) -> Work:
-    """Seconds of a node; plans of older versions do not say what its collectives take."""
+    """Seconds of a node; `moving` has those of its own collectives, where it runs any."""
     forward, backward = reader.row("work", name, float, float)
-    if name not in reader.optional("moving", dict, {}):
+    if name not in reader.get("moving", dict):
         return Work(forward, backward)
     *moving, axes = reader.row("moving", name, float, float, list)
     if not all(type(axis) is int for axis in axes):
@@ -199,10 +199,6 @@ class _Reader:
             raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
         return value
 
-    def optional(self, name: str, kind: type, default: Any) -> Any:
-        """The field `name`, or `default` where there is none."""
-        return self.get(name, kind) if name in self._data else default
-
     def is_null(self, name: str) -> bool:
         """Is the field `name` null?"""
         return self._data.get(name, 0) is None
@@ -259,8 +255,8 @@ class _Reader:
             return None
         if annotation == "tuple[str, ...]":
             return self.many(name, str)
-        if annotation == "tuple[tuple[str, float], ...]":  # plans of older versions have none
-            return self.rows(name, str, float) if name in self._data else ()
+        if annotation == "tuple[tuple[str, float], ...]":
+            return self.rows(name, str, float)
         value = self.get(name, _PLAIN[annotation.removesuffix(" | None")])
         if isinstance(value, str) and not (value.isprintable() and '"""' not in value):
             raise PlanError(f"`{self._where}.{name}` must be one line of text, got {value[:40]!r}")
@@ -271,12 +267,12 @@ class _Reader:
         return self.child(name).make(kind)
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: PlanData, path: Path) -> None:
     """Write the plan as JSON."""
     path.write_text(json.dumps(plan_to_json(plan), indent=1) + "\n", encoding="utf-8")
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> PlanData:
     """The plan in `path`, a plan.json or a folder with one."""
     path = path / "plan.json" if path.is_dir() else path
     try:

@@ -7,11 +7,12 @@ from itertools import groupby
 
 from ...facts.mesh import Mesh
 from ...facts.spec import S, Spec, format_spec
+from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import kind_of, rule_of
 from ...ir.ops.rule import Choice
-from ..plan.plan import Baseline, Plan
+from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep
 from ..plan.recache import recached_bytes
 from ..plan.split import spent_in_ops
@@ -44,7 +45,7 @@ _LABELS = {"b": "batch", "s": "sequence"}
 _SMALL = 0.002  # differences below this share of the time are not worth telling
 
 
-def format_plan(plan: Plan) -> str:
+def format_plan(plan: PlanData) -> str:
     """The whole report, as `plan` prints it."""
     if plan.decode is not None:
         return _format_serving(plan, plan.decode)
@@ -61,11 +62,11 @@ def format_plan(plan: Plan) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _notes(plan: Plan) -> str:
+def _notes(plan: PlanData) -> str:
     return "\n".join(["Notes", *(f"  {note}" for note in plan.notes)]) if plan.notes else ""
 
 
-def _format_serving(plan: Plan, decode: Plan) -> str:
+def _format_serving(plan: PlanData, decode: PlanData) -> str:
     """Both phases: what an answer costs, then each one's tables."""
     request, mesh = plan.request, plan.mesh
     whole = plan.answer_s
@@ -95,14 +96,14 @@ def _format_serving(plan: Plan, decode: Plan) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _conversion_time(plan: Plan) -> str:
+def _conversion_time(plan: PlanData) -> str:
     if not plan.recached:
         return ""
     seconds = sum(recache.seconds for recache in plan.recached)
     return f"  conversion of the KV caches      {format_seconds(seconds)}\n"
 
 
-def _layouts(plan: Plan) -> str:
+def _layouts(plan: PlanData) -> str:
     """What both phases share, and which caches are converted between them."""
     if not plan.recached:
         return "One set of weights and one cache layout serve both phases."
@@ -127,31 +128,10 @@ def _cuts(spec: Spec, mesh: Mesh) -> str:
     return ", ".join(parts) or "whole"
 
 
-def format_seconds(s: float) -> str:
-    """`1.23 s`, `45.6 ms`, `789 us`.
-
-    >>> format_seconds(0.0456)
-    '45.6 ms'
-    """
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if s * scale >= 1.0:
-            return f"{s * scale:.3g} {unit}"
-    return f"{s * 1e6:.3g} us"
-
-
-def format_bytes(n: float) -> str:
-    """`67.1 MB`, decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
 # -- the sentence ---------------------------------------------------------------------------------
 
 
-def _winner(plan: Plan) -> str:
+def _winner(plan: PlanData) -> str:
     request = plan.request
     text = (
         f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
@@ -160,7 +140,7 @@ def _winner(plan: Plan) -> str:
     return text + _versus(plan, plan.seconds)
 
 
-def _versus(plan: Plan, seconds: float) -> str:
+def _versus(plan: PlanData, seconds: float) -> str:
     """How the plan, which takes `seconds`, stands beside the best ordinary one."""
     fitting = [b for b in plan.baselines if b.seconds is not None]
     if not fitting:
@@ -182,12 +162,12 @@ def _versus(plan: Plan, seconds: float) -> str:
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
 
 
-def _unit(plan: Plan) -> str:
+def _unit(plan: PlanData) -> str:
     """What the seconds are for."""
     return "step" if plan.training else plan.request.phase
 
 
-def _rate(plan: Plan) -> str:
+def _rate(plan: PlanData) -> str:
     """New tokens per second, in serving: `, 5200 tokens/s, 650 tokens/s/GPU`."""
     if plan.training:
         return ""
@@ -195,7 +175,7 @@ def _rate(plan: Plan) -> str:
     return f", {rate:,.0f} tokens/s, {rate / plan.request.gpus:,.0f} tokens/s/GPU"
 
 
-def _ordinary(plan: Plan) -> str:
+def _ordinary(plan: PlanData) -> str:
     if not plan.baselines:
         return ""
     rows: list[tuple[str, ...]] = [("ordinary plan", "mesh", "time", "memory per GPU")]
@@ -203,13 +183,13 @@ def _ordinary(plan: Plan) -> str:
     return table(rows)
 
 
-def _baseline_row(plan: Plan, b: Baseline) -> tuple[str, ...]:
+def _baseline_row(plan: PlanData, b: Baseline) -> tuple[str, ...]:
     if b.seconds is None:
         return (b.name, b.mesh, "does not fit", f"at least {format_bytes(b.peak_bytes)}")
     return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
 
 
-def _differences(plan: Plan) -> str:
+def _differences(plan: PlanData) -> str:
     """What the best ordinary plan spends more and less on than this one, the most first."""
     fitting = [b for b in plan.baselines if b.seconds is not None and b.spent]
     if not fitting:
@@ -227,7 +207,7 @@ def _differences(plan: Plan) -> str:
     return f"Of its time {best.name} on {best.mesh} spends: {', '.join(rows)}." if rows else ""
 
 
-def _binding(plan: Plan) -> str:
+def _binding(plan: PlanData) -> str:
     compute, communication = split_seconds(plan)
     limit = plan.request.memory_bytes
     share = plan.memory.total / limit
@@ -250,7 +230,7 @@ def _binding(plan: Plan) -> str:
     return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
 
 
-def _moved(plan: Plan, unit: str) -> list[str]:
+def _moved(plan: PlanData, unit: str) -> list[str]:
     """What a rank receives over each axis, as the runtime would count it; most first."""
     moved = _received(predicted_bytes(plan.program, plan.mesh), plan.mesh)
     return [f"Each GPU receives per {unit}: {moved}."] if moved else []
@@ -275,7 +255,7 @@ def _by_size(kinds: dict[str, float]) -> list[str]:
     return [f"{kind.replace('_', '-')} {format_bytes(kinds[kind])}" for kind in order]
 
 
-def split_seconds(plan: Plan) -> tuple[float, dict[str, float]]:
+def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
     """(seconds of compute, seconds of communication per mesh axis) of one step."""
     axes = dict.fromkeys(plan.mesh.names, 0.0)
     spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
@@ -297,7 +277,7 @@ def _axes(over: Sequence[int], mesh: Mesh) -> str:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def _tables(plan: Plan) -> list[str]:
+def _tables(plan: PlanData) -> list[str]:
     labels = label_dims(plan.graph)
     out: list[str] = []
     outside: list[Compute | Convert] = []
@@ -313,7 +293,7 @@ def _tables(plan: Plan) -> list[str]:
 
 
 def _block_table(
-    plan: Plan, statements: Iterable[Compute | Convert], labels: dict[str, DimLabels]
+    plan: PlanData, statements: Iterable[Compute | Convert], labels: dict[str, DimLabels]
 ) -> str:
     rows: list[tuple[str, ...]] = [("op", "strategy", "result", "communication", "time")]
     pending: list[Convert] = []
@@ -340,7 +320,7 @@ def _is_light(item: Compute | Convert) -> bool:
     return kind_of(item.node) in ("elementwise", "view") and item.node.op not in heavy
 
 
-def _light_rows(plan: Plan, items: list[Compute]) -> list[tuple[str, ...]]:
+def _light_rows(plan: PlanData, items: list[Compute]) -> list[tuple[str, ...]]:
     """Consecutive elementwise ops and views in one row."""
     seconds = sum(plan.work[item.node.name].seconds for item in items)
     if not seconds:
@@ -350,7 +330,7 @@ def _light_rows(plan: Plan, items: list[Compute]) -> list[tuple[str, ...]]:
 
 
 def _row(
-    plan: Plan, item: Compute, before: list[Convert], labels: dict[str, DimLabels]
+    plan: PlanData, item: Compute, before: list[Convert], labels: dict[str, DimLabels]
 ) -> tuple[str, ...]:
     node = item.node
     work = plan.work[node.name]
@@ -365,7 +345,7 @@ def _row(
     )
 
 
-def _op_name(plan: Plan, node: Node) -> str:
+def _op_name(plan: PlanData, node: Node) -> str:
     """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
     name = node.loc.module.rsplit(".", 1)[-1]
     if kind_of(node) == "attention" or not name or name.isdigit():
@@ -429,7 +409,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  " + "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: PlanData) -> str:
     memory, limit = plan.memory, plan.request.memory_bytes
     kinds = (
         ("parameters", memory.parameters),
@@ -446,7 +426,7 @@ def _memory(plan: Plan) -> str:
     )
 
 
-def _capacity(plan: Plan) -> str:
+def _capacity(plan: PlanData) -> str:
     """How many tokens fit the KV cache, and how many sequences as long as planned."""
     request, memory = plan.request, plan.memory
     if not memory.cache:
@@ -460,7 +440,7 @@ def _capacity(plan: Plan) -> str:
     )
 
 
-def _search(plan: Plan) -> str:
+def _search(plan: PlanData) -> str:
     search = plan.search
     times = ", ".join(f"{name} {format_seconds(s)}" for name, s in search.seconds)
     proof = "proven optimal" if search.status == "optimal" else f"{search.status}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...costmodel.machines.cluster import Cluster
 from ...costmodel.memory import parameter_state_bytes
+from ...facts.units import format_bytes
 from ...ir.graph import Graph
 from ..plan.plan import Request
-from ..report.report import format_bytes
 from ..strategies.build import Setting, all_params
 
 

@@ -21,7 +21,7 @@ from ...ir.ops.registry import experts_dims, find_op, kind_of, matmul_dims, rule
 from ..errors import PlanError
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution, solve
-from ..plan.plan import Baseline, Memory, Plan, Request, Search
+from ..plan.plan import Baseline, Memory, PlanData, Request, Search
 from ..plan.program import PricedStep, lower, priced_path
 from ..plan.split import spent_in_ops
 from ..strategies.build import Builder, Decisions, Restriction, Setting, all_params
@@ -362,7 +362,7 @@ def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> li
 
 def assemble(
     graph: Graph, best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job
-) -> Plan:
+) -> PlanData:
     """The plan; it is optimal only if the problem of every mesh was solved to its end."""
     builder, decisions = best.builder, best.decisions
     mesh = name_axes(graph, builder.network.mesh, decisions)
@@ -384,7 +384,7 @@ def assemble(
         len(job.meshes),
         tuple(job.clock.seconds.items()),
     )
-    return Plan(
+    return PlanData(
         job.request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory,
         baselines, search, _notes(graph),
     )  # fmt: skip

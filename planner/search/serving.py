@@ -22,7 +22,7 @@ from ...ir.graph import Graph
 from ..errors import InfeasibleError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from ..ilp.solve import Solution
-from ..plan.plan import Baseline, Plan
+from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
 from ..strategies.attention import cache_bytes_in, cache_spec
 from ..strategies.build import Builder, Built, Floats, all_params
@@ -53,7 +53,7 @@ class _Served:
     seconds: float  # of a whole answer
 
 
-def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
+def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
     """The plan of prefill, with that of decode as its `decode`.
 
     `decode` is the graph of one new token over the longest context.  Attention over latents is
@@ -76,7 +76,7 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> Plan:
     def ordinary(variant: Variant, best: _Served) -> tuple[Baseline, ...]:
         return _baselines(_graphs(variant), best, job.saying(variant.way))
 
-    def finish(_: Variant, best: _Served, rows: tuple[Baseline, ...], proven: bool) -> Plan:
+    def finish(_: Variant, best: _Served, rows: tuple[Baseline, ...], proven: bool) -> PlanData:
         return _assembled(best, rows, proven, job)
 
     def explained(variant: Variant) -> InfeasibleError:
@@ -149,7 +149,7 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
     return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)
 
 
-def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> Plan:
+def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> PlanData:
     """The plan of prefill, with the rows of whole answers, and in it that of decode."""
     request = job.request
     phases = (

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Generic, Literal, TypeAlias
 
+from ...facts.units import format_seconds
 from ...ir.graph import Graph, Node
 from ...ir.ops.registry import kind_of
 from ...ir.passes.latent import absorbed, expanded, numbers_per_token
 from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, PlanError
-from ..plan.plan import Baseline, Plan
-from ..report.report import format_seconds
+from ..plan.plan import Baseline, PlanData
 from ..strategies.build import all_params
 from ..strategies.roles import Pin, Pins
 from .infeasible import explain
@@ -70,11 +70,11 @@ class Way(Generic[Found]):
 
     search: Callable[[Variant, Found | None], Searched[Found]]
     ordinary: Callable[[Variant, Found], tuple[Baseline, ...]]
-    finish: Callable[[Variant, Found, tuple[Baseline, ...], bool], Plan]
+    finish: Callable[[Variant, Found, tuple[Baseline, ...], bool], PlanData]
     explain: Callable[[Variant], InfeasibleError]
 
 
-def make_plan(graph: Graph, job: Job) -> Plan:
+def make_plan(graph: Graph, job: Job) -> PlanData:
     """The cheapest plan of the graph's variants over all the job's meshes.
 
     Attention over latents is planned in all its forms, then fused projections in parts in the best
@@ -88,7 +88,9 @@ def make_plan(graph: Graph, job: Job) -> Plan:
     def ordinary(variant: Variant, best: Solved) -> tuple[Baseline, ...]:
         return ordinary_plans(variant.graph, best, job.saying(variant.way))
 
-    def finish(variant: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool) -> Plan:
+    def finish(
+        variant: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool
+    ) -> PlanData:
         return assemble(variant.graph, best, rows, proven, job)
 
     def explained(variant: Variant) -> InfeasibleError:
@@ -116,7 +118,7 @@ class _Tried(Generic[Found]):
         return f"at least {format_seconds(least)}" if isfinite(least) else "does not fit"
 
 
-def plan_variants(variants: Sequence[Variant], way: Way[Found]) -> Plan:
+def plan_variants(variants: Sequence[Variant], way: Way[Found]) -> PlanData:
     """The plan of fewest seconds among those of the variants, with notes on the others.
 
     What is whole is planned first, and in parts what has the form of the best of these.  Optimal

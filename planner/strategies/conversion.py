@@ -204,8 +204,6 @@ class Conversions:
         dims = map(S, range(len(kind.shape)))
         self._states = (R, P, *((V,) if gradient else ()), *dims)
         self._steps: dict[Spec, list[tuple[Step, Spec, float]]] = {}
-        self._legal: dict[Spec, bool] = {}
-        self._local: dict[Spec, int] = {}
         self._from: dict[Spec, tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]] = {}
 
     def canonical(self, spec: Spec) -> Spec:
@@ -356,11 +354,6 @@ class Conversions:
         return [
             step for step in steps if spec_fits(self.type.shape, _apply(spec, step), self._sizes)
         ]
-
-    def _fits(self, spec: Spec) -> bool:
-        if spec not in self._legal:
-            self._legal[spec] = spec_fits(self.type.shape, spec, self._sizes)
-        return self._legal[spec]
 
     def _seconds(self, step: Step, spec: Spec) -> float:
         return self.step_seconds(step, spec) + STEP_S

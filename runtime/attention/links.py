@@ -46,7 +46,7 @@ class Link:
         return self._group.group if isinstance(self._group, Axis) else self._group
 
     def shift(self, x: Tensor, phase: Phase) -> Hop:
-        """Start to send contiguous `x` to the next rank of the ring, and to receive its like."""
+        """Start to send contiguous `x` to the next rank of the ring, and receive from the last."""
         received, works = torch.empty_like(x), []
         if x.numel():
             counter.record("send_recv", self.name, phase, x.nbytes, self.size)

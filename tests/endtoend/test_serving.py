@@ -21,7 +21,7 @@ from shardwright.ir.passes.serving import serving_graph
 from shardwright.ir.reference.interpret import Caches, interpret
 from shardwright.ir.reference.widen import widened
 from shardwright.planner.ilp.solve import solve
-from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.search.serving import make_serving_plan
@@ -183,7 +183,7 @@ def test_predicted_bytes(pool: Pool, algorithm: str) -> None:
         assert counted == pytest.approx(moved, rel=1e-12)
 
 
-def serving_plan(name: str, sizes: tuple[int, ...], ways: tuple[str, str] | None) -> Plan:
+def serving_plan(name: str, sizes: tuple[int, ...], ways: tuple[str, str] | None) -> PlanData:
     """Prefill and decode of a tiny model planned together; `ways` fixes both's attention."""
     prefill, decode = graph_of(name, PROMPT), graph_of(name, 1, PROMPT + NEW - 2)
     request = Request(

@@ -19,9 +19,10 @@ from shardwright.conversation import Step, by_graph, by_module
 from shardwright.facts.mesh import Mesh
 from shardwright.facts.spec import Spec
 from shardwright.ir.graph import Graph
-from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.recache import recached_bytes, recaches
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
+from shardwright.planner.report.report import format_plan
 from shardwright.planner.search.serving import make_serving_plan
 from shardwright.planner.strategies.attention import cache_spec
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction, all_params
@@ -191,7 +192,7 @@ def test_latents(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: str) -> 
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def serving_plan(name: str, sizes: tuple[int, ...], ours: str, theirs: str) -> Plan:
+def serving_plan(name: str, sizes: tuple[int, ...], ours: str, theirs: str) -> PlanData:
     """Prefill and decode planned together, with these layouts."""
     prefill, decode = graph_of(name, PROMPT), graph_of(name, 1, PROMPT + NEW - 2)
     request = Request(
@@ -251,9 +252,9 @@ def test_what_is_moved(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: st
 
 def test_the_report_names_the_conversion() -> None:
     plan = serving_plan("llama", (2, 2), "S0,S2", "S0,S1")
-    text = str(plan)
+    text = format_plan(plan)
     assert "conversion of the KV caches" in text and "One set of weights serves both" in text
     assert "3 x model.layers.*.kv: dp: batch, cp: tokens -> dp: batch, cp: heads (cp all-to-all"
-    alike = str(serving_plan("llama", (2, 2), "S0,S1", "S0,S1"))
+    alike = format_plan(serving_plan("llama", (2, 2), "S0,S1", "S0,S1"))
     assert "One set of weights and one cache layout serve both phases." in alike
     assert "conversion" not in alike

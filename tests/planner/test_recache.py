@@ -19,7 +19,7 @@ from shardwright.ir.graph import Graph
 from shardwright.loading import Loaded, with_tokens
 from shardwright.planner.errors import InfeasibleError
 from shardwright.planner.ilp.problem import evaluate
-from shardwright.planner.plan.plan import Plan, Request
+from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.recache import Recaching, cached_attentions
 from shardwright.planner.search.serving import _joined, make_serving_plan
 from shardwright.planner.strategies.build import Builder, Restriction, Setting
@@ -47,7 +47,7 @@ def graphs(batch: int, seq: int, window: int = 0) -> tuple[Graph, Graph]:
     return prefill, phase_graph(with_tokens(loaded, 1), "decode", seq + NEW - 2)
 
 
-def planned(batch: int, seq: int, limit: Callable[[Graph], Restriction]) -> Plan:
+def planned(batch: int, seq: int, limit: Callable[[Graph], Restriction]) -> PlanData:
     prefill, decode = graphs(batch, seq)
     request = Request(
         "", GPUS, "h100", "serve", batch, seq, "bfloat16", "none", 80e9, (), 0, NEW

@@ -12,7 +12,7 @@ import shardwright
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.ir.graph import Node
 from shardwright.ir.ops.registry import kind_of
-from shardwright.planner.plan.plan import Plan
+from shardwright.planner.plan.plan import PlanData
 from shardwright.planner.report.report import split_seconds
 from shardwright.planner.strategies import experts
 from shardwright.planner.strategies.conversion import Network
@@ -38,7 +38,7 @@ def mixture(phase: str, batch: int, seq: int) -> Any:
     return shardwright.plan(model, inputs, gpus=8, mesh="8", phase=phase, pins=pins)
 
 
-def layer_of_experts(plan: Plan) -> Node:
+def layer_of_experts(plan: PlanData) -> Node:
     (node,) = (n for s in scopes(plan.graph) for n in s.nodes if kind_of(n) == "experts")
     return node
 
@@ -75,7 +75,7 @@ def test_exchanges_of_experts_are_communication() -> None:
 def test_a_plan_keeps_its_shares_in_a_file(tmp_path: Any) -> None:
     plan = mixture("train", 8, 512)
     plan.save(tmp_path / "plan.json")
-    again = Plan.load(tmp_path / "plan.json")
+    again = shardwright.load_plan(tmp_path / "plan.json")
     assert again.work == plan.work and again.baselines == plan.baselines
     assert split_seconds(again) == split_seconds(plan)
 

@@ -10,15 +10,16 @@ import torch
 
 import shardwright
 from shardwright.costmodel.collective import wire_bytes
-from shardwright.planner.plan.plan import Plan
+from shardwright.facts.units import format_bytes
+from shardwright.planner.plan.plan import PlanData
 from shardwright.planner.plan.program import Convert
 from shardwright.planner.plan.traffic import predicted_bytes
-from shardwright.planner.report.report import format_bytes, format_plan
+from shardwright.planner.report.report import format_plan
 from tests.endtoend.families import example_module
 
 
 @cache
-def fsdp_plan() -> Plan:
+def fsdp_plan() -> PlanData:
     """The example's Llama with every parameter stored in slices."""
     example = example_module("llama")
     config = example.LlamaConfig(
