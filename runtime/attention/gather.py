@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .latents import Held
+from .algorithm import Algorithm, Gradients, differentiable, start
+from .held import Held
+from .kernels import Queries
 from .links import Group, unpack
-from .partial import wide
+from .options import Options
+from .partial import Partial, wide
 from .scores import Mask
-from .task import Options, Task, save, saved_held, start
+from .task import ShardTask, Task
 from .tokens import Layout
 
 
@@ -51,78 +54,59 @@ def gather_kv_attention(
     Raises ValueError for sizes that do not fit together or to the layout.
     """
     options = Options(
-        "gather_kv_attention", causal, window, scale, softcap, sinks, bias, slopes, mask
+        "gather_kv_attention", causal, window, scale, softcap, sinks, bias, slopes, mask, up
     )
-    task = Task.of(options, group, q, k, v, layout, query_layout, up)
+    task = ShardTask.of(options, group, q, k, v, layout, query_layout)
     if stride < 0:
         options.refuse(f"stride is a number of key heads, or 0 for all; got {stride}")
-    return _Gather.apply(q, k, v, sinks, bias, up, task, stride or k.shape[1])
+    by_strides = replace(
+        GATHER, forward=partial(_forward, stride=stride), backward=partial(_backward, stride=stride)
+    )
+    return differentiable(by_strides if stride else GATHER, task, q, k, v, sinks, up)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        up: Tensor | None,
-        task: Task,
-        stride: int,
-    ) -> Tensor:
-        ctx.task, ctx.stride = task, stride
-        held = Held.of(q, k, v, up)
-        into = start(q, held.value_dim, sinks)
-        for heads, of_heads in _strides(task, q, k, stride):
-            own = slice(heads.start * _group(q, k), heads.stop * _group(q, k))
-            part, some = into.of_heads(own), held.of_key_heads(heads)
-            rows = task.link.all_gather(some.packed(), "forward")
-            for source in _sources(task):
-                there = some.received(rows[source])
-                there.attend(part, q[:, own], task.pieces(source), of_heads.scores)
-        return save(ctx, (q, k, v, sinks), into, up=up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
-        queries, held, dsinks = saved_held(ctx, grads[0])
-        q, k, up = queries.q, held.k, held.heads and held.heads.up
-        dq, *dsent = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (q, *held.sent))
-        dup = None if up is None else torch.zeros_like(up, dtype=dq.dtype)
-        for heads, of_heads in _strides(task, q, k, ctx.stride):
-            own = slice(heads.start * _group(q, k), heads.stop * _group(q, k))
-            mine, some = queries.of_heads(own), held.of_key_heads(heads)
-            rows = task.link.all_gather(some.packed(), "backward")
-            summands = torch.zeros_like(rows, dtype=dq.dtype)
-            for source in _sources(task):
-                into = (dq[:, own], unpack(summands[source], *some.shapes), dup)
-                pieces = task.pieces(source)
-                some.received(rows[source]).attend_backward(into, mine, pieces, of_heads.scores)
-            summed = task.link.reduce_scatter(summands, "backward")
-            for whole, part in zip(dsent, unpack(summed, *some.shapes), strict=True):
-                whole[:, heads] = part
-        dk, *dv = (x.to(k.dtype) for x in dsent)
-        return dq.to(k.dtype), dk, dv[0] if dv else None, dsinks, dbias, dup, None, None
+def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task, stride: int = 0) -> Partial:
+    """This rank's queries over the keys of all ranks, `stride` key heads at a time (0: all)."""
+    into = start(q, held.value_dim, sinks)
+    for heads, own, of_heads in _strides(task, q, held, stride):
+        part, some = into.of_heads(own), held.of_key_heads(heads)
+        rows = task.link.all_gather(some.packed(), "forward")
+        for source in _sources(task):
+            work = task.work(task.link.rank, source)
+            some.received(rows[source]).attend(part, q[:, own], work, of_heads.scores)
+    return into
 
 
-def _group(q: Tensor, k: Tensor) -> int:
-    """Query heads per key head."""
-    return q.shape[1] // k.shape[1]
+def _backward(queries: Queries, held: Held, task: Task, stride: int = 0) -> Gradients:
+    """Keys are gathered again; a reduce-scatter adds up their gradients."""
+    link, q, up = task.link, queries.q, held.heads and held.heads.up
+    dq, *dsent = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (q, *held.sent))
+    dup = None if up is None else torch.zeros_like(up, dtype=dq.dtype)
+    for heads, own, of_heads in _strides(task, q, held, stride):
+        mine, some = queries.of_heads(own), held.of_key_heads(heads)
+        rows = link.all_gather(some.packed(), "backward")
+        summands = torch.zeros_like(rows, dtype=dq.dtype)
+        for source in _sources(task):
+            into = (dq[:, own], unpack(summands[source], *some.shapes), dup)
+            work = task.work(link.rank, source)
+            some.received(rows[source]).attend_backward(into, mine, work, of_heads.scores)
+        summed = link.reduce_scatter(summands, "backward")
+        for whole, part in zip(dsent, unpack(summed, *some.shapes), strict=True):
+            whole[:, heads] = part
+    return dq, dsent, dup
 
 
-def _strides(task: Task, q: Tensor, k: Tensor, stride: int) -> Iterator[tuple[slice, Task]]:
-    """Slices of key heads, each with the task of its query heads."""
-    group = _group(q, k)
-    for first in range(0, k.shape[1], stride):
-        heads = slice(first, min(first + stride, k.shape[1]))
-        count = heads.stop - heads.start
-        scores = task.scores.of_heads(first * group, count * group)
-        yield heads, Task(task.link, scores, task.queries, task.keys)
+GATHER = Algorithm("gather", _forward, _backward, travels="keys")
+
+
+def _strides(task: Task, q: Tensor, held: Held, stride: int) -> Iterator[tuple[slice, slice, Task]]:
+    """Slices of key heads, each with that of its query heads and the task of these."""
+    key_heads, group = held.k.shape[1], q.shape[1] // held.k.shape[1]
+    step = stride or key_heads
+    for first in range(0, key_heads, step):
+        heads = slice(first, min(first + step, key_heads))
+        own = slice(first * group, heads.stop * group)
+        yield heads, own, task.of_heads(own.start, own.stop - own.start)
 
 
 def _sources(task: Task) -> Iterator[int]:

@@ -7,18 +7,11 @@ and the value up[h, d_nope:] c.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from .kernels import Queries, attend, attend_backward
-from .links import pack, unpack
-from .partial import Partial
-from .pieces import Piece
-from .scores import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,82 +56,3 @@ class Heads:
         dlatents[:, 0, :, rank:] += dk[..., self.nope :].sum(1)
         c = k[:, 0, :, :rank].flatten(0, 1)
         dup += (rows.flatten(0, 1).T @ c).view_as(dup)
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One rank's keys, as ranks send them: k and v, or latents k of which `heads` makes both."""
-
-    k: Tensor
-    v: Tensor | None
-    heads: Heads | None
-
-    @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor | None, up: Tensor | None) -> Held:
-        """For queries q; with `up` k are latents and v is None."""
-        return Held(k, v, None if up is None else Heads.of(up, q, k))
-
-    @property
-    def value_dim(self) -> int:
-        """Numbers of a value."""
-        if self.heads is not None:
-            return self.heads.value_dim
-        assert self.v is not None
-        return self.v.shape[3]
-
-    @property
-    def sent(self) -> tuple[Tensor, ...]:
-        """The tensors of which a message consists."""
-        return (self.k,) if self.v is None else (self.k, self.v)
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """Of `sent`, and of its gradients."""
-        return [x.shape for x in self.sent]
-
-    def packed(self) -> Tensor:
-        """The message that tells another rank."""
-        return pack(*self.sent)
-
-    def received(self, message: Tensor) -> Held:
-        """Those of another rank, from what it packed."""
-        k, *v = unpack(message, *self.shapes)
-        return replace(self, k=k, v=v[0] if v else None)
-
-    def of_key_heads(self, heads: slice) -> Held:
-        """Some of the key heads; latents are one."""
-        return replace(self, k=self.k[:, heads], v=None if self.v is None else self.v[:, heads])
-
-    def attend(self, into: Partial, q: Tensor, pieces: Sequence[Piece], scores: Scores) -> None:
-        """Merge queries q over these keys into `into`."""
-        if pieces:
-            attend(into, q, *self._keys_and_values(), pieces, scores)
-
-    def attend_backward(
-        self,
-        grads: tuple[Tensor, Sequence[Tensor], Tensor | None],
-        queries: Queries,
-        pieces: Sequence[Piece],
-        scores: Scores,
-    ) -> None:
-        """Add the gradients of the pieces to `grads`: of q, of `sent`, and of `up` if there is one.
-
-        Keys and values are made again.
-        """
-        if not pieces:
-            return
-        dq, dsent, dup = grads
-        k, v = self._keys_and_values()
-        if self.heads is None:
-            attend_backward((dq, dsent[0], dsent[1]), queries, k, v, pieces, scores)
-            return
-        assert dup is not None
-        dk, dv = (torch.zeros_like(x, dtype=dq.dtype) for x in (k, v))
-        attend_backward((dq, dk, dv), queries, k, v, pieces, scores)
-        self.heads.made_backward((dsent[0], dup), self.k, dk, dv)
-
-    def _keys_and_values(self) -> tuple[Tensor, Tensor]:
-        if self.heads is not None:
-            return self.heads.made(self.k)
-        assert self.v is not None
-        return self.k, self.v

@@ -1,17 +1,24 @@
-"""Attention on one rank, as generated modules call it: queries may be a part of the sequence."""
+"""Attention as generated modules call it: on one rank, or over an axis by an algorithm.
+
+On one rank queries may be a part of the sequence.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..mesh.collectives import Axis
 from ..mesh.stochastic import dropout
+from .algorithm import differentiable
+from .algorithms import LOCAL, OVER_SHARDS
 from .links import Link
-from .ring import attend_over_ring
-from .task import Options, Task, check_keys
+from .options import Options
+from .task import ShardTask
 from .tokens import Layout
 
 
@@ -21,6 +28,9 @@ def attention(
     v: Tensor | None,
     mask: Tensor | None = None,
     *,
+    algorithm: str = "",
+    axis: Axis | None = None,
+    zigzag: bool = False,
     scale: float | None = None,
     causal: bool = False,
     window: int = 0,
@@ -42,6 +52,10 @@ def attention(
     Result (b, hq, sq, dv).  With `up`, v is None and k are latents, as in `ring_attention`; they
     take neither mask nor dropout.
 
+    With `axis`, q, k and v are this rank's shards of a sequence that the axis cuts, in contiguous
+    blocks or in `zigzag` order, and `algorithm` (ring, gather, pass_q, ulysses, window; see
+    `OVER_SHARDS`) says how the ranks work together; neither mask nor dropout is known to it.
+
     Without mask and dropout memory grows with sq + sk and not with their product, whatever the
     positions; with dropout, or a mask together with positions or softcap, it has sq x sk scores.
     """
@@ -51,22 +65,26 @@ def attention(
     # Nothing here may depend on the rank: backward asks for gathered operands in one order.
     shared = query_start is not None
     query_start = query_start or 0
-    options = Options("attention", causal, window, scale, softcap, sinks, None, None, None)
+    options = Options("attention", causal, window, scale, softcap, sinks, up=up)
+    if axis is not None:
+        if mask is not None or dropout_p > 0:
+            options.refuse("over an axis attention takes neither mask nor dropout")
+        return _over_shards(options, algorithm, axis, zigzag, q, k, v)
     if up is not None or v is None:
         if mask is not None or dropout_p > 0:
             options.refuse("latents k, of which `up` makes heads, take neither mask nor dropout")
-        return _by_positions(options, q, k, v, up, query_start)
+        return _by_positions(options, q, k, v, query_start)
     bounded = window > 0 and (shared or sq > window)
     positioned = bounded or causal and (shared or sq != sk)
     if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
-        return _by_positions(options, q, k, v, None, query_start)
+        return _by_positions(options, q, k, v, query_start)
     if softcap == 0 and dropout_p == 0 and mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    mask = _with_positions(mask, (sq, sk), causal, window, query_start, q.device)
+    mask = _with_positions(mask, options, (sq, sk), query_start, q.device)
     if softcap > 0 or dropout_p > 0 or sinks is not None:
-        return _explicit_attention(q, k, v, mask, scale, softcap, sinks, dropout_p, generator)
+        return _explicit_attention(options, q, k, v, mask, dropout_p, generator)
     if q.is_cuda and q.shape[1] != k.shape[1]:
         # Of CUDA's kernels, the one that takes masks does not take grouped heads.
         groups = q.shape[1] // k.shape[1]
@@ -76,35 +94,53 @@ def attention(
     )
 
 
-def _by_positions(
+def _over_shards(
     options: Options,
+    algorithm: str,
+    axis: Axis,
+    zigzag: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    up: Tensor | None,
-    query_start: int,
+) -> Tensor:
+    """Attention of shards, which are equal."""
+    if algorithm not in OVER_SHARDS:
+        options.refuse(f"algorithm is one of {', '.join(OVER_SHARDS)}; got {algorithm!r}")
+    make = Layout.zigzag if zigzag else Layout.contiguous
+    more = {} if options.up is None else {"up": options.up}  # which not all algorithms know
+    return OVER_SHARDS[algorithm](
+        q, k, v, group=axis, causal=options.causal, window=options.window, scale=options.scale,
+        softcap=options.softcap, sinks=options.sinks,
+        layout=make(q.shape[2] * axis.size, axis.size), **more,
+    )  # fmt: skip
+
+
+def _by_positions(
+    options: Options, q: Tensor, k: Tensor, v: Tensor | None, query_start: int
 ) -> Tensor:
     """Attention without a mask of queries x keys: a ring of one rank."""
+    up = options.up
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # as SDPA does
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k = q.to(dtype), k.to(dtype)
         v, up = (None if x is None else x.to(dtype) for x in (v, up))
-    check_keys(options, q, k, v, up)
+    options = replace(options, up=up)
+    options.check_keys(q, k, v)
     queries = Layout.contiguous(q.shape[2], 1, start=query_start)
     keys = Layout.contiguous(k.shape[2], 1)
-    task = Task(Link(None), options.scores(q), queries, keys)
-    return attend_over_ring(q, k, v, options.sinks, task, up)
+    task = ShardTask(Link(None), options.scores(q), queries, keys)
+    return differentiable(LOCAL, task, q, k, v, options.sinks, up)
 
 
 def _with_positions(
     mask: Tensor | None,
+    options: Options,
     shape: tuple[int, int],
-    causal: bool,
-    window: int,
     query_start: int,
     device: torch.device,
 ) -> Tensor | None:
     """`mask` with the rules on positions put in; None if everything may be attended."""
+    causal, window = options.causal, options.window
     sq, sk = shape
     if not window and not (causal and sk - 1 > query_start):
         return mask
@@ -123,18 +159,16 @@ def _with_positions(
 
 
 def _explicit_attention(
+    options: Options,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
     dropout_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Attention with the scores written out, for what the fused kernels do not know."""
-    heads = k.shape[1]
+    heads, scale, softcap, sinks = k.shape[1], options.scale, options.softcap, options.sinks
     grouped = q.unflatten(1, (heads, -1))
     scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
     scores = scores.flatten(1, 2) * (1.0 / sqrt(q.shape[-1]) if scale is None else scale)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .kernels import attend
+from .algorithm import Algorithm, differentiable, start
+from .held import Held
 from .links import Group, Link, unpack
+from .options import Options
 from .partial import Partial, wide
-from .ring import ring_backward
+from .ring import RING
 from .scores import Mask
-from .task import Options, Task, save, start
+from .task import ShardTask, Task
 from .tokens import Layout
 
 
@@ -47,53 +46,43 @@ def pass_q_attention(
     Raises ValueError for sizes that do not fit together or to the layout.
     """
     options = Options("pass_q_attention", causal, window, scale, softcap, sinks, None, slopes, mask)
-    task = Task.of(options, group, q, k, v, layout, query_layout)
-    return _PassQ.apply(q, k, v, sinks, task)
+    task = ShardTask.of(options, group, q, k, v, layout, query_layout)
+    return differentiable(PASS_Q, task, q, k, v, sinks)
 
 
-class _PassQ(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, task: Task
-    ) -> Tensor:
-        ctx.task = task
-        into = start(q, v.shape[3], sinks)
-        for part in return_partials(_circulate(q, k, v, task), q, v, task.link):
-            into.add_(part.out, part.lse)
-        return save(ctx, (q, k, v, sinks), into)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        *found, _ = ring_backward(ctx, grads[0], ctx.task)  # there is no `up`
-        return (*found, None)
+def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
+    """The queries of all ranks over this rank's keys; what those of this rank get of all."""
+    into, link = start(q, held.value_dim, sinks), task.link
+    for part in _returned(_circulate(q, held.made(), task), q, held.value_dim, link):
+        into.add_(part.out, part.lse)
+    return into
 
 
-def _circulate(q: Tensor, k: Tensor, v: Tensor, task: Task) -> list[Partial]:
+PASS_Q = Algorithm("pass_q", _forward, RING.backward, travels="queries")
+
+
+def _circulate(q: Tensor, held: Held, task: Task) -> list[Partial]:
     """What the queries of each rank get from the keys of this one."""
-    link, parts = task.link, [Partial.empty(q, v.shape[3]) for _ in range(task.link.size)]
+    link, parts = task.link, [Partial.empty(q, held.value_dim) for _ in range(task.link.size)]
     q = q.contiguous()
     for step in range(link.size):
         owner = (link.rank - step) % link.size
         hop = link.shift(q, "forward") if step < link.size - 1 else None
-        pieces = task.scores.pieces(task.queries, owner, task.keys, link.rank)
-        attend(parts[owner], q, k, v, pieces, task.scores)
+        held.attend(parts[owner], q, task.work(owner, link.rank), task.scores)
         if hop is not None:
             (q,) = hop.wait()
     return parts
 
 
-def return_partials(parts: list[Partial], q: Tensor, v: Tensor, link: Link) -> list[Partial]:
+def _returned(parts: list[Partial], q: Tensor, value_dim: int, link: Link) -> list[Partial]:
     """What this rank's queries got, from the own keys backwards around the ring."""
     own = link.rank
     messages = [part.lse if i == own else _encode(part, q.dtype) for i, part in enumerate(parts)]
     messages[own] = messages[own].new_empty(0, dtype=torch.uint8)
-    sizes = [_message_size(q, v)] * link.size
+    sizes = [_message_size(q, value_dim)] * link.size
     received = link.all_to_all(messages, sizes, "forward")
     order = [(own - step) % link.size for step in range(link.size)]
-    return [parts[i] if i == own else _decode(received[i], q, v) for i in order]
+    return [parts[i] if i == own else _decode(received[i], q, value_dim) for i in order]
 
 
 def _encode(part: Partial, dtype: torch.dtype) -> Tensor:
@@ -102,15 +91,15 @@ def _encode(part: Partial, dtype: torch.dtype) -> Tensor:
     return torch.cat([lse, out])
 
 
-def _decode(message: Tensor, q: Tensor, v: Tensor) -> Partial:
+def _decode(message: Tensor, q: Tensor, value_dim: int) -> Partial:
     """Inverse of `_encode`."""
     size = q.shape[0] * q.shape[1] * q.shape[2] * wide(q.dtype).itemsize
     lse, out = message[:size].view(wide(q.dtype)), message[size:].view(q.dtype)
     shape = q.shape[:3]
-    (out,) = unpack(out, (*shape, v.shape[3]))
+    (out,) = unpack(out, (*shape, value_dim))
     return Partial(out, lse.view(shape))
 
 
-def _message_size(q: Tensor, v: Tensor) -> int:
+def _message_size(q: Tensor, value_dim: int) -> int:
     rows = q.shape[0] * q.shape[1] * q.shape[2]
-    return rows * (wide(q.dtype).itemsize + v.shape[3] * q.dtype.itemsize)
+    return rows * (wide(q.dtype).itemsize + value_dim * q.dtype.itemsize)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .algorithm import save, saved, saved_more, start
 from .kernels import attend, attend_backward
+from .options import Options
 from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Scores
-from .task import Options, check_heads, save, saved, saved_more, start
 from .tokens import Layout
 
 
@@ -40,9 +41,11 @@ def shared_prefix_attention(
 
     Raises ValueError for sizes that do not fit together.
     """
-    options = Options("shared_prefix_attention", causal, 0, scale, softcap, sinks, None, None, None)
-    check_heads(options.name, q, k, v)
-    check_heads(options.name, q[:1], prefix_k, prefix_v)
+    options = Options(
+        "shared_prefix_attention", causal=causal, scale=scale, softcap=softcap, sinks=sinks
+    )
+    options.check_heads(q, k, v)
+    options.check_heads(q[:1], prefix_k, prefix_v)
     if prefix_k.shape[1] != k.shape[1] or prefix_v.shape[3] != v.shape[3]:
         options.refuse(
             f"prefix {tuple(prefix_k.shape)}, {tuple(prefix_v.shape)} has other heads than k"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .latents import Held
+from .algorithm import Algorithm, Gradients, differentiable, start
+from .held import Held
+from .kernels import Queries
 from .links import Group, unpack
+from .options import Options
 from .partial import Partial, wide
 from .scores import Mask
-from .task import Options, Task, save, saved_held, start
+from .task import ShardTask, Task
 from .tokens import Layout
 
 
@@ -70,24 +70,14 @@ def ring_attention(
 
     Raises ValueError for sizes that do not fit together or to the layout.
     """
-    options = Options("ring_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
-    task = Task.of(options, group, q, k, v, layout, query_layout, up)
-    return attend_over_ring(q, k, v, sinks, task, up)
+    options = Options(
+        "ring_attention", causal, window, scale, softcap, sinks, bias, slopes, mask, up
+    )
+    task = ShardTask.of(options, group, q, k, v, layout, query_layout)
+    return differentiable(RING, task, q, k, v, sinks, up)
 
 
-def attend_over_ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    sinks: Tensor | None,
-    task: Task,
-    up: Tensor | None = None,
-) -> Tensor:
-    """`ring_attention` of checked inputs; on one rank it is local attention."""
-    return _Ring.apply(q, k, v, sinks, task.scores.bias, up, task)
-
-
-def ring_forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
+def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
     """This rank's queries over the keys of all ranks, from its own backwards around the ring."""
     into = start(q, held.value_dim, sinks)
     link, buffer = task.link, held.packed() if task.link.size > 1 else None
@@ -95,20 +85,19 @@ def ring_forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Par
         source = (link.rank - step) % link.size
         last = step == link.size - 1
         hop = None if last or buffer is None else link.shift(buffer, "forward")
-        held.attend(into, q, task.pieces(source), task.scores)
+        held.attend(into, q, task.work(link.rank, source), task.scores)
         if hop is not None:
             (buffer,) = hop.wait()
             held = held.received(buffer)
     return into
 
 
-def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, sinks, up: keys travel again, their gradients one rank behind them.
+def _backward(queries: Queries, held: Held, task: Task) -> Gradients:
+    """Keys travel again, their gradients one rank behind them.
 
     A rank adds its share to the gradient that comes with the keys and passes it on; after p-1
     hops it is with the keys' owner, whose own share never left.
     """
-    queries, held, dsinks = saved_held(ctx, grad)
     link, dtype = task.link, wide(held.k.dtype)
     dq = queries.q.new_zeros(queries.q.shape, dtype=dtype)
     dup = None if held.heads is None else torch.zeros_like(held.heads.up, dtype=dtype)
@@ -122,7 +111,7 @@ def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor | None, ..
         keys = None if last or buffer is None else link.shift(buffer, "backward")
         share = own if step == 0 else torch.zeros_like(own)
         grads = (dq, unpack(share, *shapes), dup)
-        held.attend_backward(grads, queries, task.pieces(source), task.scores)
+        held.attend_backward(grads, queries, task.work(link.rank, source), task.scores)
         if step > 0:
             if gradients is not None:
                 share += gradients.wait()[0]
@@ -132,31 +121,7 @@ def ring_backward(ctx: Any, grad: Tensor, task: Task) -> tuple[Tensor | None, ..
             held = held.received(buffer)
     if gradients is not None:
         own += gradients.wait()[0]
-    dk, *dv = (x.to(queries.q.dtype) for x in unpack(own, *shapes))
-    return dq.to(queries.q.dtype), dk, dv[0] if dv else None, dsinks, dup
+    return dq, unpack(own, *shapes), dup
 
 
-class _Ring(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        sinks: Tensor | None,
-        bias: Tensor | None,  # that of the task; autograd knows it by this
-        up: Tensor | None,
-        task: Task,
-    ) -> Tensor:
-        ctx.task = task
-        into = ring_forward(q, Held.of(q, k, v, up), sinks, task)
-        return save(ctx, (q, k, v, sinks), into, up=up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
-        *found, dup = ring_backward(ctx, grads[0], task)
-        return (*found, dbias, dup, None)
+RING = Algorithm("ring", _forward, _backward, travels="keys")

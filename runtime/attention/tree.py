@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .agreement import Call, agree
-from .kernels import Queries, attend, attend_backward, sinks_gradient
+from .algorithm import Algorithm, Gradients, differentiable
+from .held import Held
+from .kernels import Queries
 from .links import Group, Link, link_of
+from .options import Options
 from .partial import Partial, normalised, wide
 from .pieces import Piece
 from .scores import Mask, Scores
-from .task import Options, check_heads
+from .task import KnownTask, Task
 from .tokens import Layout
+from .work import Work
 
 
 def tree_attention(
@@ -56,7 +58,7 @@ def tree_attention(
     `bias` that needs a gradient.
     """
     options = Options("tree_attention", causal, window, scale, softcap, sinks, bias, slopes, mask)
-    check_heads(options.name, q, k, v)
+    options.check_heads(q, k, v)
     if bias is not None and bias.requires_grad:
         raise NotImplementedError(
             "tree_attention: no gradient is computed for bias; detach it, or use ring_attention or"
@@ -68,16 +70,10 @@ def tree_attention(
     call = Call.of(options.name, scores, (q, k, v, sinks), (), k_rows=0 if alone else k.shape[2])
     agree(call, [link], q.device, every_time=layout is None and lengths is None)
     if lengths is not None:
-        parts = _by_length(options, scores, q, k, lengths, layout)
+        work = _by_length(options, scores, q, k, lengths, layout)
     else:
-        parts = [
-            (slice(0, q.shape[0]), _by_layout(options, scores, link, q, k, layout, query_start))
-        ]
-    return _Tree.apply(q, k, v, sinks, link, scores, parts)
-
-
-# Sequences of the batch, and what their queries attend.
-_Parts = list[tuple[slice, tuple[Piece, ...]]]
+        work = _by_layout(options, scores, link, q, k, layout, query_start)
+    return differentiable(TREE, KnownTask(link, scores, work), q, k, v, sinks)
 
 
 def _by_layout(
@@ -88,7 +84,7 @@ def _by_layout(
     k: Tensor,
     layout: Layout | None,
     query_start: int | None,
-) -> tuple[Piece, ...]:
+) -> Work:
     keys = layout or Layout.contiguous(k.shape[2] * link.size, link.size)
     if keys.ranks != link.size or keys.rows != k.shape[2]:
         options.refuse(
@@ -101,7 +97,7 @@ def _by_layout(
         options.refuse("the queries must be a run of positions from 0 on in one document")
     queries = Layout.contiguous(q.shape[2], 1, start=first)
     options.check_covers(scores, queries, keys)
-    return scores.pieces(queries, 0, keys, link.rank)
+    return Work.alike(scores.pieces(queries, 0, keys, link.rank))
 
 
 def _by_length(
@@ -111,7 +107,7 @@ def _by_length(
     k: Tensor,
     lengths: Tensor | Sequence[int],
     layout: Layout | None,
-) -> _Parts:
+) -> Work:
     """Neighbouring sequences of one length go together; each attends all its rows."""
     counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
     if len(counts) != q.shape[0] or not all(0 <= n <= k.shape[2] for n in counts):
@@ -121,14 +117,14 @@ def _by_length(
             "with `lengths` the keys have no positions: no layout, causal, window, mask, bias or"
             " slopes"
         )
-    parts: _Parts = []
+    parts: list[tuple[slice, tuple[Piece, ...]]] = []
     for index, count in enumerate(counts):
         pieces = (Piece(0, q.shape[2], 0, count, 0, 0, "full"),) if count else ()
         if parts and parts[-1][1] == pieces:
             parts[-1] = (slice(parts[-1][0].start, index + 1), pieces)
         else:
             parts.append((slice(index, index + 1), pieces))
-    return parts
+    return Work.of(parts)
 
 
 def _simple(scores: Scores) -> bool:
@@ -138,47 +134,30 @@ def _simple(scores: Scores) -> bool:
     )
 
 
-class _Tree(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        link: Link,
-        scores: Scores,
-        parts: _Parts,
-    ) -> Tensor:
-        ctx.link, ctx.scores, ctx.parts = link, scores, parts
-        own = Partial.empty(q, v.shape[3])
-        for batch, pieces in parts:
-            attend(own.of_batch(batch), q[batch], k[batch], v[batch], pieces, scores)
-        whole = merge_over(own, link)
-        if sinks is not None:
-            sink = Partial.of_sinks(sinks, q, v.shape[3])
-            whole.add_(sink.out, sink.lse)
-        out = whole.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, out, whole.lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (q, k, v))
-        queries = Queries.of(q, out, lse, grads[0].to(q.dtype))
-        for batch, pieces in ctx.parts:
-            into = (dq[batch], dk[batch], dv[batch])
-            attend_backward(into, queries.of_batch(batch), k[batch], v[batch], pieces, ctx.scores)
-        dq = ctx.link.all_reduce(dq, "sum", "backward")
-        dsinks = None if sinks is None else sinks_gradient(sinks, queries)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks, None, None, None
+def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
+    """The queries, which all ranks have, over the keys of each, merged on all ranks."""
+    own, link = Partial.empty(q, held.value_dim), task.link
+    held.attend(own, q, task.work(link.rank, link.rank), task.scores)
+    whole = _merged(own, link)
+    if sinks is not None:
+        sink = Partial.of_sinks(sinks, q, held.value_dim)
+        whole.add_(sink.out, sink.lse)
+    return whole
 
 
-def merge_over(own: Partial, link: Link) -> Partial:
+def _backward(queries: Queries, held: Held, task: Task) -> Gradients:
+    """Of its keys each rank has the whole gradient; those of the queries are added up."""
+    dq, *dsent = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, *held.sent))
+    dup = None if held.heads is None else torch.zeros_like(held.heads.up, dtype=dq.dtype)
+    work = task.work(task.link.rank, task.link.rank)
+    held.attend_backward((dq, dsent, dup), queries, work, task.scores)
+    return task.link.all_reduce(dq, "sum", "backward"), dsent, dup
+
+
+TREE = Algorithm("tree", _forward, _backward, travels="nothing", whole=True)
+
+
+def _merged(own: Partial, link: Link) -> Partial:
     """The ranks' partial results of the same queries as one, the same on all ranks."""
     highest = link.all_reduce(own.lse, "max", "forward")
     highest = highest.masked_fill(highest == -torch.inf, 0)

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .agreement import Call, agree
+from .algorithm import differentiable
 from .links import Group, Link, link_of, pack, unpack
+from .options import Options
 from .partial import wide
-from .ring import attend_over_ring
+from .ring import RING
 from .scores import Mask
-from .task import Options, Task, check_heads, check_rows, layouts_of
+from .task import ShardTask, check_rows, layouts_of
 from .tokens import Layout
 
 
@@ -102,7 +104,7 @@ def _attention(
     layout: Layout | None,
     query_layout: Layout | None,
 ) -> Tensor:
-    check_heads(options.name, q, k, v)
+    options.check_heads(q, k, v)
     rank, ranks = ring.rank * ulysses.size + ulysses.rank, ring.size * ulysses.size
     scores = options.scores(q)
     queries, keys = layouts_of(ranks, q, k, layout, query_layout)
@@ -125,7 +127,7 @@ def _attention(
         )
     own = heads.queries(ulysses.rank)
     count = own.stop - own.start
-    task = Task(
+    task = ShardTask(
         ring,
         scores.of_heads(own.start, count),
         queries.join(ulysses.size),
@@ -136,7 +138,7 @@ def _attention(
     index = heads.repeats(ulysses.rank)
     if index is not None:
         k, v = (x.index_select(1, torch.tensor(index, device=x.device)) for x in (k, v))
-    return _ToTokens.apply(attend_over_ring(q, k, v, sinks, task), ulysses)
+    return _ToTokens.apply(differentiable(RING, task, q, k, v, sinks), ulysses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .algorithm import save, saved, saved_more, start
 from .kernels import attend, attend_backward
 from .links import Group, Hop, pack, unpack
+from .options import Options
 from .partial import wide
 from .pieces import Piece
 from .scores import Mask
-from .task import Options, Task, save, saved, saved_more, start
+from .task import ShardTask
 from .tokens import Layout
 
 
@@ -56,7 +58,7 @@ def window_attention(
         )
     if window < 1:
         options.refuse(f"window is the number of keys that a query attends, got {window}")
-    task = Task.of(options, group, q, k, v, layout, None)
+    task = ShardTask.of(options, group, q, k, v, layout)
     keys = task.keys
     if keys.runs != Layout.contiguous(keys.length, keys.ranks, start=keys.start).runs:
         raise NotImplementedError(
@@ -92,11 +94,11 @@ class _Window(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         bias: Tensor | None,
-        task: Task,
+        task: ShardTask,
     ) -> Tensor:
         hop = _fetch(task, k, v)
         into = start(q, v.shape[3], sinks)
-        task.attend(into, q, k, v, task.link.rank)
+        attend(into, q, k, v, _own(task), task.scores)
         ctx.task, fetched = task, hop.wait()
         for halo, buffer in zip(_before(task), fetched, strict=True):
             keys, values = _unpack(buffer, halo, k, v)
@@ -118,29 +120,34 @@ class _Window(torch.autograd.Function):
             into = (dq, *_unpack(shares[-1], halo, k, v))
             attend_backward(into, queries, keys, values, _pieces(task, halo), task.scores)
         hop = _give_back(task, shares, k, v)
-        own = task.pieces(task.link.rank)
-        attend_backward((dq, dk, dv), queries, k, v, own, task.scores)
+        attend_backward((dq, dk, dv), queries, k, v, _own(task), task.scores)
         for halo, share in zip(_after(task), hop.wait(), strict=True):
             for total, part in zip((dk, dv), _unpack(share, halo, k, v), strict=True):
                 total.narrow(2, total.shape[2] - halo.rows, halo.rows).add_(part)
         return dq.to(k.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, dbias, None
 
 
-def _all(task: Task) -> list[Halo]:
+def _own(task: ShardTask) -> tuple[Piece, ...]:
+    """What this rank's queries attend of its keys."""
+    rank = task.link.rank
+    return task.scores.pieces(task.queries, rank, task.keys, rank)
+
+
+def _all(task: ShardTask) -> list[Halo]:
     return halos(task.scores.window, task.keys.rows, task.link.size)
 
 
-def _before(task: Task) -> list[Halo]:
+def _before(task: ShardTask) -> list[Halo]:
     """Halos that this rank receives."""
     return [halo for halo in _all(task) if halo.distance <= task.link.rank]
 
 
-def _after(task: Task) -> list[Halo]:
+def _after(task: ShardTask) -> list[Halo]:
     """Halos that this rank's rows are for others."""
     return [halo for halo in _all(task) if halo.distance < task.link.size - task.link.rank]
 
 
-def _fetch(task: Task, k: Tensor, v: Tensor) -> Hop:
+def _fetch(task: ShardTask, k: Tensor, v: Tensor) -> Hop:
     rank, rows = task.link.rank, k.shape[2]
     send = [
         (pack(*(x.narrow(2, rows - halo.rows, halo.rows) for x in (k, v))), rank + halo.distance)
@@ -150,7 +157,7 @@ def _fetch(task: Task, k: Tensor, v: Tensor) -> Hop:
     return task.link.swap(send, receive, "forward")
 
 
-def _give_back(task: Task, shares: list[Tensor], k: Tensor, v: Tensor) -> Hop:
+def _give_back(task: ShardTask, shares: list[Tensor], k: Tensor, v: Tensor) -> Hop:
     """Gradients of the halos to the owners of their rows."""
     rank, dtype = task.link.rank, wide(k.dtype)
     before = [rank - halo.distance for halo in _before(task)]
@@ -171,7 +178,7 @@ def _unpack(buffer: Tensor, halo: Halo, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return keys, values
 
 
-def _pieces(task: Task, halo: Halo) -> tuple[Piece, ...]:
+def _pieces(task: ShardTask, halo: Halo) -> tuple[Piece, ...]:
     """What this rank's queries attend of a halo's rows."""
     keys, source = task.keys, task.link.rank - halo.distance
     runs = keys.clip(source, keys.rows - halo.rows, keys.rows)

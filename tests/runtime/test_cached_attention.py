@@ -21,8 +21,8 @@ from shardwright.runtime import (
     count_collectives,
     last_token,
 )
-from shardwright.runtime.attention.cached import parts_of, runs_of
 from shardwright.runtime.attention.pieces import Piece
+from shardwright.runtime.attention.positions import pieces_at, runs_of
 from shardwright.runtime.attention.scores import Scores
 from shardwright.runtime.attention.volumes import (
     Sizes,
@@ -230,7 +230,7 @@ def attend(case: Case, algorithm: str, ranks: int) -> list[Tensor]:
             x.masked_fill_((order < 0)[:, None, :, None], 1e4)
         local = cached_attention(
             q, k, None if shared else v, cache, positions,
-            algorithm=algorithm, axis=axis,  # pyright: ignore
+            algorithm=algorithm, axis=axis,
             sinks=sinks_of(case), up=up_of(case), **case.options,
         )  # fmt: skip
         assert local.isfinite().all() and local.dtype == case.dtype
@@ -332,7 +332,7 @@ def test_pieces_cover_every_allowed_pair_once(causal: bool, window: int, softcap
         queries[1, : trial % 4] = -1
         want = allowed(queries, keys, causal, window)
         found = torch.zeros_like(want, dtype=torch.int64)
-        for batch, pieces in parts_of(queries, keys, scores):
+        for batch, pieces in pieces_at(queries, keys, scores).parts:
             for i in range(2)[batch]:
                 for piece in pieces:
                     found[i] += covered(piece, queries[i], keys[i], causal, window)
@@ -358,7 +358,7 @@ def count(algorithm: str, layers: int) -> tuple[CollectiveCounter, int]:
             q, k, v = (
                 torch.randn(2, h, positions.shape[1], d) for h, d in [(4, 8), (2, 8), (2, 6)]
             )
-            cached_attention(q, k, v, cache, positions, algorithm=algorithm, axis=axis)  # pyright: ignore
+            cached_attention(q, k, v, cache, positions, algorithm=algorithm, axis=axis)
     return counter, int(table.counts.max())
 
 
