@@ -14,7 +14,7 @@ from ..facts.spec import P, R, S, V, is_shard
 from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Arg, Node, Value
 from ..ir.ops.labels import DimLabels
-from ..ir.ops.registry import find_op, kind_of, rule_of
+from ..ir.ops.registry import kind_of, operator_of, rule_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
 from ..planner.strategies.conversion import Step
 from .names import Names, base_name
@@ -326,13 +326,7 @@ def _uneven_size(item: Convert, mesh: Mesh) -> str:
 def render(item: Compute, body: BodyEmitter) -> str:
     """Source of the call that runs a node on local tensors."""
     renderer = _Renderer(item, body)
-    op = find_op(item.node.op)
-    if op is None:
-        text = renderer.plain_call()
-    elif isinstance(op.emit, str):
-        text = op.emit.format(**{name: renderer.arg(name) for name, _ in item.node.args})
-    else:
-        text = op.emit(item.node, renderer)
+    text = operator_of(item.node).emit(item.node, renderer)
     if not renderer.sized:
         body.baked |= _written_sizes(item.node, body.labels)
     return text
@@ -392,11 +386,6 @@ class _Renderer:
     def items(self, name: str) -> list[str]:
         """Source texts of the items of the list argument `name`."""
         return self._items[name]
-
-    def plain_call(self) -> str:
-        """The op by its full name, for ops without a rule."""
-        args = [f"{name}={text}" for name, text in self._texts.items() if text != "None"]
-        return f"torch.ops.{self.node.op}({', '.join(args)})"
 
     def sizes(self) -> list[str]:
         """Local size of each dim of the first result, written so that it holds for any batch.

@@ -12,8 +12,8 @@ from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
 from ..ir.graph import Param, Value
+from ..ir.ops.attention import values_in_keys
 from ..ir.ops.labels import DimLabels, label_dims
-from ..ir.ops.registry import values_in_keys
 from ..planner.plan.program import (
     BlockBody,
     Compute,

@@ -6,11 +6,19 @@ multiple of hkv, and query head h reads key head h // (hq / hkv).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ...facts.spec import S, V
+from ..graph import Node, Value
+from .forms import call, factors, optional
+from .operator import Family, Kind, Operator, Render, named_values
+from .rule import Algorithm, Rule
 
 
 def attention_math(
@@ -182,4 +190,187 @@ def _stand_in_fake(place: Tensor, batch: int, queries: int, keys: int) -> Tensor
 
 mask_stand_in.register_fake(_stand_in_fake)
 
-__all__ = ["attention", "attention_math", "mask_stand_in"]
+
+# --- the declaration -----------------------------------------------------------------------------
+
+FAMILY = Family()
+
+# Query heads of one key head on several ranks, each with a copy of it: tensor parallelism over
+# more ranks than there are key heads.
+INNER_HEADS = frozenset({"g"})
+
+
+def _attention_rule(node: Node) -> Rule:
+    query, key = node.operands[:2]
+    heads, groups = key.type.shape[1], query.type.shape[1] // key.type.shape[1]
+    sizes = {
+        "b": query.type.shape[0], "n": heads, "g": groups, "q": query.type.shape[2],
+        "k": key.type.shape[2], "d": query.type.shape[3],
+    }  # fmt: skip
+    mask = node.arg("mask")
+    term = ""
+    if isinstance(mask, Value):
+        names = ("b", "(n g)", "q", "[k]")[4 - len(mask.type.shape) :]
+        pairs = zip(names, mask.type.shape, strict=True)
+        term = ", " + " ".join("1" if size == 1 else name for name, size in pairs)
+    term += ", (n g)" if sinks_of(node) is not None else ""
+    held = "b n [k] [d], b n [k] [e]"
+    if decompressing(node) is not None:
+        held, term = "b n [k] [w]", f"{term}, (n g) [u] [r]"
+    text = f"b (n g) q [d], {held}{term} -> b (n g) q [e]"
+    rule = replace(factors(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
+    return replace(rule, inner=INNER_HEADS)
+
+
+def sinks_of(node: Node) -> Value | None:
+    """The scores of attention sinks; nodes of older plans have no such argument."""
+    sinks = dict(node.args).get("sinks")
+    return sinks if isinstance(sinks, Value) else None
+
+
+def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
+    """Ways to run self-attention over an axis that cuts queries, keys and values alike.
+
+    Dropout would need the weights of all ranks, and a mask its rows and columns: neither is known
+    to these.  Latents, which are one key head, are only sent whole.
+    """
+    query, key = node.operands[:2]
+    heads = query.type.shape[1]
+    masked = isinstance(node.arg("mask"), Value)
+    if masked or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
+        return {}
+    sinks = () if sinks_of(node) is None else (V,)
+    latents = decompressing(node) is not None
+    held = (S(2), *sinks, V) if latents else (S(2), S(2), *sinks)
+    way = Algorithm(("q", "k"), (S(2), *held), (S(2),))
+    found = {"ring": way, "gather": way}
+    if latents:
+        return found
+    if heads % key.type.shape[1] == 0:
+        found["ulysses"] = replace(way, fits=_heads_divide)
+    if node.arg("window") and node.arg("causal"):
+        found["window"] = way
+    return found
+
+
+def _heads_divide(sizes: Mapping[str, int], ranks: int) -> bool:
+    """Do all ranks get as many query heads, and need as many key heads?"""
+    heads, kv_heads = sizes["n"] * sizes["g"], sizes["n"]
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+_ATTENTION = {
+    "ring": "ring_attention",
+    "gather": "gather_kv_attention",
+    "ulysses": "ulysses_attention",
+    "window": "window_attention",
+}
+
+
+def _emit_attention(node: Node, render: Render) -> str:
+    if dict(node.args).get("chunk"):
+        raise ValueError(f"{node.loc}: attention in chunks is only known over a cache")
+    query = render.arg("q")
+    kwargs = {
+        "scale": render.arg("scale"),
+        "causal": "True" if node.arg("causal") else "",
+        "window": render.arg("window") if node.arg("window") else "",
+        "softcap": render.arg("softcap") if node.arg("softcap") else "",
+        "sinks": "" if sinks_of(node) is None else render.arg("sinks"),
+        "up": "" if decompressing(node) is None else render.arg("up"),
+    }
+    name, axis = render.algorithm()
+    if name:
+        layout = f"ops.Layout.{render.order()}({query}.size(2) * {axis}.size, {axis}.size)"
+        kwargs = {"group": axis, **kwargs, "layout": layout}
+        return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
+    axis = render.axis("q") if node.arg("causal") or node.arg("window") else ""
+    kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis else ""
+    if node.arg("dropout_p"):
+        axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
+        kwargs["dropout_p"] = f"{render.arg('dropout_p')} if self.training else 0.0"
+        kwargs["generator"] = f"self.generator({axes})"
+    mask = optional(render, "mask")
+    args = [query, render.arg("k"), render.arg("v"), *([mask] if mask else [])]
+    return call("ops.attention", *args, **kwargs)
+
+
+def values_in_keys(node: Node) -> bool:
+    """Does an attention read its values from the keys, or make them of these, and have no others?
+
+    Nodes of older plans have no argument `value_dim`: theirs are an operand.
+    """
+    return bool(dict(node.args).get("value_dim"))
+
+
+def cached_per_head(node: Node) -> int:
+    """Numbers that an attention caches, or sends and saves, per token and key head."""
+    stored = node.operands[1:2] if values_in_keys(node) else node.operands[1:3]
+    return sum(value.type.shape[3] for value in stored)
+
+
+def decompressing(node: Node) -> Value | None:
+    """The weight (heads, d + dv, r) with which an attention makes keys and values of latents.
+
+    Only the expanded form of `ir.latent` has one.
+    """
+    up = dict(node.args).get("up")
+    return up if isinstance(up, Value) else None
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    up: Tensor | None = None,
+    value_dim: int = 0,
+    **options: Any,
+) -> Tensor:
+    """`attention_math`; with `up` (hq, d + dv, r) over keys and values made from latents k.
+
+    `value_dim` r, their numbers without the rotated part, follows from `up`.
+    """
+    if up is not None:
+        k, v = decompressed(k, up, q.shape[3])
+    assert v is not None, "values are an operand, or made from latents"
+    return attention_math(q, k, v, **options)
+
+
+def decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of all heads from latents (b, 1, s, r + rope), rotated part last."""
+    heads, rank = up.shape[0], up.shape[2]
+    rope = latents[..., rank:].expand(-1, heads, -1, -1)
+    made = torch.einsum("bsr,hur->bhsu", latents[:, 0, :, :rank], up)
+    nope = key_dim - rope.shape[3]
+    return torch.cat([made[..., :nope], rope], -1), made[..., nope:]
+
+
+class Attention(Operator):
+    """Queries over keys; a cut of both runs one of several algorithms."""
+
+    kind: Kind = "attention"
+
+    def rule(self, node: Node) -> Rule:
+        """Sequences, key heads, queries of each, and the tokens of queries and keys."""
+        return _attention_rule(node)
+
+    def saves(self, node: Node) -> tuple[Value, ...]:
+        """Operands and result; the weights are computed again."""
+        return named_values(node, [n for n in _SAVED if n == "result" or n in dict(node.args)])
+
+    def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
+        """`attention_math`, over keys and values made of latents where there is `up`."""
+        return _attention(**args)
+
+    def emit(self, node: Node, render: Render) -> str:
+        """`ops.attention`, or the function of the algorithm."""
+        return _emit_attention(node, render)
+
+
+_SAVED = ("q", "k", "v", "sinks", "up", "result")
+FAMILY.add("shardwright.attention", Attention())
+
+__all__ = [
+    "FAMILY", "INNER_HEADS", "Attention", "attention", "attention_math", "cached_per_head",
+    "decompressed", "decompressing", "mask_stand_in", "sinks_of", "values_in_keys",
+]  # fmt: skip

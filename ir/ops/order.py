@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from ..graph import Graph, Loop, Node, Value
-from .registry import rule_of, values_in_keys
+from .attention import values_in_keys
+from .registry import rule_of
 from .rule import Choice
 
 Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)

@@ -33,7 +33,7 @@ from typing import TypeAlias
 
 from ..graph import Arg, Block, Graph, Loop, Node, TensorType, Value, values_in
 from ..graph.rewrite import live_items, producers, with_args
-from ..ops.registry import cached_per_head, values_in_keys
+from ..ops.attention import cached_per_head, values_in_keys
 
 _CAT, _SPLIT, _RESHAPE = (
     "aten.cat.default",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..graph import Arg, Graph, Node, Value
 from ..graph.rewrite import flat, producers
-from .interpret import operator
+from ..ops.registry import operator_of
 
 # Larger tensors are not computed: 2 ** 28 bools are 256 MiB.
 _LIMIT = 2**28
@@ -52,7 +52,7 @@ class Constants:
             self._known.update({v.name: None for v in node.outputs})
             return
         args = {name: self._real(arg) for name, arg in node.args}
-        result = operator(node.op)(**args)
+        result = operator_of(node).evaluate(node.op, args)
         results = result if isinstance(result, (tuple, list)) else [result]
         for value, tensor in zip(node.outputs, results, strict=True):
             self._known[value.name] = tensor

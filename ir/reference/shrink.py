@@ -24,7 +24,8 @@ from ...facts.mesh import Mesh
 from ...facts.spec import Spec, is_shard
 from ..graph import Arg, Graph, Loop, Node, Param, TensorType, Value, originals
 from ..graph.rewrite import with_args
-from ..ops.registry import decompressing, find_op, rule_of, values_in_keys
+from ..ops.attention import decompressing, values_in_keys
+from ..ops.registry import find_op, rule_of
 from ..ops.rule import Choice, opaque_rule
 from .interpret import interpret
 from .widen import rebuilt

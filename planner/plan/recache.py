@@ -20,7 +20,8 @@ from ...costmodel.collective import wire_bytes
 from ...facts.blocks import local_shape
 from ...facts.spec import S, Spec
 from ...ir.graph import Graph, Loop, Node, TensorType
-from ...ir.ops.registry import attention_dims, cached_per_head, rule_of
+from ...ir.ops.attention import cached_per_head
+from ...ir.ops.registry import attention_dims, rule_of
 from ..strategies.attention import cache_spec
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network

@@ -10,7 +10,7 @@ from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
-from ...ir.ops.registry import kind_of, rule_of
+from ...ir.ops.registry import kind_of, operator_of, rule_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep
@@ -316,8 +316,7 @@ def _block_table(
 def _is_light(item: Compute | Convert) -> bool:
     if isinstance(item, Convert):
         return False
-    heavy = ("aten.embedding.default", "shardwright.cross_entropy")
-    return kind_of(item.node) in ("elementwise", "view") and item.node.op not in heavy
+    return not operator_of(item.node).heavy
 
 
 def _light_rows(plan: PlanData, items: list[Compute]) -> list[tuple[str, ...]]:

@@ -37,13 +37,8 @@ from functools import lru_cache
 from ...costmodel.compute import attention_s, matmul_s
 from ...facts.spec import R, S, Spec
 from ...ir.graph import Node
-from ...ir.ops.registry import (
-    attention_dims,
-    cached_per_head,
-    decompressing,
-    rule_of,
-    values_in_keys,
-)
+from ...ir.ops.attention import cached_per_head, decompressing, values_in_keys
+from ...ir.ops.registry import attention_dims, rule_of
 from ...ir.ops.rule import Choice
 from .conversion import Network
 

@@ -21,7 +21,7 @@ from typing import TypeAlias
 from ...facts.spec import P, R, Spec, State, V
 from ...ir.graph import Block, Graph, Loop, Node, Value
 from ...ir.ops.order import fits_order
-from ...ir.ops.registry import find_op, kind_of, rule_of
+from ...ir.ops.registry import operator_of, rule_of
 from ...ir.ops.rule import Choice, Rule
 
 _States: TypeAlias = tuple[tuple[str, State], ...]
@@ -82,7 +82,7 @@ class Region:
     @property
     def name(self) -> str:
         """Name of the region's heavy or first node."""
-        heavy = [node for node in self.nodes if not _is_light(node)]
+        heavy = [node for node in self.nodes if operator_of(node).heavy]
         return (heavy or list(self.nodes))[0].name
 
 
@@ -138,11 +138,6 @@ def _visible(graph: Graph, scope: Scope, groups: list[list[Node]]) -> set[str]:
     return seen | (elsewhere & inside)
 
 
-def _is_light(node: Node) -> bool:
-    light = kind_of(node) in ("elementwise", "view") and find_op(node.op) is not None
-    return light and node.op not in ("aten.embedding.default", "shardwright.cross_entropy")
-
-
 def _groups(scope: Scope) -> list[list[Node]]:
     """Light nodes joined along values that hold a gradient; every other node alone."""
     leader: dict[str, str] = {}
@@ -155,11 +150,11 @@ def _groups(scope: Scope) -> list[list[Node]]:
 
     for node in scope.nodes:
         leader[node.name] = node.name
-        if not _is_light(node):
+        if operator_of(node).heavy:
             continue
         for value in node.operands:
             source = producer.get(value.name)
-            if source is not None and _is_light(source) and value.differentiable:
+            if source is not None and not operator_of(source).heavy and value.differentiable:
                 leader[find(node.name)] = find(source.name)
     groups: dict[str, list[Node]] = {}
     for node in scope.nodes:

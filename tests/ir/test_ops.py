@@ -32,7 +32,7 @@ from shardwright.ir.ops.registry import (
     saved_values,
 )
 from shardwright.ir.ops.rule import Choice
-from shardwright.ir.reference.interpret import interpret, operator
+from shardwright.ir.reference.interpret import interpret
 from shardwright.planner.plan.program import PricedStep, Program, lower
 from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.conversion import Conversions as TypeConversions
@@ -585,7 +585,7 @@ def single(op: str, given: Args) -> Single:
     arguments = _with_defaults(op, given)
     args = tuple((name, declare(item)) for name, item in arguments.items())
     leaves = {n: t.clone().requires_grad_() for n, t in params.items()} | inputs
-    made = operator(op)(**{name: _real(arg, leaves) for name, arg in args})
+    made = OPS[op].evaluate(op, {name: _real(arg, leaves) for name, arg in args})
     made = list(made) if isinstance(made, tuple | list) else [made]
     outputs = tuple(
         Value(f"y{i}", TensorType(tuple(t.shape), t.dtype), t.requires_grad)

@@ -17,7 +17,8 @@ from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Node
-from shardwright.ir.ops.registry import decompressing, kind_of, rule_of, values_in_keys
+from shardwright.ir.ops.attention import decompressing, values_in_keys
+from shardwright.ir.ops.registry import kind_of, rule_of
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.latent import expanded
 from shardwright.ir.reference.shrink import Planned, shrink, state_of

@@ -1,0 +1,153 @@
+"""The operator `shardwright.cached_attention`: new tokens over those that a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...facts.spec import R, S, V
+from ..graph import Node, Value
+from .attention import (
+    INNER_HEADS,
+    attention_math,
+    decompressed,
+    decompressing,
+    sinks_of,
+    values_in_keys,
+)
+from .forms import call, factors
+from .operator import Family, Kind, Operator, Render, named_values
+from .rule import Algorithm, Rule
+
+FAMILY = Family()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a cache was given: keys and values (b, heads, s, d), positions (b, s), -1 is padding."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+def _cached_attention_rule(node: Node) -> Rule:
+    """New tokens over a cache; `c` counts all tokens of a sequence, and stands in no operand.
+
+    Without the operand v the values are the first `value_dim` numbers of the keys.  Behind the
+    positions come sinks, if there are any, which join once where keys are cut, and `up`, which
+    makes keys and values of latents; both are cut with the query heads.
+    """
+    query, key = node.operands[:2]
+    context = node.arg("context")
+    assert isinstance(context, int)
+    heads, new = key.type.shape[1], query.type.shape[2]
+    groups = query.type.shape[1] // heads
+    values = "" if values_in_keys(node) else " b n [k] [e],"
+    sink, more = ("", ()) if sinks_of(node) is None else (", (n g)", (V,))
+    key_dim, up = "d", ""
+    if decompressing(node) is not None:
+        key_dim, up, more = "w", ", (n g) [u] [r]", (*more, V)
+    text = f"b (n g) [q] [d], b n [k] [{key_dim}],{values} b [q]{sink}{up} -> b (n g) [q] [e]"
+    rule = factors(text, sizes={"n": heads, "g": groups})(node)
+    tensors = 2 if values_in_keys(node) else 3  # that have tokens in dim 2
+    cut = (S(2),) * tensors + (S(1),)
+    shared = Algorithm(("q", "k", "c"), (*cut, *more), (S(2),))
+    whole = Algorithm(("c",), (R,) * len(node.operands), (R,), label="s")
+    return replace(
+        rule,
+        sizes={**rule.sizes, "c": context + new},
+        uneven=frozenset({"c"}),
+        inner=INNER_HEADS,
+        algorithms={"ring": shared, "gather": shared, "pass_q": shared, "tree": whole},
+    )
+
+
+def _emit_cached_attention(node: Node, render: Render) -> str:
+    name, axis = render.algorithm()
+    return call(
+        "ops.cached_attention",
+        *(render.arg(tensor) for tensor in ("q", "k", "v")),
+        f"self.{node.arg('cache')}",
+        render.arg("positions"),
+        algorithm=f'"{name}"' if name else "",
+        axis=axis,
+        scale=render.arg("scale"),
+        window=render.arg("window") if node.arg("window") else "",
+        softcap=render.arg("softcap") if node.arg("softcap") else "",
+        sinks="" if sinks_of(node) is None else render.arg("sinks"),
+        chunk=render.arg("chunk") if dict(node.args).get("chunk") else "",
+        up="" if decompressing(node) is None else render.arg("up"),
+    )
+
+
+def cached_attention_math(
+    cached: Tokens | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    context: int,
+    value_dim: int = 0,
+    sinks: Tensor | None = None,
+    chunk: int = 0,
+    up: Tensor | None = None,
+) -> tuple[Tensor, Tokens]:
+    """Attention of new tokens over all that are known, and all that are known then.
+
+    Without `v` the values are the first `value_dim` numbers of the keys.  `sinks` (hq,) and
+    `chunk`: see `attention_math`.  `context`, the number that was planned for, changes nothing.
+    With `up` (hq, d + dv, r) the keys are latents, of which keys and values of all heads are made.
+    """
+    v = k[..., :value_dim] if v is None else v
+    keys = positions
+    if cached is not None:
+        k, v = torch.cat([cached.k, k], 2), torch.cat([cached.v, v], 2)
+        keys = torch.cat([cached.positions, positions], 1)
+    rows, columns = positions[:, None, :, None], keys[:, None, None, :]
+    mask = (columns >= 0) & (columns <= rows)
+    if window:
+        mask &= columns > rows - window
+    if chunk:
+        mask &= columns // chunk == rows // chunk
+    heads_k, heads_v = (k, v) if up is None else decompressed(k, up, q.shape[3])
+    out = attention_math(
+        q, heads_k, heads_v, mask, scale, causal=False, window=0, softcap=softcap, dropout_p=0.0,
+        sinks=sinks,
+    )  # fmt: skip
+    return out, Tokens(k, v, keys)
+
+
+class CachedAttention(Operator):
+    """New tokens over all that are cached, themselves included."""
+
+    kind: Kind = "attention"
+    remembers = "cache"
+
+    def rule(self, node: Node) -> Rule:
+        """Sequences, key heads, queries of each; `c`, all tokens, stands in no operand."""
+        return _cached_attention_rule(node)
+
+    def saves(self, node: Node) -> tuple[Value, ...]:
+        """Queries, keys and values."""
+        return named_values(node, ("q", "k", "v"))
+
+    def continued(self, memory: Any, args: Mapping[str, Any]) -> tuple[Tensor, Tokens]:
+        """The result, and all tokens that are cached then; `memory` are those before, or None."""
+        return cached_attention_math(memory, **args)
+
+    def emit(self, node: Node, render: Render) -> str:
+        """`ops.cached_attention` with the name of its cache."""
+        return _emit_cached_attention(node, render)
+
+
+FAMILY.add("shardwright.cached_attention", CachedAttention())
+
+__all__ = ["FAMILY", "CachedAttention", "Tokens", "cached_attention_math"]

@@ -1,0 +1,315 @@
+"""Operators that treat the numbers of their operands one by one, and casts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ..graph import Node, Value
+from .forms import broadcasting, call, optional
+from .operator import Family, Light, Render
+from .rule import Rule
+
+FAMILY = Family()
+
+
+def _unary(table: str, saves: str = "self", *, linear: bool = False, uneven: bool = True) -> None:
+    for line in table.strip().splitlines():
+        name, template = line.split(maxsplit=1)
+        rule = broadcasting(*(["self"] if linear else []), passes=linear, uneven=uneven)
+        FAMILY.add(name, Light(rule, template, saves=(saves,) if saves else ()))
+
+
+_unary(
+    """
+    aten.relu.default       F.relu({self})
+    aten.tanh.default       torch.tanh({self})
+    aten.sigmoid.default    torch.sigmoid({self})
+    aten.exp.default        torch.exp({self})
+    aten.exp2.default       torch.exp2({self})
+    aten.expm1.default      torch.expm1({self})
+    """,
+    saves="result",
+)
+_unary(
+    """
+    aten.rsqrt.default      torch.rsqrt({self})
+    aten.sqrt.default       torch.sqrt({self})
+    aten.reciprocal.default torch.reciprocal({self})
+    """,
+    saves="result",
+    uneven=False,
+)
+_unary(
+    """
+    aten.log.default        torch.log({self})
+    aten.log2.default       torch.log2({self})
+    aten.log10.default      torch.log10({self})
+    aten.log1p.default      torch.log1p({self})
+    """,
+    uneven=False,
+)
+_unary(
+    """
+    aten.silu.default       F.silu({self})
+    aten.cos.default        torch.cos({self})
+    aten.sin.default        torch.sin({self})
+    aten.abs.default        torch.abs({self})
+    aten.erf.default        torch.erf({self})
+    aten.softplus.default   F.softplus({self}, {beta}, {threshold})
+    aten.log_sigmoid.default F.logsigmoid({self})
+    aten.elu.default        F.elu({self}, {alpha})
+    aten.hardswish.default  F.hardswish({self})
+    aten.hardsigmoid.default F.hardsigmoid({self})
+    aten.leaky_relu.default F.leaky_relu({self}, {negative_slope})
+    aten.clamp_min.default  torch.clamp({self}, min={min})
+    aten.clamp_max.default  torch.clamp({self}, max={max})
+    aten.square.default     torch.square({self})
+    aten.hardtanh.default   F.hardtanh({self}, {min_val}, {max_val})
+    aten.mish.default       F.mish({self})
+    """
+)
+_unary(
+    """
+    aten.neg.default        -{self}
+    aten.clone.default      {self}.clone()
+    aten.contiguous.default {self}.contiguous()
+    aten.alias.default      {self}
+    aten.detach.default     {self}.detach()
+    aten.lift_fresh_copy.default {self}.clone()
+    """,
+    saves="",
+    linear=True,
+)
+_unary(
+    """
+    aten.eq.Scalar          {self} == {other}
+    aten.ne.Scalar          {self} != {other}
+    aten.lt.Scalar          {self} < {other}
+    aten.le.Scalar          {self} <= {other}
+    aten.gt.Scalar          {self} > {other}
+    aten.ge.Scalar          {self} >= {other}
+    aten.logical_not.default torch.logical_not({self})
+    aten.bitwise_not.default ~{self}
+    aten.floor.default      torch.floor({self})
+    aten.ceil.default       torch.ceil({self})
+    aten.round.default      torch.round({self})
+    aten.trunc.default      torch.trunc({self})
+    aten.sign.default       torch.sign({self})
+    aten.isnan.default      torch.isnan({self})
+    aten.isinf.default      torch.isinf({self})
+    aten.isfinite.default   torch.isfinite({self})
+    aten.floor_divide.Scalar {self} // {other}
+    aten.remainder.Scalar   {self} % {other}
+    aten.bitwise_and.Scalar {self} & {other}
+    aten.bitwise_or.Scalar  {self} | {other}
+    aten.bitwise_xor.Scalar {self} ^ {other}
+    """,
+    saves="",
+)
+
+
+def _binary(table: str) -> None:
+    for line in table.strip().splitlines():
+        name, template = line.split(maxsplit=1)
+        FAMILY.add(name, Light(broadcasting(uneven=False), template))
+
+
+_binary(
+    """
+    aten.eq.Tensor          {self} == {other}
+    aten.ne.Tensor          {self} != {other}
+    aten.lt.Tensor          {self} < {other}
+    aten.le.Tensor          {self} <= {other}
+    aten.gt.Tensor          {self} > {other}
+    aten.ge.Tensor          {self} >= {other}
+    aten.bitwise_and.Tensor {self} & {other}
+    aten.bitwise_or.Tensor  {self} | {other}
+    aten.bitwise_xor.Tensor {self} ^ {other}
+    aten.logical_and.default torch.logical_and({self}, {other})
+    aten.logical_or.default torch.logical_or({self}, {other})
+    aten.logical_xor.default torch.logical_xor({self}, {other})
+    aten.floor_divide.default {self} // {other}
+    aten.remainder.Tensor   {self} % {other}
+    aten.__and__.Tensor     {self} & {other}
+    aten.__or__.Tensor      {self} | {other}
+    """
+)
+
+
+def _emit_gelu(node: Node, render: Render) -> str:
+    approximate = optional(render, "approximate", '"none"')
+    return call("F.gelu", render.arg("self"), approximate=approximate)
+
+
+FAMILY.add("aten.gelu.default", Light(broadcasting(), _emit_gelu, saves=("self",)))
+FAMILY.add(
+    "aten.mul.Tensor aten.mul.Scalar",
+    Light(
+        broadcasting("self", "other", passes=True),
+        "{self} * {other}",
+        saves=("self if other", "other if self"),
+    ),
+)
+
+
+def _div_rule(node: Node) -> Rule:
+    by_number = not isinstance(node.arg("other"), Value)
+    return broadcasting("self", passes=True, uneven=by_number)(node)
+
+
+FAMILY.add(
+    "aten.div.Tensor aten.div.Scalar",
+    Light(_div_rule, "{self} / {other}", saves=("self if other", "other")),
+)
+
+
+def _emit_div_mode(node: Node, render: Render) -> str:
+    mode = render.arg("rounding_mode")
+    return call("torch.div", render.arg("self"), render.arg("other"), rounding_mode=mode)
+
+
+def _div_mode_rule(node: Node) -> Rule:
+    if node.arg("rounding_mode") is None:
+        return _div_rule(node)
+    return broadcasting(uneven=not isinstance(node.arg("other"), Value))(node)
+
+
+FAMILY.add(
+    "aten.div.Tensor_mode aten.div.Scalar_mode",
+    Light(_div_mode_rule, _emit_div_mode, saves=("self", "other")),
+)
+FAMILY.add(
+    "aten.maximum.default",
+    Light(broadcasting(), "torch.maximum({self}, {other})", saves=("self", "other")),
+)
+FAMILY.add(
+    "aten.minimum.default",
+    Light(broadcasting(), "torch.minimum({self}, {other})", saves=("self", "other")),
+)
+
+
+def _power_rule(node: Node) -> Rule:
+    exponent = node.arg("exponent")
+    whole = isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()
+    return broadcasting(uneven=whole)(node)
+
+
+def _emit_power(node: Node, render: Render) -> str:
+    """`10000.0**x`: no spaces between plain names and numbers, which is how ruff formats it."""
+    base, exponent = render.arg("self"), render.arg("exponent")
+    plain = all(_PLAIN.fullmatch(text) for text in (base, exponent))
+    base = f"({base})" if base.startswith("-") else base
+    return f"{base}**{exponent}" if plain else f"{base} ** {exponent}"
+
+
+_PLAIN = re.compile(r"-?(\w|\.|e-)+")
+FAMILY.add("aten.pow.Tensor_Scalar", Light(_power_rule, "{self}.pow({exponent})", saves=("self",)))
+FAMILY.add(
+    "aten.pow.Tensor_Tensor",
+    Light(_power_rule, _emit_power, saves=("self", "exponent", "result")),
+)
+FAMILY.add("aten.pow.Scalar", Light(_power_rule, _emit_power, saves=("exponent", "result")))
+
+
+def _emit_clamp(node: Node, render: Render) -> str:
+    low, high = (optional(render, name) for name in ("min", "max"))
+    return call("torch.clamp", render.arg("self"), min=low, max=high)
+
+
+FAMILY.add("aten.clamp.default", Light(broadcasting(), _emit_clamp, saves=("self",)))
+
+
+def _emit_like(function: str, *names: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        made, given = node.output.type.dtype, node.operands[0].type.dtype
+        args = [render.arg(name) for name in ("self", *names)]
+        return call(function, *args, dtype=str(made) if made != given else "")
+
+    return emit
+
+
+FAMILY.add("aten.zeros_like.default", Light(broadcasting(), _emit_like("torch.zeros_like")))
+FAMILY.add("aten.ones_like.default", Light(broadcasting(), _emit_like("torch.ones_like")))
+FAMILY.add(
+    "aten.full_like.default", Light(broadcasting(), _emit_like("torch.full_like", "fill_value"))
+)
+
+
+def _emit_sum_of(sign: str) -> Callable[[Node, Render], str]:
+    def emit(node: Node, render: Render) -> str:
+        scaled = node.arg("alpha") != 1
+        other = f"{render.arg('alpha')} * {render.arg('other')}" if scaled else render.arg("other")
+        return f"{render.arg('self')} {sign} {other}"
+
+    return emit
+
+
+_sum_rule = broadcasting("self other", passes=True)
+FAMILY.add("aten.add.Tensor aten.add.Scalar", Light(_sum_rule, _emit_sum_of("+")))
+FAMILY.add("aten.sub.Tensor aten.sub.Scalar", Light(_sum_rule, _emit_sum_of("-")))
+
+
+def _emit_rsub(node: Node, render: Render) -> str:
+    if node.arg("alpha") != 1:
+        return f"{render.arg('other')} - {render.arg('alpha')} * {render.arg('self')}"
+    return f"{render.arg('other')} - {render.arg('self')}"
+
+
+FAMILY.add("aten.rsub.Scalar aten.rsub.Tensor", Light(broadcasting("self other"), _emit_rsub))
+FAMILY.add(
+    "aten.where.self",
+    Light(
+        broadcasting("self other", passes=True),
+        "torch.where({condition}, {self}, {other})",
+        saves=("condition",),
+    ),
+)
+FAMILY.add(
+    "aten.where.ScalarOther aten.where.ScalarSelf aten.where.Scalar",
+    Light(broadcasting(), "torch.where({condition}, {self}, {other})", saves=("condition",)),
+)
+
+
+def _masked_fill_rule(node: Node) -> Rule:
+    value = node.arg("value")
+    linear = ["self"] if value == 0 else ["self value"] if isinstance(value, Value) else []
+    return broadcasting(*linear, passes=bool(linear))(node)
+
+
+FAMILY.add(
+    "aten.masked_fill.Scalar aten.masked_fill.Tensor",
+    Light(_masked_fill_rule, "{self}.masked_fill({mask}, {value})", saves=("mask",)),
+)
+
+
+class Cast(Light):
+    """To a dtype, which may be that of the operand."""
+
+    aliases = True
+
+
+def _cast_rule(node: Node) -> Rule:
+    """A cast moves partial sums only between floating types."""
+    floats = (
+        node.operands[0].type.dtype.is_floating_point and node.output.type.dtype.is_floating_point
+    )
+    return (broadcasting("self", passes=True) if floats else broadcasting())(node)
+
+
+def _emit_cast(node: Node, render: Render) -> str:
+    return f"{render.arg('self')}.to({node.output.type.dtype})"
+
+
+FAMILY.add(
+    "aten.to.dtype aten.to.dtype_layout aten.to.device aten._to_copy.default aten.type_as.default",
+    Cast(_cast_rule, _emit_cast),
+)
+
+
+FAMILY.add(
+    "aten.polar.default",
+    Light(broadcasting(uneven=False), "torch.polar({abs}, {angle})", saves=("result",)),
+)
+
+__all__ = ["FAMILY"]

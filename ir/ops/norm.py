@@ -1,0 +1,43 @@
+"""Norms over the last dims, which stay whole."""
+
+from __future__ import annotations
+
+from ..graph import Node
+from .forms import call, factors, optional
+from .operator import Family, Light, Render
+from .rule import Rule
+
+FAMILY = Family()
+
+
+def _norm_rule(node: Node) -> Rule:
+    shape = node.arg("normalized_shape")
+    assert isinstance(shape, tuple)
+    whole = " ".join(f"[h{i}]" for i in range(len(shape)))
+    operands = ", ".join([f"... {whole}", *[whole] * (len(node.operands) - 1)])
+    return factors(f"{operands} -> ... {whole}", uneven="")(node)
+
+
+def _emit_layer_norm(node: Node, render: Render) -> str:
+    args = [render.arg(name) for name in ("input", "normalized_shape")]
+    weight, bias = (optional(render, name) for name in ("weight", "bias"))
+    if weight and bias:
+        return call("F.layer_norm", *args, weight, bias, eps=render.arg("eps"))
+    return call("F.layer_norm", *args, weight=weight, bias=bias, eps=render.arg("eps"))
+
+
+def _emit_rms_norm(node: Node, render: Render) -> str:
+    args = [render.arg(name) for name in ("input", "normalized_shape")]
+    weight = optional(render, "weight")
+    return call("F.rms_norm", *args, *([weight] if weight else []), eps=optional(render, "eps"))
+
+
+FAMILY.add(
+    "aten.layer_norm.default",
+    Light(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias")),
+)
+FAMILY.add(
+    "aten.rms_norm.default", Light(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
+)
+
+__all__ = ["FAMILY"]
