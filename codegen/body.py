@@ -397,7 +397,7 @@ class _Renderer:
         rule, ways = rule_of(self.node), self._ways()
         shape = self.node.output.type.shape
         labels = self.body.labels.get(self.node.output.name, ((),) * len(shape))
-        infer = bool(rule.operands) and self.node.op != "aten.expand.default"
+        infer = operator_of(self.node).infers_size
         out: list[str] = []
         for dim, (factors, label) in enumerate(zip(rule.results[0], labels, strict=True)):
             planned = prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)

@@ -11,9 +11,11 @@ from types import MappingProxyType
 from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
-from ..ir.graph import Param, Value
+from ..ir.graph import Param
 from ..ir.ops.attention import values_in_keys
+from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
+from ..ir.ops.registry import operator_of
 from ..planner.plan.program import (
     BlockBody,
     Compute,
@@ -297,7 +299,7 @@ class _Writer:
         return any(is_gather(item) for item, _ in self.program.flat())
 
     def _context_line(self) -> list[str]:
-        nodes = [n for n in self.program.graph.nodes if n.op == "shardwright.cached_attention"]
+        nodes = [n for n in self.program.graph.nodes if operator_of(n).remembers]
         context = nodes[0].arg("context") if nodes else 0
         return [f"    CONTEXT = {context}"] if context else []
 
@@ -366,8 +368,9 @@ class _Writer:
                 steps = [self._steps.get(label, 1) for label in labels]
                 if any(steps[dim] > 1 for dim in free):
                     args.append(f"step={_tuple(steps)}")
-            if high := self._index_limit(item.value):
-                args.append(f"high={high}")
+            limits, _ = index_limits(self.program.graph, item.value.name)
+            if limits:
+                args.append(f"high={min(limits)}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
         return [*lines, "    }"]
 
@@ -392,23 +395,6 @@ class _Writer:
                 if names and ways > 1 and size % ways == 0:
                     steps[names[0]] = lcm(steps.get(names[0], 1), ways)
         return steps
-
-    def _index_limit(self, value: Value) -> int | None:
-        """Integers of this input are below the rows of the table that they look up."""
-        reached = {value.name}
-        for statement_, _ in self.program.flat():
-            if not isinstance(statement_, Compute):
-                continue
-            node = statement_.node
-            if not any(operand.name in reached for operand in node.operands):
-                continue
-            if node.op == "aten.embedding.default":
-                return node.operands[0].type.shape[0]
-            if node.op == "shardwright.cross_entropy":
-                return node.operands[0].type.shape[-1]
-            if not node.output.type.dtype.is_floating_point:
-                reached |= {out.name for out in node.outputs}
-        return None
 
     def _outputs_table(self) -> list[str]:
         lines = ["    OUTPUTS = ("]
@@ -436,7 +422,7 @@ class _Writer:
 
         def add(statements: Sequence[object], prefix: str) -> None:
             for item in statements:
-                if isinstance(item, Compute) and item.node.op == "shardwright.cached_attention":
+                if isinstance(item, Compute) and operator_of(item.node).remembers:
                     found[f"{prefix}{item.node.arg('cache')}"] = item
 
         add(self.program.statements, "")

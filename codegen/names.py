@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ..facts.moves import primitive
 from ..ir.graph import Node
-from ..ir.ops.registry import kind_of
+from ..ir.ops.registry import operator_of
 from ..planner.plan.program import Compute, Convert, Sharded
 
 # What generated functions use by these names
@@ -110,5 +110,4 @@ def base_name(statement: Compute | Convert, names: Names, dying: set[Sharded]) -
 
 def _owns(node: Node) -> bool:
     """Is the node the main op of its module?"""
-    weighted = ("aten.embedding.default", "aten.layer_norm.default", "aten.rms_norm.default")
-    return kind_of(node) == "matmul" or node.op in weighted
+    return operator_of(node).names_module

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .ir.graph import Graph
+from .ir.ops.registry import operator_of
 from .ir.reference.interpret import Caches, interpret
 from .runtime.cache.cache import PAGE
 
@@ -31,7 +32,7 @@ class Step(NamedTuple):
 
 def is_served(graph: Graph) -> bool:
     """Does this graph keep a KV cache?"""
-    return any(node.op == "shardwright.cached_attention" for node in graph.nodes)
+    return any(operator_of(node).remembers for node in graph.nodes)
 
 
 def conversation(batch: int, tokens: int, context: int, ranks: int, capacity: int) -> list[Step]:

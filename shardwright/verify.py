@@ -37,7 +37,7 @@ from .facts.spec import R, Spec
 from .ir.capture.huggingface_experts import use_own_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
-from .ir.ops.registry import kind_of
+from .ir.ops.registry import kind_of, operator_of
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
@@ -280,7 +280,7 @@ def _runs_here(graph: Graph) -> bool:
         size = float(sum(out.type.numel for out in node.outputs)) * repeats
         results += 8 * size
         kind = kind_of(node)
-        if node.op == "shardwright.cached_attention":
+        if operator_of(node).remembers:
             size *= 3  # as many tokens are cached before, and more than that
         if kind == "matmul":
             flops += 6 * size * node.operands[0].type.shape[-1]

@@ -9,7 +9,7 @@ import importlib.util
 import random
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +216,15 @@ def check(
     expected: tuple[dict[str, Tensor], dict[str, Tensor | None]],
     *,
     tolerance: float,
+    run: Callable[..., Any] = run_module,
 ) -> None:
     """Run on all ranks; results are as `reference` says, and bytes as predicted.
 
-    Errors are relative to the largest entry of the expected tensor.
+    `run` is `run_module`, or does more around it.  Errors are relative to the largest entry of the
+    expected tensor.
     """
     source = source_of(builder, decisions)
-    results = pool.run(run_module, source, dict(params), dict(inputs))
+    results = pool.run(run, source, dict(params), dict(inputs))
     moved = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
     busiest: dict[tuple[str, str, str], float] = {}
     for rank, (outputs, gradients, counted) in enumerate(results):

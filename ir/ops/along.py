@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..graph import Node
-from .forms import along_dim, call, optional
+from .forms import along_dim, call, optional, same_shape
 from .operator import Family, Light, Render, opaque
 from .rule import Rule
 
@@ -21,9 +21,13 @@ def _emit_softmax(function: str) -> Callable[[Node, Render], str]:
     return emit
 
 
-FAMILY.add("aten.softmax.int", Light(along_dim(), _emit_softmax("F.softmax"), saves=("result",)))
 FAMILY.add(
-    "aten.log_softmax.int", Light(along_dim(), _emit_softmax("F.log_softmax"), saves=("result",))
+    "aten.softmax.int",
+    Light(along_dim(), _emit_softmax("F.softmax"), saves=("result",), ties=same_shape),
+)
+FAMILY.add(
+    "aten.log_softmax.int",
+    Light(along_dim(), _emit_softmax("F.log_softmax"), saves=("result",), ties=same_shape),
 )
 
 
@@ -36,7 +40,7 @@ def _emit_cumsum(node: Node, render: Render) -> str:
     return call(f"{render.arg('self')}.cumsum", render.arg("dim"), dtype=dtype)
 
 
-FAMILY.add("aten.cumsum.default", Light(_cumsum_rule, _emit_cumsum))
+FAMILY.add("aten.cumsum.default", Light(_cumsum_rule, _emit_cumsum, ties=same_shape))
 FAMILY.add(
     "aten.cumprod.default", Light(along_dim(), "{self}.cumprod({dim})", saves=("self", "result"))
 )

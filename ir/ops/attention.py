@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...facts.spec import S, V
-from ..graph import Node, Value
+from ..graph import Arg, Node, Value
 from .forms import call, factors, optional
+from .local import Local
 from .operator import Family, Kind, Operator, Render, named_values
 from .rule import Algorithm, Rule
+from .sizes import Resizing, Size, Sizes
 
 
 def attention_math(
@@ -345,10 +348,62 @@ def decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Ten
     return torch.cat([made[..., :nope], rope], -1), made[..., nope:]
 
 
+# what cutting a factor, or running an algorithm, is called in reports
+WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "n": "heads",
+        "q": "queries, K/V gathered",
+        "ring": "sequence, ring of K/V",
+        "gather": "sequence, K/V gathered",
+        "ulysses": "sequence, exchanged for heads",
+        "window": "sequence, window's K/V from the neighbours",
+        "pass_q": "sequence, ring of queries",
+        "tree": "cached tokens, tree",
+    }
+)
+
+
+def tie_latents(sizes: Sizes, node: Node) -> bool:
+    """Keys and values that are made from latents: their parts fit the queries and the result."""
+    up = decompressing(node)
+    if up is None:
+        return True
+    query, latent = (sizes.dim(value, 3) for value in node.operands[:2])
+    made, rank, value = sizes.dim(up, 1), sizes.dim(up, 2), sizes.dim(node.output, 3)
+    nope, rope = Size(made.size - value.size), Size(latent.size - rank.size)
+    sizes.add_up(made, [nope, value])
+    sizes.add_up(latent, [rank, rope])
+    sizes.add_up(query, [nope, rope])
+    return True
+
+
+def resized_reach(node: Node, new: Resizing, cached: int, kept: int) -> dict[str, Arg]:
+    """A window that hides something still does, the same in all graphs.
+
+    `cached` and `kept`: tokens that are cached before, in the old graph and in the new one.
+    """
+    window, key = node.int_arg("window"), node.operands[1]
+    before, after = cached + key.type.shape[2], kept + new.shape(key)[2]
+    changes: dict[str, Arg] = {}
+    if window > 0:
+        reach = after if window >= before else max(1, min(window, after // 2))
+        reach = new.windows.setdefault(window, reach if before != after else window)
+        changes["window"] = reach
+        if dict(node.args).get("chunk"):  # its window is as long
+            changes["chunk"] = reach
+    if values_in_keys(node):
+        up = decompressing(node)
+        changes["value_dim"] = new.shape(node.output)[3] if up is None else new.shape(up)[2]
+    return changes
+
+
 class Attention(Operator):
     """Queries over keys; a cut of both runs one of several algorithms."""
 
     kind: Kind = "attention"
+    words = WORDS
+    in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})
+    spent_on = "attention"
 
     def rule(self, node: Node) -> Rule:
         """Sequences, key heads, queries of each, and the tokens of queries and keys."""
@@ -357,6 +412,18 @@ class Attention(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """Operands and result; the weights are computed again."""
         return named_values(node, [n for n in _SAVED if n == "result" or n in dict(node.args)])
+
+    def flops(self, local: Local) -> float:
+        """Of the products with keys and values, as if no score was masked."""
+        return 2.0 * local.size("b", "n", "g", "q", "k") * (local.size("d") + local.size("e"))
+
+    def ties(self, sizes: Sizes, node: Node) -> bool:
+        """See `tie_latents`."""
+        return tie_latents(sizes, node)
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """See `resized_reach`."""
+        return resized_reach(node, new, 0, 0)
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """`attention_math`, over keys and values made of latents where there is `up`."""
@@ -371,6 +438,7 @@ _SAVED = ("q", "k", "v", "sinks", "up", "result")
 FAMILY.add("shardwright.attention", Attention())
 
 __all__ = [
-    "FAMILY", "INNER_HEADS", "Attention", "attention", "attention_math", "cached_per_head",
-    "decompressed", "decompressing", "mask_stand_in", "sinks_of", "values_in_keys",
+    "FAMILY", "INNER_HEADS", "WORDS", "Attention", "attention", "attention_math", "cached_per_head",
+    "decompressed", "decompressing", "mask_stand_in", "resized_reach", "sinks_of",
+    "tie_latents", "values_in_keys",
 ]  # fmt: skip

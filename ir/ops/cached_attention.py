@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 from ...facts.spec import R, S, V
-from ..graph import Node, Value
+from ..graph import Arg, Node, Value
 from .attention import (
     INNER_HEADS,
+    WORDS,
     attention_math,
     decompressed,
     decompressing,
+    resized_reach,
     sinks_of,
+    tie_latents,
     values_in_keys,
 )
 from .forms import call, factors
+from .local import Local
 from .operator import Family, Kind, Operator, Render, named_values
 from .rule import Algorithm, Rule
+from .sizes import Resizing, Sizes
 
 FAMILY = Family()
+_MOST_CONTEXT = 32  # tokens that are cached before, in smaller graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,8 @@ class CachedAttention(Operator):
     """New tokens over all that are cached, themselves included."""
 
     kind: Kind = "attention"
+    words = WORDS
+    spent_on = "attention"
     remembers = "cache"
 
     def rule(self, node: Node) -> Rule:
@@ -138,6 +146,20 @@ class CachedAttention(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """Queries, keys and values."""
         return named_values(node, ("q", "k", "v"))
+
+    def flops(self, local: Local) -> float:
+        """Of the products with the keys and values of all tokens, as if no score was masked."""
+        return 2.0 * local.size("b", "n", "g", "q", "c") * (local.size("d") + local.size("e"))
+
+    def ties(self, sizes: Sizes, node: Node) -> bool:
+        """See `tie_latents`."""
+        return tie_latents(sizes, node)
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """Fewer cached tokens, and what `resized_reach` says."""
+        context = node.int_arg("context")
+        kept = min(context, _MOST_CONTEXT)
+        return {"context": kept, **resized_reach(node, new, context, kept)}
 
     def continued(self, memory: Any, args: Mapping[str, Any]) -> tuple[Tensor, Tokens]:
         """The result, and all tokens that are cached then; `memory` are those before, or None."""

@@ -246,7 +246,18 @@ def _emit_sum_of(sign: str) -> Callable[[Node, Render], str]:
 
 
 _sum_rule = broadcasting("self other", passes=True)
-FAMILY.add("aten.add.Tensor aten.add.Scalar", Light(_sum_rule, _emit_sum_of("+")))
+
+
+class Sum(Light):
+    """A sum; positions begin at 2 in some models."""
+
+    def shift(self, node: Node) -> int:
+        """A whole number that is added."""
+        other = node.arg("other")
+        return other if isinstance(other, int) else 0
+
+
+FAMILY.add("aten.add.Tensor aten.add.Scalar", Sum(_sum_rule, _emit_sum_of("+")))
 FAMILY.add("aten.sub.Tensor aten.sub.Scalar", Light(_sum_rule, _emit_sum_of("-")))
 
 

@@ -11,21 +11,14 @@ experts' implementations (`ir/capture/huggingface.py`), experts written out for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-
-from ...facts.spec import S
-from ..graph import Node, Value
-from .forms import call, optional
-from .operator import Family, Kind, Operator, Render, named_values, shapes_of
-from .rule import Algorithm, Rule, parse_rule
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -274,101 +267,4 @@ def experts(
     return declare
 
 
-# ---- the declaration ---------------------------------------------------------------------------
-
-FAMILY = Family()
-
-
-def _moe_rule(node: Node) -> Rule:
-    """Tokens, experts, each expert's hidden units, or the width of the result.
-
-    Cutting experts (`e`) keeps the tokens whole: each rank adds up what its own experts give.  The
-    algorithms `dispatch_i0`, ... cut experts and a dim of the tokens, and send tokens to experts.
-    Of gate and up in one matrix, the hidden units can be cut where the two alternate (`pairs`);
-    where they lie one after another, one cut would give a rank one without the other.
-    """
-    gating, transposed = node.arg("gating"), bool(node.arg("transposed"))
-    rows = {"halves": "(two f)", "pairs": "(f two)"}.get(str(gating), "f")
-    up = f"e [h] {rows}" if transposed else f"e {rows} [h]"
-    down = "e f o" if transposed else "e o f"
-    terms = {
-        "x": "... [h]", "indices": "... [k]", "weights": "... [k]",
-        "up": up, "gate": up, "down": down,
-        "up_bias": f"e {rows}", "gate_bias": f"e {rows}", "down_bias": "e o",
-    }  # fmt: skip
-    present = [name for name in terms if isinstance(node.arg(name), Value)]
-    fused = gating in ("halves", "pairs")
-    rule = parse_rule(
-        f"{', '.join(terms[name] for name in present)} -> ... o",
-        shapes_of(node.operands),
-        shapes_of(node.outputs),
-        sizes={"two": 2} if fused else {},
-        addends=[present.index("down_bias")] if "down_bias" in present else [],
-    )
-    whole = rule.whole | {"two"} if fused else rule.whole
-    return replace(rule, whole=whole, algorithms=_dispatches(rule))
-
-
-def _dispatches(rule: Rule) -> dict[str, Algorithm]:
-    """Tokens cut along one dim, experts cut, all-to-all inside: one for each dim of the tokens."""
-    stacked = (S(0),) * (len(rule.operands) - _TOKEN_OPERANDS)
-    return {
-        f"{_DISPATCH}{factor}": Algorithm(
-            (factor, "e"),
-            ((S(dim),) * _TOKEN_OPERANDS + stacked),
-            (S(dim),),
-            joint=True,
-            alone=("e",),
-        )
-        for dim, (factor,) in enumerate(rule.operands[0][:-1])
-        if rule.sizes[factor] > 1
-    }
-
-
-_DISPATCH = "dispatch_"
-_TOKEN_OPERANDS = 3  # x, indices, weights
-
-
-def _emit_moe(node: Node, render: Render) -> str:
-    """Options are written where they differ from those of `runtime.moe`."""
-    named = {name: optional(render, name) for name in ("gate", "up_bias", "gate_bias", "down_bias")}
-    usual = {
-        "gating": "halves", "activation": "silu", "alpha": 1.0, "limit": 0.0, "offset": 0.0,
-        "transposed": False, "weigh_input": False,
-    }  # fmt: skip
-    for name, value in usual.items():
-        named[name] = "" if node.arg(name) == value else render.arg(name)
-    _, axis = render.algorithm()
-    if partial := render.axis("e"):
-        axis = partial
-    args = [render.arg(name) for name in ("x", "indices", "weights", "up", "down")]
-    return call("ops.moe", *args, **named, expert_axis=axis, partial="True" if partial else "")
-
-
-class Experts(Operator):
-    """The experts of a mixture: tokens, experts, hidden units or the result's width may be cut."""
-
-    kind: Kind = "experts"
-
-    def rule(self, node: Node) -> Rule:
-        """Tokens, experts, hidden units of each, width of the result; forms with all-to-all."""
-        return _moe_rule(node)
-
-    def saves(self, node: Node) -> tuple[Value, ...]:
-        """What the products are made of; the sorted rows are counted apart (`routed_bytes`)."""
-        return named_values(node, ("x", "indices", "weights", "up", "gate", "down"))
-
-    def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
-        """Which rows an expert gets depends on values, which fake tensors do not have."""
-        return moe_operator(**args) if isinstance(args["x"], FakeTensor) else moe_math(**args)
-
-    def emit(self, node: Node, render: Render) -> str:
-        """`ops.moe`, told which axis cuts the experts and whether tokens go there."""
-        return _emit_moe(node, render)
-
-
-FAMILY.add("shardwright.moe", Experts())
-
-__all__ = [
-    "ACTIVATIONS", "FAMILY", "Experts", "Form", "experts", "moe", "moe_math", "moe_operator",
-]  # fmt: skip
+__all__ = ["ACTIVATIONS", "Form", "experts", "moe", "moe_math", "moe_operator"]

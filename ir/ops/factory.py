@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..graph import Node
+from ..graph import Arg, Node
 from .forms import call
 from .operator import Family, Light, Render, opaque, shapes_of
 from .rule import Rule, broadcast_rule, opaque_rule
+from .sizes import Resizing, Sizes
 
 FAMILY = Family()
 
@@ -32,9 +33,29 @@ def _emit_arange(node: Node, render: Render) -> str:
     return call("torch.arange", render.sizes()[0], dtype=dtype, device="self.device")
 
 
-FAMILY.add("aten.arange.default aten.arange.start", Light(opaque, _emit_arange))
+def _free(sizes: Sizes, node: Node) -> None:
+    """Any size will do; an argument follows it."""
+
+
+def _new_end(node: Node, new: Resizing) -> dict[str, Arg]:
+    named = dict(node.args)
+    start = node.int_arg("start") if "start" in named else 0
+    step = node.int_arg("step") if "step" in named else 1
+    return {"end": start + step * new.shape(node.output)[0]}
+
+
 FAMILY.add(
-    "aten.arange.start_step", Light(opaque, _emit_factory("torch.arange", "start", "end", "step"))
+    "aten.arange.default aten.arange.start",
+    Light(opaque, _emit_arange, ties=_free, resized=_new_end),
+)
+FAMILY.add(
+    "aten.arange.start_step",
+    Light(
+        opaque,
+        _emit_factory("torch.arange", "start", "end", "step"),
+        ties=_free,
+        resized=_new_end,
+    ),
 )
 
 
@@ -64,6 +85,8 @@ FAMILY.add("aten.zeros.default", _sized_factory("torch.zeros"))
 FAMILY.add("aten.ones.default", _sized_factory("torch.ones"))
 FAMILY.add("aten.new_zeros.default", _sized_factory("torch.zeros"))
 FAMILY.add("aten.new_ones.default", _sized_factory("torch.ones"))
-FAMILY.add("aten.scalar_tensor.default", Light(opaque, _emit_factory("torch.tensor", "s")))
+FAMILY.add(
+    "aten.scalar_tensor.default", Light(opaque, _emit_factory("torch.tensor", "s"), ties=_free)
+)
 
 __all__ = ["FAMILY"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..graph import Node, values_in
 from .operator import Render, shapes_of
 from .rule import Dims, Rule, broadcast_rule, parse_rule
+from .sizes import Sizes
 
 
 def factors(
@@ -110,6 +111,11 @@ def along_dim(*, linear: bool = False) -> Callable[[Node], Rule]:
     return build
 
 
+def same_shape(sizes: Sizes, node: Node) -> None:
+    """The result has the shape of the operand."""
+    sizes.alike(node.operands[0], node.output)
+
+
 def call(function: str, *args: str, **kwargs: str) -> str:
     """Source of a call; keyword arguments with an empty value are left out."""
     named = [f"{key}={value}" for key, value in kwargs.items() if value]
@@ -124,4 +130,5 @@ def optional(render: Render, name: str, default: str = "None") -> str:
 
 __all__ = [
     "along", "along_dim", "broadcasting", "call", "dim_of", "dims_of", "factors", "optional",
+    "same_shape",
 ]  # fmt: skip

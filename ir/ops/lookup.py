@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph import Node, Value
+from ...facts.traffic import Traffic
+from ...facts.work import Kernels, Stream
+from ..graph import Arg, Node, Value
 from .forms import call, dim_of, factors
-from .operator import Family, Light, Operator, Render, named_values, opaque, shapes_of
-from .rule import Dims, Rule
+from .local import Local
+from .operator import Family, Light, Limit, Operator, Render, named_values, opaque, shapes_of
+from .rule import Choice, Dims, Rule
+from .sizes import Resizing, Sizes
 
 FAMILY = Family()
+_POSITION_BYTES = 8  # positions are int64
+
+
+def _rows_read(local: Local) -> Kernels:
+    """A lookup in the first operand reads the rows that it returns, not the table."""
+    needs, gives = local.specs()
+    operands = list(zip(local.node.operands, needs, strict=True))
+    moved = sum(local.bytes(value, spec) for value, spec in operands[1:])
+    moved += 2 * sum(map(local.bytes, local.node.outputs, gives))
+    if not local.backward:
+        return Kernels(((Stream(float(moved)),),))
+    back = moved + sum(local.bytes(*one) for one in operands if one[0].differentiable)
+    return Kernels(((Stream(float(moved)),),), ((Stream(float(back)),),))
 
 
 class Embedding(Operator):
     """Rows of a table; the table may be cut by its rows, each rank then looks up its own."""
+
+    words: Mapping[str, str] = MappingProxyType({"v": "vocabulary", "h": "hidden"})
+    names_module = True
 
     def rule(self, node: Node) -> Rule:
         """The table's rows `v` and numbers `h`, and the dims of the indices."""
@@ -28,6 +49,25 @@ class Embedding(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """The indices."""
         return named_values(node, ("indices",))
+
+    def limits(self, node: Node) -> Mapping[str, Limit]:
+        """Indices are numbers of rows."""
+        return {"indices": Limit(node.operands[0], 0, read=True)}
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """The padding's row is still there."""
+        padding = node.arg("padding_idx")
+        if not isinstance(padding, int):
+            return {}
+        return {"padding_idx": min(padding, new.shape(node.operands[0])[0] - 1)}
+
+    def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
+        """Of a table cut by its rows, autograd keeps indices into those that are here."""
+        return () if "v" in choices else self.saves(node)
+
+    def work(self, local: Local) -> Kernels:
+        """Reads rows, writes them; in backward the table's gradient."""
+        return _rows_read(local)
 
     def emit(self, node: Node, render: Render) -> str:
         """`F.embedding`, or over a table cut by its rows `ops.vocab_embedding`."""
@@ -58,6 +98,15 @@ class LastToken(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """What it takes the rows from."""
         return named_values(node, ("x",))
+
+    def work(self, local: Local) -> Kernels:
+        """Reads a row of each sequence, and writes it."""
+        return _rows_read(local)
+
+    def traffic(self, local: Local) -> tuple[Traffic, ...]:
+        """Which rank has the last token of a sequence."""
+        axes = local.axes("s")
+        return (Traffic("all_reduce", axes, local.size("b") * _POSITION_BYTES),) if axes else ()
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """x (b, s, ...) and positions (b, s) -> (b, 1, ...)."""
@@ -126,9 +175,22 @@ def _gather_rule(node: Node) -> Rule:
     )
 
 
+def _tie_gather(sizes: Sizes, node: Node) -> None:
+    """The result is shaped like the indices; the dim that is read keeps its rows."""
+    source, index = node.operands
+    dim = node.int_arg("dim") % len(source.type.shape)
+    for i in range(len(source.type.shape)):
+        sizes.equate([sizes.dim(index, i)], [sizes.dim(node.output, i)])
+        x, y = sizes.dim(source, i), sizes.dim(index, i)
+        if i == dim or x.size != y.size:
+            sizes.fix(x)
+        else:
+            sizes.equate([x], [y])
+
+
 FAMILY.add(
     "aten.gather.default",
-    Light(_gather_rule, "{self}.gather({dim}, {index})", saves=("self", "index")),
+    Light(_gather_rule, "{self}.gather({dim}, {index})", saves=("self", "index"), ties=_tie_gather),
 )
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...facts.traffic import Traffic
 from ..graph import Node, Value
 from .forms import call, factors
-from .operator import Family, Light, Operator, Render, named_values, opaque, shapes_of
+from .local import Local
+from .operator import Family, Light, Limit, Operator, Render, named_values, opaque, shapes_of
 from .rule import Rule
 
 FAMILY = Family()
 _REDUCTIONS = {1: "mean", 2: "sum"}
+_COUNT_BYTES = 8  # the number of labels is an int64
 
 
 class CrossEntropy(Operator):
     """Mean or sum of -log p(label) over tokens that count; the vocabulary may be cut."""
+
+    words: Mapping[str, str] = MappingProxyType({"v": "vocabulary"})
 
     def rule(self, node: Node) -> Rule:
         """Tokens and the vocabulary, whose sums are made inside."""
@@ -30,6 +36,27 @@ class CrossEntropy(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """Logits and labels."""
         return named_values(node, ("logits", "labels"))
+
+    def traffic(self, local: Local) -> tuple[Traffic, ...]:
+        """Sums over a cut vocabulary, in at least 32 bits, and how many labels count."""
+        logits, tokens = local.node.operands[0], local.rule.operands[0][:-1]
+        over = [local.axes(factor) for dim in tokens for factor in dim]
+        rows = local.size(*(factor for dim in tokens for factor in dim))
+        moved: list[Traffic] = []
+        if axes := local.axes("v"):
+            number = max(4, logits.type.dtype.itemsize)
+            moved.append(Traffic("all_reduce", axes, rows * number))  # the largest logit
+            # the sum of exponentials, and the label's logit
+            moved.append(Traffic("all_reduce", axes, 2 * rows * number))
+        if _REDUCTIONS.get(local.node.int_arg("reduction")) == "mean":
+            moved += [Traffic("all_reduce", axes, _COUNT_BYTES) for axes in over if axes]
+        return tuple(moved)
+
+    def limits(self, node: Node) -> Mapping[str, Limit]:
+        """Labels are numbers of the vocabulary, or that which does not count."""
+        logits = node.operands[0]
+        last = len(logits.type.shape) - 1
+        return {"labels": Limit(logits, last, ignored=node.int_arg("ignore_index"))}
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """Cross entropy over the last dim of the logits, any number of leading dims."""

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from ..graph import Node
+from ..graph import Arg, Node
 from .forms import call, factors, optional
 from .operator import Family, Light, Render
 from .rule import Rule
+from .sizes import Resizing
 
 FAMILY = Family()
+
+
+class Norm(Light):
+    """A norm; declared as `Light` is."""
+
+    names_module = True
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """The last dims."""
+        inner, result = node.arg("normalized_shape"), new.shape(node.output)
+        assert isinstance(inner, tuple)
+        return {"normalized_shape": result[len(result) - len(inner) :]}
 
 
 def _norm_rule(node: Node) -> Rule:
@@ -34,10 +47,10 @@ def _emit_rms_norm(node: Node, render: Render) -> str:
 
 FAMILY.add(
     "aten.layer_norm.default",
-    Light(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias")),
+    Norm(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias")),
 )
 FAMILY.add(
-    "aten.rms_norm.default", Light(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
+    "aten.rms_norm.default", Norm(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
 )
 
 __all__ = ["FAMILY"]

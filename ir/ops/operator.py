@@ -9,12 +9,18 @@ local shapes, FLOPs, communication and memory follow from these; nothing outside
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
 
-from ..graph import Node, Value, values_in
-from .rule import Rule, opaque_rule
+from ...facts.traffic import Traffic
+from ...facts.work import Kernels, Stream
+from ..graph import Arg, Node, Value, values_in
+from .local import Local
+from .rule import Choice, Rule, opaque_rule
+from .sizes import Resizing, Sizes
 
 Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
@@ -51,6 +57,25 @@ class Render(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Whole numbers below the size of one dim of `table`.
+
+    `read`: they say which rows are read, so that the rows must be there.  `ignored`: a number
+    outside that means none of them.
+    """
+
+    table: Value
+    dim: int
+    read: bool = False
+    ignored: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many different numbers there are."""
+        return self.table.type.shape[self.dim]
+
+
 class Operator:
     """The base of all declarations, and that of an operator of which nothing is known.
 
@@ -62,6 +87,20 @@ class Operator:
     heavy: bool = True
     # may the result share the memory of the first operand, where the dtype is the same?
     aliases: bool = False
+    # what cutting a factor, or running an algorithm, is called in reports
+    words: Mapping[str, str] = MappingProxyType({})
+    # what its time is counted as in reports
+    spent_on: str = "other ops"
+    # is its module named by it: the main op of a layer?
+    names_module: bool = False
+    # may its small result be summed up over ranks inside a region, as the mean of a norm?
+    sums_inside: bool = False
+    # do the factors that cannot be cut keep their sizes in a smaller graph?
+    rigid: bool = False
+    # arguments that are others in eval mode, without random numbers
+    in_eval: Mapping[str, Arg] = MappingProxyType({})
+    # does torch work out one of its sizes that is given as -1?
+    infers_size: bool = False
     # the argument that names what it remembers from call to call (a cache), if it does
     remembers: str = ""
 
@@ -92,6 +131,61 @@ class Operator:
         """
         raise NotImplementedError(f"{type(self).__name__} remembers nothing")
 
+    def work(self, local: Local) -> Kernels:
+        """What one rank computes: here one kernel that reads operands and writes results.
+
+        In backward it reads as much again, and writes the gradients of its operands.
+        """
+        needs, gives = local.specs()
+        operands = list(zip(local.node.operands, needs, strict=True))
+        moved = sum(local.bytes(value, spec) for value, spec in operands)
+        moved += sum(map(local.bytes, local.node.outputs, gives))
+        if not local.backward:
+            return Kernels(((Stream(float(moved)),),))
+        back = moved + sum(local.bytes(*one) for one in operands if one[0].differentiable)
+        return Kernels(((Stream(float(moved)),),), ((Stream(float(back)),),))
+
+    def flops(self, local: Local) -> float:
+        """FLOPs of the forward pass; what is bound by memory has none."""
+        return self.work(local).flops
+
+    def traffic(self, local: Local) -> tuple[Traffic, ...]:
+        """The collectives that it runs itself, forward and, where there is one, backward."""
+        return ()
+
+    def buffers(self, local: Local) -> float:
+        """Bytes that it holds beside operands and results while it runs."""
+        return 0.0
+
+    def extra_bytes(self, local: Local) -> float:
+        """Bytes that autograd keeps, and that it holds while it runs, besides `saves`."""
+        return 0.0
+
+    def limits(self, node: Node) -> Mapping[str, Limit]:
+        """By the names of arguments: of what the whole numbers in them are indices."""
+        return {}
+
+    def shift(self, node: Node) -> int:
+        """What it adds to whole numbers on their way from an input to where they are indices."""
+        return 0
+
+    def ties(self, sizes: Sizes, node: Node) -> bool:
+        """Say what the rule leaves free of the sizes; False if there is nothing to say.
+
+        Then the sizes of a node whose rule keeps all dims whole stay.
+        """
+        return False
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """The arguments that hold a size, for the shapes of a smaller graph."""
+        result = new.shape(node.outputs[0])
+        given = ((name, arg) for name, arg in node.args if name in ("size", "shape"))
+        return {name: result for name, arg in given if isinstance(arg, tuple)}
+
+    def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
+        """Those of `saves` that autograd keeps as they are, not something made of them."""
+        return self.saves(node)
+
 
 class Light(Operator):
     """An operator of one line: a rule, a template over the names of its schema, what it saves.
@@ -107,8 +201,12 @@ class Light(Operator):
         rule: Callable[[Node], Rule],
         emit: str | Callable[[Node, Render], str],
         saves: Sequence[str] = (),
+        *,
+        ties: Callable[[Sizes, Node], None] | None = None,
+        resized: Callable[[Node, Resizing], dict[str, Arg]] | None = None,
     ) -> None:
         self._rule, self._emit, self._saves = rule, emit, tuple(saves)
+        self._ties, self._resized = ties, resized
 
     def rule(self, node: Node) -> Rule:
         """Which dims are which factors."""
@@ -124,12 +222,27 @@ class Light(Operator):
         """The arguments and results that are named in the declaration."""
         return named_values(node, self._saves)
 
+    def ties(self, sizes: Sizes, node: Node) -> bool:
+        """What the function of the declaration says, if there is one."""
+        if self._ties is None:
+            return False
+        self._ties(sizes, node)
+        return True
+
+    def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
+        """As for all, and what the function of the declaration gives."""
+        return super().resized(node, new) | (self._resized(node, new) if self._resized else {})
+
 
 class View(Light):
     """A light operator that moves nothing: its results are other views of its operand."""
 
     kind: Kind = "view"
     aliases = True
+
+    def work(self, local: Local) -> Kernels:
+        """Nothing."""
+        return Kernels()
 
 
 class Family(dict[str, Operator]):
@@ -165,8 +278,9 @@ def opaque(node: Node) -> Rule:
 
 
 def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
-    packet, _, overload = name.removeprefix("aten.").rpartition(".")
-    function = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    space, _, rest = name.partition(".")
+    packet, _, overload = rest.rpartition(".")
+    function = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
     if function is None:
         raise ValueError(f"there is no operator `{name}`")
     # placement arguments are None in the graph and mean the default; `self` may be positional
@@ -177,6 +291,6 @@ def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "Family", "Kind", "Light", "Operator", "Render", "View",
+    "Family", "Kind", "Light", "Limit", "Operator", "Render", "View",
     "named_values", "opaque", "shapes_of",
 ]  # fmt: skip

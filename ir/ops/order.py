@@ -18,6 +18,7 @@ from .registry import rule_of
 from .rule import Choice
 
 Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)
+_ATTENTION = "shardwright.attention"
 
 
 def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
@@ -35,7 +36,7 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
     seen = [
         groups.find((value.name, 2))
         for node in graph.nodes
-        if node.op == "shardwright.attention" and is_causal_self_attention(node)
+        if is_causal_self_attention(node)
         for value in node.operands[: 2 if values_in_keys(node) else 3]
     ]
     tokens = set(seen)
@@ -57,14 +58,16 @@ def fits_order(node: Node, choice: Choice, order: str) -> bool:
     Causal attention with queries cut alone, and a halo from the left neighbour, need contiguous
     positions.
     """
-    if order == "contiguous" or node.op != "shardwright.attention":
+    if order == "contiguous" or node.op != _ATTENTION:
         return True
     positions = bool(node.arg("causal")) or bool(node.arg("window"))
     return choice != "window" and not (choice == "q" and positions)
 
 
 def is_causal_self_attention(node: Node) -> bool:
-    """Do the queries and keys of this attention stand at the same positions, masked causally?"""
+    """Is this attention whose queries and keys stand at the same positions, masked causally?"""
+    if node.op != _ATTENTION:
+        return False
     query, key = node.operands[:2]
     return bool(node.arg("causal")) and query.type.shape[2] == key.type.shape[2]
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
+from ...facts import work as facts
+from ...facts.work import Kernels
 from ..graph import Node
 from .forms import call, factors, optional
+from .local import Local
 from .operator import Family, Kind, Light, Render, opaque, shapes_of
 from .rule import Dims, Rule
 
@@ -20,6 +25,48 @@ class Product(Light):
 
     kind: Kind = "matmul"
     heavy = True
+    words: Mapping[str, str] = MappingProxyType({"o": "columns", "k": "rows"})
+    spent_on = "matrix products"
+    names_module = True
+
+    def work(self, local: Local) -> Kernels:
+        """One product, and in backward one for the gradient of each side that has one."""
+        batch, m, n, k = product_dims(local.rule, local.ways)
+        forward = facts.Product(m, n, k, batch, local.dtype)
+        if not local.backward:
+            return Kernels(((forward,),))
+        sides = [v for i, v in enumerate(local.node.operands) if i not in local.rule.addends]
+        turned = ((m, k, n), (k, n, m))
+        back = tuple(
+            facts.Product(*sizes, batch, local.dtype)
+            for side, sizes in zip(sides[:2], turned, strict=False)
+            if side.differentiable
+        )
+        return Kernels(((forward,),), (back,))
+
+
+def product_dims(rule: Rule, ways: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """(batch, m, n, k) of a matrix product whose factors are cut `ways` times.
+
+    A product of more than two operands counts as if it was computed in one step.
+    """
+    named = [
+        {factor for dim in dims for factor in dim}
+        for i, dims in enumerate(rule.operands)
+        if i not in rule.addends
+    ]
+    left, right = named[0], set[str]().union(*named[1:])
+    result = {factor for dim in rule.results[0] for factor in dim}
+
+    def size(factors: set[str]) -> int:
+        return prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)
+
+    return (
+        size(left & right & result),
+        size((left - right) & result),
+        size((right - left) & result),
+        size((left & right) - result),
+    )
 
 
 def _linear_rule(node: Node) -> Rule:
@@ -158,4 +205,4 @@ FAMILY.add(
     Product(_einsum_rule, _emit_einsum, saves=("tensors",)),
 )
 
-__all__ = ["FAMILY", "Product"]
+__all__ = ["FAMILY", "Product", "product_dims"]

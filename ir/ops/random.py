@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from ..graph import Node
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..graph import Arg, Node
 from .forms import call
 from .operator import Family, Light, Render
 from .rule import Rule, broadcast_rule
 
 FAMILY = Family()
+
+
+class Dropout(Light):
+    """Zeros at random places while training."""
+
+    in_eval: Mapping[str, Arg] = MappingProxyType({"train": False})
 
 
 def _emit_dropout(node: Node, render: Render) -> str:
@@ -21,6 +30,6 @@ def _dropout_rule(node: Node) -> Rule:
     return broadcast_rule([shape], shape, linear=[[0]], passes=True)
 
 
-FAMILY.add("aten.dropout.default", Light(_dropout_rule, _emit_dropout, saves=("result",)))
+FAMILY.add("aten.dropout.default", Dropout(_dropout_rule, _emit_dropout, saves=("result",)))
 
 __all__ = ["FAMILY"]

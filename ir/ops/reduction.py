@@ -42,6 +42,12 @@ def _reduce(*, additive: bool) -> Callable[[Node], Rule]:
     return build
 
 
+class AlongDims(Light):
+    """A sum or mean along some dims."""
+
+    sums_inside = True
+
+
 def _emit_reduce(name: str) -> Callable[[Node, Render], str]:
     def emit(node: Node, render: Render) -> str:
         named = {key for key, _ in node.args}
@@ -62,14 +68,10 @@ def _emit_reduce(name: str) -> Callable[[Node, Render], str]:
     return emit
 
 
-FAMILY.add(
-    "aten.sum.dim_IntList aten.sum.default",
-    Light(_reduce(additive=True), _emit_reduce("sum")),
-)
-FAMILY.add(
-    "aten.mean.dim aten.mean.default",
-    Light(_reduce(additive=True), _emit_reduce("mean")),
-)
+FAMILY.add("aten.sum.dim_IntList", AlongDims(_reduce(additive=True), _emit_reduce("sum")))
+FAMILY.add("aten.sum.default", Light(_reduce(additive=True), _emit_reduce("sum")))
+FAMILY.add("aten.mean.dim", AlongDims(_reduce(additive=True), _emit_reduce("mean")))
+FAMILY.add("aten.mean.default", Light(_reduce(additive=True), _emit_reduce("mean")))
 FAMILY.add(
     "aten.amax.default",
     Light(_reduce(additive=False), _emit_reduce("amax"), saves=("self", "result")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from weakref import ref
 
 from ..graph import Node, Value
@@ -11,19 +10,21 @@ from . import (
     attention,
     cached_attention,
     elementwise,
-    experts,
     factory,
     lookup,
     loss,
+    moe,
     norm,
+    parts,
     product,
     random,
     reduction,
     routing,
     shape,
 )
+from .local import Local
 from .operator import Family, Kind, Operator
-from .rule import Dims, Rule
+from .rule import Choice, Rule
 
 OPS = Family()
 for _family in (
@@ -33,6 +34,7 @@ for _family in (
     norm.FAMILY,
     reduction.FAMILY,
     shape.FAMILY,
+    parts.FAMILY,
     lookup.FAMILY,
     factory.FAMILY,
     product.FAMILY,
@@ -40,7 +42,7 @@ for _family in (
     cached_attention.FAMILY,
     loss.FAMILY,
     routing.FAMILY,
-    experts.FAMILY,
+    moe.FAMILY,
 ):
     for _name, _operator in _family.items():
         OPS.add(_name, _operator)
@@ -99,25 +101,24 @@ def saved_values(node: Node) -> tuple[Value, ...]:
     return operator_of(node).saves(node)
 
 
-def matmul_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int]:
-    """(batch, m, n, k) of a matmul-like node when its factors are cut `ways` times.
+def local_of(
+    node: Node,
+    choices: tuple[Choice, ...] = (),
+    sizes: tuple[int, ...] = (),
+    *,
+    training: bool = False,
+    order: str = "contiguous",
+    imbalance: float = 0.0,
+) -> Local:
+    """One rank's part of `node` (see `Local`); without choices the whole of it.
 
-    A product of more than two operands counts as if it was computed in one step.
+    Raises ValueError where the sizes do not allow the choices.
     """
     rule = rule_of(node)
-    factors = [_factors(d) for i, d in enumerate(rule.operands) if i not in rule.addends]
-    left, right = factors[0], set[str]().union(*factors[1:])
-    result = _factors(rule.results[0])
-
-    def size(factors: set[str]) -> int:
-        return prod(-(-rule.sizes[f] // ways.get(f, 1)) for f in factors)
-
-    return (
-        size(left & right & result),
-        size((left - right) & result),
-        size((right - left) & result),
-        size((left & right) - result),
-    )
+    ways = rule.ways(choices, sizes)
+    if ways is None:
+        raise ValueError(f"{node.loc}: {node.op} cannot be cut {choices} over axes of {sizes}")
+    return Local(node, rule, choices, sizes, ways, training, order, imbalance)
 
 
 def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int]:
@@ -130,34 +131,13 @@ def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int
     return size("b"), size("n") * size("g"), size("n"), size("q"), size("k"), size("d")
 
 
-def experts_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int, int]:
-    """Sizes of a local `shardwright.moe`.
-
-    (tokens, choices per token, experts, width in, hidden units of an expert, width out, matrices of
-    the first product: 2 with a gate).
-    """
-    rule = rule_of(node)
-
-    def size(factor: str) -> int:
-        return -(-rule.sizes[factor] // ways.get(factor, 1))
-
-    tokens = prod(size(factor) for dim in rule.operands[0][:-1] for factor in dim)
-    matrices = 1 if node.arg("gating") == "none" else 2
-    return tokens, size("k"), size("e"), size("h"), size("f"), size("o"), matrices
-
-
-def _factors(dims: Dims) -> set[str]:
-    return {factor for dim in dims for factor in dim}
-
-
 __all__ = [
     "OPS",
     "attention_dims",
-    "experts_dims",
     "find_op",
     "is_view",
     "kind_of",
-    "matmul_dims",
+    "local_of",
     "operator_of",
     "register",
     "rule_of",

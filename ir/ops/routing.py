@@ -6,6 +6,7 @@ from ..graph import Node
 from .forms import along_dim, call, dim_of, factors
 from .operator import Family, Light, Render, shapes_of
 from .rule import Dims, Rule
+from .sizes import Sizes
 
 FAMILY = Family()
 
@@ -23,7 +24,13 @@ def _emit_topk(node: Node, render: Render) -> str:
     return call(f"{render.arg('self')}.topk", render.arg("k"), dim=render.arg("dim"), **flags)
 
 
-FAMILY.add("aten.topk.default", Light(along_dim(), _emit_topk, saves=("result",)))
+def _tie_topk(sizes: Sizes, node: Node) -> None:
+    """What is chosen from, and how much of it, stays: a router's experts and choices."""
+    dim = node.int_arg("dim")
+    sizes.fix(sizes.dim(node.operands[0], dim), sizes.dim(node.output, dim))
+
+
+FAMILY.add("aten.topk.default", Light(along_dim(), _emit_topk, saves=("result",), ties=_tie_topk))
 
 
 def _one_hot_rule(node: Node) -> Rule:
@@ -55,17 +62,17 @@ def _scatter_rule(node: Node) -> Rule:
     )
 
 
-FAMILY.add(
-    "aten.scatter.src",
-    Light(_scatter_rule, "{self}.scatter({dim}, {index}, {src})", saves=("index",)),
-)
-FAMILY.add(
-    "aten.scatter_add.default",
-    Light(_scatter_rule, "{self}.scatter_add({dim}, {index}, {src})", saves=("index",)),
-)
-FAMILY.add(
-    "aten.scatter.value",
-    Light(_scatter_rule, "{self}.scatter({dim}, {index}, {value})", saves=("index",)),
-)
+def _tie_scatter(sizes: Sizes, node: Node) -> None:
+    """The dim that is written along stays, and that of the indices."""
+    dim = node.int_arg("dim")
+    sizes.fix(*(sizes.dim(value, dim) for value in node.operands))
+
+
+for _name, _template in (
+    ("aten.scatter.src", "{self}.scatter({dim}, {index}, {src})"),
+    ("aten.scatter_add.default", "{self}.scatter_add({dim}, {index}, {src})"),
+    ("aten.scatter.value", "{self}.scatter({dim}, {index}, {value})"),
+):
+    FAMILY.add(_name, Light(_scatter_rule, _template, saves=("index",), ties=_tie_scatter))
 
 __all__ = ["FAMILY"]

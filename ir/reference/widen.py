@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..graph import Arg, Block, Graph, Loop, Node, Param, TensorType, Value
+from ..ops.registry import operator_of
 
 
 def rebuilt(
@@ -98,13 +99,9 @@ def widened(graph: Graph) -> Graph:
 
 def without_dropout(graph: Graph) -> Graph:
     """The graph as it runs in eval mode: dropout lets everything through."""
-    off: dict[str, dict[str, Arg]] = {
-        "aten.dropout.default": {"train": False},
-        "shardwright.attention": {"dropout_p": 0.0},
-    }
 
     def node(old: Node) -> Node:
-        changes = off.get(old.op, {})
+        changes = operator_of(old).in_eval
         return replace(old, args=tuple((name, changes.get(name, a)) for name, a in old.args))
 
     return rebuilt(graph, value=lambda value: value, node=node)

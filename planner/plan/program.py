@@ -14,13 +14,14 @@ from typing import TypeAlias
 
 from ...facts.moves import primitive
 from ...facts.spec import R, Spec, V
+from ...facts.traffic import Traffic
 from ...ir.graph import Block, Graph, Loop, Node, Param, Value
+from ...ir.ops.local import node_specs
 from ...ir.ops.order import token_dims
 from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
-from ..strategies.conversion import Conversions, Step, Traffic
-from ..strategies.regions import node_specs
+from ..strategies.conversion import Conversions, Step
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
 

@@ -21,7 +21,7 @@ from ...facts.blocks import local_shape
 from ...facts.spec import S, Spec
 from ...ir.graph import Graph, Loop, Node, TensorType
 from ...ir.ops.attention import cached_per_head
-from ...ir.ops.registry import attention_dims, rule_of
+from ...ir.ops.registry import attention_dims, operator_of, rule_of
 from ..strategies.attention import cache_spec
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network
@@ -50,7 +50,7 @@ def cached_attentions(graph: Graph) -> dict[Key, Cached]:
     found: dict[Key, Cached] = {}
     for scope in scopes(graph):
         for node in scope.nodes:
-            if node.op == "shardwright.cached_attention":
+            if operator_of(node).remembers:
                 path = f"{scope.loop.path}.*." if scope.loop is not None else ""
                 name = f"{path}{node.arg('cache')}"
                 found[key_of(scope, node)] = Cached(node, scope.weight, name)

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...ir.graph import Graph
-from ...ir.ops.registry import kind_of
+from ...ir.ops.operator import Operator
+from ...ir.ops.registry import OPS, operator_of
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
-
-_KINDS = {"matmul": "matrix products", "attention": "attention", "experts": "experts"}
-_OTHERS = "other ops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,9 @@ def spent_in_ops(graph: Graph, work: Mapping[str, Work], *, recompute: bool) -> 
 
     `recompute`: nodes in loops run forward twice.
     """
-    computing: dict[str, float] = dict.fromkeys((*_KINDS.values(), _OTHERS), 0.0)
+    kinds = dict.fromkeys(operator.spent_on for operator in OPS.values())
+    kinds.pop(Operator.spent_on)  # last
+    computing = dict.fromkeys((*kinds, Operator.spent_on), 0.0)
     moving: dict[tuple[int, ...], float] = {}
     for scope in scopes(graph):
         again = 1 if recompute and scope.loop is not None else 0
@@ -47,7 +47,7 @@ def spent_in_ops(graph: Graph, work: Mapping[str, Work], *, recompute: bool) -> 
             one = work[node.name]
             whole = scope.weight * (one.seconds + again * one.forward_s)
             waits = scope.weight * (one.moving_s + again * one.forward_moving_s)
-            computing[_KINDS.get(kind_of(node), _OTHERS)] += whole - waits
+            computing[operator_of(node).spent_on] += whole - waits
             if one.axes:
                 moving[one.axes] = moving.get(one.axes, 0.0) + waits
     return Spent(computing, moving)

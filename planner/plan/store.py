@@ -10,10 +10,11 @@ from typing import Any
 
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, format_spec, parse_spec
+from ...facts.traffic import Traffic
 from ...ir.graph.serialize import graph_from_json, graph_to_json
 from ..errors import PlanError
 from ..strategies.build import Decisions
-from ..strategies.conversion import Step, Traffic
+from ..strategies.conversion import Step
 from ..strategies.pricing import Work
 from .plan import Baseline, Memory, PlanData, Recache, Request, Search
 from .program import PricedStep

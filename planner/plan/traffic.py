@@ -15,13 +15,12 @@ from math import prod
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import wire_bytes
-from ...facts.blocks import local_shape
 from ...facts.mesh import Mesh
-from ...ir.ops.registry import is_view, kind_of, rule_of, saved_values
-from ..strategies import attention, experts
+from ...facts.traffic import Traffic
+from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_values
+from ..strategies import attention
 from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
 
-_COUNT_BYTES = 8  # the number of labels is an int64
 _Gathers: TypeAlias = Mapping[Sharded, tuple[Convert, ...]]
 
 
@@ -51,6 +50,7 @@ class _Walk:
         self.order = order
         self.moved: dict[Moved, float] = {}
         self._positions: set[object] = set()  # what was told of cached positions
+        self._told: set[Traffic] = set()  # once per step
         # By gathering step: how many nodes will ask for its result in backward, and whether it is
         # there, as in runtime/gathering/regather.py
         self.asking: dict[int, int] = {}
@@ -86,8 +86,7 @@ class _Walk:
             else:
                 live_here = bool(live.intersection(item.outputs))
                 self._attention(item, times, live_here)
-                self._experts(item, times, live_here)
-                self._loss(item, times)
+                self._inside(item, times, live_here)
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
                     if not again:  # what is gathered the second time serves backward
@@ -170,43 +169,23 @@ class _Walk:
             for _ in range(runs):
                 self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
 
-    def _experts(self, item: Compute, times: int, live: bool) -> None:
-        """Tokens sent to experts: what is expected of balanced routing."""
-        if kind_of(item.node) != "experts":
-            return
-        local = experts.Local.of(item.node, item.choices, self.mesh.sizes, imbalance=1.0)
-        for backward in (False, True) if live else (False,):
-            for n_bytes in experts.exchanged(local, backward):
-                for _ in range(1 if backward else times):
-                    self._add("all_to_all", local.axes, backward, n_bytes)
-
-    def _loss(self, item: Compute, times: int) -> None:
-        """A loss over a sharded vocabulary, and the number of labels over sharded tokens; which
-        rank has the last token of a sharded sequence."""
-        if item.node.op == "shardwright.last_token":
-            axes = self._axes(item, "s")
-            if axes:
-                rows = item.operands[0]
-                batch = local_shape(rows.value.type.shape, rows.spec, self.mesh.sizes)[0]
-                self._add("all_reduce", axes, False, batch * _COUNT_BYTES)
-            return
-        if item.node.op != "shardwright.cross_entropy":
-            return
-        logits, rule = item.operands[0], rule_of(item.node)
-        *tokens, vocabulary = ((f, self._axes(item, f)) for dim in rule.operands[0] for f in dim)
-        shape = local_shape(logits.value.type.shape, logits.spec, self.mesh.sizes)
-        itemsize = max(4, logits.value.type.dtype.itemsize)  # half precision is computed in fp32
-        rows = times * prod(shape[:-1]) * itemsize
-        if axes := vocabulary[1]:
-            self._add("all_reduce", axes, False, rows)  # the largest logit
-            self._add("all_reduce", axes, False, 2 * rows)  # sum of exponentials, label's logit
-        if item.node.arg("reduction") == 1:  # mean
-            for _, axes in tokens:
-                if axes:
-                    self._add("all_reduce", axes, False, times * _COUNT_BYTES)
-
-    def _axes(self, item: Compute, factor: str) -> tuple[int, ...]:
-        return tuple(i for i, choice in enumerate(item.choices) if choice == factor)
+    def _inside(self, item: Compute, times: int, live: bool) -> None:
+        """What an op moves itself; of experts what is expected of balanced routing."""
+        local = local_of(
+            item.node,
+            item.choices,
+            self.mesh.sizes,
+            training=live,
+            order=self.order,
+            imbalance=1.0,
+        )
+        for traffic in operator_of(item.node).traffic(local):
+            if traffic.told:
+                if traffic in self._told:
+                    continue
+                self._told.add(traffic)
+            for _ in range(traffic.times * (1 if traffic.backward or traffic.told else times)):
+                self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
 
     def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: float) -> None:
         ways = prod(self.mesh.sizes[axis] for axis in axes)
@@ -238,9 +217,8 @@ def _entering(call: LoopCall, body: BlockBody, gathers: _Gathers) -> _Gathers:
 
 def _kept_gathers(item: Compute, gathers: _Gathers) -> list[tuple[Convert, ...]]:
     """The steps behind each gathered parameter that autograd keeps from a node."""
-    kept = {value.name for value in saved_values(item.node)}
-    if item.node.op == "aten.embedding.default" and "v" in item.choices:
-        kept.clear()  # a table cut by its rows keeps indices into those that are here
+    held = operator_of(item.node).holds(item.node, item.choices)
+    kept = {value.name for value in saved_values(item.node)} & {value.name for value in held}
     operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept]
     return list(dict.fromkeys(gathers[o] for o in operands if gathers.get(o)))
 

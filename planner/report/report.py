@@ -19,28 +19,6 @@ from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.build import all_params
 
-_WORDS = {  # what cutting a factor is called, by kind of op
-    "matmul": {"o": "columns", "k": "rows"},
-    "attention": {
-        "n": "heads",
-        "q": "queries, K/V gathered",
-        "ring": "sequence, ring of K/V",
-        "gather": "sequence, K/V gathered",
-        "ulysses": "sequence, exchanged for heads",
-        "window": "sequence, window's K/V from the neighbours",
-        "pass_q": "sequence, ring of queries",
-        "tree": "cached tokens, tree",
-    },
-    "experts": {
-        "e": "experts, summands",
-        "f": "hidden units",
-        "o": "columns",
-        "dispatch_i0": "experts, tokens sent to them",
-        "dispatch_i1": "experts, tokens sent to them",
-    },
-    "aten.embedding.default": {"v": "vocabulary", "h": "hidden"},
-    "shardwright.cross_entropy": {"v": "vocabulary"},
-}
 _LABELS = {"b": "batch", "s": "sequence"}
 _SMALL = 0.002  # differences below this share of the time are not worth telling
 
@@ -357,7 +335,7 @@ def _op_name(plan: PlanData, node: Node) -> str:
 def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:
     """`dp: batch, tp: heads`."""
     known = factor_labels(item.node, labels)
-    words = _WORDS.get(item.node.op) or _WORDS.get(kind_of(item.node), {})
+    words = operator_of(item.node).words
     parts = [
         f"{name}: {_choice_text(item.node, choice, known, words)}"
         for name, choice in zip(mesh.names, item.choices, strict=True)
@@ -366,7 +344,9 @@ def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> st
     return ", ".join(parts) or "replicated"
 
 
-def _choice_text(node: Node, choice: Choice, known: dict[str, str], words: dict[str, str]) -> str:
+def _choice_text(
+    node: Node, choice: Choice, known: dict[str, str], words: Mapping[str, str]
+) -> str:
     if choice in words:
         return words[choice]
     if choice in known:

@@ -16,8 +16,9 @@ from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.labels import factor_labels, label_dims
+from ...ir.ops.local import local_bytes
 from ...ir.ops.order import is_causal_self_attention, token_dims
-from ...ir.ops.registry import experts_dims, find_op, kind_of, matmul_dims, rule_of
+from ...ir.ops.registry import find_op, kind_of, local_of, operator_of, rule_of
 from ..errors import PlanError
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution, solve
@@ -26,7 +27,7 @@ from ..plan.program import PricedStep, lower, priced_path
 from ..plan.split import spent_in_ops
 from ..strategies.build import Builder, Decisions, Restriction, Setting, all_params
 from ..strategies.conversion import Network, Step
-from ..strategies.pricing import Work, local_bytes
+from ..strategies.pricing import Work
 from ..strategies.regions import scopes
 from ..strategies.roles import Roles, name_of, ordinary_roles
 
@@ -186,10 +187,7 @@ def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
     window can be cheaper over contiguous tokens.
     """
     causal = [
-        node
-        for scope in scopes(graph)
-        for node in scope.nodes
-        if node.op == "shardwright.attention" and is_causal_self_attention(node)
+        node for scope in scopes(graph) for node in scope.nodes if is_causal_self_attention(node)
     ]
     uneven = any(node.operands[0].type.shape[2] % (2 * mesh.ranks) for node in causal)
     if uneven or not token_dims(graph):
@@ -266,10 +264,10 @@ def _solve(
 def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
     """Without a causal attention over a sharded sequence the order of tokens does not matter."""
     uses = any(
-        choice in ("ring", "gather") and is_causal_self_attention(node)
+        choice in ("ring", "gather")
         for scope in scopes(graph)
         for node in scope.nodes
-        if node.op == "shardwright.attention"
+        if is_causal_self_attention(node)
         for choice in decisions.choices[node.name]
     )
     return decisions if uses else replace(decisions, order="contiguous")
@@ -419,10 +417,9 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
         votes: dict[str, float] = {}
         for scope in scopes(graph):
             for node in scope.nodes:
-                if kind_of(node) in ("matmul", "attention", "experts"):
+                if flops := operator_of(node).flops(local_of(node)):
                     use = _use_of(node, decisions.choices[node.name][axis], labels)
-                    weight = scope.weight * _flops(node)
-                    votes[use] = votes.get(use, 0.0) + weight
+                    votes[use] = votes.get(use, 0.0) + scope.weight * flops
         names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
     for name in list(names):
         if names.count(name) > 1:
@@ -439,16 +436,6 @@ def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ..
         return "ep"
     label = factor_labels(node, labels).get(choice, "")
     return {"b": "dp", "s": "cp"}.get(label, "tp")
-
-
-def _flops(node: Node) -> float:
-    if kind_of(node) == "matmul":
-        batch, m, n, k = matmul_dims(node, {})
-        return 2.0 * batch * m * n * k
-    if kind_of(node) == "experts":
-        tokens, picks, _, width, hidden, out, matrices = experts_dims(node, {})
-        return 2.0 * tokens * picks * hidden * (matrices * width + out)
-    return float(node.output.type.numel)
 
 
 def _notes(graph: Graph) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph
+from ...ir.ops.registry import operator_of
 from ..errors import InfeasibleError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from ..ilp.solve import Solution
@@ -258,7 +259,7 @@ def _caches(built: Built) -> dict[Key, _Cache]:
         built.builder.regions, built.region_nodes, built.strategies, strict=True
     ):
         for at, node in enumerate(region.nodes):
-            if node.op == "shardwright.cached_attention":
+            if operator_of(node).remembers:
                 key = key_of(region.scope, node)
                 specs = [cache_spec(node, s.choices[at]) for s in strategies]
                 found[key] = _Cache(index, cached[key], specs, built.builder.sizes)

@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeAlias
 
 from ...facts.units import format_seconds
 from ...ir.graph import Graph, Node
-from ...ir.ops.registry import kind_of
+from ...ir.ops.registry import kind_of, operator_of
 from ...ir.passes.latent import absorbed, expanded, numbers_per_token
 from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, PlanError
@@ -205,7 +205,7 @@ def _latent_note(best: Variant, tried: Sequence[_Tried[Found]]) -> Sequence[str]
     others = {one.variant.form: one for one in tried if one.variant.form != best.form}
     if not others:
         return ()
-    cached = any(node.op == "shardwright.cached_attention" for node in _attentions(best.graph))
+    cached = any(operator_of(node).remembers for node in _attentions(best.graph))
     what = "the KV cache holds" if cached else "sent, and saved for backward, are"
     text = f"Attention reads {best.reads}: {what} {numbers_per_token(best.graph):,} values"
     text += " per token and layer"

@@ -38,7 +38,7 @@ from ...costmodel.compute import attention_s, matmul_s
 from ...facts.spec import R, S, Spec
 from ...ir.graph import Node
 from ...ir.ops.attention import cached_per_head, decompressing, values_in_keys
-from ...ir.ops.registry import attention_dims, rule_of
+from ...ir.ops.registry import attention_dims, operator_of, rule_of
 from ...ir.ops.rule import Choice
 from .conversion import Network
 
@@ -95,7 +95,7 @@ class Local:
         if ways is None:
             raise ValueError(f"{node.loc}: attention cannot be cut {tuple(choices)} over {sizes}")
         batch, heads, kv_heads, queries, keys, key_dim = attention_dims(node, ways)
-        cached = node.op == "shardwright.cached_attention"
+        cached = operator_of(node).remembers != ""
         if cached:
             keys = -(-rule.sizes["c"] // ways.get("c", 1))
         axis = next((i for i, choice in enumerate(choices) if choice in rule.algorithms), -1)

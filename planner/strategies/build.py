@@ -26,12 +26,13 @@ from ...costmodel.compute import elementwise_s
 from ...costmodel.memory import optimizer_step_bytes, parameter_state_bytes
 from ...facts.spec import R, S, Spec, is_shard
 from ...ir.graph import Graph, Loop, Node, Param, Value
-from ...ir.ops.registry import is_view, kind_of, rule_of, saved_values
+from ...ir.ops.local import local_bytes
+from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 from .conversion import Conversions, Network, spec_fits
-from .pricing import Work, buffer_bytes, cache_bytes, local_bytes, price, routed_bytes
-from .regions import Region, Scope, Strategy, make_regions, node_specs, scopes
+from .pricing import Work, buffer_bytes, cache_bytes, price
+from .regions import Region, Scope, Strategy, make_regions, scopes
 
 Floats = NDArray[np.float64]
 
@@ -196,21 +197,30 @@ class Builder:
         """What one run of a node costs under its choices."""
         key = (node.name, choices)
         if key not in self._costs:
-            needs, gives = node_specs(node, rule_of(node), choices, self.setting.training)
+            setting = self.setting
+            local = local_of(
+                node,
+                choices,
+                self.sizes,
+                training=setting.training,
+                order=setting.order,
+                imbalance=setting.expert_imbalance,
+            )
+            needs, gives = local.specs()
             specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
             held = 0
             if kind_of(node) != "view":
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
-                held += buffer_bytes(node, choices, self.sizes)
-            rows = routed_bytes(node, choices, self.sizes, self.setting.expert_imbalance)
-            kept = saved_values(node) if self.setting.training else ()
+                held += buffer_bytes(local)
+            rows = operator_of(node).extra_bytes(local)
+            kept = saved_values(node) if setting.training else ()
             work = self.work(node, choices)
             self._costs[key] = NodeCost(
                 work.forward_s,
                 work.seconds,
                 float(held) + rows,
-                cache_bytes(node, choices, self.sizes, self.setting.longest_run),
-                rows if self.setting.training else 0.0,
+                cache_bytes(node, choices, self.sizes, setting.longest_run),
+                rows if setting.training else 0.0,
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),
             )

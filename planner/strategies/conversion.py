@@ -37,6 +37,7 @@ from ...facts.blocks import local_shape
 from ...facts.mesh import Mesh
 from ...facts.moves import COLLECTIVES, backward_primitive, primitive
 from ...facts.spec import P, R, S, Spec, State, V, format_state, is_shard
+from ...facts.traffic import Traffic
 from ...ir.graph import TensorType
 
 # A price for the step itself, so that the shortest of equally cheap paths is the cheapest
@@ -56,20 +57,6 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.axes}: {format_state(self.a)} -> {format_state(self.b)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """One collective of a step: its kind, the axes, and the bytes it is called with.
-
-    `bytes` follows `costmodel.collective`: the whole buffer for all-gather, reduce-scatter
-    and all-reduce, the local buffer for all-to-all.
-    """
-
-    kind: str
-    axes: tuple[int, ...]
-    bytes: int
-    backward: bool
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 from ...facts.spec import P, R, Spec, State, V
 from ...ir.graph import Block, Graph, Loop, Node, Value
+from ...ir.ops.local import node_specs, plain_state
 from ...ir.ops.order import fits_order
 from ...ir.ops.registry import operator_of, rule_of
 from ...ir.ops.rule import Choice, Rule
@@ -27,7 +28,6 @@ from ...ir.ops.rule import Choice, Rule
 _States: TypeAlias = tuple[tuple[str, State], ...]
 
 _MAX_PER_AXIS = 24  # more agreeing choices than this on one axis: the region is split into nodes
-_REDUCTIONS = frozenset({"aten.sum.dim_IntList", "aten.mean.dim"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,29 +186,6 @@ def _regions_of(
     return [Region(tuple(nodes), scope, tuple(operands.values()), values, tuple(strategies))]
 
 
-def node_specs(
-    node: Node, rule: Rule, choices: tuple[Choice, ...], training: bool
-) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-    """Specs of the operands and of the outputs of a node under its choices, one per axis.
-
-    Without a gradient `V` says no more than `R`, and is written so.
-    """
-    table = rule.choices()
-    rows = [table[choice] for choice in choices]
-
-    def specs(values: tuple[Value, ...], side: int) -> tuple[Spec, ...]:
-        return tuple(
-            tuple(_plain(row[side][i], training and value.differentiable) for row in rows)
-            for i, value in enumerate(values)
-        )
-
-    return specs(node.operands, 0), specs(node.outputs, 1)
-
-
-def _plain(state: State, gradient: bool) -> State:
-    return R if state == V and not gradient else state
-
-
 def _strategy(
     nodes: list[Node],
     rules: list[Rule],
@@ -277,7 +254,10 @@ def _different_choices(node: Node, training: bool) -> list[tuple[Choice, list[St
     out: list[tuple[Choice, list[State], list[State]]] = []
     for choice, states in sorted(rule.choices().items(), key=lambda c: c[0] not in rule.sizes):
         needed, made = (
-            [_plain(s, training and v.differentiable) for s, v in zip(side, values, strict=True)]
+            [
+                plain_state(s, training and v.differentiable)
+                for s, v in zip(side, values, strict=True)
+            ]
             for side, values in zip(states, (node.operands, node.outputs), strict=True)
         )
         if choice in rule.algorithms or not any((needed, made) == row[1:] for row in out):
@@ -305,4 +285,4 @@ def _agrees(node: Node, needs: list[State], states: dict[str, State], nodes: lis
 
 
 def _is_reduction(value: Value, nodes: list[Node]) -> bool:
-    return any(n.op in _REDUCTIONS for n in nodes if value in n.outputs)
+    return any(operator_of(n).sums_inside for n in nodes if value in n.outputs)

@@ -19,6 +19,7 @@ import shardwright
 from shardwright.facts.spec import Spec, is_shard
 from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node, Param
+from shardwright.ir.ops import moe as declared
 from shardwright.ir.ops.experts import moe_math
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.unfuse import unfuse
@@ -26,7 +27,6 @@ from shardwright.ir.reference import interpret
 from shardwright.ir.reference.widen import widened
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.traffic import predicted_bytes
-from shardwright.planner.strategies import experts
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool
@@ -130,7 +130,7 @@ def _hops(moved: Counter[tuple[str, ...]]) -> Counter[tuple[str, ...]]:
 
 def _without_experts(builder: Builder, decisions: Decisions) -> Counter[tuple[str, ...]]:
     """Bytes that are moved otherwise than to experts and back, by (operation, axis, phase)."""
-    with mock.patch.object(experts, "exchanged", lambda local, backward: []):
+    with mock.patch.object(declared, "exchanges", lambda layer, *, backward: ()):
         moved = predicted_bytes(program_of(builder, decisions), builder.network.mesh)
     return Counter({tuple(key): n for key, n in moved.items()})
 

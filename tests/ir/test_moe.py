@@ -17,7 +17,8 @@ from shardwright.ir.capture.huggingface_experts import form_of
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.ops.experts import Form, moe_math, moe_operator
 from shardwright.ir.ops.labels import label_dims
-from shardwright.ir.ops.registry import experts_dims, find_op, rule_of
+from shardwright.ir.ops.moe import layer_of
+from shardwright.ir.ops.registry import find_op, local_of, rule_of
 from shardwright.ir.passes.unfuse import unfuse
 from tests.examples.test_examples import load
 
@@ -335,7 +336,9 @@ def test_rule() -> None:
     assert choices["dispatch_i1"] == ((*tokens, *stacked), (S(1),))
     assert set(choices) == {"R", "i0", "i1", "e", "f", "o", "dispatch_i0", "dispatch_i1"}
     assert rule_of(node).ways(("dispatch_i1", "f"), (2, 2)) == {"i1": 2, "e": 2, "f": 2}
-    assert experts_dims(node, {"i0": 2, "e": 4, "f": 2}) == (4, 2, 1, 8, 3, 8, 2)
+    layer = layer_of(local_of(node, ("i0", "e", "f"), (2, 4, 2)))
+    assert (layer.tokens, layer.choices, layer.experts, layer.matrices) == (4, 2, 1, 2)
+    assert (layer.width, layer.hidden, layer.out) == (8, 3, 8)
 
 
 def test_hidden_units_of_halves_stay_whole() -> None:

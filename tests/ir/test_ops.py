@@ -22,11 +22,12 @@ from shardwright.facts.mesh import Mesh
 from shardwright.facts.spec import P, R, S, Spec, V, is_shard
 from shardwright.ir.graph import Arg, Graph, Input, Node, Output, Param, TensorType, Value
 from shardwright.ir.ops.experts import Form
+from shardwright.ir.ops.local import node_specs
+from shardwright.ir.ops.product import product_dims
 from shardwright.ir.ops.registry import (
     OPS,
     find_op,
     kind_of,
-    matmul_dims,
     register,
     rule_of,
     saved_values,
@@ -37,7 +38,6 @@ from shardwright.planner.plan.program import PricedStep, Program, lower
 from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.conversion import Conversions as TypeConversions
 from shardwright.planner.strategies.conversion import Network, spec_fits
-from shardwright.planner.strategies.regions import node_specs
 from shardwright.runtime import RankPool
 from tests.sharded import (
     assert_close,
@@ -797,13 +797,13 @@ PRODUCTS = [op for op in EXAMPLES if kind_of(single(op, EXAMPLES[op][0](Draw(0))
 
 
 @pytest.mark.parametrize("op", PRODUCTS)
-def test_matmul_dims_are_what_torch_counts(op: str) -> None:
+def test_product_dims_are_what_torch_counts(op: str) -> None:
     for make in EXAMPLES[op]:
         case = single(op, make(Draw(1)))
         rule = rule_of(case.node)
         if rule.whole:  # without a rule the dims say nothing
             continue
-        batch, m, n, k = matmul_dims(case.node, {})
+        batch, m, n, k = product_dims(rule, {})
         with FlopCounterMode(display=False) as counter:
             interpret(case.graph, case.params, case.inputs)
         # torch does not count products with a vector, nor einsums of one operand
@@ -812,7 +812,7 @@ def test_matmul_dims_are_what_torch_counts(op: str) -> None:
         for choice in rule.sizes:
             ways = rule.ways((choice,), (2,))
             if ways is not None and rule.sizes[choice] % 2 == 0:
-                assert 2 * prod(matmul_dims(case.node, ways)) == batch * m * n * k
+                assert 2 * prod(product_dims(rule, ways)) == batch * m * n * k
 
 
 @pytest.mark.parametrize("op", EXAMPLES)

@@ -12,28 +12,23 @@ from torch import Tensor
 from shardwright.costmodel.collective import wire_bytes
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
+from shardwright.ir.ops.moe import Layer, exchanges, kernels, usual_imbalance
 from shardwright.planner.strategies.conversion import Network
-from shardwright.planner.strategies.experts import (
-    Local,
-    exchange_seconds,
-    exchanged,
-    saved_bytes,
-    seconds,
-    usual_imbalance,
-)
+from shardwright.planner.strategies.pricing import pass_seconds
 from shardwright.runtime import Mesh as RuntimeMesh
 from shardwright.runtime import RankPool, count_collectives, moe
 
 Pool = Callable[[int], RankPool]
 EIGHT = Network(Mesh((("x", 8),)), load_cluster("h100"))
 # What every rank would hold and compute with one rank alone: sizes of Qwen3-30B-A3B's layers
-WHOLE = Local(
+WHOLE = Layer(
     tokens=32768, choices=8, experts=128, all_experts=128, width=2048, hidden=768, out=2048,
     matrices=2, itemsize=2, axes=(), ranks=1, sends=False, imbalance=1.0,
+    dtype="torch.bfloat16",
 )  # fmt: skip
 
 
-def dispatched(local: Local, ranks: int, imbalance: float) -> Local:
+def dispatched(local: Layer, ranks: int, imbalance: float) -> Layer:
     """Tokens and experts cut over the mesh's axis, tokens sent to their experts."""
     return replace(
         local, tokens=local.tokens // ranks, experts=local.experts // ranks, axes=(0,), ranks=ranks,
@@ -41,7 +36,7 @@ def dispatched(local: Local, ranks: int, imbalance: float) -> Local:
     )  # fmt: skip
 
 
-def hidden_cut(local: Local, ranks: int) -> Local:
+def hidden_cut(local: Layer, ranks: int) -> Layer:
     """Tensor parallelism: every expert's hidden units cut."""
     return replace(local, hidden=local.hidden // ranks)
 
@@ -100,9 +95,10 @@ def test_rows_sent_are_those_of_balanced_routing(experts: int, choices: int, ran
     assert local.pairs == tokens * choices
 
 
-TINY = Local(
+TINY = Layer(
     tokens=64, choices=3, experts=4, all_experts=16, width=6, hidden=4, out=6, matrices=2,
     itemsize=8, axes=(0,), ranks=4, sends=True, imbalance=1.0,
+    dtype="torch.float64",
 )  # fmt: skip
 RUNS = 60
 
@@ -128,8 +124,8 @@ def moved_on_rank() -> dict[str, float]:
 def test_expected_bytes_are_the_mean_of_those_counted(pool: Pool) -> None:
     results = pool(TINY.ranks).run(moved_on_rank)
     for phase in ("forward", "backward"):
-        sent = exchanged(TINY, phase == "backward")
-        expected = sum(float(wire_bytes("all_to_all", n, TINY.ranks)) for n in sent)
+        sent = [t for t in exchanges(TINY, backward=True) if t.backward == (phase == "backward")]
+        expected = sum(float(wire_bytes(t.kind, t.bytes, TINY.ranks)) for t in sent)
         mean = sum(moved[phase] for moved in results) / TINY.ranks
         assert mean == pytest.approx(expected, rel=0.02), phase
 
@@ -137,9 +133,10 @@ def test_expected_bytes_are_the_mean_of_those_counted(pool: Pool) -> None:
 # ---- what follows for prices -------------------------------------------------------------------
 
 
-def spent(local: Local, *, backward: bool = True) -> float:
-    alone = seconds(local, "torch.bfloat16", EIGHT, backward=backward)
-    return sum(alone) + sum(exchange_seconds(local, EIGHT, backward=backward))
+def spent(local: Layer, *, backward: bool = True) -> float:
+    work, moved = kernels(local, backward=backward), exchanges(local, backward=backward)
+    forward, _ = pass_seconds(work.forward, [t for t in moved if not t.backward], EIGHT)
+    return forward + pass_seconds(work.backward, [t for t in moved if t.backward], EIGHT)[0]
 
 
 def test_small_experts_are_sent_tokens_rather_than_cut() -> None:
@@ -165,7 +162,7 @@ def test_experts_as_many_as_ranks_suffer_from_imbalance() -> None:
 
 def test_imbalance_raises_time_and_memory() -> None:
     loads = [dispatched(WHOLE, 8, load) for load in (1.0, 1.25, 2.0, 8.0)]
-    assert [saved_bytes(one) / saved_bytes(loads[0]) for one in loads] == [1.0, 1.25, 2.0, 8.0]
+    assert [one.saved_bytes / loads[0].saved_bytes for one in loads] == [1.0, 1.25, 2.0, 8.0]
     times = [spent(one) for one in loads]
     assert all(a < b for a, b in zip(times, times[1:], strict=False))
     compute, whole = times[-1] / times[0], 8.0
@@ -186,5 +183,5 @@ def test_few_tokens_read_the_weights_of_their_experts() -> None:
 
 def test_exchanged_bytes_of_a_layer_without_sending_are_none() -> None:
     own = replace(dispatched(WHOLE, 8, 1.0), sends=False)
-    assert exchanged(own, False) == exchanged(own, True) == []
+    assert exchanges(own, backward=True) == ()
     assert own.pairs == own.tokens * own.choices / 8

@@ -20,6 +20,7 @@ from shardwright.api import phase_graph, plan_file
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
+from shardwright.ir.ops.moe import usual_imbalance
 from shardwright.ir.ops.registry import kind_of, rule_of
 from shardwright.ir.passes.latent import absorbed, expanded
 from shardwright.ir.passes.unfuse import unfuse
@@ -29,7 +30,6 @@ from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.split import spent_in_ops
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
 from shardwright.planner.strategies.conversion import Network
-from shardwright.planner.strategies.experts import usual_imbalance
 from shardwright.planner.strategies.regions import Region, Strategy, scopes
 from shardwright.planner.strategies.roles import Roles
 from tests.sharded import mesh_of

@@ -11,10 +11,10 @@ import torch
 import shardwright
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.ir.graph import Node
-from shardwright.ir.ops.registry import kind_of
+from shardwright.ir.ops.moe import exchanges, layer_of
+from shardwright.ir.ops.registry import kind_of, local_of
 from shardwright.planner.plan.plan import PlanData
 from shardwright.planner.report.report import split_seconds
-from shardwright.planner.strategies import experts
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.regions import scopes
 
@@ -59,16 +59,20 @@ def test_exchanges_of_experts_are_communication() -> None:
     node = layer_of_experts(plan)
     choices = plan.decisions.choices[node.name]
     assert choices[0].startswith("dispatch"), choices
-    local = experts.Local.of(node, choices, plan.mesh.sizes)
+    layer = layer_of(local_of(node, choices, plan.mesh.sizes))
     network = Network(plan.mesh, load_cluster("h100", 8))
-    forward, backward = experts.exchange_seconds(local, network, backward=True)
+    moved = exchanges(layer, backward=True)
+    forward, backward = (
+        sum(network.seconds("all_to_all", (0,), t.bytes) for t in moved if t.backward == back)
+        for back in (False, True)
+    )
     work = plan.work[node.name]
     assert (work.forward_moving_s, work.backward_moving_s) == (forward, backward)
     assert work.axes == (0,) and 0 < work.moving_s < work.seconds
     runs = LAYERS * (2 if plan.decisions.recompute else 1)
-    moved = runs * forward + LAYERS * backward
+    in_layers = runs * forward + LAYERS * backward
     name = plan.mesh.names[0]
-    assert split_seconds(plan)[1][name] > moved
+    assert split_seconds(plan)[1][name] > in_layers
     assert f"{name} inside" in str(plan)
 
 
