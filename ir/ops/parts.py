@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import gcd
 
-from ..graph import Arg, Node
+from ..graph import Arg, Node, Value
 from .forms import along, call, dim_of, optional
 from .operator import Family, Light, Render, View
 from .rule import Dims, Rule
@@ -252,8 +252,17 @@ def _tie_pad(sizes: Sizes, node: Node) -> None:
             sizes.sums.append((y, x, y.size - x.size))
 
 
+class Pad(Light):
+    """More rows at the ends of dims; declared as `Light` is."""
+
+    def saves(self, node: Node) -> tuple[Value, ...]:
+        """Nothing, or the operand where its own rows fill the ends (`reflect`)."""
+        constant = dict(node.args).get("mode", "constant") == "constant"
+        return () if constant else node.operands
+
+
 FAMILY.add(
-    "aten.pad.default aten.constant_pad_nd.default", Light(_pad_rule, _emit_pad, ties=_tie_pad)
+    "aten.pad.default aten.constant_pad_nd.default", Pad(_pad_rule, _emit_pad, ties=_tie_pad)
 )
 
 __all__ = ["FAMILY"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from operator import mod
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -34,11 +36,12 @@ from shardwright.ir.ops.registry import (
 )
 from shardwright.ir.ops.rule import Choice
 from shardwright.ir.reference.interpret import interpret
-from shardwright.planner.plan.program import PricedStep, Program, lower
+from shardwright.planner.plan.program import PricedStep, Program, lower, priced_path
+from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.conversion import Conversions as TypeConversions
 from shardwright.planner.strategies.conversion import Network, spec_fits
-from shardwright.runtime import RankPool
+from shardwright.runtime import RankPool, count_collectives
 from tests.sharded import (
     assert_close,
     flatten,
@@ -92,6 +95,12 @@ class Draw:
 Args: TypeAlias = dict[str, Any]
 Example: TypeAlias = Callable[[Draw], Args]
 EXAMPLES: dict[str, list[Example]] = {}
+ROUTED = "dispatch"  # moves what a router decides: see tests/planner/test_experts.py
+# Generated modules ask for the type of an operand alone, which is not made for that.
+UNREAD = {
+    "aten.type_as.default",
+    *(f"aten.new_{what}.default" for what in ("zeros", "ones", "full")),
+}
 SERVING = {"shardwright.cached_attention"}  # has a cache: see tests/endtoend/test_serving.py
 # Complex numbers are no parameters and have no loss: see Llama 4 in tests/endtoend/test_moe.py
 COMPLEX = {"aten.polar.default", "aten.view_as_complex.default", "aten.view_as_real.default"}
@@ -632,7 +641,8 @@ def expected(case: Single) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]
 # --- sharded runs --------------------------------------------------------------------------------
 
 Task: TypeAlias = tuple[str, str, dict[str, Tensor], dict[str, Tensor]]  # name, source, tensors
-Result: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor | None]]
+Moved: TypeAlias = dict[tuple[str, str, str], float]  # bytes by operation, axis and phase
+Result: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor | None], Moved]
 
 
 def run_tasks(tasks: list[Task]) -> list[Result]:
@@ -648,22 +658,27 @@ def run_task(
         module = ModuleType("generated")
         exec(compile(source, "generated", "exec"), module.__dict__)
         model = module.ShardedModel.from_state_dict(params)
-        out = model(**model.shard_inputs(**inputs))
-        entries = {str(path): t for path, t in flatten(out)}
-        specs = {str(o.path): o for o in model.OUTPUTS}
-        parts: list[Tensor] = []
-        for path, t in entries.items():
-            if t.requires_grad:
-                weights = weights_like(torch.empty(specs[path].shape, dtype=t.dtype))
-                own = model.local_part(weights, specs[path].spec)
-                real = t[tuple(slice(size) for size in own.shape)]  # without padding
-                parts.append((real * own).sum())
-        if parts:
-            torch.stack(parts).sum().backward()
+        with count_collectives() as counter:
+            out = model(**model.shard_inputs(**inputs))
+            _backward(model, out)
+        counted = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
         whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
-        return whole, model.full_gradients()
+        return whole, model.full_gradients(), counted
     except Exception as error:
         raise AssertionError(f"{name}\n{source}") from error
+
+
+def _backward(model: Any, out: Any) -> None:
+    """From a fixed combination of the floating outputs, without their padding."""
+    specs = {str(o.path): o for o in model.OUTPUTS}
+    parts: list[Tensor] = []
+    for path, t in ((str(path), t) for path, t in flatten(out)):
+        if t.requires_grad:
+            weights = weights_like(torch.empty(specs[path].shape, dtype=t.dtype))
+            own = model.local_part(weights, specs[path].spec)
+            parts.append((t[tuple(slice(size) for size in own.shape)] * own).sum())
+    if parts:
+        torch.stack(parts).sum().backward()
 
 
 def decisions(
@@ -727,7 +742,7 @@ class Conversions:
                 self.known[key] = TypeConversions(
                     value.type, self.network, gradient=key[1], regather=key[1] and key[2]
                 )
-            return tuple(PricedStep(step, 0.0, ()) for step in self.known[key].path(a, b))
+            return priced_path(self.known[key], a, b)
 
         return lower(case.graph, taken, paths, training=True)
 
@@ -746,7 +761,13 @@ def tasks_of(
         for choices in rng.sample(legal, min(limit or len(legal), len(legal))):
             program = conversions.program(case, decisions(case, choices, mesh.sizes, rng))
             source = write_source(program, mesh, summary=op, phase="train", optimizer="none")
-            yield (f"{op} example {number} cut {choices}", source, case.params, case.inputs), want
+            name = f"{op} example {number} cut {choices}"
+            yield (name, source, case.params, case.inputs), (*want, moved_by(program, mesh))
+
+
+def moved_by(program: Program, mesh: Mesh) -> Moved:
+    """What the program is said to move, all its outputs having a gradient."""
+    return {(k.op, k.axis, k.phase): n for k, n in predicted_bytes(program, mesh).items()}
 
 
 def test_every_op_has_an_example() -> None:
@@ -775,6 +796,8 @@ def check_all(mesh: Mesh, examples: int | None = None, limit: int | None = None)
     for rank, of_rank in enumerate(results):
         for (task, want), got in zip(pairs, of_rank, strict=True):
             compare(f"rank {rank}: {task[0]}", got, want)
+    for number, (task, want) in enumerate(pairs):
+        compare_bytes(task[0], [of_rank[number][2] for of_rank in results], want[2])
 
 
 def compare(name: str, got: Result, want: Result) -> None:
@@ -789,6 +812,25 @@ def compare(name: str, got: Result, want: Result) -> None:
             continue
         assert mine is not None, f"{name}: no gradient of {param}"
         assert_close(mine, tensor, 1e-9, f"{name}: gradient of {param}")
+
+
+def compare_bytes(name: str, counted: list[Moved], want: Moved) -> None:
+    """What the busiest rank received is what the program is said to move.
+
+    But a parameter that an operator keeps in another form need not be gathered again.
+    """
+    if name.split()[0] in UNREAD or ROUTED in name:
+        return
+    got: Moved = {}
+    for of_rank in counted:
+        for key, n_bytes in of_rank.items():
+            got[key] = max(got.get(key, 0.0), n_bytes)
+    again = [key for key in want if key[0] == "all_gather" and key[2] == "backward"]
+    for key in again:
+        assert got.get(key, 0.0) <= want[key] * (1 + 1e-12), f"{name}: gathers more again"
+    rest = {key: n_bytes for key, n_bytes in want.items() if key not in again}
+    moved = {key: n_bytes for key, n_bytes in got.items() if key not in again}
+    assert moved == pytest.approx(rest, rel=1e-12), f"{name}: bytes"
 
 
 # --- prices --------------------------------------------------------------------------------------
@@ -847,6 +889,24 @@ def test_what_autograd_keeps(op: str) -> None:
 
 
 # --- the registry --------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("codegen", "costmodel", "facts", "ir/graph", "ir/reference", "planner", "shardwright")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_operator_is_known_by_name(room: str) -> None:
+    """Outside of the declarations, `runtime`, and what makes or matches graphs."""
+    here = ROOT / room
+    files = [path for path in here.rglob("*.py") if path.resolve().is_relative_to(here)]
+    assert files
+    named = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in OPS
+    }
+    assert not named
 
 
 def test_a_second_registration_is_an_error() -> None:
