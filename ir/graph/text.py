@@ -5,16 +5,20 @@ from __future__ import annotations
 from .nodes import Arg, Block, Graph, Loop, Node, Param, Value
 
 
-def format_graph(graph: Graph) -> str:
-    """The whole graph: inputs, parameters outside loops, body, outputs."""
+def format_graph(graph: Graph, *, locations: bool = True) -> str:
+    """The whole graph: inputs, parameters outside loops, body, outputs.
+
+    Without `locations` it says nothing of files, lines and the names that they assign: the same
+    for every version of a library in which the model computes the same.
+    """
     lines = [f"graph {graph.name}"]
     lines += [f"  input {item.value}" for item in graph.inputs]
     lines += [f"  {format_param(param)}" for param in graph.params]
     for item in graph.body:
         if isinstance(item, Node):
-            lines.append(f"  {format_node(item)}")
+            lines.append(f"  {format_node(item, locations=locations)}")
         else:
-            lines += [f"  {line}" for line in _loop(item)]
+            lines += [f"  {line}" for line in _loop(item, locations)]
     for output in graph.outputs:
         path = ".".join(str(key) for key in output.path) or "(result)"
         lines.append(f"  output {path} = {output.value.name}")
@@ -36,12 +40,13 @@ def format_param(param: Param) -> str:
     )
 
 
-def format_node(node: Node) -> str:
+def format_node(node: Node, *, locations: bool = True) -> str:
     """`q: float32[2, 8, 32] = aten.linear.default(input=x, weight=w, bias=None)  # model.py:7`"""
     results = ", ".join(str(value) for value in node.outputs)
     args = ", ".join(f"{name}={format_arg(arg)}" for name, arg in node.args)
     targets = f" {', '.join(node.loc.targets)}" if node.loc.targets else ""
-    return f"{results} = {node.op}({args})  # {node.loc}{targets}"
+    location = f"  # {node.loc}{targets}" if locations else ""
+    return f"{results} = {node.op}({args}){location}"
 
 
 def format_arg(arg: Arg) -> str:
@@ -54,22 +59,22 @@ def format_arg(arg: Arg) -> str:
     return str(arg).removeprefix("torch.") if arg.__class__.__name__ == "dtype" else repr(arg)
 
 
-def _loop(loop: Loop) -> list[str]:
+def _loop(loop: Loop, locations: bool) -> list[str]:
     lines = [
         f"loop {loop.name} over {loop.path}: {len(loop.order)} x, order {_runs(loop.order)}",
         f"  carried {', '.join(value.name for value in loop.carried)}",
         f"  invariants {', '.join(value.name for value in loop.invariants) or 'none'}",
     ]
     for number, block in enumerate(loop.blocks):
-        lines += [f"  {line}" for line in _block(number, block)]
+        lines += [f"  {line}" for line in _block(number, block, locations)]
     lines.append(f"  gives {', '.join(str(value) for value in loop.outputs)}")
     return lines
 
 
-def _block(number: int, block: Block) -> list[str]:
+def _block(number: int, block: Block, locations: bool) -> list[str]:
     lines = [f"block {number} {block.class_name}({', '.join(map(str, block.inputs))})"]
     lines += [f"  {format_param(param)}" for param in block.params]
-    lines += [f"  {format_node(node)}" for node in block.nodes]
+    lines += [f"  {format_node(node, locations=locations)}" for node in block.nodes]
     lines.append(f"  return {', '.join(value.name for value in block.outputs)}")
     return lines
 
