@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .codegen.write import module_source
@@ -20,6 +19,7 @@ from .loading import (
     DTYPES,
     Loaded,
     load_target,
+    main_dtype,
     quiet_torch,
     tokens_of,
     with_positions,
@@ -161,9 +161,8 @@ def plan(
     first = next(iter(inputs.values()), None)
     batch = first.shape[0] if first is not None and first.ndim else 1
     seq = first.shape[1] if first is not None and first.ndim > 1 else 1
-    parameter = next(model.parameters(), torch.empty(0))
     request = _request(
-        "", gpus, cluster, phase, batch, seq, str(parameter.dtype).removeprefix("torch."),
+        "", gpus, cluster, phase, batch, seq, str(main_dtype(model)).removeprefix("torch."),
         optimizer, memory_bytes, pins, context, output_tokens, expert_imbalance,
     )  # fmt: skip
     return _plan(loaded, _job(request, mesh, solver, time_limit_s, progress, Clock()))

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,13 +89,34 @@ class _WithoutExport:
         return getattr(self._stream, name)
 
 
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The format of most of the model's parameters, by elements."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return max(counts, key=counts.__getitem__, default=torch.get_default_dtype())
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` itself, with everything that has its main format in `dtype`.
+
+    What it keeps in another format (a router in float32, a table of integers) stays in that.
+    """
+    main = main_dtype(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == main:
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
     """The same model with real (random) weights."""
     path, _, builder = target.partition(":")
     if path.endswith(".py"):
         module = _import_file(Path(path))
         with torch.device(device):
-            return _function(module, builder or "build_model", path)().to(DTYPES[dtype])
+            model = _function(module, builder or "build_model", path)()
+        return in_dtype(model, DTYPES[dtype])
     import transformers
 
     loaded = load_target(target, batch=1, seq=8, phase="train", dtype=dtype)
@@ -171,12 +193,16 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, phase
             raise PlanError(
                 f"{path}: `{builder}` must return an nn.Module, got {type(model).__name__}"
             )
-        model = model.to(DTYPES[dtype])
+        model = in_dtype(model, DTYPES[dtype])
         inputs = _checked(path, _call(path, "example_inputs", example, batch, seq))
         labels = _labels(path, example, inputs, batch, seq)
     if phase != "train":
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
-    return Loaded(model, inputs, labels, lambda: _call(path, builder, build).to(DTYPES[dtype]))
+
+    def rebuild() -> nn.Module:
+        return in_dtype(_call(path, builder, build), DTYPES[dtype])
+
+    return Loaded(model, inputs, labels, rebuild)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -1,8 +1,9 @@
 """Run a plan's module on gloo ranks beside the original model, and compare every number.
 
 The module that runs is the plan's own file where this machine can run it; else the module that
-the same decisions give for smaller sizes (`ir.shrink`).  Everything is computed in float64, so
-that the order of sums does not matter and a wrong result cannot hide behind rounding.
+the same decisions give for smaller sizes (`ir.shrink`).  Everything is computed in float64, also
+what a model computes or keeps in a format of its own, so that the order of sums does not matter and
+a wrong result cannot hide behind rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -41,7 +43,7 @@ from .ir.ops.registry import kind_of, operator_of
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
-from .ir.reference.widen import widened, without_dropout
+from .ir.reference.widen import wide, widened, without_dropout
 from .loading import build_real, load_target, with_positions
 from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
@@ -57,8 +59,8 @@ _PARAMETER_BYTES, _RESULT_BYTES, _FLOPS = 4e9, 1e9, 1e12
 _MOST_PARAMETERS = 2e8  # and after shrinking
 _MOST_RANKS = 8
 _TIMEOUT_S = 600.0
-# Largest relative error that rounding explains, by the narrowest format that is computed in.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest relative error that rounding explains in float64.
+_TOLERANCE = 1e-9
 # A tensor is compared on the scale of its largest entry, or of this part of its kind's largest.
 _FLOOR = 1e-3
 
@@ -68,13 +70,12 @@ class Comparison:
     """The largest relative errors against one reference: what -> (error, name of the worst)."""
 
     reference: str
-    tolerance: float
     errors: dict[str, tuple[float, str]]
 
     @property
     def ok(self) -> bool:
         """Is every error within the tolerance?  (NaN is not.)"""
-        return all(error <= self.tolerance for error, _ in self.errors.values())
+        return all(error <= _TOLERANCE for error, _ in self.errors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +107,10 @@ class Verification:
         for comparison in self.comparisons:
             lines.append(
                 f"  reference   {comparison.reference}: relative errors up to "
-                f"{comparison.tolerance:.0e} are rounding"
+                f"{_TOLERANCE:.0e} are rounding"
             )
             for what, (error, worst) in comparison.errors.items():
-                mark = "" if error <= comparison.tolerance else "   TOO LARGE"
+                mark = "" if error <= _TOLERANCE else "   TOO LARGE"
                 lines.append(f"    {what:<10}{error:10.2e}   {worst}{mark}")
         if self.failure:
             lines.append(f"  {self.failure}")
@@ -338,7 +339,7 @@ def _run(case: _Case) -> Verification:
             failure = f"the module did not run: {_brief(error)}"
         else:
             comparisons = tuple(
-                Comparison(r.title, r.tolerance, _worst([rank[i] for rank in found]))
+                Comparison(r.title, _worst([rank[i] for rank in found]))
                 for i, r in enumerate(references)
             )
     plan = case.plan
@@ -368,7 +369,6 @@ def _worst(ranks: list[Errors]) -> Errors:
 @dataclass(frozen=True, slots=True)
 class _Reference:
     title: str
-    tolerance: float
     expected: tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs by path, gradients by name
 
 
@@ -381,13 +381,14 @@ def _captured(
     """The captured graph in one process."""
     if steps:
         title = "the captured graph in one process, its cache whole, float64"
-        expected = by_graph(case.graph, state, steps, inputs["input_ids"])
-        return _Reference(title, _TOLERANCE[torch.float64], (expected, {}))
+        with _float64_by_default():
+            expected = by_graph(case.graph, state, steps, inputs["input_ids"])
+        return _Reference(title, (expected, {}))
     leaves = _leaves(case, state)
-    with torch.set_grad_enabled(case.plan.training):
+    with torch.set_grad_enabled(case.plan.training), _float64_by_default():
         entries = {str(path): t for path, t in interpret(case.graph, leaves, inputs).items()}
     title = "the captured graph in one process, float64"
-    return _Reference(title, _TOLERANCE[torch.float64], _expected(case, entries, leaves))
+    return _Reference(title, _expected(case, entries, leaves))
 
 
 def _original(
@@ -396,11 +397,8 @@ def _original(
     inputs: Mapping[str, Tensor],
     steps: Sequence[Step],
 ) -> _Reference:
-    """The user's own model, as precise as the narrowest format that it computes in.
-
-    A served one gets whole sequences at once.
-    """
-    model = build_real(case.plan.request.target, "float64").eval()
+    """The user's own model in float64.  A served one gets whole sequences at once."""
+    model = build_real(case.plan.request.target, case.plan.request.dtype).double().eval()
     use_own_loops(model)
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
@@ -409,22 +407,18 @@ def _original(
             f"{', '.join(unknown[:3])}; plan it again"
         )
     leaves = {n: p for n, p in model.named_parameters() if n in state}
-    watch = _NarrowestDtype()
-    with torch.set_grad_enabled(case.plan.training), watch:
+    with torch.set_grad_enabled(case.plan.training), _float64_by_default(), _WideDtypes():
         out = model(**(_whole_sequences(case.plan, inputs) if steps else inputs))
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
     entries = {path: found[path] for path in paths if path in found}
     at_once = ", whole sequences at once" if steps else ""
-    title = (
-        f"{type(model).__name__} itself from {case.plan.request.target}{at_once}, "
-        f"{str(watch.dtype)[6:]}"
-    )
+    title = f"{type(model).__name__} itself from {case.plan.request.target}{at_once}, float64"
     if steps:
         expected = by_whole(entries[paths[0]], steps), {}
     else:
         expected = _expected(case, entries, leaves)
-    return _Reference(title, _TOLERANCE[watch.dtype], expected)
+    return _Reference(title, expected)
 
 
 def _whole_sequences(plan: PlanData, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -444,19 +438,27 @@ def _whole_sequences(plan: PlanData, inputs: Mapping[str, Tensor]) -> dict[str, 
     return {name: positions if name in POSITIONS else ids for name in served.inputs}
 
 
-class _NarrowestDtype(TorchDispatchMode):
-    """Notes the narrowest floating format that any op computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype = torch.float64
+class _WideDtypes(TorchDispatchMode):
+    """Wherever a model names a floating format, it gets float64: what `widened` does to a graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(item, Tensor) and _TOLERANCE.get(item.dtype, 0) > _TOLERANCE[self.dtype]:
-                self.dtype = item.dtype
-        return out
+        keywords = {name: _wide(arg) for name, arg in (kwargs or {}).items()}
+        return func(*map(_wide, args), **keywords)
+
+
+def _wide(arg: Any) -> Any:
+    return wide(arg) if isinstance(arg, torch.dtype) else arg
+
+
+@contextmanager
+def _float64_by_default() -> Generator[None]:
+    """Inside, what is computed of whole numbers alone (1 / arange) is float64, too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _leaves(case: _Case, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -517,7 +519,9 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
     kept = buffers_of(case.graph)
     buffers: Mapping[str, Tensor] = {}
     if case.real and case.plan.request.target and kept:
-        buffers = dict(build_real(case.plan.request.target, "float64").named_buffers())
+        buffers = dict(
+            build_real(case.plan.request.target, case.plan.request.dtype).named_buffers()
+        )
     state: dict[str, Tensor] = {}
     for name, value in state_of(case.graph).items():
         shape, dtype = value.type.shape, value.type.dtype
@@ -584,10 +588,11 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     module = import_source(Path(folder) / "generated.py")
     model = module.ShardedModel.from_state_dict(case["state"]).eval()
     if steps := [Step(*step) for step in case["steps"]]:
-        outputs = by_module(model, steps, case["inputs"]["input_ids"])
+        with _float64_by_default():
+            outputs = by_module(model, steps, case["inputs"]["input_ids"])
     else:
         local = model.shard_inputs(**case["inputs"])
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), _float64_by_default():
             out = model(**local)
         if training:
             _local_loss(model, out).backward()

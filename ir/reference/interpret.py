@@ -23,9 +23,9 @@ def interpret(
     """The graph's outputs by their paths; autograd works through all of it.
 
     `params` maps the original names of parameters and persistent buffers to tensors (a state
-    dict); constants come from the graph.  A graph of serving reads and extends `caches`
-    (default: empty ones).  Raises KeyError for a missing name, ValueError for an op that does
-    not exist.
+    dict), which are converted to the formats that the graph has for them; constants come from
+    the graph.  A graph of serving reads and extends `caches` (default: empty ones).  Raises
+    KeyError for a missing name, ValueError for an op that does not exist.
     """
     device = next(iter(inputs.values())).device
     env = {item.value.name: inputs[item.name] for item in graph.inputs}
@@ -45,13 +45,15 @@ def _bind(
 ) -> None:
     """Put the tensors of the declared parameters into `env`."""
     for param in declared:
+        kind = param.value.type
         if param.kind == "constant":
-            env[param.value.name] = torch.tensor(param.data, dtype=param.value.type.dtype)
+            tensor = torch.tensor(param.data, dtype=kind.dtype)
         elif (part := param.part) is not None:
-            size = param.value.type.shape[part.dim]
-            env[param.value.name] = params[prefix + part.name].narrow(part.dim, part.start, size)
+            whole = params[prefix + part.name]
+            tensor = whole.narrow(part.dim, part.start, kind.shape[part.dim])
         else:
-            env[param.value.name] = params[prefix + param.name]
+            tensor = params[prefix + param.name]
+        env[param.value.name] = tensor.to(kind.dtype)
 
 
 def _run_loop(

@@ -69,16 +69,15 @@ def rebuilt(
     )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 for a floating format, pairs of float64 for a complex one; others stay."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def widened(graph: Graph) -> Graph:
-    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order.
-
-    Complex numbers become pairs of float64.
-    """
-
-    def wide(dtype: torch.dtype) -> torch.dtype:
-        if dtype.is_complex:
-            return torch.complex128
-        return torch.float64 if dtype.is_floating_point else dtype
+    """The graph with every floating dtype as float64, so that sums agree to 1e-9 in any order."""
 
     def value(old: Value) -> Value:
         return replace(old, type=TensorType(old.type.shape, wide(old.type.dtype)))
@@ -107,4 +106,4 @@ def without_dropout(graph: Graph) -> Graph:
     return rebuilt(graph, value=lambda value: value, node=node)
 
 
-__all__ = ["rebuilt", "widened", "without_dropout"]
+__all__ = ["rebuilt", "wide", "widened", "without_dropout"]
