@@ -4,30 +4,50 @@
 PYTHON ?= python3
 # The environment. One that exists already is used as it is, with its torch.
 VENV ?= .venv
-# One known version: the newest wheel may bring gigabytes of CUDA. For the small CPU build, or for a
-# CUDA version of your choice, give pip's own words: make test TORCH="torch --index-url URL"
+# All else is the newest that pyproject.toml allows; torch is one known version on purpose, because the
+# newest wheel may bring gigabytes of CUDA. For the newest, the small CPU build, or a CUDA version of
+# your choice, give pip's own words: make test TORCH="torch --index-url URL"
 TORCH ?= torch==2.13.0
+# The environment with the oldest versions that pyproject.toml allows, and its torch: that wheel does
+# bring CUDA, and OLDEST_TORCH="torch==2.11.0 --index-url URL" the small one. The oldest numpy has
+# wheels for Python 3.11 and 3.12.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH ?= $(shell $(PYTHON) .ci/oldest.py | grep ^torch=)
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST_BIN = $(OLDEST_VENV)/bin
+OLDEST_READY = $(OLDEST_VENV)/.ready
 RUN_PYTEST = $(BIN)/python -m pytest -q
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-all lint types bench
+.PHONY: help setup demo test test-oldest test-all lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## make .venv and install everything into it
 
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "$(PYTHON) is older than Python 3.11; name another: make setup PYTHON=python3.12"; exit 1; }
+endef
+
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than Python 3.11; name another: make setup PYTHON=python3.12"; exit 1; }
+	$(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+$(OLDEST_READY): pyproject.toml .ci/oldest.py
+	$(CHECK_PYTHON)
+	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_BIN)/python -c 'import torch' 2>/dev/null || $(OLDEST_BIN)/python -m pip install -q $(OLDEST_TORCH)
+	$(PYTHON) .ci/oldest.py | grep -v ^torch= > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_BIN)/python -m pip install -q -c $(OLDEST_VENV)/constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, run a step of it
@@ -37,6 +57,9 @@ demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, ru
 
 test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
 	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "not slow"
+
+test-oldest: $(OLDEST_READY) ## the same tests on the oldest versions that pyproject.toml allows
+	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: $(READY) ## all tests
 	$(RUN_PYTEST)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from . import __version__
+from .versions import untried, versions_in_use
 
 if TYPE_CHECKING:
     from .api import Plan
@@ -42,7 +43,7 @@ class Phase(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number format of the parameters."""
+    """Number format of most parameters."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -184,7 +185,11 @@ _ExpertImbalance: TypeAlias = Annotated[
     ),
 ]
 _Dtype: TypeAlias = Annotated[
-    Dtype, typer.Option(help="number format of the parameters, e.g. --dtype float32")
+    Dtype,
+    typer.Option(
+        help="number format of the parameters, except those that the model makes in another "
+        "format than most, e.g. --dtype float32"
+    ),
 ]
 _Cluster: TypeAlias = Annotated[
     str,
@@ -327,6 +332,8 @@ def plan(
             )
             progress("write the module")
             written = _write(made, out, dump_problem)
+        if note := untried(versions_in_use()):
+            print(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json)
 
 

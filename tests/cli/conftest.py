@@ -99,6 +99,7 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeApi:
     errors.InfeasibleError = InfeasibleError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shardwright.api", module)
     monkeypatch.setitem(sys.modules, "shardwright.planner.errors", errors)
+    monkeypatch.setattr(cli, "versions_in_use", lambda: {})  # whatever these tests run on
     monkeypatch.chdir(tmp_path)
     return fake
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,27 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 # --- help ---------------------------------------------------------------------------------------
 
 
+def laid_out_by() -> str:
+    """The version of typer that the golden help texts are from: the one pinned for development."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    return next(r.removeprefix("typer==") for r in extras["dev"] if r.startswith("typer=="))
+
+
+same_layout = pytest.mark.skipif(
+    version("typer") != laid_out_by(), reason=f"typer {laid_out_by()} lays help out otherwise"
+)
+
+
+@same_layout
 def test_help(golden: Callable[[str, str], None], run: Run) -> None:
     ran = run("--help")
     assert ran.code == 0
     golden("help.txt", ran.out)
 
 
+@same_layout
 @pytest.mark.parametrize("command", ["show", "verify", "solve"])
 def test_help_of_further_commands(
     command: str, golden: Callable[[str, str], None], run: Run
@@ -205,6 +221,17 @@ def test_sizes_refused(text: str) -> None:
 
 
 # --- what is printed and written ----------------------------------------------------------------
+
+
+def test_versions_that_were_never_tried_are_named(
+    api: FakeApi, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "versions_in_use", lambda: {"torch": "2.99.0", "transformers": "5.4"})
+    ran = run("model.py --gpus 8")
+    assert ran.code == 0 and "2.99" not in ran.out
+    (line,) = [line for line in ran.err.splitlines() if "never tried" in line]
+    assert line.startswith("plan: never tried on torch 2.99.0 (but on ")
+    assert run("show plan_out").err == ""
 
 
 def test_report_files_and_next_commands(api: FakeApi, run: Run) -> None:

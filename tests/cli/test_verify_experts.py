@@ -32,7 +32,7 @@ SLOW = [(name, phase) for name in FAMILIES for phase in PHASES if (name, phase) 
 def test_planned_and_verified(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, phase: str
 ) -> None:
-    """Against the graph to 1e-9, and against the model itself as far as its float32 parts allow."""
+    """Against the graph and the model itself to 1e-9, though it names float32 in its forward."""
     monkeypatch.chdir(tmp_path)
     config = config_of(family)
     config.architectures = [CLASSES[family]]
@@ -47,5 +47,5 @@ def test_planned_and_verified(
     kinds = ["loss", "outputs", "gradients"] if phase == "train" else ["outputs"]
     assert [kind for kind, _ in found] == 2 * kinds, ran.out
     errors = [float(error) for _, error in found]
-    assert max(errors[: len(kinds)]) < 1e-9 and max(errors) < 1e-4, ran.out
+    assert max(errors) < 1e-9, ran.out
     assert f"{CLASSES[family]} itself from config.json" in ran.out
