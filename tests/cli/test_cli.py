@@ -226,7 +226,7 @@ def test_sizes_refused(text: str) -> None:
 def test_versions_that_were_never_tried_are_named(
     api: FakeApi, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "versions_in_use", lambda: {"torch": "2.99.0", "transformers": "5.4"})
+    monkeypatch.setattr(cli, "versions_in_use", lambda: {"torch": "2.99.0", "transformers": "5.24"})
     ran = run("model.py --gpus 8")
     assert ran.code == 0 and "2.99" not in ran.out
     (line,) = [line for line in ran.err.splitlines() if "never tried" in line]
