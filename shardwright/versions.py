@@ -27,7 +27,7 @@ def untried(versions: Mapping[str, str]) -> str:
     """One sentence that names the versions outside what was tried; empty if there are none.
 
     >>> untried({"torch": "2.13.1+cpu", "transformers": "6.0.0"})
-    'never tried on transformers 6.0.0 (but on 5.23 to 5.24); `plan verify` tells if a plan is right'
+    'never tried on transformers 6.0.0 (but on 5.23 to 5.24); `plan verify` tells if it is right'
     """
     found: list[str] = []
     for name, version in versions.items():
@@ -38,7 +38,7 @@ def untried(versions: Mapping[str, str]) -> str:
             found.append(f"{name} {version} (but on {tried})")
     if not found:
         return ""
-    return f"never tried on {', '.join(found)}; `plan verify` tells if a plan is right"
+    return f"never tried on {', '.join(found)}; `plan verify` tells if it is right"
 
 
 __all__ = ["TRIED", "untried", "versions_in_use"]
