@@ -1,129 +1,117 @@
-"""Statements of a program to lines of Python: one line per op, in the program's order."""
+"""The statements of one function to lines of Python, named and nested as the user would write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite, prod
 
 import torch
 
+from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
 from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Arg, Node, Value
+from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
-from ..ir.ops.registry import kind_of, operator_of, rule_of
-from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement, is_gather
+from ..ir.ops.registry import operator_of, rule_of
+from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, is_gather
 from ..planner.strategies.conversion import Step
-from .names import Names, base_name
-from .source import statement
+from .expressions import nested
+from .names import Base, Names, base_of
+from .nesting import Function, ModuleCall, makes_of, reads_of
+from .nesting import Step as Item
+from .source import WIDTH, statement
+from .views import Dim, reshaped
 
 
-def parameter_path(name: str) -> str:
+def attribute(path: str) -> str:
     """`self.model.layers[0].weight` for `model.layers.0.weight`."""
-    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".")]
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".")]
     return "self" + "".join(parts)
 
 
-class BodyEmitter:
-    """Writes the statements of one `forward`."""
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all functions of a program share."""
 
-    def __init__(
-        self,
-        statements: Sequence[Statement],
-        outputs: Sequence[Sharded],
-        mesh: Mesh,
-        labels: dict[str, DimLabels],
-        zigzag: Mapping[str, frozenset[int]],
-        *,
-        recompute: bool = False,
-        foreseen: int | None = None,
-    ) -> None:
-        self.statements = statements
-        self.outputs = outputs
-        self.mesh = mesh
-        self.labels = labels
-        self.zigzag = zigzag  # by value, the dims whose slices are in zigzag order
-        self.recompute = recompute
-        self.names = Names(_axis_names(mesh))
+    mesh: Mesh
+    labels: Mapping[str, DimLabels]
+    zigzag: Mapping[str, frozenset[int]]  # by value, the dims whose slices are in zigzag order
+    parameters: Mapping[str, str]  # by the name of its value, its path in the block or model
+    words: Mapping[str, str]  # by the name of a value, what the user calls it
+    recompute: bool = False  # are layers run again in backward?
+    late: Collection[Item] = ()  # conversions that do not run again then
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An expression that waits for the statement that it is written in."""
+
+    item: Item
+    text: str
+    notes: list[str]
+    reads: set[Sharded]
+    moves: bool  # does it communicate?
+    base: Base
+
+
+class FunctionWriter:
+    """Writes one function.
+
+    What is used once and has no name of the user's is written where it is used, as far as a line
+    goes; of values that are moved between ranks no more than one in a statement.
+    """
+
+    def __init__(self, function: Function, context: Context) -> None:
+        self.function = function
+        self.context = context
+        self.mesh, self.labels, self.zigzag = context.mesh, context.labels, context.zigzag
+        self.names = Names(_axis_names(context.mesh))
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
-        self.inline: dict[Sharded, str] = {}  # parameters, and what is gathered for one use only
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
-        # Parameters gathered by the first `foreseen` statements, and loops that gather, in order
-        self.gathers: list[Convert | LoopCall] = []
-        self.foreseen = len(statements) if foreseen is None else foreseen
-        self._parameters: set[Sharded] = set()
-        self._unused: dict[Sharded, tuple[Convert, ...]] = {}  # gathers written inline, until then
-        self._notes: dict[Sharded, list[str]] = {}  # on what is written inline, until it is used
-        # Ops that name an operand more than once.
-        self._wordy = {
-            item.node.name
-            for item in statements
-            if isinstance(item, Compute) and kind_of(item.node) == "attention"
-        }
-        self._uses = self._count_uses()
-        self._last = self._last_uses()
+        self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
+        self.ran: list[Convert | LoopCall | ModuleCall] = []  # what gathers parameters, in order
+        self.borrows = False  # was a size read off something that is no operand?
+        self._pending: dict[Sharded, _Pending] = {}
+        self._tokens: dict[str, _Pending] = {}
+        self._out: list[str] = []
+        self._plan_nesting()
 
     def define(self, item: Sharded, name: str) -> str:
         """An argument of the function."""
-        return self.names.give(item, name)
+        return self.names.give(item, Base(name, True), -1)
 
-    def define_parameter(self, item: Sharded, path: str) -> None:
-        """A parameter, written as an attribute where it is used."""
-        self.inline[item] = path
-        self._parameters.add(item)
-
-    def lines(self, indent: int) -> list[str]:
-        """The body's lines, without the return."""
-        out: list[str] = []
-        for at, item in enumerate(self.statements):
-            dying = {s for s in _reads(item) if self._last.get(s) == at}
+    def lines(self, indent: int, returns: str = "{}") -> list[str]:
+        """The body's lines; `returns` is what it returns, with the results for `{}`."""
+        self._indent = indent
+        for at, item in enumerate(self.function.statements):
             if isinstance(item, LoopCall):
-                out += self._loop(item, dying, indent)
-            elif isinstance(item, Convert):
-                out += self._convert(item, dying, indent)
+                self._loop(at, item)
+                self.ran.append(item)
             else:
-                out += self._compute(item, dying, indent)
-            if at < self.foreseen:
-                self._note_gathers(item)
-        return out
-
-    def gather_axes(self) -> set[tuple[str, ...]]:
-        """The axes that `gather_lines` names."""
-        steps = [item.priced.step for item in self.gathers if isinstance(item, Convert)]
-        return {tuple(self.mesh.names[axis] for axis in step.axes) for step in steps}
-
-    def gather_lines(self, indent: int) -> list[str]:
-        """A line for each of `gathers`; `lines` comes first."""
-        out: list[str] = []
-        for item in self.gathers:
-            if isinstance(item, LoopCall):
-                out.append(f"{'    ' * indent}for layer in {parameter_path(item.loop.path)}:")
-                out += statement("yield from layer.gathers()", indent + 1)
-                continue
-            step = item.priced.step
-            text = f"{self.text(item.source)}, {step.a}{_uneven_size(item, self.mesh)}"
-            out += statement(f"yield Gather({self.axis_text(step)}, {text})", indent)
-        return out
-
-    def _note_gathers(self, item: Statement) -> None:
-        """Add the gathers that run at this statement: its own, and those written inline in it."""
-        ran = [gather for read in _reads(item) for gather in self._unused.pop(read, ())]
-        if isinstance(item, Convert) and is_gather(item) and item.source in self._parameters:
-            ran.append(item)
-        if isinstance(item, Convert) and item.target in self.inline:
-            self._unused[item.target] = tuple(ran)
-        else:
-            self.gathers += ran
-        if isinstance(item, LoopCall):
-            bodies = [statement_ for body in item.bodies for statement_ in body.statements]
-            self.gathers += [item] if any(map(is_gather, bodies)) else []
+                self._statement(at, item)
+        self._return(returns)
+        return self._out
 
     def text(self, item: Sharded) -> str:
-        """How `item` is written where it is used."""
-        return self.inline[item] if item in self.inline else self.names[item]
+        """How `item` is written where it is used; a token if its expression may stand there."""
+        if item in self._pending:
+            token = f"nested_{len(self._tokens)}"
+            self._tokens[token] = self._pending[item]
+            return token
+        if item.value.name in self.context.parameters and item not in self.names:
+            path = self.function.own(self.context.parameters[item.value.name])
+            assert path is not None
+            return attribute(path)
+        return self.names[item]
+
+    def has_name(self, item: Sharded) -> bool:
+        """Is there a variable for it?"""
+        return item in self.names
 
     def layout(self, item: Sharded) -> str:
         """`[b/dp, s, 4096/tp]`; ` + tp` where the ranks of tp hold summands."""
@@ -137,27 +125,180 @@ class BodyEmitter:
         partial = [n for n, s in zip(self.mesh.names, item.spec, strict=True) if s == P]
         return f"[{', '.join(dims)}]" + "".join(f" + {name}" for name in partial)
 
+    def axis_text(self, step: Step) -> str:
+        """The local variable of the axis of a step, or of its axes joined: `dp`, `dp_tp`."""
+        names = tuple(self.mesh.names[axis] for axis in step.axes)
+        self.axes_used.add(names)
+        return "_".join(names)
+
+    # -- what nests in what -------------------------------------------------------------------
+
+    def _plan_nesting(self) -> None:
+        """For each value that may be nested the statement that uses it, and all last uses."""
+        steps, end = self.function.statements, len(self.function.statements)
+        users: dict[Sharded, list[int]] = {}
+        for at, item in enumerate(steps):
+            for read in reads_of(item):
+                users.setdefault(read, []).append(at)
+        for out in self.function.outputs:
+            users.setdefault(out, []).append(end)
+        self._nests: set[int] = set()
+        runs = [*range(end), end]  # where each statement is written
+        for at in reversed(range(end)):
+            made = makes_of(steps[at])
+            if len(made) == 1 and len(users.get(made[0], ())) == 1:
+                user = users[made[0]][0]
+                if self._may_nest(steps[at], None if user == end else steps[user]):
+                    self._nests.add(at)
+                    runs[at] = runs[user]
+        for item, positions in users.items():
+            self.names.last[item] = max(runs[at] for at in positions)
+
+    def _may_nest(self, item: Item, user: Item | None) -> bool:
+        """May `item` be written in its only user, or where that is None in the return?"""
+        if isinstance(item, LoopCall) or isinstance(user, LoopCall):
+            return False
+        if isinstance(item, Convert):
+            return True
+        if not base_of(item, self.names).users:
+            return True
+        return isinstance(user, Convert) or (user is None and self.function.call is not None)
+
     # -- statements ---------------------------------------------------------------------------
 
-    def _convert(self, item: Convert, dying: set[Sharded], indent: int) -> list[str]:
-        text = self._conversion_call(item)
-        notes = self._inline_notes(item)
-        if self._is_inline(item):
-            self.inline[item.target] = text
-            self._notes[item.target] = [*notes, *_inline_note(item)]
-            return []
-        comment = "; ".join([self._conversion_comment(item), *notes])
+    def _statement(self, at: int, item: Compute | Convert | ModuleCall) -> None:
+        base, made = self._base(at, item), makes_of(item)
+        self.names.note(made[0], base)
+        text, pending = self._expression(at, item, base)
+        if at in self._nests and not self.borrows:
+            self._pending[made[0]] = pending
+            return
+        self._write(at, pending, text)
+
+    def _expression(
+        self, at: int, item: Compute | Convert | ModuleCall, base: Base
+    ) -> tuple[str, _Pending]:
+        """The statement's expression, with all that can be nested in it; the rest gets names."""
+        while True:
+            self._tokens, self.borrows, baked = {}, False, set(self.baked)
+            text = self._render(item)
+            parts = list(self._tokens.values())
+            moves = _moves(item)
+            inner = {token: part.text for token, part in self._tokens.items()}
+            full = nested(text, inner) if inner else text
+            target = ", ".join([base.name] * len(makes_of(item)))
+            fits = full is not None and len(f"{target}_0 = {full}") + 4 * self._indent <= WIDTH
+            moving = [part for part in parts if part.moves]
+            if not parts or (fits and len(moving) + moves <= 1):
+                notes = [note for part in parts for note in part.notes]
+                reads = {r for r in reads_of(item) if r not in self._pending}
+                reads |= {read for part in parts for read in part.reads}
+                for part in parts:
+                    self._pending.pop(makes_of(part.item)[0], None)
+                if isinstance(item, Convert):
+                    notes += _conversion_note(item)
+                    self._note_gather(item)
+                assert full is not None
+                return full, _Pending(item, full, notes, reads, bool(moving) or moves, base)
+            self.baked = baked
+            out = next(iter(moving), None) if len(moving) + moves > 1 else None
+            self._name_now(at, out or max(parts, key=lambda part: len(part.text)))
+
+    def _name_now(self, at: int, pending: _Pending) -> None:
+        """Write what was to be nested as a statement of its own, before the one at `at`."""
+        del self._pending[makes_of(pending.item)[0]]
+        self._write(at - 1, pending, pending.text)
+
+    def _write(self, at: int, pending: _Pending, text: str) -> None:
+        made = makes_of(pending.item)
+        names: list[str] = []
+        for number, item in enumerate(made):
+            word = self.context.words.get(item.value.name)
+            several = Base(word, True) if word else pending.base.numbered(number)
+            base = pending.base if len(made) == 1 else several
+            names.append(self.names.give(item, base, at))
+        layouts = {self.layout(read) for read in pending.reads if not self._is_parameter(read)}
+        shown = [self.layout(made[0])] if self.layout(made[0]) not in layouts else []
+        comment = "; ".join([*shown, *pending.notes])
+        self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
+
+    def _note_gather(self, item: Convert) -> None:
+        if is_gather(item) and self._is_parameter(item.source) and item not in self.context.late:
+            self.ran.append(item)
+
+    def _is_parameter(self, item: Sharded) -> bool:
+        return item.value.name in self.context.parameters
+
+    def _base(self, at: int, item: Compute | Convert | ModuleCall) -> Base:
+        """What the result of a statement would best be called."""
+        base = base_of(item, self.names)
+        if not isinstance(item, Convert):
+            return base
         if item.param:
-            name = self.names.give(item.target, _parameter_base(item.source.value.name))
-        else:
-            name = self._name(item, item.target, dying)
-        return statement(f"{name} = {text}", indent, comment)
+            return Base(_parameter_base(item.source.value.name))
+        stays = self.names.last.get(item.source, -1) > at and item.source not in self._pending
+        return base.converted(item) if stays else base
+
+    def _render(self, item: Compute | Convert | ModuleCall) -> str:
+        if isinstance(item, Convert):
+            return self._conversion_call(item)
+        if isinstance(item, Compute):
+            return render(item, self)
+        if item not in self.calls:
+            self.ran.append(item)
+        self.calls[item] = [self._natural(read) for read in item.inputs]
+        return f"{attribute(item.path)}({', '.join(map(self.text, item.inputs))})"
+
+    def _natural(self, item: Sharded) -> str:
+        """What the caller calls an argument."""
+        if item in self._pending:
+            return self._pending[item].base.name
+        return self.names.base(item).name if item in self.names else "x"
+
+    def _return(self, returns: str) -> None:
+        """`return`, with the results' expressions in it as far as they fit."""
+        end = len(self.function.statements)
+        while True:
+            self._tokens = {}
+            text = ", ".join(map(self.text, self.function.outputs))
+            parts = list(self._tokens.values())
+            full = nested(text, {token: part.text for token, part in self._tokens.items()})
+            width = 4 * self._indent + len("return ") + len(returns.format(full))
+            moving = [part for part in parts if part.moves]
+            if not parts or (full is not None and width <= WIDTH and len(moving) <= 1):
+                break
+            self._name_now(end, max(parts, key=lambda part: len(part.text)))
+        notes = [note for part in parts for note in part.notes]
+        out = self.function.outputs[0] if self.function.outputs else None
+        if parts and out is not None and len(self.function.outputs) == 1:
+            reads = {self.layout(r) for r in parts[0].reads if not self._is_parameter(r)}
+            notes = ([] if self.layout(out) in reads else [self.layout(out)]) + notes
+        self._out += statement(
+            f"return {returns.format(full or text)}", self._indent, "; ".join(notes)
+        )
+
+    def _loop(self, at: int, item: LoopCall) -> None:
+        pad = "    " * self._indent
+        arguments = [self.text(argument) for argument in item.arguments]
+        entering = [self.text(value) for value in item.carried]
+        carried: list[str] = []
+        for value, source in zip(item.outputs, item.carried, strict=True):
+            base = self.names.base(source) if source in self.names else Base("x")
+            carried.append(self.names.give(value, Base(base.name, base.users, source), at))
+        self._out += [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
+        path = self.function.own(item.loop.path)
+        assert path is not None
+        self._out.append(f"{pad}for layer in {attribute(path)}:")
+        passed = ", ".join([*carried, *arguments])
+        run = f"self.recompute(layer, {passed})" if self.context.recompute else f"layer({passed})"
+        call = f"{', '.join(carried)} = {run}"
+        self._out += statement(call, self._indent + 1, self.layout(item.outputs[0]))
 
     def _conversion_call(self, item: Convert) -> str:
         """The method of `runtime.Axis` for the step (see its table)."""
         step, source = item.priced.step, self.text(item.source)
         axis = self.axis_text(step)
-        size = _uneven_size(item, self.mesh)
+        size = uneven_size(item, self.mesh)
         gradient = item.source.value.differentiable
         tokens = self.zigzag.get(item.source.value.name, frozenset())
         order = ", zigzag=True" if tokens & {step.a, step.b} else ""
@@ -187,99 +328,10 @@ class BodyEmitter:
             case _:
                 return f"{axis}.copy({source})" if step.b == V else f"{axis}.own_gradient({source})"
 
-    def _conversion_comment(self, item: Convert) -> str:
-        forward = [t for t in item.priced.traffic if not t.backward]
-        backward = [t for t in item.priced.traffic if t.backward]
-        parts = [self.layout(item.target)]
-        if forward:
-            parts.append(format_bytes(forward[0].bytes))
-        if backward:
-            kinds = " and ".join(t.kind.replace("_", "-") for t in backward)
-            parts.append(
-                f"backward {kinds}" + ("" if forward else f" {format_bytes(backward[0].bytes)}")
-            )
-        if item.priced.traffic:
-            parts.append(format_seconds(item.priced.seconds))
-        return "; ".join(parts)
 
-    def _inline_notes(self, item: Statement) -> list[str]:
-        """What to say of the conversions that are written inline in a statement."""
-        return [note for read in _reads(item) for note in self._notes.pop(read, ())]
-
-    def axis_text(self, step: Step) -> str:
-        """The local variable of the axis of a step, or of its axes joined: `dp`, `dp_tp`."""
-        names = tuple(self.mesh.names[axis] for axis in step.axes)
-        self.axes_used.add(names)
-        return "_".join(names)
-
-    def _compute(self, item: Compute, dying: set[Sharded], indent: int) -> list[str]:
-        text = render(item, self)
-        if len(item.outputs) == 1:
-            name = self._name(item, item.outputs[0], dying)
-        else:
-            base = base_name(item, self.names, dying)
-            for old in dying:
-                self.names.release(old)
-            known = item.node.loc.targets
-            same = len(known) == len(item.outputs)
-            name = ", ".join(
-                self.names.give(out, known[i] if same else f"{base}_{i}")
-                for i, out in enumerate(item.outputs)
-            )
-        where = f"  {item.node.loc}" if item.node.loc.file else ""
-        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
-        return statement(f"{name} = {text}", indent, comment + where)
-
-    def _name(self, item: Convert | Compute, target: Sharded, dying: set[Sharded]) -> str:
-        base = base_name(item, self.names, dying)
-        for old in dying:
-            self.names.release(old)
-        return self.names.give(target, base)
-
-    def _loop(self, item: LoopCall, dying: set[Sharded], indent: int) -> list[str]:
-        pad = "    " * indent
-        arguments = [self.text(argument) for argument in item.arguments]
-        entering = [self.text(value) for value in item.carried]
-        bases = [self.names.base(v) if v in self.names else "x" for v in item.carried]
-        for old in dying:
-            self.names.release(old)
-        carried = [self.names.give(v, b) for v, b in zip(item.outputs, bases, strict=True)]
-        lines = [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
-        lines.append(f"{pad}for layer in {parameter_path(item.loop.path)}:")
-        passed = ", ".join([*carried, *arguments])
-        run = f"self.recompute(layer, {passed})" if self.recompute else f"layer({passed})"
-        call = f"{', '.join(carried)} = {run}"
-        comment = "; ".join([self.layout(item.outputs[0]), *self._inline_notes(item)])
-        return [*lines, *statement(call, indent + 1, comment)]
-
-    # -- uses ---------------------------------------------------------------------------------
-
-    def _is_inline(self, item: Convert) -> bool:
-        """Is a parameter's conversion written where its result is used, once and by one op?"""
-        once = item.param and self._uses.get(item.target) == 1
-        return once and item.user not in self._wordy
-
-    def _count_uses(self) -> dict[Sharded, int]:
-        uses: dict[Sharded, int] = {}
-        for item in self.statements:
-            for read in _reads(item):
-                uses[read] = uses.get(read, 0) + 1
-        for out in self.outputs:
-            uses[out] = uses.get(out, 0) + 1
-        return uses
-
-    def _last_uses(self) -> dict[Sharded, int]:
-        last: dict[Sharded, int] = {}
-        for at, item in enumerate(self.statements):
-            for read in _reads(item):
-                last[read] = at
-        for out in self.outputs:
-            last[out] = len(self.statements)
-        # what is written inline is read again where the text stands
-        for at, item in reversed(list(enumerate(self.statements))):
-            if isinstance(item, Convert) and self._is_inline(item):
-                last[item.source] = max(last.get(item.source, at), last.get(item.target, at))
-        return last
+def _moves(item: Item) -> bool:
+    """Does a statement move activations?"""
+    return isinstance(item, Convert) and bool(item.priced.traffic) and not item.param
 
 
 def _parameter_base(name: str) -> str:
@@ -287,7 +339,7 @@ def _parameter_base(name: str) -> str:
     return (name.split(".")[-2:])[0]
 
 
-def _inline_note(item: Convert) -> list[str]:
+def _conversion_note(item: Convert) -> list[str]:
     """`all-gather 1.05 MB, backward all-gather and reduce-scatter, 200 us`; nothing if local."""
     traffic = item.priced.traffic
     if not traffic:
@@ -299,21 +351,13 @@ def _inline_note(item: Convert) -> list[str]:
     return [", ".join([*kinds, format_seconds(item.priced.seconds)])]
 
 
-def _reads(item: Statement) -> tuple[Sharded, ...]:
-    if isinstance(item, Convert):
-        return (item.source,)
-    if isinstance(item, Compute):
-        return item.operands
-    return (*item.carried, *item.arguments)
-
-
 def _axis_names(mesh: Mesh) -> list[str]:
     """Names of all axes and of all joined axes."""
     counts = range(1, len(mesh.names) + 1)
     return ["_".join(names) for n in counts for names in combinations(mesh.names, n)]
 
 
-def _uneven_size(item: Convert, mesh: Mesh) -> str:
+def uneven_size(item: Convert, mesh: Mesh) -> str:
     """`, size=50257` where a dim does not divide and its true size must be told."""
     step = item.priced.step
     if not is_shard(step.a):
@@ -323,16 +367,20 @@ def _uneven_size(item: Convert, mesh: Mesh) -> str:
     return f", size={size}" if size % ways else ""
 
 
-def render(item: Compute, body: BodyEmitter) -> str:
+def render(item: Compute, body: FunctionWriter) -> str:
     """Source of the call that runs a node on local tensors."""
-    renderer = _Renderer(item, body)
-    text = operator_of(item.node).emit(item.node, renderer)
+    node = item.node
+    cache = dict(node.args).get("cache")
+    if isinstance(cache, str):
+        node = with_args(node, cache=body.function.own(cache))
+    renderer = _Renderer(item, node, body)
+    text = operator_of(node).emit(node, renderer)
     if not renderer.sized:
-        body.baked |= _written_sizes(item.node, body.labels)
+        body.baked |= _written_sizes(node, body.labels)
     return text
 
 
-def _written_sizes(node: Node, labels: dict[str, DimLabels]) -> set[str]:
+def _written_sizes(node: Node, labels: Mapping[str, DimLabels]) -> set[str]:
     """Labels of dims whose full size is among the numbers that the node is called with."""
     values = (*node.operands, *node.outputs)
     sizes = {
@@ -353,10 +401,10 @@ def _written_sizes(node: Node, labels: dict[str, DimLabels]) -> set[str]:
 class _Renderer:
     """Implements `ir.ops.Render` for one statement."""
 
-    def __init__(self, item: Compute, body: BodyEmitter) -> None:
+    def __init__(self, item: Compute, node: Node, body: FunctionWriter) -> None:
         self.item = item
         self.body = body
-        self.node: Node = item.node
+        self.node = node
         self._operands = iter(item.operands)
         self.sized = False  # did the op ask for its sizes, so that none is written as a number?
         self._texts: dict[str, str] = {}
@@ -387,6 +435,21 @@ class _Renderer:
         """Source texts of the items of the list argument `name`."""
         return self._items[name]
 
+    def view(self) -> str:
+        """The first operand in the shape of the first result."""
+        operand, result = self.item.operands[0], self.item.outputs[0]
+        labels = self.body.labels.get(result.value.name, ())
+        numbers: list[int | None] = []
+        shape = result.value.type.shape
+        for dim, size in enumerate(local_shape(shape, result.spec, self.body.mesh.sizes)):
+            free = dim < len(labels) and labels[dim] and shape[dim] != 1
+            numbers.append(None if free else size)
+        method = reshaped(_dims(operand), _dims(result), numbers)
+        if method is None:
+            return f"{self.arg('self')}.reshape({', '.join(self.sizes())})"
+        self.sized = True
+        return f"{self.arg('self')}{method}"
+
     def sizes(self) -> list[str]:
         """Local size of each dim of the first result, written so that it holds for any batch.
 
@@ -415,7 +478,7 @@ class _Renderer:
     def _same_dim(self, factors: tuple[str, ...]) -> str | None:
         """`x.size(0)` of an operand dim with just these factors."""
         for operand, dims in zip(self.item.operands, rule_of(self.node).operands, strict=True):
-            if factors in dims and operand not in self.body.inline:
+            if factors in dims and self.body.has_name(operand):
                 return f"{self.body.text(operand)}.size({dims.index(factors)})"
         return None
 
@@ -424,7 +487,7 @@ class _Renderer:
         if len(label) != 1:
             return None
         mine = {i for i, state in enumerate(self.item.outputs[0].spec) if state == dim}
-        for other in self.body.names.live():
+        for other in self.body.names.known():
             labels = self.body.labels.get(other.value.name, ())
             for place, theirs in enumerate(labels):
                 if theirs != label or other.value.type.shape[place] == 1:
@@ -434,6 +497,7 @@ class _Renderer:
                     continue
                 factors = [self.body.axis_text(Step((i,), R, S(0))) for i in sorted(cut - mine)]
                 size = f"{self.body.text(other)}.size({place})"
+                self.body.borrows = True
                 return " * ".join([size, *(f"{axis}.size" for axis in factors)])
         return None
 
@@ -463,6 +527,14 @@ class _Renderer:
         """Names of the mesh axes over which the result is sharded."""
         spec = self.item.outputs[0].spec
         return tuple(n for n, s in zip(self.body.mesh.names, spec, strict=True) if is_shard(s))
+
+
+def _dims(item: Sharded) -> list[Dim]:
+    cuts = [
+        tuple(i for i, s in enumerate(item.spec) if s == d)
+        for d in range(len(item.value.type.shape))
+    ]
+    return list(zip(item.value.type.shape, cuts, strict=True))
 
 
 def _tuple_text(items: Sequence[str]) -> str:

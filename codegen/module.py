@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from math import isfinite, lcm, prod
 from types import MappingProxyType
 
@@ -23,13 +24,16 @@ from ..planner.plan.program import (
     LoopCall,
     Program,
     Sharded,
+    Statement,
     is_gather,
 )
 from ..planner.plan.traffic import kept_until
 from ..planner.strategies.attention import cache_spec
-from .body import BodyEmitter, parameter_path
-from .names import hides
-from .source import WIDTH, check, statement
+from .body import Context, FunctionWriter, attribute, uneven_size
+from .classes import RUNTIME, Classes, Modules, argument_names
+from .names import hides, words_of
+from .nesting import Function, nest
+from .source import WIDTH, check, comment_lines, statement
 
 _DECODING = "Decoding"  # the class of the second program, where a module has two
 
@@ -52,13 +56,15 @@ def write_source(
     the same bytes.
     """
     second: list[_Writer] = []
+    classes = Classes()
     if decode is not None:
-        second = [_Writer(decode, mesh, "decode", optimizer, _DECODING)]
-    first = _Writer(program, mesh, phase, optimizer, "ShardedModel", second, recached)
+        second = [_Writer(decode, mesh, "decode", optimizer, classes, _DECODING)]
+    first = _Writer(program, mesh, phase, optimizer, classes, "ShardedModel", second, recached)
     tables = _page_tables([writer.caches() for writer in (first, *second)])
     for writer in (first, *second):
         writer.tables = tables
-    parts = [part for writer in (*second, first) for part in writer.classes()]
+    models = [writer.model_class() for writer in (*second, first)]
+    parts = [*classes.parts(), *models]
     head = _head(summary, [line for part in parts for line in part])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
     return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n")
@@ -81,23 +87,18 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
 
 def _head(summary: str, lines: Sequence[str]) -> list[str]:
     """The docstring, and imports of what the lines use."""
-    known = (
-        "Cache", "Gather", "Input", "Layer", "Output", "Param", "Part", "ShardedModule", "ops",
-    )  # fmt: skip
     text = "\n".join(lines)
-    names = [name for name in known if re.search(rf"\b{name}\b[(.)]", text)]
+    names = [name for name in RUNTIME if re.search(rf"\b{name}\b[(.)]", text)]
     body = "\n".join(summary.splitlines())
     return [
         f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
-        "",
-        "from __future__ import annotations",
         "",
         *(["from collections.abc import Iterator", ""] if "Gather" in names else []),
         "import torch",
         "import torch.nn.functional as F",
         "from torch import Tensor",
         "",
-        f"from shardwright.runtime import {', '.join(sorted(names, key=_import_order))}",
+        *_import_lines(sorted(names, key=_import_order)),
     ]
 
 
@@ -110,6 +111,7 @@ class _Writer:
         mesh: Mesh,
         phase: str,
         optimizer: str,
+        classes: Classes,
         name: str,
         second: Sequence[_Writer] = (),
         recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
@@ -118,98 +120,160 @@ class _Writer:
         self.mesh = mesh
         self.phase = phase
         self.optimizer = optimizer
+        self.classes = classes
         self.name = name
+        self.prefix = _DECODING if name == _DECODING else ""  # of the classes' names
         self.second = second  # the program for decoding beside this one, if there is one
         self.recached = recached  # ways of caches to its layout, by node
         self.labels: dict[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
         self.tables: Mapping[str, int] = {}  # of page tables that caches share, by their names
+        self.words = words_of(program.statements)
         self.baked: set[str] = set()  # labels of dims whose planned size the text holds
-        self.class_of: dict[tuple[str, int], str] = {}
-        self._name_classes()
+        self.class_of = {
+            (call.loop.name, kind): self._block_class(call, kind)
+            for call in self.loops
+            for kind in range(len(call.bodies))
+        }
 
-    def classes(self) -> list[list[str]]:
-        """The lines of each class."""
-        blocks = [
-            self._block_class(call, kind) for call in self.loops for kind in range(len(call.bodies))
-        ]
-        return [*blocks, self._model_class()]
+    # -- functions ----------------------------------------------------------------------------
 
-    def _name_classes(self) -> None:
-        taken: set[str] = {"ShardedModel", _DECODING}
-        for other in self.second:
-            taken |= set(other.class_of.values())
-        for call in self.loops:
-            for kind, body in enumerate(call.bodies):
-                base = body.block.class_name or "Block"
-                base = f"{_DECODING}{base}" if self.name == _DECODING else base
-                name, count = base, 1
-                while name in taken:
-                    count += 1
-                    name = f"{base}{count}"
-                taken.add(name)
-                self.class_of[call.loop.name, kind] = name
-
-    # -- blocks -------------------------------------------------------------------------------
-
-    def _block_class(self, call: LoopCall, kind: int) -> list[str]:
-        body = call.bodies[kind]
-        foreseen = kept_until(body.statements) if self.program.recompute else None
-        emitter = BodyEmitter(
-            body.statements,
-            body.outputs,
+    def _nest(
+        self,
+        statements: Sequence[Statement],
+        inputs: Sequence[Sharded],
+        outputs: Sequence[Sharded],
+        params: Iterable[Param],
+        loop: str = "",
+    ) -> tuple[Function, Context]:
+        """The tree of functions of a block of `loop`, or of the model, and what they share."""
+        names = {param.value.name: param.name for param in params}
+        function = nest(statements, inputs, outputs, names, loop)
+        late: frozenset[Statement] = frozenset()
+        if loop and self.program.recompute:
+            order = list(function.flat())
+            late = frozenset(order[kept_until(order) :])
+        context = Context(
             self.mesh,
             self.labels,
             self.program.zigzag,
-            foreseen=foreseen,
+            names,
+            self.words,
+            self.program.recompute,
+            late,
         )
+        return function, context
+
+    def _modules(self, writer: FunctionWriter, context: Context) -> Modules:
+        """Classes of the modules that a function calls, written first."""
+        made = Modules()
+        for call, names in writer.calls.items():
+            function = call.function
+            inner = FunctionWriter(function, context)
+            assert function.call is not None
+            arguments = [
+                inner.define(item, name)
+                for item, name in zip(
+                    function.inputs, argument_names(function.call.arguments, names), strict=True
+                )
+            ]
+            lines = inner.lines(2)
+            self.baked |= inner.baked
+            modules = self._modules(inner, context)
+            body = [
+                *modules.lines,
+                *self._signature(inner, arguments, function.inputs, function.outputs),
+                *self._axes_line(inner.axes_used),
+                *lines,
+            ]
+            base = f"{self.prefix}{function.call.class_name}"
+            origin = f"{function.call.class_name} of {function.call}"
+            made.classes[call.path] = self.classes.add(base, "Sharded", body, origin)
+            made.ran[call] = modules.gathers(inner)
+        return made
+
+    def _signature(
+        self,
+        writer: FunctionWriter,
+        names: Sequence[str],
+        inputs: Sequence[Sharded],
+        outputs: Sequence[Sharded],
+    ) -> list[str]:
+        """`def forward(...)`, with what its arguments are."""
+        count = len(outputs)
+        returned = "Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]"
+        typed = [f"{name}: Tensor" for name in names]
+        layouts = [f"{n} {writer.layout(i)}" for n, i in zip(names, inputs, strict=True)]
+        head = f"    def forward({', '.join(['self', *typed])}) -> {returned}:"
+        lines = [head]
+        if len(head) > WIDTH:
+            lines = ["    def forward(", *_arguments(["self", *typed]), f"    ) -> {returned}:"]
+        comment = "  # " + "; ".join(layouts)
+        if len(lines) == 1 and len(head + comment) <= WIDTH:
+            return [head + comment]
+        return [*lines, *comment_lines("; ".join(layouts), 2)]
+
+    # -- blocks -------------------------------------------------------------------------------
+
+    def _block_class(self, call: LoopCall, kind: int) -> str:
+        """The class of a kind of block, written; its name."""
+        body = call.bodies[kind]
         n = len(call.carried)
         carried = [
-            emitter.define(Sharded(value, item.spec), self._argument_name(value.name, i))
-            for i, (value, item) in enumerate(zip(body.block.inputs[:n], call.carried, strict=True))
+            Sharded(value, item.spec)
+            for value, item in zip(body.block.inputs[:n], call.carried, strict=True)
         ]
-        inner = self._inner_arguments(call, body)
-        arguments = [
-            emitter.define(item, self._outer_name(call, i)) for i, item in enumerate(inner)
-        ]
-        for param, spec in body.params:
-            item = Sharded(param.value, spec)
-            emitter.define_parameter(item, parameter_path(param.name))
-        lines = emitter.lines(2)
-        self.baked |= emitter.baked
-        used = sorted(call.loop.order.count(k) for k in [kind])
-        names = [f"{name}: Tensor" for name in (*carried, *arguments)]
-        results = [emitter.text(out) for out in body.outputs]
-        returned = "Tensor" if n == 1 else f"tuple[{', '.join(['Tensor'] * n)}]"
-        signature = statement(f"def forward(self, {', '.join(names)}) -> {returned}:", 1)
-        if len(signature) > 1 or len(signature[0]) > 100:
-            signature = ["    def forward(", *_arguments(["self", *names]), f"    ) -> {returned}:"]
-        layers = [i for i, k in enumerate(call.loop.order) if k == kind]
-        return [
-            f"class {self.class_of[call.loop.name, kind]}(Layer):",
-            f'    """`{call.loop.path}`, {used[0]} times: {_ranges(layers)}."""',
-            "",
-            *self._gathers_method(emitter),
-            *signature,
-            *self._axes_line(emitter.axes_used),
+        inputs = [*carried, *self._inner_arguments(call, body)]
+        params = [param for param, _ in body.params]
+        function, context = self._nest(
+            body.statements, inputs, body.outputs, params, call.loop.path
+        )
+        writer = FunctionWriter(function, context)
+        known = function.call.arguments if function.call else ()
+        outer = [self._outer_name(call, i) for i in range(len(call.arguments))]
+        wanted = argument_names(known, [*["hidden_states"] * n, *outer])
+        names = [writer.define(i, name) for i, name in zip(inputs, wanted, strict=True)]
+        lines = writer.lines(2)
+        self.baked |= writer.baked
+        modules = self._modules(writer, context)
+        text = [
+            *modules.lines,
+            *self._gathers_method(modules.gathers(writer), context),
+            *self._signature(writer, names, inputs, body.outputs),
+            *self._axes_line(writer.axes_used),
             *lines,
-            f"        return {', '.join(results)}",
         ]
+        layers = [i for i, k in enumerate(call.loop.order) if k == kind]
+        times = f"`{call.loop.path}`, {len(layers)} times: {_ranges(layers)}"
+        origin = f"; {function.call}" if function.call and function.call.file else ""
+        base = f"{self.prefix}{body.block.class_name or 'Block'}"
+        return self.classes.add(base, "Layer", text, times + origin)
 
-    def _gathers_method(self, emitter: BodyEmitter) -> list[str]:
+    def _gathers_method(self, ran: Sequence[Convert | LoopCall], context: Context) -> list[str]:
         """The order in which `forward` gathers parameters; nothing where it gathers none."""
-        if not emitter.gathers:
+        rows: list[str] = []
+        axes: set[tuple[str, ...]] = set()
+        for item in ran:
+            if isinstance(item, LoopCall):
+                if any(is_gather(inner) for body in item.bodies for inner in body.statements):
+                    rows.append(f"        for layer in {attribute(item.loop.path)}:")
+                    rows += statement("yield from layer.gathers()", 3)
+                continue
+            step = item.priced.step
+            names = tuple(self.mesh.names[axis] for axis in step.axes)
+            axes.add(names)
+            path = attribute(context.parameters[item.source.value.name])
+            text = f"{'_'.join(names)}, {path}, {step.a}{uneven_size(item, self.mesh)}"
+            rows += statement(f"yield Gather({text})", 2)
+        if not rows:
             return []
         return [
             "    def gathers(self) -> Iterator[Gather]:",
             '        """Gathered in this order: while one is used, the next are on their way."""',
-            *self._axes_line(emitter.gather_axes()),
-            *emitter.gather_lines(2),
+            *self._axes_line(axes),
+            *rows,
             "",
         ]
-
-    def _argument_name(self, name: str, position: int) -> str:
-        return "hidden_states" if position == 0 else f"carried_{position}"
 
     def _inner_arguments(self, call: LoopCall, body: BlockBody) -> list[Sharded]:
         """The loop's arguments by the names of this block's own inputs."""
@@ -220,14 +284,7 @@ class _Writer:
 
     def _outer_name(self, call: LoopCall, index: int) -> str:
         item = call.arguments[index]
-        producers = {
-            out.value.name: s.node.loc.target
-            for s in self.program.statements
-            if isinstance(s, Compute)
-            for out in s.outputs
-        }
-        target = producers.get(item.value.name, "")
-        return target or item.value.name.split(".")[-1]
+        return self.words.get(item.value.name) or item.value.name.split(".")[-1]
 
     def _axes_line(self, axes: set[tuple[str, ...]]) -> list[str]:
         """`tp = self.mesh["tp"]` for every axis that a body names, single ones first."""
@@ -240,25 +297,19 @@ class _Writer:
 
     # -- the model ----------------------------------------------------------------------------
 
-    def _model_class(self) -> list[str]:
+    def model_class(self) -> list[str]:
+        """The lines of the model's class."""
         program = self.program
-        emitter = BodyEmitter(
-            program.statements,
-            program.outputs,
-            self.mesh,
-            self.labels,
-            program.zigzag,
-            recompute=program.recompute,
-        )
+        params = [param for param, _ in program.params]
+        function, context = self._nest(program.statements, program.inputs, program.outputs, params)
+        writer = FunctionWriter(function, context)
         names = [
-            emitter.define(item, source.name)
+            writer.define(item, source.name)
             for item, source in zip(program.inputs, program.graph.inputs, strict=True)
         ]
-        for param, spec in program.params:
-            emitter.define_parameter(Sharded(param.value, spec), parameter_path(param.name))
-        lines = emitter.lines(2)
-        self.baked |= emitter.baked
-        results = ", ".join(emitter.text(out) for out in program.outputs)
+        lines = writer.lines(2, "self.pack({})")
+        self.baked |= writer.baked
+        modules = self._modules(writer, context)
         sources = [source.name for source in program.graph.inputs]
         # an input called `torch` would hide what the body calls by that name
         plain = [f"{name}: Tensor" for name in sources if not hides(name)]
@@ -275,6 +326,7 @@ class _Writer:
             f"class {self.name}(ShardedModule):",
             f'    """{program.graph.name} as one rank of {self.mesh} runs it{what}."""',
             "",
+            *modules.lines,
             f"    MESH = {{{sizes}}}",
             f'    PHASE = "{self.phase}"',
             f'    OPTIMIZER = "{self.optimizer}"',
@@ -287,12 +339,11 @@ class _Writer:
             *self._caches_table(),
             *([f"    DECODE = {_DECODING}"] if self.second else []),
             "",
-            *self._gathers_method(emitter),
+            *self._gathers_method(modules.gathers(writer), context),
             f"    def forward({arguments}) -> object:",
             *renamed,
-            *self._axes_line(emitter.axes_used),
+            *self._axes_line(writer.axes_used),
             *lines,
-            f"        return self.pack({results})",
         ]
 
     def _gathers_parameters(self) -> bool:
@@ -308,11 +359,12 @@ class _Writer:
             return []
         lines = ["    LAYERS = {"]
         for call in self.loops:
-            classes = [self.class_of[call.loop.name, kind] for kind in call.loop.order]
-            if len(set(classes)) == 1:
-                text = f"[{classes[0]}] * {len(classes)}"
+            runs = groupby(self.class_of[call.loop.name, kind] for kind in call.loop.order)
+            counted = [(name, len(list(same))) for name, same in runs]
+            if len(counted) <= 4:
+                text = " + ".join(f"[{name}] * {count}" for name, count in counted)
             else:
-                text = f"[{', '.join(classes)}]"
+                text = f"[{', '.join(self.class_of[call.loop.name, k] for k in call.loop.order)}]"
             lines += statement(f'"{call.loop.path}": {text}', 2)
             lines[-1] += ","
         return [*lines, "    }"]
@@ -464,6 +516,13 @@ class _Writer:
 def _import_order(name: str) -> tuple[bool, str]:
     """Classes before modules, as ruff sorts them."""
     return name.islower(), name
+
+
+def _import_lines(names: Sequence[str]) -> list[str]:
+    line = f"from shardwright.runtime import {', '.join(names)}"
+    if len(line) <= WIDTH:
+        return [line]
+    return ["from shardwright.runtime import (", *(f"    {name}," for name in names), ")"]
 
 
 def _quoted(name: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 import keyword
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from ..facts.moves import primitive
 from ..ir.graph import Node
-from ..ir.ops.registry import operator_of
-from ..planner.plan.program import Compute, Convert, Sharded
+from ..ir.ops.registry import is_view, operator_of
+from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement
+from .nesting import ModuleCall
 
 # What generated functions use by these names
 _RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})
@@ -25,7 +26,7 @@ _BUILTIN = frozenset(name for name in dir(builtins) if name.islower()) - {
         "quit",
     ),  # there only in interactive Pythons
 }
-_CONVERTED = {
+_CONVERTED: Mapping[str, str] = {
     "all_gather": "full",
     "all_reduce": "sum",
     "reduce_scatter": "part",
@@ -36,6 +37,70 @@ _CONVERTED = {
     "nothing": "copy",
 }
 
+# What the results of operators are called where the user gives them no name
+_NOUNS: Mapping[str, str] = {
+    **dict.fromkeys("eq ne lt le gt ge logical_and logical_or logical_not".split(), "mask"),
+    **dict.fromkeys("bitwise_and bitwise_or bitwise_not __and__ __or__".split(), "mask"),
+    **dict.fromkeys("silu gelu relu elu leaky_relu mish hardswish softplus".split(), "activated"),
+    **dict.fromkeys("matmul bmm mm einsum baddbmm linear addmm affine".split(), "product"),
+    **dict.fromkeys("softmax".split(), "probabilities"),
+    **dict.fromkeys("rms_norm layer_norm group_norm".split(), "normed"),
+    **dict.fromkeys("gather index index_select embedding".split(), "picked"),
+    **dict.fromkeys("zeros zeros_like new_zeros".split(), "zeros"),
+    **dict.fromkeys("ones ones_like new_ones".split(), "ones"),
+    **dict.fromkeys("full full_like new_full scalar_tensor".split(), "filled"),
+    **dict.fromkeys("attention cached_attention".split(), "mixed"),
+    **dict.fromkeys("pow square".split(), "power"),
+    **dict.fromkeys("sum cumsum add".split(), "total"),
+    **dict.fromkeys("sub rsub diff".split(), "difference"),
+    **dict.fromkeys("div floor_divide".split(), "quotient"),
+    **dict.fromkeys("chunk split split_with_sizes unbind".split(), "part"),
+    "mul": "scaled",
+    "neg": "negative",
+    "cat": "joined",
+    "stack": "stacked",
+    "where": "chosen",
+    "masked_fill": "masked",
+    "arange": "positions",
+    "topk": "top",
+    "sort": "sorted",
+    "sigmoid": "gate",
+    "moe": "mixed",
+    "cross_entropy": "loss",
+    "rsqrt": "inverse_root",
+    "argmax": "best",
+}
+
+
+_SEVERAL: Mapping[str, tuple[str, ...]] = {
+    "part": ("first", "second", "third", "fourth"),
+    "top": ("top_values", "top_indices"),
+    "sorted": ("sorted_values", "order"),
+    "max": ("largest", "where_largest"),
+    "min": ("smallest", "where_smallest"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a value would best be called; `users`: so it is called in the user's source.
+
+    Of a view or a cast `kin` is what it is another form of.
+    """
+
+    name: str
+    users: bool = False
+    kin: Sharded | None = None
+
+    def numbered(self, number: int) -> Base:
+        """For one of several results."""
+        words = _SEVERAL.get(self.name, ())
+        return Base(words[number] if number < len(words) else f"{self.name}_{number}")
+
+    def converted(self, item: Convert) -> Base:
+        """For another form beside what is called so."""
+        return Base(f"{self.name}_{_CONVERTED[item.primitive]}")
+
 
 def hides(name: str) -> bool:
     """Would an argument of that name hide something that the body of a function uses?"""
@@ -43,13 +108,19 @@ def hides(name: str) -> bool:
 
 
 class Names:
-    """Gives each live value its own name; a name is free again after its value's last use."""
+    """Gives each value of a function a name.
+
+    A name stands for one thing: it is given again only when the value that had it is not used any
+    more, and to the same value in another spec, to a view or a cast of it, or where the user's
+    source calls both so.
+    """
 
     def __init__(self, reserved: Iterable[str]) -> None:
+        self.last: dict[Sharded, int] = {}  # the statement that uses a value last, by its number
         self._reserved = _RESERVED | set(reserved)
         self._of: dict[Sharded, str] = {}
-        self._base: dict[Sharded, str] = {}
-        self._taken: dict[str, Sharded] = {}
+        self._base: dict[Sharded, Base] = {}
+        self._holder: dict[str, Sharded] = {}
 
     def __getitem__(self, item: Sharded) -> str:
         return self._of[item]
@@ -57,55 +128,125 @@ class Names:
     def __contains__(self, item: Sharded) -> bool:
         return item in self._of
 
-    def base(self, item: Sharded) -> str:
-        """The name that `item` was given before it was made unique."""
-        return self._base[item]
+    def base(self, item: Sharded) -> Base:
+        """What `item` is called, before that was made unique; also where it has no name."""
+        return self._base.get(item, Base("x"))
 
-    def live(self) -> list[Sharded]:
-        """Everything that has a name now, oldest first."""
-        return list(self._taken.values())
+    def note(self, item: Sharded, base: Base) -> None:
+        """`item` has no name, and would be called `base`."""
+        self._base[item] = base
 
-    def release(self, item: Sharded) -> None:
-        """`item` is not used any more."""
-        name = self._of.get(item)
-        if name is not None and self._taken.get(name) == item:
-            del self._taken[name]
+    def known(self) -> list[Sharded]:
+        """Everything that a name stands for now, oldest first."""
+        return list(self._holder.values())
 
-    def give(self, item: Sharded, base: str) -> str:
-        """A name for `item`, as near to `base` as is free; `sum_` rather than a built-in's name."""
-        base = base if base.isidentifier() and not keyword.iskeyword(base) else f"x_{base}"
-        base = base if base.isidentifier() else "x"
-        base = f"{base}_" if base in _BUILTIN else base
-        name, count = base, 1
-        while name in self._reserved or name in self._taken:
+    def give(self, item: Sharded, base: Base, at: int) -> str:
+        """A name for what statement number `at` makes, as near to `base` as can be.
+
+        `sum_` rather than the name of a built-in.
+        """
+        text = base.name
+        text = text if text.isidentifier() and not keyword.iskeyword(text) else f"x_{text}"
+        text = text if text.isidentifier() else "x"
+        text = f"{text}_" if text in _BUILTIN else text
+        name, count = text, 1
+        while name in self._reserved or not self._is_free(name, item, base, at):
             count += 1
-            name = f"{base}_{count}"
-        self._of[item], self._base[item], self._taken[name] = name, base, item
+            name = f"{text}_{count}"
+        self._of[item], self._base[item] = name, base
+        self._holder.pop(name, None)
+        self._holder[name] = item
         return name
 
+    def _is_free(self, name: str, item: Sharded, base: Base, at: int) -> bool:
+        if name not in self._holder:
+            return True
+        holder = self._holder[name]
+        same = holder.value == item.value or holder == base.kin
+        same = same or (base.users and self._base[holder].users)
+        return same and 0 <= at and self.last.get(holder, -1) <= at
 
-def base_name(statement: Compute | Convert, names: Names, dying: set[Sharded]) -> str:
+
+def base_of(item: Compute | Convert | ModuleCall, names: Names) -> Base:
     """What the result of a statement would best be called.
 
     In order: the name the user's line assigns it to; for a layer with weights the layer's own
-    name; the name of the operand that it replaces; the op's name.
+    name; for views and casts the name of what they show; a noun for the operator.
     """
-    if isinstance(statement, Convert):
-        base = names.base(statement.source) if statement.source in names else "x"
-        if statement.source in dying:
-            return base
-        step = statement.priced.step
-        return f"{base}_{_CONVERTED[primitive(step.a, step.b)]}"
-    node = statement.node
+    if isinstance(item, Convert):
+        base = names.base(item.source)
+        return Base(base.name, base.users, item.source)
+    if isinstance(item, ModuleCall):
+        call = item.function.call
+        target = next((name for name in call.targets if name != "_"), "") if call else ""
+        return (
+            Base(target, True)
+            if target
+            else Base(item.path.rpartition(".")[2].lstrip("0123456789") or "x")
+        )
+    node = item.node
     if node.loc.target:
-        return node.loc.target
-    tail = node.loc.module.rsplit(".", 1)[-1]
+        return Base(node.loc.target, True)
+    tail = node.loc.module.rpartition(".")[2]
     if tail and not tail.isdigit() and _owns(node):
-        return tail
-    first = statement.operands[0] if statement.operands else None
-    if first in dying and first in names and len(node.outputs) == 1:
-        return names.base(first)
-    return node.op.split(".")[1].strip("_")
+        return Base(tail)
+    operator = node.op.split(".")[1].strip("_")
+    first = item.operands[0] if item.operands else None
+    if first is not None and len(node.outputs) == 1 and _shows(node):
+        return Base(names.base(first).name, False, first)
+    return Base(_NOUNS.get(operator, operator))
+
+
+_KEEPS = (
+    "to",
+    "_to_copy",
+    "dropout",
+    "contiguous",
+    "clone",
+    "detach",
+    "expand",
+    "slice",
+    "select",
+    "clamp",
+)
+
+
+def words_of(statements: Iterable[Statement]) -> dict[str, str]:
+    """By the name of a value, what the user's source calls it, or calls what it is a view of."""
+    words: dict[str, str] = {}
+    for item in statements:
+        if isinstance(item, Compute):
+            words |= _words(item.node, words)
+        elif isinstance(item, LoopCall):
+            for body in item.bodies:
+                outer = (*item.loop.carried, *item.loop.invariants)
+                for value, inner in zip(outer, body.block.inputs, strict=True):
+                    if value.name in words:
+                        words[inner.name] = words[value.name]
+                words |= words_of_nodes(body.block.nodes, words)
+    return words
+
+
+def words_of_nodes(nodes: Iterable[Node], words: Mapping[str, str]) -> dict[str, str]:
+    """`words`, with those of what `nodes` make."""
+    found = dict(words)
+    for node in nodes:
+        found |= _words(node, found)
+    return found
+
+
+def _words(node: Node, words: Mapping[str, str]) -> dict[str, str]:
+    targets = node.loc.targets
+    if len(targets) == len(node.outputs):
+        return {value.name: name for value, name in zip(node.outputs, targets, strict=True)}
+    shows = len(node.outputs) == 1 and node.operands and _shows(node)
+    known = words.get(node.operands[0].name) if shows else None
+    return {node.output.name: known} if known else {}
+
+
+def _shows(node: Node) -> bool:
+    """Is the result the first operand in another form?"""
+    return is_view(node) or node.op.split(".")[1].strip("_") in _KEEPS
 
 
 def _owns(node: Node) -> bool:

@@ -19,11 +19,17 @@ def statement(text: str, indent: int, comment: str = "") -> list[str]:
     tail = f"  # {comment}" if comment else ""
     if len(pad + text + tail) <= WIDTH:
         return [pad + text + tail]
-    above = [f"{pad}# {line}" for line in _comment_lines(comment, WIDTH - len(pad) - 2)]
+    above = comment_lines(comment, indent)
     if len(pad + text) <= WIDTH:
         return [*above, pad + text]
     row = text.removesuffix(",")  # of a table
     return [*above, *_wrapped(row, indent, text[len(row) :])]
+
+
+def comment_lines(comment: str, indent: int) -> list[str]:
+    """`comment` in lines of its own."""
+    pad = "    " * indent
+    return [f"{pad}# {line}" for line in _comment_lines(comment, WIDTH - len(pad) - 2)]
 
 
 def _comment_lines(comment: str, width: int) -> list[str]:

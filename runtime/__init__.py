@@ -23,8 +23,10 @@ from .mesh.collectives import Axis
 from .mesh.counter import CollectiveCounter, count_collectives
 from .mesh.mesh import Mesh
 from .module.layers import Layer, per_layer
-from .module.module import Cache, Input, Namespace, Output, Outputs, ShardedModule
+from .module.module import Cache, Input, Output, Outputs, ShardedModule
+from .module.nested import Sharded
 from .module.parameters import Param, Part
+from .module.tree import Namespace
 from .moe import moe
 from .ops import (
     attention,
@@ -38,7 +40,7 @@ from .ops import (
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Gather", "Input", "KVCache", "Layer",
     "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
-    "Partial", "RankError", "RankPool", "ShardedModule", "attention", "cached_attention",
+    "Partial", "RankError", "RankPool", "Sharded", "ShardedModule", "attention", "cached_attention",
     "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
     "moe", "ops", "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",

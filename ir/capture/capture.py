@@ -29,7 +29,7 @@ from . import huggingface
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
-from .location import innermost_frame
+from .location import first_calls, innermost_frame
 from .repeat import Repeats, cut, repeats
 
 # A constant with more elements than this would make the plan file unreadable.
@@ -263,7 +263,7 @@ def _finish(
                 "state yet"
             )
     try:
-        nodes, returned = convert(program.graph_module, bound)
+        nodes, returned = convert(program.graph_module, bound, first_calls(model))
     except UnsupportedNode as error:
         raise CaptureError(str(error)) from error
     outputs = _outputs(program, returned)

@@ -10,7 +10,7 @@ The steps, for each fx node in order (`_Converter.run`):
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ..graph import Arg, Loc, Node, TensorType, Value
-from .location import innermost_frame, statement
+from ..graph import Arg, Call, Loc, Node, TensorType, Value
+from .location import Frame, innermost_frame, statement, user_frames
 
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
 
@@ -76,10 +76,11 @@ class _Converter:
     """State of one conversion: nodes so far, and what each fx node stands for."""
 
     nodes: list[Node] = field(default_factory=list)
+    modules: Mapping[str, Call] = field(default_factory=dict)  # path -> how its calls begin
     names: set[str] = field(default_factory=set)
     bases: dict[str, str] = field(default_factory=dict)  # value -> value whose memory it shares
     views: dict[str, Node] = field(default_factory=dict)  # value -> the node that views its operand
-    statements: list[tuple[str, int, str]] = field(default_factory=list)  # of each node
+    frames: list[_Frames] = field(default_factory=list)  # of each node
 
     # ---- naming and types ----------------------------------------------------------------------
 
@@ -110,9 +111,9 @@ class _Converter:
             Value(n, t, differentiable and (t.dtype.is_floating_point or t.dtype.is_complex))
             for n, t in zip(names, types, strict=True)
         )
-        location, frame = _locate(origin)
+        location, frame = _locate(origin, self.modules)
         self.nodes.append(Node(name, op, args, outputs, location))
-        self.statements.append(frame)
+        self.frames.append(frame)
         return outputs
 
     # ---- the walk ------------------------------------------------------------------------------
@@ -311,16 +312,18 @@ def _with_operand(view: Node, operand: Value) -> Node:
 
 
 def convert(
-    module: fx.GraphModule, bound: dict[fx.Node, Value | None]
+    module: fx.GraphModule, bound: dict[fx.Node, Value | None], modules: Mapping[str, Call]
 ) -> tuple[list[Node], _Bound]:
     """Nodes and returned structure of an exported graph whose placeholders are `bound`.
 
+    `modules` has the first call of each of the model's modules, by path.
+
     Raises UnsupportedNode, with the fx node's stack trace as a note, for what cannot be expressed.
     """
-    converter = _Converter()
+    converter = _Converter(modules=modules)
     converter.names.update(v.name for v in bound.values() if v is not None)
     result = converter.run(module, dict(bound), True)
-    return _with_targets(converter.nodes, converter.statements), result
+    return _with_targets(converter.nodes, converter.frames), result
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -451,35 +454,71 @@ def _where(module: fx.GraphModule, node: fx.Node) -> str:
     return ""
 
 
-def _locate(node: fx.Node) -> tuple[Loc, tuple[str, int, str]]:
-    """The node's location without targets, and the statement it belongs to.
-
-    A statement is (path, first line, path of the innermost module that is not torch's own).
-    """
-    path, line = innermost_frame(node.meta.get("stack_trace") or "")
-    module, module_class, owner = "", "", ""
-    for name, cls in (node.meta.get("nn_module_stack") or {}).values():
-        full = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-        module, module_class = name, full.rpartition(".")[2]
-        if not full.startswith("torch."):
-            owner = name
-    first = statement(path, line).line if path else 0
-    file = path.replace("\\", "/").rpartition("/")[2]
-    return Loc(file, line, module, module_class), (path, first, owner)
+_Key: TypeAlias = tuple[str, int, str]  # a statement: path, first line, path of the module
 
 
-def _with_targets(nodes: list[Node], statements: list[tuple[str, int, str]]) -> list[Node]:
-    """Give the last node of each statement the names that the statement assigns.
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    """The statement that a node belongs to, and those that made the calls in which it ran."""
+
+    own: _Key
+    callers: Mapping[Call, tuple[_Key, tuple[str, ...]]]  # with the names that each assigns
+
+
+def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
+    """The node's location without targets, and the statements around it."""
+    frames = user_frames(node.meta.get("stack_trace") or "")
+    calls: list[Call] = []
+    for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
+        again = key.rpartition("@")[2]  # `L__self__layers_0@1`: called before
+        call = modules.get(name) or Call(name)
+        calls.append(replace(call, number=int(again) if again.isdigit() else 0))
+    own = [call for call in calls if call.file]
+    callers: dict[Call, tuple[_Key, tuple[str, ...]]] = {}
+    for outer, inner, frame in zip(own, own[1:], _forwards(own, frames), strict=False):
+        around = statement(frame.path, frame.line)
+        callers[inner] = (frame.path, around.line, outer.path), around.targets
+    owner = own[-1].path if own else ""
+    if not frames:
+        return Loc(calls=tuple(calls)), _Frames(("", 0, owner), callers)
+    path, line = frames[-1].path, frames[-1].line
+    key = (path, statement(path, line).line, owner)
+    return Loc(frames[-1].file, line, tuple(calls)), _Frames(key, callers)
+
+
+def _forwards(calls: Sequence[Call], frames: Sequence[Frame]) -> Iterator[Frame]:
+    """Of each call, outermost first, the frame of its `forward`, as far as they are found."""
+    rest = iter(frames)
+    for call in calls:
+        for frame in rest:
+            if frame.function == "forward" and frame.file == call.file and frame.line >= call.line:
+                yield frame
+                break
+        else:
+            return
+
+
+def _with_targets(nodes: list[Node], frames: list[_Frames]) -> list[Node]:
+    """Give the last node of each statement, or the call that it ran in, the names it assigns.
 
     Of `a, b = ...` a node with two results has the names; which name another has cannot be told.
     """
-    last = {key: index for index, key in enumerate(statements)}
+    last: dict[_Key, int] = {}
+    for index, frame in enumerate(frames):
+        last[frame.own] = index
+        last.update((key, index) for key, _ in frame.callers.values())
+    named: dict[Call, Call] = {}
+    for index, frame in enumerate(frames):
+        for call, (key, targets) in frame.callers.items():
+            named[call] = replace(call, targets=targets if last[key] == index else ())
     result: list[Node] = []
-    for index, (node, key) in enumerate(zip(nodes, statements, strict=True)):
-        targets = statement(key[0], node.loc.line).targets if key[0] and last[key] == index else ()
+    for index, (node, frame) in enumerate(zip(nodes, frames, strict=True)):
+        loc, key = node.loc, frame.own
+        loc = replace(loc, calls=tuple(named.get(call, call) for call in loc.calls))
+        targets = statement(key[0], loc.line).targets if key[0] and last[key] == index else ()
         if targets and len(targets) == len(node.outputs):
-            node = replace(node, loc=replace(node.loc, targets=targets))
-        result.append(node)
+            loc = replace(loc, targets=targets)
+        result.append(replace(node, loc=loc))
     return result
 
 

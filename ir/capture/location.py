@@ -1,17 +1,24 @@
-"""Where a captured node comes from: file, line, module, and the name its line assigns it to."""
+"""Where a captured node comes from: file, line, modules, and the name its line assigns it to."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import linecache
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import CodeType
 
 import torch
+from torch import nn
 
-_FRAME = re.compile(r'^ *File "(?P<file>[^"]*)", line (?P<line>\d+), in', re.MULTILINE)
+from ..graph import Call
+
+_FRAME = re.compile(
+    r'^ *File "(?P<file>[^"]*)", line (?P<line>\d+), in (?P<function>\S*)', re.MULTILINE
+)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _SELF = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the room
 # transformers' wrappers stand between a model's line and ours
@@ -26,19 +33,39 @@ class Statement:
     targets: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A line of a function that ran."""
+
+    path: str
+    line: int
+    function: str
+
+    @property
+    def file(self) -> str:
+        """The path's last part."""
+        return self.path.replace("\\", "/").rpartition("/")[2]
+
+
 @lru_cache(maxsize=4096)
-def innermost_frame(stack_trace: str) -> tuple[str, int]:
-    """(path, line) of the innermost frame of a model's code; ("", 0) without one.
+def user_frames(stack_trace: str) -> tuple[Frame, ...]:
+    """The frames of a model's code, outermost first.
 
     That is outside torch, this package, and wrappers of transformers.
     """
-    found = [(m["file"], int(m["line"])) for m in _FRAME.finditer(stack_trace)]
-    for path, line in reversed(found):
-        full = os.path.abspath(path)
+    found: list[Frame] = []
+    for match in _FRAME.finditer(stack_trace):
+        full = os.path.abspath(match["file"])
         ours = full.startswith((_TORCH, _SELF, os.path.realpath(_SELF) + os.sep))
         if not ours and _WRAPPERS not in full:
-            return path, line
-    return "", 0
+            found.append(Frame(match["file"], int(match["line"]), match["function"]))
+    return tuple(found)
+
+
+def innermost_frame(stack_trace: str) -> tuple[str, int]:
+    """(path, line) of the innermost frame of a model's code; ("", 0) without one."""
+    frames = user_frames(stack_trace)
+    return (frames[-1].path, frames[-1].line) if frames else ("", 0)
 
 
 def statement(path: str, line: int) -> Statement:
@@ -75,4 +102,29 @@ def _targets(node: ast.stmt) -> tuple[str, ...]:
     return names if len(names) == len(items) else ()
 
 
-__all__ = ["Statement", "innermost_frame", "statement"]
+def first_calls(model: nn.Module) -> dict[str, Call]:
+    """By its path, the first call of each module of `model`."""
+    known: dict[type[nn.Module], Call] = {}
+    found: dict[str, Call] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        if kind not in known:
+            known[kind] = _call_of(kind)
+        found[path] = replace(known[kind], path=path)
+    return found
+
+
+def _call_of(kind: type[nn.Module]) -> Call:
+    """What is known of the calls of a class."""
+    arguments = tuple(
+        name
+        for name, parameter in inspect.signature(kind.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    )
+    file, line, code = "", 0, getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if isinstance(code, CodeType) and not kind.__module__.startswith("torch."):
+        file, line = code.co_filename.replace("\\", "/").rpartition("/")[2], code.co_firstlineno
+    return Call("", 0, kind.__name__, arguments[1:], file, line)
+
+
+__all__ = ["Frame", "Statement", "first_calls", "innermost_frame", "statement", "user_frames"]

@@ -3,6 +3,7 @@
 from .nodes import (
     Arg,
     Block,
+    Call,
     Graph,
     Input,
     Loc,
@@ -18,6 +19,6 @@ from .nodes import (
 )
 
 __all__ = [
-    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
+    "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
     "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

@@ -56,14 +56,39 @@ Arg: TypeAlias = Union[Value, int, float, bool, str, None, torch.dtype, "tuple[A
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module's `forward` in the run that was captured."""
+
+    path: str  # of the module: `model.layers.0.self_attn`; empty for the model itself
+    number: int = 0  # how often it had been called before
+    class_name: str = ""  # `LlamaAttention`
+    arguments: tuple[str, ...] = ()  # names of what `forward` takes, in its order, without self
+    file: str = ""  # where the class's `forward` stands; empty for the modules of torch itself
+    line: int = 0
+    targets: tuple[str, ...] = ()  # names that the caller's line assigns just what it returns to
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else (self.path or "?")
+
+
+@dataclass(frozen=True, slots=True)
 class Loc:
     """Where a node comes from in the user's program."""
 
     file: str = ""  # path of the source file, as short as the report prints it: `model.py`
     line: int = 0
-    module: str = ""  # path of the innermost module: `model.layers.0.self_attn.q_proj`
-    module_class: str = ""  # its class name: `Linear`
+    calls: tuple[Call, ...] = ()  # in which it ran, outermost (the model's) first
     targets: tuple[str, ...] = ()  # names that the source line assigns the results to, if any
+
+    @property
+    def module(self) -> str:
+        """Path of the innermost module: `model.layers.0.self_attn.q_proj`."""
+        return self.calls[-1].path if self.calls else ""
+
+    @property
+    def module_class(self) -> str:
+        """Class of the innermost module: `Linear`."""
+        return self.calls[-1].class_name if self.calls else ""
 
     @property
     def target(self) -> str:
@@ -252,6 +277,6 @@ class Graph:
 
 
 __all__ = [
-    "Arg", "Block", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
+    "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
     "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from .nodes import Arg, Block, Graph, Input, Loc, Loop, Node, Output, Param, Part, TensorType, Value
+from .nodes import (
+    Arg,
+    Block,
+    Call,
+    Graph,
+    Input,
+    Loc,
+    Loop,
+    Node,
+    Output,
+    Param,
+    Part,
+    TensorType,
+    Value,
+)
 
 _T = TypeVar("_T")
 
@@ -30,14 +44,19 @@ _KINDS = ("parameter", "buffer", "constant")
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
     """Dicts, lists, strings, numbers, bools and None only; finite numbers, so strict JSON."""
+    calls: dict[Call, int] = {}
+    for node in graph.nodes:
+        for call in node.loc.calls:
+            calls.setdefault(call, len(calls))
     return {
         "name": graph.name,
+        "calls": [_call(call) for call in calls],
         "inputs": [
             {"name": i.name, "value": _value(i.value), "labels": list(i.labels)}
             for i in graph.inputs
         ],
         "params": [_param(param) for param in graph.params],
-        "body": [_node(i) if isinstance(i, Node) else _loop(i) for i in graph.body],
+        "body": [_node(i, calls) if isinstance(i, Node) else _loop(i, calls) for i in graph.body],
         "outputs": [{"path": list(o.path), "value": o.value.name} for o in graph.outputs],
     }
 
@@ -81,14 +100,26 @@ def _number(number: float) -> Any:
     return number if math.isfinite(number) else {"float": str(number)}
 
 
-def _node(node: Node) -> dict[str, Any]:
+def _call(call: Call) -> dict[str, Any]:
+    return {
+        "path": call.path,
+        "number": call.number,
+        "class_name": call.class_name,
+        "arguments": list(call.arguments),
+        "file": call.file,
+        "line": call.line,
+        "targets": list(call.targets),
+    }
+
+
+def _node(node: Node, calls: Mapping[Call, int]) -> dict[str, Any]:
     loc = node.loc
     return {
         "name": node.name,
         "op": node.op,
         "args": [[name, _arg(arg)] for name, arg in node.args],
         "outputs": [_value(value) for value in node.outputs],
-        "loc": [loc.file, loc.line, loc.module, loc.module_class, list(loc.targets)],
+        "loc": [loc.file, loc.line, [calls[call] for call in loc.calls], list(loc.targets)],
     }
 
 
@@ -102,11 +133,11 @@ def _arg(arg: Arg) -> Any:
     return _number(arg) if isinstance(arg, float) else arg
 
 
-def _loop(loop: Loop) -> dict[str, Any]:
+def _loop(loop: Loop, calls: Mapping[Call, int]) -> dict[str, Any]:
     return {
         "loop": loop.name,
         "path": loop.path,
-        "blocks": [_block(block) for block in loop.blocks],
+        "blocks": [_block(block, calls) for block in loop.blocks],
         "order": list(loop.order),
         "carried": [value.name for value in loop.carried],
         "invariants": [value.name for value in loop.invariants],
@@ -114,12 +145,12 @@ def _loop(loop: Loop) -> dict[str, Any]:
     }
 
 
-def _block(block: Block) -> dict[str, Any]:
+def _block(block: Block, calls: Mapping[Call, int]) -> dict[str, Any]:
     return {
         "class_name": block.class_name,
         "params": [_param(param) for param in block.params],
         "inputs": [_value(value) for value in block.inputs],
-        "nodes": [_node(node) for node in block.nodes],
+        "nodes": [_node(node, calls) for node in block.nodes],
         "outputs": [value.name for value in block.outputs],
     }
 
@@ -133,7 +164,8 @@ def graph_from_json(data: Any) -> Graph:
     scope: dict[str, Value] = {}
     inputs = tuple(_read_input(item, scope) for item in field["inputs"].items())
     params = tuple(_read_param(item, scope) for item in field["params"].items())
-    body = tuple(_read_item(item, scope) for item in field["body"].items())
+    calls = tuple(_read_call(item) for item in field["calls"].items())
+    body = tuple(_read_item(item, scope, calls) for item in field["body"].items())
     outputs = tuple(
         Output(
             tuple(_read_key(key) for key in item["path"].items()),
@@ -270,12 +302,24 @@ def _read_special(field: _Field) -> float:
     return float(name)
 
 
-def _read_item(field: _Field, scope: dict[str, Value]) -> Node | Loop:
+def _read_call(field: _Field) -> Call:
+    return Call(
+        field["path"].text(),
+        field["number"].of(int),
+        field["class_name"].word(),
+        tuple(name.word() for name in field["arguments"].items()),
+        field["file"].text(),
+        field["line"].of(int),
+        tuple(target.text() for target in field["targets"].items()),
+    )
+
+
+def _read_item(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Node | Loop:
     is_loop = isinstance(field.data, Mapping) and "loop" in field.data
-    return _read_loop(field, scope) if is_loop else _read_node(field, scope)
+    return _read_loop(field, scope, calls) if is_loop else _read_node(field, scope, calls)
 
 
-def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
+def _read_node(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Node:
     args: list[tuple[str, Arg]] = []
     for pair in field["args"].items():
         parts = pair.items()
@@ -284,9 +328,11 @@ def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
         name = parts[0].word()
         args.append((name, _read_arg(_Field(parts[1].data, f"{pair.path}.{name}"), scope)))
     loc = field["loc"].items()
-    if len(loc) != 5:
-        raise field["loc"].wrong("[file, line, module, class, targets]")
-    file, line, module, module_class, targets = loc
+    if len(loc) != 4:
+        raise field["loc"].wrong("[file, line, calls, targets]")
+    file, line, within, targets = loc
+    if any(not 0 <= number < len(calls) for number in within.many(int)):
+        raise within.wrong(f"numbers of the {len(calls)} calls, from 0")
     return Node(
         field["name"].of(str),
         field["op"].word(),
@@ -295,8 +341,7 @@ def _read_node(field: _Field, scope: dict[str, Value]) -> Node:
         Loc(
             file.text(),
             line.of(int),
-            module.text(),
-            module_class.text(),
+            tuple(calls[number] for number in within.many(int)),
             tuple(target.text() for target in targets.items()),
         ),
     )
@@ -318,8 +363,8 @@ def _read_arg(field: _Field, scope: Mapping[str, Value]) -> Arg:
     return field.one_of(type(None), bool, int, float, str)
 
 
-def _read_loop(field: _Field, scope: dict[str, Value]) -> Loop:
-    blocks = tuple(_read_block(item) for item in field["blocks"].items())
+def _read_loop(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Loop:
+    blocks = tuple(_read_block(item, calls) for item in field["blocks"].items())
     order = field["order"].many(int)
     if any(not 0 <= kind < len(blocks) for kind in order):
         raise field["order"].wrong(f"numbers of the {len(blocks)} blocks, from 0")
@@ -335,11 +380,11 @@ def _read_loop(field: _Field, scope: dict[str, Value]) -> Loop:
     return Loop(name, path, blocks, order, carried, invariants, outputs)
 
 
-def _read_block(field: _Field) -> Block:
+def _read_block(field: _Field, calls: Sequence[Call]) -> Block:
     scope: dict[str, Value] = {}
     params = tuple(_read_param(item, scope) for item in field["params"].items())
     inputs = tuple(_read_value(item, scope) for item in field["inputs"].items())
-    nodes = tuple(_read_node(item, scope) for item in field["nodes"].items())
+    nodes = tuple(_read_node(item, scope, calls) for item in field["nodes"].items())
     outputs = tuple(item.read_from(scope) for item in field["outputs"].items())
     return Block(field["class_name"].word(), params, inputs, nodes, outputs)
 

@@ -40,6 +40,10 @@ class Render(Protocol):
         """Source text of the local size of each dim of the first result."""
         ...
 
+    def view(self) -> str:
+        """Source text of the first operand in the shape of the first result."""
+        ...
+
     def axis(self, factor: str) -> str:
         """The `Axis` expression that cuts `factor`, or an empty string."""
         ...

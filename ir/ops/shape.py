@@ -35,7 +35,7 @@ def _new_parts(node: Node, new: Resizing) -> dict[str, Arg]:
 
 
 def _emit_view(node: Node, render: Render) -> str:
-    return call(f"{render.arg('self')}.reshape", *render.sizes())
+    return render.view()
 
 
 FAMILY.add(

@@ -6,35 +6,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from ..gathering.ahead import Gather
 from ..mesh.mesh import Mesh
+from .nested import Sharded
 
 _T = TypeVar("_T")
 _RANGE = re.compile(r"\{([\d.,]+)\}")
 
 
-class Layer(nn.Module):
+class Layer(Sharded):
     """A block of a generated module; its parameters are registered by the model that owns it."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
-        self.mesh = mesh
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.mesh.device
 
     def gathers(self) -> Iterable[Gather]:
         """The parameters that `forward` gathers, in that order; see `ahead.py`."""
         return ()
-
-    def generator(self, *sharded_axes: str) -> torch.Generator:
-        """Random numbers that differ along `sharded_axes` and agree along all others."""
-        return self.mesh.generator(sharded_axes)
 
 
 def per_layer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,9 @@ from ..mesh.mesh import Mesh, stable_seed
 from ..serving.generate import ServePhase, Serving, checked_lengths, generate
 from .checkpoint import Experts, OwnNames, Safetensors, Source, StateDict, Writer
 from .layers import Layer, install_layers, per_layer
+from .nested import Sharded, install_modules
 from .parameters import Original, Param, originals, param_of_layer
+from .tree import owner_of
 
 Path_: TypeAlias = tuple[str | int, ...]
 
@@ -96,24 +98,12 @@ class Outputs(dict[str, Any]):
             raise AttributeError(f"no output `{name}`; there are {list(self)}") from None
 
 
-class Namespace(nn.Module):
-    """A bare container, so that parameters keep their dotted names; `layers[0]` is `layers.0`."""
-
-    def __getitem__(self, index: int) -> Any:
-        return getattr(self, str(index))
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._modules.values())
-
-
 class ShardedModule(nn.Module):
     """A model of which this rank holds its part; generated modules are subclasses.
 
     A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name, or as
-    parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks) and defines
+    parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
+    `Sharded` does, and defines
     `forward`.  Every tensor of `PARAMETERS` is registered under its dotted name and holds this
     rank's slice: zeros until it is loaded or `reset_parameters` is called.  `PHASE` and
     `OPTIMIZER` serve `demo`; a module that never calls `gather_parameter` may say
@@ -127,6 +117,7 @@ class ShardedModule(nn.Module):
     OUTPUTS: ClassVar[Sequence[Output]]
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
+    MODULES: ClassVar[Mapping[str, type[Sharded]]] = {}
     PHASE: ClassVar[Literal["train", "prefill", "decode", "append"]] = "train"
     CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned
     OPTIMIZER: ClassVar[Literal["adamw", "sgd", "none"]] = "none"
@@ -148,6 +139,7 @@ class ShardedModule(nn.Module):
         if dict(zip(self.mesh.names, self.mesh.sizes, strict=True)) != dict(self.MESH):
             wanted = " x ".join(f"{name}={size}" for name, size in self.MESH.items())
             raise ValueError(f"this module was planned for mesh {wanted}, got {self.mesh}")
+        install_modules(self, self.mesh)
         install_layers(self, self.mesh, self.LAYERS)
         for name, param in self.PARAMETERS.items():
             self._register(name, param, shared)
@@ -466,7 +458,7 @@ class ShardedModule(nn.Module):
     def set_cache(self, name: str, cache: KVCache | None) -> None:
         """Put this rank's part of a cache, None for none, where `forward` looks for it."""
         for module in (self, *self._decoding):
-            owner, leaf = _owner(module, name)
+            owner, leaf = owner_of(module, name)
             setattr(owner, leaf, cache)
 
     def room_for(self, batch: int, tokens: int) -> Serving:
@@ -613,7 +605,7 @@ class ShardedModule(nn.Module):
     def _register(self, name: str, param: Param, shared: ShardedModule | None) -> None:
         spec = parse_spec(param.spec)
         shape = local_shape(param.shape, spec, self.mesh.sizes)
-        owner, leaf = _owner(self, name)
+        owner, leaf = owner_of(self, name)
         present = getattr(owner, leaf, None)
         if shared is not None:
             tensor = shared.local(name)
@@ -630,7 +622,7 @@ class ShardedModule(nn.Module):
                 tensor = nn.Parameter(tensor, requires_grad=trained)
         aliases = param.aliases if param.part is None else ()
         for key in (name, *aliases):
-            owner, leaf = _owner(self, key)
+            owner, leaf = owner_of(self, key)
             if isinstance(tensor, nn.Parameter):
                 owner.register_parameter(leaf, tensor)
             else:
@@ -822,18 +814,6 @@ def _rebuild(entries: Mapping[Path_, Tensor]) -> Any:
     if all(isinstance(key, int) for key in groups):
         return tuple(_rebuild(group) for _, group in sorted(groups.items()))
     return Outputs({str(key): _rebuild(group) for key, group in groups.items()})
-
-
-def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds `name`, containers made as needed, and the last part of the name."""
-    *path, leaf = name.split(".")
-    for part in path:
-        child = dict(root.named_children()).get(part)
-        if child is None:
-            child = Namespace()
-            root.add_module(part, child)
-        root = child
-    return root, leaf
 
 
 def _make_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer | None:

@@ -10,87 +10,71 @@ Comments show each result's shape, with the mesh axes that cut a dim (`4096/tp`)
 those whose ranks hold summands (`+ tp`), and the line it comes from.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.runtime import Input, Layer, Output, Param, ShardedModule, ops
+from shardwright.runtime import Input, Layer, Output, Param, Sharded, ShardedModule, ops
+
+
+class Attention(Sharded):
+    """Attention of llama.py:61."""
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        # x [b/dp1/dp2, s, 2048]; angles [s, 32]
+        dp1_dp2 = self.mesh["dp1", "dp2"]
+        # [b/dp1/dp2, s, 32, 64]; backward all-reduce 8.39 MB, 61.1 us
+        q = F.linear(x, dp1_dp2.copy(self.q_proj.weight)).unflatten(-1, (-1, 64))
+        # [b/dp1/dp2, s, 8, 64]; backward all-reduce 2.1 MB, 26.6 us
+        k = F.linear(x, dp1_dp2.copy(self.k_proj.weight)).unflatten(-1, (-1, 64))
+        # [b/dp1/dp2, s, 8, 64]; backward all-reduce 2.1 MB, 26.6 us
+        v = F.linear(x, dp1_dp2.copy(self.v_proj.weight)).unflatten(-1, (-1, 64))
+        cos = torch.cos(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 32]
+        sin = torch.sin(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 32]
+        first, second = q.chunk(2, dim=-1)  # [b/dp1/dp2, s, 32, 32]
+        # [b/dp1/dp2, s, 32, 64]
+        joined = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        q = joined.transpose(1, 2)  # [b/dp1/dp2, 32, s, 64]
+        cos_2 = torch.cos(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 32]
+        sin_2 = torch.sin(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 32]
+        first_2, second_2 = k.chunk(2, dim=-1)  # [b/dp1/dp2, s, 8, 32]
+        difference = first_2 * cos_2 - second_2 * sin_2
+        # [b/dp1/dp2, 8, s, 64]
+        k = torch.cat((difference, second_2 * cos_2 + first_2 * sin_2), dim=-1).transpose(1, 2)
+        v = v.transpose(1, 2)  # [b/dp1/dp2, 8, s, 64]
+        mixed = ops.attention(q, k, v, scale=0.125, causal=True)
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 8.39 MB, 61.1 us
+        return F.linear(mixed.transpose(1, 2).flatten(2), dp1_dp2.copy(self.o_proj.weight))
+
+
+class MLP(Sharded):
+    """MLP of llama.py:82."""
+
+    def forward(self, x: Tensor) -> Tensor:  # x [b/dp1/dp2, s, 2048]
+        dp1_dp2 = self.mesh["dp1", "dp2"]
+        # [b/dp1/dp2, s, 5632]; backward all-reduce 23.1 MB, 132 us
+        activated = F.silu(F.linear(x, dp1_dp2.copy(self.gate_proj.weight)))
+        # backward all-reduce 23.1 MB, 132 us
+        scaled = activated * F.linear(x, dp1_dp2.copy(self.up_proj.weight))
+        # [b/dp1/dp2, s, 2048]; backward all-reduce 23.1 MB, 132 us
+        return F.linear(scaled, dp1_dp2.copy(self.down_proj.weight))
 
 
 class DecoderLayer(Layer):
-    """`layers`, 4 times: layers 0 to 3."""
+    """`layers`, 4 times: layers 0 to 3; llama.py:96."""
 
-    def forward(self, hidden_states: Tensor, angles: Tensor) -> Tensor:
+    attention: Attention
+    mlp: MLP
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        # x [b/dp1/dp2, s, 2048]; angles [s, 32]
         dp1_dp2 = self.mesh["dp1", "dp2"]
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:97
-        attention_norm = F.rms_norm(
-            hidden_states, (2048,), dp1_dp2.copy(self.attention_norm.weight), eps=1e-05
-        )
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 8.39 MB, 61.1 us  llama.py:63
-        q_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.q_proj.weight))
-        # [b/dp1/dp2, s, 32, 64]  llama.py:63
-        q = q_proj.reshape(q_proj.size(0), q_proj.size(1), 32, 64)
-        # [b/dp1/dp2, s, 512]; backward all-reduce 2.1 MB, 26.6 us  llama.py:64
-        k_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.k_proj.weight))
-        # [b/dp1/dp2, s, 8, 64]  llama.py:64
-        k = k_proj.reshape(k_proj.size(0), k_proj.size(1), 8, 64)
-        # [b/dp1/dp2, s, 512]; backward all-reduce 2.1 MB, 26.6 us  llama.py:65
-        v_proj = F.linear(attention_norm, dp1_dp2.copy(self.attention.v_proj.weight))
-        # [b/dp1/dp2, s, 8, 64]  llama.py:65
-        v = v_proj.reshape(v_proj.size(0), v_proj.size(1), 8, 64)
-        cos = torch.cos(angles)  # [s, 32]  llama.py:66
-        cos = cos.reshape(cos.size(0), 1, 32)  # [s, 1, 32]  llama.py:66
-        cos = cos.to(torch.bfloat16)  # [s, 1, 32]  llama.py:66
-        sin = torch.sin(angles)  # [s, 32]  llama.py:66
-        sin = sin.reshape(sin.size(0), 1, 32)  # [s, 1, 32]  llama.py:66
-        sin = sin.to(torch.bfloat16)  # [s, 1, 32]  llama.py:66
-        chunk_0, chunk_1 = q.chunk(2, dim=-1)  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        mul = chunk_0 * cos  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        mul_2 = chunk_1 * sin  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        mul = mul - mul_2  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        chunk_1 = chunk_1 * cos  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        chunk_0 = chunk_0 * sin  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        chunk_1 = chunk_1 + chunk_0  # [b/dp1/dp2, s, 32, 32]  llama.py:66
-        mul = torch.cat((mul, chunk_1), dim=-1)  # [b/dp1/dp2, s, 32, 64]  llama.py:66
-        q = mul.transpose(1, 2)  # [b/dp1/dp2, 32, s, 64]  llama.py:66
-        cos = torch.cos(angles)  # [s, 32]  llama.py:67
-        cos = cos.reshape(cos.size(0), 1, 32)  # [s, 1, 32]  llama.py:67
-        cos = cos.to(torch.bfloat16)  # [s, 1, 32]  llama.py:67
-        angles = torch.sin(angles)  # [s, 32]  llama.py:67
-        angles = angles.reshape(angles.size(0), 1, 32)  # [s, 1, 32]  llama.py:67
-        angles = angles.to(torch.bfloat16)  # [s, 1, 32]  llama.py:67
-        chunk_0, chunk_1 = k.chunk(2, dim=-1)  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        mul = chunk_0 * cos  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        mul_2 = chunk_1 * angles  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        mul = mul - mul_2  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        chunk_1 = chunk_1 * cos  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        chunk_0 = chunk_0 * angles  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        chunk_1 = chunk_1 + chunk_0  # [b/dp1/dp2, s, 8, 32]  llama.py:67
-        mul = torch.cat((mul, chunk_1), dim=-1)  # [b/dp1/dp2, s, 8, 64]  llama.py:67
-        k = mul.transpose(1, 2)  # [b/dp1/dp2, 8, s, 64]  llama.py:67
-        v = v.transpose(1, 2)  # [b/dp1/dp2, 8, s, 64]  llama.py:68
-        # [b/dp1/dp2, 32, s, 64]  llama.py:69
-        mixed = ops.attention(q, k, v, scale=0.125, causal=True)
-        mixed = mixed.transpose(1, 2)  # [b/dp1/dp2, s, 32, 64]  llama.py:70
-        # [b/dp1/dp2, s, 2048]  llama.py:70
-        mixed = mixed.reshape(mixed.size(0), mixed.size(1), 2048)
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 8.39 MB, 61.1 us  llama.py:70
-        o_proj = F.linear(mixed, dp1_dp2.copy(self.attention.o_proj.weight))
-        x = hidden_states + o_proj  # [b/dp1/dp2, s, 2048]  llama.py:97
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:98
-        mlp_norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.mlp_norm.weight), eps=1e-05)
-        # [b/dp1/dp2, s, 5632]; backward all-reduce 23.1 MB, 132 us  llama.py:83
-        gate_proj = F.linear(mlp_norm, dp1_dp2.copy(self.mlp.gate_proj.weight))
-        gate_proj = F.silu(gate_proj)  # [b/dp1/dp2, s, 5632]  llama.py:83
-        # [b/dp1/dp2, s, 5632]; backward all-reduce 23.1 MB, 132 us  llama.py:83
-        up_proj = F.linear(mlp_norm, dp1_dp2.copy(self.mlp.up_proj.weight))
-        gate_proj = gate_proj * up_proj  # [b/dp1/dp2, s, 5632]  llama.py:83
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 23.1 MB, 132 us  llama.py:83
-        down_proj = F.linear(gate_proj, dp1_dp2.copy(self.mlp.down_proj.weight))
-        x = x + down_proj  # [b/dp1/dp2, s, 2048]  llama.py:98
-        return x
+        # [2048]; backward all-reduce 4.1 kB, 9.71 us
+        attention_norm = dp1_dp2.copy(self.attention_norm.weight)
+        x = x + self.attention(F.rms_norm(x, (2048,), attention_norm, eps=1e-05), angles)
+        # backward all-reduce 4.1 kB, 9.71 us
+        mlp = self.mlp(F.rms_norm(x, (2048,), dp1_dp2.copy(self.mlp_norm.weight), eps=1e-05))
+        return x + mlp
 
 
 class ShardedModel(ShardedModule):
@@ -130,30 +114,23 @@ class ShardedModel(ShardedModule):
         dp1 = self.mesh["dp1"]
         dp2 = self.mesh["dp2"]
         dp1_dp2 = self.mesh["dp1", "dp2"]
-        # [s]  llama.py:127
-        position_ids = torch.arange(tokens.size(1), dtype=torch.int64, device=self.device)
-        # [32]  llama.py:128
-        arange = torch.arange(0, 64, 2, dtype=torch.float32, device=self.device)
-        arange = arange / 64  # [32]  llama.py:128
-        position_ids = position_ids.to(torch.float32)  # [s]  llama.py:128
-        position_ids = position_ids.reshape(position_ids.size(0), 1)  # [s, 1]  llama.py:128
-        arange = -arange  # [32]  llama.py:128
-        arange = 10000.0**arange  # [32]  llama.py:128
-        angles = position_ids * arange  # [s, 32]  llama.py:128
-        # [b, s, 2048/dp2] + dp1  llama.py:129
+        position_ids = torch.arange(tokens.size(1), dtype=torch.int64, device=self.device)  # [s]
+        negative = -(torch.arange(0, 64, 2, dtype=torch.float32, device=self.device) / 64)  # [32]
+        angles = position_ids.to(torch.float32).unsqueeze(-1) * 10000.0**negative  # [s, 32]
+        # [b, s, 2048/dp2] + dp1
         x = ops.vocab_embedding(tokens, self.embedding.weight, dp1, size=32000)
-        x = dp1.reduce_scatter(x, 0)  # [b/dp1, s, 2048/dp2]; 33.6 MB; backward all-gather; 172 us
-        # [b/dp1/dp2, s, 2048]; 16.8 MB; backward all-to-all; 108 us
-        x = dp2.all_to_all(x, gather_dim=2, shard_dim=0)
+        # [b/dp1, s, 2048/dp2]; reduce-scatter 33.6 MB, backward all-gather, 172 us
+        x_2 = dp1.reduce_scatter(x, 0)
+        # [b/dp1/dp2, s, 2048]; all-to-all 16.8 MB, backward all-to-all, 108 us
+        x = dp2.all_to_all(x_2, gather_dim=2, shard_dim=0)
         for layer in self.layers:
             x = layer(x, angles)  # [b/dp1/dp2, s, 2048]
-        # [b/dp1/dp2, s, 2048]; backward all-reduce 4.1 kB, 9.71 us  llama.py:132
+        # backward all-reduce 4.1 kB, 9.71 us
         norm = F.rms_norm(x, (2048,), dp1_dp2.copy(self.norm.weight), eps=1e-05)
-        norm = dp1_dp2.all_gather(norm, 0)  # [b, s, 2048]; 67.1 MB; backward reduce-scatter; 384 us
-        logits = F.linear(norm, self.head.weight)  # [b, s, 32000/dp1/dp2]  llama.py:132
-        to = logits.to(torch.float32)  # [b, s, 32000/dp1/dp2]  llama.py:135
-        # []  llama.py:135
-        loss = ops.cross_entropy(to, labels, vocab_axis=dp1_dp2, vocab_size=32000)
+        # [b, s, 32000/dp1/dp2]; all-gather 67.1 MB, backward reduce-scatter, 384 us
+        logits = F.linear(dp1_dp2.all_gather(norm, 0), self.head.weight)
+        logits_2 = logits.to(torch.float32)
+        loss = ops.cross_entropy(logits_2, labels, vocab_axis=dp1_dp2, vocab_size=32000)  # []
         return self.pack(loss, logits)
 
 

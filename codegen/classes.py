@@ -1,0 +1,107 @@
+"""The classes of a generated module: each text once, under the name of the user's class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..planner.plan.program import Convert, LoopCall
+from .body import FunctionWriter
+from .nesting import ModuleCall
+from .source import statement
+
+# What a generated module imports or defines besides; a class of the user's may be called so, too
+RUNTIME = (
+    "Cache", "Gather", "Input", "Layer", "Output", "Param", "Part", "Sharded", "ShardedModule",
+    "ops",
+)  # fmt: skip
+_RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "Iterator", "F", "torch"})
+
+
+@dataclass(slots=True)
+class _Class:
+    name: str
+    base: str
+    body: tuple[str, ...]
+    origins: list[str]
+
+    def lines(self) -> list[str]:
+        """The whole class."""
+        doc = "; ".join(dict.fromkeys(self.origins))
+        return [f"class {self.name}({self.base}):", f'    """{doc}."""', "", *self.body]
+
+
+class Classes:
+    """The classes written so far, in an order in which each stands before those that name it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str, tuple[str, ...]], _Class] = {}
+
+    def add(self, wanted: str, base: str, body: Sequence[str], origin: str) -> str:
+        """The name of the class that `body` makes: `wanted`, with a number where that is taken.
+
+        One that is there already is used again.
+        """
+        key = (wanted, base, tuple(body))
+        if key not in self._made:
+            taken = {known.name for known in self._made.values()} | _RESERVED
+            name, count = wanted, 1
+            while name in taken:
+                count += 1
+                name = f"{wanted}{count}"
+            self._made[key] = _Class(name, base, tuple(body), [])
+        self._made[key].origins.append(origin)
+        return self._made[key].name
+
+    def parts(self) -> list[list[str]]:
+        """The lines of each class."""
+        return [made.lines() for made in self._made.values()]
+
+
+@dataclass(slots=True)
+class Modules:
+    """The modules that a function calls: their classes, and what gathers parameters in them."""
+
+    classes: dict[str, str] = field(default_factory=dict)  # by path
+    ran: dict[ModuleCall, list[Convert | LoopCall]] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[str]:
+        """The declarations in the class that holds them; see `runtime.Sharded`."""
+        plain = [f"    {path}: {name}" for path, name in self.classes.items() if "." not in path]
+        rows = [
+            row
+            for path, name in self.classes.items()
+            if "." in path
+            for row in statement(f'"{path}": {name},', 2)
+        ]
+        table = ["    MODULES = {", *rows, "    }"] if rows else []
+        return [*plain, *table, ""] if plain or table else []
+
+    def gathers(self, writer: FunctionWriter) -> list[Convert | LoopCall]:
+        """What gathers parameters in the order in which it runs, in the modules that are called."""
+        return [
+            inner
+            for item in writer.ran
+            for inner in (self.ran[item] if isinstance(item, ModuleCall) else [item])
+        ]
+
+
+def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:
+    """Names of a function's arguments: as its own source has them, else what the caller has.
+
+    An argument that the caller calls as the source calls one is that; the first of the others is
+    the first that is left, which in most modules is the one that flows through.
+
+    >>> argument_names(("hidden_states", "angles", "mask"), ["normed", "angles", "cos"])
+    ['hidden_states', 'angles', 'cos']
+    """
+    names = list(wanted)
+    matched = [name in known for name in names]
+    left = [name for name in known if name not in names]
+    if left and left[0] == known[0] and False in matched:
+        names[matched.index(False)] = left[0]
+    return names
+
+
+__all__ = ["RUNTIME", "Classes", "Modules", "argument_names"]
