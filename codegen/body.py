@@ -370,9 +370,10 @@ def uneven_size(item: Convert, mesh: Mesh) -> str:
 def render(item: Compute, body: FunctionWriter) -> str:
     """Source of the call that runs a node on local tensors."""
     node = item.node
-    cache = dict(node.args).get("cache")
-    if isinstance(cache, str):
-        node = with_args(node, cache=body.function.own(cache))
+    if remembers := operator_of(node).remembers:
+        name = node.arg(remembers)
+        assert isinstance(name, str)
+        node = with_args(node, **{remembers: body.function.own(name)})
     renderer = _Renderer(item, node, body)
     text = operator_of(node).emit(node, renderer)
     if not renderer.sized:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..ir.graph import Call, Node
+from ..ir.ops.registry import operator_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement
 from .outline import Item, Outline, outline
 
@@ -168,8 +169,8 @@ def _calls(item: Compute | LoopCall, loop: str, parameters: Mapping[str, str]) -
         names = [item.loop.path]
     else:
         node = item.node
-        cache = dict(node.args).get("cache")
-        names = [cache] if isinstance(cache, str) else []
+        remembers = operator_of(node).remembers
+        names = [str(node.arg(remembers))] if remembers else []
         names += [parameters[v.name] for v in node.operands if v.name in parameters]
     at = -1 if node is None else _block_call(node, loop)
     if node is None or at < 0:
