@@ -43,6 +43,7 @@ class Context:
     zigzag: Mapping[str, frozenset[int]]  # by value, the dims whose slices are in zigzag order
     parameters: Mapping[str, str]  # by the name of its value, its path in the block or model
     words: Mapping[str, str]  # by the name of a value, what the user calls it
+    converted: Collection[Sharded]  # what is no longer as it is stored, or as it was computed
     recompute: bool = False  # are layers run again in backward?
     late: Collection[Item] = ()  # conversions that do not run again then
 
@@ -223,7 +224,8 @@ class FunctionWriter:
         self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
 
     def _note_gather(self, item: Convert) -> None:
-        if is_gather(item) and self._is_parameter(item.source) and item not in self.context.late:
+        stored = self._is_parameter(item.source) and item.source not in self.context.converted
+        if is_gather(item) and stored and item not in self.context.late:
             self.ran.append(item)
 
     def _is_parameter(self, item: Sharded) -> bool:

@@ -159,6 +159,7 @@ class _Writer:
             self.program.zigzag,
             names,
             self.words,
+            frozenset(item.target for item in statements if isinstance(item, Convert)),
             self.program.recompute,
             late,
         )
