@@ -23,7 +23,6 @@ from shardwright.ir.ops import moe as declared
 from shardwright.ir.ops.experts import moe_math
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.unfuse import unfuse
-from shardwright.ir.reference import interpret
 from shardwright.ir.reference.widen import widened
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.traffic import predicted_bytes
@@ -68,7 +67,7 @@ class Case:
             routed.append(args["indices"])
             return moe_math(**args)
 
-        with mock.patch.object(interpret, "moe_math", noted):
+        with mock.patch.object(declared, "moe_math", noted):
             expected = reference(graph, params, inputs)
         return Case(graph, params, inputs, expected, routed)
 
