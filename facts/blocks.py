@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from .spec import Spec
+from .spec import Spec, State, is_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,22 @@ def local_shape(shape: Sequence[int], spec: Spec, sizes: Sequence[int]) -> tuple
         -(-size // prod(n for state, n in zip(spec, sizes, strict=True) if state == dim))
         for dim, size in enumerate(shape)
     )
+
+
+def moved_numel(gathered: Sequence[Any], states: tuple[State, State], ways: int) -> Any:
+    """How many numbers a collective over `ways` ranks is called with that takes a tensor from one
+    state to the other; `gathered` is the shape that a rank holds with its axes gathered.
+
+    A dim that is cut comes in blocks of equal size, the padding of the last one included; an
+    all-to-all holds one block of the dim that it cuts, for the other dim is whole only then.
+    Sizes are ints, or arrays of them for many tensors at once.
+
+    >>> moved_numel((8, 10), (1, -1), 4)  # 10 rows in blocks of 3 are gathered
+    96
+    """
+    cut = [state for state in states if is_shard(state)]
+    shape = [-(-n // ways) * ways if dim in cut else n for dim, n in enumerate(gathered)]
+    return prod(shape) // (ways if len(cut) == 2 else 1)
 
 
 def zigzag_order(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ several axes at once).  Each step has one forward and one backward primitive:
 | P         | all-reduce | reduce-scatter | nothing  |
 
 `R` and `V` are both whole as values, and differ in their gradient: whole or partial.
-The cheapest path is found by Dijkstra's algorithm, so a pair of specs without a direct collective
-(a dim cut by two axes, of which the outer one is to be gathered) is still right, at its true price.
+The cheapest paths between all specs are found at once, so a pair of specs without a direct
+collective (a dim cut by two axes, of which the outer one is to be gathered) is still right, at its
+true price.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,16 +27,17 @@ from itertools import combinations, product
 from math import prod
 from typing import TypeAlias
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
 from ...costmodel.collective import AxisLink, axis_links, collective_s, joint_link
 from ...costmodel.compute import Number, elementwise_s
 from ...costmodel.machines.cluster import Cluster
-from ...facts.blocks import local_shape
+from ...facts.blocks import local_shape, moved_numel
 from ...facts.mesh import Mesh
 from ...facts.moves import COLLECTIVES, backward_primitive, primitive
-from ...facts.spec import P, R, S, Spec, State, V, format_state, is_shard
+from ...facts.spec import P, R, S, Spec, State, V, format_spec, format_state, is_shard
 from ...facts.traffic import Traffic
 from ...ir.graph import TensorType
 
@@ -130,36 +131,61 @@ class _Lattice:
     ) -> None:
         every = list(product(states, repeat=len(sizes)))
         self.specs = [spec for spec in every if spec_fits(shape, spec, sizes)]
-        self._array = np.array(self.specs).reshape(len(self.specs), len(sizes))
+        self.row = {spec: row for row, spec in enumerate(self.specs)}
+        self._sizes = sizes
+        self._array = np.array(self.specs)
+        shapes = [local_shape(shape, spec, sizes) for spec in self.specs]
+        self._shapes = np.array(shapes, dtype=np.int64)
+        # a spec's code is a number whose digits are its states, by their position in `states`
         self._digit = {state: i for i, state in enumerate(states)}
+        self._digits = np.array([[self._digit[s] for s in spec] for spec in self.specs])
         self._powers = len(states) ** np.arange(len(sizes))[::-1]
-        self._row = np.full(len(every), -1)
-        self._code = np.array(
-            [sum(self._digit[s] * int(p) for s, p in zip(spec, self._powers, strict=True))
-             for spec in self.specs]
-        )  # fmt: skip
-        self._row[self._code] = np.arange(len(self.specs))
-        self.numel = np.array([prod(local_shape(shape, spec, sizes)) for spec in self.specs])
-
-    def replaced(self, rows: Ints, axes: tuple[int, ...], state: State) -> Ints:
-        """Rows of the specs with `state` on `axes`; -1 where that spec is not legal."""
-        code = self._code[rows]
-        for axis in axes:
-            old = np.array([self._digit[s] for s in self._array[rows, axis].tolist()], dtype=int)
-            code = code + (self._digit[state] - old) * self._powers[axis]
-        return self._row[code]
+        self._row_of_code = np.full(len(every), -1)
+        self._row_of_code[self._digits @ self._powers] = np.arange(len(self.specs))
 
     def moves(self, axes: tuple[int, ...], a: State, b: State) -> tuple[Ints, Ints]:
-        """(rows, columns) of the legal steps a -> b: see `_contiguous`."""
+        """(rows, columns) of the legal steps a -> b on `axes`.
+
+        A step moves contiguous blocks: no other axis after the first of `axes` cuts the same dim,
+        since axes cut a dim in mesh order, so that such an axis has cut it finer, or has its cuts
+        between theirs.
+        """
         here = np.all(self._array[:, axes] == a, axis=1)
         others = [i for i in range(axes[0] + 1, self._array.shape[1]) if i not in axes]
         for state in (a, b):
             if is_shard(state):
                 here &= np.all(self._array[:, others] != state, axis=1)
         rows = np.flatnonzero(here)
-        columns = self.replaced(rows, axes, b)
+        columns = self._replaced(rows, axes, b)
         legal = columns >= 0
         return rows[legal], columns[legal]
+
+    def moved_numel(self, rows: Ints, axes: tuple[int, ...], a: State, b: State) -> Ints:
+        """How many numbers the collectives of the steps a -> b from `rows` are called with."""
+        gathered = self._shapes[self._replaced(rows, axes, R)]
+        ways = prod(self._sizes[axis] for axis in axes)
+        return np.broadcast_to(moved_numel(gathered.T, (a, b), ways), rows.shape)
+
+    def _replaced(self, rows: Ints, axes: tuple[int, ...], state: State) -> Ints:
+        """Rows of the specs with `state` on `axes`; -1 where that spec is not legal."""
+        digits = self._digits[rows]
+        digits[:, axes] = self._digit[state]
+        return self._row_of_code[digits @ self._powers]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Steps:
+    """Legal steps as columns of a table: from which row of a lattice to which, bytes and seconds,
+    forward and backward."""
+
+    rows: Ints
+    columns: Ints
+    bytes: Ints
+    seconds: Floats
+
+    def following(self, row: int) -> Ints:
+        """Positions in the table of the steps that leave `row`."""
+        return np.flatnonzero(self.rows == row)
 
 
 class Conversions:
@@ -187,11 +213,8 @@ class Conversions:
         self.regather = regather
         self.again = again
         self.param = param
-        self._sizes = network.mesh.sizes
         dims = map(S, range(len(kind.shape)))
         self._states = (R, P, *((V,) if gradient else ()), *dims)
-        self._steps: dict[Spec, list[tuple[Step, Spec, float]]] = {}
-        self._from: dict[Spec, tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]] = {}
 
     def canonical(self, spec: Spec) -> Spec:
         """Without a gradient `V` and `R` are the same state."""
@@ -203,24 +226,25 @@ class Conversions:
 
     def matrix(self, froms: Sequence[Spec], tos: Sequence[Spec]) -> Floats:
         """Seconds from each of `froms` (rows) to each of `tos` (columns)."""
-        index, distance = self._all_pairs
-        rows = [index[self.canonical(spec)] for spec in froms]
-        columns = [index[self.canonical(spec)] for spec in tos]
-        return distance[np.ix_(rows, columns)]
+        return self._distance[np.ix_([self._row(a) for a in froms], [self._row(b) for b in tos])]
 
     def path(self, a: Spec, b: Spec) -> tuple[Step, ...]:
-        """The steps of the cheapest conversion."""
-        a, b = self.canonical(a), self.canonical(b)
-        if a == b:
-            return ()
-        before = self._search(a)[1]
-        if b not in before:
-            raise ValueError(f"no conversion of {self.type} from {a} to {b}")
+        """The steps of the cheapest conversion; of equally cheap ones the cheapest step first."""
+        at, goal = self._row(a), self._row(b)
+        left, table = self._distance[:, goal], self._steps
+        if not np.isfinite(left[at]):
+            raise ValueError(
+                f"no conversion of {self.type} from {format_spec(a)} to {format_spec(b)}"
+            )
         steps: list[Step] = []
-        while b != a:
-            b, step = before[b]
-            steps.append(step)
-        return tuple(reversed(steps))
+        while at != goal:
+            leaving = table.following(at)
+            total = table.seconds[leaving] + left[table.columns[leaving]]
+            cheap = leaving[total < total.min() + STEP_S / 2]  # sums differ by their rounding
+            following = int(table.columns[cheap[table.seconds[cheap].argmin()]])
+            steps.append(_step_between(self._lattice.specs[at], self._lattice.specs[following]))
+            at = following
+        return tuple(steps)
 
     def traffic(self, a: Spec, b: Spec) -> tuple[Traffic, ...]:
         """Every collective that the conversion runs, forward and backward."""
@@ -231,45 +255,70 @@ class Conversions:
             spec = _apply(spec, step)
         return tuple(out)
 
+    def step_seconds(self, step: Step, spec: Spec) -> float:
+        """Seconds of one step from `spec`, forward and backward."""
+        n_bytes = self._step_bytes(step, spec)
+        kinds = self._kinds(step.a, step.b)
+        return sum(self.network.seconds(kind, step.axes, n_bytes) for kind, _ in kinds)
+
+    def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
+        """The collectives of one step from `spec`."""
+        n_bytes = self._step_bytes(step, spec)
+        kinds = self._kinds(step.a, step.b)
+        return tuple(Traffic(k, step.axes, n_bytes, back) for k, back in kinds if k in COLLECTIVES)
+
     # -- the search -------------------------------------------------------------------------
 
     @cached_property
-    def _all_pairs(self) -> tuple[dict[Spec, int], Floats]:
-        """(row of each spec, seconds between all pairs), by the algorithm of Floyd and Warshall."""
-        lattice = _Lattice(self._states, self.type.shape, self._sizes)
-        distance = np.full((len(lattice.specs), len(lattice.specs)), np.inf)
-        np.fill_diagonal(distance, 0.0)
-        axes = range(len(self._sizes))
-        for axis in axes:
-            for a, b in product(self._states, repeat=2):
-                if a != b and self._may_leave(a):
-                    self._add_steps(distance, lattice, (axis,), a, b)
-        for n in range(2, len(self._sizes) + 1):
-            for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
-                self._add_steps(distance, lattice, subset, a, b)
-        for k in range(len(distance)):
-            np.minimum(distance, distance[:, k, None] + distance[k], out=distance)
-        return {spec: i for i, spec in enumerate(lattice.specs)}, distance
+    def _lattice(self) -> _Lattice:
+        return _Lattice(self._states, self.type.shape, self.network.mesh.sizes)
 
-    def _add_steps(
-        self, distance: Floats, lattice: _Lattice, axes: tuple[int, ...], a: State, b: State
-    ) -> None:
-        """Enter the price of the step a -> b on `axes` from every spec where it is legal."""
-        rows, columns = lattice.moves(axes, a, b)
-        if len(rows) == 0:
-            return
-        numel = lattice.numel[lattice.replaced(rows, axes, R)]  # as in `_bytes`
-        ways = prod(self._sizes[axis] for axis in axes)
-        if is_shard(a) and is_shard(b):
-            exact = lattice.numel.astype(object)  # the product does not fit 64 bits
-            numel = (exact[rows] * exact[columns] * ways // numel).astype(np.int64)
-        elif is_shard(a) or is_shard(b):
-            numel = lattice.numel[rows if is_shard(a) else columns] * ways
-        n_bytes = numel * self.type.dtype.itemsize
+    def _row(self, spec: Spec) -> int:
+        return self._lattice.row[self.canonical(spec)]
+
+    @cached_property
+    def _distance(self) -> Floats:
+        """Seconds between all pairs of specs."""
+        graph, steps = nx.DiGraph(), self._steps
+        graph.add_nodes_from(range(len(self._lattice.specs)))
+        graph.add_weighted_edges_from(
+            zip(steps.rows.tolist(), steps.columns.tolist(), steps.seconds.tolist(), strict=True)
+        )
+        return nx.floyd_warshall_numpy(graph)
+
+    @cached_property
+    def _steps(self) -> _Steps:
+        """Every step between two specs of the lattice: on one axis, then on several together."""
+        axes = range(len(self.network.mesh.axes))
+        single = [
+            ((axis,), a, b)
+            for axis in axes
+            for a, b in product(self._states, repeat=2)
+            if a != b and not (self.param and a == P)
+        ]
+        joint = [
+            (subset, a, b)
+            for n in range(2, len(axes) + 1)
+            for subset, (a, b) in product(combinations(axes, n), self._joint_moves)
+        ]
+        tables = [self._steps_of(*move) for move in (*single, *joint)]
+        return _Steps(*(np.concatenate(column) for column in zip(*tables, strict=True)))
+
+    def _steps_of(
+        self, axes: tuple[int, ...], a: State, b: State
+    ) -> tuple[Ints, Ints, Ints, Floats]:
+        """The columns of the table for the step a -> b on `axes`, wherever it is legal."""
+        rows, columns = self._lattice.moves(axes, a, b)
+        n_bytes = self._lattice.moved_numel(rows, axes, a, b) * self.type.dtype.itemsize
         seconds = np.full(len(rows), STEP_S)
         for kind, _ in self._kinds(a, b):
             seconds += self.network.seconds_of(kind, axes, n_bytes)
-        np.minimum.at(distance, (rows, columns), seconds)
+        return rows, columns, n_bytes, seconds
+
+    def _step_bytes(self, step: Step, spec: Spec) -> int:
+        at, to = self._row(spec), self._row(_apply(spec, step))
+        leaving = self._steps.following(at)
+        return int(self._steps.bytes[leaving[self._steps.columns[leaving] == to][0]])
 
     @property
     def _joint_moves(self) -> tuple[tuple[State, State], ...]:
@@ -282,9 +331,6 @@ class Conversions:
             moves += [(P, other) for other in (*wholes, *dims)]
         return tuple(moves)
 
-    def _may_leave(self, a: State) -> bool:
-        return not (self.param and a == P)
-
     def _kinds(self, a: State, b: State) -> list[tuple[str, bool]]:
         """(primitive, is it in backward) of every move that a step a -> b makes."""
         kinds = [(primitive(a, b), False)] * (2 if self.again else 1)
@@ -294,101 +340,13 @@ class Conversions:
             kinds.append(("all_gather", True))
         return [(kind, backward) for kind, backward in kinds if kind != "nothing"]
 
-    def _search(self, a: Spec) -> tuple[dict[Spec, float], dict[Spec, tuple[Spec, Step]]]:
-        """Dijkstra from `a` over all specs; ties are broken by fewer steps, then by order."""
-        if a in self._from:
-            return self._from[a]
-        distance: dict[Spec, float] = {a: 0.0}
-        before: dict[Spec, tuple[Spec, Step]] = {}
-        done: set[Spec] = set()
-        queue: list[tuple[float, int, Spec]] = [(0.0, 0, a)]
-        while queue:
-            cost, hops, spec = heapq.heappop(queue)
-            if spec in done:
-                continue
-            done.add(spec)
-            for step, following, seconds in self._neighbours(spec):
-                total = cost + seconds
-                if following not in done and total < distance.get(following, float("inf")):
-                    distance[following] = total
-                    before[following] = (spec, step)
-                    heapq.heappush(queue, (total, hops + 1, following))
-        self._from[a] = distance, before
-        return distance, before
-
-    def _neighbours(self, spec: Spec) -> list[tuple[Step, Spec, float]]:
-        if spec not in self._steps:
-            self._steps[spec] = [
-                (step, _apply(spec, step), self._seconds(step, spec))
-                for step in self._legal_steps(spec)
-            ]
-        return self._steps[spec]
-
-    def _legal_steps(self, spec: Spec) -> list[Step]:
-        axes = range(len(spec))
-        steps = [
-            Step((axis,), spec[axis], b)
-            for axis in axes
-            for b in self._states
-            if b != spec[axis]
-            and self._may_leave(spec[axis])
-            and _contiguous(spec, (axis,), spec[axis], b)
-        ]
-        for n in range(2, len(spec) + 1):
-            for subset, (a, b) in product(combinations(axes, n), self._joint_moves):
-                if all(spec[axis] == a for axis in subset) and _contiguous(spec, subset, a, b):
-                    steps.append(Step(subset, a, b))
-        return [
-            step for step in steps if spec_fits(self.type.shape, _apply(spec, step), self._sizes)
-        ]
-
-    def _seconds(self, step: Step, spec: Spec) -> float:
-        return self.step_seconds(step, spec) + STEP_S
-
-    def step_seconds(self, step: Step, spec: Spec) -> float:
-        """Seconds of one step from `spec`, forward and backward."""
-        moves = self._moves(step, spec, local=True)
-        return sum(self.network.seconds(t.kind, t.axes, t.bytes) for t in moves)
-
-    def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
-        """The collectives of one step from `spec`."""
-        return tuple(self._moves(step, spec, local=False))
-
-    def _moves(self, step: Step, spec: Spec, *, local: bool) -> list[Traffic]:
-        out: list[Traffic] = []
-        for kind, is_backward in self._kinds(step.a, step.b):
-            if local or kind in COLLECTIVES:
-                out.append(Traffic(kind, step.axes, self._bytes(spec, step), is_backward))
-        return out
-
-    def _bytes(self, spec: Spec, step: Step) -> int:
-        """Bytes that a rank holds at this point of the path with the step's own axes gathered.
-
-        A dim that is cut comes in blocks of equal size, the padding of the last one included; an
-        all-to-all holds one block of the dim that it cuts, for the other dim is whole only then.
-        """
-        shape = list(local_shape(self.type.shape, _at(spec, step, R), self._sizes))
-        ways = prod(self._sizes[axis] for axis in step.axes)
-        cut = [state for state in (step.a, step.b) if is_shard(state)]
-        for dim in cut:
-            shape[dim] = -(-shape[dim] // ways) * ways
-        return prod(shape) * self.type.dtype.itemsize // (ways if len(cut) == 2 else 1)
-
 
 def _apply(spec: Spec, step: Step) -> Spec:
-    return _at(spec, step, step.b)
+    return tuple(step.b if axis in step.axes else state for axis, state in enumerate(spec))
 
 
-def _at(spec: Spec, step: Step, here: State) -> Spec:
-    """`spec` with the step's own axes in the state `here`."""
-    return tuple(here if axis in step.axes else state for axis, state in enumerate(spec))
-
-
-def _contiguous(spec: Spec, axes: tuple[int, ...], a: State, b: State) -> bool:
-    """Are the blocks that a step a -> b on `axes` moves contiguous?
-
-    They are if no other axis after the first of `axes` cuts the same dim: axes cut a dim in mesh
-    order, so such an axis has cut it finer, or has its cuts between theirs.
-    """
-    others = [state for i, state in enumerate(spec) if i > axes[0] and i not in axes]
-    return all(not is_shard(state) or state not in others for state in (a, b))
+def _step_between(spec: Spec, following: Spec) -> Step:
+    """The one step that leads from a spec to a neighbour of it."""
+    pairs = enumerate(zip(spec, following, strict=True))
+    axes = tuple(axis for axis, (a, b) in pairs if a != b)
+    return Step(axes, spec[axes[0]], following[axes[0]])
