@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from ...costmodel.collective import wire_bytes
 from ...facts.blocks import local_shape
 from ...facts.spec import S, Spec
-from ...ir.graph import Graph, Loop, Node, TensorType
+from ...ir.graph import Graph, Node, TensorType
 from ...ir.ops.attention import cached_per_head
 from ...ir.ops.registry import attention_dims, operator_of, rule_of
 from ..strategies.attention import cache_spec
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network
-from ..strategies.regions import Scope, scopes
+from ..strategies.regions import Place, Scope, scopes
 from .plan import PlanData, Recache
 from .program import priced_path
 from .traffic import Moved
 
-Key: TypeAlias = tuple[str, int, object]  # path of the loop, kind of block, name in the block
+Key: TypeAlias = tuple[Place, object]  # where the attention stands, and its cache's name there
 _Floats: TypeAlias = NDArray[np.float64]
 _POSITION_BYTES = 4  # who holds a token, told once for all caches that lie alike
 _ROOM_BYTES = 8  # how many pages a rank lacks
@@ -59,13 +59,7 @@ def cached_attentions(graph: Graph) -> dict[Key, Cached]:
 
 def key_of(scope: Scope, node: Node) -> Key:
     """What an attention over a cache is called in both graphs of a model."""
-    loop, block = scope.loop, scope.block
-    kind = 0 if loop is None or block is None else _kind_of(loop, block.nodes)
-    return loop.path if loop else "", kind, node.arg("cache")
-
-
-def _kind_of(loop: Loop, nodes: object) -> int:
-    return next(kind for kind, block in enumerate(loop.blocks) if block.nodes is nodes)
+    return scope.place, node.arg("cache")
 
 
 class Recaching:

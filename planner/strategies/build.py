@@ -4,8 +4,8 @@
    specs, or a region's strategies.
 2. Where a value is used, an edge charges the conversion from the spec it is made in to the
    spec that is needed, forward and backward, times how often it runs.
-3. A conversion that several users in one scope may share is a two-strategy node (used or not): it
-   is paid once.
+3. A conversion that several users in one place (the top level, a kind of block) may share is a
+   two-strategy node (used or not): it is paid once.
 4. A loop is one block per kind, with costs and memory times its repeats.  What the block carries to
    its next iteration has one spec, the same at the block's start and end.
 5. Memory is live bytes over the forward and backward pass: parameters and optimizer states
@@ -32,7 +32,7 @@ from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 from .conversion import Conversions, Network, spec_fits
 from .pricing import Work, buffer_bytes, cache_bytes, price
-from .regions import Region, Scope, Strategy, make_regions, scopes
+from .regions import InLoop, Place, Region, Scope, Strategy, TopLevel, make_regions, scopes
 
 Floats = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ class _User:
     node: int
     needs: list[tuple[Spec, ...]]
     weight: int
-    scope: int  # users in the same scope share conversions
+    place: Place  # users in one place share conversions
 
 
 @dataclass(slots=True)
@@ -331,7 +331,6 @@ class Built:
         self.horizon = self.times.horizon
         self.kept_usages: dict[int, int] = {}  # how many of a node's usages are for backward
         self.gradient_usages: dict[int, int] = {}  # how many of a parameter's, the last ones
-        self.loop_scopes: set[int] = set()  # numbers of the scopes that are blocks of loops
 
     def problem(self) -> ShardingProblem:
         """The finished problem."""
@@ -497,11 +496,6 @@ class Built:
     def add_regions(self) -> None:
         """A node for each region, and its needs as users of the values it takes."""
         keepers = self._keepers()
-        scope_ids: dict[int, int] = {}
-        for region in self.builder.regions:
-            number = scope_ids.setdefault(id(region.scope), len(scope_ids))
-            if region.scope.loop is not None:
-                self.loop_scopes.add(number)
         for time, region in enumerate(self.builder.regions, start=1):
             allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
             if not allowed:
@@ -521,8 +515,8 @@ class Built:
                 once = self._is_invariant(value.name, region)
                 weight = 1 if once else region.scope.weight
                 needs = [s.requires[i] for s in strategies]
-                scope = -1 if once else scope_ids[id(region.scope)]
-                self.flow(value.name).users.append(_User(index, needs, weight, scope))
+                place = TopLevel() if once else region.scope.place
+                self.flow(value.name).users.append(_User(index, needs, weight, place))
         for loop in self.builder.graph.loops:
             self._tie(loop)
 
@@ -538,11 +532,11 @@ class Built:
             carried = self.flows[out.name]
             needs = [(spec,) for spec in carried.specs]
             entering = self.flow(loop.carried[position].name)
-            entering.users.append(_User(carried.node, needs, 1, -1))
+            entering.users.append(_User(carried.node, needs, 1, TopLevel()))
             for kind, block in enumerate(loop.blocks):
                 inner = self.flow(block.outputs[position].name)
-                weight = loop.order.count(kind)
-                inner.users.append(_User(carried.node, needs, weight, -2 - carried.node))
+                place, weight = InLoop(loop.path, kind), loop.order.count(kind)
+                inner.users.append(_User(carried.node, needs, weight, place))
 
     def _keepers(self) -> dict[str, int]:
         """Which region counts the memory of a value that autograd keeps: one region per value.
@@ -645,21 +639,21 @@ class Built:
             specs = self._storage(out.value, flow.specs)
             self.output_nodes[out.value.name] = (index, specs)
             self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))
-            flow.users.append(_User(index, [(spec,) for spec in specs], 1, -1))
+            flow.users.append(_User(index, [(spec,) for spec in specs], 1, TopLevel()))
 
     # 4. edges -----------------------------------------------------------------------------------
 
     def add_edges(self) -> None:
         """Conversions: direct edges, and shared ones through two-strategy nodes."""
         for flow in self.flows.values():
-            by_scope: dict[int, list[_User]] = {}
+            by_place: dict[Place, list[_User]] = {}
             for user in flow.users:
-                by_scope.setdefault(user.scope, []).append(user)
-            for users in by_scope.values():
+                by_place.setdefault(user.place, []).append(user)
+            for users in by_place.values():
                 self._connect(flow, users)
 
     def _connect(self, flow: _Flow, users: list[_User]) -> None:
-        inside = users[0].scope in self.loop_scopes
+        inside = isinstance(users[0].place, InLoop)
         conversions = self.builder.conversions(flow.value, param=flow.param, inside=inside)
         sources = list(dict.fromkeys(flow.specs))
         row_of = np.array([sources.index(spec) for spec in flow.specs])

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
+import networkx as nx
+
 from ...facts.spec import P, R, Spec, State, V
 from ...ir.graph import Block, Graph, Loop, Node, Value
 from ...ir.ops.local import node_specs, plain_state
@@ -31,6 +33,22 @@ _MAX_PER_AXIS = 24  # more agreeing choices than this on one axis: the region is
 
 
 @dataclass(frozen=True, slots=True)
+class TopLevel:
+    """The code outside loops, with what is converted there before a loop: it runs once."""
+
+
+@dataclass(frozen=True, slots=True)
+class InLoop:
+    """The code of one kind of block of the loop over `path`."""
+
+    path: str
+    kind: int
+
+
+Place: TypeAlias = TopLevel | InLoop
+
+
+@dataclass(frozen=True, slots=True)
 class Scope:
     """A straight run of nodes: the code outside loops between two loops, or one kind of block."""
 
@@ -38,6 +56,7 @@ class Scope:
     weight: int = 1  # how often it runs per step
     loop: Loop | None = None
     block: Block | None = None
+    place: Place = TopLevel()  # what is converted for a user is there for others in this place
 
 
 def scopes(graph: Graph) -> Iterator[Scope]:
@@ -51,7 +70,8 @@ def scopes(graph: Graph) -> Iterator[Scope]:
             yield Scope(tuple(run))
             run = []
         for kind, block in enumerate(item.blocks):
-            yield Scope(block.nodes, item.order.count(kind), item, block)
+            place = InLoop(item.path, kind)
+            yield Scope(block.nodes, item.order.count(kind), item, block, place)
     if run:
         yield Scope(tuple(run))
 
@@ -140,26 +160,16 @@ def _visible(graph: Graph, scope: Scope, groups: list[list[Node]]) -> set[str]:
 
 def _groups(scope: Scope) -> list[list[Node]]:
     """Light nodes joined along values that hold a gradient; every other node alone."""
-    leader: dict[str, str] = {}
-    producer = {value.name: node for node in scope.nodes for value in node.outputs}
-
-    def find(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for node in scope.nodes:
-        leader[node.name] = node.name
-        if operator_of(node).heavy:
-            continue
-        for value in node.operands:
-            source = producer.get(value.name)
-            if source is not None and not operator_of(source).heavy and value.differentiable:
-                leader[find(node.name)] = find(source.name)
-    groups: dict[str, list[Node]] = {}
-    for node in scope.nodes:
-        groups.setdefault(find(node.name), []).append(node)
-    return list(groups.values())
+    at = {value.name: i for i, node in enumerate(scope.nodes) for value in node.outputs}
+    light = [not operator_of(node).heavy for node in scope.nodes]
+    joined = nx.empty_graph(len(light))
+    for i, node in enumerate(scope.nodes):
+        for value in node.operands if light[i] else ():
+            source = at.get(value.name)
+            if source is not None and light[source] and value.differentiable:
+                joined.add_edge(source, i)
+    groups = nx.connected_components(joined)
+    return [[scope.nodes[i] for i in sorted(group)] for group in groups]
 
 
 def _regions_of(
