@@ -29,6 +29,7 @@ from .planner.errors import PlanError
 from .planner.ilp.iopddl import write_problem
 from .planner.plan.plan import PlanData, Request
 from .planner.plan.store import plan_to_json, read_plan, save_plan
+from .planner.report.model_graph import PlannedGraph
 from .planner.report.report import format_plan
 from .planner.search.search import Clock, Job, setting_of
 from .planner.search.serving import make_serving_plan
@@ -51,15 +52,17 @@ class Plan(PlanData):
     """How to cut a model over a mesh.  `print(plan)` explains it.
 
     The data of a plan with what the rooms make of it: the report, the file, the module, the
-    problem, the command to run.
+    problem, the command to run.  `graph.to_networkx()` is the model as a networkx graph.
     """
 
+    graph: PlannedGraph
     decode: Plan | None = None
 
     @staticmethod
     def of(data: PlanData) -> Plan:
         """The plan with this data."""
         values: dict[str, Any] = {f.name: getattr(data, f.name) for f in fields(data)}
+        values["graph"] = PlannedGraph.of(data)
         if data.decode is not None:
             values["decode"] = Plan.of(data.decode)
         return Plan(**values)

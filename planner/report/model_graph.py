@@ -1,0 +1,217 @@
+"""The model as a networkx graph that says what the plan does with each part of it.
+
+Layers are written out one by one, so that the graph has no cycles.  A conversion that several nodes
+share stands on the edge to the first of them, where it is paid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any
+
+import networkx as nx
+
+from ...costmodel.collective import wire_bytes
+from ...facts.blocks import local_shape
+from ...facts.mesh import Mesh
+from ...facts.spec import Spec, format_spec
+from ...ir.graph import Graph, Param, Value
+from ..plan.plan import PlanData
+from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
+
+
+@dataclass(frozen=True)
+class PlannedGraph(Graph):
+    """The graph of a model that has a plan."""
+
+    plan: PlanData = field(repr=False, compare=False)
+
+    @staticmethod
+    def of(plan: PlanData) -> PlannedGraph:
+        """The plan's graph."""
+        values: dict[str, Any] = {f.name: getattr(plan.graph, f.name) for f in fields(Graph)}
+        return PlannedGraph(**values, plan=plan)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The model as a `networkx.DiGraph`, layers one by one; attributes are plain JSON data.
+
+        Nodes are `input:NAME`, `parameter:NAME`, `output:PATH`, and ops by their name, in layers
+        `model.layers.3.NAME`.  All have `kind`, `shape` and `dtype` (of the whole first result),
+        `spec`, `bytes` (what a rank holds of all results), `seconds` (of a step, or of a forward
+        pass) and `communication_s`, how many of those an op waits for collectives of its own; ops
+        also `op`, `module`, `loc` and `strategy`, a choice for each mesh axis.
+
+        An edge is a use: `values`, the specs that they are made in (`made`) and needed in
+        (`needed`), `steps` (the primitives between, and over which axes), `bytes` that a rank
+        receives for them and `seconds`, forward and backward.
+
+        Seconds of all nodes, of all edges and `graph["optimizer_s"]` add up to those of the plan.
+        """
+        return _Writer(self.plan).graph
+
+
+@dataclass(slots=True)
+class _Move:
+    """One step of a conversion as it runs: the first user pays."""
+
+    priced: PricedStep
+    primitive: str
+    paid: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A value in a spec: the node that made it, in which spec, and the moves since."""
+
+    node: str
+    spec: Spec
+    moves: tuple[_Move, ...] = ()
+
+
+class _Writer:
+    """Runs the plan's program by name, from one place to the next."""
+
+    def __init__(self, plan: PlanData) -> None:
+        self.plan = plan
+        self.mesh = plan.mesh
+        self.graph = nx.DiGraph(
+            name=plan.graph.name,
+            mesh=str(plan.mesh),
+            seconds=plan.seconds,
+            optimizer_s=plan.optimizer_s,
+        )
+        self.moves: list[tuple[Value, _Made]] = []  # the ways that were gone
+        program, at = plan.program, dict[Sharded, _Made]()
+        for item, asked in zip(program.inputs, plan.graph.inputs, strict=True):
+            at[item] = self._source(f"input:{asked.name}", "input", item)
+        self._parameters("", program.params, at)
+        self._run(program.statements, at)
+        for item, out in zip(program.outputs, plan.graph.outputs, strict=True):
+            name = f"output:{'.'.join(map(str, out.path))}"
+            self._node(name, "output", [item])
+            self._use(name, [item], at)
+        self._pay_for_unused()
+
+    def _run(self, statements: Iterable[Any], at: dict[Sharded, _Made]) -> None:
+        for item in statements:
+            if isinstance(item, LoopCall):
+                self._loop(item, at)
+            elif isinstance(item, Convert):
+                self._convert(item, at)
+            else:
+                self._compute("", item, at, again=False)
+
+    def _loop(self, call: LoopCall, outer: dict[Sharded, _Made]) -> None:
+        carried = [outer[item] for item in call.carried]
+        n, path = len(carried), call.loop.path
+        for index, kind in enumerate(call.loop.order):
+            body = call.bodies[kind]
+            inputs = body.block.inputs
+            at = {
+                Sharded(value, item.spec): made
+                for value, item, made in zip(inputs[:n], call.carried, carried, strict=True)
+            }
+            inner = dict(zip((v.name for v in call.loop.invariants), inputs[n:], strict=True))
+            at |= {Sharded(inner[a.value.name], a.spec): outer[a] for a in call.arguments}
+            self._parameters(f"{path}.{index}.", body.params, at)
+            for item in body.statements:
+                if isinstance(item, Convert):
+                    self._convert(item, at)
+                else:
+                    self._compute(f"{path}.{index}.", item, at, again=self.plan.decisions.recompute)
+            carried = [at[item] for item in body.outputs]
+        outer |= dict(zip(call.outputs, carried, strict=True))
+
+    def _parameters(
+        self, prefix: str, params: Iterable[tuple[Param, Spec]], at: dict[Sharded, _Made]
+    ) -> None:
+        for param, spec in params:
+            item = Sharded(param.value, spec)
+            at[item] = self._source(f"parameter:{prefix}{param.name}", param.kind, item)
+
+    def _source(self, name: str, kind: str, item: Sharded) -> _Made:
+        self._node(name, kind, [item])
+        return _Made(name, item.spec)
+
+    def _convert(self, item: Convert, at: dict[Sharded, _Made]) -> None:
+        made = at[item.source]
+        move = _Move(item.priced, item.primitive)
+        at[item.target] = _Made(made.node, made.spec, (*made.moves, move))
+        self.moves.append((item.target.value, at[item.target]))
+
+    def _compute(
+        self, prefix: str, item: Compute, at: dict[Sharded, _Made], *, again: bool
+    ) -> None:
+        node, name, work = item.node, prefix + item.node.name, self.plan.work[item.node.name]
+        self._node(
+            name,
+            "op",
+            item.outputs,
+            op=node.op,
+            module=node.loc.module,
+            loc=str(node.loc),
+            strategy=list(item.choices),
+            seconds=work.seconds + (work.forward_s if again else 0.0),
+            communication_s=work.moving_s + (work.forward_moving_s if again else 0.0),
+        )
+        self._use(name, item.operands, at)
+        for output in item.outputs:
+            at[output] = _Made(name, output.spec)
+
+    def _node(self, name: str, kind: str, results: Sequence[Sharded], **more: Any) -> None:
+        first = results[0]
+        self.graph.add_node(
+            name,
+            kind=kind,
+            shape=list(first.value.type.shape),
+            dtype=str(first.value.type.dtype).removeprefix("torch."),
+            spec=format_spec(first.spec),
+            bytes=sum(self._bytes(item) for item in results),
+            **{"seconds": 0.0, "communication_s": 0.0, **more},
+        )
+
+    def _bytes(self, item: Sharded) -> int:
+        held = local_shape(item.value.type.shape, item.spec, self.mesh.sizes)
+        return prod(held) * item.value.type.dtype.itemsize
+
+    def _use(self, user: str, items: Iterable[Sharded], at: Mapping[Sharded, _Made]) -> None:
+        for item in dict.fromkeys(items):
+            self._edge(user, item, at[item])
+
+    def _edge(self, user: str, item: Sharded, made: _Made) -> None:
+        if not self.graph.has_edge(made.node, user):
+            self.graph.add_edge(
+                made.node, user, values=[], made=[], needed=[], steps=[], bytes=0.0, seconds=0.0
+            )
+        edge = self.graph.edges[made.node, user]
+        edge["values"].append(item.value.name)
+        edge["made"].append(format_spec(made.spec))
+        edge["needed"].append(format_spec(item.spec))
+        for move in made.moves:
+            edge["steps"].append(f"{move.primitive} {_axes(move.priced, self.mesh)}")
+            if not move.paid:
+                edge["bytes"] += _received(move.priced, self.mesh)
+                edge["seconds"] += move.priced.seconds
+                move.paid = True
+
+    def _pay_for_unused(self) -> None:
+        """What the last layer converts for a next one that there is not."""
+        for value, made in self.moves:
+            if not all(move.paid for move in made.moves):
+                self._node("unused", "output", [Sharded(value, made.spec)])
+                self._edge("unused", Sharded(value, made.spec), made)
+
+
+def _axes(priced: PricedStep, mesh: Mesh) -> str:
+    return "+".join(mesh.names[axis] for axis in priced.step.axes)
+
+
+def _received(priced: PricedStep, mesh: Mesh) -> float:
+    """Bytes that a rank receives in a step, forward and backward."""
+    ways = prod(mesh.sizes[axis] for axis in priced.step.axes)
+    return sum(float(wire_bytes(t.kind, float(t.bytes), ways)) for t in priced.traffic)
+
+
+__all__ = ["PlannedGraph"]
