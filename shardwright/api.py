@@ -27,6 +27,7 @@ from .loading import (
 )
 from .planner.errors import PlanError
 from .planner.ilp.iopddl import write_problem
+from .planner.ilp.problem import ShardingProblem
 from .planner.plan.plan import PlanData, Request
 from .planner.plan.store import plan_to_json, read_plan, save_plan
 from .planner.report.model_graph import PlannedGraph
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 PHASES = ("train", "prefill", "decode", "append", "serve")
+STAGES = ("strategies", "problem", "plan")  # of planning, which `Plan.dump` shows
 _CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
 _OUTPUT_TOKENS = 256  # of an answer, in phase `serve`
 _AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
@@ -104,14 +106,34 @@ class Plan(PlanData):
 
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""
+        write_problem(self._problem(), Path(path))
+
+    def dump(self, stage: str) -> str:
+        """What planning went through on this plan's mesh, as text that a test can compare.
+
+        `strategies`: what is decided together, and all ways to run it; `problem`: the integer
+        program; `plan`: the choices and specs that were taken.  Raises PlanError for other stages.
+        """
+        if stage == "strategies":
+            return "\n".join(map(str, self._builder().regions))
+        if stage == "problem":
+            return str(self._problem())
+        if stage == "plan":
+            return str(self.decisions)
+        raise PlanError(f"unknown stage `{stage}`; expected one of {', '.join(STAGES)}")
+
+    def _problem(self) -> ShardingProblem:
+        limit = pinned(self.request.pins)(self.graph, self.mesh)
+        return self._builder().build(limit).problem()
+
+    def _builder(self) -> Builder:
+        """What builds the problem again that this plan is the solution of."""
         cluster = load_cluster(self.request.cluster, self.request.gpus)
         decided = self.decisions
         setting = replace(
             setting_of(self.request), recompute=decided.recompute, order=decided.order
         )
-        builder = Builder(self.graph, Network(self.mesh, cluster), setting)
-        built = builder.build(pinned(self.request.pins)(self.graph, self.mesh))
-        write_problem(built.problem(), Path(path))
+        return Builder(self.graph, Network(self.mesh, cluster), setting)
 
 
 class Progress(Protocol):

@@ -59,6 +59,14 @@ class Optimizer(StrEnum):
     NONE = "none"
 
 
+class Stage(StrEnum):
+    """What planning goes through, one made of the other."""
+
+    STRATEGIES = "strategies"
+    PROBLEM = "problem"
+    PLAN = "plan"
+
+
 class Solver(StrEnum):
     """The back end that picks the strategies."""
 
@@ -264,6 +272,14 @@ _DumpProblem: TypeAlias = Annotated[
         "--dump-problem problem.json.gz",
     ),
 ]
+_Dump: TypeAlias = Annotated[
+    Stage | None,
+    typer.Option(
+        show_default=False,
+        help="print what planning went through on the plan's mesh instead of the report: the ways "
+        "to run each part, the integer program, or the choices taken, e.g. --dump strategies",
+    ),
+]
 _Version: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -295,6 +311,7 @@ def plan(
     time_limit: _TimeLimit = 60.0,
     out: _Out = Path("plan_out"),
     as_json: _AsJson = False,
+    dump: _Dump = None,
     dump_problem: _DumpProblem = None,
     version: _Version = False,
 ) -> None:
@@ -305,6 +322,8 @@ def plan(
     """
     with _errors_as_exit_codes():
         _check_output_folder(out)
+        if dump is not None and as_json:
+            raise ValueError("--dump and --json both print to stdout; give one of them")
         if dump_problem is not None:
             _check_output_file(dump_problem)
         with _Progress() as progress:
@@ -334,7 +353,7 @@ def plan(
             written = _write(made, out, dump_problem)
         if note := untried(versions_in_use()):
             print(f"plan: {note}", file=sys.stderr)
-        _report(made, out, written, as_json=as_json)
+        _report(made, out, written, as_json=as_json, dump=dump)
 
 
 @tools.command("show")
@@ -518,9 +537,14 @@ def _temporary_folder(parent: Path) -> Generator[Path, None, None]:
             ancestor.rmdir()
 
 
-def _report(made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool) -> None:
-    """The report, the files and the next commands; with `as_json` stdout is the JSON alone."""
-    print(json.dumps(made.to_json(), indent=2) if as_json else made)
+def _report(
+    made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool, dump: Stage | None
+) -> None:
+    """The report, the files and the next commands; JSON or a dump have stdout for themselves."""
+    if dump is not None:
+        print(made.dump(dump.value))
+    else:
+        print(json.dumps(made.to_json(), indent=2) if as_json else made)
     notes = [
         "Written",
         *(f"  {path}" for path in written),
@@ -528,7 +552,7 @@ def _report(made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool) 
         f"  {made.launch_command(str(out / MODULE_FILE))}",
         f"  plan verify {shlex.quote(str(out))}",
     ]
-    print("", *notes, sep="\n", file=sys.stderr if as_json else sys.stdout)
+    print("", *notes, sep="\n", file=sys.stderr if as_json or dump else sys.stdout)
 
 
 class _Progress:

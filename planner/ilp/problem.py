@@ -141,6 +141,26 @@ class ShardingProblem:
             return inf
         return self.usage_limit + LIMIT_TOLERANCE * self.usage_limit
 
+    def __str__(self) -> str:
+        """Every node with its costs and usages, every edge with its costs: a row per strategy."""
+        limit = "no limit" if self.usage_limit is None else f"limit {self.usage_limit:.9g}"
+        lines = [f"{self.name}: {len(self.nodes)} nodes, {len(self.edges)} edges, {limit}"]
+        for index, node in enumerate(self.nodes):
+            lines += [f"node {index} {node.name}", f"  costs {_numbers(node.costs)}"]
+            lines += [f"  live [{u.start}, {u.end}) {_numbers(u.bytes)}" for u in node.usages]
+        for edge in self.edges:
+            lines += [f"edge {edge.a} {edge.b}", *(f"  {_numbers(row)}" for row in edge.costs)]
+        return "\n".join(lines)
+
+
+def _numbers(values: FloatArray) -> str:
+    """To six digits, enough to compare two problems by eye.
+
+    >>> _numbers(np.array([0.5, inf]))
+    '0.5 inf'
+    """
+    return " ".join(f"{x:.6g}" for x in values)
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:

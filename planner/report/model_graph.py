@@ -44,7 +44,7 @@ class PlannedGraph(Graph):
         also `op`, `module`, `loc` and `strategy`, a choice for each mesh axis.
 
         An edge is a use: `values`, the specs that they are made in (`made`) and needed in
-        (`needed`), `steps` (the primitives between, and over which axes), `bytes` that a rank
+        (`needed`), `steps` (what runs between, and over which axes), `bytes` that a rank
         receives for them and `seconds`, forward and backward.
 
         Seconds of all nodes, of all edges and `graph["optimizer_s"]` add up to those of the plan.
@@ -190,7 +190,7 @@ class _Writer:
         edge["made"].append(format_spec(made.spec))
         edge["needed"].append(format_spec(item.spec))
         for move in made.moves:
-            edge["steps"].append(f"{move.primitive} {_axes(move.priced, self.mesh)}")
+            edge["steps"].append(_text(move, self.mesh))
             if not move.paid:
                 edge["bytes"] += _received(move.priced, self.mesh)
                 edge["seconds"] += move.priced.seconds
@@ -204,8 +204,12 @@ class _Writer:
                 self._edge("unused", Sharded(value, made.spec), made)
 
 
-def _axes(priced: PricedStep, mesh: Mesh) -> str:
-    return "+".join(mesh.names[axis] for axis in priced.step.axes)
+def _text(move: _Move, mesh: Mesh) -> str:
+    """`dp all_gather, backward reduce_scatter`."""
+    axes = "+".join(mesh.names[axis] for axis in move.priced.step.axes)
+    forward = [move.primitive] if move.primitive != "nothing" else []
+    backward = [f"backward {t.kind}" for t in move.priced.traffic if t.backward]
+    return f"{axes} {', '.join([*forward, *backward]) or 'nothing'}"
 
 
 def _received(priced: PricedStep, mesh: Mesh) -> float:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ...costmodel.compute import elementwise_s
 from ...costmodel.memory import optimizer_step_bytes, parameter_state_bytes
-from ...facts.spec import R, S, Spec, is_shard
+from ...facts.spec import R, S, Spec, format_spec, is_shard
 from ...ir.graph import Graph, Loop, Node, Param, Value
 from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_values
@@ -91,6 +91,18 @@ class Decisions:
     outputs: dict[str, Spec]
     recompute: bool = False  # layers of loops run forward again in backward
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
+
+    def __str__(self) -> str:
+        """A line for each spec and for each node's choices."""
+        layers = "recomputed" if self.recompute else "kept"
+        return "\n".join(
+            [
+                f"tokens {self.order}, layers {layers}",
+                *(f"spec {name} {format_spec(spec)}" for name, spec in self.specs.items()),
+                *(f"output {name} {format_spec(spec)}" for name, spec in self.outputs.items()),
+                *(f"node {name} {','.join(choices)}" for name, choices in self.choices.items()),
+            ]
+        )
 
 
 @dataclass(slots=True)

@@ -27,7 +27,6 @@ from itertools import combinations, product
 from math import prod
 from typing import TypeAlias
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -278,13 +277,18 @@ class Conversions:
 
     @cached_property
     def _distance(self) -> Floats:
-        """Seconds between all pairs of specs."""
-        graph, steps = nx.DiGraph(), self._steps
-        graph.add_nodes_from(range(len(self._lattice.specs)))
-        graph.add_weighted_edges_from(
-            zip(steps.rows.tolist(), steps.columns.tolist(), steps.seconds.tolist(), strict=True)
-        )
-        return nx.floyd_warshall_numpy(graph)
+        """Seconds between all pairs of specs, by the algorithm of Floyd and Warshall.
+
+        By hand: for 340 specs (four dims on three axes) `floyd_warshall_numpy` of networkx takes
+        0.12 s where this takes 0.07, its Dijkstra from all specs 1 s; a search asks again and again.
+        """
+        steps, n = self._steps, len(self._lattice.specs)
+        distance = np.full((n, n), np.inf)
+        distance[steps.rows, steps.columns] = steps.seconds
+        np.fill_diagonal(distance, 0.0)
+        for k in range(n):
+            np.minimum(distance, distance[:, k, None] + distance[k], out=distance)
+        return distance
 
     @cached_property
     def _steps(self) -> _Steps:

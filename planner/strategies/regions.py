@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import networkx as nx
 
-from ...facts.spec import P, R, Spec, State, V
+from ...facts.spec import P, R, Spec, State, V, format_spec
 from ...ir.graph import Block, Graph, Loop, Node, Value
 from ...ir.ops.local import node_specs, plain_state
 from ...ir.ops.order import fits_order
@@ -88,6 +88,15 @@ class Strategy:
     requires: tuple[tuple[Spec, ...], ...]
     produces: tuple[Spec, ...]
 
+    def line(self, node: int) -> str:
+        """The choices of one node of the region, the specs needed and those made.
+
+        `b,o: S0,R V,S0 -> S0,S1`; operands needed in several specs have them joined by `|`.
+        """
+        needed = " ".join("|".join(map(format_spec, specs)) or "-" for specs in self.requires)
+        made = " ".join(map(format_spec, self.produces))
+        return f"{','.join(self.choices[node])}: {needed} -> {made}"
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -102,8 +111,24 @@ class Region:
     @property
     def name(self) -> str:
         """Name of the region's heavy or first node."""
-        heavy = [node for node in self.nodes if operator_of(node).heavy]
-        return (heavy or list(self.nodes))[0].name
+        return self._head.name
+
+    @property
+    def _head(self) -> Node:
+        return next((node for node in self.nodes if operator_of(node).heavy), self.nodes[0])
+
+    def __str__(self) -> str:
+        """Its operands and values, then a line for each strategy: what it needs and makes.
+
+        The choices are those of the node that names the region.
+        """
+        values = " -> ".join(
+            ", ".join(v.name for v in side) for side in (self.operands, self.values)
+        )
+        head = self.nodes.index(self._head)
+        return "\n".join(
+            [f"{self.name}: {values}", *(f"  {s.line(head)}" for s in self.strategies)]
+        )
 
 
 def make_regions(

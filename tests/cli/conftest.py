@@ -43,6 +43,9 @@ class FakePlan:
         path.write_text(f"# {self.text}\n")
         self._fail("write_module")
 
+    def dump(self, stage: str) -> str:
+        return f"the {stage} of {self.text}"
+
     def dump_problem(self, path: Path) -> None:
         path.write_text("{}")
         self._fail("dump_problem")

@@ -261,6 +261,19 @@ def test_json_is_all_that_stdout_holds(api: FakeApi, run: Run) -> None:
     assert "plan_out/sharded_model.py" in ran.err
 
 
+@pytest.mark.parametrize("stage", ["strategies", "problem", "plan"])
+def test_a_dump_is_all_that_stdout_holds(stage: str, api: FakeApi, run: Run) -> None:
+    ran = run(f"model.py --gpus 8 --dump {stage}")
+    assert ran.out == f"the {stage} of {api.answer.text}\n"  # type: ignore[union-attr]
+    assert "plan_out/sharded_model.py" in ran.err
+
+
+def test_a_dump_and_json_exclude_each_other(api: FakeApi, run: Run) -> None:
+    ran = run("model.py --gpus 8 --dump plan --json")
+    assert ran.code == 2 and "--dump and --json both print to stdout" in ran.err
+    assert api.calls == []
+
+
 def test_dumped_problem(api: FakeApi, run: Run) -> None:
     ran = run("model.py --gpus 8 --dump-problem problems/p.json.gz")
     assert ran.code == 0
