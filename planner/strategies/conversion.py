@@ -280,7 +280,7 @@ class Conversions:
         """Seconds between all pairs of specs, by the algorithm of Floyd and Warshall.
 
         By hand: for 340 specs (four dims on three axes) `floyd_warshall_numpy` of networkx takes
-        0.12 s where this takes 0.07, its Dijkstra from all specs 1 s; a search asks again and again.
+        0.12 s where this takes 0.07, its Dijkstra from all specs 1 s; a search asks many times.
         """
         steps, n = self._steps, len(self._lattice.specs)
         distance = np.full((n, n), np.inf)
