@@ -34,7 +34,7 @@ class PlannedGraph(Graph):
         values: dict[str, Any] = {f.name: getattr(plan.graph, f.name) for f in fields(Graph)}
         return PlannedGraph(**values, plan=plan)
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """The model as a `networkx.DiGraph`, layers one by one; attributes are plain JSON data.
 
         Nodes are `input:NAME`, `parameter:NAME`, `output:PATH`, and ops by their name, in layers

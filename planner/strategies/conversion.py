@@ -163,7 +163,7 @@ class _Lattice:
         """How many numbers the collectives of the steps a -> b from `rows` are called with."""
         gathered = self._shapes[self._replaced(rows, axes, R)]
         ways = prod(self._sizes[axis] for axis in axes)
-        return np.broadcast_to(moved_numel(gathered.T, (a, b), ways), rows.shape)
+        return np.broadcast_to(moved_numel(list(gathered.T), (a, b), ways), rows.shape)
 
     def _replaced(self, rows: Ints, axes: tuple[int, ...], state: State) -> Ints:
         """Rows of the specs with `state` on `axes`; -1 where that spec is not legal."""
