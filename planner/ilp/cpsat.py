@@ -9,10 +9,10 @@ from time import perf_counter
 import numpy as np
 from ortools.sat.python import cp_model
 
-from .base import Solution, SolverError, conclude
 from .formulation import Memory
 from .presolve import group_rows
 from .problem import FloatArray, ShardingProblem, whole_costs
+from .solution import Solution, SolverError, conclude
 
 # CP-SAT needs integers; sums of objective terms and of a memory row must fit in 64 bits with room
 # for its own arithmetic.

@@ -15,8 +15,8 @@ from time import perf_counter
 
 import numpy as np
 
-from .base import Solution, conclude
 from .problem import FloatArray, IntArray, ShardingProblem, live_rows, whole_costs
+from .solution import Solution, conclude
 
 _POLISH_SWEEPS = 20
 _DECODE_EVERY = 3  # rounds, once something is found

@@ -24,9 +24,9 @@ from ortools.math_opt import (
 from ortools.math_opt.core.python import solver as core
 from ortools.math_opt.python import mathopt
 
-from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 from .formulation import Formulation, formulate
 from .problem import FloatArray, IntArray, ShardingProblem, whole_costs
+from .solution import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 
 # Above this many nonzeros memory rows are added only when violated, so many at a time.
 _ALL_ROWS = 300_000

@@ -21,10 +21,10 @@ from time import perf_counter
 
 import numpy as np
 
-from .base import LEAST_S, Solution, conclude
 from .heuristic import Margins, margins
 from .highs import relax
 from .problem import Edge, IntArray, ProblemNode, ShardingProblem, Usage, evaluate
+from .solution import LEAST_S, Solution, conclude
 
 # The share of the time that the relaxation may take.
 _RELAXING = 0.4

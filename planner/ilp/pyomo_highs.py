@@ -22,8 +22,8 @@ from typing import Any, cast
 import numpy as np
 import pyomo.environ as pyo
 
-from .base import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 from .problem import ShardingProblem, whole_costs
+from .solution import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 
 _START_S = 30.0  # what starting Python and importing Pyomo may take on a busy machine
 

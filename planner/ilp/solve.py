@@ -13,11 +13,11 @@ from math import fsum, inf
 from time import perf_counter
 from types import MappingProxyType
 
-from .base import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
 from .heuristic import search
 from .presolve import Infeasible, Part, split
 from .presolve import presolve as reduce
 from .problem import ShardingProblem
+from .solution import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
 
 # What summing in another order may change, relative to the larger of cost and offset.
 _SAME_COST = 1e-9
