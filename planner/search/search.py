@@ -11,23 +11,16 @@ from math import inf, isfinite
 from typing import Generic, Protocol, TypeVar
 
 from ...costmodel.machines.cluster import Cluster
-from ...costmodel.memory import parameter_state_bytes
 from ...facts.mesh import Mesh
-from ...facts.spec import Spec
-from ...ir.graph import Graph, Node, Value
-from ...ir.ops.labels import factor_labels, label_dims
-from ...ir.ops.local import local_bytes
+from ...ir.graph import Graph
 from ...ir.ops.order import is_causal_self_attention, token_dims
-from ...ir.ops.registry import find_op, kind_of, local_of, operator_of, rule_of
 from ..errors import PlanError
-from ..ilp.problem import ShardingProblem, evaluate
+from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
-from ..plan.plan import Baseline, Memory, PlanData, Request, Search
-from ..plan.program import PricedStep, lower, priced_path
-from ..plan.split import spent_in_ops
-from ..strategies.build import Builder, Decisions, Restriction, Setting, all_params
-from ..strategies.conversion import Network, Step
-from ..strategies.pricing import Work
+from ..plan.decide import Solved, decide, plan_of, spent
+from ..plan.plan import Baseline, PlanData, Request, Search
+from ..strategies.build import Builder, Restriction, Setting
+from ..strategies.conversion import Network
 from ..strategies.regions import scopes
 from ..strategies.roles import Roles, name_of, ordinary_roles
 
@@ -113,20 +106,6 @@ class Timed(Protocol):
 
 
 Found = TypeVar("Found", bound=Timed)
-
-
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """The optimum on one mesh."""
-
-    builder: Builder
-    decisions: Decisions
-    solution: Solution
-    seconds: float
-    peak_bytes: float
-    gradients: float
-    activations: float
-    transient: float
 
 
 def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
@@ -246,31 +225,7 @@ def _solve(
     solution = job.solution(problem, builder.network.mesh, ceiling)
     if solution.assignment is None:
         return None, solution
-    evaluation = evaluate(problem, solution.assignment)
-    gradients, activations, transient = built.memory_at(solution.assignment, evaluation.peak_time)
-    solved = Solved(
-        builder,
-        _plain_order(builder.graph, built.read(solution.assignment)),
-        solution,
-        evaluation.cost,
-        evaluation.peak_usage,
-        gradients,
-        activations,
-        transient,
-    )
-    return solved, solution
-
-
-def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
-    """Without a causal attention over a sharded sequence the order of tokens does not matter."""
-    uses = any(
-        choice in ("ring", "gather")
-        for scope in scopes(graph)
-        for node in scope.nodes
-        if is_causal_self_attention(node)
-        for choice in decisions.choices[node.name]
-    )
-    return decisions if uses else replace(decisions, order="contiguous")
+    return decide(built, problem, solution.assignment, solution), solution
 
 
 def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
@@ -292,7 +247,7 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]
         for each in builders(mesh):
             searched.add(*_solve(each, restriction, aside))
         if (solved := searched.best) is not None:
-            return solved.seconds, solved.peak_bytes, _spent(solved)
+            return solved.seconds, solved.peak_bytes, spent(solved)
         return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
@@ -322,31 +277,6 @@ def price_ordinary(
     return tuple(rows)
 
 
-def _spent(solved: Solved) -> tuple[tuple[str, float], ...]:
-    """What the seconds of a solution go into."""
-    builder, decided = solved.builder, solved.decisions
-    work = _work(builder, decided)
-    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
-    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
-
-
-def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
-    """One run of each node, by its name."""
-    return {
-        node.name: builder.work(node, decisions.choices[node.name])
-        for scope in scopes(builder.graph)
-        for node in scope.nodes
-    }
-
-
-def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
-    """Seconds of the optimizer's step."""
-    return sum(
-        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
-        for ref in all_params(builder.graph)
-    )
-
-
 def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
     """One axis, a node's GPUs as the inner axis (all or half of them), and the winner's own."""
     node = min(cluster.gpus_per_node, meshes[0].ranks)
@@ -358,23 +288,8 @@ def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> li
     ]
 
 
-def assemble(
-    graph: Graph, best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job
-) -> PlanData:
+def assemble(best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> PlanData:
     """The plan; it is optimal only if the problem of every mesh was solved to its end."""
-    builder, decisions = best.builder, best.decisions
-    mesh = name_axes(graph, builder.network.mesh, decisions)
-    params = {ref.param.value.name for ref in all_params(graph)}
-    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
-
-    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
-        conversions = builder.conversions(value, param=value.name in params)
-        paths[value.name, a, b] = priced_path(conversions, a, b)
-        return paths[value.name, a, b]
-
-    lower(graph, decisions, price_path, training=builder.setting.training)
-    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
-    memory = _memory(graph, best)
     search = Search(
         job.solver,
         "optimal" if proven else "feasible",
@@ -382,76 +297,10 @@ def assemble(
         len(job.meshes),
         tuple(job.clock.seconds.items()),
     )
-    return PlanData(
-        job.request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s, memory,
-        baselines, search, _notes(graph),
-    )  # fmt: skip
-
-
-def _memory(graph: Graph, best: Solved) -> Memory:
-    """Peak bytes by kind."""
-    builder, sizes = best.builder, best.builder.sizes
-    setting = builder.setting
-    parameters = states = 0.0
-    for ref in all_params(graph):
-        value = ref.param.value
-        n = local_bytes(value, best.decisions.specs[value.name], sizes)
-        itemsize = value.type.dtype.itemsize
-        state = parameter_state_bytes(
-            n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
-        )
-        parameters += ref.weight * state.parameter
-        states += ref.weight * state.optimizer
-    kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
-
-
-def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
-    """The mesh with its axes named by their main use: dp, cp (sequence of attention) or tp.
-
-    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.
-    """
-    labels = label_dims(graph)
-    names: list[str] = []
-    for axis, _ in enumerate(mesh.axes):
-        votes: dict[str, float] = {}
-        for scope in scopes(graph):
-            for node in scope.nodes:
-                if flops := operator_of(node).flops(local_of(node)):
-                    use = _use_of(node, decisions.choices[node.name][axis], labels)
-                    votes[use] = votes.get(use, 0.0) + scope.weight * flops
-        names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
-    for name in list(names):
-        if names.count(name) > 1:
-            same = [k for k, other in enumerate(names) if other == name]
-            for count, k in enumerate(same, start=1):
-                names[k] = f"{name}{count}"
-    return Mesh(tuple((name, size) for name, (_, size) in zip(names, mesh.axes, strict=True)))
-
-
-def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
-    if choice in ("R", "V"):
-        return "tp"
-    if kind_of(node) == "experts" and "e" in rule_of(node).cuts(choice):
-        return "ep"
-    label = factor_labels(node, labels).get(choice, "")
-    return {"b": "dp", "s": "cp"}.get(label, "tp")
-
-
-def _notes(graph: Graph) -> tuple[str, ...]:
-    """Ops that have no rule run replicated: say which and where."""
-    seen: dict[str, str] = {}
-    for scope in scopes(graph):
-        for node in scope.nodes:
-            if find_op(node.op) is None:
-                seen.setdefault(node.op, str(node.loc))
-    return tuple(
-        f"`{op}` ({loc}) has no sharding rule and runs replicated" for op, loc in seen.items()
-    )
+    return plan_of(best, job.request, search, baselines)
 
 
 __all__ = [
-    "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "Solved", "Step", "assemble",
-    "candidate_meshes", "name_axes", "ordinary_plans", "price_ordinary", "search_meshes",
-    "setting_of",
+    "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "assemble",
+    "candidate_meshes", "ordinary_plans", "price_ordinary", "search_meshes", "setting_of",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from ...ir.ops.registry import operator_of
 from ..errors import InfeasibleError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from ..ilp.solve import Solution
+from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
 from ..strategies.attention import cache_bytes_in, cache_spec
@@ -35,9 +36,7 @@ from .search import (
     Limit,
     Price,
     Searched,
-    Solved,
     assemble,
-    name_axes,
     price_ordinary,
 )
 from .variants import Variant, Way, forms, plan_variants
@@ -123,12 +122,9 @@ def _attempt(
     cut = len(parts[0].nodes)
     halves = (solution.assignment[:cut], solution.assignment[cut:])
     solved: list[Solved] = []
-    for builder, part, half in zip(builders, parts, halves, strict=True):
-        alone = evaluate(part.problem(), half)
-        memory = part.memory_at(half, alone.peak_time)
-        solved.append(
-            Solved(builder, part.read(half), solution, alone.cost, whole.peak_usage, *memory)
-        )
+    for part, half in zip(parts, halves, strict=True):
+        alone = decide(part, part.problem(), half, solution)
+        solved.append(replace(alone, peak_bytes=whole.peak_usage))
     return _Served(solved[0], solved[1], whole.cost), solution
 
 
@@ -158,7 +154,7 @@ def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job
         replace(request, phase="decode", seq=1, context=request.seq + request.decode_steps - 1),
     )
     prefill, decode = (
-        assemble(solved.builder.graph, solved, rows, proven, replace(job, request=phase))
+        assemble(solved, rows, proven, replace(job, request=phase))
         for solved, phase, rows in zip(
             (best.prefill, best.decode), phases, (baselines, ()), strict=True
         )

@@ -21,11 +21,12 @@ from ...ir.ops.registry import kind_of, operator_of
 from ...ir.passes.latent import absorbed, expanded, numbers_per_token
 from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, PlanError
+from ..plan.decide import Solved
 from ..plan.plan import Baseline, PlanData
 from ..strategies.build import all_params
 from ..strategies.roles import Pin, Pins
 from .infeasible import explain
-from .search import Found, Job, Searched, Solved, assemble, ordinary_plans, search_meshes
+from .search import Found, Job, Searched, assemble, ordinary_plans, search_meshes
 
 Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
 _READ: dict[Form, str] = {
@@ -88,10 +89,8 @@ def make_plan(graph: Graph, job: Job) -> PlanData:
     def ordinary(variant: Variant, best: Solved) -> tuple[Baseline, ...]:
         return ordinary_plans(variant.graph, best, job.saying(variant.way))
 
-    def finish(
-        variant: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool
-    ) -> PlanData:
-        return assemble(variant.graph, best, rows, proven, job)
+    def finish(_: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool) -> PlanData:
+        return assemble(best, rows, proven, job)
 
     def explained(variant: Variant) -> InfeasibleError:
         return InfeasibleError(explain(variant.graph, job.cluster, job.setting, job.request))

@@ -1,0 +1,183 @@
+"""From a solver's assignment to the plan: choices in the graph's words, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...costmodel.memory import parameter_state_bytes
+from ...facts.mesh import Mesh
+from ...facts.spec import Spec
+from ...ir.graph import Graph, Node, Value
+from ...ir.ops.labels import factor_labels, label_dims
+from ...ir.ops.local import local_bytes
+from ...ir.ops.order import is_causal_self_attention
+from ...ir.ops.registry import find_op, kind_of, local_of, operator_of, rule_of
+from ..ilp.problem import ShardingProblem, evaluate
+from ..ilp.solve import Solution
+from ..strategies.build import Builder, Built, Decisions, all_params
+from ..strategies.pricing import Work
+from ..strategies.regions import scopes
+from .plan import Baseline, Memory, PlanData, Request, Search
+from .program import PricedStep, lower, priced_path
+from .split import spent_in_ops
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The optimum on one mesh."""
+
+    builder: Builder
+    decisions: Decisions
+    solution: Solution
+    seconds: float
+    peak_bytes: float
+    gradients: float
+    activations: float
+    transient: float
+
+
+def decide(
+    built: Built, problem: ShardingProblem, assignment: Sequence[int], solution: Solution
+) -> Solved:
+    """What an assignment of `problem`, that of `built`, stands for.
+
+    `solution` is the solver's answer to it, or to one of which it is a part.
+    """
+    evaluation = evaluate(problem, assignment)
+    gradients, activations, transient = built.memory_at(assignment, evaluation.peak_time)
+    return Solved(
+        built.builder,
+        _plain_order(built.builder.graph, built.read(assignment)),
+        solution,
+        evaluation.cost,
+        evaluation.peak_usage,
+        gradients,
+        activations,
+        transient,
+    )
+
+
+def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
+    """Without a causal attention over a sharded sequence the order of tokens does not matter."""
+    uses = any(
+        choice in ("ring", "gather")
+        for scope in scopes(graph)
+        for node in scope.nodes
+        if is_causal_self_attention(node)
+        for choice in decisions.choices[node.name]
+    )
+    return decisions if uses else replace(decisions, order="contiguous")
+
+
+def spent(solved: Solved) -> tuple[tuple[str, float], ...]:
+    """What the seconds of a solution go into."""
+    builder, decided = solved.builder, solved.decisions
+    work = _work(builder, decided)
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+
+
+def plan_of(
+    best: Solved, request: Request, search: Search, baselines: tuple[Baseline, ...]
+) -> PlanData:
+    """The plan that was decided, with every conversion that its program runs."""
+    builder, decisions = best.builder, best.decisions
+    graph = builder.graph
+    mesh = name_axes(graph, builder.network.mesh, decisions)
+    params = {ref.param.value.name for ref in all_params(graph)}
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
+
+    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in params)
+        paths[value.name, a, b] = priced_path(conversions, a, b)
+        return paths[value.name, a, b]
+
+    lower(graph, decisions, price_path, training=builder.setting.training)
+    work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
+    return PlanData(
+        request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s,
+        _memory(graph, best), baselines, search, _notes(graph),
+    )  # fmt: skip
+
+
+def _work(builder: Builder, decisions: Decisions) -> dict[str, Work]:
+    """One run of each node, by its name."""
+    return {
+        node.name: builder.work(node, decisions.choices[node.name])
+        for scope in scopes(builder.graph)
+        for node in scope.nodes
+    }
+
+
+def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
+    """Seconds of the optimizer's step."""
+    return sum(
+        ref.weight * builder.optimizer_s(ref, decisions.specs[ref.param.value.name])
+        for ref in all_params(builder.graph)
+    )
+
+
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
+    builder, sizes = best.builder, best.builder.sizes
+    setting = builder.setting
+    parameters = states = 0.0
+    for ref in all_params(graph):
+        value = ref.param.value
+        n = local_bytes(value, best.decisions.specs[value.name], sizes)
+        itemsize = value.type.dtype.itemsize
+        state = parameter_state_bytes(
+            n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
+        )
+        parameters += ref.weight * state.parameter
+        states += ref.weight * state.optimizer
+    kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
+
+
+def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
+    """The mesh with its axes named by their main use: dp, cp (sequence of attention) or tp.
+
+    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.
+    """
+    labels = label_dims(graph)
+    names: list[str] = []
+    for axis, _ in enumerate(mesh.axes):
+        votes: dict[str, float] = {}
+        for scope in scopes(graph):
+            for node in scope.nodes:
+                if flops := operator_of(node).flops(local_of(node)):
+                    use = _use_of(node, decisions.choices[node.name][axis], labels)
+                    votes[use] = votes.get(use, 0.0) + scope.weight * flops
+        names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
+    for name in list(names):
+        if names.count(name) > 1:
+            same = [k for k, other in enumerate(names) if other == name]
+            for count, k in enumerate(same, start=1):
+                names[k] = f"{name}{count}"
+    return Mesh(tuple((name, size) for name, (_, size) in zip(names, mesh.axes, strict=True)))
+
+
+def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
+    if choice in ("R", "V"):
+        return "tp"
+    if kind_of(node) == "experts" and "e" in rule_of(node).cuts(choice):
+        return "ep"
+    label = factor_labels(node, labels).get(choice, "")
+    return {"b": "dp", "s": "cp"}.get(label, "tp")
+
+
+def _notes(graph: Graph) -> tuple[str, ...]:
+    """Ops that have no rule run replicated: say which and where."""
+    seen: dict[str, str] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if find_op(node.op) is None:
+                seen.setdefault(node.op, str(node.loc))
+    return tuple(
+        f"`{op}` ({loc}) has no sharding rule and runs replicated" for op, loc in seen.items()
+    )
+
+
+__all__ = ["Solved", "decide", "name_axes", "plan_of", "spent"]
