@@ -14,10 +14,10 @@ from typing import Any
 import networkx as nx
 
 from ...costmodel.collective import wire_bytes
-from ...facts.blocks import local_shape
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, format_spec
 from ...ir.graph import Graph, Param, Value
+from ...ir.ops.local import local_bytes
 from ..plan.plan import PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
 
@@ -168,13 +168,9 @@ class _Writer:
             shape=list(first.value.type.shape),
             dtype=str(first.value.type.dtype).removeprefix("torch."),
             spec=format_spec(first.spec),
-            bytes=sum(self._bytes(item) for item in results),
+            bytes=sum(local_bytes(item.value, item.spec, self.mesh.sizes) for item in results),
             **{"seconds": 0.0, "communication_s": 0.0, **more},
         )
-
-    def _bytes(self, item: Sharded) -> int:
-        held = local_shape(item.value.type.shape, item.spec, self.mesh.sizes)
-        return prod(held) * item.value.type.dtype.itemsize
 
     def _use(self, user: str, items: Iterable[Sharded], at: Mapping[Sharded, _Made]) -> None:
         for item in dict.fromkeys(items):
