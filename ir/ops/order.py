@@ -9,8 +9,9 @@ dims are found here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeAlias
+
+import networkx as nx
 
 from ..graph import Graph, Loop, Node, Value
 from .attention import values_in_keys
@@ -18,6 +19,7 @@ from .registry import rule_of
 from .rule import Choice
 
 Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)
+_Alike: TypeAlias = "nx.Graph[Dim]"  # edges join dims that must be in one order
 _ATTENTION = "shardwright.attention"
 
 
@@ -27,28 +29,28 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
     Empty if there is no causal self-attention, or if a parameter has such a dim: parameters are
     kept in their own order.
     """
-    groups = _Groups()
+    alike: _Alike = nx.Graph()
     for item in graph.body:
         if isinstance(item, Loop):
-            _tie_loop(item, groups)
+            _tie_loop(item, alike)
         else:
-            _tie_node(item, groups)
+            _tie_node(item, alike)
     seen = [
-        groups.find((value.name, 2))
+        (value.name, 2)
         for node in graph.nodes
         if is_causal_self_attention(node)
         for value in node.operands[: 2 if values_in_keys(node) else 3]
     ]
-    tokens = set(seen)
+    alike.add_nodes_from(seen)
+    tokens = set[Dim]().union(*(nx.node_connected_component(alike, dim) for dim in seen))
     params = {p.value.name for p in graph.params} | {
         p.value.name for loop in graph.loops for block in loop.blocks for p in block.params
     }
     found: dict[str, set[int]] = {}
-    for name, dim in groups.members():
-        if groups.find((name, dim)) in tokens:
-            if name in params:
-                return {}
-            found.setdefault(name, set()).add(dim)
+    for name, dim in filter(tokens.__contains__, alike):
+        if name in params:
+            return {}
+        found.setdefault(name, set()).add(dim)
     return {name: frozenset(dims) for name, dims in found.items()}
 
 
@@ -72,35 +74,7 @@ def is_causal_self_attention(node: Node) -> bool:
     return bool(node.arg("causal")) and query.type.shape[2] == key.type.shape[2]
 
 
-class _Groups:
-    """Dims that must be in one order, as disjoint sets."""
-
-    def __init__(self) -> None:
-        self._leader: dict[Dim, Dim] = {}
-
-    def find(self, dim: Dim) -> Dim:
-        """The representative of the group of `dim`."""
-        self._leader.setdefault(dim, dim)
-        while self._leader[dim] != dim:
-            self._leader[dim] = self._leader[self._leader[dim]]
-            dim = self._leader[dim]
-        return dim
-
-    def join(self, dims: Iterable[Dim]) -> None:
-        """All of `dims` are in one order."""
-        first: Dim | None = None
-        for dim in dims:
-            if first is None:
-                first = self.find(dim)
-            else:
-                self._leader[self.find(dim)] = first
-
-    def members(self) -> list[Dim]:
-        """Every dim that was seen."""
-        return list(self._leader)
-
-
-def _tie_node(node: Node, groups: _Groups) -> None:
+def _tie_node(node: Node, alike: _Alike) -> None:
     """Dims that an axis cuts together: those with the same outermost factor, or one algorithm."""
     rule = rule_of(node)
     places: dict[str, list[Dim]] = {}
@@ -111,28 +85,28 @@ def _tie_node(node: Node, groups: _Groups) -> None:
             if major is not None and major not in rule.whole:
                 places.setdefault(major, []).append((value.name, number))
     for dims in places.values():
-        groups.join(dims)
+        nx.add_path(alike, dims)
     for way in rule.algorithms.values():
         states = zip((*node.operands, *node.outputs), (*way.operands, *way.results), strict=True)
-        groups.join((value.name, state) for value, state in states if state >= 0)
+        nx.add_path(alike, ((value.name, state) for value, state in states if state >= 0))
 
 
-def _tie_loop(loop: Loop, groups: _Groups) -> None:
+def _tie_loop(loop: Loop, alike: _Alike) -> None:
     outer = (*loop.carried, *loop.invariants)
     for block in loop.blocks:
         for node in block.nodes:
-            _tie_node(node, groups)
+            _tie_node(node, alike)
         for a, b in zip(block.inputs, outer, strict=True):
-            _tie_values(a, b, groups)
+            _tie_values(a, b, alike)
         for a, b in zip(block.outputs, loop.outputs, strict=True):
-            _tie_values(a, b, groups)
+            _tie_values(a, b, alike)
         for a, b in zip(block.inputs, loop.outputs, strict=False):
-            _tie_values(a, b, groups)
+            _tie_values(a, b, alike)
 
 
-def _tie_values(a: Value, b: Value, groups: _Groups) -> None:
+def _tie_values(a: Value, b: Value, alike: _Alike) -> None:
     for dim in range(len(a.type.shape)):
-        groups.join([(a.name, dim), (b.name, dim)])
+        alike.add_edge((a.name, dim), (b.name, dim))
 
 
 __all__ = ["fits_order", "is_causal_self_attention", "token_dims"]
