@@ -28,6 +28,7 @@ from ..passes.fold import fold
 from . import huggingface
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
+from .functions import OwnBackward, refusing_own_backward
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .location import first_calls, innermost_frame
 from .repeat import Repeats, cut, repeats
@@ -136,9 +137,17 @@ def export(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.items()}
     make = functools.partial(_fake, mode=fake)
-    with _mode(model, training), _attention(model, inputs, serving), _replaced(model, make):
+    gradients = refusing_own_backward() if training else nullcontext()
+    with (
+        _mode(model, training),
+        _attention(model, inputs, serving),
+        _replaced(model, make),
+        gradients,
+    ):
         try:
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
+        except OwnBackward as error:
+            raise CaptureError(str(error)) from error
         except Exception as error:  # `forward` is the user's code: it may raise anything
             raise CaptureError(_explain(model, error)) from error
     return program, tensors
@@ -407,6 +416,12 @@ def _with_data(
             raise CaptureError(
                 f"a tensor of shape {tuple(value.shape)} that `forward` uses has no values: it is "
                 "kept as a plain attribute of a module on the meta device. Register it as a buffer"
+            )
+        if value.is_complex():
+            raise CaptureError(
+                f"constant `{param.name}` is complex ({value.dtype}), which a plan can't hold yet; "
+                "make it in `forward` (torch.polar of real angles), or keep its cosines and sines "
+                "as two real buffers"
             )
         if value.numel() > _CONSTANT_LIMIT:
             raise CaptureError(

@@ -14,6 +14,7 @@ from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
 from ..graph.rewrite import live_items, with_operands
 from ..ops.indices import index_limits
 from ..ops.registry import find_op, kind_of, rule_of
+from .mixing import mixing_node
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
 
@@ -37,7 +38,8 @@ def serving_graph(graph: Graph, context: int) -> Graph:
 
     `context` is the number of tokens that are cached before.  Raises ServingError where the model
     has no input for positions or too few of them, no output `logits`, or another
-    attention than a causal one, or counts tokens in a way that is not known.
+    attention than a causal one, counts tokens in a way that is not known, or mixes them elsewhere
+    than in attention.
     """
     positions = _positions(graph)
     _check_length(graph, positions, context)
@@ -52,8 +54,10 @@ def serving_graph(graph: Graph, context: int) -> Graph:
             body.append(pass_.loop(item, known))
         elif told := counted.told(with_operands(item, {positions.name: known})):
             body.append(pass_.node(told, positions))
-    served = replace(graph, body=tuple(body))
-    return _named_inputs(_last_logits(_without_unread(served, clamp), positions), positions)
+    cached = _without_unread(replace(graph, body=tuple(body)), clamp)
+    served = _named_inputs(_last_logits(cached, positions), positions)
+    _check_mixing(graph, served.outputs[0])
+    return served
 
 
 def _named_inputs(graph: Graph, positions: Value) -> Graph:
@@ -90,6 +94,19 @@ def _check_length(graph: Graph, positions: Value, context: int) -> None:
         raise ServingError(
             f"{graph.name} has {min(rows)} positions, but {context} cached tokens and {tokens} new"
             f" ones need {context + tokens}; plan with a shorter sequence or context"
+        )
+
+
+def _check_mixing(graph: Graph, wanted: Output) -> None:
+    """Nothing that the output at the path of `wanted` is made of may mix tokens."""
+    read = [out.value.name for out in graph.outputs if out.path == wanted.path]
+    node = mixing_node(replace(graph, body=live_items(graph.body, read)))
+    if node is not None:
+        raise ServingError(
+            f"{node.loc}: `{node.op}` mixes the tokens of a sequence outside attention, as short"
+            " convolutions, linear attention and recurrences do (or has no rule that says it does"
+            f" not); the state that {graph.name} would keep of earlier tokens has no cache. Plan"
+            " phase train, or serve a model whose layers mix tokens by attention alone"
         )
 
 

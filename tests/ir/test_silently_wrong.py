@@ -1,0 +1,161 @@
+"""What would be silently wrong is refused before anything is planned, with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from shardwright.api import phase_graph
+from shardwright.ir.capture.capture import CaptureError, capture_folded
+from shardwright.ir.passes.serving import ServingError, serving_graph
+from shardwright.loading import load_target
+
+
+class Round(torch.autograd.Function):
+    """A straight-through estimate."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+apply_round = Round.apply  # bound before any capture begins
+
+
+class Net(nn.Module):
+    """A linear layer, and a function of its result."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.act = nn.Linear(8, 8), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.up(x)).sum()
+
+
+@pytest.mark.parametrize(
+    "act, said",
+    [
+        (lambda x: Round.apply(x), r"test_silently_wrong.py:\d+: the model calls `Round`, a torch"),
+        (lambda x: apply_round(x), r"test_silently_wrong.py:\d+: the model calls `Round`, a torch"),
+        (
+            lambda x: checkpoint(torch.relu, x, use_reentrant=True),
+            r"test_silently_wrong.py:\d+: torch.utils.checkpoint with `use_reentrant=True`",
+        ),
+    ],
+)
+def test_own_backwards_are_refused_where_gradients_matter(
+    act: Callable[[Tensor], Tensor], said: str
+) -> None:
+    inputs = {"x": torch.randn(2, 8)}
+    with pytest.raises(CaptureError, match=said):
+        capture_folded(Net(act), inputs, training=True)
+    capture_folded(Net(act), inputs, training=False)
+    assert torch.equal(apply_round(torch.tensor([0.6])), torch.tensor([1.0]))  # as it was
+
+
+def test_checkpoints_that_are_not_reentrant_are_captured() -> None:
+    act = lambda x: checkpoint(torch.relu, x, use_reentrant=False)  # noqa: E731
+    capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
+
+
+class Mixing(nn.Module):
+    """A decoder in which `mix` makes something of all tokens (b, t, h) besides."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        self.embed, self.qkv, self.head = nn.Embedding(16, 8), nn.Linear(8, 24), nn.Linear(8, 16)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        b, t = input_ids.shape
+        x = self.embed(input_ids) + position_ids[..., None]
+        q, k, v = (y.view(b, t, 2, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.mix(x) + mixed.transpose(1, 2).reshape(b, t, 8))
+
+
+def by_convolution(x: Tensor) -> Tensor:
+    y = F.pad(x.transpose(1, 2), (2, 0))
+    return F.conv1d(y, torch.ones(8, 1, 3), groups=8).transpose(1, 2)
+
+
+def by_linear_attention(x: Tensor) -> Tensor:
+    return (x @ x.transpose(1, 2)).tril() @ x
+
+
+def by_recurrence(x: Tensor) -> Tensor:
+    state, rows = torch.zeros_like(x[:, 0]), list[Tensor]()
+    for t in range(x.shape[1]):
+        state = 0.5 * state + x[:, t]
+        rows.append(state)
+    return torch.stack(rows, 1)
+
+
+MIXING: list[Callable[[Tensor], Tensor]] = [
+    by_convolution,
+    by_linear_attention,
+    by_recurrence,
+    lambda x: x.cumsum(1),
+    lambda x: x.roll(1, 1),
+    lambda x: x.flip(1),
+    lambda x: x - x.mean(1, keepdim=True),
+    lambda x: F.pad(x[:, :-1], (0, 0, 1, 0)),
+    lambda x: torch.cat((x[:, :1], x[:, :-1]), 1),
+]
+
+
+@pytest.mark.parametrize("mix", MIXING)
+def test_tokens_that_mix_outside_attention_are_not_served(mix: Callable[[Tensor], Tensor]) -> None:
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids}
+    graph = capture_folded(Mixing(mix), inputs, training=False, serving=True)
+    with pytest.raises(ServingError, match=r"test_silently_wrong.py:\d+: `aten.* mixes the tokens"):
+        serving_graph(graph, 0)
+
+
+def test_each_token_by_itself_is_served() -> None:
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    each = Mixing(lambda x: F.softmax(x.flatten(0, 1), -1).cumsum(-1).view(x.shape))
+    inputs = {"input_ids": ids, "position_ids": ids}
+    assert serving_graph(capture_folded(each, inputs, training=False, serving=True), 0).params
+
+
+MODEL = """import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.register_buffer("turn", torch.ones(4, dtype=torch.complex64), persistent=False)
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.up(x).float().unflatten(-1, (4, 2)))
+        return torch.view_as_real(pairs * self.turn)
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    return {"x": torch.randn(batch, seq, 8)}
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_complex_constants_are_refused(dtype: str, tmp_path: Path) -> None:
+    """They are not cast, which would lose their imaginary part."""
+    (tmp_path / "model.py").write_text(MODEL)
+    loaded = load_target(str(tmp_path / "model.py"), batch=2, seq=4, phase="train", dtype=dtype)
+    with pytest.raises(CaptureError, match=r"constant `turn` is complex \(torch.complex64\)"):
+        phase_graph(loaded, "train", 0)
