@@ -5,6 +5,7 @@ Words: an *axis* belongs to the mesh, a *dim* to a tensor, a *rank* is a process
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +23,7 @@ class Mesh:
         if not self.axes:
             raise ValueError("a mesh needs at least one axis")
         names = [name for name, _ in self.axes]
-        if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
+        if len(set(names)) != len(names) or not all(map(_can_be_variable, names)):
             raise ValueError(f"mesh axis names must be distinct identifiers, got {names}")
         if any(size < 1 for _, size in self.axes):
             raise ValueError(f"mesh axis sizes must be at least 1, got {self.axes}")
@@ -52,3 +53,8 @@ class Mesh:
 
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes)
+
+
+def _can_be_variable(name: str) -> bool:
+    """Generated modules call axes by their names."""
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

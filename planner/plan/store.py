@@ -11,7 +11,10 @@ from typing import Any
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, format_spec, parse_spec
 from ...facts.traffic import Traffic
+from ...ir.graph import Graph
+from ...ir.graph.names import check_names
 from ...ir.graph.serialize import graph_from_json, graph_to_json
+from ...ir.ops.registry import rule_of
 from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.conversion import Step
@@ -20,6 +23,7 @@ from .plan import Baseline, Memory, PlanData, Recache, Request, Search
 from .program import PricedStep
 
 SCHEMA = "shardwright.plan/1"
+_WORDS = ("phase", "dtype", "optimizer")  # fields that stand as they are in a generated module
 _PLAIN: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -94,15 +98,18 @@ def plan_from_json(data: object) -> PlanData:
         raise PlanError(f"plan field `schema` is `{schema}`; this version reads `{SCHEMA}`")
     try:
         graph = graph_from_json(reader.get("graph", dict))
+        check_names(graph)
     except ValueError as error:
         raise PlanError(f"plan field `graph`: {error}") from error
     axes = reader.rows("mesh", str, int)
+    decisions = _decisions(reader)
+    _check_choices(graph, decisions)
     search = reader.child("search")
     return PlanData(
         request=reader.build("request", Request),
         graph=graph,
         mesh=_mesh(axes),
-        decisions=_decisions(reader),
+        decisions=decisions,
         paths=dict(_path(row) for row in reader.children("conversions")),
         work={name: _work(reader, name) for name in reader.get("work", dict)},
         seconds=reader.get("seconds", float),
@@ -147,6 +154,16 @@ def _decisions(reader: _Reader) -> Decisions:
     if order not in ("contiguous", "zigzag"):
         raise PlanError(f"plan field `order` is `{order}`; expected contiguous or zigzag")
     return Decisions(choices, reader.specs("specs"), reader.specs("outputs"), recompute, order)
+
+
+def _check_choices(graph: Graph, decisions: Decisions) -> None:
+    for node in graph.nodes:
+        known = rule_of(node).choices()
+        if not set(decisions.choices.get(node.name, ("",))) <= set(known):
+            raise PlanError(
+                f"plan field `choices.{node.name}` must have, per mesh axis, one of "
+                f"{', '.join(known)}"
+            )
 
 
 def _path(row: _Reader) -> tuple[tuple[str, Spec, Spec], tuple[PricedStep, ...]]:
@@ -259,6 +276,8 @@ class _Reader:
         if annotation == "tuple[tuple[str, float], ...]":
             return self.rows(name, str, float)
         value = self.get(name, _PLAIN[annotation.removesuffix(" | None")])
+        if isinstance(value, str) and name in _WORDS and not value.isidentifier():
+            raise PlanError(f"`{self._where}.{name}` must be one word, got {value[:40]!r}")
         if isinstance(value, str) and not (value.isprintable() and '"""' not in value):
             raise PlanError(f"`{self._where}.{name}` must be one line of text, got {value[:40]!r}")
         return value
@@ -286,4 +305,6 @@ def read_plan(path: Path) -> PlanData:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanError(f"`{path}` is not JSON: line {error.lineno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        raise PlanError(f"`{path}` is no plan: {error}") from error
     return plan_from_json(data)
