@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -32,7 +32,8 @@ from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 from .conversion import Conversions, Network, spec_fits
 from .pricing import Work, buffer_bytes, cache_bytes, price
-from .regions import InLoop, Place, Region, Scope, Strategy, TopLevel, make_regions, scopes
+from .regions import InLoop, Place, Region, Strategy, TopLevel, make_regions, scopes
+from .times import Times
 
 Floats = NDArray[np.float64]
 
@@ -113,6 +114,14 @@ class _User:
     needs: list[tuple[Spec, ...]]
     weight: int
     place: Place  # users in one place share conversions
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The node of the problem that decides a value's spec, which is one for each strategy."""
+
+    node: int
+    specs: tuple[Spec, ...]
 
 
 @dataclass(slots=True)
@@ -277,14 +286,8 @@ class Builder:
     # -- the problem --------------------------------------------------------------------------
 
     def build(self, restriction: Restriction) -> Built:
-        """The problem under a restriction, with the index that `read` needs."""
-        built = Built(self, restriction)
-        built.add_sources()
-        built.add_regions()
-        built.add_outputs()
-        if built.least_memory() <= (self.setting.memory_bytes or np.inf):
-            built.add_edges()
-        return built
+        """The problem under a restriction, with what its nodes stand for."""
+        return _Building(self, restriction).build()
 
 
 def _block_values(graph: Graph) -> frozenset[str]:
@@ -326,41 +329,36 @@ def _aliases(graph: Graph) -> dict[str, str]:
     return alias
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """A problem under construction, then with its index."""
+    """A problem, and what its nodes stand for.
 
-    def __init__(self, builder: Builder, restriction: Restriction) -> None:
-        self.builder = builder
-        self.restriction = restriction
-        self.nodes: list[ProblemNode] = []
-        self.edges: list[Edge] = []
-        self.flows: dict[str, _Flow] = {}
-        self.strategies: list[list[Strategy]] = []  # of each region, as far as allowed
-        self.region_nodes: list[int] = []
-        self.output_nodes: dict[str, tuple[int, list[Spec]]] = {}
-        self.params = {ref.param.value.name for ref in all_params(builder.graph)}
-        self.times = _Times(builder.regions)
-        self.horizon = self.times.horizon
-        self.kept_usages: dict[int, int] = {}  # how many of a node's usages are for backward
-        self.gradient_usages: dict[int, int] = {}  # how many of a parameter's, the last ones
+    `strategies` are those of each region, as far as allowed, and `region_nodes` the regions' nodes;
+    `flows` has the node and the specs of each value, `output_nodes` those of the model's outputs.
+    `kept_usages`: how many of a node's usages, the first ones, are for backward or are caches;
+    `gradient_usages`: how many of a parameter's, the last ones, are of its gradient.
+    """
+
+    builder: Builder
+    nodes: tuple[ProblemNode, ...]
+    edges: tuple[Edge, ...]
+    flows: Mapping[str, Flow]
+    strategies: tuple[tuple[Strategy, ...], ...]
+    region_nodes: tuple[int, ...]
+    output_nodes: Mapping[str, Flow]
+    kept_usages: Mapping[int, int]
+    gradient_usages: Mapping[int, int]
+    horizon: int  # after all times at which anything is live
 
     def problem(self) -> ShardingProblem:
-        """The finished problem."""
+        """What a solver sees."""
         name = f"{self.builder.graph.name} on {self.builder.network.mesh}"
         limit = self.builder.setting.memory_bytes
-        return ShardingProblem(name, tuple(self.nodes), tuple(self.edges), limit)
+        return ShardingProblem(name, self.nodes, self.edges, limit)
 
     def least_memory(self) -> float:
-        """Bytes that are live at the fullest time when every node takes its smallest strategy.
-
-        More than the limit proves that no plan fits, before a single edge is priced.
-        """
-        change = np.zeros(self.horizon + 2)
-        for node in self.nodes:
-            for usage in node.usages:
-                change[usage.start] += usage.bytes.min()
-                change[usage.end] -= usage.bytes.min()
-        return float(np.cumsum(change).max())
+        """Bytes that are live at the fullest time when every node takes its smallest strategy."""
+        return _least_memory(self.nodes, self.horizon)
 
     def read(self, assignment: Sequence[int]) -> Decisions:
         """The decisions that an assignment stands for."""
@@ -377,7 +375,7 @@ class Built:
             for name, flow in self.flows.items()
             if name not in made
         }
-        outputs = {n: specs_[assignment[i]] for n, (i, specs_) in self.output_nodes.items()}
+        outputs = {n: out.specs[assignment[out.node]] for n, out in self.output_nodes.items()}
         setting = self.builder.setting
         return Decisions(choices, specs, outputs, setting.recompute, setting.order)
 
@@ -398,6 +396,56 @@ class Built:
                 else:
                     running += size
         return gradients, kept, running
+
+
+def _least_memory(nodes: Sequence[ProblemNode], horizon: int) -> float:
+    """See `Built.least_memory`: more than the limit proves that no plan fits, before a single edge
+    is priced."""
+    change = np.zeros(horizon + 2)
+    for node in nodes:
+        for usage in node.usages:
+            change[usage.start] += usage.bytes.min()
+            change[usage.end] -= usage.bytes.min()
+    return float(np.cumsum(change).max())
+
+
+class _Building:
+    """A problem under construction."""
+
+    def __init__(self, builder: Builder, restriction: Restriction) -> None:
+        self.builder = builder
+        self.restriction = restriction
+        self.nodes: list[ProblemNode] = []
+        self.edges: list[Edge] = []
+        self.flows: dict[str, _Flow] = {}
+        self.strategies: list[tuple[Strategy, ...]] = []
+        self.region_nodes: list[int] = []
+        self.output_nodes: dict[str, Flow] = {}
+        self.params = {ref.param.value.name for ref in all_params(builder.graph)}
+        self.times = Times(builder.regions)
+        self.kept_usages: dict[int, int] = {}
+        self.gradient_usages: dict[int, int] = {}
+
+    def build(self) -> Built:
+        """The problem; without edges where nothing fits the memory."""
+        self.add_sources()
+        self.add_regions()
+        self.add_outputs()
+        limit = self.builder.setting.memory_bytes
+        if limit is None or _least_memory(self.nodes, self.times.horizon) <= limit:
+            self.add_edges()
+        return Built(
+            self.builder,
+            tuple(self.nodes),
+            tuple(self.edges),
+            {name: Flow(flow.node, tuple(flow.specs)) for name, flow in self.flows.items()},
+            tuple(self.strategies),
+            tuple(self.region_nodes),
+            self.output_nodes,
+            self.kept_usages,
+            self.gradient_usages,
+            self.times.horizon,
+        )
 
     # 1. sources ---------------------------------------------------------------------------------
 
@@ -474,7 +522,7 @@ class Built:
             costs = np.array([self.builder.optimizer_s(ref, s) for s in specs])
         always = np.array([float(s.total - s.gradient) for s in states])
         gradient = np.array([float(s.gradient) for s in states])
-        usages = [Usage(0, self.horizon, ref.weight * always)]
+        usages = [Usage(0, self.times.horizon, ref.weight * always)]
         if trainable:
             usages += self._gradient(value.name, ref.weight, gradient)
         self.gradient_usages[len(self.nodes)] = len(usages) - 1
@@ -493,10 +541,10 @@ class Built:
             return []
         first, last = min(windows, key=lambda pair: pair[0].start)
         if weight == 1 or first == last:
-            return [Usage(first.start, self.horizon, weight * size)]
+            return [Usage(first.start, self.times.horizon, weight * size)]
         return [
             Usage(first.start, last.start, size),
-            Usage(last.start, self.horizon, weight * size),
+            Usage(last.start, self.times.horizon, weight * size),
         ]
 
     def flow(self, name: str) -> _Flow:
@@ -512,7 +560,7 @@ class Built:
             allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
             if not allowed:
                 self.restriction.no_strategy(region, self.builder.sizes)
-            strategies = allowed or list(region.strategies)
+            strategies = tuple(allowed) or region.strategies
             index = len(self.nodes)
             self.strategies.append(strategies)
             self.region_nodes.append(index)
@@ -570,7 +618,7 @@ class Built:
     def _region_node(
         self,
         region: Region,
-        strategies: list[Strategy],
+        strategies: Sequence[Strategy],
         time: int,
         keepers: dict[str, int],
     ) -> ProblemNode:
@@ -649,7 +697,7 @@ class Built:
             index = len(self.nodes)
             flow = self.flow(out.value.name)
             specs = self._storage(out.value, flow.specs)
-            self.output_nodes[out.value.name] = (index, specs)
+            self.output_nodes[out.value.name] = Flow(index, tuple(specs))
             self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))
             flow.users.append(_User(index, [(spec,) for spec in specs], 1, TopLevel()))
 
@@ -727,48 +775,6 @@ class Built:
             for target in dict.fromkeys(t for needs in user.needs for t in needs):
                 count[target] = count.get(target, 0) + 1
         return [target for target, n in count.items() if n > 1]
-
-
-class _Times:
-    """When what happens in a training step: regions run forward at 1, 2, ..., then backward.
-
-    The layers of a loop share their forward times.  In backward there are two windows for them:
-    in the first the last layer runs, when all layers' activations are there and no other layer's
-    gradients; in the last it is the other way round.  Between them memory goes from one to the
-    other in equal steps, so it is never above both.
-    """
-
-    def __init__(self, regions: list[Region]) -> None:
-        self._start: dict[int, int] = {}
-        self._windows: dict[int, tuple[range, range]] = {}
-        self._backward: dict[int, tuple[int, ...]] = {}
-        members: dict[int, list[int]] = {}
-        for time, region in enumerate(regions, start=1):
-            members.setdefault(id(region.scope), []).append(time)
-        now = len(regions) + 1
-        for scope, times in reversed(members.items()):
-            repeated = regions[times[0] - 1].scope.weight > 1
-            size = len(times)
-            first = range(now, now + size)
-            last = range(first.stop, first.stop + size) if repeated else first
-            now = last.stop
-            self._start[scope] = times[0]
-            self._windows[scope] = (first, last)
-            for time, *at in zip(reversed(times), first, last, strict=True):
-                self._backward[time] = tuple(dict.fromkeys(at))
-        self.horizon = now + 1  # the optimizer's step comes last
-
-    def start(self, scope: Scope) -> int:
-        """The forward time of the first region of a scope."""
-        return self._start[id(scope)]
-
-    def windows(self, scope: Scope) -> tuple[range, range]:
-        """The backward times of a scope's first and of its last run; the same if it runs once."""
-        return self._windows[id(scope)]
-
-    def backward(self, time: int) -> tuple[int, ...]:
-        """The backward times of the region that runs forward at `time`."""
-        return self._backward[time]
 
 
 def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
