@@ -360,14 +360,34 @@ def plan(
 def show(
     folder: _Folder,
     as_json: _AsJson = False,
+    module: Annotated[
+        bool, typer.Option("--module", help="print the generated module instead of the report")
+    ] = False,
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
         path = _existing_plan(folder)
+        if module:
+            _print_module(folder / MODULE_FILE)
+            return
         from .api import load_plan
 
         saved = load_plan(path)
         print(json.dumps(saved.to_json(), indent=2) if as_json else saved)
+
+
+def _print_module(path: Path) -> None:
+    """The text of a generated module, highlighted in a terminal, plain in a pipe or a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `plan MODEL --out {path.parent}` writes it")
+    text = path.read_text(encoding="utf-8")
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text, "python", word_wrap=True))
 
 
 @tools.command("verify")
