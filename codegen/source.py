@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
+
+from .allowed import check_module
 
 WIDTH = 100
 _METHOD = re.compile(r"(?<=\))\.\w+(\([^()]*\))?$")
@@ -130,6 +131,6 @@ def _split(text: str) -> list[str]:
 
 
 def check(source: str) -> str:
-    """`source`, after making sure that it is valid Python."""
-    ast.parse(source)
+    """`source`, after making sure that it holds what generated modules hold and nothing else."""
+    check_module(source)
     return source

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -114,7 +115,10 @@ class Operator:
 
     def emit(self, node: Node, render: Render) -> str:
         """The expression that runs the node on local tensors."""
-        args = [f"{name}={text}" for name, _ in node.args if (text := render.arg(name)) != "None"]
+        given = [(name, text) for name, _ in node.args if (text := render.arg(name)) != "None"]
+        args = [f"{name}={text}" for name, text in given if not iskeyword(name)]
+        reserved = [f'"{name}": {text}' for name, text in given if iskeyword(name)]  # `from`
+        args += [f"**{{{', '.join(reserved)}}}"] if reserved else []
         return f"torch.ops.{node.op}({', '.join(args)})"
 
     def saves(self, node: Node) -> tuple[Value, ...]:

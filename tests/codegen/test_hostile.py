@@ -23,7 +23,7 @@ HOSTILE = ('x"""); import os #', "x\nimport os", "__class__")
 
 
 class Decoder(nn.Module):
-    """Two blocks, an op without a rule, and a constant."""
+    """Two blocks, and an op without a rule whose arguments are `from` and `to`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class Decoder(nn.Module):
         x = self.embed(input_ids) + position_ids[..., None]
         for block in self.blocks:
             x = block(x)
-        return self.head(torch.nan_to_num(x))
+        noise = torch.empty_like(self.head.weight).uniform_(0.0, 0.1)
+        return F.linear(x, self.head.weight + noise)
 
 
 class Block(nn.Module):
@@ -116,7 +117,9 @@ def code(source: str) -> str:
 @pytest.mark.parametrize("phase", ["train", pytest.param("serve", marks=pytest.mark.slow)])
 def test_every_string_of_a_plan_is_refused_or_changes_no_code(phase: str) -> None:
     data = saved(phase)
-    honest = code(module_source(plan_from_json(data)))
+    source = module_source(plan_from_json(data))
+    assert "torch.ops.aten.uniform.default(" in source and '**{"from": 0.0}' in source
+    honest = code(source)
     refused: set[tuple[Any, ...]] = set()
     for path in places(data):
         for text in HOSTILE:
