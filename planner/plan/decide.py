@@ -25,7 +25,11 @@ from .split import spent_in_ops
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """The optimum on one mesh."""
+    """An assignment in the graph's words: what it decides, its seconds, and its bytes at the peak.
+
+    `activations` are what is kept for backward, or the KV caches; `transient` is what runs then.
+    `solution` is the solver's answer that it is taken from.
+    """
 
     builder: Builder
     decisions: Decisions
