@@ -37,41 +37,7 @@ _CONVERTED: Mapping[str, str] = {
     "nothing": "copy",
 }
 
-# What the results of operators are called where the user gives them no name
-_NOUNS: Mapping[str, str] = {
-    **dict.fromkeys("eq ne lt le gt ge logical_and logical_or logical_not".split(), "mask"),
-    **dict.fromkeys("bitwise_and bitwise_or bitwise_not __and__ __or__".split(), "mask"),
-    **dict.fromkeys("silu gelu relu elu leaky_relu mish hardswish softplus".split(), "activated"),
-    **dict.fromkeys("matmul bmm mm einsum baddbmm linear addmm affine".split(), "product"),
-    **dict.fromkeys("softmax".split(), "probabilities"),
-    **dict.fromkeys("rms_norm layer_norm group_norm".split(), "normed"),
-    **dict.fromkeys("gather index index_select embedding".split(), "picked"),
-    **dict.fromkeys("zeros zeros_like new_zeros".split(), "zeros"),
-    **dict.fromkeys("ones ones_like new_ones".split(), "ones"),
-    **dict.fromkeys("full full_like new_full scalar_tensor".split(), "filled"),
-    **dict.fromkeys("attention cached_attention".split(), "mixed"),
-    **dict.fromkeys("pow square".split(), "power"),
-    **dict.fromkeys("sum cumsum add".split(), "total"),
-    **dict.fromkeys("sub rsub diff".split(), "difference"),
-    **dict.fromkeys("div floor_divide".split(), "quotient"),
-    **dict.fromkeys("chunk split split_with_sizes unbind".split(), "part"),
-    "mul": "scaled",
-    "neg": "negative",
-    "cat": "joined",
-    "stack": "stacked",
-    "where": "chosen",
-    "masked_fill": "masked",
-    "arange": "positions",
-    "topk": "top",
-    "sort": "sorted",
-    "sigmoid": "gate",
-    "moe": "mixed",
-    "cross_entropy": "loss",
-    "rsqrt": "inverse_root",
-    "argmax": "best",
-}
-
-
+# What several results are called
 _SEVERAL: Mapping[str, tuple[str, ...]] = {
     "part": ("first", "second", "third", "fourth"),
     "top": ("top_values", "top_indices"),
@@ -190,25 +156,10 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names) -> Base:
     tail = node.loc.module.rpartition(".")[2]
     if tail and not tail.isdigit() and _owns(node):
         return Base(tail)
-    operator = node.op.split(".")[1].strip("_")
     first = item.operands[0] if item.operands else None
     if first is not None and len(node.outputs) == 1 and _shows(node):
         return Base(names.base(first).name, False, first)
-    return Base(_NOUNS.get(operator, operator))
-
-
-_KEEPS = (
-    "to",
-    "_to_copy",
-    "dropout",
-    "contiguous",
-    "clone",
-    "detach",
-    "expand",
-    "slice",
-    "select",
-    "clamp",
-)
+    return Base(operator_of(node).noun or node.op.split(".")[1].strip("_"))
 
 
 def words_of(statements: Iterable[Statement]) -> dict[str, str]:
@@ -246,7 +197,7 @@ def _words(node: Node, words: Mapping[str, str]) -> dict[str, str]:
 
 def _shows(node: Node) -> bool:
     """Is the result the first operand in another form?"""
-    return is_view(node) or node.op.split(".")[1].strip("_") in _KEEPS
+    return is_view(node) or operator_of(node).shows
 
 
 def _owns(node: Node) -> bool:

@@ -66,4 +66,8 @@ def _emit_diff(node: Node, render: Render) -> str:
 
 FAMILY.add("aten.diff.default", Light(_diff_rule, _emit_diff))
 
+FAMILY.called("probabilities", "softmax")
+FAMILY.called("total", "cumsum")
+FAMILY.called("difference", "diff")
+
 __all__ = ["FAMILY"]

@@ -403,6 +403,7 @@ class Attention(Operator):
     kind: Kind = "attention"
     words = WORDS
     in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})
+    noun = "mixed"
     spent_on = "attention"
 
     def rule(self, node: Node) -> Rule:

@@ -136,6 +136,7 @@ class CachedAttention(Operator):
 
     kind: Kind = "attention"
     words = WORDS
+    noun = "mixed"
     spent_on = "attention"
     remembers = "cache"
 

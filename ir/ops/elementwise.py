@@ -298,6 +298,7 @@ class Cast(Light):
     """To a dtype, which may be that of the operand."""
 
     aliases = True
+    shows = True
 
 
 def _cast_rule(node: Node) -> Rule:
@@ -322,5 +323,25 @@ FAMILY.add(
     "aten.polar.default",
     Light(broadcasting(uneven=False), "torch.polar({abs}, {angle})", saves=("result",)),
 )
+
+for _name in ("contiguous", "clone", "detach", "clamp"):
+    FAMILY[f"aten.{_name}.default"].shows = True
+
+FAMILY.called("mask", "eq ne lt le gt ge logical_and logical_or logical_not")
+FAMILY.called("mask", "bitwise_and bitwise_or bitwise_not __and__ __or__")
+FAMILY.called("activated", "silu gelu relu elu leaky_relu mish hardswish softplus")
+FAMILY.called("power", "pow square")
+FAMILY.called("total", "add")
+FAMILY.called("difference", "sub rsub")
+FAMILY.called("quotient", "div floor_divide")
+FAMILY.called("zeros", "zeros_like")
+FAMILY.called("ones", "ones_like")
+FAMILY.called("filled", "full_like")
+FAMILY.called("scaled", "mul")
+FAMILY.called("negative", "neg")
+FAMILY.called("chosen", "where")
+FAMILY.called("masked", "masked_fill")
+FAMILY.called("gate", "sigmoid")
+FAMILY.called("inverse_root", "rsqrt")
 
 __all__ = ["FAMILY"]

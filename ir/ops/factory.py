@@ -89,4 +89,9 @@ FAMILY.add(
     "aten.scalar_tensor.default", Light(opaque, _emit_factory("torch.tensor", "s"), ties=_free)
 )
 
+FAMILY.called("zeros", "zeros new_zeros")
+FAMILY.called("ones", "ones new_ones")
+FAMILY.called("filled", "full new_full scalar_tensor")
+FAMILY.called("positions", "arange")
+
 __all__ = ["FAMILY"]

@@ -229,4 +229,6 @@ def _emit_index(node: Node, render: Render) -> str:
 
 FAMILY.add("aten.index.Tensor", Light(_index_rule, _emit_index, saves=("indices",)))
 
+FAMILY.called("picked", "gather index index_select embedding")
+
 __all__ = ["FAMILY", "Embedding", "LastToken"]

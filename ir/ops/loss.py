@@ -24,6 +24,7 @@ _COUNT_BYTES = 8  # the number of labels is an int64
 class CrossEntropy(Operator):
     """Mean or sum of -log p(label) over tokens that count; the vocabulary may be cut."""
 
+    noun = "loss"
     words: Mapping[str, str] = MappingProxyType({"v": "vocabulary"})
 
     def rule(self, node: Node) -> Rule:

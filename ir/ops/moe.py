@@ -236,6 +236,7 @@ class Experts(Operator):
             "dispatch_i1": "experts, tokens sent to them",
         }
     )
+    noun = "mixed"
     spent_on = "experts"
 
     def rule(self, node: Node) -> Rule:

@@ -53,4 +53,6 @@ FAMILY.add(
     "aten.rms_norm.default", Norm(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
 )
 
+FAMILY.called("normed", "rms_norm layer_norm")
+
 __all__ = ["FAMILY"]

@@ -96,6 +96,10 @@ class Operator:
     words: Mapping[str, str] = MappingProxyType({})
     # what its time is counted as in reports
     spent_on: str = "other ops"
+    # what its result is called where the user gives it no name; its own name if it has none
+    noun: str = ""
+    # is its result the operand in another form, which goes by the same name?
+    shows: bool = False
     # is its module named by it: the main op of a layer?
     names_module: bool = False
     # may its small result be summed up over ranks inside a region, as the mean of a norm?
@@ -262,6 +266,15 @@ class Family(dict[str, Operator]):
             if name in self:
                 raise ValueError(f"duplicate registration of op `{name}`")
             self[name] = op
+
+    def called(self, noun: str, names: str) -> None:
+        """What the results of these operators are called: all overloads of `add`, `pow`."""
+        for name in names.split():
+            found = [op for key, op in self.items() if key.split(".")[1] == name]
+            if not found:
+                raise ValueError(f"there is no op `{name}` that could be called `{noun}`")
+            for op in found:
+                op.noun = noun
 
 
 def named_values(node: Node, entries: Sequence[str]) -> tuple[Value, ...]:

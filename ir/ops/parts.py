@@ -265,4 +265,8 @@ FAMILY.add(
     "aten.pad.default aten.constant_pad_nd.default", Pad(_pad_rule, _emit_pad, ties=_tie_pad)
 )
 
+FAMILY.called("part", "chunk split split_with_sizes unbind")
+FAMILY.called("joined", "cat")
+FAMILY.called("stacked", "stack")
+
 __all__ = ["FAMILY"]

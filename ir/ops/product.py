@@ -205,4 +205,6 @@ FAMILY.add(
     Product(_einsum_rule, _emit_einsum, saves=("tensors",)),
 )
 
+FAMILY.called("product", "matmul bmm mm einsum linear addmm affine")
+
 __all__ = ["FAMILY", "Product", "product_dims"]

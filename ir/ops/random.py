@@ -16,6 +16,7 @@ FAMILY = Family()
 class Dropout(Light):
     """Zeros at random places while training."""
 
+    shows = True
     in_eval: Mapping[str, Arg] = MappingProxyType({"train": False})
 
 

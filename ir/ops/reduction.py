@@ -143,4 +143,7 @@ FAMILY.add(
     Light(_reduce(additive=False), _emit_vector_norm, saves=("self", "result")),
 )
 
+FAMILY.called("total", "sum")
+FAMILY.called("best", "argmax")
+
 __all__ = ["FAMILY"]

@@ -75,4 +75,7 @@ for _name, _template in (
 ):
     FAMILY.add(_name, Light(_scatter_rule, _template, saves=("index",), ties=_tie_scatter))
 
+FAMILY.called("top", "topk")
+FAMILY.called("sorted", "sort")
+
 __all__ = ["FAMILY"]
