@@ -61,6 +61,35 @@ def last_token(x: Tensor, positions: Tensor, axis: Axis | None = None) -> Tensor
     return own.masked_fill(elsewhere.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: Literal["halves", "pairs", "apart"] = "halves",
+) -> Tensor:
+    """Rotary position embedding of x (..., d): (a, b) -> (a cos - b sin, b cos + a sin).
+
+    The planes (a, b) are numbers in the same place of both `halves` of the last dim, or `pairs` of
+    neighbours; `apart` takes pairs and puts all first coordinates before the second ones.  `cos`
+    and `sin` broadcast against `x`; their last dim is d/2, a number for each plane, or d.
+    """
+    first, second = _coordinates(x, pairing)
+    if cos.size(-1) == x.size(-1):
+        (cos, cos_2), (sin, sin_2) = _coordinates(cos, pairing), _coordinates(sin, pairing)
+    else:
+        cos_2, sin_2 = cos, sin
+    turned = first * cos - second * sin, second * cos_2 + first * sin_2
+    return torch.stack(turned, -1).flatten(-2) if pairing == "pairs" else torch.cat(turned, -1)
+
+
+def _coordinates(x: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
+    """The first and the second coordinates of the planes in the last dim."""
+    if pairing != "halves":
+        return x[..., ::2], x[..., 1::2]
+    first, second = x.chunk(2, -1)
+    return first, second
+
+
 # --- cross entropy -------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_unflatten
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from ..graph.rewrite import flat, remove_dead
 from ..passes.fold import fold
+from ..passes.invariants import computed_once
+from ..passes.raising import raised
 from . import huggingface
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
@@ -68,8 +70,9 @@ def capture_folded(
     serving: bool = False,
     rebuild: Callable[[], nn.Module] | None = None,
 ) -> Graph:
-    """`fold(capture(...))`, but fast for deep models: layers that repeat are not all exported.
+    """The folded graph, but fast for deep models: layers that repeat are not all exported.
 
+    Formulas that the model writes out are one operator each, and nothing is computed twice.
     Arguments and errors as `capture`.
     """
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
@@ -86,8 +89,8 @@ def capture_folded(
             graph = whole()
         extended = _extended(graph, short)
         if extended is not None:
-            return extended
-    return whole()
+            return computed_once(raised(extended))
+    return computed_once(raised(whole()))
 
 
 def _extended(graph: Graph, short: Repeats) -> Graph | None:

@@ -19,6 +19,7 @@ from . import (
     product,
     random,
     reduction,
+    rotary,
     routing,
     shape,
 )
@@ -32,6 +33,7 @@ for _family in (
     random.FAMILY,
     along.FAMILY,
     norm.FAMILY,
+    rotary.FAMILY,
     reduction.FAMILY,
     shape.FAMILY,
     parts.FAMILY,

@@ -274,6 +274,17 @@ example(
     lambda d: {"input": d.x(4, 6, 8), "normalized_shape": (8,), "weight": d.x(8), "eps": 1e-6},
     lambda d: {"input": d.x(4, 6, 8), "normalized_shape": (8,)},
 )
+example(
+    "shardwright.rotary",
+    lambda d: {
+        "x": d.x(2, 4, 6, 8),
+        "cos": d.x(1, 1, 6, 4),
+        "sin": d.x(1, 1, 6, 4),
+        "pairing": "halves",
+    },
+    lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 8), "sin": d.x(6, 8), "pairing": "pairs"},
+    lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 4), "sin": d.x(6, 4), "pairing": "apart"},
+)
 _reduced: tuple[Example, ...] = (
     lambda d: {"self": d.x(), "dim": (-1,)},
     lambda d: {"self": d.x(), "dim": (0, 2), "keepdim": True},
