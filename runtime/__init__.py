@@ -15,7 +15,9 @@ from .attention import (
     usp_attention,
     window_attention,
 )
+from .batches import Input, Output, Outputs
 from .cache.cache import CacheFullError, KVCache, PageTable
+from .cache.declared import Cache
 from .gathering.ahead import Gather
 from .gathering.regather import regathering
 from .launch import RankError, RankPool, run_ranks
@@ -23,7 +25,7 @@ from .mesh.collectives import Axis
 from .mesh.counter import CollectiveCounter, count_collectives
 from .mesh.mesh import Mesh
 from .module.layers import Layer, per_layer
-from .module.module import Cache, Input, Output, Outputs, ShardedModule
+from .module.module import ShardedModule
 from .module.nested import Sharded
 from .module.parameters import Param, Part
 from .module.tree import Namespace

@@ -50,7 +50,7 @@ from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
 from .runtime import RankError, run_ranks
-from .runtime.cache.pools import TOKENS
+from .runtime.cache.declared import TOKENS
 
 MODULE_FILE = "sharded_model.py"
 

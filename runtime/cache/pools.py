@@ -9,21 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from ...facts.blocks import blocks, local_shape
+from ...facts.blocks import local_shape
 from ...facts.spec import Spec, parse_spec
+from ..mesh.collectives import Axis
+from ..mesh.mesh import Mesh
+from ..mesh.parts import ways
 from .cache import PAGE, KVCache, PageTable
-
-if TYPE_CHECKING:
-    from ..mesh.collectives import Axis
-    from ..mesh.mesh import Mesh
-    from ..module.module import Cache
-
-BATCH, HEADS, TOKENS = 0, 1, 2  # dims of a cache's spec
+from .declared import BATCH, TOKENS, Cache, without_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,36 +102,12 @@ class Pools:
         return self.caches[name]
 
 
-def specs_of(declared: Mapping[str, Cache]) -> dict[str, Spec]:
-    """The layout of each cache."""
-    return {name: parse_spec(cache.spec) for name, cache in declared.items()}
-
-
-def without_heads(spec: Spec) -> Spec:
-    """The same cuts of batch and tokens."""
-    return tuple(state if state in (BATCH, TOKENS) else -1 for state in spec)
-
-
-def ways(spec: Spec, mesh: Mesh, dim: int) -> int:
-    """Into how many parts `spec` cuts a dim."""
-    return prod(size for state, size in zip(spec, mesh.sizes, strict=True) if state == dim)
-
-
 def owner_of(axes: Sequence[Axis]) -> tuple[int, int]:
     """(how many ranks share a sequence over `axes`, which of them this is)."""
     rank = 0
     for axis in axes:
         rank = rank * axis.size + axis.rank
     return prod(axis.size for axis in axes), rank
-
-
-def own_part(x: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
-    """This rank's part of what all ranks have, a view.
-
-    Of lengths (b,) and positions (b, t) a table's spec cuts the batch alone: tokens are its dim 2.
-    """
-    own = blocks(x.shape, spec, mesh.sizes, mesh.coordinates)
-    return x[tuple(slice(part.start, part.stop) for part in own)]
 
 
 def highest(number: int, mesh: Mesh) -> int:

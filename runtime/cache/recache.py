@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,8 @@ from ..mesh.collectives import Move
 from ..mesh.mesh import Mesh
 from .cache import PAGE, CacheFullError, KVCache, PageTable
 from .cache import Step as Stored
-from .pools import BATCH, HEADS, TOKENS, Pools, highest, owner_of, without_heads
-
-if TYPE_CHECKING:
-    from ..module.module import Cache
+from .declared import BATCH, HEADS, TOKENS, Cache, without_heads
+from .pools import Pools, highest, owner_of
 
 Path: TypeAlias = tuple[Spec, ...]
 NUMBERS = 3

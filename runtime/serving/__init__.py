@@ -1,1 +1,1 @@
-"""Prefill, decode, append and generation over caches."""
+"""Serving: tokens in, logits out, over KV caches; and generation."""

@@ -213,7 +213,7 @@ def convert_on_rank(
     model.new_cache(len(ids), PROMPT + NEW)
     model.prefill(ids)
     with count_collectives() as counter:
-        model._served().lay_out("decode")
+        model.serving.lay_out("decode")
     moved = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
     return moved, model.generate(ids, NEW, lengths=[PROMPT, 9, 17, 1])
 

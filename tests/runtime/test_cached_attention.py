@@ -31,7 +31,7 @@ from shardwright.runtime.attention.volumes import (
     ring_volume,
     tree_volume,
 )
-from shardwright.runtime.serving.generate import arrange
+from shardwright.runtime.serving.arrange import arrange
 
 Pool = Callable[[int], RankPool]
 F64 = torch.float64

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,14 +18,20 @@ from shardwright.runtime import (
     Cache,
     CacheFullError,
     Input,
+    KVCache,
     Output,
+    PageTable,
     Param,
     RankError,
     RankPool,
     ShardedModule,
     ops,
 )
-from shardwright.runtime.serving.generate import arrange, compact, next_tokens
+from shardwright.runtime.cache.pools import Pools
+from shardwright.runtime.serving.arrange import arrange
+from shardwright.runtime.serving.generate import next_tokens
+from shardwright.runtime.serving.program import Program
+from shardwright.runtime.serving.prompts import compact
 
 Pool = Callable[[int], RankPool]
 F64, I64 = torch.float64, torch.int64
@@ -107,13 +114,16 @@ def two_programs(mesh: dict[str, int]) -> type:
     whole = Input("S0,R,R", (4, 1), I64, (0,), VOCAB)
 
     class Two(base):  # pyright: ignore
-        def inputs_of(self, phase: str) -> Any:
-            return {"input_ids": whole, "position_ids": whole} if phase == "decode" else self.INPUTS
+        def programs(self) -> Any:
+            programs = super().programs()
+            inputs = {"input_ids": whole, "position_ids": whole}
+            return {
+                **programs,
+                "decode": Program(inputs, self.OUTPUTS, self.CACHES, self.by_tree),
+            }
 
-        def _run(self, phase: str, **local: Tensor) -> Any:
-            if phase != "decode":
-                return self(**local)
-            return self.pack(self.logits(local["input_ids"], local["position_ids"], "tree"))
+        def by_tree(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+            return self.pack(self.logits(input_ids, position_ids, "tree"))
 
     return Two
 
@@ -441,22 +451,20 @@ def lay_out_anew() -> list[Any]:
     with pytest.raises(ValueError, match="cannot go back to 30 tokens"):
         model.truncate([30])
     after = model.append(tokens[:, 41:])
-    serving = model._served()
+    serving = model.serving
     serving.fill(CONTEXT, "decode")
     kept = model.layers[0].kv.lengths.tolist()
     with pytest.raises(ValueError, match="cannot go back"):
         model.truncate([CONTEXT - 2])
-    set_cache = model.set_cache
+    add_cache = Pools.add_cache
 
-    def fail(name: str, cache: Any) -> None:
+    def fail(pools: Pools, name: str, table: PageTable) -> KVCache:
         if name == "layers.1.kv":
             raise MemoryError
-        set_cache(name, cache)
+        return add_cache(pools, name, table)
 
-    model.set_cache = fail
-    with pytest.raises(MemoryError):
+    with patch.object(Pools, "add_cache", fail), pytest.raises(MemoryError):
         model.append(tokens[:, :1])
-    model.set_cache = set_cache
     assert model.cached_lengths.tolist() == [0]
     return [first, again, after, kept, model.prefill(tokens)]
 
@@ -630,7 +638,7 @@ def fill_and_demonstrate(
     made = toy(mesh, algorithm, window, PHASE="decode", CONTEXT=CONTEXT, OPTIMIZER="none")
     model = made.from_state_dict(weights())
     model.new_cache(4, CONTEXT + 16)
-    model._served().fill(CONTEXT)
+    model.serving.fill(CONTEXT)
     table = model.layers[0].kv.table
     kept = [row[row >= 0].tolist() for row in table.positions]
     assert model.cached_lengths.tolist() == [CONTEXT] * 4

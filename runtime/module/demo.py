@@ -1,0 +1,170 @@
+"""The demonstration of a module: steps on random weights and batches, with time and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..batches import look_up, random_batch, shard_inputs
+from ..cache.declared import specs_of
+from ..mesh.mesh import Mesh
+from ..serving.program import Program, ServePhase
+from ..serving.serving import Serving
+
+OptimizerName: TypeAlias = Literal["adamw", "sgd", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Times `steps` steps of all ranks after a first; rank 0 prints."""
+
+    mesh: Mesh
+    steps: int
+
+    def best(
+        self, what: str, step: Callable[[], str], before: Callable[[], None] = lambda: None
+    ) -> float:
+        """Seconds of the fastest step; each is printed, and what `step` returns behind it.
+
+        `before` each of them, not timed, comes what it needs.
+        """
+        seconds: list[float] = []
+        for number in range(self.steps + 1):
+            before()
+            _wait_for_all(self.mesh)
+            start = time.perf_counter()
+            said = step()
+            _wait_for_all(self.mesh)
+            seconds.append(time.perf_counter() - start)
+            if self.mesh.rank == 0:
+                label = f"{what} {number}" if number else "warm-up"
+                print(f"{label}: {seconds[-1] * 1e3:.1f} ms{said}", flush=True)
+        return min(seconds[1:])
+
+    def say(self, text: str) -> None:
+        """Rank 0 prints a result and the peak memory so far."""
+        if self.mesh.rank == 0:
+            peak = _peak_bytes(self.mesh.device) / 1e9
+            print(f"{self.mesh}: {text}, peak {peak:.2f} GB on rank 0", flush=True)
+
+
+def demonstrate(
+    model: nn.Module, program: Program, optimizer: OptimizerName | None, clock: Clock
+) -> None:
+    """Steps of training, or, where `optimizer` is None, forward passes of `model`."""
+    batch = shard_inputs(program.inputs, random_batch(program.inputs), clock.mesh)
+    if optimizer is None:
+        step = partial(_forward, program, batch)
+    else:
+        step = partial(_train, model, program, batch, _make_optimizer(optimizer, model))
+    best = clock.best("step", step)
+    clock.say(f"best {best * 1e3:.1f} ms per step")
+
+
+def demonstrate_serving(
+    room: Callable[[int, int], Serving], planned: Mapping[ServePhase, Program], clock: Clock
+) -> None:
+    """Time each phase that the module was planned for, the first of which begins with prompts.
+
+    `room(batch, tokens)` gives what serves as many.  A phase runs over a cache as full as planned,
+    of random keys and values.  Then caches are converted, if the phases lay them out differently.
+    """
+    programs = list(planned.values())
+    first, last = programs[0], programs[-1]
+    longest = max(program.tokens.shape[1] + program.context for program in programs)
+    serving = room(first.tokens.shape[0], longest)
+    for phase, program in planned.items():
+        _time_phase(serving, phase, program, clock)
+    if specs_of(first.caches) != specs_of(last.caches):
+        _time_conversion(serving, first.tokens.shape, clock)
+
+
+def _time_phase(serving: Serving, phase: ServePhase, program: Program, clock: Clock) -> None:
+    (batch, tokens), context = program.tokens.shape, program.context
+    ids = random_batch(program.inputs)["input_ids"]
+    if context:
+        serving.fill(context, phase)
+    best = clock.best(phase, partial(_serve, serving, phase, ids, context))
+    cached = f" over {context} cached ones" if context else ""
+    clock.say(
+        f"best {best * 1e3:.1f} ms per {phase} of {batch} x {tokens} tokens{cached}, "
+        f"{batch * tokens / best:,.0f} tokens/s"
+    )
+
+
+def _time_conversion(serving: Serving, shape: Sequence[int], clock: Clock) -> None:
+    """Time the conversion of prompts' caches to the layout of decode."""
+    batch, tokens = shape
+
+    def convert() -> str:
+        serving.lay_out("decode")
+        return ""
+
+    best = clock.best("conversion", convert, before=partial(serving.fill, tokens))
+    clock.say(f"best {best * 1e3:.1f} ms per conversion of {batch} x {tokens} cached tokens")
+
+
+def _serve(serving: Serving, phase: ServePhase, ids: Tensor, context: int) -> str:
+    """One step from `context` cached tokens on."""
+    if phase == "prefill":
+        serving.prefill(ids)
+    else:
+        serving.truncate([context] * len(ids))
+        serving.step(phase, ids, torch.full((len(ids),), ids.shape[1]))
+    return ""
+
+
+def _forward(program: Program, batch: Mapping[str, Tensor]) -> str:
+    with torch.no_grad():
+        program.run(**batch)
+    return ""
+
+
+def _train(
+    model: nn.Module,
+    program: Program,
+    batch: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> str:
+    """One step on the scalar output if there is one, else on the sum of all that are trained."""
+    out = program.run(**batch)
+    results = [look_up(out, output.path) for output in program.outputs]
+    trained = [result for result in results if result.requires_grad]
+    scalars = [result for result in trained if result.ndim == 0]
+    loss = scalars[0] if scalars else torch.stack([r.float().sum() for r in trained]).sum()
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return f", loss {loss.item():.4f}" if scalars else ""
+
+
+def _make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if kind == "none" or not trained:
+        return None
+    return torch.optim.AdamW(trained) if kind == "adamw" else torch.optim.SGD(trained)
+
+
+def _wait_for_all(mesh: Mesh) -> None:
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    if mesh.size > 1:
+        dist.barrier()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most bytes held so far: of tensors on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

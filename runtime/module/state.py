@@ -1,0 +1,208 @@
+"""The tensors of a module and those of the original model: in from checkpoints, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...facts.blocks import blocks, local_shape
+from ...facts.spec import parse_spec
+from ..mesh.mesh import Mesh, stable_seed
+from ..mesh.parts import gather_whole
+from .checkpoint import Experts, OwnNames, Source, StateDict, Writer
+from .parameters import Original, Param
+from .tree import find, owner_of
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a rank holds, under the names of `table` in `root`, of the tensors `originals`."""
+
+    root: nn.Module
+    table: Mapping[str, Param]
+    originals: Mapping[str, Original]
+    mesh: Mesh
+
+    def local(self, name: str) -> Tensor:
+        """This rank's slice of the parameter, buffer or constant of that name."""
+        if name not in self.table and name in self.originals:
+            parts = ", ".join(self.originals[name].params)
+            raise KeyError(f"this module keeps `{name}` in parts: {parts}")
+        return find(self.root, name)
+
+    # --- in --------------------------------------------------------------------------------------
+
+    def register(self, shared: State | None) -> None:
+        """Make the tensors, zeros but for constants; or take those of `shared`.
+
+        Raises ValueError where a layer has made one already, of another shape.
+        """
+        for name, param in self.table.items():
+            tensor = self._made(name, param) if shared is None else shared.local(name)
+            aliases = param.aliases if param.part is None else ()
+            for key in (name, *aliases):
+                owner, leaf = owner_of(self.root, key)
+                if isinstance(tensor, nn.Parameter):
+                    owner.register_parameter(leaf, tensor)
+                else:
+                    owner.register_buffer(leaf, tensor, persistent=param.kind == "buffer")
+            if param.kind == "constant" and shared is None:
+                data = torch.tensor(param.data, dtype=param.dtype).reshape(param.shape)
+                self._fill(name, StateDict({name: data}), name)
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        """This rank's slices of full tensors, under the names of the original or similar ones.
+
+        Raises ValueError listing everything that is missing, unexpected, given twice or of the
+        wrong shape; then, one by one, what has the wrong dtype or differs from what it is tied to.
+        """
+        wanted = {n: o for n, o in self.originals.items() if o.kind != "constant"}
+        named = OwnNames(source, wanted)
+        given = set(named.names())
+        keys = {
+            name: [key for key in (name, *original.aliases) if key in given]
+            for name, original in wanted.items()
+        }
+        problems = self._problems(named, keys)
+        if problems:
+            raise ValueError(
+                f"{source.title} does not fit this module ({len(problems)} problems):\n  "
+                + "\n  ".join(problems)
+            )
+        for name, (first, *others) in keys.items():
+            self._fill(name, named, first)
+            for key in others:
+                self._check_tied(name, named, key)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Random weights that depend on `seed` and original names alone, not on mesh or specs.
+
+        Matrices are normal with variance 1 / (last dim), vectors near 1, biases near 0.  Buffers
+        are zero.
+        """
+        for name, original in self.originals.items():
+            if original.kind == "constant":
+                continue
+            shape, dtype = original.shape, original.dtype
+            whole = torch.zeros(shape, dtype=dtype, device=self.mesh.device)
+            if original.kind == "parameter" and dtype.is_floating_point:
+                generator = torch.Generator(self.mesh.device)
+                generator.manual_seed(stable_seed(seed, name))
+                spread = 0.02 if len(shape) < 2 else shape[-1] ** -0.5
+                whole.normal_(0.0, spread, generator=generator)
+                if len(shape) < 2 and not name.endswith("bias"):
+                    whole += 1.0
+            self._fill(name, StateDict({name: whole}), name)
+
+    def _made(self, name: str, param: Param) -> Tensor:
+        """The tensor that a layer has made for `name`, else a new one."""
+        shape = local_shape(param.shape, parse_spec(param.spec), self.mesh.sizes)
+        owner, leaf = owner_of(self.root, name)
+        present: Tensor | None = getattr(owner, leaf, None)
+        if present is not None:
+            if tuple(present.shape) != shape:
+                raise ValueError(
+                    f"`{name}` was built with shape {tuple(present.shape)}, not {shape}"
+                )
+            return present
+        tensor = torch.zeros(shape, dtype=param.dtype, device=self.mesh.device)
+        if param.kind != "parameter":
+            return tensor
+        trained = param.trainable and param.dtype.is_floating_point
+        return nn.Parameter(tensor, requires_grad=trained)
+
+    def _problems(self, source: OwnNames, keys: Mapping[str, Sequence[str]]) -> list[str]:
+        """What stands in the way of loading the originals from their `keys`."""
+        known = {key for name in keys for key in (name, *self.originals[name].aliases)}
+        problems = [f"missing: {name}" for name, found in keys.items() if not found]
+        problems += source.problems
+        for key in sorted(set(source.names()) - known):
+            constant = key in self.originals
+            reason = " (the plan holds its values; leave it out)" if constant else ""
+            problems.append(f"unexpected: {key}{reason}")
+        for name, found in keys.items():
+            wanted = self.originals[name].shape
+            shapes = {key: source.shape(key) for key in found}
+            problems += [
+                f"wrong shape: {key} is {shape}, the plan has {wanted}"
+                for key, shape in shapes.items()
+                if shape != wanted
+            ]
+        return problems
+
+    @torch.no_grad()
+    def _fill(self, name: str, source: Source, key: str) -> None:
+        """Copy this rank's slices of `key` into what holds the original `name`; padding is 0."""
+        for part in self.originals[name].params:
+            param, local = self.table[part], self.local(part)
+            own = source.read(key, self._slices(param))
+            if own.is_floating_point() != param.dtype.is_floating_point:
+                raise ValueError(
+                    f"{source.title}: {key} is {own.dtype}, the plan has {param.dtype}"
+                )
+            local.zero_()
+            local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
+
+    def _check_tied(self, name: str, source: Source, key: str) -> None:
+        for part in self.originals[name].params:
+            own = source.read(key, self._slices(self.table[part]))
+            local = self.local(part)[tuple(slice(0, rows) for rows in own.shape)]
+            if not torch.equal(local, own.to(local)):
+                raise ValueError(
+                    f"{source.title}: {key} and {name} are one tensor in this module but differ "
+                    "there"
+                )
+
+    def _slices(self, param: Param) -> tuple[slice, ...]:
+        """What this rank holds of the original tensor that `param` is, or is part of."""
+        spec = parse_spec(param.spec)
+        own = blocks(param.shape, spec, self.mesh.sizes, self.mesh.coordinates)
+        first = [0] * len(own)
+        if param.part is not None:
+            first[param.part.dim] = param.part.start
+        return tuple(slice(n + b.start, n + b.stop) for n, b in zip(first, own, strict=True))
+
+    # --- out -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def full(self, experts: Experts) -> dict[str, Tensor]:
+        """Original names (aliases too) -> full tensors, on this rank's device."""
+        writer = Writer(self.originals, experts)
+        tensors: dict[str, Tensor] = {}
+        for name, original in self.originals.items():
+            if original.kind == "constant":
+                continue
+            parts = [self.local(part).detach() for part in original.params]
+            whole = self._gather(parts, original)
+            for key in (name, *original.aliases):
+                tensors.update(writer.tensors(key, whole))
+        return tensors
+
+    @torch.no_grad()
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Original names -> full gradients; None for parameters that have none."""
+        gradients: dict[str, Tensor | None] = {}
+        for name, original in self.originals.items():
+            if original.kind != "parameter":
+                continue
+            local = [self.local(part) for part in original.params]
+            if all(part.grad is None for part in local):
+                gradients[name] = None
+                continue
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in local]
+            gradients[name] = self._gather(parts, original)
+        return gradients
+
+    def _gather(self, local: Sequence[Tensor], original: Original) -> Tensor:
+        """The whole tensor from this rank's slices of its parts."""
+        params = [self.table[name] for name in original.params]
+        wholes = [
+            gather_whole(x, parse_spec(param.spec), param.shape, self.mesh)
+            for x, param in zip(local, params, strict=True)
+        ]
+        return torch.cat(wholes, original.dim) if len(wholes) > 1 else wholes[0]

@@ -1,0 +1,178 @@
+"""The caches of a module that serves, and how far each of its sequences has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...facts.spec import Spec
+from ..cache.cache import CacheFullError, PageTable
+from ..cache.declared import TOKENS, Cache, specs_of
+from ..cache.pools import Pools, Room, highest
+from ..cache.recache import Path, Recaching
+from ..mesh.parts import own_part
+from .arrange import kept, own_pages
+from .program import Served
+
+
+class Caches:
+    """KV caches for `rows` sequences, of which the first `batch` are real and others padding.
+
+    `lengths` (batch,) are the tokens that are cached of each, int64 on the CPU; `tokens` is how
+    many there may be, `total` how many all may have together (None: all that many).  The caches lie
+    as one of the programs wants them; see `lay_out`.
+    """
+
+    def __init__(self, served: Served, batch: int, tokens: int, total: int | None) -> None:
+        if batch < 1 or tokens < 1 or (total is not None and total < 1):
+            raise ValueError(
+                f"a cache needs at least one sequence of one token, got {batch} sequences of"
+                f" {tokens} tokens, {total} in total"
+            )
+        if not served.caches:
+            raise ValueError(
+                f"{served.title} has no KV caches; plan it with --phase prefill, decode, append or"
+                " serve"
+            )
+        self.batch, self.tokens = batch, tokens
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self._served = served
+        self._mesh = served.mesh
+        self._paths = served.paths()
+        self.rows = served.padded_rows(batch)
+        together = batch * tokens if total is None else total
+        self._room = Room(self.rows, tokens, together, total is not None, served.longest_run)
+        self._pools = Pools({}, self._room, self._mesh)
+        self._pools = self._empty(served.caches)
+
+    @property
+    def cut_tokens(self) -> bool:
+        """Do ranks share the cached tokens of a sequence?"""
+        return any(TOKENS in shared.spec for shared in self._pools.tables)
+
+    @property
+    def windowed(self) -> bool:
+        """Does any of them drop tokens that no query can reach any more?"""
+        return any(shared.table.window for shared in self._pools.tables)
+
+    def of_rows(self, numbers: Tensor) -> Tensor:
+        """Numbers of the sequences (batch,), and 0 for each padding row behind."""
+        rows = torch.zeros(self.rows, dtype=torch.int64)
+        rows[: self.batch] = numbers
+        return rows
+
+    def lay_out(self, wanted: Mapping[str, Cache]) -> None:
+        """Bring the caches into the layout that a program declares.
+
+        Raises CacheFullError, and leaves them as they are, if a rank has no room there.  If it
+        fails half-way otherwise, all tokens are forgotten.
+        """
+        if wanted is self._pools.declared:
+            return
+        now, then = specs_of(self._pools.declared), specs_of(wanted)
+        if now == then:
+            self._pools.declared = wanted
+            return
+        if not bool(self.lengths.any()):
+            self._pools = self._empty(wanted)
+            return
+        paths = {name: self._path(name, now[name], then[name]) for name in wanted}
+        conversion = Recaching(self._pools, wanted, paths, self.of_rows(self.lengths))
+        lengths, self.lengths = self.lengths, torch.zeros_like(self.lengths)
+        self._pools = Pools({}, self._room, self._mesh)
+        self._pools = conversion.run(self._served.put)
+        self.lengths = lengths
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Drop the tokens of sequence i at positions >= lengths[i].
+
+        Raises ValueError on every rank if a window of some rank cannot go back so far.
+        """
+        limits = self.of_rows(lengths)
+        own = [(each.table, own_part(limits, each.spec, self._mesh)) for each in self._pools.tables]
+        if self.windowed:
+            lost = [reason for table, rows in own if (reason := table.lost(rows))]
+            if highest(len(lost), self._mesh):
+                raise ValueError(lost[0] if lost else "another rank has dropped what is needed")
+        for table, rows in own:
+            table.truncate(rows)
+        self.lengths = torch.minimum(self.lengths, lengths)
+
+    def fill(self, tokens: int) -> None:
+        """Cache `tokens` random keys and values of each sequence in caches that are empty."""
+        positions_of: dict[PageTable, Tensor] = {}
+        for shared in self._pools.tables:
+            window = shared.table.window
+            first = max(tokens - window, 0) if window else 0
+            positions = torch.arange(first, tokens).repeat(self.rows, 1)
+            positions[self.batch :] = -1
+            shared.table.begin_after(torch.full((shared.table.batch,), first - 1))
+            positions_of[shared.table] = own_pages(positions, shared.spec, self._mesh)
+        for cache in self._pools.caches.values():
+            positions = positions_of[cache.table]
+            values = None if cache.values_in_keys else _random(cache.values, positions)
+            cache.append(_random(cache.keys, positions), values, positions)
+        self.lengths = torch.full((self.batch,), tokens)
+
+    def clear(self) -> None:
+        """Forget all tokens, also after a step that failed half-way."""
+        for cache in self._pools.caches.values():
+            cache.clear()
+        self.lengths = torch.zeros_like(self.lengths)
+
+    def check_capacity(self, counts: Tensor) -> None:
+        """Raise CacheFullError if a sequence would become too long with `counts` more tokens."""
+        after = self.lengths + counts
+        over = (after > self.tokens).nonzero().flatten().tolist()
+        if over:
+            i = over[0]
+            raise CacheFullError(
+                f"sequence {i} has {int(self.lengths[i])} cached tokens and got {int(counts[i])}"
+                f" more, but the cache holds {self.tokens} per sequence; call"
+                f" new_cache(batch={self.batch}, tokens={int(after.max())} or more)"
+            )
+
+    def check_room(self, positions: Tensor, spec: Spec, counts: Tensor) -> None:
+        """Raise CacheFullError on every rank if a pool of some rank has no room for new tokens.
+
+        They stand at `positions` (rows, t), cut as `spec` says, `counts` of each sequence.
+        """
+        if not self._pools.may_run_out:
+            return
+        tables = self._pools.tables
+        short = max(
+            each.table.shortage(kept(positions, spec, each.spec, self._mesh)) for each in tables
+        )
+        worst = highest(short, self._mesh)
+        if worst > 0:
+            table = max((each.table for each in tables), key=lambda table: table.pages)
+            raise CacheFullError(
+                f"a rank lacks {worst} pages for these tokens; on this rank:"
+                f" {table.full_message(int(counts.sum()))}"
+            )
+
+    def _empty(self, declared: Mapping[str, Cache]) -> Pools:
+        """New caches without tokens, those that were there freed before."""
+        for name in self._pools.caches:
+            self._served.put(name, None)
+        self._pools = Pools({}, self._room, self._mesh)
+        pools = Pools.empty(declared, self._room, self._mesh)
+        for name, cache in pools.caches.items():
+            self._served.put(name, cache)
+        return pools
+
+    def _path(self, name: str, now: Spec, then: Spec) -> Path:
+        """The specs from one layout of a cache to another, there or back."""
+        path = self._paths[name]
+        if now == then:
+            return (now,)
+        return path if (now, then) == (path[0], path[-1]) else path[::-1]
+
+
+def _random(pool: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers (b, heads, t, dim) for a pool (slots, heads, dim) at `positions` (b, t)."""
+    rows, tokens = positions.shape
+    heads, dim = pool.shape[1:]
+    return torch.randn(rows, heads, tokens, dim, dtype=pool.dtype, device=pool.device)
