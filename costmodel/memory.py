@@ -6,11 +6,6 @@ All sizes are those of one rank's part (`numel_local`), in bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
-
-Optimizer: TypeAlias = Literal["adamw", "sgd", "none"]
-Phase: TypeAlias = Literal["train", "prefill"]
-PHASES: tuple[str, ...] = get_args(Phase)
 
 # Tensors of the parameter's size and dtype that the optimizer keeps between steps.
 _STATES = {
@@ -39,24 +34,20 @@ def parameter_state_bytes(
     dtype_bytes: int,
     optimizer: str = "adamw",
     trainable: bool = True,
-    phase: str = "train",
 ) -> StateBytes:
     """Bytes of a parameter, its gradient and its optimizer state on one rank.
 
-    Gradient and states have the parameter's dtype, as in torch.  A frozen parameter, and any
-    parameter outside training, has neither.
+    Gradient and states have the parameter's dtype, as in torch.  A parameter that is not trained,
+    frozen or in a phase without a backward pass, has neither.
 
     >>> parameter_state_bytes(1000, 4, "adamw")
     StateBytes(parameter=4000, gradient=4000, optimizer=8000)
     """
     states = _checked(_STATES, optimizer, "optimizer")
-    if phase not in PHASES:
-        raise ValueError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
     if numel_local < 0 or dtype_bytes < 1:
         raise ValueError(f"{numel_local} elements of {dtype_bytes} bytes: impossible size")
     own = numel_local * dtype_bytes
-    learns = trainable and phase == "train"
-    return StateBytes(own, own if learns else 0, own * states if learns else 0)
+    return StateBytes(own, own if trainable else 0, own * states if trainable else 0)
 
 
 def optimizer_step_bytes(numel_local: int, dtype_bytes: int, optimizer: str) -> int:

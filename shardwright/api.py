@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .codegen.write import module_source
 from .costmodel.machines.cluster import load_cluster
 from .facts.mesh import Mesh
+from .facts.phases import Phase, find_phase
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
 from .ir.passes.serving import ServingError, is_decoder, serving_graph
@@ -42,10 +43,7 @@ from .planner.strategies.roles import pinned
 if TYPE_CHECKING:
     from .verify import Verification
 
-PHASES = ("train", "prefill", "decode", "append", "serve")
 STAGES = ("strategies", "problem", "plan")  # of planning, which `Plan.dump` shows
-_CONTEXT = 8192  # tokens that are cached before, where a phase needs some and none are asked for
-_OUTPUT_TOKENS = 256  # of an answer, in phase `serve`
 _AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 
 
@@ -205,7 +203,7 @@ def plan_file(
     memory_bytes: int | None,
     mesh: str | None,
     pins: Sequence[str],
-    optimizer: str,
+    optimizer: str | None,
     solver: str,
     time_limit_s: float,
     context: int | None = None,
@@ -239,14 +237,15 @@ def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> G
     return replace(graph, inputs=inputs)
 
 
-def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
+def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     """The graph of a phase: training, or serving with a KV cache.
 
-    The forward pass of a model that is no decoder, or takes no positions, is planned as it is if
-    `phase` is `prefill`; other phases raise PlanError.
+    The forward pass of a model that is no decoder, or takes no positions, is planned as it is,
+    unless the phase needs a cache; then PlanError is raised.
     """
-    if phase == "train":
-        return capture_graph(loaded, training=True)
+    phase = find_phase(name)
+    if not phase.serves:
+        return capture_graph(loaded, training=phase.backward)
     served = with_positions(loaded)
     if served is not None:
         graph = capture_graph(served, training=False, serving=True)
@@ -254,14 +253,14 @@ def phase_graph(loaded: Loaded, phase: str, context: int) -> Graph:
         telling = graph
         if tokens_of(served) == 1:
             telling = capture_graph(with_tokens(served, 2), training=False, serving=True)
-        if phase != "prefill" or is_decoder(telling):
+        if phase.needs_cache or is_decoder(telling):
             if telling is not graph:
                 _served(telling, 0)  # raises what one token hides
             return _served(graph, context)
-    elif phase != "prefill":
+    elif phase.needs_cache:
         raise PlanError(
             f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
-            f"so phase {phase} cannot tell where new tokens stand; add it and use it in place of "
+            f"so phase {name} cannot tell where new tokens stand; add it and use it in place of "
             "torch.arange"
         )
     return capture_graph(loaded, training=False)
@@ -296,30 +295,31 @@ def _request(
     output_tokens: int | None,
     expert_imbalance: float | None,
 ) -> Request:
-    if phase not in PHASES:
-        raise PlanError(f"unknown phase `{phase}`; expected one of {', '.join(PHASES)}")
+    kind = _phase(phase, context or 0, output_tokens or 0)
     if dtype not in DTYPES:
         raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
-    cached = phase in ("decode", "append")
-    if context and not cached:
-        why = "has no cache" if phase == "train" else "begins with an empty cache"
-        raise PlanError(
-            f"phase {phase} {why}; cached tokens (--context {context}) are for decode and append"
-        )
-    if output_tokens and phase != "serve":
-        raise PlanError(f"only phase serve has output tokens (--output-tokens), not {phase}")
     if expert_imbalance is not None and expert_imbalance < 1.0:
         raise PlanError(
             f"expert imbalance {expert_imbalance}: the busiest rank has at least the mean, 1"
         )
     machine = load_cluster(cluster, gpus)
-    optimizer = optimizer or ("adamw" if phase == "train" else "none")
     memory = float(memory_bytes or machine.memory_bytes)
     return Request(
-        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory, tuple(pins),
-        (_CONTEXT if context is None else context) if cached else 0,
-        (output_tokens or _OUTPUT_TOKENS) if phase == "serve" else 0, expert_imbalance or 0.0,
+        target, gpus, cluster, phase, batch, seq, dtype, optimizer or kind.optimizer, memory,
+        tuple(pins), kind.context if context is None else context, output_tokens or kind.answer,
+        expert_imbalance or 0.0,
     )  # fmt: skip
+
+
+def _phase(name: str, context: int, answer: int) -> Phase:
+    """The phase of that name; PlanError if there is none, or it has no such tokens."""
+    try:
+        phase = find_phase(name)
+        phase.check_context(context)
+        phase.check_answer(answer)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    return phase
 
 
 def _job(
@@ -349,7 +349,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
     job.progress("capture the graph")
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
-    if request.phase != "serve":
+    if not find_phase(request.phase).answer:
         return Plan.of(_with_mesh_note(make_plan(graph, job), job.mesh))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1

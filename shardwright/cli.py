@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from . import __version__
+from .facts.phases import PHASES, TRAIN
 from .versions import untried, versions_in_use
 
 if TYPE_CHECKING:
@@ -32,14 +33,7 @@ MODULE_FILE = "sharded_model.py"
 _OURS = {PLAN_FILE, MODULE_FILE, "__pycache__"}  # what may lie in an output folder that we reuse
 
 
-class Phase(StrEnum):
-    """What the model is run for."""
-
-    TRAIN = "train"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    APPEND = "append"
-    SERVE = "serve"
+Phase = StrEnum("Phase", {name.upper(): name for name in PHASES})
 
 
 class Dtype(StrEnum):
@@ -295,7 +289,7 @@ _Folder: TypeAlias = Annotated[
 def plan(
     model: _Model,
     gpus: _Gpus,
-    phase: _Phase = Phase.TRAIN,
+    phase: _Phase = Phase(TRAIN.name),  # noqa: B008 (immutable)
     batch: _Batch = None,
     seq: _Seq = None,
     context: _Context = None,
@@ -336,7 +330,7 @@ def plan(
                 cluster=cluster,
                 phase=phase.value,
                 batch=gpus if batch is None else batch,
-                seq=seq or (1 if phase is Phase.DECODE else 1024),
+                seq=seq or PHASES[phase].tokens,
                 context=context,
                 output_tokens=output_tokens,
                 expert_imbalance=expert_imbalance,
@@ -344,7 +338,7 @@ def plan(
                 memory_bytes=memory,
                 mesh=mesh,
                 pins=tuple(pin or ()),
-                optimizer=(optimizer or _default_optimizer(phase)).value,
+                optimizer=None if optimizer is None else optimizer.value,
                 solver=solver.value,
                 time_limit_s=time_limit,
                 progress=progress,
@@ -447,10 +441,6 @@ def solve(
 
             solution = solve_file(file, time_limit, solver.value)
         print(solution)
-
-
-def _default_optimizer(phase: Phase) -> Optimizer:
-    return Optimizer.ADAMW if phase is Phase.TRAIN else Optimizer.NONE
 
 
 @contextmanager

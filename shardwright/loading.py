@@ -17,6 +17,7 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor, nn
 
+from .facts.phases import TRAIN, find_phase
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
 
@@ -48,14 +49,15 @@ def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) ->
     Raises PlanError for a target that is missing or does not define what it must.
     """
     path, _, builder = target.partition(":")
+    labels = find_phase(phase).backward
     if Path(path).is_dir() or path.endswith(".json"):
-        return _load_config(Path(path), batch=batch, seq=seq, phase=phase, dtype=dtype)
+        return _load_config(Path(path), batch, seq, dtype, labels)
     if not path.endswith(".py"):
         raise PlanError(
             f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a "
             "Hugging Face config.json, or a folder with one"
         )
-    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, phase)
+    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, labels)
 
 
 @contextmanager
@@ -119,18 +121,18 @@ def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
         return in_dtype(model, DTYPES[dtype])
     import transformers
 
-    loaded = load_target(target, batch=1, seq=8, phase="train", dtype=dtype)
+    loaded = load_target(target, batch=1, seq=8, phase=TRAIN.name, dtype=dtype)
     model_class: Any = getattr(transformers, type(loaded.model).__name__)
     with torch.device(device):
         return model_class._from_config(loaded.model.config, dtype=DTYPES[dtype])
 
 
-def _load_config(path: Path, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
+def _load_config(path: Path, batch: int, seq: int, dtype: str, labels: bool) -> Loaded:
     from .ir.capture.huggingface import from_config
 
     if not path.exists():
         raise PlanError(f"`{path}` does not exist")
-    model, inputs = from_config(path, batch=batch, seq=seq, phase=phase, dtype=DTYPES[dtype])
+    model, inputs = from_config(path, batch=batch, seq=seq, labels=labels, dtype=DTYPES[dtype])
     longest = getattr(model.config, "max_position_embeddings", None)
     learned = getattr(model.config, "position_embedding_type", "absolute") == "absolute"
     if isinstance(longest, int) and seq > longest and learned and _has_position_table(model):
@@ -183,7 +185,7 @@ def _has_position_table(model: nn.Module) -> bool:
     )
 
 
-def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, phase: str) -> Loaded:
+def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, labels: bool) -> Loaded:
     module = _import_file(path)
     build = _function(module, builder, str(path))
     example = _function(module, "example_inputs", str(path))
@@ -196,7 +198,7 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, phase
         model = in_dtype(model, DTYPES[dtype])
         inputs = _checked(path, _call(path, "example_inputs", example, batch, seq))
         labels = _labels(path, example, inputs, batch, seq)
-    if phase != "train":
+    if not labels:
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
 
     def rebuild() -> nn.Module:

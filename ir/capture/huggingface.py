@@ -141,13 +141,13 @@ def rebuild(model: nn.Module) -> nn.Module:
 
 
 def from_config(
-    config: Any, *, batch: int, seq: int, phase: str, dtype: torch.dtype
+    config: Any, *, batch: int, seq: int, labels: bool, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
 
-    The class is the one named in the config's `architectures`.  `phase` is `train` (inputs have
-    `labels`) or one of inference.  Raises ValueError for a file that is no config, or a class that
-    is not in transformers.
+    The class is the one named in the config's `architectures`.  With `labels` the inputs are
+    those of training.  Raises ValueError for a file that is no config, or a class that is not in
+    transformers.
     """
     try:
         import transformers
@@ -170,7 +170,7 @@ def from_config(
         )
     with torch.device("meta"):
         model: nn.Module = cls._from_config(config, dtype=dtype)
-    return model, _example_inputs(model, batch, seq, phase)
+    return model, _example_inputs(model, batch, seq, labels)
 
 
 def _load_config(transformers: Any, path: Path) -> Any:
@@ -185,7 +185,7 @@ def _load_config(transformers: Any, path: Path) -> Any:
         raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
 
 
-def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[str, Tensor]:
+def _example_inputs(model: nn.Module, batch: int, seq: int, labels: bool) -> dict[str, Tensor]:
     """Token ids for every input that the model's task needs."""
 
     def ids() -> Tensor:
@@ -193,9 +193,9 @@ def _example_inputs(model: nn.Module, batch: int, seq: int, phase: str) -> dict[
 
     inputs = {"input_ids": ids()}
     config: Any = model.config
-    if config.is_encoder_decoder and phase != "train":
+    if config.is_encoder_decoder and not labels:
         inputs["decoder_input_ids"] = ids()
-    if phase == "train":
+    if labels:
         inputs["labels"] = ids()
     return inputs
 

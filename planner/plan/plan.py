@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Value
 from ..strategies.build import Decisions
@@ -152,7 +153,7 @@ class PlanData:
     @property
     def training(self) -> bool:
         """Is this a plan for training steps?"""
-        return self.request.phase == "train"
+        return find_phase(self.request.phase).backward
 
     @cached_property
     def program(self) -> Program:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
 from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
@@ -142,7 +143,7 @@ def _versus(plan: PlanData, seconds: float) -> str:
 
 def _unit(plan: PlanData) -> str:
     """What the seconds are for."""
-    return "step" if plan.training else plan.request.phase
+    return find_phase(plan.request.phase).run
 
 
 def _rate(plan: PlanData) -> str:

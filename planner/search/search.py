@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
 from ...ir.graph import Graph
 from ...ir.ops.order import is_causal_self_attention, token_dims
 from ..errors import PlanError
@@ -177,12 +178,13 @@ def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
 
 def setting_of(request: Request) -> Setting:
     """What the problem builder needs to know of a request."""
+    phase = find_phase(request.phase)
     return Setting(
-        request.phase == "train",
+        phase.backward,
         request.optimizer,
         request.memory_bytes,
         expert_imbalance=request.expert_imbalance,
-        longest_run=request.seq if request.phase == "serve" else 0,
+        longest_run=request.seq if phase.answer else 0,
     )
 
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
 from ...facts.spec import Spec
 from ...ir.graph import Graph
 from ...ir.ops.registry import operator_of
@@ -149,9 +150,11 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
 def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> PlanData:
     """The plan of prefill, with the rows of whole answers, and in it that of decode."""
     request = job.request
+    first, then = find_phase(request.phase).programs
+    longest = request.seq + request.decode_steps - 1
     phases = (
-        replace(request, phase="prefill"),
-        replace(request, phase="decode", seq=1, context=request.seq + request.decode_steps - 1),
+        replace(request, phase=first),
+        replace(request, phase=then, seq=find_phase(then).tokens, context=longest),
     )
     prefill, decode = (
         assemble(solved, rows, proven, replace(job, request=phase))

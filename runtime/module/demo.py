@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...facts.phases import DECODE, Phase
 from ..batches import look_up, random_batch, shard_inputs
 from ..cache.declared import specs_of
 from ..mesh.mesh import Mesh
-from ..serving.program import Program, ServePhase
+from ..serving.program import Program
 from ..serving.serving import Serving
 
 OptimizerName: TypeAlias = Literal["adamw", "sgd", "none"]
@@ -71,7 +72,7 @@ def demonstrate(
 
 
 def demonstrate_serving(
-    room: Callable[[int, int], Serving], planned: Mapping[ServePhase, Program], clock: Clock
+    room: Callable[[int, int], Serving], planned: Mapping[Phase, Program], clock: Clock
 ) -> None:
     """Time each phase that the module was planned for, the first of which begins with prompts.
 
@@ -88,15 +89,15 @@ def demonstrate_serving(
         _time_conversion(serving, first.tokens.shape, clock)
 
 
-def _time_phase(serving: Serving, phase: ServePhase, program: Program, clock: Clock) -> None:
+def _time_phase(serving: Serving, phase: Phase, program: Program, clock: Clock) -> None:
     (batch, tokens), context = program.tokens.shape, program.context
     ids = random_batch(program.inputs)["input_ids"]
     if context:
         serving.fill(context, phase)
-    best = clock.best(phase, partial(_serve, serving, phase, ids, context))
+    best = clock.best(phase.name, partial(_serve, serving, phase, ids, context))
     cached = f" over {context} cached ones" if context else ""
     clock.say(
-        f"best {best * 1e3:.1f} ms per {phase} of {batch} x {tokens} tokens{cached}, "
+        f"best {best * 1e3:.1f} ms per {phase.name} of {batch} x {tokens} tokens{cached}, "
         f"{batch * tokens / best:,.0f} tokens/s"
     )
 
@@ -106,20 +107,17 @@ def _time_conversion(serving: Serving, shape: Sequence[int], clock: Clock) -> No
     batch, tokens = shape
 
     def convert() -> str:
-        serving.lay_out("decode")
+        serving.lay_out(DECODE)
         return ""
 
     best = clock.best("conversion", convert, before=partial(serving.fill, tokens))
     clock.say(f"best {best * 1e3:.1f} ms per conversion of {batch} x {tokens} cached tokens")
 
 
-def _serve(serving: Serving, phase: ServePhase, ids: Tensor, context: int) -> str:
+def _serve(serving: Serving, phase: Phase, ids: Tensor, context: int) -> str:
     """One step from `context` cached tokens on."""
-    if phase == "prefill":
-        serving.prefill(ids)
-    else:
-        serving.truncate([context] * len(ids))
-        serving.step(phase, ids, torch.full((len(ids),), ids.shape[1]))
+    serving.truncate([context] * len(ids))
+    serving.step(phase, ids, torch.full((len(ids),), ids.shape[1]))
     return ""
 
 

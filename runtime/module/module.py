@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
 from ...facts.spec import parse_spec, zigzag_dims
 from ..batches import Input, Output, gather_outputs, pack, shard_inputs
 from ..cache.cache import KVCache
@@ -20,7 +21,7 @@ from ..gathering.regather import regathering
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
 from ..serving.generate import generate
-from ..serving.program import Program, Served, ServePhase
+from ..serving.program import Program, Served
 from ..serving.serving import Serving
 from .checkpoint import Experts, Safetensors, StateDict
 from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving
@@ -36,10 +37,10 @@ class ShardedModule(nn.Module):
 
     A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name, or as
     parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
-    `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its dotted name and holds this
-    rank's slice: zeros until it is loaded or `reset_parameters` is called.  `PHASE` and
-    `OPTIMIZER` serve `demo`; a module that never calls `gather_parameter` may say
-    `REGATHER = False`, which saves the bookkeeping of saved tensors (about 4 microseconds for
+    `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its
+    dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
+    called.  `PHASE` and `OPTIMIZER` serve `demo`; a module that never calls `gather_parameter` may
+    say `REGATHER = False`, which saves the bookkeeping of saved tensors (about 4 microseconds for
     each).
     """
 
@@ -50,7 +51,7 @@ class ShardedModule(nn.Module):
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
     MODULES: ClassVar[Mapping[str, type[Sharded]]] = {}
-    PHASE: ClassVar[Literal["train"] | ServePhase] = "train"
+    PHASE: ClassVar[str] = TRAIN.name
     CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned
     OPTIMIZER: ClassVar[OptimizerName] = "none"
     REGATHER: ClassVar[bool] = True
@@ -211,11 +212,11 @@ class ShardedModule(nn.Module):
     # --- serving ---------------------------------------------------------------------------------
     # All tensors here are full ones, the same on every rank.
 
-    def programs(self) -> dict[ServePhase, Program]:
-        """What runs in each phase of serving; other programs have the same parameters."""
+    def programs(self) -> dict[str, Program]:
+        """What runs in each phase of serving, by its name; all have the same parameters."""
         own = self._program
         decoding = self._decoding[0]._program if self._decoding else own
-        return {"prefill": own, "decode": decoding, "append": own}
+        return {self.PHASE: own, PREFILL.name: own, APPEND.name: own, DECODE.name: decoding}
 
     def set_cache(self, name: str, cache: KVCache | None) -> None:
         """Put this rank's part of a cache, None for none, where `forward` looks for it."""
@@ -330,15 +331,15 @@ class ShardedModule(nn.Module):
         """
         model = cls()
         model.reset_parameters()
-        clock = Clock(model.mesh, steps)
-        if cls.PHASE == "train" or not cls.CACHES:
-            optimizer = cls.OPTIMIZER if cls.PHASE == "train" else None
-            demonstrate(model, model._program, optimizer, clock)
-        else:
-            planned: dict[ServePhase, Program] = {cls.PHASE: model._program}
+        clock, phase = Clock(model.mesh, steps), find_phase(cls.PHASE)
+        if cls.CACHES:
+            planned = {phase: model._program}
             for decoding in model._decoding:
-                planned["decode"] = decoding._program
+                planned[DECODE] = decoding._program
             demonstrate_serving(model._room, planned, clock)
+        else:
+            optimizer = cls.OPTIMIZER if phase.backward else None
+            demonstrate(model, model._program, optimizer, clock)
 
 
 @contextmanager

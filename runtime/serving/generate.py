@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...facts.phases import DECODE
 from ..mesh.mesh import Mesh
 from .prompts import compact
 from .serving import Serving
@@ -48,7 +49,7 @@ def generate(
         alive = alive & ~torch.isin(chosen, stops)
         if len(columns) == max_new_tokens or not bool(alive.any()):
             break
-        logits = serving.step("decode", chosen[:, None], alive.to(torch.int64))
+        logits = serving.step(DECODE, chosen[:, None], alive.to(torch.int64))
     return torch.cat([input_ids, torch.stack(columns, 1).to(input_ids)], 1)
 
 

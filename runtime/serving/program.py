@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...facts.phases import DECODE, PREFILL
 from ...facts.spec import format_spec, parse_spec
 from ..batches import Input, Output, gather_output, shard_inputs
 from ..cache.cache import KVCache
@@ -18,8 +19,6 @@ from ..cache.declared import BATCH, Cache, specs_of
 from ..cache.recache import Path, change_between
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
-
-ServePhase: TypeAlias = Literal["prefill", "decode", "append"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +64,19 @@ class Program:
 class Served:
     """A module as serving sees it.
 
-    `title` is what errors call it; `programs` has one for each phase.  `put` is told of each new
-    cache of this rank by its name, and with None that the cache of that name must go.
+    `title` is what errors call it; `programs` has one for each phase, by its name.  `put` is told
+    of each new cache of this rank by its name, and with None that the cache of that name must go.
     """
 
     title: str
     mesh: Mesh
-    programs: Mapping[ServePhase, Program]
+    programs: Mapping[str, Program]
     put: Callable[[str, KVCache | None], None]
 
     @property
     def caches(self) -> Mapping[str, Cache]:
         """The caches as the program for prompts lays them out."""
-        return self.programs["prefill"].caches
+        return self.programs[PREFILL.name].caches
 
     @property
     def longest_run(self) -> int:
@@ -89,7 +88,7 @@ class Served:
 
         Raises ValueError where there are two layouts of a cache and nothing says how to convert.
         """
-        decoding = specs_of(self.programs["decode"].caches)
+        decoding = specs_of(self.programs[DECODE.name].caches)
         paths: dict[str, Path] = {}
         for name, cache in self.caches.items():
             path = tuple(parse_spec(text) for text in (cache.spec, *cache.path))

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...facts.phases import APPEND, DECODE, PREFILL, Phase
 from ...facts.spec import parse_spec
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 from .arrange import arrange
 from .caches import Caches
-from .program import Program, Served, ServePhase
+from .program import Program, Served
 from .prompts import checked_lengths
 
 
@@ -63,17 +64,17 @@ class Serving:
         self._check_batch(input_ids, 2)
         counts = checked_lengths(lengths, input_ids, least=1)
         self._caches.clear()
-        return self.step("prefill", input_ids, counts)
+        return self.step(PREFILL, input_ids, counts)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Continue every sequence with one token (b,); logits (b, v)."""
         self._check_batch(tokens, 1)
-        return self.step("decode", tokens[:, None], torch.ones(self.batch, dtype=torch.int64))
+        return self.step(DECODE, tokens[:, None], torch.ones(self.batch, dtype=torch.int64))
 
     def append(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """Continue the sequences with several tokens (b, t); logits (b, v)."""
         self._check_batch(input_ids, 2)
-        return self.step("append", input_ids, checked_lengths(lengths, input_ids))
+        return self.step(APPEND, input_ids, checked_lengths(lengths, input_ids))
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Keep only the first `lengths[i]` cached tokens of sequence i (b,)."""
@@ -87,7 +88,7 @@ class Serving:
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def step(self, phase: ServePhase, ids: Tensor, counts: Tensor) -> Tensor:
+    def step(self, phase: Phase, ids: Tensor, counts: Tensor) -> Tensor:
         """Feed the first `counts[i]` of the tokens `ids[i]` to sequence i; logits (b, v).
 
         Rows without new tokens get meaningless logits.  More tokens than the phase was planned for
@@ -95,7 +96,7 @@ class Serving:
         """
         self._caches.check_capacity(counts)
         self.lay_out(phase)
-        program = self._served.programs[phase]
+        program = self._served.programs[phase.name]
         limit = self._columns(program) or max(ids.shape[1], 1)
         logits: Tensor | None = None
         for start in range(0, max(int(counts.max()), 1), limit):
@@ -107,11 +108,11 @@ class Serving:
         assert logits is not None
         return logits
 
-    def lay_out(self, phase: ServePhase) -> None:
+    def lay_out(self, phase: Phase) -> None:
         """Bring the caches into the layout of the program for `phase`; see `Caches.lay_out`."""
-        self._caches.lay_out(self._served.programs[phase].caches)
+        self._caches.lay_out(self._served.programs[phase.name].caches)
 
-    def fill(self, tokens: int, phase: ServePhase = "prefill") -> None:
+    def fill(self, tokens: int, phase: Phase = PREFILL) -> None:
         """Cache `tokens` random keys and values of each sequence, without a forward pass.
 
         For measurements: a step of `phase` over a long context can be timed without computing that

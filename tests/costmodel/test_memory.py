@@ -8,17 +8,16 @@ from shardwright.costmodel.memory import optimizer_step_bytes, parameter_state_b
 
 
 @pytest.mark.parametrize(
-    "optimizer, trainable, phase, want",
+    "optimizer, learns, want",
     [  # 1000 elements of 2 bytes: (parameter, gradient, optimizer)
-        ("adamw", True, "train", (2000, 2000, 4000)),
-        ("sgd", True, "train", (2000, 2000, 0)),
-        ("none", True, "train", (2000, 2000, 0)),
-        ("adamw", False, "train", (2000, 0, 0)),
-        ("adamw", True, "prefill", (2000, 0, 0)),
+        ("adamw", True, (2000, 2000, 4000)),
+        ("sgd", True, (2000, 2000, 0)),
+        ("none", True, (2000, 2000, 0)),
+        ("adamw", False, (2000, 0, 0)),
     ],
 )
-def test_state(optimizer: str, trainable: bool, phase: str, want: tuple[int, int, int]) -> None:
-    state = parameter_state_bytes(1000, 2, optimizer, trainable, phase)
+def test_state(optimizer: str, learns: bool, want: tuple[int, int, int]) -> None:
+    state = parameter_state_bytes(1000, 2, optimizer, learns)
     assert (state.parameter, state.gradient, state.optimizer) == want
     assert state.total == sum(want)
 
@@ -47,7 +46,5 @@ def test_step_traffic(optimizer: str, want: int) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="unknown optimizer `lion`; expected one of adamw, sgd"):
         parameter_state_bytes(1, 2, "lion")
-    with pytest.raises(ValueError, match="unknown phase `decoding`; expected one of train"):
-        parameter_state_bytes(1, 2, "adamw", phase="decoding")
     with pytest.raises(ValueError, match="impossible size"):
         parameter_state_bytes(-1, 2)

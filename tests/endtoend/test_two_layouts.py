@@ -17,6 +17,7 @@ from shardwright.codegen.module import write_source
 from shardwright.codegen.write import module_source
 from shardwright.conversation import Step, by_graph, by_module
 from shardwright.facts.mesh import Mesh
+from shardwright.facts.phases import DECODE
 from shardwright.facts.spec import Spec
 from shardwright.ir.graph import Graph
 from shardwright.planner.plan.plan import PlanData, Request
@@ -213,7 +214,7 @@ def convert_on_rank(
     model.new_cache(len(ids), PROMPT + NEW)
     model.prefill(ids)
     with count_collectives() as counter:
-        model.serving.lay_out("decode")
+        model.serving.lay_out(DECODE)
     moved = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
     return moved, model.generate(ids, NEW, lengths=[PROMPT, 9, 17, 1])
 

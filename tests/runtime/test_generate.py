@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardwright.facts.phases import DECODE
 from shardwright.runtime import (
     Cache,
     CacheFullError,
@@ -452,7 +453,7 @@ def lay_out_anew() -> list[Any]:
         model.truncate([30])
     after = model.append(tokens[:, 41:])
     serving = model.serving
-    serving.fill(CONTEXT, "decode")
+    serving.fill(CONTEXT, DECODE)
     kept = model.layers[0].kv.lengths.tolist()
     with pytest.raises(ValueError, match="cannot go back"):
         model.truncate([CONTEXT - 2])
