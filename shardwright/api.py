@@ -203,7 +203,7 @@ def plan_file(
     memory_bytes: int | None,
     mesh: str | None,
     pins: Sequence[str],
-    optimizer: str | None,
+    optimizer: str,
     solver: str,
     time_limit_s: float,
     context: int | None = None,

@@ -338,7 +338,7 @@ def plan(
                 memory_bytes=memory,
                 mesh=mesh,
                 pins=tuple(pin or ()),
-                optimizer=None if optimizer is None else optimizer.value,
+                optimizer=optimizer.value if optimizer else PHASES[phase].optimizer,
                 solver=solver.value,
                 time_limit_s=time_limit,
                 progress=progress,
