@@ -33,9 +33,6 @@ MODULE_FILE = "sharded_model.py"
 _OURS = {PLAN_FILE, MODULE_FILE, "__pycache__"}  # what may lie in an output folder that we reuse
 
 
-Phase = StrEnum("Phase", {name.upper(): name for name in PHASES})
-
-
 class Dtype(StrEnum):
     """Number format of most parameters."""
 
@@ -119,6 +116,12 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def _known_phase(text: str) -> str:
+    if text not in PHASES:
+        raise typer.BadParameter(f"`{text}` is not one of {', '.join(map(repr, PHASES))}")
+    return text
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         print(f"shardwright {__version__}")
@@ -140,7 +143,14 @@ _Model: TypeAlias = Annotated[
 _Gpus: TypeAlias = Annotated[
     int, typer.Option(metavar="N", min=1, help="GPUs to use in all, e.g. --gpus 8")
 ]
-_Phase: TypeAlias = Annotated[Phase, typer.Option(help="what to plan for, e.g. --phase prefill")]
+_Phase: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        parser=_known_phase,
+        metavar=f"<{'|'.join(PHASES)}>",
+        help="what to plan for, e.g. --phase prefill",
+    ),
+]
 _Batch: TypeAlias = Annotated[
     int | None,
     typer.Option(
@@ -289,7 +299,7 @@ _Folder: TypeAlias = Annotated[
 def plan(
     model: _Model,
     gpus: _Gpus,
-    phase: _Phase = Phase(TRAIN.name),  # noqa: B008 (immutable)
+    phase: _Phase = TRAIN.name,
     batch: _Batch = None,
     seq: _Seq = None,
     context: _Context = None,
@@ -328,7 +338,7 @@ def plan(
                 model,
                 gpus=gpus,
                 cluster=cluster,
-                phase=phase.value,
+                phase=phase,
                 batch=gpus if batch is None else batch,
                 seq=seq or PHASES[phase].tokens,
                 context=context,

@@ -49,15 +49,15 @@ def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) ->
     Raises PlanError for a target that is missing or does not define what it must.
     """
     path, _, builder = target.partition(":")
-    labels = find_phase(phase).backward
+    trains = find_phase(phase).backward
     if Path(path).is_dir() or path.endswith(".json"):
-        return _load_config(Path(path), batch, seq, dtype, labels)
+        return _load_config(Path(path), batch, seq, dtype, trains)
     if not path.endswith(".py"):
         raise PlanError(
             f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a "
             "Hugging Face config.json, or a folder with one"
         )
-    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, labels)
+    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, trains)
 
 
 @contextmanager
@@ -127,12 +127,12 @@ def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
         return model_class._from_config(loaded.model.config, dtype=DTYPES[dtype])
 
 
-def _load_config(path: Path, batch: int, seq: int, dtype: str, labels: bool) -> Loaded:
+def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
     from .ir.capture.huggingface import from_config
 
     if not path.exists():
         raise PlanError(f"`{path}` does not exist")
-    model, inputs = from_config(path, batch=batch, seq=seq, labels=labels, dtype=DTYPES[dtype])
+    model, inputs = from_config(path, batch=batch, seq=seq, labels=trains, dtype=DTYPES[dtype])
     longest = getattr(model.config, "max_position_embeddings", None)
     learned = getattr(model.config, "position_embedding_type", "absolute") == "absolute"
     if isinstance(longest, int) and seq > longest and learned and _has_position_table(model):
@@ -185,7 +185,7 @@ def _has_position_table(model: nn.Module) -> bool:
     )
 
 
-def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, labels: bool) -> Loaded:
+def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
     module = _import_file(path)
     build = _function(module, builder, str(path))
     example = _function(module, "example_inputs", str(path))
@@ -198,7 +198,7 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, label
         model = in_dtype(model, DTYPES[dtype])
         inputs = _checked(path, _call(path, "example_inputs", example, batch, seq))
         labels = _labels(path, example, inputs, batch, seq)
-    if not labels:
+    if not trains:
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
 
     def rebuild() -> nn.Module:
