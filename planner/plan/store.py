@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
 from ...facts.spec import Spec, format_spec, parse_spec
 from ...facts.traffic import Traffic
 from ...ir.graph import Graph
@@ -106,7 +107,7 @@ def plan_from_json(data: object) -> PlanData:
     _check_choices(graph, decisions)
     search = reader.child("search")
     return PlanData(
-        request=reader.build("request", Request),
+        request=_request(reader),
         graph=graph,
         mesh=_mesh(axes),
         decisions=decisions,
@@ -127,6 +128,15 @@ def plan_from_json(data: object) -> PlanData:
         decode=None if reader.is_null("decode") else plan_from_json(reader.get("decode", dict)),
         recached=tuple(_recache(row) for row in reader.children("recached")),
     )
+
+
+def _request(reader: _Reader) -> Request:
+    request: Request = reader.build("request", Request)
+    try:
+        find_phase(request.phase)
+    except ValueError as error:
+        raise PlanError(f"plan field `request.phase`: {error}") from error
+    return request
 
 
 def _work(reader: _Reader, name: str) -> Work:
