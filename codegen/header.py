@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..facts.mesh import Mesh
 from ..facts.units import format_bytes, format_seconds
 from ..ir.ops.labels import DimLabels, label_dims
-from ..ir.ops.registry import operator_of
+from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
 from ..planner.plan.program import Compute, Convert, LoopCall, Program, Sharded, is_gather
 
@@ -120,7 +120,7 @@ def _cuts(program: Program, axis: int) -> Iterator[str]:
         yield "parameters, which are gathered for use (FSDP)"
     for kind, title in (("attention", "attention"), ("experts", "experts"), ("matmul", "products")):
         words = [
-            operator_of(item.node).words.get(item.choices[axis], "")
+            words_of(item.node, item.choices[axis])
             for item in statements
             if isinstance(item, Compute) and operator_of(item.node).kind == kind
         ]

@@ -14,6 +14,7 @@ from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
 from ..ir.graph import Param
 from ..ir.ops.attention import values_in_keys
+from ..ir.ops.caches import cache_spec, owning_axis
 from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of
@@ -28,7 +29,6 @@ from ..planner.plan.program import (
     is_gather,
 )
 from ..planner.plan.traffic import kept_until
-from ..planner.strategies.attention import cache_spec
 from .body import Context, FunctionWriter, attribute, uneven_size
 from .classes import RUNTIME, Classes, Modules, argument_names
 from .names import hides, words_of
@@ -73,13 +73,13 @@ def write_source(
 def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
     """By its name, which caches may share a page table with which.
 
-    Where a program attends by `tree`, ranks store the pages that they own, otherwise their own
-    tokens: caches differ that do so over other axes in one of the programs.
+    Where a program gives all ranks of an axis all new tokens, they store the pages that they own,
+    otherwise their own tokens: caches differ that do so over other axes in one of the programs.
     """
 
     def owners(name: str) -> tuple[int, ...]:
-        choices = [program[name].choices for program in programs]
-        return tuple(each.index("tree") if "tree" in each else -1 for each in choices)
+        items = [program[name] for program in programs]
+        return tuple(owning_axis(item.node, item.choices) for item in items)
 
     kinds = list(dict.fromkeys(map(owners, programs[0])))
     return {name: kinds.index(owners(name)) for name in programs[0]}

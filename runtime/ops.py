@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import Layout as Layout
-from .attention import gather_kv_attention as gather_kv_attention
-from .attention import ring_attention as ring_attention
-from .attention import ulysses_attention as ulysses_attention
-from .attention import window_attention as window_attention
 from .attention.cached import cached_attention as cached_attention
 from .attention.local import attention as attention
 from .mesh.collectives import Axis

@@ -22,6 +22,7 @@ from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.facts.spec import parse_spec
 from shardwright.ir.graph import Graph, Node, Value
+from shardwright.ir.ops.caches import cache_spec
 from shardwright.ir.reference.interpret import interpret
 from shardwright.ir.reference.widen import (
     widened as widened,  # for the tests that import it from here
@@ -30,7 +31,6 @@ from shardwright.planner.plan.plan import Request
 from shardwright.planner.plan.program import PricedStep, Program, lower, priced_path
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.search.search import Clock, Job, Limit
-from shardwright.planner.strategies.attention import cache_spec
 from shardwright.planner.strategies.build import (
     Builder,
     Decisions,

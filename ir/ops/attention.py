@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...facts.spec import S, V
+from ...facts.spec import S, State, V
+from ...facts.traffic import Traffic
+from ...facts.work import Kernels
 from ..graph import Arg, Node, Value
+from .algorithms.algorithm import AttentionAlgorithm
+from .algorithms.part import Part
+from .algorithms.quantities import buffers_of, kernels_of, traffic_of
+from .algorithms.registry import ALGORITHMS
 from .forms import call, factors, optional
 from .local import Local
 from .operator import Family, Kind, Operator, Render, named_values
@@ -221,59 +227,73 @@ def _attention_rule(node: Node) -> Rule:
     if decompressing(node) is not None:
         held, term = "b n [k] [w]", f"{term}, (n g) [u] [r]"
     text = f"b (n g) q [d], {held}{term} -> b (n g) q [e]"
-    rule = replace(factors(text, sizes=sizes)(node), algorithms=_attention_algorithms(node))
-    return replace(rule, inner=INNER_HEADS)
+    rule = factors(text, sizes=sizes)(node)
+    return replace(rule, inner=INNER_HEADS, algorithms=_attention_algorithms(node, rule))
 
 
 def sinks_of(node: Node) -> Value | None:
-    """The scores of attention sinks; nodes of older plans have no such argument."""
+    """The scores of attention sinks, if there are any."""
     sinks = dict(node.args).get("sinks")
     return sinks if isinstance(sinks, Value) else None
 
 
-def _attention_algorithms(node: Node) -> dict[str, Algorithm]:
+def _attention_algorithms(node: Node, rule: Rule) -> dict[str, Algorithm]:
     """Ways to run self-attention over an axis that cuts queries, keys and values alike.
 
     Dropout would need the weights of all ranks, and a mask its rows and columns: neither is known
-    to these.  Latents, which are one key head, are only sent whole.
+    to these.
     """
     query, key = node.operands[:2]
-    heads = query.type.shape[1]
     masked = isinstance(node.arg("mask"), Value)
     if masked or node.arg("dropout_p") or query.type.shape[2] != key.type.shape[2]:
         return {}
     sinks = () if sinks_of(node) is None else (V,)
-    latents = decompressing(node) is not None
-    held = (S(2), *sinks, V) if latents else (S(2), S(2), *sinks)
-    way = Algorithm(("q", "k"), (S(2), *held), (S(2),))
-    found = {"ring": way, "gather": way}
-    if latents:
-        return found
-    if heads % key.type.shape[1] == 0:
-        found["ulysses"] = replace(way, fits=_heads_divide)
-    if node.arg("window") and node.arg("causal"):
-        found["window"] = way
-    return found
+    held = (S(2), *sinks, V) if decompressing(node) is not None else (S(2), S(2), *sinks)
+    whole = part_of(Local(node, rule, (), (), {}, training=False))
+    return {
+        name: choice_of(declared, ("q", "k"), (S(2), *held), (S(2),))
+        for name, declared in ALGORITHMS.items()
+        if declared.over_shards and declared.suits(whole)
+    }
 
 
-def _heads_divide(sizes: Mapping[str, int], ranks: int) -> bool:
-    """Do all ranks get as many query heads, and need as many key heads?"""
-    heads, kv_heads = sizes["n"] * sizes["g"], sizes["n"]
-    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+def choice_of(
+    declared: AttentionAlgorithm,
+    cuts: tuple[str, ...],
+    operands: tuple[State, ...],
+    results: tuple[State, ...],
+    label: str = "",
+) -> Algorithm:
+    """An algorithm as a choice of a rule."""
+    return Algorithm(
+        cuts, operands, results, declared.fits, label, words=declared.words,
+        orders=declared.orders, balanced=declared.balanced,
+    )  # fmt: skip
 
 
-_ATTENTION = {
-    "ring": "ring_attention",
-    "gather": "gather_kv_attention",
-    "ulysses": "ulysses_attention",
-    "window": "window_attention",
-}
+def part_of(local: Local, keys: str = "k") -> Part:
+    """One rank's part of an attention in numbers; with `keys` "c", of one over a cache."""
+    node, rule, cached = local.node, local.rule, keys == "c"
+    chosen = enumerate(local.choices)
+    axis = next((i for i, choice in chosen if choice in rule.algorithms), -1)
+    up, latent = decompressing(node), None
+    if up is not None:
+        rank = up.type.shape[2]
+        latent = (rank, cached_per_head(node) - rank)
+    return Part(
+        local.size("b"), local.size("n", "g"), local.size("n"), local.size("q"), local.size(keys),
+        local.size("d"), local.size("e"), node.output.type.dtype.itemsize,
+        cached or bool(node.arg("causal")), node.int_arg("window"),
+        local.choices[axis] if axis >= 0 else "", axis, local.sizes[axis] if axis >= 0 else 1,
+        local.order == "zigzag", 1 if axis >= 0 else local.ways.get("q", 1), cached,
+        values_in_keys(node) and latent is None, latent,
+    )  # fmt: skip
 
 
 def _emit_attention(node: Node, render: Render) -> str:
     if dict(node.args).get("chunk"):
         raise ValueError(f"{node.loc}: attention in chunks is only known over a cache")
-    query = render.arg("q")
+    tensors = [render.arg(name) for name in ("q", "k", "v")]
     kwargs = {
         "scale": render.arg("scale"),
         "causal": "True" if node.arg("causal") else "",
@@ -284,25 +304,21 @@ def _emit_attention(node: Node, render: Render) -> str:
     }
     name, axis = render.algorithm()
     if name:
-        layout = f"ops.Layout.{render.order()}({query}.size(2) * {axis}.size, {axis}.size)"
-        kwargs = {"group": axis, **kwargs, "layout": layout}
-        return call(f"ops.{_ATTENTION[name]}", query, render.arg("k"), render.arg("v"), **kwargs)
+        zigzag = "True" if render.order() == "zigzag" else ""
+        chosen = {"algorithm": f'"{name}"', "axis": axis, "zigzag": zigzag}
+        return call("ops.attention", *tensors, **chosen, **kwargs)
     axis = render.axis("q") if node.arg("causal") or node.arg("window") else ""
-    kwargs["query_start"] = f"{axis}.rank * {query}.size(2)" if axis else ""
+    kwargs["query_start"] = f"{axis}.rank * {tensors[0]}.size(2)" if axis else ""
     if node.arg("dropout_p"):
         axes = ", ".join(f'"{name}"' for name in render.sharded_axes())
         kwargs["dropout_p"] = f"{render.arg('dropout_p')} if self.training else 0.0"
         kwargs["generator"] = f"self.generator({axes})"
     mask = optional(render, "mask")
-    args = [query, render.arg("k"), render.arg("v"), *([mask] if mask else [])]
-    return call("ops.attention", *args, **kwargs)
+    return call("ops.attention", *tensors, *([mask] if mask else []), **kwargs)
 
 
 def values_in_keys(node: Node) -> bool:
-    """Does an attention read its values from the keys, or make them of these, and have no others?
-
-    Nodes of older plans have no argument `value_dim`: theirs are an operand.
-    """
+    """Does an attention read its values from the keys, or make them of these, and of no others?"""
     return bool(dict(node.args).get("value_dim"))
 
 
@@ -348,19 +364,8 @@ def decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Ten
     return torch.cat([made[..., :nope], rope], -1), made[..., nope:]
 
 
-# what cutting a factor, or running an algorithm, is called in reports
-WORDS: Mapping[str, str] = MappingProxyType(
-    {
-        "n": "heads",
-        "q": "queries, K/V gathered",
-        "ring": "sequence, ring of K/V",
-        "gather": "sequence, K/V gathered",
-        "ulysses": "sequence, exchanged for heads",
-        "window": "sequence, window's K/V from the neighbours",
-        "pass_q": "sequence, ring of queries",
-        "tree": "cached tokens, tree",
-    }
-)
+# what cutting a factor is called in reports
+WORDS: Mapping[str, str] = MappingProxyType({"n": "heads", "q": "queries, K/V gathered"})
 
 
 def tie_latents(sizes: Sizes, node: Node) -> bool:
@@ -418,6 +423,18 @@ class Attention(Operator):
         """Of the products with keys and values, as if no score was masked."""
         return 2.0 * local.size("b", "n", "g", "q", "k") * (local.size("d") + local.size("e"))
 
+    def work(self, local: Local) -> Kernels:
+        """By the algorithm."""
+        return kernels_of(part_of(local), local.dtype, backward=local.backward)
+
+    def traffic(self, local: Local) -> tuple[Traffic, ...]:
+        """By the algorithm."""
+        return traffic_of(part_of(local), backward=local.backward)
+
+    def buffers(self, local: Local) -> float:
+        """By the algorithm, and heads that are made of latents."""
+        return buffers_of(part_of(local))
+
     def ties(self, sizes: Sizes, node: Node) -> bool:
         """See `tie_latents`."""
         return tie_latents(sizes, node)
@@ -431,7 +448,7 @@ class Attention(Operator):
         return _attention(**args)
 
     def emit(self, node: Node, render: Render) -> str:
-        """`ops.attention`, or the function of the algorithm."""
+        """`ops.attention`, with the name of the algorithm and its axis if there are any."""
         return _emit_attention(node, render)
 
 
@@ -440,6 +457,6 @@ FAMILY.add("shardwright.attention", Attention())
 
 __all__ = [
     "FAMILY", "INNER_HEADS", "WORDS", "Attention", "attention", "attention_math", "cached_per_head",
-    "decompressed", "decompressing", "mask_stand_in", "resized_reach", "sinks_of",
-    "tie_latents", "values_in_keys",
+    "choice_of", "decompressed", "decompressing", "mask_stand_in", "part_of", "resized_reach",
+    "sinks_of", "tie_latents", "values_in_keys",
 ]  # fmt: skip

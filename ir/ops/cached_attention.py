@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from ...facts.spec import R, S, V
+from ...facts.traffic import Traffic
+from ...facts.work import Kernels
 from ..graph import Arg, Node, Value
+from .algorithms.part import Part
+from .algorithms.quantities import buffers_of, kernels_of, positions_of, traffic_of
+from .algorithms.registry import ALGORITHMS
 from .attention import (
     INNER_HEADS,
     WORDS,
     attention_math,
+    choice_of,
     decompressed,
     decompressing,
+    part_of,
     resized_reach,
     sinks_of,
     tie_latents,
@@ -25,7 +32,7 @@ from .attention import (
 from .forms import call, factors
 from .local import Local
 from .operator import Family, Kind, Operator, Render, named_values
-from .rule import Algorithm, Rule
+from .rule import Rule
 from .sizes import Resizing, Sizes
 
 FAMILY = Family()
@@ -61,16 +68,25 @@ def _cached_attention_rule(node: Node) -> Rule:
     text = f"b (n g) [q] [d], b n [k] [{key_dim}],{values} b [q]{sink}{up} -> b (n g) [q] [e]"
     rule = factors(text, sizes={"n": heads, "g": groups})(node)
     tensors = 2 if values_in_keys(node) else 3  # that have tokens in dim 2
-    cut = (S(2),) * tensors + (S(1),)
-    shared = Algorithm(("q", "k", "c"), (*cut, *more), (S(2),))
-    whole = Algorithm(("c",), (R,) * len(node.operands), (R,), label="s")
+    cut = (*(S(2),) * tensors, S(1), *more)
+    whole = (R,) * len(node.operands)
     return replace(
         rule,
         sizes={**rule.sizes, "c": context + new},
         uneven=frozenset({"c"}),
         inner=INNER_HEADS,
-        algorithms={"ring": shared, "gather": shared, "pass_q": shared, "tree": whole},
+        algorithms={
+            name: choice_of(declared, ("c",), whole, (R,), label="s")
+            if declared.whole
+            else choice_of(declared, ("q", "k", "c"), cut, (S(2),))
+            for name, declared in ALGORITHMS.items()
+            if declared.over_cache
+        },
     )
+
+
+def _part(local: Local) -> Part:
+    return part_of(local, keys="c")
 
 
 def _emit_cached_attention(node: Node, render: Render) -> str:
@@ -151,6 +167,23 @@ class CachedAttention(Operator):
     def flops(self, local: Local) -> float:
         """Of the products with the keys and values of all tokens, as if no score was masked."""
         return 2.0 * local.size("b", "n", "g", "q", "c") * (local.size("d") + local.size("e"))
+
+    def work(self, local: Local) -> Kernels:
+        """By the algorithm."""
+        return kernels_of(_part(local), local.dtype, backward=False)
+
+    def traffic(self, local: Local) -> tuple[Traffic, ...]:
+        """By the algorithm, and what tells ranks which tokens the others have."""
+        part = _part(local)
+        return (*positions_of(part), *traffic_of(part, backward=False))
+
+    def buffers(self, local: Local) -> float:
+        """By the algorithm, and heads that are made of latents."""
+        return buffers_of(_part(local))
+
+    def remembered(self, local: Local, run: int = 0) -> float:
+        """Bytes of the KV cache; what a window drops is not in it."""
+        return float(_part(local).cache_bytes(run))
 
     def ties(self, sizes: Sizes, node: Node) -> bool:
         """See `tie_latents`."""

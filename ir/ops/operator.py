@@ -194,6 +194,13 @@ class Operator:
         given = ((name, arg) for name, arg in node.args if name in ("size", "shape"))
         return {name: result for name, arg in given if isinstance(arg, tuple)}
 
+    def remembered(self, local: Local, run: int = 0) -> float:
+        """Bytes of what it `remembers` on one rank, by the end of this phase.
+
+        `run`: of how many tokens at once another phase adds to it.
+        """
+        return 0.0
+
     def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
         """Those of `saves` that autograd keeps as they are, not something made of them."""
         return self.saves(node)

@@ -57,13 +57,13 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
 def fits_order(node: Node, choice: Choice, order: str) -> bool:
     """Can `node` run under `choice` when ranks hold tokens in this order?
 
-    Causal attention with queries cut alone, and a halo from the left neighbour, need contiguous
-    positions.
+    Causal attention with queries cut alone needs contiguous positions, and so do some algorithms.
     """
     if order == "contiguous" or node.op != _ATTENTION:
         return True
-    positions = bool(node.arg("causal")) or bool(node.arg("window"))
-    return choice != "window" and not (choice == "q" and positions)
+    if way := rule_of(node).algorithms.get(choice):
+        return order in way.orders
+    return not (choice == "q" and (node.arg("causal") or node.arg("window")))
 
 
 def is_causal_self_attention(node: Node) -> bool:

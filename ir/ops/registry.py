@@ -96,6 +96,13 @@ def is_view(node: Node) -> bool:
     return all(out.type.dtype == node.operands[0].type.dtype for out in node.outputs)
 
 
+def words_of(node: Node, choice: Choice) -> str:
+    """What reports call a choice, where the declaration says it."""
+    if way := rule_of(node).algorithms.get(choice):
+        return way.words or operator_of(node).words.get(choice, "")
+    return operator_of(node).words.get(choice, "")
+
+
 def saved_values(node: Node) -> tuple[Value, ...]:
     """Values that autograd keeps from this node for the backward pass (unknown op: all of them)."""
     if not any(out.differentiable for out in node.outputs):
@@ -123,19 +130,8 @@ def local_of(
     return Local(node, rule, choices, sizes, ways, training, order, imbalance)
 
 
-def attention_dims(node: Node, ways: dict[str, int]) -> tuple[int, int, int, int, int, int]:
-    """(batch, query heads, kv heads, query length, kv length, head dim) of a local attention."""
-    rule = rule_of(node)
-
-    def size(factor: str) -> int:
-        return -(-rule.sizes.get(factor, 1) // ways.get(factor, 1))
-
-    return size("b"), size("n") * size("g"), size("n"), size("q"), size("k"), size("d")
-
-
 __all__ = [
     "OPS",
-    "attention_dims",
     "find_op",
     "is_view",
     "kind_of",
@@ -144,4 +140,5 @@ __all__ = [
     "register",
     "rule_of",
     "saved_values",
+    "words_of",
 ]

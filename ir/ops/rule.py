@@ -64,6 +64,11 @@ class Algorithm:
     label: str = ""  # what it cuts (`s`, `b`), where no operand has its first factor
     joint: bool = False
     alone: tuple[str, ...] | None = None
+    words: str = ""  # what reports call the choice
+    # of the tokens of a sequence that ranks share: orders in which it can run, and whether zigzag
+    # order gives ranks equal shares of a causal mask
+    orders: tuple[str, ...] = ("contiguous", "zigzag")
+    balanced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,11 +65,11 @@ def decide(
 def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
     """Without a causal attention over a sharded sequence the order of tokens does not matter."""
     uses = any(
-        choice in ("ring", "gather")
+        way.balanced and name in decisions.choices[node.name]
         for scope in scopes(graph)
         for node in scope.nodes
         if is_causal_self_attention(node)
-        for choice in decisions.choices[node.name]
+        for name, way in rule_of(node).algorithms.items()
     )
     return decisions if uses else replace(decisions, order="contiguous")
 

@@ -21,8 +21,8 @@ from ...facts.blocks import local_shape
 from ...facts.spec import S, Spec
 from ...ir.graph import Graph, Node, TensorType
 from ...ir.ops.attention import cached_per_head
-from ...ir.ops.registry import attention_dims, operator_of, rule_of
-from ..strategies.attention import cache_spec
+from ...ir.ops.caches import cache_spec
+from ...ir.ops.registry import operator_of, rule_of
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network
 from ..strategies.regions import Place, Scope, scopes
@@ -72,12 +72,13 @@ class Recaching:
     def _conversions(self) -> Conversions:
         """Those of (batch, heads, tokens, numbers of a head), which are gathered, never summed."""
         node, ranks = self._cached.node, self._network.mesh.ranks
-        batch, _, heads, *_ = attention_dims(node, {})
         sizes, window = rule_of(node).sizes, node.arg("window")
         assert isinstance(window, int)
         tokens = min(sizes["c"], window - 1) if window > 1 else sizes["c"]
         tokens = -(-tokens // ranks) * ranks
-        kind = TensorType((batch, heads, tokens, cached_per_head(node)), node.output.type.dtype)
+        kind = TensorType(
+            (sizes["b"], sizes["n"], tokens, cached_per_head(node)), node.output.type.dtype
+        )
         return Conversions(kind, self._network, gradient=False, param=True)
 
     def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:

@@ -17,8 +17,7 @@ from typing import NamedTuple, TypeAlias
 from ...costmodel.collective import wire_bytes
 from ...facts.mesh import Mesh
 from ...facts.traffic import Traffic
-from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_values
-from ..strategies import attention
+from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
 
 _Gathers: TypeAlias = Mapping[Sharded, tuple[Convert, ...]]
@@ -49,7 +48,6 @@ class _Walk:
         self.recompute = recompute
         self.order = order
         self.moved: dict[Moved, float] = {}
-        self._positions: set[object] = set()  # what was told of cached positions
         self._told: set[Traffic] = set()  # once per step
         # By gathering step: how many nodes will ask for its result in backward, and whether it is
         # there, as in runtime/gathering/regather.py
@@ -85,7 +83,6 @@ class _Walk:
                     live.add(item.source)
             else:
                 live_here = bool(live.intersection(item.outputs))
-                self._attention(item, times, live_here)
                 self._inside(item, times, live_here)
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
@@ -153,21 +150,6 @@ class _Walk:
             self.there.add(id(last))
         else:
             self.there.discard(id(last))
-
-    def _attention(self, item: Compute, times: int, live: bool) -> None:
-        """An attention algorithm over a sharded sequence; positions once for all with one cache."""
-        if kind_of(item.node) != "attention":
-            return
-        local = attention.Local.of(item.node, item.choices, self.mesh.sizes, self.order)
-        for transfer in attention.position_transfers(local):
-            known = (item.choices, local.algorithm == "pass_q", local.window, transfer)
-            if known not in self._positions:
-                self._positions.add(known)
-                self._add(transfer.kind, (transfer.axis,), False, transfer.bytes)
-        for transfer in attention.transfers(local, backward=live):
-            runs = transfer.times * (1 if transfer.backward else times)
-            for _ in range(runs):
-                self._add(transfer.kind, (transfer.axis,), transfer.backward, transfer.bytes)
 
     def _inside(self, item: Compute, times: int, live: bool) -> None:
         """What an op moves itself; of experts what is expected of balanced routing."""

@@ -11,7 +11,7 @@ from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
-from ...ir.ops.registry import kind_of, operator_of, rule_of
+from ...ir.ops.registry import kind_of, operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep
@@ -336,20 +336,17 @@ def _op_name(plan: PlanData, node: Node) -> str:
 def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:
     """`dp: batch, tp: heads`."""
     known = factor_labels(item.node, labels)
-    words = operator_of(item.node).words
     parts = [
-        f"{name}: {_choice_text(item.node, choice, known, words)}"
+        f"{name}: {_choice_text(item.node, choice, known)}"
         for name, choice in zip(mesh.names, item.choices, strict=True)
         if choice not in ("R", "V")
     ]
     return ", ".join(parts) or "replicated"
 
 
-def _choice_text(
-    node: Node, choice: Choice, known: dict[str, str], words: Mapping[str, str]
-) -> str:
-    if choice in words:
-        return words[choice]
+def _choice_text(node: Node, choice: Choice, known: dict[str, str]) -> str:
+    if words := words_of(node, choice):
+        return words
     if choice in known:
         return _LABELS.get(known[choice], known[choice])
     rule = rule_of(node)

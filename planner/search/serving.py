@@ -20,6 +20,7 @@ from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import Spec
 from ...ir.graph import Graph
+from ...ir.ops.caches import cache_bytes_in, cache_spec
 from ...ir.ops.registry import operator_of
 from ..errors import InfeasibleError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
@@ -27,7 +28,6 @@ from ..ilp.solve import Solution
 from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
-from ..strategies.attention import cache_bytes_in, cache_spec
 from ..strategies.build import Builder, Built, Floats, all_params
 from ..strategies.conversion import Network
 from .infeasible import explain
@@ -225,7 +225,7 @@ def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
     """The cache in prefill's layout, which has room for the whole answer from the start."""
     node, specs = decode.cached.node, prefill.specs
     run = prefill.cached.node.operands[0].type.shape[2]
-    size = {spec: float(cache_bytes_in(node, spec, prefill.sizes, run)) for spec in set(specs)}
+    size = {spec: cache_bytes_in(node, spec, prefill.sizes, run) for spec in set(specs)}
     return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
 
 

@@ -31,7 +31,7 @@ from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_va
 from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 from .conversion import Conversions, Network, spec_fits
-from .pricing import Work, buffer_bytes, cache_bytes, price
+from .pricing import Work, price
 from .regions import InLoop, Place, Region, Strategy, TopLevel, make_regions, scopes
 from .times import Times
 
@@ -227,20 +227,21 @@ class Builder:
                 order=setting.order,
                 imbalance=setting.expert_imbalance,
             )
+            operator = operator_of(node)
             needs, gives = local.specs()
             specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
             held = 0
             if kind_of(node) != "view":
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
-                held += buffer_bytes(local)
-            rows = operator_of(node).extra_bytes(local)
+                held += operator.buffers(local)
+            rows = operator.extra_bytes(local)
             kept = saved_values(node) if setting.training else ()
             work = self.work(node, choices)
             self._costs[key] = NodeCost(
                 work.forward_s,
                 work.seconds,
                 float(held) + rows,
-                cache_bytes(node, choices, self.sizes, setting.longest_run),
+                operator.remembered(local, setting.longest_run),
                 rows if setting.training else 0.0,
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
                 tuple(zip(node.operands, needs, strict=True)),

@@ -13,10 +13,8 @@ from ...costmodel.compute import attention_s, matmul_s
 from ...facts.traffic import Traffic
 from ...facts.work import Kernel, Product, Scores, Stream
 from ...ir.graph import Node
-from ...ir.ops.local import Local
-from ...ir.ops.registry import kind_of, local_of, operator_of
+from ...ir.ops.registry import local_of, operator_of
 from ...ir.ops.rule import Choice
-from . import attention
 from .conversion import Network
 
 
@@ -62,8 +60,6 @@ def price(
     local = local_of(
         node, choices, network.mesh.sizes, training=training, order=order, imbalance=imbalance
     )
-    if kind_of(node) == "attention":
-        return _price_attention(local, network)
     operator = operator_of(node)
     kernels, traffic = operator.work(local), operator.traffic(local)
     forward, ahead = pass_seconds(kernels.forward, [t for t in traffic if not t.backward], network)
@@ -109,35 +105,4 @@ def kernel_seconds(kernel: Kernel, network: Network) -> float:
             )  # fmt: skip
 
 
-def buffer_bytes(local: Local) -> float:
-    """Bytes that a node holds beside its operands and results while it runs."""
-    if kind_of(local.node) == "attention":
-        return attention.buffer_bytes(_part(local))
-    return operator_of(local.node).buffers(local)
-
-
-def cache_bytes(
-    node: Node, choices: tuple[Choice, ...], sizes: tuple[int, ...], run: int = 0
-) -> float:
-    """Bytes of the KV cache that one rank keeps for a node; `run` as in `attention.cache_bytes`."""
-    if not operator_of(node).remembers:
-        return 0.0
-    local = attention.Local.of(node, choices, sizes, "contiguous")
-    return float(attention.cache_bytes(local, run))
-
-
-def _part(local: Local) -> attention.Local:
-    return attention.Local.of(local.node, local.choices, local.sizes, local.order)
-
-
-def _price_attention(local: Local, network: Network) -> Work:
-    part = _part(local)
-    alone = attention.seconds(part, local.dtype, network, backward=local.backward, moving=False)
-    if not part.algorithm:
-        return Work(*alone)
-    whole = attention.seconds(part, local.dtype, network, backward=local.backward)
-    waits = [max(a - b, 0.0) for a, b in zip(whole, alone, strict=True)]
-    return Work(*whole, waits[0], waits[1], (part.axis,))
-
-
-__all__ = ["Work", "buffer_bytes", "cache_bytes", "kernel_seconds", "pass_seconds", "price"]
+__all__ = ["Work", "kernel_seconds", "pass_seconds", "price"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardwright.codegen.write import module_source
 from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Input
+from shardwright.ir.ops.registry import local_of, operator_of
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.latent import absorbed, expanded
 from shardwright.ir.passes.serving import serving_graph
@@ -25,7 +26,6 @@ from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.search.serving import make_serving_plan
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction
-from shardwright.planner.strategies.pricing import cache_bytes
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import pinned
 from shardwright.runtime import RankPool, count_collectives
@@ -178,7 +178,8 @@ def test_memory_of_the_cache(choice: str, form: str) -> None:
     nodes = [n for n in builder.graph.nodes if n.op == "shardwright.cached_attention"]
     tokens = BATCH * PROMPT // (1 if choice == "g" else 2)
     for node in nodes:
-        assert cache_bytes(node, decisions.choices[node.name], (2,)) == tokens * 24 * 8
+        local = local_of(node, decisions.choices[node.name], (2,))
+        assert operator_of(node).remembered(local) == tokens * 24 * 8
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -228,6 +229,8 @@ def test_training_over_latents_in_zigzag_order(pool: Pool, choice: str) -> None:
     solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
     assert solution.assignment is not None
     decisions = built.read(solution.assignment)
-    assert "ops.Layout.zigzag" in source_of(builder, decisions)
+    assert f'algorithm="{choice}",axis=x,zigzag=True' in "".join(
+        source_of(builder, decisions).split()
+    )
     expected = reference(plain, params, inputs)
     sharded.check(pool(2), builder, decisions, params, inputs, expected, tolerance=1e-10)

@@ -159,11 +159,11 @@ def test_prefill_append_and_decode(pool: Pool, name: str, algorithm: str) -> Non
     whole = graph_of(name, PROMPT)
     for rank, logits in enumerate(results):
         for got, length in zip(logits, (8, 12, 16, 16), strict=True):
-            want = _logits_after(whole, state, ids, length)
+            want = logits_after(whole, state, ids, length)
             assert_close(got, want, 1e-9, f"rank {rank} after {length} tokens")
 
 
-def _logits_after(graph: Graph, state: dict[str, Tensor], ids: Tensor, length: int) -> Tensor:
+def logits_after(graph: Graph, state: dict[str, Tensor], ids: Tensor, length: int) -> Tensor:
     """Logits (b, v) of the token at `length` - 1, in one go: what follows is padding."""
     positions = torch.arange(ids.shape[1]).expand_as(ids).clone()
     positions[:, length:] = -1

@@ -30,7 +30,7 @@ from shardwright.costmodel.calibration.measure import measure_hosts
 from shardwright.costmodel.machines.cluster import Cluster, load_cluster
 from shardwright.facts.spec import S
 from shardwright.ir.graph import TensorType
-from shardwright.planner.strategies.attention import Local, seconds
+from shardwright.ir.ops.algorithms.part import Part
 from shardwright.planner.strategies.conversion import Conversions, Network
 from shardwright.runtime import (
     Layout,
@@ -40,6 +40,7 @@ from shardwright.runtime import (
     ulysses_attention,
     usp_attention,
 )
+from tests.parts import seconds
 from tests.sharded import mesh_of
 
 ROOT = Path(__file__).parents[2]
@@ -228,14 +229,14 @@ def priced(cluster: Cluster) -> dict[str, float]:
         queries: int = rows,
         keys: int = rows,
         cached: bool = False,
-    ) -> Local:
-        return Local(
+    ) -> Part:
+        return Part(
             batch=batch, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys, key_dim=DIM,
             value_dim=DIM, itemsize=4, causal=True, window=0, algorithm=algorithm, axis=0,
             ranks=ranks, zigzag=True, query_ways=1, cached=cached,
         )  # fmt: skip
 
-    def forward_s(part: Local, on: Network) -> float:
+    def forward_s(part: Part, on: Network) -> float:
         return seconds(part, "float32", on, backward=False)[0]
 
     # As the planner finds USP: heads over the inner axis by conversion, a ring over the outer one.

@@ -20,12 +20,12 @@ from shardwright.facts.mesh import Mesh
 from shardwright.facts.phases import DECODE
 from shardwright.facts.spec import Spec
 from shardwright.ir.graph import Graph
+from shardwright.ir.ops.caches import cache_spec
 from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.recache import recached_bytes, recaches
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.report.report import format_plan
 from shardwright.planner.search.serving import make_serving_plan
-from shardwright.planner.strategies.attention import cache_spec
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction, all_params
 from shardwright.runtime import RankPool, count_collectives
 from tests.endtoend import test_latent, test_serving

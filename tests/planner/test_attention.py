@@ -17,38 +17,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright.api import phase_graph
-from shardwright.costmodel.collective import wire_bytes
 from shardwright.costmodel.compute import attention_s
 from shardwright.costmodel.machines.cluster import Cluster, load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
+from shardwright.ir.ops.algorithms.part import Part, ring_shares
+from shardwright.ir.ops.algorithms.quantities import buffers_of, traffic_of
 from shardwright.ir.ops.registry import kind_of
 from shardwright.loading import load_target
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
-from shardwright.planner.strategies.attention import (
-    Local,
-    buffer_bytes,
-    ring_shares,
-    seconds,
-    transfers,
-)
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import Layout
 from shardwright.runtime.attention.pieces import Piece, cut
-from shardwright.runtime.attention.volumes import (
-    Sizes,
-    Volume,
-    gather_kv_volume,
-    pass_q_volume,
-    ring_volume,
-    tree_volume,
-    ulysses_volume,
-    window_volume,
-)
+from tests.parts import Volume, declared, seconds
 from tests.sharded import mesh_of
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -61,14 +46,14 @@ def network(*sizes: int, cluster: Cluster = H100) -> Network:
     return Network(mesh, replace(cluster, gpus=mesh.ranks))
 
 
-def local(algorithm: str, ranks: int, queries: int, keys: int, **other: Any) -> Local:
+def local(algorithm: str, ranks: int, queries: int, keys: int, **other: Any) -> Part:
     """One rank's part in bf16, the sequence cut over the first axis."""
     values: dict[str, Any] = {
         "batch": 1, "heads": 32, "kv_heads": 8, "key_dim": 128, "value_dim": 128, "itemsize": 2,
         "causal": True, "window": 0, "axis": 0, "zigzag": True, "query_ways": 1, "cached": False,
     }  # fmt: skip
     values |= other
-    return Local(algorithm=algorithm, ranks=ranks, queries=queries, keys=keys, **values)
+    return Part(algorithm=algorithm, ranks=ranks, queries=queries, keys=keys, **values)
 
 
 LATENT: dict[str, Any] = {
@@ -77,19 +62,8 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def forward_s(part: Local, on: Network) -> float:
+def forward_s(part: Part, on: Network) -> float:
     return seconds(part, "bfloat16", on, backward=False)[0]
-
-
-def received(part: Local, *, backward: bool = False) -> Volume:
-    """(operation, phase) -> (bytes, 0) that a rank receives, by the planner."""
-    found: dict[Any, tuple[float, int]] = {}
-    for t in transfers(part, backward=backward):
-        key = (t.kind, "backward" if t.backward else "forward")
-        moved = t.times * float(wire_bytes(t.kind, float(t.bytes), part.ranks))
-        if moved:
-            found[key] = (found.get(key, (0.0, 0))[0] + moved, 0)
-    return found
 
 
 def total(volume: Volume) -> float:
@@ -99,62 +73,42 @@ def total(volume: Volume) -> float:
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-@st.composite
-def parts(draw: st.DrawFn) -> Local:
-    """Any sizes for which Ulysses divides too."""
-    ranks, groups = draw(st.integers(1, 8)), draw(st.integers(1, 6))
-    kv_heads = draw(st.integers(1, 4)) * ranks
-    if draw(st.booleans()):  # fewer key heads than ranks
-        kv_heads = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
-        groups *= ranks // kv_heads
-    rows = draw(st.integers(1, 9))
-    return local(
-        "", ranks, rows, rows, batch=draw(st.integers(1, 3)), heads=kv_heads * groups,
-        kv_heads=kv_heads, key_dim=draw(st.integers(1, 20)), value_dim=draw(st.integers(1, 20)),
-        itemsize=draw(st.sampled_from([2, 4, 8])), window=draw(st.integers(1, 40)),
-    )  # fmt: skip
-
-
-def sizes_of(part: Local) -> Sizes:
-    return Sizes(
-        part.batch, part.heads, part.kv_heads, part.queries, part.keys, part.key_dim,
-        part.value_dim, part.itemsize,
-    )  # fmt: skip
-
-
-def assert_same(part: Local, volume: Volume, *, backward: bool) -> None:
-    """As the runtime's volumes, which counters are held against."""
-    moved = {k: n for k, (n, _) in volume.items() if backward or k[1] == "forward"}
-    assert {k: n for k, (n, _) in received(part, backward=backward).items()} == pytest.approx(moved)
-
-
-@given(parts())
-def test_bytes_of_self_attention(part: Local) -> None:
-    ranks, sizes = part.ranks, sizes_of(part)
-    first = window_volume(sizes, ranks, part.window, 0)  # gradients come from the right
-    last = window_volume(sizes, ranks, part.window, ranks - 1)
-    volumes = {
-        "ring": ring_volume(sizes, ranks),
-        "gather": gather_kv_volume(sizes, ranks),
-        "ulysses": ulysses_volume(sizes, ranks),
-        "window": {k: n for v, phase in ((last, "forward"), (first, "backward"))
-                   for k, n in v.items() if k[1] == phase},
-    }  # fmt: skip
-    for name, volume in volumes.items():
-        assert_same(replace(part, algorithm=name), volume, backward=True)
-
-
-@given(parts(), st.integers(0, 30))
-def test_bytes_over_a_cache(part: Local, context: int) -> None:
-    part = replace(part, keys=part.queries + context, cached=True)
-    sizes = sizes_of(part)
-    for name, volume in {
-        "ring": ring_volume(sizes, part.ranks),
-        "gather": gather_kv_volume(sizes, part.ranks),
-        "pass_q": pass_q_volume(sizes, part.ranks),
-        "tree": tree_volume(sizes, part.ranks),
-    }.items():
-        assert_same(replace(part, algorithm=name), volume, backward=False)
+def test_bytes_by_hand() -> None:
+    """2 sequences, 4 query and 2 key heads of 8 numbers of 2 bytes, 10 rows, on 4 ranks; gradients
+    and logarithms have 4 bytes."""
+    part = local("ring", 4, 10, 10, batch=2, heads=4, kv_heads=2, key_dim=8, value_dim=8, window=13)
+    kv = 2 * 2 * 10 * 16  # numbers
+    assert declared(part, backward=True) == {
+        ("send_recv", "forward"): (3 * kv * 2, 3),
+        ("send_recv", "backward"): (3 * kv * 6, 6),
+    }
+    assert declared(replace(part, algorithm="gather"), backward=True) == {
+        ("all_gather", "forward"): (3 * kv * 2, 3),
+        ("all_gather", "backward"): (3 * kv * 2, 3),
+        ("reduce_scatter", "backward"): (3 * kv * 4, 3),
+    }
+    # On each of 4 ranks one query head and one key head: from 3 others 2 * 10 * (8 + 16) numbers,
+    # and of results 2 * 10 * 8.
+    there = (3 * 20 * (24 + 8) * 2, 6)
+    assert declared(replace(part, algorithm="ulysses"), backward=True) == {
+        ("all_to_all", "forward"): there,
+        ("all_to_all", "backward"): there,
+    }
+    # 12 rows before its own, from two neighbours.
+    assert declared(replace(part, algorithm="window", zigzag=False), backward=True) == {
+        ("send_recv", "forward"): (12 * 2 * 2 * 16 * 2, 2),
+        ("send_recv", "backward"): (12 * 2 * 2 * 16 * 4, 2),
+    }
+    cached = replace(part, cached=True)
+    assert declared(replace(cached, algorithm="pass_q")) == {
+        ("send_recv", "forward"): (3 * 80 * 8 * 2, 3),
+        ("all_to_all", "forward"): (3 * 80 * (16 + 4), 3),
+    }
+    # Of each number of an all-reduce twice 3/4: 80 logarithms, 80 x (8 + 1) numbers.
+    assert declared(replace(cached, algorithm="tree")) == {
+        ("all_reduce", "forward"): (1.5 * 80 * 10 * 4, 12)
+    }
+    assert declared(replace(part, ranks=1)) == declared(replace(part, algorithm="")) == {}
 
 
 @given(st.integers(2, 16), st.integers(1, 4), st.integers(1, 16))
@@ -164,7 +118,7 @@ def test_ulysses_moves_less_than_a_ring_if_ranks_exceed_groups_by_two(
     """Fewer bytes iff P > G + 1, where heads divide."""
     kv_heads = ranks * heads_each
     part = local("ring", ranks, 64, 64, heads=kv_heads * groups, kv_heads=kv_heads)
-    ring, ulysses = total(received(part)), total(received(replace(part, algorithm="ulysses")))
+    ring, ulysses = total(declared(part)), total(declared(replace(part, algorithm="ulysses")))
     assert (ulysses < ring) == (ranks > groups + 1)
     assert (ulysses == ring) == (ranks == groups + 1)
 
@@ -175,8 +129,8 @@ def test_keys_are_fewer_bytes_than_queries_above_a_share_of_new_tokens(
 ) -> None:
     """Hops of pass-KV are smaller than those of pass-Q iff T / (T + C) >= 2 Hkv / Hq."""
     ring = local("ring", 4, new, new + context, heads=8 * groups, cached=True)
-    queries = received(replace(ring, algorithm="pass_q"))["send_recv", "forward"][0]
-    assert (total(received(ring)) <= queries) == (new * groups >= 2 * (new + context))
+    queries = declared(replace(ring, algorithm="pass_q"))["send_recv", "forward"][0]
+    assert (total(declared(ring)) <= queries) == (new * groups >= 2 * (new + context))
 
 
 # --- work ----------------------------------------------------------------------------------------
@@ -302,10 +256,10 @@ def test_heads_made_from_latents(algorithm: str, times: int) -> None:
     heads = replace(made, kv_heads=16, latent=None)
     assert made.kv_bytes == keys * 576 * 2 and heads.kv_bytes == keys * 16 * (192 + 128) * 2
     if algorithm in ("ring", "gather"):
-        ours, theirs = (transfers(part, backward=False)[0] for part in (made, heads))
-        assert ours == replace(theirs, bytes=theirs.bytes * made.kv_bytes // heads.kv_bytes)
+        ours, theirs = (traffic_of(part, backward=False)[0] for part in (made, heads))
+        assert ours == replace(theirs, bytes=theirs.bytes * made.kv_bytes / heads.kv_bytes)
     else:
-        assert transfers(made, backward=False) == transfers(heads, backward=False)
+        assert traffic_of(made, backward=False) == traffic_of(heads, backward=False)
     alone, without = (
         seconds(part, "bfloat16", on, backward=False, moving=False)[0] for part in (made, heads)
     )
@@ -314,19 +268,19 @@ def test_heads_made_from_latents(algorithm: str, times: int) -> None:
     assert least < (alone - without) / times < least / 0.6
     held = {"ring": 2 * made.kv_bytes, "gather": 4 * made.kv_bytes, "": 0}
     if algorithm in held:
-        assert buffer_bytes(made) - held[algorithm] == keys * 16 * (192 + 128 + 128) * 2
+        assert buffers_of(made) - held[algorithm] == keys * 16 * (192 + 128 + 128) * 2
 
 
 def test_a_short_window_needs_no_ring() -> None:
     on = network(2, 8)
     rows = 16384
 
-    def halo(window: int) -> Local:
+    def halo(window: int) -> Part:
         return local("window", 2, rows, rows, window=window, zigzag=False)
 
     ring = local("ring", 2, rows, rows, window=4096, zigzag=False)
-    assert total(received(halo(4096))) < total(received(ring)) / 4
-    assert total(received(halo(2 * rows))) == total(received(ring))
+    assert total(declared(halo(4096))) < total(declared(ring)) / 4
+    assert total(declared(halo(2 * rows))) == total(declared(ring))
     for zigzag in (False, True):
         assert forward_s(halo(4096), on) < forward_s(replace(ring, zigzag=zigzag), on)
 

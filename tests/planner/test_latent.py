@@ -17,16 +17,18 @@ from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Node
+from shardwright.ir.ops.algorithms.part import Part
+from shardwright.ir.ops.algorithms.quantities import buffers_of
 from shardwright.ir.ops.attention import decompressing, values_in_keys
-from shardwright.ir.ops.registry import kind_of, rule_of
+from shardwright.ir.ops.registry import kind_of, local_of, operator_of, rule_of
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.latent import expanded
 from shardwright.ir.reference.shrink import Planned, shrink, state_of
 from shardwright.planner.errors import InfeasibleError
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
-from shardwright.planner.strategies.attention import Local, buffer_bytes, seconds, transfers
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.pricing import price
+from tests.parts import seconds
 
 LATENT, HEADS = 512 + 64, 128 * (192 + 128)  # values per token and layer in DeepSeek-V3
 
@@ -155,13 +157,14 @@ def test_a_ring_over_latents_sends_fewer_bytes() -> None:
     """Latents of 2 bytes forward and backward, and gradients of 4; less waiting for a slow link."""
     ids = torch.zeros(1, 65536, dtype=torch.long, device="meta")
     plain = fold(capture(deepseek(), {"input_ids": ids}, training=True))
-    moved: list[int] = []
+    moved: list[float] = []
     waits: list[float] = []
     network = Network(Mesh((("cp", 8),)), load_cluster("rtx4090", 8))
     for graph in (plain, expanded(plain)):
         (node,) = (node for node in graph.nodes if node.op == "shardwright.attention")
-        local = Local.of(node, ("ring",), (8,), "zigzag")
-        moved.append(sum(t.bytes * t.times for t in transfers(local, backward=True)))
+        local = local_of(node, ("ring",), (8,), training=True, order="zigzag")
+        traffic = operator_of(node).traffic(local)
+        moved.append(sum(t.bytes * t.times for t in traffic))
         waits.append(price(node, ("ring",), network, training=True, order="zigzag").moving_s)
         assert ("ulysses" in rule_of(node).algorithms) == (graph is plain)
     assert moved == [7 * 8192 * numbers * (2 + 2 + 4) for numbers in (HEADS, LATENT)]
@@ -175,7 +178,7 @@ def test_seconds_of_making_heads() -> None:
         batch=1, heads=128, kv_heads=1, queries=4096, keys=4096, key_dim=192, value_dim=128,
         itemsize=2, causal=True, window=0, axis=0, ranks=4, query_ways=1, cached=False,
     )  # fmt: skip
-    ring = Local(**sizes, algorithm="ring", zigzag=True, latent=(512, 64))
+    ring = Part(**sizes, algorithm="ring", zigzag=True, latent=(512, 64))
     plain = replace(ring, latent=None, kv_heads=128)
     forward, backward = (
         over - heads
@@ -189,7 +192,7 @@ def test_seconds_of_making_heads() -> None:
     )
     product = matmul_s(4096, 128 * 256, 512, 1, "bfloat16", network.cluster)
     assert forward > 4 * product and backward == pytest.approx(3 * forward)
-    assert buffer_bytes(ring) - buffer_bytes(plain) == (
+    assert buffers_of(ring) - buffers_of(plain) == (
         4096 * 128 * ((192 + 256) * 2 + (192 + 128) * 4) + 2 * 4096 * (LATENT - HEADS) * 2
     )
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardwright.ir.ops.algorithms.part import Part
+from shardwright.ir.ops.algorithms.quantities import positions_of, traffic_of
 from shardwright.runtime import (
     CollectiveCounter,
     KVCache,
@@ -24,14 +26,8 @@ from shardwright.runtime import (
 from shardwright.runtime.attention.pieces import Piece
 from shardwright.runtime.attention.positions import pieces_at, runs_of
 from shardwright.runtime.attention.scores import Scores
-from shardwright.runtime.attention.volumes import (
-    Sizes,
-    gather_kv_volume,
-    pass_q_volume,
-    ring_volume,
-    tree_volume,
-)
 from shardwright.runtime.serving.arrange import arrange
+from tests.parts import declared, volume
 
 Pool = Callable[[int], RankPool]
 F64 = torch.float64
@@ -362,37 +358,38 @@ def count(algorithm: str, layers: int) -> tuple[CollectiveCounter, int]:
     return counter, int(table.counts.max())
 
 
-VOLUMES = {
-    "ring": ring_volume,
-    "gather": gather_kv_volume,
-    "pass_q": pass_q_volume,
-    "tree": tree_volume,
-}
-
-
 @pytest.mark.parametrize("algorithm", SHARDED)
 def test_counts_are_as_documented(pool: Pool, algorithm: str) -> None:
     """Per layer what attention without a cache moves; per step the positions."""
-    layers, ranks, batch, t = 3, 3, 2, 48 if algorithm == "tree" else 16
-    shared = {
-        "ring": [8, batch * 16 * 4],
-        "gather": [8, batch * 16 * 4],
-        "pass_q": [8, batch * t * 4],
-    }
+    layers, ranks, t = 3, 3, 48 if algorithm == "tree" else 16
+    part = Part(2, 4, 2, t, 16, 8, 6, 4, True, 0, algorithm, 0, ranks, False, 1, cached=True)
+    want = {key: (layers * n, layers * m) for key, (n, m) in declared(part).items()}
+    for key, (n_bytes, messages) in volume(positions_of(part), ranks).items():
+        known = want.get(key, (0.0, 0))
+        want[key] = (known[0] + n_bytes, known[1] + messages)
     for counter, s in pool(ranks).run(count, algorithm, layers):
-        assert s == 16
-        sizes = Sizes(batch, 4, 2, q_rows=t, k_rows=s, head_dim=8, v_dim=6, itemsize=4)
-        want: dict[str, tuple[float, int]] = {}
-        for (op, phase), (nbytes, messages) in VOLUMES[algorithm](sizes, ranks).items():
-            if phase == "forward":
-                want[op] = layers * nbytes, layers * messages
-        for once in shared.get(algorithm, []):
-            nbytes, messages = want.get("all_gather", (0, 0))
-            want["all_gather"] = nbytes + (ranks - 1) * once, messages + ranks - 1
-        for op, (nbytes, messages) in want.items():
-            assert counter.bytes(op) == pytest.approx(nbytes)
-            assert counter.messages(op) == messages
-        assert counter.bytes() == pytest.approx(sum(nbytes for nbytes, _ in want.values()))
+        assert s == part.keys
+        counted = {(k.op, k.phase): (c.bytes, c.messages) for k, c in counter.counts.items()}
+        assert counted == {key: (pytest.approx(n), messages) for key, (n, messages) in want.items()}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "n_bytes"),
+    [
+        # 2 sequences of 16 rows: 2 heads of 8 + 6 numbers of 4 bytes, and 4 bytes of a position
+        ("ring", 2 * (2 * 16 * 2 * 14 * 4 + 8 + 2 * 16 * 4)),
+        ("gather", 2 * (2 * 16 * 2 * 14 * 4 + 8 + 2 * 16 * 4)),
+        # queries, 4 heads of 8; what returns has 6 + 1
+        ("pass_q", 2 * (2 * 16 * 4 * (8 + 7) * 4 + 8 + 2 * 16 * 4)),
+        # 48 rows on each rank, of each number twice 2/3
+        ("tree", 4 / 3 * 2 * 48 * 4 * 8 * 4),
+    ],
+)
+def test_bytes_by_hand(algorithm: str, n_bytes: float) -> None:
+    t = 48 if algorithm == "tree" else 16
+    part = Part(2, 4, 2, t, 16, 8, 6, 4, True, 0, algorithm, 0, 3, False, 1, cached=True)
+    moved = volume((*traffic_of(part, backward=False), *positions_of(part)), 3)
+    assert sum(n for n, _ in moved.values()) == pytest.approx(n_bytes)
 
 
 def test_ring_and_gather_give_the_same_bits(pool: Pool) -> None:

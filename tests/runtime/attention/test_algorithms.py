@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from shardwright import runtime
+from shardwright.ir.ops.algorithms.part import Part
+from shardwright.ir.ops.algorithms.quantities import traffic_of
+from shardwright.ir.ops.algorithms.registry import ALGORITHMS
 from shardwright.runtime import (
     Layout,
     Mask,
@@ -23,16 +27,9 @@ from shardwright.runtime import (
     pass_q_attention,
     ring_attention,
 )
-from shardwright.runtime.attention.volumes import (
-    Sizes,
-    Volume,
-    gather_kv_volume,
-    pass_q_volume,
-    ring_volume,
-    ulysses_volume,
-    usp_volume,
-    window_volume,
-)
+from shardwright.runtime.attention.algorithms import OVER_A_CACHE, OVER_SHARDS
+from shardwright.runtime.attention.ulysses import Heads
+from tests.parts import Volume, declared, volume
 from tests.runtime.attention.reference import ROPE, Case, heads_of, make, reference
 from tests.runtime.attention.sharded import (
     GATHER,
@@ -241,28 +238,64 @@ def test_the_same_bits_whenever_messages_arrive(pool: Pool, name: str) -> None:
 # --- what is moved -------------------------------------------------------------------------------
 
 
-def sizes_of(call: Call) -> Sizes:
+NAMES = {RING: "ring", GATHER: "gather", PASS_Q: "pass_q", ULYSSES: "ulysses", WINDOW: "window"}
+
+
+def part_of(call: Call) -> Part:
+    """What the planner knows of a rank's part."""
     case, rows = call.case, call.layout().rows
-    heads, dims = case.heads, case.head_dims
-    if case.rank:  # one latent
-        heads, dims = (heads[0], 1), (case.rank + ROPE, 0)
-    return Sizes(case.batch, *heads, rows, rows, *dims, itemsize=case.dtype.itemsize)
+    heads = (case.heads[0], 1) if case.rank else case.heads
+    return Part(
+        case.batch, *heads, rows, rows, *case.head_dims, case.dtype.itemsize, case.causal,
+        case.window, NAMES.get(call.name, ""), 0, case.ranks, case.layout == "zigzag", 1, False,
+        latent=(case.rank, ROPE) if case.rank else None,
+    )  # fmt: skip
 
 
 def predicted(call: Call, rank: int) -> dict[str, Volume]:
-    """By axis."""
-    sizes, ranks = sizes_of(call), call.case.ranks
+    """By axis, from the declarations of the algorithms."""
+    part = part_of(call)
     if call.name == USP:
-        inner, outer = usp_volume(sizes, call.ulysses, ranks // call.ulysses, rank % call.ulysses)
-        return {"ulysses": inner, "ring": outer}
-    volumes = {
-        RING: ring_volume(sizes, ranks),
-        GATHER: gather_kv_volume(sizes, ranks, call.stride),
-        PASS_Q: pass_q_volume(sizes, ranks),
-        ULYSSES: ulysses_volume(sizes, ranks, rank),
-        WINDOW: window_volume(sizes, ranks, call.case.window, rank),
+        u = call.ulysses
+        inner = replace(part, algorithm="ulysses", ranks=u)
+        outer = replace(
+            part, algorithm="ring", ranks=part.ranks // u, heads=part.heads // u,
+            kv_heads=max(1, part.kv_heads // u), queries=part.queries * u, keys=part.keys * u,
+        )  # fmt: skip
+        return {"ulysses": declared(inner, backward=True), "ring": declared(outer, backward=True)}
+    found = declared(part, backward=True)
+    if call.name == GATHER and call.stride:
+        strides = -(-part.kv_heads // call.stride)
+        found = {key: (n_bytes, n * strides) for key, (n_bytes, n) in found.items()}
+    if call.name == PASS_Q:  # which planners choose without gradients: backward is the ring's
+        ring = declared(replace(part, algorithm="ring"), backward=True)
+        found |= {key: row for key, row in ring.items() if key[1] == "backward"}
+    if call.name == WINDOW:
+        found = of_window(part, rank)
+    if call.name == ULYSSES and part.kv_heads % part.ranks and part.ranks % part.kv_heads:
+        found = of_unequal_heads(part, rank)
+    return {"cp": found}
+
+
+def of_window(part: Part, rank: int) -> Volume:
+    """The first ranks have fewer neighbours to hear from, the last fewer that give back."""
+    traffic = traffic_of(part, backward=True)
+    forward, backward = ([t for t in traffic if t.backward == back] for back in (False, True))
+    return volume([*forward[:rank], *backward[: part.ranks - 1 - rank]], part.ranks)
+
+
+def of_unequal_heads(part: Part, rank: int) -> Volume:
+    """Of Ulysses where ranks need different numbers of key heads, which planners do not choose."""
+    keys = [Heads(part.heads, part.kv_heads, part.ranks).keys(peer) for peer in range(part.ranks)]
+    heads = [own.stop - own.start for own in keys]
+    others, per_head = part.ranks - 1, part.kv_bytes // part.kv_heads
+    queries = others * part.rows * (part.key_dim + part.value_dim) * part.itemsize // part.ranks
+    there = queries + others * heads[rank] * per_head
+    back = queries + (sum(heads) - heads[rank]) * per_head
+    return {
+        ("all_to_all", "forward"): (there, 2 * others),
+        ("all_to_all", "backward"): (back, 2 * others),
     }
-    return {"cp": volumes[call.name]}
 
 
 MOVES = [
@@ -292,20 +325,12 @@ def test_counted_bytes_and_messages_are_the_predicted(pool: Pool, call: Call) ->
         assert rounded == want
 
 
-def test_volumes_by_hand() -> None:
-    """2 sequences, 4 query and 2 key heads of 8 numbers of 2 bytes, 10 rows, on 4 ranks."""
-    sizes = Sizes(2, 4, 2, 10, 10, 8, 8, itemsize=2)
-    kv = 2 * 2 * 10 * 16  # numbers
-    assert ring_volume(sizes, 4) == {
-        ("send_recv", "forward"): (3 * kv * 2, 3),
-        ("send_recv", "backward"): (3 * kv * 6, 6),
-    }
-    assert gather_kv_volume(sizes, 4, 1)["all_gather", "forward"] == (3 * kv * 2, 6)
-    assert pass_q_volume(sizes, 4)["all_to_all", "forward"] == (3 * 2 * 4 * 10 * (16 + 4), 3)
-    # On each of 4 ranks one query head and one key head: from 3 others 2 * 10 * (8 + 16) numbers,
-    # and of results 2 * 10 * 8.
-    assert ulysses_volume(sizes, 4)["all_to_all", "forward"] == (3 * 20 * (24 + 8) * 2, 6)
-    assert ring_volume(sizes, 1) == ulysses_volume(sizes, 1) == {}
+def test_every_algorithm_is_declared() -> None:
+    """What the planner knows of and what ranks run, over shards and over a cache, agree."""
+    assert {n for n, d in ALGORITHMS.items() if d.over_shards} == OVER_SHARDS.keys() - {"pass_q"}
+    assert {n for n, d in ALGORITHMS.items() if d.over_cache} == OVER_A_CACHE.keys()
+    for name, way in OVER_A_CACHE.items():
+        assert (way.travels, way.whole) == (ALGORITHMS[name].tells, ALGORITHMS[name].whole)
 
 
 # --- new tokens over a cache ---------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardwright.ir.ops.algorithms.part import Part
 from shardwright.runtime import Layout, Mesh, RankError, count_collectives, tree_attention
-from shardwright.runtime.attention.volumes import Sizes, tree_volume
+from tests.parts import declared
 from tests.runtime.attention.reference import Case, Inputs, make, reference
 from tests.runtime.attention.sharded import Counts, Pool
 
@@ -133,8 +134,9 @@ def test_sequences_of_different_lengths(pool: Pool, dtype: torch.dtype) -> None:
 
 def test_counted_bytes_and_messages_are_the_predicted(pool: Pool) -> None:
     case = Case(4, 40, (8, 2), (16, 8), dtype=torch.float32)
-    sizes = Sizes(2, 8, 2, 1, 10, 16, 8, itemsize=4)
-    want = {(op, "cp", phase): row for (op, phase), row in tree_volume(sizes, 4).items()}
+    part = Part(2, 8, 2, 1, 10, 16, 8, 4, True, 0, "tree", 0, 4, False, 1, cached=True)
+    want = {(op, "cp", phase): row for (op, phase), row in declared(part).items()}
+    want["all_reduce", "cp", "backward"] = (6 * 16 * 16, 6)  # gradients of the queries
     assert all(counts == want for _, counts in pool(4).run(tree_on_rank, case, 1))
     # 2 sequences x 8 heads: 16 lse, then 16 x (8 + 1) numbers; each number twice 3/4 of 4 bytes.
     assert want["all_reduce", "cp", "forward"] == (6 * (16 + 144), 12)

@@ -1,0 +1,37 @@
+"""How the cache of an attention lies on the mesh, by the choices of the attention that fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...facts.spec import R, S, Spec
+from ..graph import Node
+from .registry import local_of, operator_of, rule_of
+from .rule import Choice
+
+
+def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
+    """Of the cache (batch, heads, sequence) of an attention."""
+    dims = {"b": S(0), "n": S(1), **dict.fromkeys(rule_of(node).algorithms, S(2))}
+    return tuple(dims.get(choice, R) for choice in choices)
+
+
+def cache_bytes_in(node: Node, spec: Spec, sizes: tuple[int, ...], run: int = 0) -> float:
+    """Bytes that one rank keeps of a cache in a layout (see `cache_spec`); `run` as in
+    `Operator.remembered`."""
+    owning = next(name for name in rule_of(node).algorithms if _owns(node, name))
+    choices = tuple({S(0): "b", S(1): "n", S(2): owning}.get(state, "R") for state in spec)
+    return operator_of(node).remembered(local_of(node, choices, sizes), run)
+
+
+def owning_axis(node: Node, choices: Sequence[Choice]) -> int:
+    """The axis whose ranks have all new tokens, and each caches those that it owns; -1 if none."""
+    return next((axis for axis, choice in enumerate(choices) if _owns(node, choice)), -1)
+
+
+def _owns(node: Node, choice: Choice) -> bool:
+    way = rule_of(node).algorithms.get(choice)
+    return way is not None and way.operands[0] == R
+
+
+__all__ = ["cache_bytes_in", "cache_spec", "owning_axis"]
