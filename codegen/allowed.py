@@ -24,7 +24,6 @@ _Kind: TypeAlias = Literal[
 
 _IMPORTS = frozenset({
     "from __future__ import annotations",
-    "from collections.abc import Iterator",
     "import torch",
     "import torch.nn.functional as F",
     "from torch import Tensor",
@@ -34,12 +33,12 @@ _RUN = "if __name__ == '__main__':\n    ShardedModel.demo()"
 _KNOWN: dict[str, _Kind] = {
     **dict.fromkeys(("bool", "float", "int", "len", "max", "min", "range", "tuple"), "function"),
     "torch": "torch", "F": "functional", "nn": "nn", "ops": "runtime",
-    "Tensor": "class", "Iterator": "class", "object": "class", "self": "self",
+    "Tensor": "class", "object": "class", "self": "self",
 }  # fmt: skip
 # Methods of the runtime's modules, of axes, and of tensors where torch has no operator so called
-_OF_SELF = frozenset({"gathers", "generator", "pack", "recompute"})
+_OF_SELF = frozenset({"generator", "pack", "recompute"})
 _OF_VALUES = frozenset({
-    "all_gather", "all_reduce", "all_to_all", "copy", "gather_parameter", "own_gradient", "pad",
+    "all_gather", "all_reduce", "all_to_all", "copy", "own_gradient", "pad",
     "partial", "reduce_scatter", "shard",
     "bfloat16", "bool", "double", "float", "half", "int", "long", "type",
 })  # fmt: skip
@@ -49,7 +48,7 @@ _BEYOND_TENSORS = frozenset({
 })  # fmt: skip
 _COMPOUND = (
     ast.BinOp, ast.BoolOp, ast.Compare, ast.Dict, ast.IfExp, ast.List, ast.Slice, ast.Starred,
-    ast.Tuple, ast.UnaryOp, ast.Yield, ast.YieldFrom,
+    ast.Tuple, ast.UnaryOp,
 )  # fmt: skip
 _ANNOTATION = (
     ast.Attribute, ast.BinOp, ast.BitOr, ast.Constant, ast.Load, ast.Name, ast.Subscript, ast.Tuple,
@@ -177,8 +176,6 @@ class _Checker:
                 case ast.Return(value=None):
                     pass
                 case ast.Return(value=ast.expr() as value):
-                    self.value(value)
-                case ast.Expr(value=(ast.Yield() | ast.YieldFrom()) as value):
                     self.value(value)
                 case _:
                     raise _refused(item)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import isfinite, prod
@@ -18,7 +18,7 @@ from ..ir.graph import Arg, Node, Value
 from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
 from ..ir.ops.registry import operator_of, rule_of
-from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, is_gather
+from ..planner.plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
 from ..planner.strategies.conversion import Step
 from .expressions import nested
 from .names import Base, Names, base_of
@@ -43,9 +43,8 @@ class Context:
     zigzag: Mapping[str, frozenset[int]]  # by value, the dims whose slices are in zigzag order
     parameters: Mapping[str, str]  # by the name of its value, its path in the block or model
     words: Mapping[str, str]  # by the name of a value, what the user calls it
-    converted: Collection[Sharded]  # what is no longer as it is stored, or as it was computed
+    weights: Mapping[Sharded, str]  # the paths that parameters are used under
     recompute: bool = False  # are layers run again in backward?
-    late: Collection[Item] = ()  # conversions that do not run again then
 
 
 @dataclass(slots=True)
@@ -75,7 +74,6 @@ class FunctionWriter:
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
-        self.ran: list[Convert | LoopCall | ModuleCall] = []  # what gathers parameters, in order
         self.borrows = False  # was a size read off something that is no operand?
         self._pending: dict[Sharded, _Pending] = {}
         self._tokens: dict[str, _Pending] = {}
@@ -92,7 +90,6 @@ class FunctionWriter:
         for at, item in enumerate(self.function.statements):
             if isinstance(item, LoopCall):
                 self._loop(at, item)
-                self.ran.append(item)
             else:
                 self._statement(at, item)
         self._return(returns)
@@ -104,8 +101,8 @@ class FunctionWriter:
             token = f"nested_{len(self._tokens)}"
             self._tokens[token] = self._pending[item]
             return token
-        if item.value.name in self.context.parameters and item not in self.names:
-            path = self.function.own(self.context.parameters[item.value.name])
+        if item in self.context.weights and item not in self.names:
+            path = self.function.own(self.context.weights[item])
             assert path is not None
             return attribute(path)
         return self.names[item]
@@ -197,8 +194,7 @@ class FunctionWriter:
                 for part in parts:
                     self._pending.pop(makes_of(part.item)[0], None)
                 if isinstance(item, Convert):
-                    notes += _conversion_note(item)
-                    self._note_gather(item)
+                    notes += [note] if (note := ", ".join(traffic_parts([item.priced]))) else []
                 assert full is not None
                 return full, _Pending(item, full, notes, reads, bool(moving) or moves, base)
             self.baked = baked
@@ -223,11 +219,6 @@ class FunctionWriter:
         comment = "; ".join([*shown, *pending.notes])
         self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
 
-    def _note_gather(self, item: Convert) -> None:
-        stored = self._is_parameter(item.source) and item.source not in self.context.converted
-        if is_gather(item) and stored and item not in self.context.late:
-            self.ran.append(item)
-
     def _is_parameter(self, item: Sharded) -> bool:
         return item.value.name in self.context.parameters
 
@@ -236,8 +227,6 @@ class FunctionWriter:
         base = base_of(item, self.names)
         if not isinstance(item, Convert):
             return base
-        if item.param:
-            return Base(_parameter_base(item.source.value.name))
         stays = self.names.last.get(item.source, -1) > at and item.source not in self._pending
         return base.converted(item) if stays else base
 
@@ -246,8 +235,6 @@ class FunctionWriter:
             return self._conversion_call(item)
         if isinstance(item, Compute):
             return render(item, self)
-        if item not in self.calls:
-            self.ran.append(item)
         self.calls[item] = [self._natural(read) for read in item.inputs]
         return f"{attribute(item.path)}({', '.join(map(self.text, item.inputs))})"
 
@@ -307,8 +294,7 @@ class FunctionWriter:
         match primitive(step.a, step.b):
             case "all_gather":
                 back = ', backward="slice"' if gradient and step.b == R else ""
-                method = "gather_parameter" if item.param else "all_gather"
-                return f"{axis}.{method}({source}, {step.a}{size}{back}{order})"
+                return f"{axis}.all_gather({source}, {step.a}{size}{back}{order})"
             case "all_reduce":
                 back = ', backward="all_reduce"' if gradient and step.b == V else ""
                 return f"{axis}.all_reduce({source}{back})"
@@ -333,24 +319,20 @@ class FunctionWriter:
 
 def _moves(item: Item) -> bool:
     """Does a statement move activations?"""
-    return isinstance(item, Convert) and bool(item.priced.traffic) and not item.param
+    return isinstance(item, Convert) and bool(item.priced.traffic)
 
 
-def _parameter_base(name: str) -> str:
-    """`q_proj` for `model.layers.0.self_attn.q_proj.weight`, `scale` for `scale`."""
-    return (name.split(".")[-2:])[0]
-
-
-def _conversion_note(item: Convert) -> list[str]:
-    """`all-gather 1.05 MB, backward all-gather and reduce-scatter, 200 us`; nothing if local."""
-    traffic = item.priced.traffic
+def traffic_parts(steps: Sequence[PricedStep]) -> list[str]:
+    """`all-gather 1.05 MB`, `backward all-gather and reduce-scatter`, `200 us`; none if local."""
+    traffic = [t for step in steps for t in step.traffic]
     if not traffic:
         return []
-    forward = [t.kind.replace("_", "-") for t in traffic if not t.backward][:1]
-    backward = [t.kind.replace("_", "-") for t in traffic if t.backward]
-    kinds = [*forward, *([f"backward {' and '.join(backward)}"] if backward else [])]
-    kinds[0] += f" {format_bytes(traffic[0].bytes)}"
-    return [", ".join([*kinds, format_seconds(item.priced.seconds)])]
+    forward = dict.fromkeys(t.kind.replace("_", "-") for t in traffic if not t.backward)
+    backward = dict.fromkeys(t.kind.replace("_", "-") for t in traffic if t.backward)
+    kinds = [" and ".join(forward)] if forward else []
+    kinds += [f"backward {' and '.join(backward)}"] if backward else []
+    kinds[0] += f" {format_bytes(max(t.bytes for t in traffic))}"
+    return [*kinds, format_seconds(sum(step.seconds for step in steps))]
 
 
 def _axis_names(mesh: Mesh) -> list[str]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..planner.plan.program import Convert, LoopCall
-from .body import FunctionWriter
-from .nesting import ModuleCall
 from .source import statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
 RUNTIME = (
-    "Cache", "Gather", "Input", "Layer", "Output", "Param", "Part", "Sharded", "ShardedModule",
+    "Cache", "Input", "Layer", "Output", "Param", "Part", "Sharded", "ShardedModule", "Weight",
     "ops",
 )  # fmt: skip
-_RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "Iterator", "F", "torch"})
+_RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "F", "torch"})
 
 
 @dataclass(slots=True)
@@ -60,10 +57,9 @@ class Classes:
 
 @dataclass(slots=True)
 class Modules:
-    """The modules that a function calls: their classes, and what gathers parameters in them."""
+    """The modules that a function calls: their classes."""
 
     classes: dict[str, str] = field(default_factory=dict)  # by path
-    ran: dict[ModuleCall, list[Convert | LoopCall]] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
@@ -77,14 +73,6 @@ class Modules:
         ]
         table = ["    MODULES = {", *rows, "    }"] if rows else []
         return [*plain, *table, ""] if plain or table else []
-
-    def gathers(self, writer: FunctionWriter) -> list[Convert | LoopCall]:
-        """What gathers parameters in the order in which it runs, in the modules that are called."""
-        return [
-            inner
-            for item in writer.ran
-            for inner in (self.ran[item] if isinstance(item, ModuleCall) else [item])
-        ]
 
 
 def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:

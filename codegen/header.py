@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..facts.mesh import Mesh
+from ..facts.moves import primitive
 from ..facts.units import format_bytes, format_seconds
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
-from ..planner.plan.program import Compute, Convert, LoopCall, Program, Sharded, is_gather
+from ..planner.plan.program import Compute, LoopCall, Program, Sharded
 
 _SHOWN = 8  # rows and columns of ranks
 
@@ -115,8 +116,9 @@ def _cuts(program: Program, axis: int) -> Iterator[str]:
     statements = bodies or [item for item, _ in program.flat()]
     if any(_cuts_dim(item, axis, "b", labels) for item in flowing):
         yield "the batch"
-    gathers = [item for item in statements if isinstance(item, Convert) and is_gather(item)]
-    if any(axis in item.priced.step.axes for item in gathers):
+    weights = [weight for loop in loops for body in loop.bodies for weight in body.weights]
+    steps = [priced.step for weight in weights or program.weights for priced in weight.steps]
+    if any(axis in step.axes and primitive(step.a, step.b) == "all_gather" for step in steps):
         yield "parameters, which are gathered for use (FSDP)"
     for kind, title in (("attention", "attention"), ("experts", "experts"), ("matmul", "products")):
         words = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from math import isfinite, lcm, prod
@@ -26,10 +26,9 @@ from ..planner.plan.program import (
     Program,
     Sharded,
     Statement,
-    is_gather,
+    Weight,
 )
-from ..planner.plan.traffic import kept_until
-from .body import Context, FunctionWriter, attribute, uneven_size
+from .body import Context, FunctionWriter, traffic_parts
 from .classes import RUNTIME, Classes, Modules, argument_names
 from .names import hides, words_of
 from .nesting import Function, nest
@@ -93,7 +92,6 @@ def _head(summary: str, lines: Sequence[str]) -> list[str]:
     return [
         f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
         "",
-        *(["from collections.abc import Iterator", ""] if "Gather" in names else []),
         "import torch",
         "import torch.nn.functional as F",
         "from torch import Tensor",
@@ -143,25 +141,20 @@ class _Writer:
         statements: Sequence[Statement],
         inputs: Sequence[Sharded],
         outputs: Sequence[Sharded],
-        params: Iterable[Param],
+        weights: Sequence[Weight],
         loop: str = "",
     ) -> tuple[Function, Context]:
         """The tree of functions of a block of `loop`, or of the model, and what they share."""
-        names = {param.value.name: param.name for param in params}
+        names = {weight.param.value.name: weight.param.name for weight in weights}
         function = nest(statements, inputs, outputs, names, loop)
-        late: frozenset[Statement] = frozenset()
-        if loop and self.program.recompute:
-            order = list(function.flat())
-            late = frozenset(order[kept_until(order) :])
         context = Context(
             self.mesh,
             self.labels,
             self.program.zigzag,
             names,
             self.words,
-            frozenset(item.target for item in statements if isinstance(item, Convert)),
+            {weight.item: weight.name for weight in weights},
             self.program.recompute,
-            late,
         )
         return function, context
 
@@ -190,7 +183,6 @@ class _Writer:
             base = f"{self.prefix}{function.call.class_name}"
             origin = f"{function.call.class_name} of {function.call}"
             made.classes[call.path] = self.classes.add(base, "Sharded", body, origin)
-            made.ran[call] = modules.gathers(inner)
         return made
 
     def _signature(
@@ -225,9 +217,8 @@ class _Writer:
             for value, item in zip(body.block.inputs[:n], call.carried, strict=True)
         ]
         inputs = [*carried, *self._inner_arguments(call, body)]
-        params = [param for param, _ in body.params]
         function, context = self._nest(
-            body.statements, inputs, body.outputs, params, call.loop.path
+            body.statements, inputs, body.outputs, body.weights, call.loop.path
         )
         writer = FunctionWriter(function, context)
         known = function.call.arguments if function.call else ()
@@ -237,9 +228,11 @@ class _Writer:
         lines = writer.lines(2)
         self.baked |= writer.baked
         modules = self._modules(writer, context)
+        table = self._weights_table(body.weights)
         text = [
             *modules.lines,
-            *self._gathers_method(modules.gathers(writer), context),
+            *table,
+            *([""] if table else []),
             *self._signature(writer, names, inputs, body.outputs),
             *self._axes_line(writer.axes_used),
             *lines,
@@ -249,32 +242,6 @@ class _Writer:
         origin = f"; {function.call}" if function.call and function.call.file else ""
         base = f"{self.prefix}{body.block.class_name or 'Block'}"
         return self.classes.add(base, "Layer", text, times + origin)
-
-    def _gathers_method(self, ran: Sequence[Convert | LoopCall], context: Context) -> list[str]:
-        """The order in which `forward` gathers parameters; nothing where it gathers none."""
-        rows: list[str] = []
-        axes: set[tuple[str, ...]] = set()
-        for item in ran:
-            if isinstance(item, LoopCall):
-                if any(is_gather(inner) for body in item.bodies for inner in body.statements):
-                    rows.append(f"        for layer in {attribute(item.loop.path)}:")
-                    rows += statement("yield from layer.gathers()", 3)
-                continue
-            step = item.priced.step
-            names = tuple(self.mesh.names[axis] for axis in step.axes)
-            axes.add(names)
-            path = attribute(context.parameters[item.source.value.name])
-            text = f"{'_'.join(names)}, {path}, {step.a}{uneven_size(item, self.mesh)}"
-            rows += statement(f"yield Gather({text})", 2)
-        if not rows:
-            return []
-        return [
-            "    def gathers(self) -> Iterator[Gather]:",
-            '        """Gathered in this order: while one is used, the next are on their way."""',
-            *self._axes_line(axes),
-            *rows,
-            "",
-        ]
 
     def _inner_arguments(self, call: LoopCall, body: BlockBody) -> list[Sharded]:
         """The loop's arguments by the names of this block's own inputs."""
@@ -301,8 +268,9 @@ class _Writer:
     def model_class(self) -> list[str]:
         """The lines of the model's class."""
         program = self.program
-        params = [param for param, _ in program.params]
-        function, context = self._nest(program.statements, program.inputs, program.outputs, params)
+        function, context = self._nest(
+            program.statements, program.inputs, program.outputs, program.weights
+        )
         writer = FunctionWriter(function, context)
         names = [
             writer.define(item, source.name)
@@ -332,23 +300,19 @@ class _Writer:
             f'    PHASE = "{self.phase}"',
             f'    OPTIMIZER = "{self.optimizer}"',
             *self._context_line(),
-            *([] if self._gathers_parameters() else ["    REGATHER = False"]),
             *self._layers_table(),
             *self._parameters_table(),
+            *self._weights_table(program.weights, program.stages()),
             *self._inputs_table(),
             *self._outputs_table(),
             *self._caches_table(),
             *([f"    DECODE = {_DECODING}"] if self.second else []),
             "",
-            *self._gathers_method(modules.gathers(writer), context),
             f"    def forward({arguments}) -> object:",
             *renamed,
             *self._axes_line(writer.axes_used),
             *lines,
         ]
-
-    def _gathers_parameters(self) -> bool:
-        return any(is_gather(item) for item, _ in self.program.flat())
 
     def _context_line(self) -> list[str]:
         nodes = [n for n in self.program.graph.nodes if operator_of(n).remembers]
@@ -374,12 +338,12 @@ class _Writer:
         if self.second:  # the same parameters, stored alike
             return [f"    PARAMETERS = {_DECODING}.PARAMETERS"]
         lines = ["    PARAMETERS = {"]
-        for param, spec in self.program.params:
+        for param, spec in _stored(self.program.weights):
             lines += self._param_line("", param, spec)
         for call in self.loops:
             for kind, body in enumerate(call.bodies):
                 layers = [i for i, k in enumerate(call.loop.order) if k == kind]
-                for param, spec in body.params:
+                for param, spec in _stored(body.weights):
                     prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
                     lines += self._param_line(prefix, param, spec)
         return [*lines, "    }"]
@@ -404,6 +368,29 @@ class _Writer:
         if all(len(line) <= WIDTH for line in lines):
             return lines
         return _one_per_line(f'"{name}": Param(', args, comment)
+
+    def _weights_table(
+        self,
+        weights: Sequence[Weight],
+        stages: Mapping[Sharded, tuple[int, int]] = MappingProxyType({}),
+    ) -> list[str]:
+        """The weights that a class uses in another layout than they are stored in."""
+        lines: list[str] = []
+        for weight in weights:
+            if weight.used == weight.stored:
+                continue
+            specs = [weight.stored, *_between(weight), weight.used]
+            first, *via, last = map(format_spec, specs)
+            args = [f'"{first}"', f'"{last}"']
+            if via:
+                args.append(f"via={_strings(via)}")
+            if weight.name != weight.param.name:
+                args.append(f'of="{weight.param.name}"')
+            if stages.get(weight.item, (0, 0)) != (0, 0):
+                args.append(f"stages={_tuple(stages[weight.item])}")
+            comment = "; ".join(traffic_parts(weight.steps))
+            lines += statement(f'"{weight.name}": Weight({", ".join(args)}),', 2, comment)
+        return ["    WEIGHTS = {", *lines, "    }"] if lines else []
 
     def _inputs_table(self) -> list[str]:
         lines = ["    INPUTS = {"]
@@ -512,6 +499,21 @@ class _Writer:
         for dim in self.program.zigzag.get(item.value.name, ()):
             text = text.replace(f"S{dim}", f"Z{dim}")
         return text
+
+
+def _stored(weights: Sequence[Weight]) -> list[tuple[Param, Spec]]:
+    """Each parameter once, as it is stored."""
+    found = {weight.param.name: (weight.param, weight.stored) for weight in weights}
+    return list(found.values())
+
+
+def _between(weight: Weight) -> list[Spec]:
+    """The specs between those in which a weight is stored and used."""
+    specs = [weight.stored]
+    for priced in weight.steps[:-1]:
+        step = priced.step
+        specs.append(tuple(step.b if i in step.axes else s for i, s in enumerate(specs[-1])))
+    return specs[1:]
 
 
 def _import_order(name: str) -> tuple[bool, str]:

@@ -42,14 +42,6 @@ class Function:
     statements: tuple[Step, ...]
     outputs: tuple[Sharded, ...]
 
-    def flat(self) -> Iterator[Statement]:
-        """All statements in the order in which they run."""
-        for step in self.statements:
-            if isinstance(step, ModuleCall):
-                yield from step.function.flat()
-            else:
-                yield step
-
     def own(self, path: str) -> str | None:
         """`path` from this module on, None for what is not in it."""
         if not self.path:

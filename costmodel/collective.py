@@ -140,6 +140,13 @@ def wire_bytes(kind: str, tensor_bytes: Number, size: int) -> Number:
     return tensor_bytes * _wire_share(kind, size)
 
 
+def messages(kind: str, size: int) -> int:
+    """In how many messages they come, one after the other: what the runtime's counter counts."""
+    if kind == "send_recv":
+        return 1
+    return (size - 1) * (2 if kind == "all_reduce" else 1)
+
+
 def collective_s(kind: str, tensor_bytes: Number, axis: AxisLink) -> Number:
     """Seconds of one collective; elementwise on arrays of bytes.
 

@@ -18,8 +18,7 @@ from .attention import (
 from .batches import Input, Output, Outputs
 from .cache.cache import CacheFullError, KVCache, PageTable
 from .cache.declared import Cache
-from .gathering.ahead import Gather
-from .gathering.regather import regathering
+from .gathering.weights import Weight
 from .launch import RankError, RankPool, run_ranks
 from .mesh.collectives import Axis
 from .mesh.counter import CollectiveCounter, count_collectives
@@ -40,11 +39,12 @@ from .ops import (
 )
 
 __all__ = [
-    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Gather", "Input", "KVCache", "Layer",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer",
     "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
-    "Partial", "RankError", "RankPool", "Sharded", "ShardedModule", "attention", "cached_attention",
+    "Partial", "RankError", "RankPool", "Sharded", "ShardedModule", "Weight", "attention",
+    "cached_attention",
     "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
-    "moe", "ops", "pass_q_attention", "per_layer", "regathering", "ring_attention", "run_ranks",
+    "moe", "ops", "pass_q_attention", "per_layer", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
     "vocab_embedding", "window_attention",
 ]  # fmt: skip

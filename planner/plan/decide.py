@@ -18,6 +18,7 @@ from ..ilp.solve import Solution
 from ..strategies.build import Builder, Built, Decisions, all_params
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
+from .brought import brought_bytes
 from .plan import Baseline, Memory, PlanData, Request, Search
 from .program import PricedStep, lower, priced_path
 from .split import spent_in_ops
@@ -97,11 +98,11 @@ def plan_of(
         paths[value.name, a, b] = priced_path(conversions, a, b)
         return paths[value.name, a, b]
 
-    lower(graph, decisions, price_path, training=builder.setting.training)
+    program = lower(graph, decisions, price_path, training=builder.setting.training)
     work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
     return PlanData(
         request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s,
-        _memory(graph, best), baselines, search, _notes(graph),
+        _memory(graph, best, brought_bytes(program, mesh.sizes)), baselines, search, _notes(graph),
     )  # fmt: skip
 
 
@@ -122,8 +123,8 @@ def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
     )
 
 
-def _memory(graph: Graph, best: Solved) -> Memory:
-    """Peak bytes by kind."""
+def _memory(graph: Graph, best: Solved, brought: float) -> Memory:
+    """Peak bytes by kind; `brought` are those of weights that are there for a block."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
     parameters = states = 0.0
@@ -137,7 +138,8 @@ def _memory(graph: Graph, best: Solved) -> Memory:
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
+    transient = best.transient + brought
+    return Memory(parameters, best.gradients, states, kept[0], transient, kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:

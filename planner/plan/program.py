@@ -3,17 +3,20 @@
 Lowering walks the graph with the decisions.  A node needs its operands in certain specs; a value
 that is not there yet in that spec is converted just before its first use, and kept for later
 users.  Values that a loop takes from outside are converted before the loop.
+
+Parameters and buffers are converted by no statement: each block says in which specs it uses them
+(`Weight`), and they are brought before it runs, many in one collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from ...facts.moves import primitive
-from ...facts.spec import R, Spec, V
+from ...facts.moves import backward_primitive, primitive
+from ...facts.spec import R, Spec, V, format_spec
 from ...facts.traffic import Traffic
 from ...ir.graph import Block, Graph, Loop, Node, Param, Value
 from ...ir.ops.local import node_specs
@@ -33,6 +36,17 @@ class PricedStep:
     step: Step
     seconds: float
     traffic: tuple[Traffic, ...]
+
+    @property
+    def forward(self) -> Traffic | None:
+        """The collective that moves the value, if one does."""
+        return next((t for t in self.traffic if not t.backward), None)
+
+    @property
+    def backward(self) -> Traffic | None:
+        """The collective that moves the gradient, if one does."""
+        kind = backward_primitive(self.step.a, self.step.b)
+        return next((t for t in self.traffic if t.backward and t.kind == kind), None)
 
 
 def priced_path(conversions: Conversions, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
@@ -61,8 +75,6 @@ class Convert:
     source: Sharded
     target: Sharded
     priced: PricedStep
-    param: bool
-    user: str  # name of the node that asked first
 
     @property
     def primitive(self) -> str:
@@ -81,11 +93,41 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter of a block: how it is stored, how the block uses it, and the steps between.
+
+    One that is used in several specs has a `Weight` for each.  `name` is what statements call it:
+    the parameter's own name, or another for each further spec.
+    """
+
+    param: Param
+    name: str
+    stored: Spec
+    used: Spec
+    steps: tuple[PricedStep, ...]  # stored -> used, forward; their traffic says what backward does
+
+    @property
+    def item(self) -> Sharded:
+        """What operands of statements say."""
+        return Sharded(self.param.value, self.used)
+
+    @property
+    def forward(self) -> tuple[Traffic, ...]:
+        """The collectives that bring it; if there are any, it is not kept for backward."""
+        return tuple(t for step in self.steps if (t := step.forward) is not None)
+
+    @property
+    def backward(self) -> tuple[Traffic, ...]:
+        """The collectives that its gradient takes back."""
+        return tuple(t for step in reversed(self.steps) if (t := step.backward) is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockBody:
-    """One kind of block: parameters in storage, arguments, statements, results."""
+    """One kind of block: its weights, statements, results."""
 
     block: Block
-    params: tuple[tuple[Param, Spec], ...]
+    weights: tuple[Weight, ...]
     statements: tuple[Convert | Compute, ...]
     outputs: tuple[Sharded, ...]
 
@@ -108,18 +150,13 @@ class LoopCall:
 Statement: TypeAlias = Convert | Compute | LoopCall
 
 
-def is_gather(item: Statement) -> bool:
-    """Does the statement gather a parameter?"""
-    return isinstance(item, Convert) and item.param and item.primitive == "all_gather"
-
-
 @dataclass(frozen=True)
 class Program:
     """The whole model on one rank."""
 
     graph: Graph
     inputs: tuple[Sharded, ...]
-    params: tuple[tuple[Param, Spec], ...]
+    weights: tuple[Weight, ...]
     statements: tuple[Statement, ...]
     outputs: tuple[Sharded, ...]
     recompute: bool = False  # layers run forward again in backward, and keep only their inputs
@@ -143,6 +180,44 @@ class Program:
                 out.append((statement, 1))
         return out
 
+    def moves(self) -> list[tuple[PricedStep, int]]:
+        """Every step of values and weights with how often it runs."""
+        steps = [(item.priced, times) for item, times in self.flat() if isinstance(item, Convert)]
+        steps += [(step, 1) for weight in self.weights for step in weight.steps]
+        for call in self.statements:
+            if isinstance(call, LoopCall):
+                for kind, body in enumerate(call.bodies):
+                    times = call.loop.order.count(kind)
+                    steps += [(step, times) for weight in body.weights for step in weight.steps]
+        return steps
+
+    def stages(self) -> dict[Sharded, tuple[int, int]]:
+        """When each of `weights` is used: in the first of two stages, to the last.
+
+        Stage n is what runs after n loops; what the layers of a loop take is used to its end.
+        """
+        ours = {weight.item for weight in self.weights}
+        found: dict[Sharded, tuple[int, int]] = {}
+        stage = 0
+
+        def use(items: Iterable[Sharded], until: int) -> None:
+            for item in ours.intersection(items):
+                found[item] = (found.get(item, (stage, stage))[0], until)
+
+        for item in self.statements:
+            if isinstance(item, LoopCall):
+                use(item.carried, stage)
+                use(item.arguments, stage + 1)
+                stage += 1
+            else:
+                use(_reads(item), stage)
+        use(self.outputs, stage)
+        return found
+
+
+def _reads(item: Convert | Compute) -> tuple[Sharded, ...]:
+    return item.operands if isinstance(item, Compute) else (item.source,)
+
 
 def lower(graph: Graph, decisions: Decisions, paths: Paths, *, training: bool) -> Program:
     """The program of `graph` under `decisions`; `paths` gives the steps between two specs."""
@@ -155,16 +230,12 @@ class _Lowering:
         self.decisions = decisions
         self.paths = paths
         self.training = training
-        self.params = {p.value.name for p in graph.params} | {
-            p.value.name for loop in graph.loops for block in loop.blocks for p in block.params
-        }
 
     def run(self) -> Program:
         graph, specs = self.graph, self.decisions.specs
-        top = _Scope(self)
+        top = _Scope(self, graph.params)
         inputs = tuple(Sharded(i.value, specs[i.value.name]) for i in graph.inputs)
-        params = tuple((p, specs[p.value.name]) for p in graph.params)
-        for item in (*inputs, *(Sharded(p.value, spec) for p, spec in params)):
+        for item in inputs:
             top.define(item)
         statements = top.statements
         for item in graph.body:
@@ -175,13 +246,12 @@ class _Lowering:
                 for value in item.outputs:
                     top.define(Sharded(value, specs[value.name]))
         outputs = tuple(
-            top.fetch(out.value, self.decisions.outputs[out.value.name], "output")
-            for out in graph.outputs
+            top.fetch(out.value, self.decisions.outputs[out.value.name]) for out in graph.outputs
         )
         return Program(
             graph,
             inputs,
-            params,
+            top.weights(),
             tuple(statements),
             outputs,
             self.decisions.recompute,
@@ -192,30 +262,27 @@ class _Lowering:
     def _loop(self, loop: Loop, top: _Scope) -> LoopCall:
         carried_specs = [self.decisions.specs[value.name] for value in loop.outputs]
         carried = tuple(
-            top.fetch(value, spec, loop.path)
-            for value, spec in zip(loop.carried, carried_specs, strict=True)
+            top.fetch(value, spec) for value, spec in zip(loop.carried, carried_specs, strict=True)
         )
         n = len(carried)
         needed: dict[tuple[int, Spec], None] = {}
         bodies: list[BlockBody] = []
         for block in loop.blocks:
-            scope = _Scope(self, invariants={v.name: i for i, v in enumerate(block.inputs[n:])})
+            invariants = {v.name: i for i, v in enumerate(block.inputs[n:])}
+            scope = _Scope(self, block.params, invariants)
             for inner, spec in zip(block.inputs[:n], carried_specs, strict=True):
                 scope.define(Sharded(inner, spec))
-            params = tuple((p, self.decisions.specs[p.value.name]) for p in block.params)
-            for param, spec in params:
-                scope.define(Sharded(param.value, spec))
             for node in block.nodes:
                 scope.run(node)
             outputs = tuple(
-                scope.fetch(value, spec, "next iteration")
+                scope.fetch(value, spec)
                 for value, spec in zip(block.outputs, carried_specs, strict=True)
             )
             needed |= scope.taken
-            bodies.append(BlockBody(block, params, tuple(scope.plain()), outputs))
+            bodies.append(BlockBody(block, scope.weights(), tuple(scope.plain()), outputs))
         arguments: list[Sharded] = []
         for position, spec in sorted(needed):
-            arguments.append(top.fetch(loop.invariants[position], spec, loop.path))
+            arguments.append(top.fetch(loop.invariants[position], spec))
         results = tuple(Sharded(v, s) for v, s in zip(loop.outputs, carried_specs, strict=True))
         return LoopCall(loop, tuple(bodies), carried, tuple(arguments), results)
 
@@ -223,8 +290,15 @@ class _Lowering:
 class _Scope:
     """The statements of one function body, and which values exist in which specs."""
 
-    def __init__(self, lowering: _Lowering, invariants: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        lowering: _Lowering,
+        params: tuple[Param, ...],
+        invariants: dict[str, int] | None = None,
+    ) -> None:
         self.lowering = lowering
+        self.params = params
+        self.wanted: dict[str, dict[Spec, None]] = {p.value.name: {} for p in params}
         self.invariants = invariants or {}
         self.taken: dict[tuple[int, Spec], None] = {}  # invariants by position, in needed specs
         self.statements: list[Statement] = []
@@ -241,9 +315,12 @@ class _Scope:
         self._home[item.value.name] = spec
         self._have[item.value.name, spec] = Sharded(item.value, spec)
 
-    def fetch(self, value: Value, spec: Spec, user: str) -> Sharded:
+    def fetch(self, value: Value, spec: Spec) -> Sharded:
         """`value` in `spec`, converted now if it is not there yet."""
         spec = self._canonical(value, spec)
+        if value.name in self.wanted:
+            self.wanted[value.name][spec] = None
+            return Sharded(value, spec)
         if value.name in self.invariants:
             self.taken[self.invariants[value.name], spec] = None
             return Sharded(value, spec)
@@ -257,8 +334,7 @@ class _Scope:
             )
             target = Sharded(value, following)
             if (value.name, following) not in self._have:
-                param = value.name in self.lowering.params
-                self.statements.append(Convert(at, target, priced, param, user))
+                self.statements.append(Convert(at, target, priced))
                 self._have[value.name, following] = target
             at = target
         return at
@@ -268,11 +344,27 @@ class _Scope:
         choices = self.lowering.decisions.choices[node.name]
         needs, gives = node_specs(node, rule_of(node), choices, self.lowering.training)
         pairs = zip(node.operands, needs, strict=True)
-        operands = tuple(self.fetch(value, spec, node.name) for value, spec in pairs)
+        operands = tuple(self.fetch(value, spec) for value, spec in pairs)
         outputs = tuple(Sharded(v, s) for v, s in zip(node.outputs, gives, strict=True))
         self.statements.append(Compute(node, choices, operands, outputs))
         for item in outputs:
             self.define(item)
+
+    def weights(self) -> tuple[Weight, ...]:
+        """The parameters as the statements use them; those that none uses as they are stored."""
+        found: list[Weight] = []
+        for param in self.params:
+            value = param.value
+            stored = self._canonical(value, self.lowering.decisions.specs[value.name])
+            wanted = list(self.wanted[value.name]) or [stored]
+            plain = stored if stored in wanted else wanted[0]
+            for spec in wanted:
+                name = param.name
+                if spec != plain:
+                    name += "_as_" + format_spec(spec).replace(",", "_")
+                steps = self.lowering.paths(value, stored, spec) if spec != stored else ()
+                found.append(Weight(param, name, stored, spec, steps))
+        return tuple(found)
 
     def _canonical(self, value: Value, spec: Spec) -> Spec:
         if self.lowering.training and value.differentiable:

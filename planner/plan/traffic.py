@@ -2,25 +2,26 @@
 
 This is the count that `runtime.count_collectives` makes on a rank, known before running: every
 conversion of the program, the collectives inside ops (a loss over a sharded vocabulary, counting
-tokens), and the second gathering of parameters that backward needs.  In backward only what a
-gradient reaches is counted: with a scalar loss among the outputs, the gradient starts there alone.
+tokens), and the weights of each block, which move together and come a second time for backward.
+In backward only what a gradient reaches is counted: with a scalar loss among the outputs, the
+gradient starts there alone.
 Layers that are recomputed run forward twice, the second time until everything is back that
 autograd had kept: what comes after in the layer is not run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, TypeAlias
 
-from ...costmodel.collective import wire_bytes
+from ...costmodel.collective import messages, wire_bytes
 from ...facts.mesh import Mesh
+from ...facts.together import rounds
 from ...facts.traffic import Traffic
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
-from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement
-
-_Gathers: TypeAlias = Mapping[Sharded, tuple[Convert, ...]]
+from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement, Weight
 
 
 class Moved(NamedTuple):
@@ -33,11 +34,34 @@ class Moved(NamedTuple):
 
 def predicted_bytes(program: Program, mesh: Mesh) -> dict[Moved, float]:
     """Bytes that each rank receives in one forward pass and, in training, one backward pass."""
+    return {key: n_bytes for key, (n_bytes, _) in _walked(program, mesh).items()}
+
+
+def predicted_messages(program: Program, mesh: Mesh) -> dict[Moved, int]:
+    """In how many messages that is, one after the other from rank to rank."""
+    return {key: messages for key, (_, messages) in _walked(program, mesh).items()}
+
+
+def _walked(program: Program, mesh: Mesh) -> dict[Moved, tuple[float, int]]:
     walk = _Walk(mesh, program.recompute, program.order)
     trained = [out for out in program.outputs if out.value.differentiable and program.training]
     scalars = [out for out in trained if out.value.type.shape == ()]
-    walk.run(program.statements, set(scalars[:1] or trained), {})
+    walk.model(program, set(scalars[:1] or trained))
     return walk.moved
+
+
+@dataclass(slots=True)
+class _Brought:
+    """The weights of a unit that come again in backward, as in runtime/gathering/again.py: by
+    weight how many nodes will ask for it, and which of them are there."""
+
+    weights: dict[Sharded, Weight]
+    left: dict[Sharded, int] = field(default_factory=dict[Sharded, int])
+    there: set[Sharded] = field(default_factory=set[Sharded])
+
+
+# What a rank has, and which weight it is or is a view of
+_Known: TypeAlias = Mapping[Sharded, tuple[_Brought, Sharded]]
 
 
 class _Walk:
@@ -47,36 +71,33 @@ class _Walk:
         self.mesh = mesh
         self.recompute = recompute
         self.order = order
-        self.moved: dict[Moved, float] = {}
+        self.moved: dict[Moved, tuple[float, int]] = {}
         self._told: set[Traffic] = set()  # once per step
-        # By gathering step: how many nodes will ask for its result in backward, and whether it is
-        # there, as in runtime/gathering/regather.py
-        self.asking: dict[int, int] = {}
-        self.there: set[int] = set()
+
+    def model(self, program: Program, live: set[Sharded]) -> None:
+        """Count the whole model; a gradient reaches its outputs `live`."""
+        stages = program.stages()
+        units: dict[int, list[Weight]] = {}
+        for weight in program.weights:
+            units.setdefault(stages.get(weight.item, (0, 0))[0], []).append(weight)
+        known = {k: v for weights in units.values() for k, v in _known(weights).items()}
+        self._expect(program.statements, _with_views(program.statements, known))
+        self.run(program.statements, live, known)
+        for weights in units.values():
+            self._bring(weights, live, 1)
 
     def run(
-        self,
-        statements: Sequence[Statement],
-        live: set[Sharded],
-        entering: _Gathers,
-        *,
-        again: int = 0,
+        self, statements: Sequence[Statement], live: set[Sharded], known: _Known, *, again: int = 0
     ) -> set[Sharded]:
         """Count `statements`; `live` grows by what a gradient reaches, and is returned.
 
-        `entering` are gathered parameters that come from outside; the first `again` statements
-        run forward twice.
+        `known` are weights that will come again; the first `again` statements run forward twice.
         """
-        gathers = _gathers(statements, {} if again else entering)
-        own = {id(item) for item in statements}
-        self.there -= own
-        self.asking |= dict.fromkeys(own, 0)
-        if not again:
-            self._expect(statements, gathers, own)
+        known = _with_views(statements, known)
         for at, item in reversed(list(enumerate(statements))):
             times = 2 if at < again else 1
             if isinstance(item, LoopCall):
-                live |= self._loop(item, live, gathers)
+                live |= self._loop(item, live, known)
             elif isinstance(item, Convert):
                 self._convert(item, item.target in live, times)
                 if item.target in live and item.source.value.differentiable:
@@ -86,12 +107,11 @@ class _Walk:
                 self._inside(item, times, live_here)
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
-                    if not again:  # what is gathered the second time serves backward
-                        for chain in _kept_gathers(item, gathers):
-                            self._gather_again(chain)
+                    for brought, weight in _kept(item, known):
+                        self._ask(brought, weight)
         return live
 
-    def _loop(self, call: LoopCall, live: set[Sharded], gathers: _Gathers) -> set[Sharded]:
+    def _loop(self, call: LoopCall, live: set[Sharded], known: _Known) -> set[Sharded]:
         """Count the layers from the last to the first; what of the outside a gradient reaches."""
         n = len(call.carried)
         reached: set[Sharded] = set()
@@ -99,57 +119,74 @@ class _Walk:
         for kind in reversed(call.loop.order):
             body = call.bodies[kind]
             inner = _inner(call, body)
-            entering = _entering(call, body, gathers)
             ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
             again = kept_until(body.statements) if self.recompute and ends else 0
-            reaches = self.run(body.statements, ends, entering, again=again)
+            # what comes for the second run of a layer serves its backward
+            ours = {} if again else _known(body.weights)
+            self._expect(body.statements, _with_views(body.statements, ours))
+            entering = {} if again else _entering(call, body, known)
+            reaches = self.run(body.statements, ends, {**entering, **ours}, again=again)
+            self._bring(body.weights, reaches, 2 if again else 1)
             names = {item.value.name for item in reaches}
             carried = [value.name in names for value in body.block.inputs[:n]]
             reached |= {a for a in call.arguments if inner[a].value.name in names}
         return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
 
     def _convert(self, item: Convert, live: bool, times: int) -> None:
-        forward = [t for t in item.priced.traffic if not t.backward]
-        for traffic in forward[:1] * times:
-            self._add(traffic.kind, traffic.axes, False, traffic.bytes)
-        for traffic in item.priced.traffic if live else ():
-            again = traffic.kind == item.primitive == "all_gather"  # see `_gather_again`
-            if traffic.backward and not again:
-                self._add(traffic.kind, traffic.axes, True, traffic.bytes)
+        for traffic in [item.priced.forward] * times + [item.priced.backward] * live:
+            if traffic is not None:
+                self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
 
-    def _expect(self, statements: Sequence[Statement], gathers: _Gathers, own: set[int]) -> None:
-        """Count the nodes, those in loops too, that keep what the steps `own` gather."""
+    def _bring(self, weights: Sequence[Weight], live: set[Sharded], times: int) -> None:
+        """The weights of a unit come `times` times, and gradients of those in `live` leave."""
+        for _ in range(times):
+            self._together(weights, lambda weight: weight.forward, backward=False)
+        trained = [weight for weight in weights if weight.item in live]
+        self._together(trained, lambda weight: weight.backward, backward=True)
+
+    def _together(
+        self,
+        weights: Iterable[Weight],
+        way: Callable[[Weight], tuple[Traffic, ...]],
+        *,
+        backward: bool,
+    ) -> None:
+        """Collectives that take many weights at once."""
+        ways = [
+            [((t.kind, t.axes, weight.param.value.type.dtype), t.bytes) for t in way(weight)]
+            for weight in weights
+        ]
+        for each in rounds(ways):
+            kind, axes, _ = each.key
+            self._add(kind, axes, backward, each.nbytes)
+
+    def _expect(self, statements: Sequence[Statement], known: _Known) -> None:
+        """Count the nodes, those in loops too, that keep what is `known`."""
         for item in statements:
             if isinstance(item, LoopCall) and not self.recompute:
                 for kind in item.loop.order:
                     body = item.bodies[kind]
-                    entering = _entering(item, body, gathers)
-                    self._expect(body.statements, _gathers(body.statements, entering), own)
+                    entering = _entering(item, body, known)
+                    self._expect(body.statements, _with_views(body.statements, entering))
             elif isinstance(item, Compute):
-                for chain in _kept_gathers(item, gathers):
-                    if id(chain[-1]) in own:
-                        self._ask_later(chain)
+                for brought, weight in _kept(item, known):
+                    brought.left[weight] = brought.left.get(weight, 0) + 1
 
-    def _ask_later(self, chain: tuple[Convert, ...]) -> None:
-        *before, last = chain
-        if before and not self.asking[id(last)]:
-            self._ask_later(tuple(before))
-        self.asking[id(last)] += 1
-
-    def _gather_again(self, chain: tuple[Convert, ...]) -> None:
-        """A node's backward asks for a parameter: gathered, and kept for others that will ask."""
-        *before, last = chain
-        if id(last) not in self.there:
-            if before:
-                self._gather_again(tuple(before))
-            for traffic in last.priced.traffic:
-                if traffic.backward and traffic.kind == "all_gather":
-                    self._add("all_gather", traffic.axes, True, traffic.bytes)
-        self.asking[id(last)] = max(self.asking[id(last)] - 1, 0)
-        if self.asking[id(last)]:
-            self.there.add(id(last))
-        else:
-            self.there.discard(id(last))
+    def _ask(self, brought: _Brought, weight: Sharded) -> None:
+        """A node's backward asks for a weight: it comes with all of its unit that will be asked
+        for, and is kept for others that will ask."""
+        if weight not in brought.there:
+            coming = [
+                item
+                for item in brought.weights
+                if (brought.left.get(item, 0) or item == weight) and item not in brought.there
+            ]
+            weights = [brought.weights[item] for item in coming]
+            self._together(weights, lambda weight: weight.forward, backward=True)
+            brought.there.update(coming)
+        brought.left[weight] = max(brought.left[weight] - 1, 0)
+        if not brought.left[weight]:
+            brought.there.discard(weight)
 
     def _inside(self, item: Compute, times: int, live: bool) -> None:
         """What an op moves itself; of experts what is expected of balanced routing."""
@@ -175,7 +212,8 @@ class _Walk:
         key = Moved(kind, name, "backward" if backward else "forward")
         moved = float(wire_bytes(kind, float(n_bytes), ways))
         if moved:
-            self.moved[key] = self.moved.get(key, 0.0) + moved
+            before, count = self.moved.get(key, (0.0, 0))
+            self.moved[key] = before + moved, count + messages(kind, ways)
 
 
 def kept_until(statements: Sequence[Statement]) -> int:
@@ -191,33 +229,34 @@ def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:
     return {a: Sharded(of[a.value.name], a.spec) for a in call.arguments}
 
 
-def _entering(call: LoopCall, body: BlockBody, gathers: _Gathers) -> _Gathers:
-    """The gathered parameters among a loop's arguments, as a block knows them."""
+def _known(weights: Sequence[Weight]) -> dict[Sharded, tuple[_Brought, Sharded]]:
+    """The weights of one unit that will come again."""
+    brought = _Brought({weight.item: weight for weight in weights if weight.forward})
+    return {item: (brought, item) for item in brought.weights}
+
+
+def _entering(call: LoopCall, body: BlockBody, known: _Known) -> _Known:
+    """The weights among a loop's arguments, as a block knows them."""
     inner = _inner(call, body)
-    return {inner[a]: gathers[a] for a in call.arguments if a in gathers}
+    return {inner[a]: known[a] for a in call.arguments if a in known}
 
 
-def _kept_gathers(item: Compute, gathers: _Gathers) -> list[tuple[Convert, ...]]:
-    """The steps behind each gathered parameter that autograd keeps from a node."""
-    held = operator_of(item.node).holds(item.node, item.choices)
-    kept = {value.name for value in saved_values(item.node)} & {value.name for value in held}
-    operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept]
-    return list(dict.fromkeys(gathers[o] for o in operands if gathers.get(o)))
-
-
-def _gathers(statements: Sequence[Statement], entering: _Gathers) -> _Gathers:
-    """The gathering steps behind each parameter that was gathered, and behind views of it."""
-    found = dict(entering)
+def _with_views(statements: Sequence[Statement], known: _Known) -> _Known:
+    """And what looks into them."""
+    found = dict(known)
     for item in statements:
-        if isinstance(item, Convert):
-            before = found.get(item.source, ())
-            if item.param and item.primitive == "all_gather":
-                found[item.target] = (*before, item)
-            elif item.primitive == "nothing":
-                found[item.target] = before
-        elif isinstance(item, Compute) and is_view(item.node):
-            found |= {out: found.get(item.operands[0], ()) for out in item.outputs}
+        if isinstance(item, Compute) and is_view(item.node) and item.operands[0] in found:
+            found |= dict.fromkeys(item.outputs, found[item.operands[0]])
     return found
 
 
-__all__ = ["Moved", "kept_until", "predicted_bytes"]
+def _kept(item: Compute, known: _Known) -> list[tuple[_Brought, Sharded]]:
+    """The weights that autograd keeps from a node."""
+    held = operator_of(item.node).holds(item.node, item.choices)
+    kept = {value.name for value in saved_values(item.node)} & {value.name for value in held}
+    operands = [o for o in dict.fromkeys(item.operands) if o.value.name in kept and o in known]
+    found = {known[o][1]: known[o] for o in operands}
+    return list(found.values())
+
+
+__all__ = ["Moved", "kept_until", "predicted_bytes", "predicted_messages"]

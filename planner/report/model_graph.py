@@ -15,11 +15,12 @@ import networkx as nx
 
 from ...costmodel.collective import wire_bytes
 from ...facts.mesh import Mesh
+from ...facts.moves import primitive
 from ...facts.spec import Spec, format_spec
-from ...ir.graph import Graph, Param, Value
+from ...ir.graph import Graph, Value
 from ...ir.ops.local import local_bytes
 from ..plan.plan import PlanData
-from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
+from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded, Weight
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class _Writer:
         program, at = plan.program, dict[Sharded, _Made]()
         for item, asked in zip(program.inputs, plan.graph.inputs, strict=True):
             at[item] = self._source(f"input:{asked.name}", "input", item)
-        self._parameters("", program.params, at)
+        self._weights("", program.weights, at)
         self._run(program.statements, at)
         for item, out in zip(program.outputs, plan.graph.outputs, strict=True):
             name = f"output:{'.'.join(map(str, out.path))}"
@@ -115,7 +116,7 @@ class _Writer:
             }
             inner = dict(zip((v.name for v in call.loop.invariants), inputs[n:], strict=True))
             at |= {Sharded(inner[a.value.name], a.spec): outer[a] for a in call.arguments}
-            self._parameters(f"{path}.{index}.", body.params, at)
+            self._weights(f"{path}.{index}.", body.weights, at)
             for item in body.statements:
                 if isinstance(item, Convert):
                     self._convert(item, at)
@@ -124,12 +125,14 @@ class _Writer:
             carried = [at[item] for item in body.outputs]
         outer |= dict(zip(call.outputs, carried, strict=True))
 
-    def _parameters(
-        self, prefix: str, params: Iterable[tuple[Param, Spec]], at: dict[Sharded, _Made]
-    ) -> None:
-        for param, spec in params:
-            item = Sharded(param.value, spec)
-            at[item] = self._source(f"parameter:{prefix}{param.name}", param.kind, item)
+    def _weights(self, prefix: str, weights: Iterable[Weight], at: dict[Sharded, _Made]) -> None:
+        for weight in weights:
+            param, stored = weight.param, Sharded(weight.param.value, weight.stored)
+            name = f"parameter:{prefix}{param.name}"
+            if name not in self.graph:
+                self._node(name, param.kind, [stored])
+            moves = tuple(_Move(step, primitive(step.step.a, step.step.b)) for step in weight.steps)
+            at[weight.item] = _Made(name, weight.stored, moves)
 
     def _source(self, name: str, kind: str, item: Sharded) -> _Made:
         self._node(name, kind, [item])

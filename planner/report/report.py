@@ -14,7 +14,7 @@ from ...ir.ops.labels import DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import kind_of, operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
-from ..plan.program import Compute, Convert, LoopCall, PricedStep
+from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes
 from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
@@ -239,9 +239,7 @@ def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
     axes = dict.fromkeys(plan.mesh.names, 0.0)
     spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
     moving = list(spent.moving.items())
-    for statement, times in plan.program.flat():
-        if isinstance(statement, Convert):
-            moving.append((statement.priced.step.axes, times * statement.priced.seconds))
+    moving += [(priced.step.axes, n * priced.seconds) for priced, n in plan.program.moves()]
     for over, seconds in moving:
         name = _axes(over, plan.mesh)
         axes[name] = axes.get(name, 0.0) + seconds
@@ -267,28 +265,37 @@ def _tables(plan: PlanData) -> list[str]:
         for kind, body in enumerate(statement.bodies):
             times = statement.loop.order.count(kind)
             title = f"{statement.loop.path}: {times} x {body.block.class_name}"
-            out.append(f"{title}\n{_block_table(plan, body.statements, labels)}")
-    return [f"outside the layers\n{_block_table(plan, outside, labels)}", *out]
+            out.append(f"{title}\n{_block_table(plan, body.statements, body.weights, labels)}")
+    first = _block_table(plan, outside, plan.program.weights, labels)
+    return [f"outside the layers\n{first}", *out]
 
 
 def _block_table(
-    plan: PlanData, statements: Iterable[Compute | Convert], labels: dict[str, DimLabels]
+    plan: PlanData,
+    statements: Iterable[Compute | Convert],
+    weights: Iterable[Weight],
+    labels: dict[str, DimLabels],
 ) -> str:
+    """A row per heavy op, with what was moved for it since the last; weights at their first use."""
     rows: list[tuple[str, ...]] = [("op", "strategy", "result", "communication", "time")]
-    pending: list[Convert] = []
+    unused = {weight.item: weight for weight in weights}
+    pending: list[PricedStep] = []
     for light, group in groupby(statements, key=_is_light):
         items = list(group)
-        if light:
-            rows += _light_rows(plan, [i for i in items if isinstance(i, Compute)])
-            continue
         for item in items:
             if isinstance(item, Convert):
-                pending.append(item)
+                pending.append(item.priced)
                 continue
-            rows.append(_row(plan, item, pending, labels))
-            pending = []
-    for item in pending:
-        rows.append(("", "", "", _communication([item.priced], plan.mesh), ""))
+            used = [unused.pop(read) for read in item.operands if read in unused]
+            pending += [step for weight in used for step in weight.steps]
+            if not light:
+                rows.append(_row(plan, item, pending, labels))
+                pending = []
+        if light:
+            rows += _light_rows(plan, [i for i in items if isinstance(i, Compute)])
+    pending += [step for weight in unused.values() for step in weight.steps]
+    for priced in pending:
+        rows.append(("", "", "", _communication([priced], plan.mesh), ""))
     return table(rows)
 
 
@@ -308,7 +315,7 @@ def _light_rows(plan: PlanData, items: list[Compute]) -> list[tuple[str, ...]]:
 
 
 def _row(
-    plan: PlanData, item: Compute, before: list[Convert], labels: dict[str, DimLabels]
+    plan: PlanData, item: Compute, before: list[PricedStep], labels: dict[str, DimLabels]
 ) -> tuple[str, ...]:
     node = item.node
     work = plan.work[node.name]
@@ -318,7 +325,7 @@ def _row(
         _op_name(plan, node),
         strategy_text(item, plan.mesh, labels),
         format_spec(item.outputs[0].spec),
-        ", ".join(filter(None, (_communication([c.priced for c in before], plan.mesh), inside))),
+        ", ".join(filter(None, (_communication(before, plan.mesh), inside))),
         format_seconds(work.seconds - work.moving_s),
     )
 

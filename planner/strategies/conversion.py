@@ -191,9 +191,9 @@ class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
     `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward
-    needs: what forward gathers is not kept but gathered a second time.  `again` prices a value of
-    a layer that is recomputed: everything that forward does is done twice.  `param`: a parameter
-    is gathered, never summed up from zero-padded parts, so that the runtime can gather it again.
+    needs: what collectives bring in forward is not kept, but brought a second time.  `again` prices
+    a value of a layer that is recomputed: everything that forward does is done twice.  `param`: a
+    parameter is gathered, never summed up from zero-padded parts, so that it can come again.
     """
 
     def __init__(
@@ -340,8 +340,8 @@ class Conversions:
         kinds = [(primitive(a, b), False)] * (2 if self.again else 1)
         if self.gradient:
             kinds.append((backward_primitive(a, b), True))
-        if self.regather and kinds[0][0] == "all_gather":
-            kinds.append(("all_gather", True))
+        if self.regather and kinds[0][0] in COLLECTIVES:
+            kinds.append((kinds[0][0], True))
         return [(kind, backward) for kind, backward in kinds if kind != "nothing"]
 
 

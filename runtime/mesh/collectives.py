@@ -31,7 +31,6 @@ from .counter import Phase
 from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
 
 if TYPE_CHECKING:
-    from ..gathering.ahead import Early
     from .mesh import Mesh
 
 Place: TypeAlias = State
@@ -50,22 +49,23 @@ class Move:
     zigzag: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Gathering:
-    """An all-gather under way; `move` says along which dim."""
+def moves_between(
+    source: State,
+    target: State,
+    source_size: int | None,
+    target_size: int | None,
+    zigzag: tuple[int, ...] = (),
+) -> tuple[Move, Move]:
+    """What the value takes from state `source` to `target`, and what its gradient takes back.
 
-    axis: Axis
-    transfer: transport.Transfer
-    move: Move
+    The sizes are true sizes of the dims that the states name, where they name dims.
+    """
+    forward = Move(_place(source), _place(target), source_size, zigzag)
+    return forward, Move(_place(dual(target)), _place(dual(source)), target_size, zigzag)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole, padding included."""
-        return self.transfer.result.nbytes
 
-    def whole(self) -> Tensor:
-        """Wait for the whole tensor."""
-        return _join(self.transfer.finish(), self.move, self.axis)
+def _place(state: State) -> Place:
+    return R if state == V else state
 
 
 class Axis:
@@ -189,31 +189,6 @@ class Axis:
         """
         return self.convert(x, _front(dim), P, size, (dim,) if zigzag else ())
 
-    def gather_parameter(
-        self,
-        x: Tensor,
-        dim: int,
-        size: int | None = None,
-        *,
-        backward: Literal["reduce_scatter", "slice"] = "reduce_scatter",
-    ) -> Tensor:
-        """`all_gather` whose result is gathered again for backward, not kept.
-
-        That needs `with regathering(mesh)` around the forward pass; without it this is
-        a plain all-gather.  Where the parameter was `gathering_ahead` it is on its way already,
-        and its gradient's reduce-scatter does not hold backward up either.
-        """
-        ahead = self.mesh.ahead
-        early = None if ahead is None else ahead.take(x, self, dim)
-        if early is None:
-            whole = self.all_gather(x, dim, size, backward=backward)
-        else:
-            whole = self._arrived(early, R if backward == "slice" else V)
-        memory = self.mesh.parameter_memory
-        if memory is not None and self.size > 1:
-            memory.remember(whole, x, self, dim, size)
-        return whole
-
     # --- the general form ------------------------------------------------------------------
 
     def convert(
@@ -236,40 +211,15 @@ class Axis:
                 )
         if self.size == 1 or source == target:
             return x
-        forward = Move(_place(source), _place(target), size, zigzag)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.move(x, forward, "forward")
-        backward = _backward_of(x, source, target, zigzag)
-        return _Convert.apply(x, self, forward, backward)
+        target_size = x.shape[target] if target >= 0 else None
+        forward, backward = moves_between(source, target, size, target_size, zigzag)
+        return self.move_with_gradient(x, forward, backward)
 
-    def start_gather(
-        self,
-        x: Tensor,
-        dim: int,
-        size: int | None,
-        phase: Phase,
-        zigzag: tuple[int, ...] = (),
-    ) -> Gathering:
-        """An all-gather of raw tensors under way; `x` must not change before it has arrived."""
-        self.record("all_gather", (self.size - 1) * x.nbytes, phase)
-        transfer = transport.start_all_gather(x.contiguous(), self.group)
-        return Gathering(self, transfer, Move(dim, R, size, zigzag))
-
-    def start_reduce_scatter(
-        self, x: Tensor, dim: int, phase: Phase, zigzag: tuple[int, ...] = ()
-    ) -> transport.Transfer:
-        """A reduce-scatter of raw tensors under way; `x` must not change before it is finished."""
-        rows = _split(x, Move(P, dim, None, zigzag), self)
-        self.record("reduce_scatter", (self.size - 1) / self.size * rows.nbytes, phase)
-        return transport.start_reduce_scatter(rows, self.group)
-
-    def _arrived(self, early: Early, target: State) -> Tensor:
-        """The whole of a parameter that was gathered ahead of its use."""
-        gathering, x = early.gathering, early.source
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return gathering.whole()
-        backward = _backward_of(x, gathering.move.source, target)
-        return _Convert.apply(x, self, gathering.move, backward, early)
+    def move_with_gradient(self, x: Tensor, forward: Move, backward: Move) -> Tensor:
+        """Run primitive `forward`, whose gradient takes `backward`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Convert.apply(x, self, forward, backward)
+        return self.move(x, forward, "forward")
 
     def move(self, x: Tensor, move: Move, phase: Phase) -> Tensor:
         """Run one primitive on raw tensors, without gradient."""
@@ -295,16 +245,6 @@ class Axis:
         counter.record(op, self.name, phase, nbytes, self.size)
 
 
-def _backward_of(x: Tensor, source: State, target: State, zigzag: tuple[int, ...] = ()) -> Move:
-    """What the gradient of a conversion of `x` takes."""
-    size = x.shape[target] if target >= 0 else None
-    return Move(_place(dual(target)), _place(dual(source)), size, zigzag)
-
-
-def _place(state: State) -> Place:
-    return R if state == V else state
-
-
 def _front(dim: int) -> int:
     if dim < 0:
         raise ValueError(f"dim {dim}: dims count from the front, from 0")
@@ -315,28 +255,19 @@ class _Convert(torch.autograd.Function):
     """Primitive `forward` on the value, primitive `backward` on its gradient.
 
     The gradient of the gradient takes the way of the value, so this can be differentiated again.
-    `early`: the value is on its way already, and the gradient may be handed on while on its way.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: Axis, forward: Move, backward: Move, early: Early | None = None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Move, backward: Move) -> Tensor:
         ctx.axis, ctx.forward_move, ctx.backward_move = axis, forward, backward
-        ctx.gradient = None if early is None else early.gradient
-        return axis.move(x, forward, "forward") if early is None else early.gathering.whole()
+        return axis.move(x, forward, "forward")
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         grad, axis, move = grad_outputs[0], ctx.axis, ctx.backward_move
         if torch.is_grad_enabled() and grad.requires_grad:  # create_graph=True
-            grad = _Convert.apply(grad, axis, move, ctx.forward_move)
-        elif ctx.gradient is not None and move.source == P and not torch.is_anomaly_enabled():
-            ctx.gradient.append(axis.start_reduce_scatter(grad, move.target, "backward"))
-            grad = ctx.gradient[0].result
-        else:
-            grad = axis.move(grad, move, "backward")
-        return grad, None, None, None, None
+            return _Convert.apply(grad, axis, move, ctx.forward_move), None, None, None
+        return axis.move(grad, move, "backward"), None, None, None
 
 
 # --- the nine primitives -------------------------------------------------------------------------
@@ -362,13 +293,14 @@ def _first_keeps(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _gather(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    return axis.start_gather(x, move.source, move.size, phase, move.zigzag).whole()
+    axis.record("all_gather", (axis.size - 1) * x.nbytes, phase)
+    return join_blocks(transport.all_gather(x.contiguous(), axis.group), move, axis)
 
 
 def _exchange(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    rows = _split(x, move, axis)
+    rows = split_blocks(x, move, axis).contiguous()
     axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
-    return _join(transport.all_to_all(rows, axis.group), move, axis)
+    return join_blocks(transport.all_to_all(rows, axis.group), move, axis)
 
 
 def _zero_pad(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -388,7 +320,9 @@ def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    return axis.start_reduce_scatter(x, move.target, phase, move.zigzag).finish()
+    rows = split_blocks(x, move, axis).contiguous()
+    axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
+    return transport.reduce_scatter(rows, axis.group)
 
 
 _Run: TypeAlias = Callable[[Axis, Tensor, Move, Phase], Tensor]
@@ -404,18 +338,16 @@ _RUN: dict[Primitive, _Run] = {
 }
 
 
-def _split(x: Tensor, move: Move, axis: Axis) -> Tensor:
-    """The blocks of `x` along `move.target`, one per rank, stacked along a new first dim.
-
-    Contiguous; no copy where only dims of size 1 come before the dim.
-    """
+def split_blocks(x: Tensor, move: Move, axis: Axis) -> Tensor:
+    """The blocks of `x` along `move.target`, one per rank, stacked along a new first dim: a view
+    where the ranks' blocks are whole."""
     dim = move.target
     x = to_zigzag(x, dim, axis.sizes) if dim in move.zigzag else pad_blocks(x, dim, axis.sizes)
-    return x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    return x.unflatten(dim, (axis.size, x.shape[dim] // axis.size)).movedim(dim, 0)
 
 
-def _join(rows: Tensor, move: Move, axis: Axis) -> Tensor:
-    """Inverse of `_split` along `move.source`, the padding taken off where the size is given."""
+def join_blocks(rows: Tensor, move: Move, axis: Axis) -> Tensor:
+    """Inverse of `split_blocks` along `move.source`; no padding where the size is given."""
     dim = move.source
     whole = rows.movedim(0, dim).flatten(dim, dim + 1)
     if dim in move.zigzag:

@@ -13,7 +13,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .collectives import Axis
-
-if TYPE_CHECKING:
-    from ..gathering.ahead import Ahead
-    from ..gathering.regather import ParameterMemory
 
 
 @dataclass(slots=True)
@@ -64,10 +59,6 @@ class Mesh:
         self.device = device
         self.rank = 0 if groups is None else dist.get_rank()
         self.coordinates = _unravel(self.rank, self.sizes)
-        # Set while `regathering(mesh)` is active: how to gather parameters again.
-        self.parameter_memory: ParameterMemory | None = None
-        # Set while `gathering_ahead(mesh, ...)` is active: parameters on their way.
-        self.ahead: Ahead | None = None
         self._groups = groups
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._generators: dict[tuple[str, ...], torch.Generator] = {}

@@ -92,22 +92,36 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 def start_all_gather(x: Tensor, group: ProcessGroup) -> Transfer:
     """`all_gather` under way; `x` must not change before it is finished."""
     out = x.new_empty((group.size(), *x.shape))
-    if x.is_cuda:
-        target, source = _movable(out).view(-1), _movable(x).view(-1)
-        return Transfer(out, [_nccl_all_gather(target, source, group=group, async_op=True)], x)
-    out[group.rank()] = x
-    return Transfer(out, _start_exchange([x] * group.size(), out, group), x)
+    if not x.is_cuda:
+        out[group.rank()] = x
+    return start_gather_rows(out, x, group)
+
+
+def start_gather_rows(out: Tensor, own: Tensor, group: ProcessGroup) -> Transfer:
+    """Fills in all rows of `out` with the ranks' `own`; on the CPU this rank's row is there.
+
+    `own` may be the row of `out` itself.
+    """
+    if out.is_cuda:
+        target, source = _movable(out).view(-1), _movable(own).view(-1)
+        return Transfer(out, [_nccl_all_gather(target, source, group=group, async_op=True)], own)
+    return Transfer(out, _start_exchange([own] * group.size(), out, group), own)
 
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     """Row i of the result is what rank i held as the row of this rank; `x` is contiguous."""
+    return start_all_to_all(x, group).finish()
+
+
+def start_all_to_all(x: Tensor, group: ProcessGroup) -> Transfer:
+    """`all_to_all` under way; `x` must not change before it is finished."""
     out = torch.empty_like(x)
     if x.is_cuda:
-        dist.all_to_all_single(_movable(out), _movable(x), group=group)
-        return out
+        work = dist.all_to_all_single(_movable(out), _movable(x), group=group, async_op=True)
+        return Transfer(out, [work], x)
     rank = group.rank()
     out[rank] = x[rank]
-    return Transfer(out, _start_exchange(x, out, group), x).finish()
+    return Transfer(out, _start_exchange(x, out, group), x)
 
 
 def all_to_all_rows(
@@ -152,12 +166,22 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Transfer:
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: Reduction = "sum") -> Tensor:
     """The sum or maximum over ranks, in a new tensor; `x` need not be contiguous."""
+    return start_all_reduce(x, group, op).finish()
+
+
+def start_all_reduce(
+    x: Tensor, group: ProcessGroup, op: Reduction = "sum", *, reuse: bool = False
+) -> Transfer:
+    """`all_reduce` under way; `x` must not change before it is finished, and may become the result
+    if it is contiguous and `reuse` is said."""
     received = (group.size() - 1) * x.nbytes
     if not x.is_cuda and (received <= _ONE_ROUND_BYTES or x.dtype not in _SUMMABLE):
-        return _reduce(all_gather(x.contiguous(), group), op)
-    out = _summable(x).clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=_OPS[op], group=group)
-    return out
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = start_all_gather(x.contiguous(), group)
+        return Transfer(out, [], rows, lambda: _reduce_into(out, rows.finish(), op))
+    out = _summable(x)
+    out = out if reuse else out.clone(memory_format=torch.contiguous_format)
+    return Transfer(out, [dist.all_reduce(out, op=_OPS[op], group=group, async_op=True)], x)
 
 
 def _start_exchange(
@@ -216,11 +240,13 @@ def wait(works: Sequence[Any]) -> None:
         work.wait()
 
 
-def _reduce(rows: Tensor, op: Reduction) -> Tensor:
-    """Over dim 0; half precision is added up in float32 and rounded once."""
+def _reduce_into(out: Tensor, rows: Tensor, op: Reduction) -> Tensor:
+    """`rows` over dim 0; half precision is added up in float32 and rounded once."""
     if op == "max":
-        return rows.amax(0)
-    return torch.add(rows[0], rows[1]) if len(rows) == 2 else rows.sum(0, dtype=rows.dtype)
+        return torch.amax(rows, 0, out=out)
+    if len(rows) == 2:
+        return torch.add(rows[0], rows[1], out=out)
+    return torch.sum(rows, 0, dtype=rows.dtype, out=out)
 
 
 def _movable(x: Tensor) -> Tensor:

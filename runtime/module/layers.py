@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from ..gathering.ahead import Gather
+from ..gathering.weights import Weight
 from ..mesh.mesh import Mesh
 from .nested import Sharded
 
@@ -17,11 +18,26 @@ _RANGE = re.compile(r"\{([\d.,]+)\}")
 
 
 class Layer(Sharded):
-    """A block of a generated module; its parameters are registered by the model that owns it."""
+    """A block of a generated module; its parameters are registered by the model that owns it.
 
-    def gathers(self) -> Iterable[Gather]:
-        """The parameters that `forward` gathers, in that order; see `ahead.py`."""
-        return ()
+    `WEIGHTS` has those that the block uses in another layout than they are stored in.  They are
+    there while its forward runs, also a compiled one.
+    """
+
+    WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__(mesh)
+        self._with_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, with its weights as it uses them."""
+        with self._with_weights():
+            return super().__call__(*args, **kwargs)
+
+    def bring_weights(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """`around()` has the layer's weights there while it is entered."""
+        self._with_weights = around
 
 
 def per_layer(

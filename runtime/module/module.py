@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,8 +15,7 @@ from ...facts.spec import parse_spec, zigzag_dims
 from ..batches import Input, Output, gather_outputs, pack, shard_inputs
 from ..cache.cache import KVCache
 from ..cache.declared import Cache
-from ..gathering.ahead import Gather, gathering_ahead
-from ..gathering.regather import regathering
+from ..gathering.weights import Weight
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
 from ..serving.generate import generate
@@ -26,6 +24,7 @@ from ..serving.serving import Serving
 from .checkpoint import Experts, Safetensors, StateDict
 from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving
 from .layers import Layer, install_layers, per_layer
+from .moving import AsPlanned, make_schedule
 from .nested import Sharded, install_modules
 from .parameters import Original, Param, originals, param_of_layer
 from .state import State
@@ -39,9 +38,8 @@ class ShardedModule(nn.Module):
     parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
     `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its
     dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
-    called.  `PHASE` and `OPTIMIZER` serve `demo`; a module that never calls `gather_parameter` may
-    say `REGATHER = False`, which saves the bookkeeping of saved tensors (about 4 microseconds for
-    each).
+    called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout.  `PHASE`
+    and `OPTIMIZER` serve `demo`.
     """
 
     MESH: ClassVar[Mapping[str, int]]
@@ -51,10 +49,10 @@ class ShardedModule(nn.Module):
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
     MODULES: ClassVar[Mapping[str, type[Sharded]]] = {}
+    WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
     PHASE: ClassVar[str] = TRAIN.name
     CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned
     OPTIMIZER: ClassVar[OptimizerName] = "none"
-    REGATHER: ClassVar[bool] = True
     DECODE: ClassVar[type[ShardedModule] | None] = None
     _originals: ClassVar[Mapping[str, Original]]  # what PARAMETERS make up
 
@@ -75,6 +73,10 @@ class ShardedModule(nn.Module):
         install_modules(self, self.mesh)
         install_layers(self, self.mesh, self.LAYERS)
         self._state.register(None if shared is None else shared._state)
+        self._schedule = make_schedule(
+            self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS)
+        )
+        self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
         decode = self.DECODE  # in a tuple, because its parameters are this module's
         self._decoding = () if decode is None else (decode(self.mesh, shared=self),)
 
@@ -88,15 +90,15 @@ class ShardedModule(nn.Module):
             cls.CACHES = per_layer(cls.CACHES)  # pyright: ignore[reportConstantRedefinition]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`; its parameters are gathered ahead, and freed after use (see `regathering`)."""
-        if not self.REGATHER:
-            return super().__call__(*args, **kwargs)
-        with regathering(self.mesh), gathering_ahead(self.mesh, self.gathers()):
-            return super().__call__(*args, **kwargs)
+        """`forward`, with all weights as it uses them (see `gathering/schedule.py`).
 
-    def gathers(self) -> Iterable[Gather]:
-        """The parameters that `forward` gathers, in that order; see `ahead.py`."""
-        return ()
+        Raises ValueError at the first call if parameters or modules have come or gone since.
+        """
+        if self._planned is not None:
+            self._planned.refuse_changes(self)
+            self._planned = None
+        with self._schedule.model():
+            return super().__call__(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -115,12 +117,12 @@ class ShardedModule(nn.Module):
         if not torch.is_grad_enabled():
             return layer(*inputs)
 
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            first, again = self.mesh.replayed_randomness()
-            return first, _while_gathering(again, self.mesh, layer)
-
         return checkpoint(
-            layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            layer,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self.mesh.replayed_randomness,
         )
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
@@ -340,11 +342,3 @@ class ShardedModule(nn.Module):
         else:
             optimizer = cls.OPTIMIZER if phase.backward else None
             demonstrate(model, model._program, optimizer, clock)
-
-
-@contextmanager
-def _while_gathering(
-    context: AbstractContextManager[None], mesh: Mesh, layer: Layer
-) -> Generator[None]:
-    with context, gathering_ahead(mesh, layer.gathers()):
-        yield

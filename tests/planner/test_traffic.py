@@ -10,9 +10,9 @@ import torch
 
 import shardwright
 from shardwright.costmodel.collective import wire_bytes
+from shardwright.facts.moves import primitive
 from shardwright.facts.units import format_bytes
 from shardwright.planner.plan.plan import PlanData
-from shardwright.planner.plan.program import Convert
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.report.report import format_plan
 from tests.endtoend.families import example_module
@@ -35,11 +35,10 @@ def fsdp_plan() -> PlanData:
 def test_gathering_again_is_priced_as_it_is_done() -> None:
     plan = fsdp_plan()
     priced = 0.0
-    for statement, times in plan.program.flat():
-        if isinstance(statement, Convert) and statement.param:
-            for t in statement.priced.traffic:
-                if t.backward and t.kind == "all_gather":
-                    priced += times * float(wire_bytes(t.kind, float(t.bytes), 4))
+    for step, times in plan.program.moves():
+        for t in step.traffic:
+            if t.backward and t.kind == "all_gather" == primitive(step.step.a, step.step.b):
+                priced += times * float(wire_bytes(t.kind, float(t.bytes), 4))
     moved = predicted_bytes(plan.program, plan.mesh)
     done = sum(n for key, n in moved.items() if (key.op, key.phase) == ("all_gather", "backward"))
     assert priced > 0 and isclose(priced, done, rel_tol=1e-12)

@@ -112,7 +112,6 @@ METHODS: dict[str, tuple[str | int, str | int, Call]] = {
     "partial": ("R", "P", lambda a, x: a.partial(x)),
     "partial mask": ("V", "P", lambda a, x: a.partial(x, backward="mask")),
     "pad": (0, "P", lambda a, x: a.pad(x, 0)),
-    "gather_parameter": (0, "V", lambda a, x: a.gather_parameter(x, 0)),
 }
 # Bytes that each of 3 ranks receives for a whole of 144 numbers of 8 bytes: 1152 bytes.
 RING = {"all_gather": 768.0, "reduce_scatter": 768.0, "all_reduce": 1536.0, "all_to_all": 256.0}
@@ -130,7 +129,6 @@ MOVES: dict[str, tuple[str | None, str | None]] = {
     "partial": (None, None),
     "partial mask": (None, None),
     "pad": (None, None),
-    "gather_parameter": ("all_gather", "reduce_scatter"),
 }
 
 

@@ -25,6 +25,7 @@ from shardwright.runtime import (
     RankError,
     RankPool,
     ShardedModule,
+    Weight,
     count_collectives,
     ops,
 )
@@ -66,6 +67,12 @@ class ShardedTied(ShardedModule):
         "step": Param((WIDTH,), F64, "R,R", kind="constant", data=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
         "unused": Param((3,), F64, "S0,R"),
     }
+    WEIGHTS = {
+        "embed.weight": Weight("S1,S0", "V,S0"),
+        "layers.0.weight": Weight("S0,S0", "V,R", via=("S0,R",)),
+        "layers.0.bias": Weight("R,R", "V,R"),
+        "shift": Weight("R,S0", "R,R"),
+    }
     INPUTS = {
         "ids": Input("S0,R", (4, 5), torch.int64, free=(0,), high=VOCAB),
         "labels": Input("S0,R", (4, 5), torch.int64, free=(0,), high=VOCAB),
@@ -74,12 +81,10 @@ class ShardedTied(ShardedModule):
 
     def forward(self, ids: Tensor, labels: Tensor) -> Any:
         dp, tp = self.mesh.axes
-        table = dp.gather_parameter(self.embed.weight, 1)
-        h = tp.all_reduce(ops.vocab_embedding(ids, table, tp, VOCAB))
-        weight = tp.all_gather(self.layers[0].weight, 0, WIDTH // 2, backward="slice")
-        h = F.linear(h, dp.gather_parameter(weight, 0), dp.copy(self.layers[0].bias))
-        h = torch.tanh(h) * self.step + tp.all_gather(self.shift, 0)
-        logits = F.linear(tp.copy(h), table)
+        h = tp.all_reduce(ops.vocab_embedding(ids, self.embed.weight, tp, VOCAB))
+        h = F.linear(h, self.layers[0].weight, self.layers[0].bias)
+        h = torch.tanh(h) * self.step + self.shift
+        logits = F.linear(tp.copy(h), self.embed.weight)
         loss = ops.cross_entropy(logits, labels, vocab_axis=tp, vocab_size=VOCAB, token_axes=(dp,))
         return self.pack(dp.all_reduce(loss), logits)
 
@@ -244,6 +249,7 @@ class Replicated(ShardedTied):
     """The same parameters, not sharded, on one rank."""
 
     MESH = {"dp": 1}
+    WEIGHTS = {}
     PARAMETERS = {
         name: Param(p.shape, p.dtype, "R", p.kind, p.aliases, p.data)
         for name, p in ShardedTied.PARAMETERS.items()
@@ -279,6 +285,7 @@ class InParts(ShardedTied):
         "layers.0.bias_a": Param((4,), F64, "R,S0", part=Part("layers.0.bias", 0, 0)),
         "layers.0.bias_b": Param((2,), F64, "R,R", part=Part("layers.0.bias", 0, 4)),
     }
+    WEIGHTS = {}
 
 
 def parts_in_and_out(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -358,7 +365,7 @@ def demonstrate() -> tuple[str, int, int]:
 
 def test_demo_runs_and_gathers_parameters_again(pool: Pool) -> None:
     texts, *calls = zip(*pool(4).run(demonstrate), strict=True)
-    assert calls == [(4, 4, 4, 4)] * 2  # 2 parameters in each of 2 steps
+    assert calls == [(2, 2, 2, 2)] * 2  # both parameters together in each of 2 steps
     warm_up, step, summary = texts[0].splitlines()
     assert warm_up.startswith("warm-up: ") and step.startswith("step 1: ") and "loss" in step
     assert summary.startswith("dp=2 x tp=2: best") and summary.endswith("GB on rank 0")

@@ -1,0 +1,142 @@
+"""Chains of moves: how a weight comes from the way it is stored to the way it is used.
+
+Many tensors go along their chains together: what needs the same collective over the same axis in
+the same dtype is one message (see `facts/together.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...facts.blocks import block, local_shape, moved_numel
+from ...facts.moves import COLLECTIVES, primitive
+from ...facts.spec import R, Spec
+from ...facts.together import rounds
+from ..mesh.collectives import Axis, Move, moves_between
+from ..mesh.counter import Phase
+from ..mesh.mesh import Mesh
+from ..mesh.together import Together, start_together
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One primitive over `axis`; a collective is called with `nbytes` of `dtype`."""
+
+    axis: Axis
+    move: Move
+    dtype: torch.dtype
+    nbytes: int
+
+    @property
+    def collective(self) -> str | None:
+        """Which one it is; None if it is done on this rank alone."""
+        kind = primitive(self.move.source, self.move.target)
+        return kind if kind in COLLECTIVES else None
+
+
+Chain: TypeAlias = tuple[Leg, ...]
+_Key: TypeAlias = tuple[str, str, torch.dtype]
+
+
+def chains(
+    path: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh
+) -> tuple[Chain, Chain]:
+    """The chain of a tensor of full `shape` from the first spec of `path` to the last, and that of
+    its gradient back.
+
+    From one spec to the next the axes that differ move as one, from one state to one other.
+    """
+    forward: list[Leg] = []
+    backward: list[Leg] = []
+    for a, b in zip(path, path[1:], strict=False):
+        axes = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        states = a[axes[0]], b[axes[0]]
+        names = tuple(mesh.names[i] for i in axes)
+        axis = mesh[names[0] if len(names) == 1 else names]
+        there, back = moves_between(
+            *states,
+            _rows(states[0], a, axes, shape, mesh),
+            _rows(states[1], a, axes, shape, mesh),
+        )
+        here = tuple(R if i in axes else state for i, state in enumerate(a))
+        gathered = local_shape(shape, here, mesh.sizes)
+        nbytes = moved_numel(gathered, states, axis.size) * dtype.itemsize
+        if axis.size > 1:
+            forward.append(Leg(axis, there, dtype, nbytes))
+            backward.insert(0, Leg(axis, back, dtype, nbytes))
+    return tuple(forward), tuple(backward)
+
+
+def _rows(
+    dim: int, spec: Spec, moving: Sequence[int], shape: Sequence[int], mesh: Mesh
+) -> int | None:
+    """True size of `dim` on this rank's side of the axes that move; None where it is no dim."""
+    if dim < 0:
+        return None
+    cuts = [n for i, n in enumerate(mesh.sizes) if spec[i] == dim and i not in moving]
+    return block(shape[dim], [(n, 0) for n in cuts]).rows
+
+
+class Flight:
+    """Tensors on their way along chains; the first collectives are under way when it is made.
+
+    All ranks start and finish their flights in the same order.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], ways: Sequence[Chain], phase: Phase) -> None:
+        self._tensors = list(tensors)
+        self._phase: Phase = phase
+        self._left = [list(way) for way in ways]
+        self._coming = list(_rounds(ways))
+        self._started: list[tuple[tuple[int, ...], Together]] = []
+        self._go_on(range(len(self._tensors)))
+
+    def finish(self) -> list[Tensor]:
+        """Where the tensors end, in their order."""
+        while self._started:
+            members, together = self._started.pop(0)
+            for i, tensor in zip(members, together.finish(), strict=True):
+                self._tensors[i] = tensor
+            self._go_on(members)
+        return self._tensors
+
+    def _go_on(self, free: Sequence[int]) -> None:
+        """What has arrived does what needs no message, then starts what all of it waits for."""
+        for i in free:
+            while self._left[i] and self._left[i][0].collective is None:
+                leg = self._left[i].pop(0)
+                self._tensors[i] = leg.axis.move(self._tensors[i], leg.move, self._phase)
+        busy = {i for members, _ in self._started for i in members}
+        for members in list(self._coming):
+            if busy.isdisjoint(members):
+                self._coming.remove(members)
+                legs = [self._left[i].pop(0) for i in members]
+                tensors, moves = [self._tensors[i] for i in members], [leg.move for leg in legs]
+                together = start_together(legs[0].axis, tensors, moves, self._phase)
+                self._started.append((members, together))
+            busy.update(members)
+
+
+def _rounds(ways: Sequence[Chain]) -> tuple[tuple[int, ...], ...]:
+    """The collectives that take tensors along `ways`: which tensors each of them moves."""
+    return _members(
+        tuple(
+            tuple(
+                ((leg.collective, leg.axis.name, leg.dtype), leg.nbytes)
+                for leg in way
+                if leg.collective
+            )
+            for way in ways
+        )
+    )
+
+
+@lru_cache(maxsize=1024)
+def _members(keys: tuple[tuple[tuple[_Key, int], ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(each.members for each in rounds(keys))

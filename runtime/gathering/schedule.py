@@ -1,0 +1,118 @@
+"""When weights come and go: one unit ahead of its use, in the order in which a model runs.
+
+A model runs stage 0, its first loop over layers, stage 1, and so on.  Each stage and each layer has
+a unit of weights.  While one unit is used the next is on its way, so that memory holds two.  Layers
+that are recomputed in backward go the other way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.autograd.graph import Node
+
+from .again import Recipes, in_backward, will_run
+from .weights import Coming, Item, Unit
+
+
+class Schedule:
+    """The units of a model, in the order of use, and what is on its way."""
+
+    def __init__(
+        self, stages: Sequence[Sequence[tuple[Item, int]]], loops: Sequence[Sequence[Unit]]
+    ) -> None:
+        """`stages` has by stage what comes then, each with the last stage that uses it; `loops`
+        the units of the layers of each loop."""
+        self._units: list[Unit] = []
+        self._start_of: list[int] = []  # by stage, where it stands in `_units`
+        for n, stage in enumerate(stages):
+            self._start_of.append(len(self._units))
+            self._units.append(tuple(item for item, _ in stage))
+            self._units += loops[n] if n < len(loops) else ()
+        self._loops = [len(loop) for loop in loops]
+        self._last_use = {id(item): last for stage in stages for item, last in stage}
+        self._sent: dict[int, Coming] = {}
+        self._nodes: dict[int, weakref.ref[Node]] = {}  # that gradients of a layer's weights reach
+        self._stage: int | None = None  # which one runs; None while the model does not
+        self._shown: list[Item] = []  # of this stage and earlier ones
+        self._recipes: Recipes | None = None
+
+    @contextmanager
+    def model(self) -> Generator[None]:
+        """Around the model's forward."""
+        self._stop()
+        with ExitStack() as stack:
+            if torch.is_grad_enabled() and any(item.is_moved for u in self._units for item in u):
+                self._recipes = Recipes()
+                stack.enter_context(self._recipes.hooks())
+            stack.callback(self._stop)
+            self._begin_stage(0)
+            yield
+            if self._stage != len(self._loops):
+                raise RuntimeError(
+                    f"the model's forward ended after {self._stage} of its {len(self._loops)} loops"
+                    " over layers; run every layer in order, or the weights of what comes after"
+                    " them are not there"
+                )
+
+    @contextmanager
+    def layer(self, loop: int, index: int) -> Generator[None]:
+        """Around the forward of a layer, also when it is run again in backward."""
+        at = self._start_of[loop] + 1 + index
+        if self._stage is not None and index == 0:
+            self._end_stage(loop)
+        node = self._arrive(at)
+        if self._stage is not None and node is not None:
+            self._nodes[at] = weakref.ref(node)
+        self._send_next(at, loop)
+        try:
+            yield
+        finally:
+            for item in self._units[at]:
+                item.hide()
+        if self._stage is not None and index + 1 == self._loops[loop]:
+            self._begin_stage(loop + 1)
+
+    def _begin_stage(self, stage: int) -> None:
+        at = self._start_of[stage]
+        self._stage = stage
+        self._shown += self._units[at]
+        self._arrive(at)
+        self._send_next(at, stage)
+
+    def _end_stage(self, stage: int) -> None:
+        for item in self._shown:
+            if self._last_use[id(item)] <= stage:
+                item.hide()
+
+    def _stop(self) -> None:
+        self._stage = self._recipes = None
+        for item in self._shown:
+            item.hide()
+        self._shown.clear()
+        while self._sent:
+            self._sent.pop(next(iter(self._sent))).cancel()
+
+    def _arrive(self, at: int) -> Node | None:
+        unit = self._units[at]
+        if not unit:
+            return None
+        coming = self._sent.pop(at, None) or Coming(unit)
+        return coming.arrive(self._recipes)
+
+    def _send_next(self, at: int, loop: int) -> None:
+        """Send for the unit that will be used after that at `at`."""
+        if self._stage is not None:
+            coming = range(at + 1, len(self._units))
+        else:  # a layer runs again: backward asks for the one before it next
+            coming = (i for i in range(at - 1, self._start_of[loop], -1) if self._is_awaited(i))
+        following = next((i for i in coming if self._units[i]), None)
+        if following is not None and following not in self._sent:
+            self._sent[following] = Coming(self._units[following])
+
+    def _is_awaited(self, at: int) -> bool:
+        node = self._nodes[at]() if at in self._nodes else None
+        return in_backward() and node is not None and will_run(node)

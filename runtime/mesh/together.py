@@ -1,0 +1,131 @@
+"""Several tensors in one collective: packed into one buffer, moved, and taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...facts.moves import primitive
+from . import transport
+from .collectives import Axis, Move, join_blocks, split_blocks
+from .counter import Phase
+from .layout import trim_blocks
+
+_Unpack: TypeAlias = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """A collective under way."""
+
+    transfer: transport.Transfer
+    unpack: _Unpack
+
+    def finish(self) -> list[Tensor]:
+        """Wait for the results: whole tensors in storages of their own, others in one."""
+        return self.unpack(self.transfer.finish())
+
+
+def start_together(
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase
+) -> Together:
+    """Start the collective that takes each of `xs` (of one dtype) along its move.
+
+    The moves are of one kind, along any dims; tensors must not change before it is finished.
+    """
+    match primitive(moves[0].source, moves[0].target):
+        case "all_gather":
+            return _start_gather(axis, xs, moves, phase)
+        case "all_reduce":
+            return _start_all_reduce(axis, xs, phase)
+        case "reduce_scatter":
+            rows, shapes = _packed_rows(axis, xs, moves)
+            axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
+            transfer = transport.start_reduce_scatter(rows, axis.group)
+            return Together(transfer, _apart(shapes))
+        case "all_to_all":
+            rows, shapes = _packed_rows(axis, xs, moves)
+            axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
+            transfer = transport.start_all_to_all(rows, axis.group)
+            return Together(transfer, _rows_apart(axis, shapes, moves))
+        case _:
+            raise ValueError(f"axis `{axis.name}`: {moves[0]} is no collective")
+
+
+def _start_gather(
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase
+) -> Together:
+    """An all-gather of `xs`, packed where they will lie in its result."""
+    shapes = [tuple(x.shape) for x in xs]
+    if len(xs) == 1:
+        own = xs[0].contiguous()
+        transfer = transport.start_all_gather(own, axis.group)
+    else:
+        sizes = [x.numel() for x in xs]
+        out = xs[0].new_empty((axis.size, sum(sizes)))
+        own = out[axis.rank]
+        for x, place in zip(xs, own.split(sizes), strict=True):
+            place.view(x.shape).copy_(x)
+        transfer = transport.start_gather_rows(out, own, axis.group)
+    axis.record("all_gather", (axis.size - 1) * own.nbytes, phase)
+    return Together(transfer, _rows_apart(axis, shapes, moves))
+
+
+def _start_all_reduce(axis: Axis, xs: Sequence[Tensor], phase: Phase) -> Together:
+    alone = len(xs) == 1
+    flat = xs[0] if alone else torch.cat([x.reshape(-1) for x in xs])
+    axis.record("all_reduce", 2 * (axis.size - 1) / axis.size * flat.nbytes, phase)
+    transfer = transport.start_all_reduce(flat, axis.group, reuse=not alone)
+    return Together(transfer, _apart([tuple(x.shape) for x in xs]))
+
+
+def _packed_rows(
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move]
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Row i holds what goes to rank i of each tensor, one behind the other; shapes of that."""
+    views = [split_blocks(x, move, axis) for x, move in zip(xs, moves, strict=True)]
+    shapes = [tuple(view.shape[1:]) for view in views]
+    if len(views) == 1:
+        return views[0].contiguous(), shapes
+    sizes = [prod(shape) for shape in shapes]
+    rows = xs[0].new_empty((axis.size, sum(sizes)))
+    for view, place in zip(views, rows.split(sizes, dim=1), strict=True):
+        place.unflatten(1, view.shape[1:]).copy_(view)
+    return rows, shapes
+
+
+def _apart(shapes: Sequence[tuple[int, ...]]) -> _Unpack:
+    """Views of one buffer."""
+    sizes = [prod(shape) for shape in shapes]
+
+    def unpack(flat: Tensor) -> list[Tensor]:
+        parts = flat.view(-1).split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return unpack
+
+
+def _rows_apart(axis: Axis, shapes: Sequence[tuple[int, ...]], moves: Sequence[Move]) -> _Unpack:
+    """The tensors whose blocks stand in the rows, each joined in a storage of its own."""
+    sizes = [prod(shape) for shape in shapes]
+
+    def unpack(rows: Tensor) -> list[Tensor]:
+        if len(shapes) == 1:
+            return [join_blocks(rows.view(axis.size, *shapes[0]), moves[0], axis)]
+        parts = zip(rows.split(sizes, dim=1), shapes, moves, strict=True)
+        return [_joined(part.unflatten(1, shape), move, axis) for part, shape, move in parts]
+
+    return unpack
+
+
+def _joined(rows: Tensor, move: Move, axis: Axis) -> Tensor:
+    """`join_blocks` of blocks that lie apart."""
+    dim, shape = move.source, list(rows.shape[1:])
+    whole = rows.new_empty((*shape[:dim], axis.size * shape[dim], *shape[dim + 1 :]))
+    whole.unflatten(dim, (axis.size, shape[dim])).movedim(dim, 0).copy_(rows)
+    return whole if move.size is None else trim_blocks(whole, dim, axis.sizes, move.size)

@@ -1,0 +1,106 @@
+"""Which weights of a model move for which layer, and whether the model is still as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from torch import nn
+
+from ...facts.spec import parse_spec
+from ..gathering.chains import chains
+from ..gathering.schedule import Schedule
+from ..gathering.weights import Item, Unit, Weight
+from ..mesh.mesh import Mesh
+from .layers import Layer
+from .parameters import Param
+
+
+def make_schedule(
+    model: nn.Module,
+    mesh: Mesh,
+    parameters: Mapping[str, Param],
+    weights: Mapping[str, Weight],
+    paths: Iterable[str],
+) -> Schedule:
+    """The units of a model whose loops run the layers under `paths`; its layers bring theirs.
+
+    `parameters` is the table of the whole model, `weights` that of what is in no layer.
+    """
+    loops = [list(model.get_submodule(path).children()) for path in paths]
+    stages: list[list[tuple[Item, int]]] = [[] for _ in range(len(loops) + 1)]
+    for name, weight in weights.items():
+        first, last = weight.stages
+        stages[first].append((_item(model, "", name, weight, parameters, mesh), last))
+    units: list[list[Unit]] = []
+    for path, layers in zip(paths, loops, strict=True):
+        units.append([])
+        for index, layer in enumerate(layers):
+            assert isinstance(layer, Layer)
+            rows = layer.WEIGHTS.items()
+            units[-1].append(
+                tuple(
+                    _item(layer, f"{path}.{index}.", name, weight, parameters, mesh)
+                    for name, weight in rows
+                )
+            )
+    schedule = Schedule(stages, units)
+    for loop, layers in enumerate(loops):
+        for index, layer in enumerate(layers):
+            assert isinstance(layer, Layer)
+            layer.bring_weights(partial(schedule.layer, loop, index))
+    return schedule
+
+
+def _item(
+    root: nn.Module,
+    prefix: str,
+    name: str,
+    weight: Weight,
+    parameters: Mapping[str, Param],
+    mesh: Mesh,
+) -> Item:
+    """A row of the table of `root`, whose own name in the model is `prefix`."""
+    stored = weight.of or name
+    param = parameters[prefix + stored]
+    if param.spec != weight.stored:
+        raise ValueError(
+            f"`{prefix}{stored}` is stored as {param.spec} in PARAMETERS but as {weight.stored} in"
+            " WEIGHTS"
+        )
+    path = [parse_spec(spec) for spec in (weight.stored, *weight.via, weight.used)]
+    forward, backward = chains(path, param.shape, param.dtype, mesh)
+    return Item(_place(root, stored), _place(root, name), forward, backward)
+
+
+def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return root.get_submodule(path), leaf
+
+
+class AsPlanned:
+    """The parameters of a model, and the modules that hold them, when it was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._owners = {name: _place(model, name)[0] for name in names}
+
+    def refuse_changes(self, model: nn.Module) -> None:
+        """Raises ValueError naming every parameter that has come, gone or changed hands."""
+        now = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        problems = [f"`{name}` is new" for name in now if name not in self._owners]
+        for name, owner in self._owners.items():
+            path = name.rpartition(".")[0]
+            found = modules.get(path)
+            if found is not owner:
+                what = "gone" if found is None else f"a new {type(found).__name__}"
+                problems.append(f"`{path}` is {what}")
+            elif name not in now:
+                problems.append(f"`{name}` is gone")
+        if problems:
+            raise ValueError(
+                "this module is not as it was planned, so that the layout of its weights is not"
+                " known; change the original model (adapters, too) and plan again:\n  "
+                + "\n  ".join(dict.fromkeys(problems))
+            )
