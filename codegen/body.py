@@ -27,6 +27,9 @@ from .nesting import Step as Item
 from .source import WIDTH, statement
 from .views import Dim, reshaped
 
+# Modules of torch's own that a function calls: the operator that each is, and its parameters
+LEAVES = {"Linear": ("aten.linear.default", ("weight", "bias"))}
+
 
 def attribute(path: str) -> str:
     """`self.model.layers[0].weight` for `model.layers.0.weight`."""
@@ -74,6 +77,7 @@ class FunctionWriter:
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
+        self.leaves: dict[str, str] = {}  # modules of torch's own that it calls, with their classes
         self.borrows = False  # was a size read off something that is no operand?
         self._pending: dict[Sharded, _Pending] = {}
         self._tokens: dict[str, _Pending] = {}
@@ -234,9 +238,26 @@ class FunctionWriter:
         if isinstance(item, Convert):
             return self._conversion_call(item)
         if isinstance(item, Compute):
-            return render(item, self)
+            return self._leaf(item) or render(item, self)
         self.calls[item] = [self._natural(read) for read in item.inputs]
         return f"{attribute(item.path)}({', '.join(map(self.text, item.inputs))})"
+
+    def _leaf(self, item: Compute) -> str:
+        """`self.q_proj(x)` where a layer of torch's is all that runs; else nothing."""
+        call = item.node.loc.calls[-1] if item.node.loc.calls else None
+        if call is None or call.file or call.class_name not in LEAVES:
+            return ""
+        operator, parameters = LEAVES[call.class_name]
+        value, *weights = item.operands
+        paths = [self.context.weights.get(weight, "") for weight in weights]
+        full = paths[0].rpartition(".")[0] if paths else ""
+        names = [f"{full}.{name}" for name in parameters[: len(weights)]]
+        path = self.function.own(full) if full else None
+        held = call.path == full or call.path.endswith(f".{full}")
+        if item.node.op != operator or path is None or not held or paths != names:
+            return ""
+        self.leaves[path] = f"nn.{call.class_name}"
+        return f"{attribute(path)}({self.text(value)})"
 
     def _natural(self, item: Sharded) -> str:
         """What the caller calls an argument."""

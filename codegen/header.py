@@ -117,8 +117,16 @@ def _cuts(program: Program, axis: int) -> Iterator[str]:
     if any(_cuts_dim(item, axis, "b", labels) for item in flowing):
         yield "the batch"
     weights = [weight for loop in loops for body in loop.bodies for weight in body.weights]
-    steps = [priced.step for weight in weights or program.weights for priced in weight.steps]
-    if any(axis in step.axes and primitive(step.a, step.b) == "all_gather" for step in steps):
+    matrices = [w for w in weights or program.weights if len(w.param.value.type.shape) > 1]
+    gathered = [
+        weight
+        for weight in matrices
+        if any(
+            axis in priced.step.axes and primitive(priced.step.a, priced.step.b) == "all_gather"
+            for priced in weight.steps
+        )
+    ]
+    if gathered and 2 * len(gathered) >= len(matrices):
         yield "parameters, which are gathered for use (FSDP)"
     for kind, title in (("attention", "attention"), ("experts", "experts"), ("matmul", "products")):
         words = [

@@ -94,7 +94,9 @@ def _head(summary: str, lines: Sequence[str]) -> list[str]:
         "",
         "import torch",
         "import torch.nn.functional as F",
-        "from torch import Tensor",
+        "from torch import Tensor, nn"
+        if re.search(r"\bnn\.[A-Z]", text)
+        else "from torch import Tensor",
         "",
         *_import_lines(sorted(names, key=_import_order)),
     ]
@@ -160,7 +162,7 @@ class _Writer:
 
     def _modules(self, writer: FunctionWriter, context: Context) -> Modules:
         """Classes of the modules that a function calls, written first."""
-        made = Modules()
+        made = Modules(dict(writer.leaves))
         for call, names in writer.calls.items():
             function = call.function
             inner = FunctionWriter(function, context)

@@ -163,7 +163,7 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names) -> Base:
 
 
 def words_of(statements: Iterable[Statement]) -> dict[str, str]:
-    """By the name of a value, what the user's source calls it, or calls what it is a view of."""
+    """By the name of a value, what the user calls it, or what it is a view of; else a noun."""
     words: dict[str, str] = {}
     for item in statements:
         if isinstance(item, Compute):
@@ -190,9 +190,11 @@ def _words(node: Node, words: Mapping[str, str]) -> dict[str, str]:
     targets = node.loc.targets
     if len(targets) == len(node.outputs):
         return {value.name: name for value, name in zip(node.outputs, targets, strict=True)}
-    shows = len(node.outputs) == 1 and node.operands and _shows(node)
-    known = words.get(node.operands[0].name) if shows else None
-    return {node.output.name: known} if known else {}
+    if len(node.outputs) > 1:
+        return {}
+    shown = words.get(node.operands[0].name) if node.operands and _shows(node) else None
+    word = shown or operator_of(node).noun or node.op.split(".")[1].strip("_")
+    return {node.output.name: word}
 
 
 def _shows(node: Node) -> bool:

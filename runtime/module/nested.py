@@ -2,11 +2,11 @@
 
     class DecoderLayer(Sharded):
         attention: Attention
-        mlp: MLP
+        gate: nn.Linear
 
 An annotation with a class of modules is a declaration: each `DecoderLayer` has an `Attention` and
-an `MLP` of its own under these names.  `MODULES` does the same for paths that are no names, such
-as `experts.3`.
+a linear layer of its own under these names.  `MODULES` does the same for paths that are no names,
+such as `experts.3`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..mesh.mesh import Mesh
+from .leaves import LEAVES
 from .tree import owner_of
 
 
@@ -28,7 +29,7 @@ class Sharded(nn.Module):
     Its parameters are registered by the model that owns it.
     """
 
-    MODULES: ClassVar[Mapping[str, type[Sharded]]] = {}
+    MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -51,6 +52,10 @@ def install_modules(module: nn.Module, mesh: Mesh) -> None:
     for cls in reversed(type(module).__mro__):
         declared |= inspect.get_annotations(cls) | dict(cls.__dict__.get("MODULES", {}))
     for path, kind in declared.items():
-        if isinstance(kind, type) and issubclass(kind, Sharded):
-            owner, leaf = owner_of(module, path)
+        if not isinstance(kind, type):
+            continue
+        owner, leaf = owner_of(module, path)
+        if issubclass(kind, Sharded):
             owner.add_module(leaf, kind(mesh))
+        elif kind in LEAVES:
+            owner.add_module(leaf, LEAVES[kind]())

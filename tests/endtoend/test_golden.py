@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 import shardwright
@@ -58,6 +59,41 @@ def test_graph_with_a_fused_projection_apart(golden: Golden) -> None:
 
 def test_generated_module(golden: Golden) -> None:
     golden("llama_2x2.py", llama_module())
+
+
+# One module for each idea: batch, tokens, key heads of 16, and pins that leave no other
+IDEAS: dict[str, tuple[int, int, int, dict[str, str]]] = {
+    "ddp": (16, 2048, 8, {"*.weight": "R"}),
+    "fsdp": (16, 2048, 8, {"*_proj.weight": "S0"}),
+    "tp_sp": (
+        2, 4096, 8,
+        {"*.[qkv]_proj.weight": "S0", "*.o_proj.weight": "S1", "*.gate_proj.weight": "S0",
+         "*.up_proj.weight": "S0", "*.down_proj.weight": "S1"},
+    ),
+    "gathered": (1, 131_072, 2, {"*_proj.weight": "R"}),
+    "ulysses": (1, 16_384, 16, {"*_proj.weight": "R"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_module_of_an_idea(golden: Golden, idea: str) -> None:
+    golden(f"llama_{idea}.py", idea_module(idea))
+
+
+def idea_module(idea: str) -> str:
+    """The example's code on four GPUs, in two layers of a 1B model."""
+    batch, tokens, kv_heads, pins = IDEAS[idea]
+    example = example_module("llama")
+    config = example.LlamaConfig(
+        vocab_size=32_000, layers=2, width=2048, heads=16, kv_heads=kv_heads, mlp_width=5632
+    )
+    with torch.device("meta"):
+        model = example.Llama(config).bfloat16()
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+    texts = [f"{pattern}={spec}" for pattern, spec in pins.items()]
+    inputs = {"tokens": ids, "labels": ids}
+    plan = shardwright.plan(model, inputs, gpus=4, mesh="4", cluster="h100", pins=texts)
+    return plan.module_source()
 
 
 def test_generated_modules_are_formatted(tmp_path: Path) -> None:

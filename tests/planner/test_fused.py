@@ -51,7 +51,7 @@ def test_tensor_parallelism_is_found() -> None:
     assert choices(plan, "linear") == ["o", "o", "o", "k", "o", "k"]
     assert choices(plan, "attention") == ["n"]
     layer = plan.module_source().partition("class ShardedModel")[0]
-    assert "F.linear" in layer and "all_to_all" not in layer
+    assert "self.up(" in layer and "all_to_all" not in layer
     (note,) = plan.notes
     assert note.startswith(
         "Fused projections (blocks.*.attention.qkv.weight) are computed in parts; whole: "
