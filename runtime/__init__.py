@@ -15,11 +15,11 @@ from .attention import (
     usp_attention,
     window_attention,
 )
-from .batches import Input, Output, Outputs
 from .cache.cache import CacheFullError, KVCache, PageTable
 from .cache.declared import Cache
 from .gathering.weights import Weight
 from .launch import RankError, RankPool, run_ranks
+from .mesh.batches import Input, Output, Outputs
 from .mesh.collectives import Axis
 from .mesh.counter import CollectiveCounter, count_collectives
 from .mesh.mesh import Mesh

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,9 +29,6 @@ from ...facts.spec import P, R, State, V, dual
 from . import counter, transport
 from .counter import Phase
 from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
-
-if TYPE_CHECKING:
-    from .mesh import Mesh
 
 Place: TypeAlias = State
 
@@ -68,6 +65,14 @@ def _place(state: State) -> Place:
     return R if state == V else state
 
 
+class Groups(Protocol):
+    """Who holds the process groups of axes: the mesh."""
+
+    def group(self, name: str) -> ProcessGroup:
+        """The group of the axis called `name`."""
+        ...
+
+
 class Axis:
     """One axis of the mesh, or several flattened (the first named is the major one).
 
@@ -80,7 +85,7 @@ class Axis:
     __slots__ = ("name", "size", "rank", "sizes", "coordinates", "mesh")
 
     def __init__(
-        self, mesh: Mesh, name: str, sizes: tuple[int, ...], coordinates: tuple[int, ...]
+        self, mesh: Groups, name: str, sizes: tuple[int, ...], coordinates: tuple[int, ...]
     ) -> None:
         self.mesh = mesh
         self.name = name

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...facts.phases import DECODE, Phase
-from ..batches import look_up, random_batch, shard_inputs
 from ..cache.declared import specs_of
+from ..mesh.batches import look_up, random_batch, shard_inputs
 from ..mesh.mesh import Mesh
 from ..serving.program import Program
 from ..serving.serving import Serving

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
 from ...facts.spec import parse_spec, zigzag_dims
-from ..batches import Input, Output, gather_outputs, pack, shard_inputs
 from ..cache.cache import KVCache
 from ..cache.declared import Cache
 from ..gathering.weights import Weight
+from ..mesh.batches import Input, Output, gather_outputs, pack, shard_inputs
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
 from ..serving.generate import generate

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...facts.phases import DECODE, PREFILL
 from ...facts.spec import format_spec, parse_spec
-from ..batches import Input, Output, gather_output, shard_inputs
 from ..cache.cache import KVCache
 from ..cache.declared import BATCH, Cache, specs_of
 from ..cache.recache import Path, change_between
+from ..mesh.batches import Input, Output, gather_output, shard_inputs
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 

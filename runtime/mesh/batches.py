@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..facts.blocks import local_shape
-from ..facts.spec import Spec, parse_spec, zigzag_dims
-from .mesh.mesh import Mesh
-from .mesh.parts import gather_whole, own_part, ways
+from ...facts.blocks import local_shape
+from ...facts.spec import Spec, parse_spec, zigzag_dims
+from .mesh import Mesh
+from .parts import gather_whole, own_part, ways
 
 Path: TypeAlias = tuple[str | int, ...]
 
