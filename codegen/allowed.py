@@ -19,7 +19,17 @@ from torch.nn import functional
 # What an expression stands for: data; what may be called; the modules that a file imports; `self`
 # and what lies below it, which may be data or a module; an operator's name in the making.
 _Kind: TypeAlias = Literal[
-    "value", "class", "function", "torch", "functional", "nn", "runtime", "self", "held", "operator"
+    "value",
+    "class",
+    "function",
+    "torch",
+    "linalg",
+    "functional",
+    "nn",
+    "runtime",
+    "self",
+    "held",
+    "operator",
 ]
 
 _IMPORTS = frozenset({
@@ -254,6 +264,8 @@ class _Checker:
                 return _is_operator(name)
             case "operator":
                 return not _BEYOND_TENSORS & set(ast.unparse(function).split("."))
+            case "linalg":
+                return _is_public(name) and callable(getattr(torch.linalg, name, None))
             case "functional":
                 return _is_public(name) and callable(getattr(functional, name, None))
             case "nn":
@@ -275,7 +287,7 @@ class _Checker:
         found: _Kind | None = None
         match owner:
             case "torch":
-                found = "operator" if name == "ops" else None
+                found = {"ops": "operator", "linalg": "linalg"}.get(name)
                 found = "value" if isinstance(getattr(torch, name, None), torch.dtype) else found
             case "operator":
                 return "operator"  # also `aten.__and__.Tensor`
@@ -287,7 +299,7 @@ class _Checker:
                 found = "held"
             case "value" | "class":
                 found = "value"
-            case "functional" | "function":
+            case "linalg" | "functional" | "function":
                 pass
         if found is None or not (_is_public(name) or (found == "held" and name in self.held)):
             raise _refused(node)

@@ -27,9 +27,6 @@ from .nesting import Step as Item
 from .source import WIDTH, statement
 from .views import Dim, reshaped
 
-# Modules of torch's own that a function calls: the operator that each is, and its parameters
-LEAVES = {"Linear": ("aten.linear.default", ("weight", "bias"))}
-
 
 def attribute(path: str) -> str:
     """`self.model.layers[0].weight` for `model.layers.0.weight`."""
@@ -245,18 +242,19 @@ class FunctionWriter:
     def _leaf(self, item: Compute) -> str:
         """`self.q_proj(x)` where a layer of torch's is all that runs; else nothing."""
         call = item.node.loc.calls[-1] if item.node.loc.calls else None
-        if call is None or call.file or call.class_name not in LEAVES:
+        kind = operator_of(item.node).module
+        if call is None or call.file or not kind or call.class_name != kind:
             return ""
-        operator, parameters = LEAVES[call.class_name]
         value, *weights = item.operands
+        _, *parameters = (name for name, arg in item.node.args if isinstance(arg, Value))
         paths = [self.context.weights.get(weight, "") for weight in weights]
         full = paths[0].rpartition(".")[0] if paths else ""
-        names = [f"{full}.{name}" for name in parameters[: len(weights)]]
+        names = [f"{full}.{name}" for name in parameters]
         path = self.function.own(full) if full else None
         held = call.path == full or call.path.endswith(f".{full}")
-        if item.node.op != operator or path is None or not held or paths != names:
+        if path is None or not held or paths != names:
             return ""
-        self.leaves[path] = f"nn.{call.class_name}"
+        self.leaves[path] = f"nn.{kind}"
         return f"{attribute(path)}({self.text(value)})"
 
     def _natural(self, item: Sharded) -> str:

@@ -102,6 +102,8 @@ class Operator:
     shows: bool = False
     # is its module named by it: the main op of a layer?
     names_module: bool = False
+    # the class of torch.nn that runs it on an input and parameters called as the other arguments
+    module: str = ""
     # may its small result be summed up over ranks inside a region, as the mean of a norm?
     sums_inside: bool = False
     # do the factors that cannot be cut keep their sizes in a smaller graph?

@@ -80,9 +80,15 @@ def _emit_linear(node: Node, render: Render) -> str:
     return call("F.linear", render.arg("input"), render.arg("weight"), *([bias] if bias else []))
 
 
+class Linear(Product):
+    """input @ weight.T + bias."""
+
+    module = "Linear"
+
+
 FAMILY.add(
     "aten.linear.default",
-    Product(
+    Linear(
         _linear_rule,
         _emit_linear,
         saves=("input if weight", "weight if input"),
