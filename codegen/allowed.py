@@ -32,6 +32,8 @@ _Kind: TypeAlias = Literal[
     "operator",
 ]
 
+_TORCH: dict[str, _Kind] = {"ops": "operator", "linalg": "linalg"}  # what `torch` holds
+
 _IMPORTS = frozenset({
     "from __future__ import annotations",
     "import torch",
@@ -287,7 +289,7 @@ class _Checker:
         found: _Kind | None = None
         match owner:
             case "torch":
-                found = {"ops": "operator", "linalg": "linalg"}.get(name)
+                found = _TORCH.get(name)
                 found = "value" if isinstance(getattr(torch, name, None), torch.dtype) else found
             case "operator":
                 return "operator"  # also `aten.__and__.Tensor`

@@ -118,7 +118,7 @@ def start_all_to_all(x: Tensor, group: ProcessGroup) -> Transfer:
     out = torch.empty_like(x)
     if x.is_cuda:
         work = dist.all_to_all_single(_movable(out), _movable(x), group=group, async_op=True)
-        return Transfer(out, [work], x)
+        return Transfer(out, _under_way(work), x)
     rank = group.rank()
     out[rank] = x[rank]
     return Transfer(out, _start_exchange(x, out, group), x)
@@ -181,7 +181,13 @@ def start_all_reduce(
         return Transfer(out, [], rows, lambda: _reduce_into(out, rows.finish(), op))
     out = _summable(x)
     out = out if reuse else out.clone(memory_format=torch.contiguous_format)
-    return Transfer(out, [dist.all_reduce(out, op=_OPS[op], group=group, async_op=True)], x)
+    work = dist.all_reduce(out, op=_OPS[op], group=group, async_op=True)
+    return Transfer(out, _under_way(work), x)
+
+
+def _under_way(work: _Work | None) -> list[_Work]:
+    """What is to be waited for; torch gives None where this rank has no part."""
+    return [] if work is None else [work]
 
 
 def _start_exchange(

@@ -398,4 +398,5 @@ def test_the_planner_finds_usp_on_two_nodes(
     assert attentions and {decisions.choices[node.name] for node in attentions} == {choices}
     products = [n for n in graph.nodes if kind_of(n) == "matmul" and n.output.type.shape[1] > 1]
     layers = [decisions.choices[n.name] for n in products if n.operands[-1].type.shape[0] < 100000]
-    assert layers and {choice for found in layers for choice in found} == {"i1"}
+    # the innermost of three axes may cut columns and rows besides
+    assert layers and {choice for found in layers for choice in found[:2]} == {"i1"}
