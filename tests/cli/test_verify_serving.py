@@ -106,9 +106,9 @@ def test_two_programs_of_one_module(run: Run) -> None:
     path = Path("out/sharded_model.py")
     text = path.read_text()
     first, second = text.split("class Decoding(")
-    wrong = first.replace("scale=0.25", "scale=0.24")
-    assert wrong != first
-    path.write_text(f"{wrong}class Decoding({second}")
+    wrong = second.replace("self.pack(", "self.pack(1.01 * ", 1)
+    assert wrong != second
+    path.write_text(f"{first}class Decoding({wrong}")
     ran = run("verify", "out")
     assert ran.code == 1 and re.search("logits after step 5: decode 1 +TOO LARGE", ran.out), ran.out
 
