@@ -201,7 +201,9 @@ class _Builder(Generic[V, C]):
         """
         found: list[_Key] = []
         for circle in nx.strongly_connected_components(self._depends(groups)):
-            calls = sorted((key for key in circle if key[0]), key=lambda key: len(groups[key]))
+            calls = sorted(
+                (key for key in circle if key[0]), key=lambda key: (len(groups[key]), groups[key])
+            )
             within = {key: groups[key] for key in circle}
             if len(circle) > 1:
                 found.append(next((c for c in calls if self._opens(within, c)), calls[0]))
