@@ -9,14 +9,16 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NOTEBOOKS = [
-    pytest.param(path, marks=[] if path.stem == "02_long_context" else [pytest.mark.slow])
-    for path in sorted(FOLDER.glob("*.ipynb"))
-]
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_outputs(path: Path) -> None:
+    assert not any(cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), f"{path.name} holds outputs"
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(FOLDER)}}).execute()

@@ -54,7 +54,7 @@ def test_ortools_equals_brute_force(solver: str, presolve: bool, problem: Shardi
     check(problem, found, brute_force(problem))
 
 
-@settings(max_examples=20, deadline=None)  # each is a process of its own
+@settings(max_examples=8, deadline=None)  # each is a process of its own
 @given(problem=problems(), presolve=st.booleans())
 def test_pyomo_equals_brute_force(presolve: bool, problem: ShardingProblem) -> None:
     solver = "pyomo"
