@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..compat.torch import TorchDispatchMode, storage_key, tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        key = storage_key(storage)
         if key in self._known:
             return
         self._known.add(key)

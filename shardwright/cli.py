@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from . import __version__
+from .compat.versions import untried, versions_in_use
 from .facts.phases import PHASES, TRAIN
-from .versions import untried, versions_in_use
 
 if TYPE_CHECKING:
     from .api import Plan

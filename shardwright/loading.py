@@ -17,6 +17,7 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor, nn
 
+from .compat.torch import EXPORT_PRINTS
 from .facts.phases import TRAIN, find_phase
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
@@ -85,7 +86,7 @@ class _WithoutExport:
     def write(self, text: str) -> int:
         """Write, unless it is torch.export that prints."""
         caller = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
-        return len(text) if caller == "torch.export._trace" else self._stream.write(text)
+        return len(text) if caller == EXPORT_PRINTS else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -119,12 +120,11 @@ def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
         with torch.device(device):
             model = _function(module, builder or "build_model", path)()
         return in_dtype(model, DTYPES[dtype])
-    import transformers
+    from .ir.capture.huggingface import with_weights
 
     loaded = load_target(target, batch=1, seq=8, phase=TRAIN.name, dtype=dtype)
-    model_class: Any = getattr(transformers, type(loaded.model).__name__)
     with torch.device(device):
-        return model_class._from_config(loaded.model.config, dtype=DTYPES[dtype])
+        return with_weights(loaded.model, DTYPES[dtype])
 
 
 def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .codegen.write import module_source, programs_source
+from .compat.torch import TorchDispatchMode
 from .conversation import (
     Step,
     by_graph,
@@ -36,7 +36,7 @@ from .conversation import (
 )
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
-from .ir.capture.huggingface_experts import use_own_loops
+from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
 from .ir.ops.registry import kind_of, operator_of
@@ -399,7 +399,7 @@ def _original(
 ) -> _Reference:
     """The user's own model in float64.  A served one gets whole sequences at once."""
     model = build_real(case.plan.request.target, case.plan.request.dtype).double().eval()
-    use_own_loops(model)
+    experts_in_loops(model)
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
         raise PlanError(

@@ -8,10 +8,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-from shardwright.versions import TRIED, untried
+from shardwright.compat.versions import TRIED, untried
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("codegen", "costmodel", "facts", "ir", "planner", "runtime")
+ROOMS = ("codegen", "compat", "costmodel", "facts", "ir", "planner", "runtime")
 
 
 def test_every_folder_with_code_is_installed() -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_unflatten
 
+from ...compat.torch import fake_tensors, transient_buffers, tree_unflatten
+from ...compat.transformers import is_pretrained
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from ..graph.rewrite import flat, remove_dead
 from ..passes.fold import fold
@@ -124,7 +124,7 @@ class _Tensors:
         transient = {
             f"{path}.{name}" if path else name
             for path, module in model.named_modules(remove_duplicate=False)
-            for name in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            for name in transient_buffers(module)
         }
         by_id: dict[int, str] = {}
         first = {name: by_id.setdefault(id(t), name) for name, t in (parameters | buffers).items()}
@@ -137,7 +137,7 @@ def export(
     """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
     _check_inputs(model, inputs)
     tensors = _Tensors.of(model)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_tensors(beside_real=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.items()}
     make = functools.partial(_fake, mode=fake)
     gradients = refusing_own_backward() if training else nullcontext()
@@ -160,7 +160,7 @@ def _attention(
     model: nn.Module, inputs: Mapping[str, Tensor], serving: bool
 ) -> AbstractContextManager[None]:
     """Inside, Hugging Face models call our attention operator; other models are as they are."""
-    if huggingface.is_huggingface(model):
+    if is_pretrained(model):
         packed = "position_ids" in inputs and not serving
         return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
     return nullcontext()
@@ -196,7 +196,7 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, object]) -> None:
 # ---- fake tensors ------------------------------------------------------------------------------
 
 
-def _fake(value: Tensor, mode: FakeTensorMode) -> Tensor:
+def _fake(value: Tensor, mode: AbstractContextManager[object]) -> Tensor:
     """A tensor of the same shape and dtype, without memory, that says it is on the CPU.
 
     Fake CPU tensors rather than meta tensors: `torch.arange(n)` in a forward gives a CPU tensor,
@@ -407,7 +407,7 @@ def _with_data(
     used |= {output.value.name for output in graph.outputs}
     needed = [p for p in graph.params if p.kind == "constant" and p.name in used]
     buffers = [p.name for p in needed if p.name in tensors.buffers]
-    if rebuild is None and huggingface.is_huggingface(model):
+    if rebuild is None and is_pretrained(model):
         rebuild = functools.partial(huggingface.rebuild, model)
     try:
         data: dict[str, Tensor] = recover(model, buffers, rebuild)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import (
-    _device_constructors,  # pyright: ignore[reportPrivateUsage]
-)
+
+from ...compat.torch import makes_tensors
 
 # When a whole model is built again, tensors above this many elements stay without memory.
 _SMALL = 2**20
@@ -37,7 +36,7 @@ class _SmallTensorsAreReal(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in _device_constructors() or kwargs.get("device") is not None:
+        if not makes_tensors(func) or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         shape: Tensor = func(*args, **kwargs | {"device": "meta"})
         return shape if shape.numel() > _SMALL else func(*args, **kwargs | {"device": "cpu"})

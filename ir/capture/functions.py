@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch.autograd import Function
-from torch.utils.checkpoint import CheckpointFunction
 
+from ...compat.torch import CheckpointFunction
+from ...compat.transformers import WRAPPERS
 from .location import innermost_frame
 
 # Their classes are torch's own operators, whose gradients are those of what they compute
-_TRUSTED = ("torch.", "transformers.integrations.")
+_TRUSTED = ("torch.", f"{WRAPPERS}.")
 
 
 class OwnBackward(ValueError):

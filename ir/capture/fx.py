@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
 
+from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
 from .location import Frame, innermost_frame, statement, user_frames
 
@@ -282,7 +282,7 @@ class _Converter:
         self, target: OpOverload, operands: list[Value], outputs: tuple[Value, ...]
     ) -> None:
         """Remember which outputs share memory with an operand."""
-        for argument in _arguments(target):
+        for argument in schema_arguments(target):
             info = argument.alias_info
             if info is not None and not info.is_write and operands:
                 base = self.bases.get(operands[0].name, operands[0].name)
@@ -338,17 +338,12 @@ def _bind(arg: Any, env: dict[fx.Node, _Bound]) -> Any:
     return arg
 
 
-def _arguments(target: OpOverload) -> list[Any]:
-    """The arguments in the op's schema."""
-    return target._schema.arguments  # pyright: ignore[reportPrivateUsage]
-
-
 def _schema_args(
     target: OpOverload, node: fx.Node, env: dict[fx.Node, _Bound]
 ) -> tuple[tuple[str, Arg], ...]:
     """Every argument of the op's schema by name."""
     found: list[tuple[str, Arg]] = []
-    for position, argument in enumerate(_arguments(target)):
+    for position, argument in enumerate(schema_arguments(target)):
         if argument.name in _PLACEMENT:
             value: Any = None
         elif position < len(node.args):
@@ -432,7 +427,7 @@ def _cast_args(value: Value, dtype: torch.dtype) -> tuple[tuple[str, Arg], ...]:
 
 def _written(target: OpOverload) -> str | None:
     """The argument that the op writes to, or None for a functional op."""
-    for argument in _arguments(target):
+    for argument in schema_arguments(target):
         if argument.alias_info is not None and argument.alias_info.is_write:
             return argument.name
     return None

@@ -1,4 +1,4 @@
-"""Everything that knows Hugging Face `transformers`, which is imported only when it is used.
+"""Models of Hugging Face `transformers`, which is imported only when it is used.
 
 Capture wants attention as one operator, and it wants causal and windowed masks as two numbers
 instead of a q x k tensor.  `shardwright_attention` switches a model over for that: transformers'
@@ -9,18 +9,17 @@ own registries then call the two functions at the bottom of this file, and, for 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...compat import transformers as hf
 from ..ops.attention import attention, mask_stand_in
 from .huggingface_experts import shardwright_experts
 
@@ -77,12 +76,6 @@ class _Trace:
 _trace: ContextVar[_Trace | None] = ContextVar("_trace", default=None)
 
 
-def is_huggingface(model: nn.Module) -> bool:
-    """Is `model` a transformers model?  Does not import transformers."""
-    package = sys.modules.get("transformers")
-    return package is not None and isinstance(model, package.PreTrainedModel)
-
-
 @contextmanager
 def shardwright_attention(
     model: nn.Module, *, positions_given: bool = False, serving: bool = False
@@ -95,35 +88,24 @@ def shardwright_attention(
     row; a mask that separates them is then built as a tensor.  `serving`: what is captured will
     attend over a cache, where attention in chunks must not pass for causal while it is short.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-
-    AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, _mask)
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    hf.register_attention(NAME, _attention_forward, _mask)
+    models: list[Any] = [module for module in model.modules() if hf.is_pretrained(module)]
     configs: dict[int, Any] = {id(module.config): module.config for module in models}
     # submodels that write attention out themselves keep doing so
-    switched: dict[int, Any] = {id(m.config): m.config for m in models if _can_switch(m)}
+    switched: dict[int, Any] = {
+        id(m.config): m.config for m in models if hf.can_switch_attention(m)
+    }
     caching = [(config, config.use_cache) for config in configs.values() if _caches(config)]
-    before = [(config, config._attn_implementation_internal) for config in switched.values()]
     token = _trace.set(_Trace(positions_given, serving))
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
         for config, _ in caching:
             config.use_cache = False
-        with shardwright_experts(model):
+        with hf.attention_by(NAME, switched.values()), shardwright_experts(model):
             yield
     finally:
         _trace.reset(token)
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
         for config, use_cache in caching:
             config.use_cache = use_cache
-
-
-def _can_switch(model: Any) -> bool:
-    """Does the model look its attention function up in transformers' registry?"""
-    return model._can_set_attn_implementation()
 
 
 def _caches(config: Any) -> bool:
@@ -133,11 +115,14 @@ def _caches(config: Any) -> bool:
 
 def rebuild(model: nn.Module) -> nn.Module:
     """A new model of the same class and config; the caller's factory modes decide where it lies."""
-    from transformers.initialization import no_init_weights
+    dtype: Any = model.dtype
+    with hf.no_weights_drawn():
+        return hf.build(type(model), copy.deepcopy(model.config), dtype)
 
-    cls: Any = type(model)
-    with no_init_weights():
-        return cls._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+def with_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A new model of the same class and config, with the weights that its class draws."""
+    return hf.build(type(model), model.config, dtype)
 
 
 def from_config(
@@ -150,36 +135,36 @@ def from_config(
     transformers.
     """
     try:
-        import transformers
+        version = hf.version()
     except ImportError as error:
         raise ValueError(f"to plan a Hugging Face model, {_MISSING}") from error
     if isinstance(config, (str, Path)):
-        config = _load_config(transformers, Path(config))
+        config = _load_config(Path(config))
     names: list[str] = list(getattr(config, "architectures", None) or [])
     if not names:
         raise ValueError(
             f"the config of `{config.model_type}` has no `architectures`: name the class to build "
             'there, for example `"architectures": ["LlamaForCausalLM"]`'
         )
-    cls = getattr(transformers, names[0], None)
+    cls = hf.model_class(names[0])
     if cls is None:
         raise ValueError(
             f"`architectures` names `{names[0]}`, which is not in transformers "
-            f"{transformers.__version__}; models with their own code need a Python file with "
+            f"{version}; models with their own code need a Python file with "
             "`build_model`"
         )
     with torch.device("meta"):
-        model: nn.Module = cls._from_config(config, dtype=dtype)
+        model = hf.build(cls, config, dtype)
     return model, _example_inputs(model, batch, seq, labels)
 
 
-def _load_config(transformers: Any, path: Path) -> Any:
+def _load_config(path: Path) -> Any:
     """The transformers config at `path`, a file or a folder with a `config.json`."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: no `config.json` there")
     try:
-        return transformers.AutoConfig.from_pretrained(str(file))
+        return hf.load_config(file)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]  # what follows is about installing
         raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
@@ -228,35 +213,21 @@ def _mask(
         )
     if q_offset != 0 or kv_offset != 0:
         raise ValueError("capture runs without a KV cache, but the model passed cached positions")
-    overlays = _overlays(mask_function, trace.positions_given)
-    chunk, rest = _chunk(overlays) if trace.serving else (0, overlays)
-    band = _band(rest)
+    overlays = hf.overlays(mask_function, positions_given=trace.positions_given)
+    chunk, rest = hf.chunk(overlays) if trace.serving else (0, overlays)
+    band = hf.band(rest)
     if band is not None:
         padding = None if attention_mask is None else attention_mask.to(torch.bool)
         info = MaskInfo(*band, None if padding is None else padding[:, None, None, :], chunk)
     elif use_vmap:
         raise ValueError(
             "the model adds a mask function of its own to the attention mask "
-            f"({', '.join(_name(f) for f in overlays)}); pass the whole mask as a 4-D "
+            f"({', '.join(map(hf.mask_name, overlays))}); pass the whole mask as a 4-D "
             "`attention_mask` instead"
         )
     else:  # any other index-based mask: as a tensor, exactly
-        from transformers.masking_utils import sdpa_mask
-
-        info = MaskInfo(
-            False,
-            0,
-            sdpa_mask(
-                batch_size,
-                q_length,
-                kv_length,
-                mask_function=_without_packing(mask_function, trace.positions_given),
-                attention_mask=attention_mask,
-                allow_is_causal_skip=False,
-                allow_is_bidirectional_skip=False,
-                device=device,
-            ),
-        )
+        whole = hf.whole_mask(overlays, batch_size, q_length, kv_length, attention_mask, device)
+        info = MaskInfo(False, 0, whole)
     stand_in = mask_stand_in(torch.empty(0, device=device), batch_size, q_length, kv_length)
     trace.masks.append((stand_in, info))
     return stand_in
@@ -319,72 +290,4 @@ def _attention_forward(
     return output.transpose(1, 2), None
 
 
-# ---- what a mask function means: transformers builds them as closures --------------------------
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """`sliding_window_overlay` for the closure that `sliding_window_overlay(4)` returns."""
-    return getattr(function, "__qualname__", repr(function)).split(".")[0]
-
-
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
-    """The variables that `function` closes over, by name."""
-    if not isinstance(function, FunctionType):
-        return {}
-    cells = function.__closure__ or ()
-    return {
-        name: cell.cell_contents
-        for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
-    }
-
-
-def _overlays(function: Any, positions_given: bool) -> tuple[Callable[..., Any], ...]:
-    """The mask functions whose intersection `function` is.
-
-    Without `position_ids` from the caller a row is one sequence: the model counts positions from
-    0 itself.  The masks that transformers adds for packed rows while tracing are then left out.
-    """
-    name = _name(function)
-    if name == "and_masks":
-        parts = [_overlays(part, positions_given) for part in _closure(function)["mask_functions"]]
-        return tuple(part for group in parts for part in group)
-    if not positions_given:
-        if name == "packed_sequence_mask_function":
-            return ()
-        if name == "remap_positions_for_packed_sequence":
-            return _overlays(_closure(function)["mask_function"], positions_given)
-    return (function,)
-
-
-def _without_packing(function: Any, positions_given: bool) -> Callable[..., Any]:
-    """The mask function of `_overlays` as one function again."""
-    from transformers.masking_utils import and_masks
-
-    return and_masks(*_overlays(function, positions_given))
-
-
-def _chunk(overlays: tuple[Callable[..., Any], ...]) -> tuple[int, tuple[Callable[..., Any], ...]]:
-    """Length of the chunks that attention does not leave, 0 for none, and the other overlays."""
-    chunks = [f for f in overlays if _name(f) == "chunked_overlay"]
-    sizes = [int(_closure(f)["chunk_size"]) for f in chunks]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"the model attends in chunks of {sizes} tokens at once")
-    return (sizes[0] if sizes else 0), tuple(f for f in overlays if f not in chunks)
-
-
-def _band(overlays: tuple[Callable[..., Any], ...]) -> tuple[bool, int] | None:
-    """(causal, window) if the overlays mean just that, else None.  Window 0 is none."""
-    causal, window = False, 0
-    for overlay in overlays:
-        name = _name(overlay)
-        if name == "causal_mask_function":
-            causal = True
-        elif name == "sliding_window_overlay":
-            width = int(_closure(overlay)["sliding_window"])
-            window = min(window, width) if window else width
-        elif name != "bidirectional_mask_function":
-            return None
-    return causal, window
-
-
-__all__ = ["MaskInfo", "from_config", "is_huggingface", "rebuild", "shardwright_attention"]
+__all__ = ["MaskInfo", "from_config", "rebuild", "shardwright_attention", "with_weights"]

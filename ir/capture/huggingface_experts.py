@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compat import transformers as hf
 from ..ops.experts import ACTIVATIONS, GATINGS, Form, moe
 
 NAME = "shardwright"
@@ -31,38 +32,22 @@ _forms: ContextVar[dict[int, Form | str] | None] = ContextVar("_forms", default=
 @contextmanager
 def shardwright_experts(model: nn.Module) -> Generator[None]:
     """Inside, the experts of `model` call `shardwright::moe`."""
-    from transformers.integrations.moe import ExpertsInterface
-
-    ExpertsInterface.register(NAME, _experts_forward)
-    modules = [module for module in model.modules() if _is_experts(module)]
+    hf.register_experts(NAME, _experts_forward)
+    modules = [module for module in model.modules() if hf.is_experts(module)]
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
-    before = [(config, config._experts_implementation_internal) for config in configs.values()]
     token = _forms.set(_forms_of(modules))
     try:
-        for config, _ in before:
-            config._experts_implementation_internal = NAME
-        yield
+        with hf.experts_by(NAME, configs.values()):
+            yield
     finally:
         _forms.reset(token)
-        for config, implementation in before:
-            config._experts_implementation_internal = implementation
 
 
-def use_own_loops(model: nn.Module) -> None:
-    """From now on the experts of `model` run in transformers' own loops over experts.
-
-    By default they run in torch's grouped product, which knows no float64.
-    """
+def experts_in_loops(model: nn.Module) -> None:
+    """From now on the experts of `model` run in transformers' own loops over experts."""
     for module in model.modules():
-        if _is_experts(module):
-            config: Any = module.config
-            config._experts_implementation_internal = "eager"
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Does the module look its function up in transformers' registry?"""
-    marks = ("config", "has_gate", "has_bias", "is_transposed", "is_concatenated")
-    return all(mark in vars(module) for mark in marks)
+        if hf.is_experts(module):
+            hf.use_own_loops(module)
 
 
 def _experts_forward(
@@ -128,7 +113,7 @@ def form_of(module: Any, guess: Form | None = None) -> Form:
     with torch.no_grad(), torch.device("cpu"):
         inputs = _probe(numbers)
         try:
-            wanted = module._apply_gate(inputs) if module.has_gate else module.act_fn(inputs)
+            wanted = hf.gated(module, inputs)
         except Exception as error:  # any Python code; it may need weights, which are on meta
             raise ValueError(f"has a gate that cannot be tried ({error})") from error
         candidates = _candidates(numbers, bool(module.has_gate), bool(module.is_transposed))
@@ -174,4 +159,4 @@ def _same(function: Callable[[Tensor], Tensor], inputs: Tensor, wanted: Tensor) 
     return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
 
 
-__all__ = ["form_of", "shardwright_experts", "use_own_loops"]
+__all__ = ["experts_in_loops", "form_of", "shardwright_experts"]

@@ -14,15 +14,17 @@ from types import CodeType
 import torch
 from torch import nn
 
+from ...compat.transformers import WRAPPERS
 from ..graph import Call
 
 _FRAME = re.compile(
     r'^ *File "(?P<file>[^"]*)", line (?P<line>\d+), in (?P<function>\S*)', re.MULTILINE
 )
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_SELF = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the room
-# transformers' wrappers stand between a model's line and ours
-_WRAPPERS = os.path.join("transformers", "integrations") + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_ROOMS = [os.path.join(_PACKAGE, room) for room in ("ir", "compat")]  # what runs in a capture
+_OURS = tuple(path + os.sep for room in _ROOMS for path in (room, os.path.realpath(room)))
+_WRAPPERS = os.path.join(*WRAPPERS.split(".")) + os.sep
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def user_frames(stack_trace: str) -> tuple[Frame, ...]:
     found: list[Frame] = []
     for match in _FRAME.finditer(stack_trace):
         full = os.path.abspath(match["file"])
-        ours = full.startswith((_TORCH, _SELF, os.path.realpath(_SELF) + os.sep))
+        ours = full.startswith((_TORCH, *_OURS))
         if not ours and _WRAPPERS not in full:
             found.append(Frame(match["file"], int(match["line"]), match["function"]))
     return tuple(found)

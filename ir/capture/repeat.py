@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.utils import (
-    _compiling_state_context,  # pyright: ignore[reportPrivateUsage]
-)
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from ...compat.torch import as_if_exported, transient_buffers, tree_leaves
 
 # Stacks of fewer layers are not worth the two extra runs.
 _WORTHWHILE = 4
@@ -179,14 +177,9 @@ def _candidates(model: nn.Module) -> dict[str, int]:
         nested = any(path.startswith(f"{outer}.") for outer in found)
         if type(module) is nn.ModuleList and len(module) >= _WORTHWHILE and path and not nested:
             alone = all(owners[id(p)] == 1 for p in module.parameters())
-            if alone and not any(_transient(m) for m in module.modules()):
+            if alone and not any(transient_buffers(m) for m in module.modules()):
                 found[path] = len(module)
     return found
-
-
-def _transient(module: nn.Module) -> set[str]:
-    """Names of the module's own non-persistent buffers."""
-    return module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
 
 
 def _record(
@@ -207,14 +200,12 @@ def _record(
             handles += _watch(layer, (path, index), recorder)
     try:
         # models that ask whether they are being exported must answer as they will in `export`
-        with prepared(), _compiling_state_context(), torch.device("meta"):
+        with prepared(), as_if_exported(), torch.device("meta"):
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.name({name: ("param", name) for name in tensors}, tensors)
             with recorder:
                 result = model(**arguments)
-            recorder.log.returned = tuple(
-                recorder.label(leaf) for leaf in pytree.tree_leaves(result)
-            )
+            recorder.log.returned = tuple(recorder.label(leaf) for leaf in tree_leaves(result))
     except (_Unknown, RuntimeError, IndexError, TypeError, ValueError):
         return None  # `torch.export` of the whole model will say what is wrong, if anything is
     finally:

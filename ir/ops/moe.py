@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ...compat.torch import is_fake
 from ...facts.spec import S
 from ...facts.traffic import Traffic
 from ...facts.work import Kernel, Kernels, Product, Stream
@@ -274,7 +274,7 @@ class Experts(Operator):
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """Which rows an expert gets depends on values, which fake tensors do not have."""
-        return moe_operator(**args) if isinstance(args["x"], FakeTensor) else moe_math(**args)
+        return moe_operator(**args) if is_fake(args["x"]) else moe_math(**args)
 
     def emit(self, node: Node, render: Render) -> str:
         """`ops.moe`, told which axis cuts the experts and whether tokens go there."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ...compat.torch import schema_arguments
 from ...facts.traffic import Traffic
 from ...facts.work import Kernels, Stream
 from ..graph import Arg, Node, Value, values_in
@@ -314,7 +315,7 @@ def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
     if function is None:
         raise ValueError(f"there is no operator `{name}`")
     # placement arguments are None in the graph and mean the default; `self` may be positional
-    schema = function._schema.arguments
+    schema = schema_arguments(function)
     positional = [args[a.name] for a in schema if a.name in args and not a.kwarg_only]
     keywords = {a.name: args[a.name] for a in schema if a.name in args and a.kwarg_only}
     return function(*positional, **keywords)

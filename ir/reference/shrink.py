@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from math import gcd, prod
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...compat.torch import fake_tensors
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, is_shard
 from ..graph import Graph, Loop, Node, Param, TensorType, Value, originals
@@ -410,7 +410,7 @@ def _check(
         alike = (a.operands, a.results, a.whole) == (b.operands, b.results, b.whole)
         if not alike or b.ways(choices[new.name], mesh.sizes) is None:
             raise ValueError(f"{new.loc}: `{new.op}` cannot be planned alike with sizes {b.sizes}")
-    with FakeTensorMode():
+    with fake_tensors():
         state = {name: _empty(value) for name, value in state_of(small).items()}
         interpret(small, state, {item.name: _empty(item.value) for item in small.inputs})
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...compat.torch import flash, flash_backward
 from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Scores
@@ -30,7 +30,6 @@ _TILE_KEYS = 1024
 _FEW_QUERIES = 16
 
 _CUDA_HEAD_DIM = 256
-_aten: Any = torch.ops.aten
 
 
 def attend(
@@ -185,12 +184,7 @@ def _flash_kernel(
     # The kernels want one head dim for all; zeros change neither scores nor the other columns.
     head_dim = _kernel_head_dim(q, v)
     q, k, values = (_pad_heads(x, head_dim) for x in (q, k, v))
-    if q.is_cuda:
-        kernel = _aten._scaled_dot_product_flash_attention
-        out, lse = kernel(q, k, values, 0.0, causal, False, scale=scale)[:2]
-    else:
-        kernel = _aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = kernel(q, k, values, 0.0, causal, scale=scale)
+    out, lse = flash(q, k, values, causal, scale)
     return out[..., : v.shape[3]], lse
 
 
@@ -201,17 +195,7 @@ def _flash_backward_kernel(
     grad, q, keys, values, out = (
         _pad_heads(x, head_dim) for x in (queries.grad, queries.q, k, v, queries.out)
     )
-    if q.is_cuda:
-        # Without dropout the kernel reads neither the random state nor the lengths.
-        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        kernel = _aten._scaled_dot_product_flash_attention_backward
-        dq, dk, dv = kernel(
-            grad, q, keys, values, out, queries.lse.contiguous(), None, None, q.shape[2],
-            keys.shape[2], 0.0, causal, unused, unused, scale=scale,
-        )  # fmt: skip
-    else:
-        kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = kernel(grad, q, keys, values, out, queries.lse, 0.0, causal, scale=scale)
+    dq, dk, dv = flash_backward(grad, q, keys, values, out, queries.lse, causal, scale)
     d, dv_dim = queries.q.shape[3], v.shape[3]
     return dq[..., :d], dk[..., :d], dv[..., :dv_dim]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...compat.torch import flash
 from .kernels import Queries, attend, attend_backward
 from .partial import Partial
 from .pieces import Piece
@@ -84,7 +85,6 @@ def _flash_with_mask(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) where all queries of a sequence attend the keys (b, s) that are True."""
     mask = torch.zeros(attended.shape, dtype=q.dtype).masked_fill_(~attended, -torch.inf)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = kernel(q, k, v, 0.0, False, attn_mask=mask[:, None, None], scale=scale)
+    out, lse = flash(q, k, v, False, scale, mask[:, None, None])
     nothing = ~attended.any(1)[:, None, None]  # for which the kernel says 0
     return out, lse.masked_fill(nothing, -torch.inf)

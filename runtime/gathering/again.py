@@ -18,21 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ...compat.torch import backward_number, changes, storage_key, will_run
 from .chains import Chain, Flight
 
 
 def in_backward() -> bool:
     """Is autograd running on this thread?"""
-    return _task() != -1
-
-
-def will_run(node: Node) -> bool:
-    """Will the backward pass that is running reach `node`?"""
-    return torch._C._will_engine_execute_node(node)  # pyright: ignore
-
-
-def _task() -> int:
-    return torch._C._current_graph_task_id()  # pyright: ignore
+    return backward_number() != -1
 
 
 class Borrowed:
@@ -82,8 +74,8 @@ class Borrowed:
         return found
 
     def _note_task(self) -> None:
-        if self._task != _task():  # another pass over the same graph
-            self._task = _task()
+        if self._task != backward_number():  # another pass over the same graph
+            self._task = backward_number()
             self._left = list(self._uses)
 
     def _bring(self, number: int) -> None:
@@ -177,7 +169,7 @@ class Recipes:
         known = self._known
         for number, whole in enumerate(wholes):
             storage = whole.untyped_storage()
-            key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+            key = storage_key(storage)
 
             def forget(_: object, key: int = key) -> None:
                 known.pop(key, None)
@@ -189,10 +181,10 @@ class Recipes:
         """What to save in place of `x`."""
         found = None
         if x.layout == torch.strided:
-            found = self._known.get(x.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
+            found = self._known.get(storage_key(x.untyped_storage()))
         if found is None:
             # Detached: an operation that saves its own result would otherwise hold itself alive.
-            return _Kept(x if x.is_leaf else x.detach(), x._version)
+            return _Kept(x if x.is_leaf else x.detach(), changes(x))
         borrowed, number = found
         borrowed.expect(number)
         offset, size, stride = int(x.storage_offset()), tuple(x.size()), tuple(x.stride())
@@ -202,7 +194,7 @@ class Recipes:
 def _unpack(saved: _Saved) -> Tensor:
     if isinstance(saved, _View):
         return saved.tensor()
-    if saved.tensor._version != saved.version:
+    if changes(saved.tensor) != saved.version:
         raise RuntimeError(
             f"a tensor of shape {tuple(saved.tensor.shape)} that backward needs was changed in"
             " place after the forward pass used it; change a copy instead"

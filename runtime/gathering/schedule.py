@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.autograd.graph import Node
 
-from .again import Recipes, in_backward, will_run
+from ...compat.torch import will_run
+from .again import Recipes, in_backward
 from .weights import Coming, Item, Unit
 
 

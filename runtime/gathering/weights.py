@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from ...compat.torch import registered
 from .again import Recipes
 from .chains import Chain, Flight
 
@@ -53,11 +54,7 @@ class Item:
 
     def source(self) -> Tensor:
         """The tensor as it is stored, also while `used` hides it."""
-        owner, leaf = self.stored
-        found = owner._parameters.get(leaf)  # pyright: ignore[reportPrivateUsage]
-        found = owner._buffers[leaf] if found is None else found  # pyright: ignore[reportPrivateUsage]
-        assert found is not None
-        return found
+        return registered(*self.stored)
 
     def show(self, tensor: Tensor) -> None:
         """Let users find the weight as they want it."""

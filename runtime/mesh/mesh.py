@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ...compat.torch import flattened
 from .collectives import Axis
 
 
@@ -188,7 +189,7 @@ class Mesh:
             assert device_mesh is not None, "the mesh outlived the process's shutdown"
             device_mesh = device_mesh[key]
             if len(key) > 1:
-                device_mesh = device_mesh._flatten(name)  # pyright: ignore[reportPrivateUsage]
+                device_mesh = flattened(device_mesh, name)
             self._groups.by_axis[name] = device_mesh.get_group()
         sizes = tuple(self.sizes[number] for number in numbers)
         return Axis(self, name, sizes, tuple(self.coordinates[number] for number in numbers))

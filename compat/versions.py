@@ -1,7 +1,7 @@
 """Which versions of torch and transformers this package was tried on: the one place that says so.
 
-Both are used beyond their public interfaces (the recordings of `torch.export`, the registries of
-transformers), so that another version may capture a model wrongly or not at all.
+Both are used beyond their public interfaces (`torch.py` and `transformers.py` have the names), so
+that another version may capture a model wrongly or not at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 
 # First and last (major, minor) on which all tests passed.  A change here goes with a run of them:
-# `make test`, `make test-oldest`.
+# `make test`, `make test-oldest`; `pytest tests/compat` first, which lists what is missing.
 TRIED: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "torch": ((2, 13), (2, 13)),
     "transformers": ((5, 23), (5, 24)),

@@ -1,0 +1,191 @@
+"""What is used of torch beyond its public interface: each thing once, with what it is for.
+
+Runtime and generated modules load this file, so it imports torch only, and what they do not need is
+imported where it is called.  Operators are no names of Python: graphs have those that an export
+records, also `aten._softmax`.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd.graph import Node
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
+
+# -- names as they are, and what for
+#
+# HigherOrderOperator   what the fx node of a `no_grad` or autocast region calls (capture)
+# OpOverload            what the fx node of any other operator calls (capture)
+# TorchDispatchMode     sees every operator that runs: live bytes on a CPU, dtypes in `plan verify`
+# tree_leaves           tensors in what a model or an operator returns
+# tree_unflatten        from the placeholders of an export to the keywords that they stand for
+# CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture refuses
+
+EXPORT_PRINTS = "torch.export._trace"
+"""The module that prints the whole graph to stderr when an export fails; `plan` leaves that out."""
+
+_aten: Any = torch.ops.aten
+
+
+# -- tensors and modules
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that no other storage has as long as this one is alive.
+
+    `data_ptr()` would not do: storages of no bytes share one.
+    """
+    return storage._cdata
+
+
+def changes(x: Tensor) -> int:
+    """How often `x` was changed in place: tells whether what backward needs is still there."""
+    return x._version
+
+
+def registered(module: nn.Module, name: str) -> Tensor:
+    """The module's own parameter or buffer `name`, also while an attribute hides it."""
+    found = module._parameters.get(name)
+    found = module._buffers[name] if found is None else found
+    assert found is not None
+    return found
+
+
+def transient_buffers(module: nn.Module) -> set[str]:
+    """Names of the module's own buffers that no state dict holds."""
+    return module._non_persistent_buffers_set
+
+
+# -- autograd
+
+
+def backward_number() -> int:
+    """The number of the backward pass that runs on this thread; -1 where none does."""
+    return torch._C._current_graph_task_id()
+
+
+def will_run(node: Node) -> bool:
+    """Will the backward pass that is running reach `node`?"""
+    return torch._C._will_engine_execute_node(node)  # pyright: ignore
+
+
+# -- ranks
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The mesh of one dim, `name`, over all ranks of `mesh`: several axes as one group."""
+    return mesh._flatten(name)
+
+
+# -- kernels: unlike `F.scaled_dot_product_attention` they give the log-sum-exp, which merging needs
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention by the device's fused kernel: result (b, h, s, d) and log-sum-exp (b, h, s).
+
+    All heads are d wide.  `mask` is added to the scores, on the CPU alone.
+    """
+    if q.is_cuda:
+        assert mask is None
+        kernel = _aten._scaled_dot_product_flash_attention
+        return kernel(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of what `flash` computes without a mask."""
+    if q.is_cuda:
+        # Without dropout the kernel reads neither the random state nor the lengths.
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        kernel = _aten._scaled_dot_product_flash_attention_backward
+        return kernel(
+            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2],
+            k.shape[2], 0.0, causal, unused, unused, scale=scale,
+        )  # fmt: skip
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+
+
+# -- capture
+
+
+def fake_tensors(*, beside_real: bool = False) -> AbstractContextManager[object]:
+    """Inside, new tensors have shape, dtype and device, but no memory.
+
+    `beside_real`: operations may take real tensors, too, such as constants inside a model.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=beside_real)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Is `x` one of `fake_tensors`, without values?"""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
+def as_if_exported() -> AbstractContextManager[object]:
+    """Inside, models that ask whether they are being exported are told so."""
+    from torch._export.utils import _compiling_state_context
+
+    return _compiling_state_context()
+
+
+def makes_tensors(function: object) -> bool:
+    """Does `function` (`torch.zeros`, ...) make a tensor on the device that is the default?"""
+    from torch.utils._device import _device_constructors
+
+    return function in _device_constructors()
+
+
+def schema_arguments(operator: OpOverload) -> list[Any]:
+    """What an operator takes: `name`, `default_value`, `kwarg_only`, ... of each argument."""
+    return operator._schema.arguments
+
+
+__all__ = [
+    "EXPORT_PRINTS",
+    "CheckpointFunction",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "as_if_exported",
+    "backward_number",
+    "changes",
+    "fake_tensors",
+    "flash",
+    "flash_backward",
+    "flattened",
+    "is_fake",
+    "makes_tensors",
+    "registered",
+    "schema_arguments",
+    "storage_key",
+    "transient_buffers",
+    "tree_leaves",
+    "tree_unflatten",
+    "will_run",
+]
