@@ -50,7 +50,7 @@ _KNOWN: dict[str, _Kind] = {
 # Methods of the runtime's modules, of axes, and of tensors where torch has no operator so called
 _OF_SELF = frozenset({"generator", "pack", "recompute"})
 _OF_VALUES = frozenset({
-    "all_gather", "all_reduce", "all_to_all", "copy", "own_gradient", "pad",
+    "all_gather", "all_reduce", "all_to_all", "by", "copy", "own_gradient", "pad",
     "partial", "reduce_scatter", "shard",
     "bfloat16", "bool", "double", "float", "half", "int", "long", "type",
 })  # fmt: skip

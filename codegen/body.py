@@ -10,6 +10,7 @@ from math import isfinite, prod
 import torch
 
 from ..facts.blocks import local_shape
+from ..facts.collectives import find_collective
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
@@ -305,7 +306,7 @@ class FunctionWriter:
     def _conversion_call(self, item: Convert) -> str:
         """The method of `runtime.Axis` for the step (see its table)."""
         step, source = item.priced.step, self.text(item.source)
-        axis = self.axis_text(step)
+        axis = self.axis_text(step) + (f'.by("{step.by}")' if step.by else "")
         size = uneven_size(item, self.mesh)
         gradient = item.source.value.differentiable
         tokens = self.zigzag.get(item.source.value.name, frozenset())
@@ -346,8 +347,8 @@ def traffic_parts(steps: Sequence[PricedStep]) -> list[str]:
     traffic = [t for step in steps for t in step.traffic]
     if not traffic:
         return []
-    forward = dict.fromkeys(t.kind.replace("_", "-") for t in traffic if not t.backward)
-    backward = dict.fromkeys(t.kind.replace("_", "-") for t in traffic if t.backward)
+    forward = dict.fromkeys(find_collective(t.kind).words for t in traffic if not t.backward)
+    backward = dict.fromkeys(find_collective(t.kind).words for t in traffic if t.backward)
     kinds = [" and ".join(forward)] if forward else []
     kinds += [f"backward {' and '.join(backward)}"] if backward else []
     kinds[0] += f" {format_bytes(max(t.bytes for t in traffic))}"

@@ -386,6 +386,9 @@ class _Writer:
             args = [f'"{first}"', f'"{last}"']
             if via:
                 args.append(f"via={_strings(via)}")
+            by = [priced.step.by for priced in weight.steps]
+            if any(by):
+                args.append(f"by={_strings(by)}")
             if weight.name != weight.param.name:
                 args.append(f'of="{weight.param.name}"')
             if stages.get(weight.item, (0, 0)) != (0, 0):

@@ -27,7 +27,10 @@ MOVES: dict[tuple[Holding, Holding], Primitive] = {
     ("P", "S"): "reduce_scatter",
     ("P", "P"): "nothing",
 }
-COLLECTIVES = frozenset({"all_gather", "all_to_all", "all_reduce", "reduce_scatter"})
+# For these ranks talk, by one of the collectives of `collectives.py`
+BETWEEN_RANKS: frozenset[Primitive] = frozenset(
+    {"all_gather", "all_to_all", "all_reduce", "reduce_scatter"}
+)
 
 
 def holding(state: State) -> Holding:

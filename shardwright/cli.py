@@ -23,6 +23,7 @@ import typer
 
 from . import __version__
 from .compat.versions import untried, versions_in_use
+from .costmodel.machines.cluster import BUILT_IN
 from .facts.phases import PHASES, TRAIN
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ _Cluster: TypeAlias = Annotated[
     str,
     typer.Option(
         metavar="NAME|FILE.toml",
-        help="the machines: a100, h100, h200, h800, b200, l40s, rtx4090, mi300x, cpu "
-        "(processes on this machine), or a file that describes yours, e.g. --cluster a100",
+        help=f"the machines: {', '.join(BUILT_IN)} (`cpu`: processes on this machine), or a file "
+        "that describes yours, e.g. --cluster a100",
     ),
 ]
 _Memory: TypeAlias = Annotated[

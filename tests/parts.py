@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardwright.costmodel.collective import wire_bytes
+from shardwright.costmodel.collective import messages, wire_bytes
 from shardwright.facts.traffic import Traffic
 from shardwright.ir.ops.algorithms.part import Part
 from shardwright.ir.ops.algorithms.quantities import kernels_of, traffic_of
@@ -13,8 +13,6 @@ from shardwright.planner.strategies.pricing import pass_seconds
 
 # (operation, phase) -> (bytes, messages) that one rank receives, as `CollectiveCounter` counts them
 Volume = dict[tuple[str, str], tuple[float, int]]
-
-_HOPS = {"send_recv": lambda p: 1, "all_reduce": lambda p: 2 * (p - 1)}
 
 
 def seconds(
@@ -34,11 +32,10 @@ def volume(traffic: Iterable[Traffic], ranks: int) -> Volume:
     found: Volume = {}
     for t in traffic:
         key = (t.kind, "backward" if t.backward else "forward")
-        n_bytes, messages = found.get(key, (0.0, 0))
+        n_bytes, count = found.get(key, (0.0, 0))
         moved = t.times * float(wire_bytes(t.kind, t.bytes, ranks))
-        hops = _HOPS.get(t.kind, lambda p: p - 1)(ranks)
         if moved:
-            found[key] = (n_bytes + moved, messages + t.times * hops)
+            found[key] = (n_bytes + moved, count + t.times * messages(t.kind, ranks))
     return found
 
 

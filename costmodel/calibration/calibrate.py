@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..collective import AxisLink, collective_s
+from ..collective import AxisLink, collective_s, wire_bytes
 from ..compute import context_s, decode_s, kernel_s, tiled_s
 from ..machines.cluster import BUILT_IN, Cluster, Kernel, Link, Tiles, load_cluster
 
@@ -305,13 +305,12 @@ def fit_link(tables: dict[str, Table], start: Link) -> Link:
 
 def _group_rates(tables: dict[str, Table], counts: Sequence[int]) -> list[float]:
     """Median bytes/s received per GPU in messages of 4 MB and more, for each group size."""
-    shares = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
     rates: list[float] = []
     for count in counts:
         seen: list[Floats] = []
         for kind, table in tables.items():
             rows = table.fitted & (table["num_gpus"] == count) & (table["bytes"] >= 2**22)
-            wire = shares[kind] * (count - 1) / count * table["bytes"][rows]
+            wire = wire_bytes(kind, table["bytes"][rows], count)
             seen.append(wire / table.seconds[rows])
         rates.append(float(np.median(np.concatenate(seen))))
     return rates

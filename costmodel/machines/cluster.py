@@ -1,8 +1,8 @@
 """The machine a plan is priced on: what one GPU does, and what connects it to the others.
 
-A cluster is one TOML file.  The built-in ones lie in `clusters/`, each figure with its source in a
-comment beside it; a user's own file has the same fields.  It may start from a built-in one with
-`base` and change only what differs:
+A cluster is one TOML file, known by its name.  The built-in ones are those in `clusters/`, each
+figure with its source in a comment beside it; a user's own file has the same fields.  It may start
+from a built-in one with `base` and change only what differs:
 
     base = "h100"                      # every figure that is not given here
     device = "H100 with 200 Gb/s Ethernet"
@@ -27,7 +27,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-BUILT_IN = ("a100", "b200", "cpu", "h100", "h200", "h800", "l40s", "mi300x", "rtx4090")
+_FOLDER = resources.files(__name__.rpartition(".")[0]) / "clusters"
+BUILT_IN = tuple(
+    sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if ".toml" in file.name)
+)
 
 _DTYPES = {
     "bfloat16": "bf16",
@@ -228,8 +231,7 @@ def built_in_text(name: str) -> str:
     """The TOML text, comments with the sources included, of a built-in cluster."""
     if name not in BUILT_IN:
         raise ClusterError(_unknown(name))
-    folder = resources.files(__name__.rpartition(".")[0]) / "clusters"
-    return (folder / f"{name}.toml").read_text("utf-8")
+    return (_FOLDER / f"{name}.toml").read_text("utf-8")
 
 
 def _unknown(name: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from ...facts.collectives import collective_for
 from ...facts.moves import backward_primitive, primitive
 from ...facts.spec import R, Spec, V, format_spec
 from ...facts.traffic import Traffic
@@ -45,7 +46,7 @@ class PricedStep:
     @property
     def backward(self) -> Traffic | None:
         """The collective that moves the gradient, if one does."""
-        kind = backward_primitive(self.step.a, self.step.b)
+        kind = collective_for(backward_primitive(self.step.a, self.step.b), self.step.by)
         return next((t for t in self.traffic if t.backward and t.kind == kind), None)
 
 

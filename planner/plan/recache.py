@@ -79,7 +79,7 @@ class Recaching:
         kind = TensorType(
             (sizes["b"], sizes["n"], tokens, cached_per_head(node)), node.output.type.dtype
         )
-        return Conversions(kind, self._network, gradient=False, param=True)
+        return Conversions(kind, self._network, gradient=False, param=True, usual=True)
 
     def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:
         """Seconds of all layers from each of `ours` (rows) to each of `theirs` (columns)."""
@@ -127,11 +127,11 @@ def recached_bytes(plan: PlanData) -> dict[Moved, float]:
     moved: dict[Moved, float] = {}
 
     def add(kind: str, axes: Sequence[int], n_bytes: float) -> None:
-        ways = prod(plan.mesh.sizes[axis] for axis in axes)
+        sizes = [plan.mesh.sizes[axis] for axis in axes]
         name = "_".join(plan.mesh.names[axis] for axis in axes)
-        if ways > 1:
+        if prod(sizes) > 1:
             key = Moved(kind, name, "forward")
-            moved[key] = moved.get(key, 0.0) + float(wire_bytes(kind, n_bytes, ways))
+            moved[key] = moved.get(key, 0.0) + float(wire_bytes(kind, n_bytes, *sizes))
 
     for recache in plan.recached:
         for priced in recache.steps:

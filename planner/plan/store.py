@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import Spec, format_spec, parse_spec
@@ -86,6 +87,7 @@ def _step_to_json(priced: PricedStep) -> dict[str, Any]:
         "axes": list(step.axes),
         "from": format_spec((step.a,)),
         "to": format_spec((step.b,)),
+        **({"by": step.by} if step.by else {}),
         "seconds": priced.seconds,
         "traffic": [[t.kind, list(t.axes), t.bytes, t.backward] for t in priced.traffic],
     }
@@ -195,13 +197,14 @@ def _recache(row: _Reader) -> Recache:
 def _steps(row: _Reader) -> tuple[PricedStep, ...]:
     steps: list[PricedStep] = []
     for step in row.children("steps"):
+        by = step.collective(step.get("by", str)) if step.has("by") else ""
         traffic = tuple(
-            Traffic(kind, tuple(axes), n, back)
+            Traffic(step.collective(kind), tuple(axes), n, back)
             for kind, axes, n, back in step.rows("traffic", str, list, int, bool)
         )
         a, b = step.spec("from")[0], step.spec("to")[0]
         axes = step.many("axes", int)
-        steps.append(PricedStep(Step(axes, a, b), step.get("seconds", float), traffic))
+        steps.append(PricedStep(Step(axes, a, b, by), step.get("seconds", float), traffic))
     return tuple(steps)
 
 
@@ -226,6 +229,17 @@ class _Reader:
         if type(value) is not kind:
             raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
         return value
+
+    def has(self, name: str) -> bool:
+        """Is there a field `name`?"""
+        return name in self._data
+
+    def collective(self, name: str) -> str:
+        """`name`, which must be that of a collective."""
+        try:
+            return find_collective(name).name
+        except ValueError as error:
+            raise PlanError(f"`{self._where}`: {error}") from error
 
     def is_null(self, name: str) -> bool:
         """Is the field `name` null?"""

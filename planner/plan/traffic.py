@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import messages, wire_bytes
@@ -207,13 +206,13 @@ class _Walk:
                 self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
 
     def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: float) -> None:
-        ways = prod(self.mesh.sizes[axis] for axis in axes)
+        sizes = [self.mesh.sizes[axis] for axis in axes]
         name = "_".join(self.mesh.names[axis] for axis in axes)
         key = Moved(kind, name, "backward" if backward else "forward")
-        moved = float(wire_bytes(kind, float(n_bytes), ways))
+        moved = float(wire_bytes(kind, float(n_bytes), *sizes))
         if moved:
             before, count = self.moved.get(key, (0.0, 0))
-            self.moved[key] = before + moved, count + messages(kind, ways)
+            self.moved[key] = before + moved, count + messages(kind, *sizes)
 
 
 def kept_until(statements: Sequence[Statement]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from math import prod
 from typing import Any
 
 import networkx as nx
@@ -213,8 +212,8 @@ def _text(move: _Move, mesh: Mesh) -> str:
 
 def _received(priced: PricedStep, mesh: Mesh) -> float:
     """Bytes that a rank receives in a step, forward and backward."""
-    ways = prod(mesh.sizes[axis] for axis in priced.step.axes)
-    return sum(float(wire_bytes(t.kind, float(t.bytes), ways)) for t in priced.traffic)
+    sizes = [mesh.sizes[axis] for axis in priced.step.axes]
+    return sum(float(wire_bytes(t.kind, float(t.bytes), *sizes)) for t in priced.traffic)
 
 
 __all__ = ["PlannedGraph"]

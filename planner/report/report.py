@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import S, Spec, format_spec
@@ -231,7 +232,7 @@ def _received(moved: Mapping[Moved, float], mesh: Mesh) -> str:
 
 def _by_size(kinds: dict[str, float]) -> list[str]:
     order = sorted(kinds, key=lambda kind: -kinds[kind])
-    return [f"{kind.replace('_', '-')} {format_bytes(kinds[kind])}" for kind in order]
+    return [f"{find_collective(kind).words} {format_bytes(kinds[kind])}" for kind in order]
 
 
 def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
@@ -368,12 +369,12 @@ def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:
     totals: dict[tuple[str, str], list[float]] = {}
     for priced in steps:
         step = priced.step
-        kinds = [t.kind for t in priced.traffic if not t.backward]
-        kinds += [f"backward {t.kind}" for t in priced.traffic if t.backward and not kinds]
+        kinds = [find_collective(t.kind).words for t in priced.traffic if not t.backward]
+        kinds = kinds or [f"backward {find_collective(t.kind).words}" for t in priced.traffic]
         if not kinds:
             continue
         axes = _axes(step.axes, mesh)
-        entry = totals.setdefault((axes, kinds[0].replace("_", "-")), [0.0, 0.0])
+        entry = totals.setdefault((axes, kinds[0]), [0.0, 0.0])
         entry[0] += max(t.bytes for t in priced.traffic)
         entry[1] += priced.seconds
     return ", ".join(

@@ -1,6 +1,6 @@
 """What it costs to bring a value from one spec to another, and by which steps.
 
-A conversion is a path of single-axis steps over the lattice of specs (plus all-reduces over
+A conversion is a path of single-axis steps over the lattice of specs (plus collectives over
 several axes at once).  Each step has one forward and one backward primitive:
 
     forward    value state of a -> value state of b      (whole W, slice S, partial P)
@@ -21,7 +21,7 @@ true price.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from math import prod
@@ -30,12 +30,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...costmodel.collective import AxisLink, axis_links, collective_s, joint_link
+from ...costmodel.collective import AxisLink, axis_links, joint_link, staged_s
 from ...costmodel.compute import Number, elementwise_s
 from ...costmodel.machines.cluster import Cluster
 from ...facts.blocks import local_shape, moved_numel
+from ...facts.collectives import collective_for, others
 from ...facts.mesh import Mesh
-from ...facts.moves import COLLECTIVES, backward_primitive, primitive
+from ...facts.moves import BETWEEN_RANKS, Primitive, backward_primitive, primitive
 from ...facts.spec import P, R, S, Spec, State, V, format_spec, format_state, is_shard
 from ...facts.traffic import Traffic
 from ...ir.graph import TensorType
@@ -49,11 +50,15 @@ _LOCAL = frozenset({"slice", "mask", "pad"})
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Change the state on `axes` (one, or several that are reduced together) from `a` to `b`."""
+    """Change the state on `axes` (one, or several that are reduced together) from `a` to `b`.
+
+    `by` names a collective that does a move of it otherwise than is usual.
+    """
 
     axes: tuple[int, ...]
     a: State
     b: State
+    by: str = ""
 
     def __str__(self) -> str:
         return f"{self.axes}: {format_state(self.a)} -> {format_state(self.b)}"
@@ -89,14 +94,12 @@ class Network:
         return self._prices[key]
 
     def seconds(self, kind: str, axes: tuple[int, ...], n_bytes: float) -> float:
-        """Seconds of one primitive: a collective, or a local copy of `n_bytes`."""
+        """Seconds of a collective, or of a primitive that is a local copy of `n_bytes`."""
         if kind == "nothing":
             return 0.0
         if kind in _LOCAL:
             return self.traffic_seconds(2.0 * n_bytes)
-        return self.once(
-            (kind, axes, n_bytes), lambda: collective_s(kind, n_bytes, self.links[axes])
-        )
+        return self.once((kind, axes, n_bytes), lambda: staged_s(kind, n_bytes, axes, self.links))
 
     def seconds_of(self, kind: str, axes: tuple[int, ...], n_bytes: Ints) -> Floats:
         """`seconds` for an array of bytes."""
@@ -175,12 +178,13 @@ class _Lattice:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Steps:
     """Legal steps as columns of a table: from which row of a lattice to which, bytes and seconds,
-    forward and backward."""
+    forward and backward, and what they go by (see `Step`)."""
 
     rows: Ints
     columns: Ints
     bytes: Ints
     seconds: Floats
+    by: NDArray[np.str_]
 
     def following(self, row: int) -> Ints:
         """Positions in the table of the steps that leave `row`."""
@@ -194,6 +198,7 @@ class Conversions:
     needs: what collectives bring in forward is not kept, but brought a second time.  `again` prices
     a value of a layer that is recomputed: everything that forward does is done twice.  `param`: a
     parameter is gathered, never summed up from zero-padded parts, so that it can come again.
+    `usual`: ranks know the way by its specs alone, so that each move goes by its own collective.
     """
 
     def __init__(
@@ -205,6 +210,7 @@ class Conversions:
         regather: bool = False,
         again: bool = False,
         param: bool = False,
+        usual: bool = False,
     ) -> None:
         self.type = kind
         self.network = network
@@ -212,6 +218,7 @@ class Conversions:
         self.regather = regather
         self.again = again
         self.param = param
+        self.usual = usual
         dims = map(S, range(len(kind.shape)))
         self._states = (R, P, *((V,) if gradient else ()), *dims)
 
@@ -240,8 +247,10 @@ class Conversions:
             leaving = table.following(at)
             total = table.seconds[leaving] + left[table.columns[leaving]]
             cheap = leaving[total < total.min() + STEP_S / 2]  # sums differ by their rounding
-            following = int(table.columns[cheap[table.seconds[cheap].argmin()]])
-            steps.append(_step_between(self._lattice.specs[at], self._lattice.specs[following]))
+            chosen = cheap[table.seconds[cheap].argmin()]
+            following, by = int(table.columns[chosen]), str(table.by[chosen])
+            specs = self._lattice.specs
+            steps.append(replace(_step_between(specs[at], specs[following]), by=by))
             at = following
         return tuple(steps)
 
@@ -257,14 +266,14 @@ class Conversions:
     def step_seconds(self, step: Step, spec: Spec) -> float:
         """Seconds of one step from `spec`, forward and backward."""
         n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step.a, step.b)
+        kinds = self._kinds(step.a, step.b, step.by)
         return sum(self.network.seconds(kind, step.axes, n_bytes) for kind, _ in kinds)
 
     def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
         """The collectives of one step from `spec`."""
         n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step.a, step.b)
-        return tuple(Traffic(k, step.axes, n_bytes, back) for k, back in kinds if k in COLLECTIVES)
+        kinds = self._kinds(step.a, step.b, step.by)
+        return tuple(Traffic(k, step.axes, n_bytes, back) for k, back in kinds if k not in _LOCAL)
 
     # -- the search -------------------------------------------------------------------------
 
@@ -284,7 +293,7 @@ class Conversions:
         """
         steps, n = self._steps, len(self._lattice.specs)
         distance = np.full((n, n), np.inf)
-        distance[steps.rows, steps.columns] = steps.seconds
+        np.minimum.at(distance, (steps.rows, steps.columns), steps.seconds)
         np.fill_diagonal(distance, 0.0)
         for k in range(n):
             np.minimum(distance, distance[:, k, None] + distance[k], out=distance)
@@ -305,19 +314,33 @@ class Conversions:
             for n in range(2, len(axes) + 1)
             for subset, (a, b) in product(combinations(axes, n), self._joint_moves)
         ]
-        tables = [self._steps_of(*move) for move in (*single, *joint)]
+        tables = [
+            self._steps_of(moving, a, b, by)
+            for moving, a, b in (*single, *joint)
+            for by in self._ways(moving, a, b)
+        ]
         return _Steps(*(np.concatenate(column) for column in zip(*tables, strict=True)))
 
+    def _ways(self, axes: tuple[int, ...], a: State, b: State) -> tuple[str, ...]:
+        """What a step may go by: its usual collectives, or another that does one of its moves."""
+        if self.usual:
+            return ("",)
+        moves: set[Primitive] = {primitive(a, b)}
+        if self.gradient:
+            moves.add(backward_primitive(a, b))
+        sizes = tuple(self.network.mesh.sizes[axis] for axis in axes)
+        return ("", *others(moves, sizes))
+
     def _steps_of(
-        self, axes: tuple[int, ...], a: State, b: State
-    ) -> tuple[Ints, Ints, Ints, Floats]:
+        self, axes: tuple[int, ...], a: State, b: State, by: str
+    ) -> tuple[Ints, Ints, Ints, Floats, NDArray[np.str_]]:
         """The columns of the table for the step a -> b on `axes`, wherever it is legal."""
         rows, columns = self._lattice.moves(axes, a, b)
         n_bytes = self._lattice.moved_numel(rows, axes, a, b) * self.type.dtype.itemsize
         seconds = np.full(len(rows), STEP_S)
-        for kind, _ in self._kinds(a, b):
+        for kind, _ in self._kinds(a, b, by):
             seconds += self.network.seconds_of(kind, axes, n_bytes)
-        return rows, columns, n_bytes, seconds
+        return rows, columns, n_bytes, seconds, np.full(len(rows), by)
 
     def _step_bytes(self, step: Step, spec: Spec) -> int:
         at, to = self._row(spec), self._row(_apply(spec, step))
@@ -335,14 +358,16 @@ class Conversions:
             moves += [(P, other) for other in (*wholes, *dims)]
         return tuple(moves)
 
-    def _kinds(self, a: State, b: State) -> list[tuple[str, bool]]:
-        """(primitive, is it in backward) of every move that a step a -> b makes."""
-        kinds = [(primitive(a, b), False)] * (2 if self.again else 1)
+    def _kinds(self, a: State, b: State, by: str) -> list[tuple[str, bool]]:
+        """(collective or local primitive, is it in backward) of every move that a step makes."""
+        moves: list[tuple[Primitive, bool]] = [(primitive(a, b), False)]
+        if self.again:
+            moves *= 2
         if self.gradient:
-            kinds.append((backward_primitive(a, b), True))
-        if self.regather and kinds[0][0] in COLLECTIVES:
-            kinds.append((kinds[0][0], True))
-        return [(kind, backward) for kind, backward in kinds if kind != "nothing"]
+            moves.append((backward_primitive(a, b), True))
+        if self.regather and moves[0][0] in BETWEEN_RANKS:
+            moves.append((moves[0][0], True))
+        return [(collective_for(move, by), back) for move, back in moves if move != "nothing"]
 
 
 def _apply(spec: Spec, step: Step) -> Spec:

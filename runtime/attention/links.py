@@ -49,7 +49,7 @@ class Link:
         """Start to send contiguous `x` to the next rank of the ring, and receive from the last."""
         received, works = torch.empty_like(x), []
         if x.numel():
-            counter.record("send_recv", self.name, phase, x.nbytes, self.size)
+            counter.record("send_recv", self.name, phase, x.nbytes, (self.size,))
             works = self._run(lambda: transport.post_shift(x, received, self.group))
         return Hop(self, works, [received], [x])
 
@@ -63,7 +63,7 @@ class Link:
         send = [(x, peer) for x, peer in send if x.numel()]
         full = [(x, peer) for x, peer in receive if x.numel()]
         for x, _ in full:
-            counter.record("send_recv", self.name, phase, x.nbytes, self.size)
+            counter.record("send_recv", self.name, phase, x.nbytes, (self.size,))
         works = self._run(lambda: transport.post(send, full, self.group) if send or full else [])
         return Hop(self, works, [x for x, _ in receive], [x for x, _ in send])
 
@@ -71,7 +71,7 @@ class Link:
         """The ranks' `x` along a new first dim."""
         if self.size == 1 or not x.numel():
             return x.expand(self.size, *x.shape)
-        counter.record("all_gather", self.name, phase, (self.size - 1) * x.nbytes, self.size)
+        counter.record("all_gather", self.name, phase, (self.size - 1) * x.nbytes, (self.size,))
         return self._run(lambda: transport.all_gather(x.contiguous(), self.group))
 
     def tell(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Link:
         if self.size == 1 or not rows.numel():
             return rows[0]
         received = (self.size - 1) / self.size * rows.nbytes
-        counter.record("reduce_scatter", self.name, phase, received, self.size)
+        counter.record("reduce_scatter", self.name, phase, received, (self.size,))
         return self._run(lambda: transport.reduce_scatter(rows.contiguous(), self.group))
 
     def all_reduce(self, x: Tensor, op: transport.Reduction, phase: Phase) -> Tensor:
@@ -96,7 +96,7 @@ class Link:
         if self.size == 1 or not x.numel():
             return x
         received = 2 * (self.size - 1) / self.size * x.nbytes
-        counter.record("all_reduce", self.name, phase, received, self.size)
+        counter.record("all_reduce", self.name, phase, received, (self.size,))
         return self._run(lambda: transport.all_reduce(x, self.group, op))
 
     def all_to_all(
@@ -110,7 +110,7 @@ class Link:
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
         received = sum(receive[peer].nbytes for peer in others)
         if received:
-            counter.record("all_to_all", self.name, phase, received, self.size)
+            counter.record("all_to_all", self.name, phase, received, (self.size,))
         outgoing = [(send[peer], peer) for peer in others if send[peer].numel()]
         incoming = [(receive[peer], peer) for peer in reversed(others) if receive[peer].numel()]
         if outgoing or incoming:

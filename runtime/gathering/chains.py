@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...facts.blocks import block, local_shape, moved_numel
-from ...facts.moves import COLLECTIVES, primitive
+from ...facts.moves import BETWEEN_RANKS, primitive
 from ...facts.spec import R, Spec
 from ...facts.together import rounds
 from ..mesh.collectives import Axis, Move, moves_between
@@ -37,7 +37,7 @@ class Leg:
     def collective(self) -> str | None:
         """Which one it is; None if it is done on this rank alone."""
         kind = primitive(self.move.source, self.move.target)
-        return kind if kind in COLLECTIVES else None
+        return self.axis.collective(kind) if kind in BETWEEN_RANKS else None
 
 
 Chain: TypeAlias = tuple[Leg, ...]
@@ -45,20 +45,27 @@ _Key: TypeAlias = tuple[str, str, torch.dtype]
 
 
 def chains(
-    path: Sequence[Spec], shape: tuple[int, ...], dtype: torch.dtype, mesh: Mesh
+    path: Sequence[Spec],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    mesh: Mesh,
+    by: Sequence[str] = (),
 ) -> tuple[Chain, Chain]:
     """The chain of a tensor of full `shape` from the first spec of `path` to the last, and that of
     its gradient back.
 
-    From one spec to the next the axes that differ move as one, from one state to one other.
+    From one spec to the next the axes that differ move as one, from one state to one other; `by`
+    has for each step the collective that it goes by otherwise than is usual, or "".
     """
     forward: list[Leg] = []
     backward: list[Leg] = []
-    for a, b in zip(path, path[1:], strict=False):
+    steps = zip(path[:-1], path[1:], by or [""] * (len(path) - 1), strict=True)
+    for a, b, collective in steps:
         axes = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
         states = a[axes[0]], b[axes[0]]
         names = tuple(mesh.names[i] for i in axes)
         axis = mesh[names[0] if len(names) == 1 else names]
+        axis = axis.by(collective) if collective else axis
         there, back = moves_between(
             *states,
             _rows(states[0], a, axes, shape, mesh),

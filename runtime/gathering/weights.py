@@ -29,7 +29,8 @@ class Weight:
     """How a parameter or buffer is stored, and how a block uses it.
 
     `via` are the specs between, where the way from `stored` to `used` is not one step.  One that
-    is used in several ways has a row for each: `of` is the name that it is stored under.
+    is used in several ways has a row for each: `of` is the name that it is stored under.  `by` has
+    for each step the collective that it goes by otherwise than is usual, or "".
 
     `stages` is for weights that are no layer's: stage n of a model's forward is what it does after
     n of its loops over layers.  A weight is there from the first of the two stages to the last.
@@ -38,6 +39,7 @@ class Weight:
     stored: str
     used: str
     via: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
     of: str = ""
     stages: tuple[int, int] = (0, 0)
 

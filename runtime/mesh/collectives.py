@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...facts.blocks import Block, block
+from ...facts.collectives import collective_for, find_collective, received_share
 from ...facts.moves import Primitive, primitive
 from ...facts.spec import P, R, State, V, dual
 from . import counter, transport
 from .counter import Phase
 from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
+from .transfers import TRANSFERS, Transfer
 
 Place: TypeAlias = State
 
@@ -77,17 +79,25 @@ class Axis:
     """One axis of the mesh, or several flattened (the first named is the major one).
 
     `name`, `size`, `rank` (this rank's index along the axis) and `group`; `sizes` and
-    `coordinates` have one entry per flattened axis.  All methods take any strides, keep the dtype,
-    and are the identity where the axis has one rank.  Bytes below are those that each
-    rank receives for a whole tensor of n bytes over p ranks.
+    `coordinates` have one entry per flattened axis, `parts` has those axes.  All methods take any
+    strides, keep the dtype, and are the identity where the axis has one rank.  Bytes below are
+    those that each rank receives for a whole tensor of n bytes over p ranks.
     """
 
-    __slots__ = ("name", "size", "rank", "sizes", "coordinates", "mesh")
+    __slots__ = ("name", "size", "rank", "sizes", "coordinates", "mesh", "parts", "_by")
 
     def __init__(
-        self, mesh: Groups, name: str, sizes: tuple[int, ...], coordinates: tuple[int, ...]
+        self,
+        mesh: Groups,
+        name: str,
+        sizes: tuple[int, ...],
+        coordinates: tuple[int, ...],
+        parts: tuple[Axis, ...] = (),
+        by: str = "",
     ) -> None:
         self.mesh = mesh
+        self.parts = parts
+        self._by = by
         self.name = name
         self.sizes = sizes
         self.coordinates = coordinates
@@ -107,6 +117,16 @@ class Axis:
     def block(self, size: int) -> Block:
         """The rows of a dim of `size` that this rank holds."""
         return block(size, list(zip(self.sizes, self.coordinates, strict=True)))
+
+    def by(self, name: str) -> Axis:
+        """This axis, whose moves go by the collective `name` where it does them, and back."""
+        if not find_collective(name).suits(self.sizes):
+            raise ValueError(f"axis `{self.name}`: no `{name}` over axes of {self.sizes}")
+        return Axis(self.mesh, self.name, self.sizes, self.coordinates, self.parts, name)
+
+    def collective(self, move: Primitive) -> str:
+        """The name of the collective that runs `move` here."""
+        return collective_for(move, self._by)
 
     # --- conversions by name, as generated code calls them ---------------------------------
 
@@ -242,12 +262,23 @@ class Axis:
             raise TypeError(
                 f"axis `{self.name}`: bool tensors cannot be added up over ranks; convert to int"
             )
-        self.record("all_reduce", 2 * (self.size - 1) / self.size * x.nbytes, phase)
+        if op == "sum":
+            return self.start("all_reduce", x, phase).finish()
+        self.record("all_reduce", received_share("all_reduce", (self.size,)) * x.nbytes, phase)
         return transport.all_reduce(x, self.group, op)
+
+    def start(
+        self, move: Primitive, x: Tensor, phase: Phase, out: Tensor | None = None
+    ) -> Transfer:
+        """Start the collective that runs `move` on buffer `x`; see `transfers.py`."""
+        name = self.collective(move)
+        n_bytes = x.nbytes * self.size if move == "all_gather" else x.nbytes
+        self.record(name, received_share(name, self.sizes) * n_bytes, phase)
+        return TRANSFERS[name](x, self, out)
 
     def record(self, op: str, nbytes: float, phase: Phase) -> None:
         """Tell the active counters of a collective that brings `nbytes` to this rank."""
-        counter.record(op, self.name, phase, nbytes, self.size)
+        counter.record(op, self.name, phase, nbytes, self.sizes)
 
 
 def _front(dim: int) -> int:
@@ -298,14 +329,12 @@ def _first_keeps(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 
 def _gather(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
-    axis.record("all_gather", (axis.size - 1) * x.nbytes, phase)
-    return join_blocks(transport.all_gather(x.contiguous(), axis.group), move, axis)
+    return join_blocks(axis.start("all_gather", x.contiguous(), phase).finish(), move, axis)
 
 
 def _exchange(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     rows = split_blocks(x, move, axis).contiguous()
-    axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
-    return join_blocks(transport.all_to_all(rows, axis.group), move, axis)
+    return join_blocks(axis.start("all_to_all", rows, phase).finish(), move, axis)
 
 
 def _zero_pad(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
@@ -326,8 +355,7 @@ def _all_reduce(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
 
 def _reduce_scatter(axis: Axis, x: Tensor, move: Move, phase: Phase) -> Tensor:
     rows = split_blocks(x, move, axis).contiguous()
-    axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
-    return transport.reduce_scatter(rows, axis.group)
+    return axis.start("reduce_scatter", rows, phase).finish()
 
 
 _Run: TypeAlias = Callable[[Axis, Tensor, Move, Phase], Tensor]

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from ...facts.collectives import message_count
+
 Phase: TypeAlias = Literal["forward", "backward"]
 
 
 class Key(NamedTuple):
     """One row of the count.
 
-    `op` is `all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all` or `send_recv`.
+    `op` is the name of a collective, see `facts/collectives.py`.
     """
 
     op: str
@@ -34,11 +36,10 @@ class Count:
 class CollectiveCounter:
     """The collectives of this rank while `count_collectives` was active.
 
-    Bytes are what a rank must receive with ring algorithms over p ranks, padding included:
-    all-gather and reduce-scatter (p-1)/p of the whole, all-reduce 2(p-1)/p of the whole,
+    Bytes are what a rank receives by the collectives' declarations, padding included: over p
+    ranks all-gather and reduce-scatter (p-1)/p of the whole, all-reduce 2(p-1)/p of the whole,
     all-to-all (p-1)/p of the local part; `send_recv` what is received.  Messages are counted
-    likewise, one after the other from rank to rank: p-1 for each collective, 2(p-1) for an
-    all-reduce, and one for each message that is received with `send_recv`.
+    likewise, one after the other from rank to rank.
     """
 
     counts: dict[Key, Count] = field(default_factory=dict[Key, Count])
@@ -81,11 +82,10 @@ class CollectiveCounter:
 active: list[CollectiveCounter] = []
 
 
-def record(op: str, axis: str, phase: Phase, nbytes: float, ranks: int) -> None:
-    """Tell the active counters of a collective over `ranks` that brings `nbytes` to this rank."""
-    messages = 1 if op == "send_recv" else (ranks - 1) * (2 if op == "all_reduce" else 1)
+def record(op: str, axis: str, phase: Phase, nbytes: float, sizes: tuple[int, ...]) -> None:
+    """Tell the active counters of a collective over axes of `sizes` that brings `nbytes` here."""
     for listener in active:
-        listener.record(op, axis, phase, nbytes, messages)
+        listener.record(op, axis, phase, nbytes, message_count(op, sizes))
 
 
 @contextmanager

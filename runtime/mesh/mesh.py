@@ -192,7 +192,8 @@ class Mesh:
                 device_mesh = flattened(device_mesh, name)
             self._groups.by_axis[name] = device_mesh.get_group()
         sizes = tuple(self.sizes[number] for number in numbers)
-        return Axis(self, name, sizes, tuple(self.coordinates[number] for number in numbers))
+        parts = tuple(self[part] for part in key) if len(key) > 1 else ()
+        return Axis(self, name, sizes, tuple(self.coordinates[i] for i in numbers), parts)
 
 
 def stable_seed(*parts: object) -> int:

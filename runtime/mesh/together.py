@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...facts.moves import primitive
-from . import transport
 from .collectives import Axis, Move, join_blocks, split_blocks
 from .counter import Phase
 from .layout import trim_blocks
+from .transfers import Transfer
 
 _Unpack: TypeAlias = Callable[[Tensor], list[Tensor]]
 
@@ -23,7 +23,7 @@ _Unpack: TypeAlias = Callable[[Tensor], list[Tensor]]
 class Together:
     """A collective under way."""
 
-    transfer: transport.Transfer
+    transfer: Transfer
     unpack: _Unpack
 
     def finish(self) -> list[Tensor]:
@@ -45,13 +45,10 @@ def start_together(
             return _start_all_reduce(axis, xs, phase)
         case "reduce_scatter":
             rows, shapes = _packed_rows(axis, xs, moves)
-            axis.record("reduce_scatter", (axis.size - 1) / axis.size * rows.nbytes, phase)
-            transfer = transport.start_reduce_scatter(rows, axis.group)
-            return Together(transfer, _apart(shapes))
+            return Together(axis.start("reduce_scatter", rows, phase), _apart(shapes))
         case "all_to_all":
             rows, shapes = _packed_rows(axis, xs, moves)
-            axis.record("all_to_all", (axis.size - 1) / axis.size * rows.nbytes, phase)
-            transfer = transport.start_all_to_all(rows, axis.group)
+            transfer = axis.start("all_to_all", rows, phase)
             return Together(transfer, _rows_apart(axis, shapes, moves))
         case _:
             raise ValueError(f"axis `{axis.name}`: {moves[0]} is no collective")
@@ -63,24 +60,21 @@ def _start_gather(
     """An all-gather of `xs`, packed where they will lie in its result."""
     shapes = [tuple(x.shape) for x in xs]
     if len(xs) == 1:
-        own = xs[0].contiguous()
-        transfer = transport.start_all_gather(own, axis.group)
+        transfer = axis.start("all_gather", xs[0].contiguous(), phase)
     else:
         sizes = [x.numel() for x in xs]
         out = xs[0].new_empty((axis.size, sum(sizes)))
         own = out[axis.rank]
         for x, place in zip(xs, own.split(sizes), strict=True):
             place.view(x.shape).copy_(x)
-        transfer = transport.start_gather_rows(out, own, axis.group)
-    axis.record("all_gather", (axis.size - 1) * own.nbytes, phase)
+        transfer = axis.start("all_gather", own, phase, out)
     return Together(transfer, _rows_apart(axis, shapes, moves))
 
 
 def _start_all_reduce(axis: Axis, xs: Sequence[Tensor], phase: Phase) -> Together:
     alone = len(xs) == 1
     flat = xs[0] if alone else torch.cat([x.reshape(-1) for x in xs])
-    axis.record("all_reduce", 2 * (axis.size - 1) / axis.size * flat.nbytes, phase)
-    transfer = transport.start_all_reduce(flat, axis.group, reuse=not alone)
+    transfer = axis.start("all_reduce", flat, phase, None if alone else flat)
     return Together(transfer, _apart([tuple(x.shape) for x in xs]))
 
 

@@ -69,7 +69,7 @@ def _item(
             " WEIGHTS"
         )
     path = [parse_spec(spec) for spec in (weight.stored, *weight.via, weight.used)]
-    forward, backward = chains(path, param.shape, param.dtype, mesh)
+    forward, backward = chains(path, param.shape, param.dtype, mesh, weight.by)
     return Item(_place(root, stored), _place(root, name), forward, backward)
 
 

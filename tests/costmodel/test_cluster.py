@@ -25,9 +25,9 @@ _NUMBER = re.compile(r"^\s*[\w.]+\s*=\s*[-+0-9.]")
 def test_built_in_loads(name: str) -> None:
     cluster = load_cluster(name)
     assert cluster.name == name
-    assert cluster.gpus == cluster.gpus_per_node == 8
+    assert cluster.gpus == cluster.gpus_per_node > 1
     assert cluster.peak("torch.bfloat16") == cluster.peak("bf16") > 0
-    assert cluster.intra_node.bytes_per_s > cluster.inter_node.bytes_per_s
+    assert min(cluster.intra_node.bytes_per_s, cluster.inter_node.bytes_per_s) > 0
     assert load_cluster(name, gpus=64).gpus == 64
     assert hash(cluster) == hash(load_cluster(name))
 
@@ -70,7 +70,7 @@ def test_datasheet(
 def test_unknown_name_suggests(given: str, hint: str) -> None:
     with pytest.raises(ClusterError, match=re.escape(hint)) as caught:
         load_cluster(given)
-    assert "Built in: a100, b200, cpu, h100, h200, h800, l40s, mi300x, rtx4090" in str(caught.value)
+    assert f"Built in: {', '.join(BUILT_IN)}." in str(caught.value)
 
 
 def test_unknown_name_without_a_near_one() -> None:

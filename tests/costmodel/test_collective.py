@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright.costmodel.collective import (
-    COLLECTIVES,
     AxisLink,
     axis_links,
     collective_s,
@@ -19,6 +18,7 @@ from shardwright.costmodel.collective import (
     wire_bytes,
 )
 from shardwright.costmodel.machines.cluster import BUILT_IN, Cluster, Link, load_cluster
+from shardwright.facts.collectives import COLLECTIVES
 from shardwright.facts.mesh import Mesh
 
 _FAST = Link(bytes_per_s=200e9, efficiency=0.5, launch_s=0.0, hop_s=0.0)  # 1e11 bytes/s
@@ -188,7 +188,7 @@ def test_pairwise_links_grow_with_the_group() -> None:
 
 @given(
     st.sampled_from(BUILT_IN),
-    st.sampled_from(COLLECTIVES),
+    st.sampled_from([*COLLECTIVES]),
     st.lists(st.integers(1, 6), min_size=1, max_size=3),
     st.floats(0, 1e11),
     st.floats(1.0, 100.0),

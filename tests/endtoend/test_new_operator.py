@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,11 +24,11 @@ from shardwright.ir.reference.widen import widened
 from shardwright.planner.strategies.build import Builder, Decisions, Restriction
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool, ops
+from tests.guide import guide_example
 from tests.sharded import builder_of, check, mesh_of, reference, run_module
 
 Pool = Callable[[int], RankPool]
 NAME = "pooling.token_softmax.default"
-GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 BATCH, TOKENS, WIDTH = 4, 10, 8  # 4 ranks share 10 tokens as 3, 3, 3 and 1
 
 
@@ -55,9 +54,8 @@ def run_with_example(path: str, *args: Any) -> Any:
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The guide's code in a file, its operator declared while these tests run."""
-    (text,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     path = tmp_path_factory.mktemp("example") / "token_softmax.py"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(guide_example("python", "class TokenSoftmax"), encoding="utf-8")
     for name, operator in load(str(path)).FAMILY.items():
         register(name, operator)
     yield path
