@@ -13,6 +13,8 @@ from ..planner.plan.plan import PlanData
 from ..planner.plan.program import Compute, LoopCall, Program, Sharded
 
 _SHOWN = 8  # rows and columns of ranks
+# what an axis may cut, by what time is spent on, and what the header calls it
+_CUT = (("attention", "attention"), ("experts", "experts"), ("matrix products", "products"))
 
 
 def docstring(plan: PlanData) -> str:
@@ -128,11 +130,11 @@ def _cuts(program: Program, axis: int) -> Iterator[str]:
     ]
     if gathered and 2 * len(gathered) >= len(matrices):
         yield "parameters, which are gathered for use (FSDP)"
-    for kind, title in (("attention", "attention"), ("experts", "experts"), ("matmul", "products")):
+    for spent_on, title in _CUT:
         words = [
             words_of(item.node, item.choices[axis])
             for item in statements
-            if isinstance(item, Compute) and operator_of(item.node).kind == kind
+            if isinstance(item, Compute) and operator_of(item.node).spent_on == spent_on
         ]
         if any(words):
             yield f"{title} by {' and '.join(dict.fromkeys(word for word in words if word))}"

@@ -39,7 +39,7 @@ from .facts.spec import R, Spec
 from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
-from .ir.ops.registry import kind_of, operator_of
+from .ir.ops.registry import local_of, operator_of
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
@@ -280,15 +280,12 @@ def _runs_here(graph: Graph) -> bool:
     for node, repeats in _repeated(graph):
         size = float(sum(out.type.numel for out in node.outputs)) * repeats
         results += 8 * size
-        kind = kind_of(node)
-        if operator_of(node).remembers:
-            size *= 3  # as many tokens are cached before, and more than that
-        if kind == "matmul":
-            flops += 6 * size * node.operands[0].type.shape[-1]
-        elif kind == "attention":
+        operator = operator_of(node)
+        flops += 3 * operator.flops(local_of(node)) * repeats  # backward takes two of three
+        if operator.attends:
             keys = node.operands[1].type.shape[2]
+            keys *= 3 if operator.remembers else 1  # as many are cached before, and more than that
             results += 24 * size / node.output.type.shape[-1] * keys
-            flops += 12 * size * keys
     return _loads_here(graph) and results < _RESULT_BYTES and flops < _FLOPS
 
 

@@ -26,7 +26,7 @@ from .algorithms.registry import ALGORITHMS
 from .forms import call, factors, optional
 from .local import Local
 from .operator import Family, Kind, Operator, Render, named_values
-from .rule import Algorithm, Rule
+from .rule import Algorithm, Choice, Rule
 from .sizes import Resizing, Size, Sizes
 
 
@@ -406,6 +406,7 @@ class Attention(Operator):
     """Queries over keys; a cut of both runs one of several algorithms."""
 
     kind: Kind = "attention"
+    attends = True
     words = WORDS
     in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})
     noun = "mixed"
@@ -418,6 +419,17 @@ class Attention(Operator):
     def saves(self, node: Node) -> tuple[Value, ...]:
         """Operands and result; the weights are computed again."""
         return named_values(node, [n for n in _SAVED if n == "result" or n in dict(node.args)])
+
+    def causal(self, node: Node) -> tuple[tuple[Value, int], ...]:
+        """Tokens of queries, keys and values, where they stand at the same positions."""
+        query, key = node.operands[:2]
+        if not node.arg("causal") or query.type.shape[2] != key.type.shape[2]:
+            return ()
+        return tuple((value, 2) for value in node.operands[: 2 if values_in_keys(node) else 3])
+
+    def contiguous(self, node: Node) -> tuple[Choice, ...]:
+        """Queries that are cut alone, where a mask asks for their positions."""
+        return ("q",) if node.arg("causal") or node.arg("window") else ()
 
     def flops(self, local: Local) -> float:
         """Of the products with keys and values, as if no score was masked."""

@@ -151,6 +151,7 @@ class CachedAttention(Operator):
     """New tokens over all that are cached, themselves included."""
 
     kind: Kind = "attention"
+    attends = True
     words = WORDS
     noun = "mixed"
     spent_on = "attention"

@@ -227,6 +227,7 @@ class Experts(Operator):
     """The experts of a mixture: tokens, experts, hidden units or the result's width may be cut."""
 
     kind: Kind = "experts"
+    experts = "e"
     words: Mapping[str, str] = MappingProxyType(
         {
             "e": "experts, summands",

@@ -95,6 +95,10 @@ class Operator:
     aliases: bool = False
     # what cutting a factor, or running an algorithm, is called in reports
     words: Mapping[str, str] = MappingProxyType({})
+    # do queries, its first operand (b, h, t, d), attend keys, its second (b, h, t, d)?
+    attends: bool = False
+    # the factor that counts experts, each of which computes some of the tokens; "" without any
+    experts: str = ""
     # what its time is counted as in reports
     spent_on: str = "other ops"
     # what its result is called where the user gives it no name; its own name if it has none
@@ -159,6 +163,17 @@ class Operator:
             return Kernels(((Stream(float(moved)),),))
         back = moved + sum(local.bytes(*one) for one in operands if one[0].differentiable)
         return Kernels(((Stream(float(moved)),),), ((Stream(float(back)),),))
+
+    def causal(self, node: Node) -> tuple[tuple[Value, int], ...]:
+        """The dims of tokens of a causal self-attention, of which later ones have more work.
+
+        Ranks may hold these tokens in another order, which shares the work evenly (`order.py`).
+        """
+        return ()
+
+    def contiguous(self, node: Node) -> tuple[Choice, ...]:
+        """Cuts that need each rank's tokens to follow one another; an algorithm has `orders`."""
+        return ()
 
     def flops(self, local: Local) -> float:
         """FLOPs of the forward pass; what is bound by memory has none."""

@@ -14,13 +14,11 @@ from typing import TypeAlias
 import networkx as nx
 
 from ..graph import Graph, Loop, Node, Value
-from .attention import values_in_keys
-from .registry import rule_of
+from .registry import operator_of, rule_of
 from .rule import Choice
 
 Dim: TypeAlias = tuple[str, int]  # (name of a value, dim)
 _Alike: TypeAlias = "nx.Graph[Dim]"  # edges join dims that must be in one order
-_ATTENTION = "shardwright.attention"
 
 
 def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
@@ -36,10 +34,7 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
         else:
             _tie_node(item, alike)
     seen = [
-        (value.name, 2)
-        for node in graph.nodes
-        if is_causal_self_attention(node)
-        for value in node.operands[: 2 if values_in_keys(node) else 3]
+        (value.name, dim) for node in graph.nodes for value, dim in operator_of(node).causal(node)
     ]
     alike.add_nodes_from(seen)
     tokens = set[Dim]().union(*(nx.node_connected_component(alike, dim) for dim in seen))
@@ -55,23 +50,12 @@ def token_dims(graph: Graph) -> dict[str, frozenset[int]]:
 
 
 def fits_order(node: Node, choice: Choice, order: str) -> bool:
-    """Can `node` run under `choice` when ranks hold tokens in this order?
-
-    Causal attention with queries cut alone needs contiguous positions, and so do some algorithms.
-    """
-    if order == "contiguous" or node.op != _ATTENTION:
+    """Can `node` run under `choice` when ranks hold tokens in this order?"""
+    if order == "contiguous":
         return True
     if way := rule_of(node).algorithms.get(choice):
         return order in way.orders
-    return not (choice == "q" and (node.arg("causal") or node.arg("window")))
-
-
-def is_causal_self_attention(node: Node) -> bool:
-    """Is this attention whose queries and keys stand at the same positions, masked causally?"""
-    if node.op != _ATTENTION:
-        return False
-    query, key = node.operands[:2]
-    return bool(node.arg("causal")) and query.type.shape[2] == key.type.shape[2]
+    return choice not in operator_of(node).contiguous(node)
 
 
 def _tie_node(node: Node, alike: _Alike) -> None:
@@ -109,4 +93,4 @@ def _tie_values(a: Value, b: Value, alike: _Alike) -> None:
         alike.add_edge((a.name, dim), (b.name, dim))
 
 
-__all__ = ["fits_order", "is_causal_self_attention", "token_dims"]
+__all__ = ["fits_order", "token_dims"]

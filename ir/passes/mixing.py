@@ -8,7 +8,7 @@ convolution, a running sum, a shift or a recurrence over the tokens does.
 from __future__ import annotations
 
 from ..graph import Graph, Loop, Node
-from ..ops.registry import kind_of, rule_of
+from ..ops.registry import operator_of, rule_of
 
 _TOKENS = 1  # the dim of tokens in inputs (b, t)
 
@@ -53,7 +53,7 @@ def _node(node: Node, dims: dict[str, frozenset[int]]) -> Node | None:
         if rule.sizes[factor] > 1
     }
     kept = {factor for places in rule.results for dim in places for factor in dim}
-    if kind_of(node) != "attention" and (tokens & rule.whole or tokens - kept):
+    if not operator_of(node).attends and (tokens & rule.whole or tokens - kept):
         return node
     for value, places in zip(node.outputs, rule.results, strict=True):
         found = {dim for dim, factors in enumerate(places) if tokens & set(factors)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
 from ..graph.rewrite import live_items, with_operands
 from ..ops.indices import index_limits
-from ..ops.registry import find_op, kind_of, rule_of
+from ..ops.registry import find_op, operator_of, rule_of
 from .mixing import mixing_node
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
@@ -25,7 +25,7 @@ class ServingError(ValueError):
 
 def is_decoder(graph: Graph) -> bool:
     """Is every attention of this graph a causal self-attention?"""
-    attentions = [node for node in graph.nodes if kind_of(node) == "attention"]
+    attentions = [node for node in graph.nodes if operator_of(node).attends]
     return bool(attentions) and all(_why_not(node) is None for node in attentions)
 
 
@@ -129,7 +129,7 @@ class _Pass:
 
     def node(self, node: Node, positions: Value, cache: str = "") -> Node:
         """An attention with a cache; any other node as it is."""
-        if kind_of(node) != "attention":
+        if not operator_of(node).attends:
             return node
         reason = _why_not(node)
         if reason is not None:
@@ -163,7 +163,7 @@ class _Pass:
         count = 0
         nodes: list[Node] = []
         for node in block.nodes:
-            if kind_of(node) == "attention":
+            if operator_of(node).attends:
                 count += 1
             if told := counted.told(node):
                 nodes.append(self.node(told, inner, "kv" if count == 1 else f"kv_{count}"))
@@ -342,27 +342,23 @@ def _tokenwise_chain(graph: Graph, logits: Value) -> list[Node]:
             break
         chain.insert(0, node)
         at = node.operands[0]
-        if kind_of(node) == "matmul":
+        if operator_of(node).heavy:  # the head
             break
     return chain
 
 
 def _is_tokenwise(node: Node) -> bool:
-    """One operand (b, t, ...), all others without tokens, one result (b, t, ...)."""
+    """Does it make of its first operand (b, t, ...) one result (b, t, ...), token by token?"""
     if len(node.outputs) != 1 or not node.operands:
         return False
-    first, *others = node.operands
-    lead = first.type.shape[:2]
-    if len(first.type.shape) < 3 or node.output.type.shape[:2] != lead:
+    rule = rule_of(node)
+    (first, *others), result = rule.operands, rule.results[0]
+    tokens = {factor for dim in first[:2] for factor in dim}
+    if len(first) < 3 or result[:2] != first[:2] or tokens & rule.whole:
         return False
-    if node.op in ("aten.linear.default", "shardwright.affine"):
-        return True
-    plain = kind_of(node) == "elementwise" and not any(_is_sizes(arg) for _, arg in node.args)
-    return plain and all(value.type.shape in ((), (1,)) for value in others)
-
-
-def _is_sizes(arg: Arg) -> bool:
-    return isinstance(arg, tuple)
+    read = {factor for dims in others for dim in dims for factor in dim}
+    named = any(isinstance(arg, tuple) for _, arg in node.args)  # sizes, t among them
+    return not named and tokens.isdisjoint(read)
 
 
 def _live(graph: Graph) -> Graph:

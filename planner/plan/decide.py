@@ -11,8 +11,7 @@ from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.labels import factor_labels, label_dims
 from ...ir.ops.local import local_bytes
-from ...ir.ops.order import is_causal_self_attention
-from ...ir.ops.registry import find_op, kind_of, local_of, operator_of, rule_of
+from ...ir.ops.registry import find_op, local_of, operator_of, rule_of
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution
 from ..strategies.build import Builder, Built, Decisions, all_params
@@ -69,7 +68,7 @@ def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
         way.balanced and name in decisions.choices[node.name]
         for scope in scopes(graph)
         for node in scope.nodes
-        if is_causal_self_attention(node)
+        if operator_of(node).causal(node)
         for name, way in rule_of(node).algorithms.items()
     )
     return decisions if uses else replace(decisions, order="contiguous")
@@ -168,7 +167,7 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
 def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
     if choice in ("R", "V"):
         return "tp"
-    if kind_of(node) == "experts" and "e" in rule_of(node).cuts(choice):
+    if operator_of(node).experts in rule_of(node).cuts(choice):
         return "ep"
     label = factor_labels(node, labels).get(choice, "")
     return {"b": "dp", "s": "cp"}.get(label, "tp")

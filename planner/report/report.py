@@ -12,7 +12,7 @@ from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
-from ...ir.ops.registry import kind_of, operator_of, rule_of, words_of
+from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
@@ -334,7 +334,7 @@ def _row(
 def _op_name(plan: PlanData, node: Node) -> str:
     """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
     name = node.loc.module.rsplit(".", 1)[-1]
-    if kind_of(node) == "attention" or not name or name.isdigit():
+    if operator_of(node).attends or not name or name.isdigit():
         return node.op.split(".")[1]
     parts = {ref.param.value for ref in all_params(plan.graph) if ref.param.part is not None}
     matrices = [value for value in node.operands if value in parts and len(value.type.shape) == 2]

@@ -14,7 +14,8 @@ from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...ir.graph import Graph
-from ...ir.ops.order import is_causal_self_attention, token_dims
+from ...ir.ops.order import token_dims
+from ...ir.ops.registry import operator_of
 from ..errors import PlanError
 from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
@@ -166,9 +167,7 @@ def token_orders(graph: Graph, mesh: Mesh) -> list[str]:
     Zigzag balances causal attention and costs nothing, where the sequence divides; only a sliding
     window can be cheaper over contiguous tokens.
     """
-    causal = [
-        node for scope in scopes(graph) for node in scope.nodes if is_causal_self_attention(node)
-    ]
+    causal = [n for scope in scopes(graph) for n in scope.nodes if operator_of(n).causal(n)]
     uneven = any(node.operands[0].type.shape[2] % (2 * mesh.ranks) for node in causal)
     if uneven or not token_dims(graph):
         return ["contiguous"]

@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeAlias
 
 from ...facts.units import format_seconds
 from ...ir.graph import Graph, Node
-from ...ir.ops.registry import kind_of, operator_of
+from ...ir.ops.registry import operator_of
 from ...ir.passes.latent import absorbed, expanded, numbers_per_token
 from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, PlanError
@@ -180,7 +180,7 @@ def forms(graph: Graph) -> list[Variant]:
 
 
 def _attentions(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if kind_of(node) == "attention"]
+    return [node for node in graph.nodes if operator_of(node).attends]
 
 
 def _queries(graph: Graph) -> int:

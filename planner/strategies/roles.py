@@ -15,7 +15,7 @@ from ...facts.mesh import Mesh
 from ...facts.spec import S, Spec, format_spec, is_shard, parse_spec
 from ...ir.graph import Graph, Node, Param
 from ...ir.ops.labels import factor_labels, label_dims
-from ...ir.ops.registry import kind_of, rule_of
+from ...ir.ops.registry import operator_of, rule_of
 from ..errors import PlanError
 from .build import Restriction, all_params
 from .regions import Region, Strategy, scopes
@@ -165,7 +165,7 @@ class Roles(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
-        routed = any(kind_of(node) == "experts" for node in region.nodes)
+        routed = any(operator_of(node).experts for node in region.nodes)
         for axis, role in enumerate(self.roles):
             cuts = self._cuts(region, strategy, axis)
             if routed and _sends(region, strategy, axis) != (axis in self.spread):
@@ -173,7 +173,7 @@ class Roles(Restriction):
             if routed and axis in self.spread:
                 continue
             elif role == "tp":
-                sequence = any(kind_of(n) == "attention" for n in region.nodes) and "s" in cuts
+                sequence = any(operator_of(n).attends for n in region.nodes) and "s" in cuts
                 if "b" in cuts or sequence:
                     return False
             elif self._can_cut(region, axis, _DATA[role]):
@@ -234,7 +234,7 @@ def name_of(roles: Sequence[str], mesh: Mesh) -> str:
 def _experts(graph: Graph) -> list[Node]:
     """The layers of experts."""
     nodes = [node for scope in scopes(graph) for node in scope.nodes]
-    return [node for node in nodes if kind_of(node) == "experts"]
+    return [node for node in nodes if operator_of(node).experts]
 
 
 def _sends(region: Region, strategy: Strategy, axis: int) -> bool:
@@ -242,7 +242,7 @@ def _sends(region: Region, strategy: Strategy, axis: int) -> bool:
     return all(
         choices[axis] in rule_of(node).algorithms
         for node, choices in zip(region.nodes, strategy.choices, strict=True)
-        if kind_of(node) == "experts"
+        if operator_of(node).experts
     )
 
 
@@ -264,7 +264,7 @@ def ordinary_roles(mesh: Mesh, graph: Graph) -> list[tuple[str, ...]]:
 
 def _axes_for_experts(mesh: Mesh, graph: Graph) -> int:
     """How many of the innermost axes together divide the experts of all layers."""
-    numbers = [rule_of(node).sizes["e"] for node in _experts(graph)]
+    numbers = [rule_of(node).sizes[operator_of(node).experts] for node in _experts(graph)]
     fitting = [
         inner
         for inner in range(1, len(mesh.axes) + 1)

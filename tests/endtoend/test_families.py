@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from shardwright.ir.ops.registry import kind_of, rule_of
+from shardwright.ir.ops.registry import operator_of, rule_of
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.program import Convert, LoopCall
 from shardwright.planner.plan.traffic import predicted_bytes
@@ -53,7 +53,8 @@ class Parallel(Restriction):
     """Every matrix product and attention is cut on every axis: tiny models else run replicated."""
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
-        heavy = any(kind_of(node) in ("matmul", "attention") for node in region.nodes)
+        spent = {operator_of(node).spent_on for node in region.nodes}
+        heavy = spent & {"matrix products", "attention"}
         return not heavy or not {"R", "V"} & {c for cs in strategy.choices for c in cs}
 
 
@@ -115,13 +116,13 @@ class SplitGroups(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         pairs = zip(region.nodes, strategy.choices, strict=True)
-        return all(cs == ("n", "g") for node, cs in pairs if kind_of(node) == "attention")
+        return all(cs == ("n", "g") for node, cs in pairs if operator_of(node).attends)
 
 
 def test_more_ranks_than_key_heads(pool: Pool) -> None:
     made = builder("llama", (2, 2))
     decisions = planned(made, SplitGroups())
-    nodes = [node for node in made.graph.nodes if kind_of(node) == "attention"]
+    nodes = [node for node in made.graph.nodes if operator_of(node).attends]
     assert nodes and {decisions.choices[node.name] for node in nodes} == {("n", "g")}
     run(pool, made, decisions, case("llama"))
 
@@ -145,7 +146,7 @@ def assert_attention_is_cut(made: Builder, decisions: Decisions, roles: tuple[st
         "cp": ("q", "ring", "gather", "ulysses", "window"),
         "tp": ("n", "R", "V"),
     }
-    nodes = [n for region in made.regions for n in region.nodes if kind_of(n) == "attention"]
+    nodes = [n for region in made.regions for n in region.nodes if operator_of(n).attends]
     assert nodes
     for node in nodes:
         for role, choice in zip(roles, decisions.choices[node.name], strict=True):
@@ -160,7 +161,7 @@ class Algorithms(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         for node, choices in zip(region.nodes, strategy.choices, strict=True):
-            if kind_of(node) == "attention" and self.name in rule_of(node).algorithms:
+            if operator_of(node).attends and self.name in rule_of(node).algorithms:
                 if choices[-1] != self.name or {"R", "V"} & set(choices[:-1]):
                     return False
         return True
@@ -247,7 +248,7 @@ def test_fused_projections_are_cut_by_heads(pool: Pool, name: str, ranks: int) -
     products = [n for n in block.nodes if any(v.name in parts for v in n.operands)]
     assert len(products) == (5 if name == "phi3" else 3)
     assert {decisions.choices[node.name] for node in products} == {("o",)}
-    (attention,) = (node for node in block.nodes if kind_of(node) == "attention")
+    (attention,) = (node for node in block.nodes if operator_of(node).attends)
     assert decisions.choices[attention.name] == ("n",)
     program = program_of(made, decisions)
     moved = predicted_bytes(program, made.network.mesh)
