@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
+from ..facts.phases import find_phase
 from ..facts.units import format_bytes, format_seconds
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
@@ -20,9 +21,9 @@ _CUT = (("attention", "attention"), ("experts", "experts"), ("matrix products", 
 def docstring(plan: PlanData) -> str:
     """The docstring of the generated module of `plan`."""
     request = plan.request
-    unit = "training step" if plan.training else request.phase
+    unit = find_phase(find_phase(request.phase).programs[0]).run
     if plan.decode is not None:
-        unit = f"prefill, {format_seconds(plan.decode.seconds)} per output token"
+        unit = f"{unit}, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
     batch = f"batch {request.batch} x {request.seq} tokens, {request.dtype}"
     conversion = sum(recache.seconds for recache in plan.recached)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..facts.mesh import Mesh
+from ..facts.phases import find_phase
 from ..planner.plan.plan import PlanData
 from ..planner.plan.program import Program
 from .header import docstring
@@ -27,7 +28,7 @@ def programs_source(
         programs[0],
         mesh,
         summary=summary,
-        phase=plan.request.phase if plan.decode is None else "prefill",
+        phase=find_phase(plan.request.phase).programs[0],
         optimizer=optimizer,
         decode=None if plan.decode is None else programs[1],
         recached={recache.node: recache.path for recache in plan.recached},

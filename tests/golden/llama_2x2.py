@@ -8,7 +8,7 @@ dp1 cuts the batch.
 dp2 cuts the batch.
 
 Made from a model given to shardwright.plan, batch 8 x 2048 tokens, bfloat16.
-Predicted: 17 ms per training step, 4.74 GB per GPU.
+Predicted: 17 ms per step, 4.74 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

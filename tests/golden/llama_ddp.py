@@ -6,7 +6,7 @@
 dp cuts the batch.
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
-Predicted: 19.8 ms per training step, 7.02 GB per GPU.
+Predicted: 19.8 ms per step, 7.02 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

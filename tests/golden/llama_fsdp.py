@@ -6,7 +6,7 @@
 dp cuts the batch and parameters, which are gathered for use (FSDP).
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
-Predicted: 19.7 ms per training step, 6.27 GB per GPU.
+Predicted: 19.7 ms per step, 6.27 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

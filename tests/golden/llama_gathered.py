@@ -6,7 +6,7 @@
 cp cuts attention by sequence, K/V gathered and the sequence between them.
 
 Made from a model given to shardwright.plan, batch 1 x 131072 tokens, bfloat16.
-Predicted: 242 ms per training step, 23.1 GB per GPU.
+Predicted: 242 ms per step, 23.1 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -6,7 +6,7 @@
 tp cuts attention by heads, products by columns and rows and the sequence between them.
 
 Made from a model given to shardwright.plan, batch 2 x 4096 tokens, bfloat16.
-Predicted: 6.9 ms per training step, 1.9 GB per GPU.
+Predicted: 6.9 ms per step, 1.9 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -6,7 +6,7 @@
 cp cuts attention by sequence, exchanged for heads and the sequence between them.
 
 Made from a model given to shardwright.plan, batch 1 x 16384 tokens, bfloat16.
-Predicted: 14.4 ms per training step, 3.7 GB per GPU.
+Predicted: 14.4 ms per step, 3.7 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
