@@ -426,8 +426,3 @@ def opaque_rule(
     operands = tuple(dims(shape) for shape in operand_shapes)
     results = tuple(dims(shape) for shape in result_shapes)
     return Rule(operands=operands, results=results, sizes=sizes, whole=frozenset(sizes))
-
-
-def local_dims(dims: Dims, sizes: Mapping[str, int], ways: Mapping[str, int]) -> tuple[int, ...]:
-    """Local shape of a tensor with these `dims` when factors are cut `ways` times."""
-    return tuple(prod(-(-sizes[f] // ways.get(f, 1)) for f in dim) for dim in dims)
