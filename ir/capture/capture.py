@@ -32,7 +32,7 @@ from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .functions import OwnBackward, refusing_own_backward
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
-from .location import first_calls, innermost_frame
+from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
 
 # A constant with more elements than this would make the plan file unreadable.
@@ -457,7 +457,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
         path = current.tb_frame.f_code.co_filename
         frame = innermost_frame(f'  File "{path}", line {current.tb_lineno}, in f')
         if frame[0] and not path.startswith("<"):
-            where = f"{path}:{current.tb_lineno}: "
+            where = f"{place(path, current.tb_lineno)}: "
         current = current.tb_next
     kind, text = type(error).__name__, str(error).strip().split("\n")[0]
     if kind in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException") or (

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from ...compat.torch import CheckpointFunction
 from ...compat.transformers import WRAPPERS
-from .location import innermost_frame
+from .location import innermost_frame, place
 
 # Their classes are torch's own operators, whose gradients are those of what they compute
 _TRUSTED = ("torch.", f"{WRAPPERS}.")
@@ -51,15 +51,15 @@ def _brought() -> Iterator[type[Any]]:
 
 def _refusal(kind: type[Any]) -> Callable[..., NoReturn]:
     def refuse(*args: object, **kwargs: object) -> NoReturn:
-        path, line = innermost_frame("".join(traceback.format_stack()))
+        where = place(*innermost_frame("".join(traceback.format_stack())))
         if kind is CheckpointFunction:
             raise OwnBackward(
-                f"{path}:{line}: torch.utils.checkpoint with `use_reentrant=True` would leave the"
+                f"{where}: torch.utils.checkpoint with `use_reentrant=True` would leave the"
                 " model without gradients; pass `use_reentrant=False`, or leave it out: the plan"
                 " decides what is computed again"
             )
         raise OwnBackward(
-            f"{path}:{line}: the model calls `{kind.__qualname__}`, a torch.autograd.Function: its"
+            f"{where}: the model calls `{kind.__qualname__}`, a torch.autograd.Function: its"
             " own backward would be lost, and the gradients would be those of its forward. Write"
             " it with torch's functions; a straight-through estimate is"
             " `x + (rounded - x).detach()`, and what is kept for backward the plan decides"

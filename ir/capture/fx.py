@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
-from .location import Frame, innermost_frame, statement, user_frames
+from .location import Frame, innermost_frame, place, statement, user_frames
 
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
 
@@ -445,7 +445,7 @@ def _where(module: fx.GraphModule, node: fx.Node) -> str:
     for candidate in nodes:
         path, line = innermost_frame(candidate.meta.get("stack_trace") or "")
         if path:
-            return f"{path}:{line}: "
+            return f"{place(path, line)}: "
     return ""
 
 

@@ -70,6 +70,12 @@ def innermost_frame(stack_trace: str) -> tuple[str, int]:
     return (frames[-1].path, frames[-1].line) if frames else ("", 0)
 
 
+def place(path: str, line: int) -> str:
+    """`models/gpt.py:12`, as messages say where: from the working directory, if it is in there."""
+    inside = os.path.abspath(path).startswith(os.getcwd() + os.sep)
+    return f"{os.path.relpath(path) if inside else path}:{line}"
+
+
 def statement(path: str, line: int) -> Statement:
     """The statement of file `path` that `line` belongs to."""
     return _statements(path).get(line, Statement(line, ()))
@@ -129,4 +135,6 @@ def _call_of(kind: type[nn.Module]) -> Call:
     return Call("", 0, kind.__name__, arguments[1:], file, line)
 
 
-__all__ = ["Frame", "Statement", "first_calls", "innermost_frame", "statement", "user_frames"]
+__all__ = [
+    "Frame", "Statement", "first_calls", "innermost_frame", "place", "statement", "user_frames",
+]  # fmt: skip

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwright.api import phase_graph
 from shardwright.ir.capture.capture import CaptureError, capture_folded
+from shardwright.ir.capture.location import place
 from shardwright.ir.passes.serving import ServingError, serving_graph
 from shardwright.loading import load_target
 
@@ -159,3 +160,11 @@ def test_complex_constants_are_refused(dtype: str, tmp_path: Path) -> None:
     loaded = load_target(str(tmp_path / "model.py"), batch=2, seq=4, phase="train", dtype=dtype)
     with pytest.raises(CaptureError, match=r"constant `turn` is complex \(torch.complex64\)"):
         phase_graph(loaded, "train", 0)
+
+
+def test_places_are_told_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place(str(tmp_path / "models" / "gpt.py"), 12) == "models/gpt.py:12"
+    assert place(f"{tmp_path}_other/gpt.py", 3) == f"{tmp_path}_other/gpt.py:3"
