@@ -14,9 +14,9 @@ import csv
 from pathlib import Path
 from time import perf_counter
 
-from shardwright.planner.ilp.iopddl import read_problem
 from shardwright.planner.ilp.problem import ShardingProblem
 from shardwright.planner.ilp.solve import SOLVERS, solve
+from shardwright.planner.iopddl import read_problem
 
 INSTANCES = Path(__file__).parents[2] / "shared" / "data" / "iopddl"
 COLUMNS = "{:10} {:8} {:11} {:>15} {:>15} {:>9} {:>15} {:>8}"

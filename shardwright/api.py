@@ -27,8 +27,8 @@ from .loading import (
     with_tokens,
 )
 from .planner.errors import PlanError
-from .planner.ilp.iopddl import write_problem
 from .planner.ilp.problem import ShardingProblem
+from .planner.iopddl import write_problem
 from .planner.plan.plan import PlanData, Request
 from .planner.plan.store import plan_to_json, read_plan, save_plan
 from .planner.report.model_graph import PlannedGraph

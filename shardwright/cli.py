@@ -448,7 +448,7 @@ def solve(
             raise ValueError(f"there is no file `{file}`")
         with _Progress() as progress:
             progress("solve")
-            from .planner.ilp.iopddl import solve_file
+            from .planner.iopddl import solve_file
 
             solution = solve_file(file, time_limit, solver.value)
         print(solution)

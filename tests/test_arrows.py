@@ -27,7 +27,7 @@ ARROWS: dict[str, str] = {
     "ir.reference": "ir.ops ir.graph facts compat",
     "ir.passes": "ir.ops ir.graph facts",
     "ir.capture": "ir.passes ir.reference ir.ops ir.graph facts compat",
-    "planner": "",
+    "planner": "planner.ilp facts",
     "planner.ilp": "",
     "planner.strategies": "planner planner.ilp costmodel costmodel.machines ir.ops ir.graph facts",
     "planner.plan": (

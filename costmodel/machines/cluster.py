@@ -27,6 +27,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ...facts.files import DataError, read_toml
+
 _FOLDER = resources.files(__name__.rpartition(".")[0]) / "clusters"
 BUILT_IN = tuple(
     sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if ".toml" in file.name)
@@ -216,7 +218,7 @@ def load_cluster(name_or_path: str | PathLike[str], gpus: int | None = None) -> 
     is_file = text.endswith(".toml") or "/" in text or "\\" in text
     name = Path(text).stem if is_file else text
     if is_file:
-        where, table = text, _parse(_read_file(Path(text)), text)
+        where, table = text, _read_file(Path(text))
     else:
         where, table = f"{name}.toml", _built_in(name)
     cluster = _build(name, _inherit(table, where), where)
@@ -243,22 +245,15 @@ def _unknown(name: str) -> str:
     )
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError(f"cluster file {path} cannot be read: {error}") from error
+        return read_toml(path)
+    except DataError as error:
+        raise ClusterError(f"cluster file: {error}") from error
 
 
 def _built_in(name: str) -> dict[str, Any]:
-    return _parse(built_in_text(name), f"{name}.toml")
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ClusterError(f"{where}: not valid TOML: {error}") from error
+    return tomllib.loads(built_in_text(name))
 
 
 def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:

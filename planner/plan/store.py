@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...facts.collectives import find_collective
+from ...facts.files import DataError, read_json
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import Spec, format_spec, parse_spec
@@ -313,22 +314,15 @@ class _Reader:
 
 def save_plan(plan: PlanData, path: Path) -> None:
     """Write the plan as JSON."""
-    path.write_text(json.dumps(plan_to_json(plan), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(plan_to_json(plan), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_plan(path: Path) -> PlanData:
     """The plan in `path`, a plan.json or a folder with one."""
     path = path / "plan.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PlanError(
-            f"cannot read `{path}`: {error.strerror}; give the folder of a plan"
-        ) from error
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"`{path}` is not JSON: line {error.lineno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
-        raise PlanError(f"`{path}` is no plan: {error}") from error
+        data = read_json(path)
+    except DataError as error:
+        raise PlanError(f"{error}; give the folder of a plan") from error
     return plan_from_json(data)

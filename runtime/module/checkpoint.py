@@ -12,7 +12,6 @@ Most published checkpoints have a tensor for each expert and matrix instead, som
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...facts.files import read_json
 from .parameters import Original, Stack, expert_stacks
 
 Slices: TypeAlias = tuple[slice, ...]
@@ -320,7 +320,8 @@ def _names_in(path: Path) -> dict[str, Path]:
 
 
 def _names_in_index(index: Path) -> dict[str, Path]:
-    weight_map: object = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+    content: object = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"checkpoint {index}: no `weight_map` from tensor names to files")
     files = {str(name): index.parent / Path(str(file)).name for name, file in weight_map.items()}

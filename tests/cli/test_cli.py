@@ -432,7 +432,7 @@ def test_solve(api: FakeApi, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         return "cost 445, bound 445, optimal"
 
-    monkeypatch.setattr("shardwright.planner.ilp.iopddl.solve_file", solve_file)
+    monkeypatch.setattr("shardwright.planner.iopddl.solve_file", solve_file)
     Path("p.json").write_text("{}")
     ran = run("solve p.json --time-limit 30 --solver pyomo")
     assert (ran.code, ran.out) == (0, "cost 445, bound 445, optimal\n")

@@ -113,7 +113,7 @@ def test_copy_of_a_built_in_file_is_a_user_file(name: str, tmp_path: Path) -> No
     "text, said",
     [
         ('base = "h100"\n', None),
-        ("memory_bytes = \n", "mine.toml: not valid TOML"),
+        ("memory_bytes = \n", "mine.toml` is not valid TOML"),
         ('base = "h10"\n', "mine.toml: base: unknown cluster `h10`; did you mean `h100`?"),
         ('base = "h100"\nmemory = 1\n', "memory: no such field; did you mean `memory_bytes`?"),
         ('base = "h100"\n[intra_node]\nhops_s = 1\n', "[intra_node] hops_s: no such field; did"),
@@ -150,7 +150,7 @@ def test_bad_file_names_the_field(tmp_path: Path, text: str, said: str | None) -
 
 
 def test_missing_file_and_bad_count() -> None:
-    with pytest.raises(ClusterError, match="cluster file nowhere/x.toml cannot be read"):
+    with pytest.raises(ClusterError, match="cluster file: cannot read `nowhere/x.toml`"):
         load_cluster("nowhere/x.toml")
     with pytest.raises(ClusterError, match="gpus=0: a cluster has at least one GPU"):
         load_cluster("h100", gpus=0)

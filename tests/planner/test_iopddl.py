@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from shardwright.planner.ilp.iopddl import (
+from shardwright.facts.files import DataError
+from shardwright.planner.ilp.problem import (
+    ProblemNode,
+    ShardingProblem,
+    Usage,
+    brute_force,
+    evaluate,
+)
+from shardwright.planner.iopddl import (
     INFINITE_COST,
     IopddlError,
     problem_from_json,
@@ -19,13 +27,6 @@ from shardwright.planner.ilp.iopddl import (
     read_problem,
     solve_file,
     write_problem,
-)
-from shardwright.planner.ilp.problem import (
-    ProblemNode,
-    ShardingProblem,
-    Usage,
-    brute_force,
-    evaluate,
 )
 from tests.planner.random_problems import problems
 
@@ -166,8 +167,9 @@ def test_malformed_files_name_the_field(tmp_path: Path, bad: object, message: st
 
 @pytest.mark.parametrize("name", ["bad.json", "bad.json.gz"])
 def test_what_is_not_json_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"{ not json")
-    with pytest.raises(IopddlError, match="is not JSON"):
+    data = b"{ not json"
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(DataError, match="is not JSON"):
         read_problem(tmp_path / name)
 
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.planner.ilp.heuristic import search
-from shardwright.planner.ilp.iopddl import read_problem
 from shardwright.planner.ilp.presolve import Infeasible
 from shardwright.planner.ilp.presolve import presolve as reduce
 from shardwright.planner.ilp.problem import (
@@ -22,6 +21,7 @@ from shardwright.planner.ilp.problem import (
     evaluate,
 )
 from shardwright.planner.ilp.solve import SOLVERS, Solution, SolverError, solve
+from shardwright.planner.iopddl import read_problem
 from tests.planner.random_problems import problems
 
 INF = float("inf")

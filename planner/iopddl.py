@@ -20,8 +20,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from .problem import Edge, FloatArray, ProblemNode, ShardingProblem, Usage
-from .solve import Solution, solve
+from ..facts.files import MB, read_json
+from .ilp.problem import Edge, FloatArray, ProblemNode, ShardingProblem, Usage
+from .ilp.solve import Solution, solve
 
 INFINITE_COST = 10**18
 # The contest's evaluator adds costs in 64-bit integers; sums must stay well below INFINITE_COST.
@@ -34,16 +35,11 @@ class IopddlError(ValueError):
 
 
 def read_problem(path: str | Path) -> ShardingProblem:
-    """Read `path`, a .json or .json.gz file.
+    """Read `path`, a .json or .json.gz file of at most 1 GB.
 
-    Raises `IopddlError` if it is not a valid problem, `OSError` if it cannot be read.
+    Raises `DataError` for what is no such file, `IopddlError` if it is not a valid problem.
     """
-    path = Path(path)
-    try:
-        data = gzip.decompress(path.read_bytes()) if _zipped(path) else path.read_bytes()
-        content = cast(object, json.loads(data))
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as e:
-        raise IopddlError(f"{path} is not JSON: {e}") from e
+    content = read_json(path, limit=1000 * MB)
     try:
         return problem_from_json(content)
     except ValueError as e:

@@ -1,0 +1,142 @@
+"""Plans and models from others: what is run, and what reaches the terminal."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shardwright import terminal
+
+if TYPE_CHECKING:
+    from .conftest import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+import torch
+from torch import nn
+
+print("model file runs")
+
+def build_model():
+    return nn.Sequential(nn.Linear(8, 8))
+
+def example_inputs(batch, seq):
+    return {"input": torch.zeros(batch, seq, 8)}
+"""
+SMALL = "--gpus 2 --cluster cpu --batch 2 --seq 4 --dtype float32 --mesh 2 --out out".split()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(MODEL)
+
+
+def as_sent_by_another() -> None:
+    """The same plan, but not these bytes: as if written elsewhere."""
+    Path("out/plan.json").write_text(Path("out/plan.json").read_text() + "\n")
+
+
+def test_verify_runs_no_file_that_a_strangers_plan_names(run: Run) -> None:
+    assert run("model.py", *SMALL).code == 0
+    own = run("verify", "out")
+    assert own.code == 0 and "Sequential itself from model.py" in own.out
+    assert "model file runs" in own.err and "model file runs" not in own.out
+    as_sent_by_another()
+    other = run("verify", "out")
+    assert other.code == 0 and "itself from" not in other.out
+    assert "model.py was not run: this plan was not written here by you; --model" in other.out
+    assert "model file runs" not in other.out + other.err
+    asked = run("verify", "out", "--model", "model.py")
+    assert asked.code == 0 and "Sequential itself from model.py" in asked.out
+
+
+def test_an_edited_module_beside_a_strangers_plan_is_not_run(run: Run) -> None:
+    assert run("model.py", *SMALL).code == 0
+    module = Path("out/sharded_model.py")
+    module.write_text(module.read_text() + "\nopen('proof', 'w')\n")
+    assert run("verify", "out").code == 0 and Path("proof").exists()  # this user's own edit
+    Path("proof").unlink()
+    as_sent_by_another()
+    refused = run("verify", "out")
+    assert refused.code == 2 and "is not what its plan generates" in refused.err
+    assert not Path("proof").exists()
+
+
+def test_a_file_that_ends_the_process(run: Run) -> None:
+    Path("model.py").write_text("import sys\nsys.exit(0)\n" + MODEL)
+    ran = run("model.py", *SMALL)
+    assert ran.code == 2 and "model.py:2: importing the file failed: SystemExit: 0" in ran.err
+
+
+def test_what_a_model_prints_does_not_break_json(run: Run) -> None:
+    ran = run("model.py", *SMALL, "--json")
+    assert json.loads(ran.out)["schema"] == "shardwright.plan/1"
+    assert "model file runs" in ran.err
+
+
+def test_a_thread_does_not_keep_planning_alive() -> None:
+    Path("model.py").write_text(
+        "import threading, time\nthreading.Thread(target=lambda: time.sleep(900)).start()\n" + MODEL
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", "from shardwright.cli import main; main()", "model.py", *SMALL],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "plan verify out" in ran.stdout, ran.stderr
+
+
+def test_files_in_the_current_folder_are_no_libraries() -> None:
+    for name in ("pickle", "typing", "socket"):
+        Path(f"{name}.py").write_text("open('proof', 'w')\n")
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if p]\n"
+        "import numpy as np\n"
+        "from shardwright.planner.ilp.problem import ProblemNode, ShardingProblem\n"
+        "from shardwright.planner.ilp.solve import solve\n"
+        "from shardwright.runtime import run_ranks\n"
+        "if __name__ == '__main__':\n"
+        "    problem = ShardingProblem('p', (ProblemNode('x', np.array([2.0, 1.0])),), (), None)\n"
+        "    assert solve(problem, solver='pyomo', presolve=False).assignment == (1,)\n"
+        "    assert run_ranks(abs, 2, -3) == [3, 3]\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert not Path("proof").exists()
+
+
+def test_a_plan_that_is_told_to_end_cleans_up() -> None:
+    slow = "import time, os, signal\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    Path("model.py").write_text(slow + MODEL)
+    ran = subprocess.run(
+        [sys.executable, "-c", "from shardwright.cli import main; main()", "model.py", *SMALL],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert ran.returncode == 128 + signal.SIGTERM and not Path("out").exists()
+
+
+def test_printable() -> None:
+    result = doctest.testmod(terminal)
+    assert result.attempted and not result.failed
+    assert terminal.printable("größer ≥ 1\t") == "größer ≥ 1\\t"
+
+
+def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal.print_everywhere()
+    terminal.say("größer")
+    out.flush()
+    assert out.buffer.getvalue() == b"gr\\xf6\\xdfer\n"  # type: ignore[attr-defined]
