@@ -67,6 +67,19 @@ _ANNOTATION = (
 )  # fmt: skip
 
 
+def _asks_for_a_module(node: ast.Call) -> bool:
+    """`self.get_submodule("heads.a-b")`."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr="get_submodule"),
+            args=[ast.Constant(value=str(path))],
+            keywords=[],
+        ):
+            return not any(part.startswith("__") for part in path.split("."))
+        case _:
+            return False
+
+
 def check_module(source: str) -> None:
     """Raises ValueError, with the line, for what no generated module holds."""
     try:
@@ -250,6 +263,8 @@ class _Checker:
 
     def call(self, node: ast.Call) -> _Kind:
         """`f(x, name=y, **{"from": z})`, where `f` is known to be a function."""
+        if _asks_for_a_module(node):
+            return "held"
         if not self.may_call(node.func):
             raise _refused(node)
         for each in (*node.args, *(keyword.value for keyword in node.keywords)):

@@ -16,6 +16,7 @@ from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
 from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Arg, Node, Value
+from ..ir.graph.names import is_path
 from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
 from ..ir.ops.registry import operator_of, rule_of
@@ -30,9 +31,28 @@ from .views import Dim, reshaped
 
 
 def attribute(path: str) -> str:
-    """`self.model.layers[0].weight` for `model.layers.0.weight`."""
-    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".")]
-    return "self" + "".join(parts)
+    """`self.model.layers[0].weight` for `model.layers.0.weight`.
+
+    Modules whose names cannot stand in Python, as `heads.a-b`, are asked for by name.
+
+    >>> attribute("heads.a-b.weight")
+    'self.get_submodule("heads.a-b").weight'
+    """
+    parts = path.split(".")
+    odd = [i for i, part in enumerate(parts) if not is_path(part) or (part.isdigit() and not i)]
+    named = parts[: odd[-1] + 1] if odd else []
+    if named and len(named) == len(parts):
+        raise ValueError(
+            f"the model has a parameter `{path}`, a name that cannot stand in Python; rename it"
+        )
+    start = f'self.get_submodule("{".".join(named)}")' if named else "self"
+    rest = parts[len(named) :]
+    return start + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in rest)
+
+
+def _module(path: str) -> str:
+    """The module at `path`, as `attribute` has what lies in it."""
+    return attribute(f"{path}.weight").removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +258,7 @@ class FunctionWriter:
         if isinstance(item, Compute):
             return self._leaf(item) or render(item, self)
         self.calls[item] = [self._natural(read) for read in item.inputs]
-        return f"{attribute(item.path)}({', '.join(map(self.text, item.inputs))})"
+        return f"{_module(item.path)}({', '.join(map(self.text, item.inputs))})"
 
     def _leaf(self, item: Compute) -> str:
         """`self.q_proj(x)` where a layer of torch's is all that runs; else nothing."""
@@ -256,7 +276,7 @@ class FunctionWriter:
         if path is None or not held or paths != names:
             return ""
         self.leaves[path] = f"nn.{kind}"
-        return f"{attribute(path)}({self.text(value)})"
+        return f"{_module(path)}({self.text(value)})"
 
     def _natural(self, item: Sharded) -> str:
         """What the caller calls an argument."""
@@ -297,7 +317,7 @@ class FunctionWriter:
         self._out += [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
         path = self.function.own(item.loop.path)
         assert path is not None
-        self._out.append(f"{pad}for layer in {attribute(path)}:")
+        self._out.append(f"{pad}for layer in {_module(path)}:")
         passed = ", ".join([*carried, *arguments])
         run = f"self.recompute(layer, {passed})" if self.context.recompute else f"layer({passed})"
         call = f"{', '.join(carried)} = {run}"

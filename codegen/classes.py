@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..ir.graph.names import is_identifier
 from .source import statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
@@ -64,11 +65,12 @@ class Modules:
     @property
     def lines(self) -> list[str]:
         """The declarations in the class that holds them; see `runtime.Sharded`."""
-        plain = [f"    {path}: {name}" for path, name in self.classes.items() if "." not in path]
+        direct = {path: name for path, name in self.classes.items() if is_identifier(path)}
+        plain = [f"    {path}: {name}" for path, name in direct.items()]
         rows = [
             row
             for path, name in self.classes.items()
-            if "." in path
+            if path not in direct
             for row in statement(f'"{path}": {name},', 2)
         ]
         table = ["    MODULES = {", *rows, "    }"] if rows else []

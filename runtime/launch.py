@@ -15,7 +15,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_all_start_methods, get_context
@@ -141,7 +142,8 @@ class RankPool:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self.ranks, store, timeout_s, dict(os.environ))
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with _safe_path():
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours))
 
@@ -183,6 +185,24 @@ class RankPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+@contextmanager
+def _safe_path() -> Generator[None]:
+    """Python processes that start now do not look for modules in the current folder.
+
+    Whatever lies there (a `pickle.py`) would run in place of the library; where this process may
+    import from, they are told later.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _context() -> ForkServerContext | SpawnContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from .codegen.write import module_source
 from .costmodel.machines.cluster import load_cluster
+from .facts.held import taken
 from .facts.mesh import Mesh
 from .facts.phases import Phase, find_phase
+from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
 from .ir.passes.serving import ServingError, is_decoder, serving_graph
@@ -30,7 +33,7 @@ from .planner.errors import PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.plan import PlanData, Request
-from .planner.plan.store import plan_to_json, read_plan, save_plan
+from .planner.plan.store import plan_to_json, read_plan
 from .planner.report.model_graph import PlannedGraph
 from .planner.report.report import format_plan
 from .planner.search.search import Clock, Job, setting_of
@@ -80,19 +83,26 @@ class Plan(PlanData):
         return plan_to_json(self)
 
     def save(self, path: str | Path) -> None:
-        """Write `plan.json`; `load_plan` gives an equal plan back."""
-        save_plan(self, Path(path))
+        """Write `plan.json`; `load_plan` gives an equal plan back.
+
+        Raises FileExistsError rather than replace what is no plan.
+        """
+        write_plan(self, Path(path))
 
     def module_source(self) -> str:
         """The generated module as text."""
         return module_source(self)
 
     def write_module(self, path: str | Path) -> None:
-        """Write the module that runs this plan under torchrun."""
-        Path(path).write_text(self.module_source(), encoding="utf-8")
+        """Write the module that runs this plan under torchrun.
+
+        Raises FileExistsError rather than replace what is no generated module.
+        """
+        write_module(self, Path(path))
 
     def launch_command(self, module: str) -> str:
         """The torchrun command that runs the module's demonstration."""
+        module = shlex.quote(module)
         node = load_cluster(self.request.cluster, self.request.gpus).gpus_per_node
         gpus = self.request.gpus
         if gpus <= node:
@@ -225,6 +235,7 @@ def plan_file(
 
 def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> Graph:
     """The folded graph of a loaded model, its inputs' dims labelled."""
+    _check_names(loaded.model)
     with quiet_torch():
         graph = capture_folded(
             loaded.model,
@@ -235,6 +246,16 @@ def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> G
         )
     inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
     return replace(graph, inputs=inputs)
+
+
+def _check_names(model: nn.Module) -> None:
+    """Raises PlanError for a part whose name a generated module has for itself."""
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if word := taken(name):
+            raise PlanError(
+                f"{type(model).__name__} has a part `{name}`; generated modules have `{word}` for "
+                "themselves: rename that part"
+            )
 
 
 def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
@@ -398,15 +419,19 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.load(path)
 
 
-def verify(folder: str | Path, ranks: int | None = None) -> Verification:
+def verify(
+    folder: str | Path, ranks: int | None = None, *, model: str | None = None
+) -> Verification:
     """Run the module of the plan in `folder` on gloo ranks of this machine beside the original.
 
-    `print` shows the result, `.ok` says whether every output, the loss and every gradient agree.
-    Raises PlanError where the plan cannot be run on `ranks` processes.
+    The original is what the plan names, or `model` (`model.py`, `config.json`); a Python file that
+    a plan from elsewhere names is run only if `model` says so.  `print` shows the result, `.ok`
+    says whether every output, the loss and every gradient agree.  Raises PlanError where the plan
+    cannot be run on `ranks` processes.
     """
     from .verify import verify as run
 
-    return run(Path(folder), ranks)
+    return run(Path(folder), ranks, model)
 
 
 __all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file", "verify"]

@@ -8,30 +8,38 @@ before the command line and the places to write to are known to be good.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
-import shutil
+import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
 
 import typer
 
 from . import __version__
 from .compat.versions import untried, versions_in_use
 from .costmodel.machines.cluster import BUILT_IN
+from .facts.files import read_text
 from .facts.phases import PHASES, TRAIN
+from .folder import (
+    MODULE_FILE,
+    PLAN_FILE,
+    check_output,
+    check_problem_file,
+    existing_plan,
+    module_is_the_plans,
+    write_folder,
+)
+from .terminal import print_everywhere, printable, say
 
 if TYPE_CHECKING:
     from .api import Plan
-
-PLAN_FILE = "plan.json"
-MODULE_FILE = "sharded_model.py"
-_OURS = {PLAN_FILE, MODULE_FILE, "__pycache__"}  # what may lie in an output folder that we reuse
 
 
 class Dtype(StrEnum):
@@ -96,9 +104,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The first argument is a model or the name of a further command; `./show` plans a model that is
     called `show`.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _run_process(sys.argv[1:])
     further = arguments and arguments[0] in {info.name for info in tools.registered_commands}
-    typer.main.get_command(tools if further else app).main(arguments, prog_name="plan")
+    typer.main.get_command(tools if further else app).main(list(arguments), prog_name="plan")
+
+
+def _run_process(arguments: Sequence[str]) -> NoReturn:
+    """Run the command line as this process: it cleans up when it is told to end, and does end."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, _end)
+    print_everywhere()
+    try:
+        main(arguments)
+    except _Ended as told:
+        raise SystemExit(told.code) from None
+    except SystemExit as stop:
+        others = [t for t in threading.enumerate() if t is not threading.main_thread()]
+        if any(not thread.daemon for thread in others):  # a thread of the user's model file
+            sys.stdout.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 0)
+        raise
+    raise SystemExit(0)
+
+
+class _Ended(BaseException):
+    """The system told this process to end: nobody's mistake, so nobody may catch it but we."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise _Ended(128 + number)
 
 
 def parse_bytes(text: str) -> int:
@@ -326,11 +365,11 @@ def plan(
     plan is the fastest under the cost model that fits into memory, and the report says why.
     """
     with _errors_as_exit_codes():
-        _check_output_folder(out)
+        check_output(out)
         if dump is not None and as_json:
             raise ValueError("--dump and --json both print to stdout; give one of them")
         if dump_problem is not None:
-            _check_output_file(dump_problem)
+            check_problem_file(dump_problem)
         with _Progress() as progress:
             progress("load PyTorch")
             from .api import plan_file
@@ -355,9 +394,9 @@ def plan(
                 progress=progress,
             )
             progress("write the module")
-            written = _write(made, out, dump_problem)
+            written = write_folder(made, out, dump_problem)
         if note := untried(versions_in_use()):
-            print(f"plan: {note}", file=sys.stderr)
+            say(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json, dump=dump)
 
 
@@ -371,28 +410,30 @@ def show(
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
-        path = _existing_plan(folder)
+        path = existing_plan(folder)
         if module:
             _print_module(folder / MODULE_FILE)
             return
         from .api import load_plan
 
         saved = load_plan(path)
-        print(json.dumps(saved.to_json(), indent=2) if as_json else saved)
+        say(json.dumps(saved.to_json(), indent=2) if as_json else saved)
+        if not module_is_the_plans(folder) and (folder / MODULE_FILE).exists():
+            say(f"plan: {folder / MODULE_FILE} is not as it was written", file=sys.stderr)
 
 
 def _print_module(path: Path) -> None:
     """The text of a generated module, highlighted in a terminal, plain in a pipe or a file."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; `plan MODEL --out {path.parent}` writes it")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if not sys.stdout.isatty():
-        print(text, end="")
+        print(printable(text), end="")
         return
     from rich.console import Console
     from rich.syntax import Syntax
 
-    Console().print(Syntax(text, "python", word_wrap=True))
+    Console().print(Syntax(printable(text), "python", word_wrap=True))
 
 
 @tools.command("verify")
@@ -407,6 +448,15 @@ def verify(
             help="processes to start on this machine, e.g. --ranks 4",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="what the plan names",
+            help="the original to compare with, as in `plan MODEL`; to be given where the plan "
+            "was written elsewhere and names a Python file, which is not run unasked",
+        ),
+    ] = None,
 ) -> None:
     """Run a plan's module beside the original model and compare, e.g. `plan verify plan_out`.
 
@@ -416,13 +466,13 @@ def verify(
     steps. Exits with 1 where it exceeds the tolerance.
     """
     with _errors_as_exit_codes():
-        _existing_plan(folder)
+        existing_plan(folder)
         with _Progress() as progress:
             progress("run both models")
             from .api import verify as run_verification
 
-            verification = run_verification(folder, ranks)
-        print(verification)
+            verification = run_verification(folder, ranks, model=model)
+        say(verification)
     if not verification.ok:
         raise typer.Exit(1)
 
@@ -451,7 +501,7 @@ def solve(
             from .planner.iopddl import solve_file
 
             solution = solve_file(file, time_limit, solver.value)
-        print(solution)
+        say(solution)
 
 
 @contextmanager
@@ -464,98 +514,11 @@ def _errors_as_exit_codes() -> Generator[None, None, None]:
     except BrokenPipeError:  # the reader of stdout left, as `head` does: not a user's mistake
         raise
     except InfeasibleError as error:
-        print(f"plan: {error}", file=sys.stderr)
+        say(f"plan: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
-        print(f"plan: error: {error}", file=sys.stderr)
+        say(f"plan: error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _check_output_folder(out: Path) -> None:
-    """Refuse, before any work, a folder that holds anything but an earlier plan."""
-    if not out.exists():
-        _check_parents(out)
-        return
-    if not out.is_dir():
-        raise ValueError(f"--out `{out}` is a file; name a folder, as in `--out {out}_plan`")
-    found = {path.name for path in out.iterdir()}
-    foreign = sorted(found - _OURS)
-    if foreign or (found and not _is_plan(out / PLAN_FILE)):
-        named = foreign or sorted(found)
-        shown = ", ".join(f"`{name}`" for name in named[:3]) + (" ..." if named[3:] else "")
-        raise ValueError(
-            f"--out `{out}` holds {shown}, which is not a plan; nothing there is overwritten: "
-            f"name a new folder, as in `--out {out / 'plan_out'}`"
-        )
-
-
-def _check_output_file(path: Path) -> None:
-    """Refuse, before any work, a file that cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"--dump-problem `{path}` is a folder; name a file, as in `problem.json`")
-    _check_parents(path)
-
-
-def _check_parents(path: Path) -> None:
-    """The nearest ancestor of `path` that exists must be a folder; the others will be made."""
-    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
-    if not ancestor.is_dir():
-        raise ValueError(f"cannot write `{path}`: `{ancestor}` is a file, not a folder")
-
-
-def _is_plan(path: Path) -> bool:
-    """Is this a plan.json of ours, of whatever version?"""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "schema" in content
-
-
-def _existing_plan(folder: Path) -> Path:
-    path = folder / PLAN_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"there is no plan in `{folder}`: no file `{path}`; "
-            f"`plan MODEL --gpus N --out {folder}` makes one"
-        )
-    return path
-
-
-def _write(made: Plan, out: Path, dump_problem: Path | None) -> tuple[Path, ...]:
-    """Write the plan's files, each whole or not at all; gives their paths in the order to list.
-
-    They are written under a temporary name beside their place (so on the same file system) and
-    moved there when all of them are complete.
-    """
-    with _temporary_folder(out if out.is_dir() else out.parent) as draft:
-        made.save(draft / PLAN_FILE)
-        made.write_module(draft / MODULE_FILE)
-        if dump_problem is not None:
-            with _temporary_folder(dump_problem.parent) as problem_draft:
-                made.dump_problem(problem_draft / dump_problem.name)
-                (problem_draft / dump_problem.name).replace(dump_problem)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (MODULE_FILE, PLAN_FILE):
-            (draft / name).replace(out / name)
-    files = (out / PLAN_FILE, out / MODULE_FILE)
-    return files if dump_problem is None else (*files, dump_problem)
-
-
-@contextmanager
-def _temporary_folder(parent: Path) -> Generator[Path, None, None]:
-    """A new empty folder in `parent`, gone at the end, and `parent` too if it was made in vain."""
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".plan-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        for ancestor in made:
-            if any(ancestor.iterdir()):
-                break
-            ancestor.rmdir()
 
 
 def _report(
@@ -563,9 +526,9 @@ def _report(
 ) -> None:
     """The report, the files and the next commands; JSON or a dump have stdout for themselves."""
     if dump is not None:
-        print(made.dump(dump.value))
+        say(made.dump(dump.value))
     else:
-        print(json.dumps(made.to_json(), indent=2) if as_json else made)
+        say(json.dumps(made.to_json(), indent=2) if as_json else made)
     notes = [
         "Written",
         *(f"  {path}" for path in written),
@@ -573,7 +536,7 @@ def _report(
         f"  {made.launch_command(str(out / MODULE_FILE))}",
         f"  plan verify {shlex.quote(str(out))}",
     ]
-    print("", *notes, sep="\n", file=sys.stderr if as_json or dump else sys.stdout)
+    say("", *notes, file=sys.stderr if as_json or dump else sys.stdout)
 
 
 class _Progress:
@@ -610,7 +573,7 @@ class _Progress:
 
     def __call__(self, step: str, done: float | None = None) -> None:
         if step != self._step and not self._console.is_terminal:
-            print(f"plan: {step}", file=sys.stderr, flush=True)
+            say(f"plan: {step}", file=sys.stderr)
         if step != self._step:
             self._step = step
             self._bar.reset(self._task, description=step, total=None)

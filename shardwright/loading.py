@@ -8,7 +8,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -65,13 +65,15 @@ def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) ->
 def quiet_torch() -> Generator[None]:
     """What torch.export logs and prints on its way to an exception stays off the user's screen.
 
-    The exception says it in one sentence; other output, of the model too, comes through.
+    The exception says it in one sentence; other output, of the model too, comes through, on stderr:
+    stdout holds our results alone.
     """
     before, stderr = logging.root.manager.disable, sys.stderr
     logging.disable(logging.CRITICAL)
     sys.stderr = cast("TextIO", _WithoutExport(stderr))
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         logging.disable(before)
         sys.stderr = stderr
@@ -225,19 +227,24 @@ def _import_file(path: Path) -> ModuleType:
 @contextmanager
 def _beside(path: Path) -> Generator[None]:
     """The file's own folder is importable, as when it is run as a script."""
+    before = list(sys.path)
     sys.path.insert(0, str(path.resolve().parent))
     try:
         yield
     finally:
-        sys.path.pop(0)
+        sys.path[:] = before
 
 
 @contextmanager
 def _reported(path: Path, doing: str) -> Generator[None]:
-    """Whatever the user's code raises becomes one sentence with its line, the cause attached."""
+    """Whatever the user's code raises becomes one sentence with its line, the cause attached.
+
+    What it prints goes to stderr: stdout holds our results alone.
+    """
     try:
-        yield
-    except Exception as error:  # the user's code may raise anything
+        with redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         frames = [f for f in inspect.trace() if Path(f.filename).resolve() == path.resolve()]
         line = f"{path.name}:{frames[-1].lineno}" if frames else path.name
         raise PlanError(f"{line}: {doing} failed: {type(error).__name__}: {error}") from error

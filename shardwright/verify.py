@@ -34,8 +34,10 @@ from .conversation import (
     is_served,
     length_of,
 )
+from .facts.files import read_text
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
+from .folder import MODULE_FILE, PLAN_FILE
 from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
@@ -51,8 +53,7 @@ from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
 from .runtime import RankError, run_ranks
 from .runtime.cache.declared import TOKENS
-
-MODULE_FILE = "sharded_model.py"
+from .written import wrote
 
 # What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
 _PARAMETER_BYTES, _RESULT_BYTES, _FLOPS = 4e9, 1e9, 1e12
@@ -90,6 +91,7 @@ class Verification:
     comparisons: tuple[Comparison, ...]
     failure: str = ""
     steps: str = ""  # of a served model: new tokens of each sequence
+    note: str = ""  # on the original
 
     @property
     def ok(self) -> bool:
@@ -112,6 +114,8 @@ class Verification:
             for what, (error, worst) in comparison.errors.items():
                 mark = "" if error <= _TOLERANCE else "   TOO LARGE"
                 lines.append(f"    {what:<10}{error:10.2e}   {worst}{mark}")
+        if self.note:
+            lines.append(f"  original    {self.note}")
         if self.failure:
             lines.append(f"  {self.failure}")
         return "\n".join(lines)
@@ -130,21 +134,57 @@ def _wrapped(head: str, items: list[str]) -> list[str]:
     return lines
 
 
-def verify(folder: Path, ranks: int | None = None) -> Verification:
+def verify(folder: Path, ranks: int | None = None, model: str | None = None) -> Verification:
     """Run the module in `folder` on `ranks` processes, and the original, on the same numbers.
 
     Default: the plan's own number of ranks where that is at most 8 and this machine can run the
-    model as it is, else as few as keep every mesh axis.  Raises PlanError where no such run exists.
+    model as it is, else as few as keep every mesh axis.  The original is `model` (as `plan MODEL`
+    takes it), else what the plan names; but no Python file that a plan from elsewhere names.
+    Raises PlanError where no such run exists.
     """
     plan = read_plan(folder)
+    text, edited = _module_in(folder, plan)
+    plan, note = _with_original(plan, model, wrote(folder / PLAN_FILE))
+    return replace(_verified(plan, folder / MODULE_FILE, text, edited, ranks), note=note)
+
+
+def _module_in(folder: Path, plan: PlanData) -> tuple[str, bool]:
+    """The module's text, and whether it is another than the plan generates.
+
+    Raises PlanError where it is missing, or neither the plan's nor this user's.
+    """
     path = folder / MODULE_FILE
     if not path.is_file():
         raise PlanError(
             f"there is no module `{path}`; write it again: "
             f"load_plan({str(folder)!r}).write_module({str(path)!r})"
         )
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     edited = text != module_source(plan)
+    if edited and not wrote(folder / PLAN_FILE):
+        raise PlanError(
+            f"`{path}` is not what its plan generates, and this plan was not written here by you: "
+            f"it is not run. Read it, or write the plan's own: load_plan({str(folder)!r})"
+            f".write_module({str(path)!r})"
+        )
+    return text, edited
+
+
+def _with_original(plan: PlanData, model: str | None, own: bool) -> tuple[PlanData, str]:
+    """The plan with the model file to compare with, and what is to be said of another."""
+    named = plan.request.target
+    is_code = named.partition(":")[0].endswith(".py")
+    if model is None and (own or not is_code):
+        return plan, ""
+    note = "" if model else (
+        f"{named} was not run: this plan was not written here by you; --model {named} runs it"
+    )  # fmt: skip
+    return replace(plan, request=replace(plan.request, target=model or "")), note
+
+
+def _verified(
+    plan: PlanData, path: Path, text: str, edited: bool, ranks: int | None
+) -> Verification:
     runnable, few_tokens = _runs_here(plan.graph), _loads_here(plan.graph)
     own = plan.mesh.ranks <= _MOST_RANKS if ranks is None else ranks == plan.mesh.ranks
     if own and runnable:

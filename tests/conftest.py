@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ GOLDEN = ROOT / "tests" / "golden"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 torch.set_num_threads(1)
+# What plans write is remembered here, in the processes that tests start, too, and not at home.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="shardwright-tests-")
 
 # The same examples in every run, so that a red build is red again on the next machine; no deadline,
 # because the first example of a test pays for torch's lazy set-up.

@@ -61,8 +61,7 @@ def _check_block(block: Block) -> None:
 
 def _check_params(params: Iterable[Param]) -> None:
     for param in params:
-        good = is_path(param.name)
-        _check(good, f"parameter `{param.name}`", "identifiers and numbers with dots between")
+        _check(_is_held(param.name), f"parameter `{param.name}`", "names with dots between")
 
 
 def _check_node(node: Node) -> None:
@@ -79,6 +78,14 @@ def _check_node(node: Node) -> None:
         _check_texts(f"argument `{name}` of `{node.op}`", _texts(arg))
         if name == "cache" and isinstance(arg, str):  # held by the module under this path
             _check(is_path(arg), f"cache `{arg}`", "identifiers and numbers with dots between")
+
+
+def _is_held(path: str) -> bool:
+    """Can a module hold something under `path`?  Python words, numbers, and names as `a-b`."""
+    return all(
+        part.isprintable() and not set(part) & _MARKS and not part.startswith("__") and part
+        for part in path.split(".")
+    )
 
 
 def _texts(arg: Arg) -> list[str]:

@@ -34,8 +34,8 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
     Building the model counts towards the time limit, starting the process does not.
     """
     started = perf_counter()
-    call = [sys.executable, "-m", __name__]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-P", "-m", __name__]  # -P: nothing from the current folder
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(
             call,

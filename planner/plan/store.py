@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -127,7 +126,7 @@ def plan_from_json(data: object) -> PlanData:
             search.get("meshes", int),
             search.rows("seconds", str, float),
         ),
-        notes=tuple(map(str, reader.get("notes", list))),
+        notes=reader.many("notes", str),
         decode=None if reader.is_null("decode") else plan_from_json(reader.get("decode", dict)),
         recached=tuple(_recache(row) for row in reader.children("recached")),
     )
@@ -229,6 +228,8 @@ class _Reader:
             return float(value)
         if type(value) is not kind:
             raise PlanError(f"`{where}` must be {kind.__name__}, got {type(value).__name__}")
+        if isinstance(value, str) and not value.isprintable():
+            raise PlanError(f"`{where}` must be one line of text, got {value[:40]!r}")
         return value
 
     def has(self, name: str) -> bool:
@@ -303,19 +304,13 @@ class _Reader:
         value = self.get(name, _PLAIN[annotation.removesuffix(" | None")])
         if isinstance(value, str) and name in _WORDS and not value.isidentifier():
             raise PlanError(f"`{self._where}.{name}` must be one word, got {value[:40]!r}")
-        if isinstance(value, str) and not (value.isprintable() and '"""' not in value):
-            raise PlanError(f"`{self._where}.{name}` must be one line of text, got {value[:40]!r}")
+        if isinstance(value, str) and '"""' in value:  # it would end the module's docstring
+            raise PlanError(f"`{self._where}.{name}` may not hold three quotes")
         return value
 
     def build(self, name: str, kind: type[Any]) -> Any:
         """The flat dataclass in field `name`."""
         return self.child(name).make(kind)
-
-
-def save_plan(plan: PlanData, path: Path) -> None:
-    """Write the plan as JSON."""
-    text = json.dumps(plan_to_json(plan), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_plan(path: Path) -> PlanData:

@@ -35,19 +35,15 @@ class FakePlan:
     def to_json(self) -> dict[str, object]:
         return {"schema": "shardwright.plan/1", "text": self.text}
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json()))
-        self._fail("save")
-
-    def write_module(self, path: Path) -> None:
-        path.write_text(f"# {self.text}\n")
-        self._fail("write_module")
+    def module_source(self) -> str:
+        self._fail("module_source")
+        return f"# {self.text}\n"
 
     def dump(self, stage: str) -> str:
         return f"the {stage} of {self.text}"
 
     def dump_problem(self, path: Path) -> None:
-        path.write_text("{}")
+        path.write_text('{"problem": {}}')
         self._fail("dump_problem")
 
     def launch_command(self, module: str) -> str:
@@ -86,8 +82,8 @@ class FakeApi:
         self.calls.append(("load_plan", {"path": path}))
         return FakePlan(json.loads(path.read_text())["text"])
 
-    def verify(self, folder: Path, ranks: int | None) -> FakeVerification:
-        self.calls.append(("verify", {"folder": folder, "ranks": ranks}))
+    def verify(self, folder: Path, ranks: int | None, model: str | None) -> FakeVerification:
+        self.calls.append(("verify", {"folder": folder, "ranks": ranks, "model": model}))
         return FakeVerification(self.verified)
 
 

@@ -192,7 +192,7 @@ def test_models_that_are_none(target: str, content: str | None, said: str, run: 
         ("--gpus 2 --mesh 1x1x1x2", "a mesh has one to three axes"),
         ("--gpus 4 --mesh dp=2,dp=2", "mesh axis names must be distinct identifiers"),
         ("--gpus 2 --cluster h10", "unknown cluster `h10`; did you mean `h100`?"),
-        ("--gpus 2 --cluster mine.toml", "cluster file mine.toml cannot be read"),
+        ("--gpus 2 --cluster mine.toml", "cluster file: cannot read `mine.toml`"),
         ("--gpus 2 --pin up.weight=R", "--pin needs --mesh"),
         ("--gpus 2 --mesh 2 --pin up.wait=R", "--pin up.wait: no parameter or module has such"),
         ("--gpus 2 --mesh 2 --pin up.weight=Q", "`Q` is not a sharding state"),
@@ -310,7 +310,7 @@ def test_dims_that_do_not_divide_are_planned_around(run: Run) -> None:
 @pytest.mark.parametrize(
     "toml, said",
     [
-        ("name = \n", "bad.toml: not valid TOML: Invalid value (at line 1"),
+        ("name = \n", "bad.toml` is not valid TOML: Invalid value (at line 1"),
         ("flopz = 3\n", "bad.toml: flopz: no such field"),
         ('base = "h10"\n', "did you mean `h100`?"),
         ('base = "h100"\nmemory_bytes = "many"\n', "memory_bytes"),

@@ -329,7 +329,7 @@ def test_a_file_where_a_folder_should_be_made(api: FakeApi, run: Run) -> None:
     assert api.calls == []
 
 
-@pytest.mark.parametrize("fails_at", ["save", "write_module", "dump_problem"])
+@pytest.mark.parametrize("fails_at", ["module_source", "dump_problem"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_nothing_is_half_written(fails_at: str, earlier: bool, api: FakeApi, run: Run) -> None:
     if earlier:
@@ -416,13 +416,13 @@ def test_verify(verified: bool, code: int, api: FakeApi, run: Run) -> None:
     ran = run("verify plan_out --ranks 4")
     assert ran.code == code
     assert ran.out == f"largest error: {'1e-12' if verified else '0.3'}\n"
-    assert api.calls[-1] == ("verify", {"folder": Path("plan_out"), "ranks": 4})
+    assert api.calls[-1] == ("verify", {"folder": Path("plan_out"), "ranks": 4, "model": None})
 
 
 def test_verify_chooses_the_ranks_by_itself(api: FakeApi, run: Run) -> None:
     run("model.py --gpus 8")
     run("verify plan_out")
-    assert api.calls[-1] == ("verify", {"folder": Path("plan_out"), "ranks": None})
+    assert api.calls[-1] == ("verify", {"folder": Path("plan_out"), "ranks": None, "model": None})
 
 
 def test_solve(api: FakeApi, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,44 @@ def test_what_a_model_prints_does_not_break_json(run: Run) -> None:
     assert "model file runs" in ran.err
 
 
+NAMES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(8, 8) for name in NAMES})
+
+    def forward(self, x):
+        for name in NAMES:
+            x = self.heads[name](x)
+        return x
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    return {"x": torch.zeros(batch, seq, 8)}
+"""
+
+
+def test_parts_with_any_name(run: Run) -> None:
+    """Numbers, keywords, marks, words of Python and of the generated module."""
+    names = ["a-b", "class", "0", "torch", "ops", "F", "self", "x", "generate"]
+    Path("model.py").write_text(f"NAMES = {names}\n{NAMES}")
+    assert run("model.py", *SMALL).code == 0
+    assert run("verify", "out").code == 0
+    text = Path("out/sharded_model.py").read_text()
+    assert 'self.get_submodule("heads.a-b")(' in text and "self.heads.torch(" in text
+
+
+def test_a_part_whose_name_the_module_needs(run: Run) -> None:
+    Path("model.py").write_text(f"NAMES = ['mesh']\n{NAMES}")
+    ran = run("model.py", *SMALL)
+    assert ran.code == 2 and "Net has a part `heads.mesh.weight`; generated modules have" in ran.err
+
+
 def test_a_thread_does_not_keep_planning_alive() -> None:
     Path("model.py").write_text(
         "import threading, time\nthreading.Thread(target=lambda: time.sleep(900)).start()\n" + MODEL

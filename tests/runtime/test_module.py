@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import json
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.facts import held
 from shardwright.runtime import (
     Input,
+    Layer,
     Mesh,
     Output,
     Outputs,
@@ -24,6 +27,7 @@ from shardwright.runtime import (
     Part,
     RankError,
     RankPool,
+    Sharded,
     ShardedModule,
     Weight,
     count_collectives,
@@ -370,3 +374,16 @@ def test_demo_runs_and_gathers_parameters_again(pool: Pool) -> None:
     assert warm_up.startswith("warm-up: ") and step.startswith("step 1: ") and "loss" in step
     assert summary.startswith("dp=2 x tp=2: best") and summary.endswith("GB on rank 0")
     assert texts[1:] == ("", "", "")
+
+
+def test_names_that_a_module_has_for_itself() -> None:
+    """Those that torch refuses by itself aside."""
+
+    def own(*classes: type[nn.Module]) -> set[str]:
+        names = {name for cls in classes for name in (*dir(cls), *cls.__annotations__)}
+        return {name for name in names - set(dir(nn.Module)) if not name.startswith("_")}
+
+    assert own(Sharded, Layer) | {"mesh"} == held.BY_ALL
+    assert own(ShardedModule) - held.BY_ALL == held.BY_MODEL
+    result = doctest.testmod(held)
+    assert result.attempted and not result.failed

@@ -1,0 +1,27 @@
+"""Names that a generated module has for itself, so that no part of the user's may be called so."""
+
+from __future__ import annotations
+
+# by every class in it, and by the model alone; `tests/runtime/test_module.py` compares
+BY_ALL = frozenset({"MODULES", "WEIGHTS", "bring_weights", "device", "generator", "mesh"})
+BY_MODEL = frozenset({
+    "CACHES", "CONTEXT", "DECODE", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
+    "PARAMETERS", "PHASE", "append", "cached_lengths", "decode", "demo", "from_checkpoint",
+    "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate", "local",
+    "local_part", "new_cache", "pack", "prefill", "programs", "recompute", "reset_parameters",
+    "serving", "set_cache", "shard_inputs", "truncate",
+})  # fmt: skip
+
+
+def taken(path: str) -> str:
+    """The part of a path that a generated module needs for itself; "" where there is none.
+
+    >>> taken("blocks.0.mesh.weight"), taken("generate.weight"), taken("blocks.generate.weight")
+    ('mesh', 'generate', '')
+    """
+    first, *rest = path.split(".")
+    own = [first] if first in BY_MODEL else []
+    return next(iter([*own, *(part for part in (first, *rest) if part in BY_ALL)]), "")
+
+
+__all__ = ["BY_ALL", "BY_MODEL", "taken"]
