@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,9 +20,10 @@ from ..ir.graph import Arg, Node, Value
 from ..ir.graph.names import is_path
 from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
-from ..ir.ops.registry import operator_of, rule_of
+from ..ir.ops.registry import is_view, local_of, operator_of, rule_of
 from ..planner.plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
 from ..planner.strategies.conversion import Step
+from .classes import TorchModule
 from .expressions import nested
 from .names import Base, Names, base_of
 from .nesting import Function, ModuleCall, makes_of, reads_of
@@ -66,18 +68,37 @@ class Context:
     words: Mapping[str, str]  # by the name of a value, what the user calls it
     weights: Mapping[Sharded, str]  # the paths that parameters are used under
     recompute: bool = False  # are layers run again in backward?
+    training: bool = False
+    order: str = "contiguous"  # in which ranks hold tokens
 
 
 @dataclass(slots=True)
 class _Pending:
-    """An expression that waits for the statement that it is written in."""
+    """An expression that waits for the statement that it is written in.
+
+    One that is a view of another has that as its `core`, and in `around` what is written around it.
+    """
 
     item: Item
     text: str
     notes: list[str]
     reads: set[Sharded]
+    numbers: set[int]  # of the statements that it is made of
     moves: bool  # does it communicate?
     base: Base
+    core: _Pending | None = None
+    around: str = ""
+
+    def over(self, core: str, value: Sharded) -> _Pending:
+        """The same with a variable in place of its core."""
+        assert self.core is not None
+        text = nested(self.around, {_CORE: core})
+        assert text is not None
+        numbers = self.numbers - self.core.numbers
+        return _Pending(self.item, text, [], {value}, numbers, False, self.base)
+
+
+_CORE = "nested_0"  # stands for the one part of an expression
 
 
 class FunctionWriter:
@@ -95,12 +116,12 @@ class FunctionWriter:
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
-        self.leaves: dict[str, str] = {}  # modules of torch's own that it calls, with their classes
+        self.leaves: dict[str, TorchModule] = {}  # modules of torch's own that it calls, by path
+        self.held: dict[str, None] = {}  # paths of all modules that it calls, in their order
         self.borrows = False  # was a size read off something that is no operand?
         self._pending: dict[Sharded, _Pending] = {}
         self._tokens: dict[str, _Pending] = {}
         self._out: list[str] = []
-        self._plan_nesting()
 
     def define(self, item: Sharded, name: str) -> str:
         """An argument of the function."""
@@ -109,6 +130,7 @@ class FunctionWriter:
     def lines(self, indent: int, returns: str = "{}") -> list[str]:
         """The body's lines; `returns` is what it returns, with the results for `{}`."""
         self._indent = indent
+        self._plan_nesting()
         for at, item in enumerate(self.function.statements):
             if isinstance(item, LoopCall):
                 self._loop(at, item)
@@ -163,26 +185,47 @@ class FunctionWriter:
         for out in self.function.outputs:
             users.setdefault(out, []).append(end)
         self._nests: set[int] = set()
-        runs = [*range(end), end]  # where each statement is written
+        self._users = users
+        self._runs = [*range(end), end]  # where each statement is written
         for at in reversed(range(end)):
             made = makes_of(steps[at])
             if len(made) == 1 and len(users.get(made[0], ())) == 1:
                 user = users[made[0]][0]
-                if self._may_nest(steps[at], None if user == end else steps[user]):
+                if self._may_nest(at, None if user == end else steps[user]):
                     self._nests.add(at)
-                    runs[at] = runs[user]
-        for item, positions in users.items():
-            self.names.last[item] = max(runs[at] for at in positions)
+                    self._runs[at] = self._runs[user]
+        for item in users:
+            self._find_last(item)
+        self._entering: dict[Sharded, Base] = {}
+        for step in steps:
+            for value, name in zip(*_flowing(step), strict=True):
+                if len(users[value]) == 1:
+                    self._entering[value] = Base(name, True)
 
-    def _may_nest(self, item: Item, user: Item | None) -> bool:
-        """May `item` be written in its only user, or where that is None in the return?"""
+    def _find_last(self, item: Sharded) -> None:
+        """Note the statement that uses `item` last, by where uses are written."""
+        self.names.last[item] = max(self._runs[at] for at in self._users[item])
+
+    def _may_nest(self, at: int, user: Item | None) -> bool:
+        """May statement `at` be written in its only user, or where that is None in the return?"""
+        item = self.function.statements[at]
         if isinstance(item, LoopCall) or isinstance(user, LoopCall):
             return False
         if isinstance(item, Convert):
             return True
-        if not base_of(item, self.names).users:
+        base = base_of(item, self.names, self.function.call)
+        if not base.users or self._is_taken(base.name, at):
             return True
         return isinstance(user, Convert) or (user is None and self.function.call is not None)
+
+    def _is_taken(self, name: str, at: int) -> bool:
+        """Does the user's name stand for something else that is used after statement `at`?"""
+        named = [i for i in self.function.inputs if i in self.names and self.names[i] == name]
+        for step in self.function.statements[:at]:
+            if isinstance(step, Compute | ModuleCall) and len(makes_of(step)) == 1:
+                base = base_of(step, self.names, self.function.call)
+                named += makes_of(step) if base.users and base.name == name else ()
+        return any(max(self._users.get(item, [-1])) > at for item in named)
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -206,49 +249,99 @@ class FunctionWriter:
             moves = _moves(item)
             inner = {token: part.text for token, part in self._tokens.items()}
             full = nested(text, inner) if inner else text
-            target = ", ".join([base.name] * len(makes_of(item)))
-            fits = full is not None and len(f"{target}_0 = {full}") + 4 * self._indent <= WIDTH
+            begin = "return " if self._is_returned(item) else f"{self._target(at, item, base)} = "
+            fits = full is not None and len(f"{begin}{full}") + 4 * self._indent <= WIDTH
             moving = [part for part in parts if part.moves]
             if not parts or (fits and len(moving) + moves <= 1):
                 notes = [note for part in parts for note in part.notes]
                 reads = {r for r in reads_of(item) if r not in self._pending}
                 reads |= {read for part in parts for read in part.reads}
+                numbers = {at, *(number for part in parts for number in part.numbers)}
                 for part in parts:
                     self._pending.pop(makes_of(part.item)[0], None)
                 if isinstance(item, Convert):
                     notes += [note] if (note := ", ".join(traffic_parts([item.priced]))) else []
+                elif isinstance(item, Compute):
+                    notes += [note] if (note := self._inside(item)) else []
                 assert full is not None
-                return full, _Pending(item, full, notes, reads, bool(moving) or moves, base)
+                done = _Pending(item, full, notes, reads, numbers, bool(moving) or moves, base)
+                done.core, done.around = _core(item, parts, text)
+                return full, done
             self.baked = baked
             out = next(iter(moving), None) if len(moving) + moves > 1 else None
             self._name_now(at, out or max(parts, key=lambda part: len(part.text)))
 
+    def _inside(self, item: Compute) -> str:
+        """`inside all-to-all 67 MB, backward all-to-all 67 MB`: what an operator sends itself."""
+        training = self.context.training and any(v.differentiable for v in item.node.outputs)
+        local = local_of(
+            item.node, item.choices, self.mesh.sizes, training=training, order=self.context.order
+        )
+        sent: dict[str, float] = {}
+        for traffic in operator_of(item.node).traffic(local):
+            kind = traffic.kind.replace("_", "-")
+            name = f"backward {kind}" if traffic.backward else f"inside {kind}"
+            sent[name] = sent.get(name, 0.0) + traffic.times * traffic.bytes
+        return ", ".join(f"{name} {format_bytes(total)}" for name, total in sent.items())
+
+    def _is_returned(self, item: Item) -> bool:
+        """Is the statement's result what the function returns?"""
+        uses = [self._users.get(value, []) for value in makes_of(item)]
+        return self.function.call is not None and uses == [[len(self.function.statements)]]
+
     def _name_now(self, at: int, pending: _Pending) -> None:
         """Write what was to be nested as a statement of its own, before the one at `at`."""
-        del self._pending[makes_of(pending.item)[0]]
-        self._write(at - 1, pending, pending.text)
+        made = makes_of(pending.item)[0]
+        core = pending.core or pending
+        for number in core.numbers:
+            self._runs[number] = at - 1
+        for read in core.reads:
+            self._find_last(read)
+        self._write(at - 1, core, core.text)
+        if core is pending:
+            del self._pending[made]
+        else:  # of a view what it shows gets the name
+            value = makes_of(core.item)[0]
+            self._pending[made] = pending.over(self.names[value], value)
 
     def _write(self, at: int, pending: _Pending, text: str) -> None:
         made = makes_of(pending.item)
-        names: list[str] = []
-        for number, item in enumerate(made):
-            word = self.context.words.get(item.value.name)
-            several = Base(word, True) if word else pending.base.numbered(number)
-            base = pending.base if len(made) == 1 else several
-            names.append(self.names.give(item, base, at))
+        bases = self._bases(pending.item, pending.base)
+        names = [
+            self.names.give(value, base, at) if self._users.get(value) else "_"
+            for value, base in zip(made, bases, strict=True)
+        ]
         layouts = {self.layout(read) for read in pending.reads if not self._is_parameter(read)}
         shown = [self.layout(made[0])] if self.layout(made[0]) not in layouts else []
         comment = "; ".join([*shown, *pending.notes])
         self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
+
+    def _bases(self, item: Item, base: Base) -> list[Base]:
+        """What each result of a statement would best be called."""
+        made = makes_of(item)
+        if len(made) == 1:
+            return [base]
+        words = [self.context.words.get(value.value.name) for value in made]
+        return [Base(w, True) if w else base.numbered(n) for n, w in enumerate(words)]
+
+    def _target(self, at: int, item: Item, base: Base) -> str:
+        """What would be assigned now."""
+        pairs = zip(makes_of(item), self._bases(item, base), strict=True)
+        return ", ".join(
+            self.names.choose(value, wanted, at) if self._users.get(value) else "_"
+            for value, wanted in pairs
+        )
 
     def _is_parameter(self, item: Sharded) -> bool:
         return item.value.name in self.context.parameters
 
     def _base(self, at: int, item: Compute | Convert | ModuleCall) -> Base:
         """What the result of a statement would best be called."""
-        base = base_of(item, self.names)
+        base = base_of(item, self.names, self.function.call)
         if not isinstance(item, Convert):
-            return base
+            return self._entering.get(makes_of(item)[0], base)
+        if item.target in self._entering:
+            return self._entering[item.target]
         stays = self.names.last.get(item.source, -1) > at and item.source not in self._pending
         return base.converted(item) if stays else base
 
@@ -258,24 +351,33 @@ class FunctionWriter:
         if isinstance(item, Compute):
             return self._leaf(item) or render(item, self)
         self.calls[item] = [self._natural(read) for read in item.inputs]
+        self.held[item.path] = None
         return f"{_module(item.path)}({', '.join(map(self.text, item.inputs))})"
 
     def _leaf(self, item: Compute) -> str:
-        """`self.q_proj(x)` where a layer of torch's is all that runs; else nothing."""
+        """`self.q_proj(x)` where a layer of torch's is all that runs; else nothing.
+
+        That is also where a module of the user's holds just its parameters, and does the same.
+        """
         call = item.node.loc.calls[-1] if item.node.loc.calls else None
-        kind = operator_of(item.node).module
-        if call is None or call.file or not kind or call.class_name != kind:
+        leaf = operator_of(item.node).leaf(item.node, item.choices)
+        if call is None or leaf is None:
             return ""
-        value, *weights = item.operands
-        _, *parameters = (name for name, arg in item.node.args if isinstance(arg, Value))
-        paths = [self.context.weights.get(weight, "") for weight in weights]
-        full = paths[0].rpartition(".")[0] if paths else ""
-        names = [f"{full}.{name}" for name in parameters]
+        names = [name for name, arg in item.node.args if isinstance(arg, Value)]
+        operands = dict(zip(names, item.operands, strict=True))
+        value = operands.pop(leaf.input)
+        used = {n: self.context.weights.get(weight, "") for n, weight in operands.items()}
+        full = next(iter(used.values()), "").rpartition(".")[0]
         path = self.function.own(full) if full else None
-        held = call.path == full or call.path.endswith(f".{full}")
-        if path is None or not held or paths != names:
+        ran_there = call.path == full or call.path.endswith(f".{full}")
+        if path is None or not ran_there or used != {name: f"{full}.{name}" for name in used}:
             return ""
-        self.leaves[path] = f"nn.{kind}"
+        options = tuple((name, repr(option)) for name, option in leaf.options)
+        made = TorchModule(f"nn.{leaf.kind}", options)
+        holds = {p for p in self.context.parameters.values() if p.startswith(f"{full}.")}
+        if holds != set(used.values()) or self.leaves.setdefault(path, made) != made:
+            return ""
+        self.held[path] = None
         return f"{_module(path)}({self.text(value)})"
 
     def _natural(self, item: Sharded) -> str:
@@ -294,7 +396,8 @@ class FunctionWriter:
             full = nested(text, {token: part.text for token, part in self._tokens.items()})
             width = 4 * self._indent + len("return ") + len(returns.format(full))
             moving = [part for part in parts if part.moves]
-            if not parts or (full is not None and width <= WIDTH and len(moving) <= 1):
+            alone = returns == "{}" and [text] == [*self._tokens]  # then it may take several lines
+            if not parts or (full is not None and (width <= WIDTH or alone) and len(moving) <= 1):
                 break
             self._name_now(end, max(parts, key=lambda part: len(part.text)))
         notes = [note for part in parts for note in part.notes]
@@ -311,8 +414,10 @@ class FunctionWriter:
         arguments = [self.text(argument) for argument in item.arguments]
         entering = [self.text(value) for value in item.carried]
         carried: list[str] = []
+        names = dict(zip(*_flowing(item), strict=True))
         for value, source in zip(item.outputs, item.carried, strict=True):
             base = self.names.base(source) if source in self.names else Base("x")
+            base = Base(names[source], True) if source in names else base
             carried.append(self.names.give(value, Base(base.name, base.users, source), at))
         self._out += [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
         path = self.function.own(item.loop.path)
@@ -357,6 +462,28 @@ class FunctionWriter:
                 return f"{axis}.copy({source})" if step.b == V else f"{axis}.own_gradient({source})"
 
 
+def _flowing(item: Item) -> tuple[tuple[Sharded, ...], tuple[str, ...]]:
+    """What enters a loop and flows through it, with the names that the user's loop has for that."""
+    if not isinstance(item, LoopCall):
+        return (), ()
+    pattern = re.compile(rf"{re.escape(item.loop.path)}\.\d+")
+    nodes = (node for body in item.bodies for node in body.block.nodes)
+    calls = (call for node in nodes for call in node.loc.calls)
+    call = next((call for call in calls if pattern.fullmatch(call.path)), None)
+    targets = () if call is None else tuple(name for name in call.targets if name != "_")
+    return (item.carried, targets) if len(targets) == len(item.carried) else ((), ())
+
+
+def _core(item: Item, parts: Sequence[_Pending], text: str) -> tuple[_Pending | None, str]:
+    """What `item` is a view of, if that is written in it, and what stands around it."""
+    if not isinstance(item, Compute) or not is_view(item.node) or len(parts) != 1:
+        return None, ""
+    part = parts[0]
+    if part.core is None:
+        return part, text
+    return part.core, nested(text, {_CORE: part.around}) or ""
+
+
 def _moves(item: Item) -> bool:
     """Does a statement move activations?"""
     return isinstance(item, Convert) and bool(item.priced.traffic)
@@ -396,8 +523,9 @@ def render(item: Compute, body: FunctionWriter) -> str:
     node = item.node
     if remembers := operator_of(node).remembers:
         name = node.arg(remembers)
-        assert isinstance(name, str)
-        node = with_args(node, **{remembers: body.function.own(name)})
+        own = body.function.own(name) if isinstance(name, str) else None
+        assert own is not None
+        node = with_args(node, **{remembers: attribute(own).removeprefix("self.")})
     renderer = _Renderer(item, node, body)
     text = operator_of(node).emit(node, renderer)
     if not renderer.sized:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..ir.graph.names import is_identifier
-from .source import statement
+from .source import WIDTH, statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
 RUNTIME = (
@@ -56,11 +56,26 @@ class Classes:
         return [made.lines() for made in self._made.values()]
 
 
+@dataclass(frozen=True, slots=True)
+class TorchModule:
+    """A module of torch's own, as a class declares it; `options` are names and source texts."""
+
+    name: str  # `nn.RMSNorm`
+    options: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(slots=True)
 class Modules:
     """The modules that a function calls: their classes."""
 
-    classes: dict[str, str] = field(default_factory=dict)  # by path
+    classes: dict[str, str]  # by path
+    options: dict[str, tuple[tuple[str, str], ...]]  # of torch's own, where they have any
+
+    @staticmethod
+    def of(leaves: Mapping[str, TorchModule]) -> Modules:
+        """Those of torch's own."""
+        classes = {path: leaf.name for path, leaf in leaves.items()}
+        return Modules(classes, {p: leaf.options for p, leaf in leaves.items() if leaf.options})
 
     @property
     def lines(self) -> list[str]:
@@ -73,8 +88,23 @@ class Modules:
             if path not in direct
             for row in statement(f'"{path}": {name},', 2)
         ]
-        table = ["    MODULES = {", *rows, "    }"] if rows else []
-        return [*plain, *table, ""] if plain or table else []
+        tables = ["    MODULES = {", *rows, "    }"] if rows else []
+        tables += self._options()
+        return [*plain, *tables, ""] if plain or tables else []
+
+    def _options(self) -> list[str]:
+        """`OPTIONS = {"norm": {"eps": 1e-05}}`."""
+        if not self.options:
+            return []
+        rows: list[str] = []
+        for path, options in self.options.items():
+            told = ", ".join(f'"{name}": {text}' for name, text in options)
+            rows.append(f'"{path}": {{{told}}}')
+        line = f"    OPTIONS = {{{', '.join(rows)}}}"
+        if len(line) <= WIDTH:
+            return [line]
+        inner = [line for row in rows for line in statement(f"{row},", 2)]
+        return ["    OPTIONS = {", *inner, "    }"]
 
 
 def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:
@@ -94,4 +124,4 @@ def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:
     return names
 
 
-__all__ = ["RUNTIME", "Classes", "Modules", "argument_names"]
+__all__ = ["RUNTIME", "Classes", "Modules", "TorchModule", "argument_names"]

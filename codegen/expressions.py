@@ -21,8 +21,8 @@ def nested(text: str, inner: Mapping[str, str]) -> str | None:
     '(x + 1) * f(y)'
     >>> nested("a.flatten(1)", {"a": "F.silu(x)"})
     'F.silu(x).flatten(1)'
-    >>> nested("f(a, a)", {"a": "x"}), nested("2**a", {"a": "-x"})
-    (None, None)
+    >>> nested("2**a", {"a": "-x"}), nested("2**a", {"a": "x + 1"}), nested("f(a, a)", {"a": "x"})
+    ('2**-x', None, None)
     """
     slots = [slot for slot in _slots(ast.parse(text, mode="eval")) if slot[0].id in inner]
     if sorted(name.id for name, _ in slots) != sorted(inner):
@@ -49,7 +49,10 @@ def _slots(tree: ast.AST) -> Iterator[tuple[ast.Name, ast.AST]]:
 
 def _closed(own: ast.expr, name: ast.Name, parent: ast.AST) -> bool | None:
     """Can `own` stand for `name` without parentheses?  None: it should not stand there at all."""
-    if isinstance(parent, ast.Slice) or isinstance(getattr(parent, "op", None), ast.Pow):
+    if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Pow):
+        negative = isinstance(own, ast.UnaryOp) and isinstance(own.operand, ast.Name)
+        return True if negative and parent.right is name else None
+    if isinstance(parent, ast.Slice):
         return None
     if isinstance(own, _ATOMS) or isinstance(parent, (ast.Expression, ast.keyword, ast.Tuple)):
         return True

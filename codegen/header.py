@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import fill
 
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.phases import find_phase
+from ..facts.spec import R, V
 from ..facts.units import format_bytes, format_seconds
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
-from ..planner.plan.program import Compute, LoopCall, Program, Sharded
+from ..planner.plan.program import Compute, LoopCall, Program, Sharded, Weight
+from ..planner.strategies.conversion import Step
 
 _SHOWN = 8  # rows and columns of ranks
-# what an axis may cut, by what time is spent on, and what the header calls it
-_CUT = (("attention", "attention"), ("experts", "experts"), ("matrix products", "products"))
+# what an axis may cut, by what time is spent on, and whether modules are named
+_CUT = (("attention", False), ("experts", False), ("matrix products", True))
+_WIDTH = 96  # of a line of the header
+_PER_HOST = 8  # GPUs that most hosts have
 
 
 def docstring(plan: PlanData) -> str:
@@ -43,19 +48,26 @@ def docstring(plan: PlanData) -> str:
             *_usage(plan),
             "",
             "Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)",
-            "and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time.",
+            "and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;",
+            "`inside`: by the operator itself, in all its steps.",
         ]
     )
 
 
 def _usage(plan: PlanData) -> Iterator[str]:
     """How to run, load and serve the module."""
-    yield f"    torchrun --nproc-per-node {plan.request.gpus} sharded_model.py    a demonstration"
+    gpus = plan.request.gpus
+    ranks = f"--nproc-per-node {gpus} sharded_model.py    a demonstration"
+    if gpus > _PER_HOST:
+        ranks = f"--nnodes N --nproc-per-node M sharded_model.py    a demonstration; N x M = {gpus}"
+    yield f"    torchrun {ranks}"
     yield '    model = ShardedModel.from_checkpoint("folder with .safetensors")'
-    if plan.training:
+    if any(operator_of(node).remembers for node in plan.graph.nodes):
+        yield "    model.generate(input_ids, max_new_tokens=256)"
+    elif plan.training and any(out.path == ("loss",) for out in plan.graph.outputs):
         yield "    model(**model.shard_inputs(**batch)).loss.backward()"
     else:
-        yield "    model.generate(input_ids, max_new_tokens=256)"
+        yield "    out = model(**model.shard_inputs(**batch))"
 
 
 def mesh_picture(mesh: Mesh) -> list[str]:
@@ -99,48 +111,105 @@ def _shortened(items: Sequence[str], mark: str) -> list[str]:
 
 
 def layout_sentences(programs: Sequence[Program], mesh: Mesh) -> list[str]:
-    """What each axis cuts: `tp cuts attention by heads, products by columns and rows.`"""
+    """What each axis cuts: `tp cuts attention by heads and the sequence between them.`
+
+    Of two programs the first is for prefill, the second for decoding.
+    """
     lines: list[str] = []
     for axis, (name, _) in enumerate(mesh.axes):
-        found: dict[str, None] = {}
-        for program in programs:
-            found |= dict.fromkeys(_cuts(program, axis))
-        *most, last = [*found] or ["nothing"]
-        lines.append(f"{name} cuts {', '.join(most)}{' and ' if most else ''}{last}.")
+        found = [_cuts_text(name, program, axis) for program in programs]
+        text = found[0] if len(set(found)) == 1 else f"Prefill: {found[0]} Decoding: {found[1]}"
+        lines += fill(text, _WIDTH, break_on_hyphens=False).splitlines()
     return lines
 
 
+def _cuts_text(name: str, program: Program, axis: int) -> str:
+    """`tp cuts attention by heads. Around the layers it cuts lm_head by columns.`"""
+    text = f"{name} cuts {_listed([*_cuts(program, axis)])}."
+    outside = _outside(program, axis)
+    return f"{text} Around the layers it cuts {_listed(outside)}." if outside else text
+
+
+def _listed(items: Sequence[str]) -> str:
+    """`a, b and c`."""
+    *most, last = items or ["nothing"]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def _cuts(program: Program, axis: int) -> Iterator[str]:
-    """What an axis cuts in the layers of a program, or in all of it where it has no layers."""
+    """What an axis cuts, in the layers of a program, or in all of it where it has no layers."""
     labels = label_dims(program.graph)
     loops = [item for item in program.statements if isinstance(item, LoopCall)]
     flowing = [value for loop in loops for value in loop.carried] or program.inputs
-    bodies = [item for loop in loops for body in loop.bodies for item in body.statements]
-    statements = bodies or [item for item, _ in program.flat()]
+    layers = [item for loop in loops for body in loop.bodies for item in body.statements]
+    inner = [weight for loop in loops for body in loop.bodies for weight in body.weights]
+    parameters = _parameters(inner or program.weights, axis)
     if any(_cuts_dim(item, axis, "b", labels) for item in flowing):
-        yield "the batch"
-    weights = [weight for loop in loops for body in loop.bodies for weight in body.weights]
-    matrices = [w for w in weights or program.weights if len(w.param.value.type.shape) > 1]
+        yield "the batch" + ("" if parameters else _summed(inner or program.weights, axis))
+    if parameters:
+        yield parameters
+    yield from _operators(layers or program.statements, axis)
+    if any(_cuts_dim(item, axis, "s", labels) for item in flowing):
+        yield "the sequence between them" if layers else "the sequence"
+
+
+def _steps_of(weights: Sequence[Weight], axis: int) -> dict[str, list[Step]]:
+    """By the name of a matrix the steps over an axis from how it is stored to how it is used."""
+    matrices = [weight for weight in weights if len(weight.param.value.type.shape) > 1]
+    return {w.name: [p.step for p in w.steps if axis in p.step.axes] for w in matrices}
+
+
+def _parameters(weights: Sequence[Weight], axis: int) -> str:
+    """Which parameters are stored in parts over an axis, and gathered for use; empty if none."""
+    steps = _steps_of(weights, axis)
     gathered = [
         weight
-        for weight in matrices
-        if any(
-            axis in priced.step.axes and primitive(priced.step.a, priced.step.b) == "all_gather"
-            for priced in weight.steps
-        )
+        for weight, each in steps.items()
+        if any(primitive(step.a, step.b) == "all_gather" for step in each)
     ]
-    if gathered and 2 * len(gathered) >= len(matrices):
-        yield "parameters, which are gathered for use (FSDP)"
-    for spent_on, title in _CUT:
-        words = [
-            words_of(item.node, item.choices[axis])
-            for item in statements
-            if isinstance(item, Compute) and operator_of(item.node).spent_on == spent_on
-        ]
-        if any(words):
-            yield f"{title} by {' and '.join(dict.fromkeys(word for word in words if word))}"
-    if any(_cuts_dim(item, axis, "s", labels) for item in flowing):
-        yield "the sequence between them" if bodies else "the sequence"
+    if 2 * len(gathered) >= len(steps):
+        return "parameters, which are gathered for use (FSDP)" if gathered else ""
+    names = dict.fromkeys(weight.removesuffix(".weight").rpartition(".")[2] for weight in gathered)
+    return f"parameters ({', '.join(names)}), which are gathered for use" if names else ""
+
+
+def _summed(weights: Sequence[Weight], axis: int) -> str:
+    """Says so where the gradients of most matrices are summed over an axis."""
+    steps = _steps_of(weights, axis).values()
+    summed = sum(any((s.a, s.b) == (R, V) for s in each) for each in steps)
+    return " (DDP: gradients are summed)" if steps and 2 * summed >= len(steps) else ""
+
+
+def _operators(statements: Sequence[object], axis: int) -> Iterator[str]:
+    """`matrix products by columns (q_proj, up_proj) and rows (down_proj)`."""
+    for title, named in _CUT:
+        ways: dict[str, dict[str, None]] = {}
+        for item in statements:
+            if isinstance(item, Compute) and operator_of(item.node).spent_on == title:
+                word = words_of(item.node, item.choices[axis])
+                ways.setdefault(word, {})[item.node.loc.module.rpartition(".")[2]] = None
+        ways.pop("", None)
+        words: list[str] = []
+        for word, modules in ways.items():
+            way, _, how = word.partition(", ")
+            inside = ", ".join(filter(None, modules)) if named else how
+            words.append(f"{way} ({inside})" if inside else way)
+        if words:
+            yield f"{title} by {_listed(words)}"
+
+
+def _outside(program: Program, axis: int) -> list[str]:
+    """`embed_tokens by vocabulary`, `lm_head by columns`: what is cut outside the layers."""
+    if not any(isinstance(item, LoopCall) for item in program.statements):
+        return []
+    found: dict[str, None] = {}
+    for item in (item for item in program.statements if isinstance(item, Compute)):
+        operator, tail = operator_of(item.node), item.node.loc.module.rpartition(".")[2]
+        word = words_of(item.node, item.choices[axis])
+        name = tail if operator.names_module and tail else operator.noun
+        if word and name:
+            found[f"{name} by {word}"] = None
+    return [*found]
 
 
 def _cuts_dim(item: Sharded, axis: int, label: str, labels: Mapping[str, DimLabels]) -> bool:

@@ -157,12 +157,14 @@ class _Writer:
             self.words,
             {weight.item: weight.name for weight in weights},
             self.program.recompute,
+            self.program.training,
+            self.program.order,
         )
         return function, context
 
     def _modules(self, writer: FunctionWriter, context: Context) -> Modules:
         """Classes of the modules that a function calls, written first."""
-        made = Modules(dict(writer.leaves))
+        made = Modules.of(writer.leaves)
         for call, names in writer.calls.items():
             function = call.function
             inner = FunctionWriter(function, context)
@@ -185,6 +187,7 @@ class _Writer:
             base = f"{self.prefix}{function.call.class_name}"
             origin = f"{function.call.class_name} of {function.call}"
             made.classes[call.path] = self.classes.add(base, "Sharded", body, origin)
+        made.classes = {path: made.classes[path] for path in writer.held}
         return made
 
     def _signature(
@@ -240,7 +243,8 @@ class _Writer:
             *lines,
         ]
         layers = [i for i, k in enumerate(call.loop.order) if k == kind]
-        times = f"`{call.loop.path}`, {len(layers)} times: {_ranges(layers)}"
+        many = f", {len(layers)} times: {_ranges(layers)}"
+        times = f"`{call.loop.path}`{many}" if layers[1:] else f"`{call.loop.path}.{layers[0]}`"
         origin = f"; {function.call}" if function.call and function.call.file else ""
         base = f"{self.prefix}{body.block.class_name or 'Block'}"
         return self.classes.add(base, "Layer", text, times + origin)
@@ -328,9 +332,8 @@ class _Writer:
         for call in self.loops:
             runs = groupby(self.class_of[call.loop.name, kind] for kind in call.loop.order)
             counted = [(name, len(list(same))) for name, same in runs]
-            if len(counted) <= 4:
-                text = " + ".join(f"[{name}] * {count}" for name, count in counted)
-            else:
+            text = " + ".join(f"[{name}] * {count}" for name, count in counted)
+            if len(f'        "{call.loop.path}": {text},') > WIDTH:
                 text = f"[{', '.join(self.class_of[call.loop.name, k] for k in call.loop.order)}]"
             lines += statement(f'"{call.loop.path}": {text}', 2)
             lines[-1] += ","

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import keyword
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..ir.graph import Node
+from ..ir.graph import Call, Node
 from ..ir.ops.registry import is_view, operator_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement
 from .nesting import ModuleCall
@@ -51,12 +52,14 @@ _SEVERAL: Mapping[str, tuple[str, ...]] = {
 class Base:
     """What a value would best be called; `users`: so it is called in the user's source.
 
-    Of a view or a cast `kin` is what it is another form of.
+    Of a view or a cast `kin` is what it is another form of.  `other` is a name for it while the
+    first one stands for something else that is still used.
     """
 
     name: str
     users: bool = False
     kin: Sharded | None = None
+    other: str = ""
 
     def numbered(self, number: int) -> Base:
         """For one of several results."""
@@ -66,6 +69,13 @@ class Base:
     def converted(self, item: Convert) -> Base:
         """For another form beside what is called so."""
         return Base(f"{self.name}_{_CONVERTED[item.primitive]}")
+
+
+def _variable(text: str) -> str:
+    """`text` where it may name a variable; `sum_` rather than the name of a built-in."""
+    text = text if text.isidentifier() and not keyword.iskeyword(text) else f"x_{text}"
+    text = text if text.isidentifier() else "x"
+    return f"{text}_" if text in _BUILTIN else text
 
 
 def hides(name: str) -> bool:
@@ -107,22 +117,20 @@ class Names:
         return list(self._holder.values())
 
     def give(self, item: Sharded, base: Base, at: int) -> str:
-        """A name for what statement number `at` makes, as near to `base` as can be.
-
-        `sum_` rather than the name of a built-in.
-        """
-        text = base.name
-        text = text if text.isidentifier() and not keyword.iskeyword(text) else f"x_{text}"
-        text = text if text.isidentifier() else "x"
-        text = f"{text}_" if text in _BUILTIN else text
-        name, count = text, 1
-        while name in self._reserved or not self._is_free(name, item, base, at):
-            count += 1
-            name = f"{text}_{count}"
+        """A name for what statement number `at` makes, as near to `base` as can be."""
+        name = self.choose(item, base, at)
         self._of[item], self._base[item] = name, base
         self._holder.pop(name, None)
         self._holder[name] = item
         return name
+
+    def choose(self, item: Sharded, base: Base, at: int) -> str:
+        """The name that `give` would give now."""
+        text = _variable(base.name)
+        names = [text, *([_variable(base.other)] if base.other else [])]
+        numbered = (f"{names[-1]}_{count}" for count in itertools.count(2))
+        free = (name for name in itertools.chain(names, numbered) if name not in self._reserved)
+        return next(name for name in free if self._is_free(name, item, base, at))
 
     def _is_free(self, name: str, item: Sharded, base: Base, at: int) -> bool:
         if name not in self._holder:
@@ -133,33 +141,34 @@ class Names:
         return same and 0 <= at and self.last.get(holder, -1) <= at
 
 
-def base_of(item: Compute | Convert | ModuleCall, names: Names) -> Base:
-    """What the result of a statement would best be called.
+def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | None = None) -> Base:
+    """What the result of a statement in the forward of `within` would best be called.
 
-    In order: the name the user's line assigns it to; for a layer with weights the layer's own
-    name; for views and casts the name of what they show; a noun for the operator.
+    In order: the name the user's line assigns it to, if that is one of this forward; for a layer
+    with weights the layer's own name; for views and casts the name of what they show; a noun for
+    the operator.
     """
     if isinstance(item, Convert):
         base = names.base(item.source)
-        return Base(base.name, base.users, item.source)
+        return replace(base, kin=item.source)
     if isinstance(item, ModuleCall):
-        call = item.function.call
+        call, tail = item.function.call, item.path.rpartition(".")[2]
+        own = tail.lstrip("0123456789") or "x"
         target = next((name for name in call.targets if name != "_"), "") if call else ""
-        return (
-            Base(target, True)
-            if target
-            else Base(item.path.rpartition(".")[2].lstrip("0123456789") or "x")
-        )
-    node = item.node
-    if node.loc.target:
-        return Base(node.loc.target, True)
+        return Base(target, True, other=own) if target else Base(own)
+    node, noun = item.node, _noun(item.node)
     tail = node.loc.module.rpartition(".")[2]
-    if tail and not tail.isdigit() and _owns(node):
-        return Base(tail)
+    own = tail if tail and not tail.isdigit() and operator_of(node).names_module else ""
+    call = node.loc.calls[-1] if node.loc.calls else None
+    inlined = bool(own) and call is not None and bool(call.file) and call != within
+    if node.loc.target and not inlined:
+        return Base(node.loc.target, True, other=own or noun)
+    if own:
+        return Base(own)
     first = item.operands[0] if item.operands else None
     if first is not None and len(node.outputs) == 1 and _shows(node):
         return Base(names.base(first).name, False, first)
-    return Base(operator_of(node).noun or node.op.split(".")[1].strip("_"))
+    return Base(noun)
 
 
 def words_of(statements: Iterable[Statement]) -> dict[str, str]:
@@ -189,19 +198,19 @@ def words_of_nodes(nodes: Iterable[Node], words: Mapping[str, str]) -> dict[str,
 def _words(node: Node, words: Mapping[str, str]) -> dict[str, str]:
     targets = node.loc.targets
     if len(targets) == len(node.outputs):
-        return {value.name: name for value, name in zip(node.outputs, targets, strict=True)}
+        named = zip(node.outputs, targets, strict=True)
+        return {value.name: name for value, name in named if name != "_"}
     if len(node.outputs) > 1:
         return {}
     shown = words.get(node.operands[0].name) if node.operands and _shows(node) else None
-    word = shown or operator_of(node).noun or node.op.split(".")[1].strip("_")
-    return {node.output.name: word}
+    return {node.output.name: shown or _noun(node)}
+
+
+def _noun(node: Node) -> str:
+    """What the result of such an operator is called."""
+    return operator_of(node).noun or node.op.split(".")[1].strip("_")
 
 
 def _shows(node: Node) -> bool:
     """Is the result the first operand in another form?"""
     return is_view(node) or operator_of(node).shows
-
-
-def _owns(node: Node) -> bool:
-    """Is the node the main op of its module?"""
-    return operator_of(node).names_module

@@ -22,6 +22,8 @@ def reshaped(
     '.flatten(2)'
     >>> reshaped([b, s], [b, (1, ()), s], [None, 1, None]), reshaped([b, (1, ()), s], [b, s], [])
     ('.unsqueeze(1)', '.squeeze(1)')
+    >>> reshaped([b, (1, ()), s, (64, ())], [b, s, (4, ()), (16, ())], [None, None, 4, 16])
+    '.squeeze(1).unflatten(-1, (-1, 16))'
     """
     shorter = min(len(before), len(after))
     first = next((i for i in range(shorter) if before[i] != after[i]), shorter)
@@ -41,7 +43,18 @@ def reshaped(
         sizes = numbers[first + 1 : first + len(new)]
         if None not in sizes:
             return f".unflatten({dim}, (-1, {', '.join(map(str, sizes))}))"
-    return None
+    return _squeezed(before, after, numbers)
+
+
+def _squeezed(
+    before: Sequence[Dim], after: Sequence[Dim], numbers: Sequence[int | None]
+) -> str | None:
+    """As `reshaped`, where first a dim of size 1 goes."""
+    ones = [i for i, dim in enumerate(before) if dim == (1, ())]
+    if len(ones) != 1 or (1, ()) in after:
+        return None
+    rest = reshaped([*before[: ones[0]], *before[ones[0] + 1 :]], after, numbers)
+    return None if rest is None else f".squeeze({ones[0]}){rest}"
 
 
 __all__ = ["Dim", "reshaped"]

@@ -9,7 +9,8 @@ records, also `aten._softmax`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -154,6 +155,28 @@ def as_if_exported() -> AbstractContextManager[object]:
     return _compiling_state_context()
 
 
+@contextmanager
+def whole_stacks() -> Generator[None]:
+    """Inside, an export records all frames from a `forward` on, not those of `forward`s alone."""
+    from torch.fx.proxy import TracerBase
+
+    forwards: Any = TracerBase._filter_traceback_frames
+
+    def all_frames(self: TracerBase, frames: Any) -> Any:
+        before = self._record_forward_stack_traces_only
+        self._record_forward_stack_traces_only = False
+        try:
+            return forwards(self, frames)
+        finally:
+            self._record_forward_stack_traces_only = before
+
+    TracerBase._filter_traceback_frames = all_frames
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = forwards
+
+
 def makes_tensors(function: object) -> bool:
     """Does `function` (`torch.zeros`, ...) make a tensor on the device that is the default?"""
     from torch.utils._device import _device_constructors
@@ -187,5 +210,6 @@ __all__ = [
     "transient_buffers",
     "tree_leaves",
     "tree_unflatten",
+    "whole_stacks",
     "will_run",
 ]

@@ -445,10 +445,13 @@ def _split_tokens(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int,
     """The shape of `after` with the leading dims that a reshape merges kept apart, or None.
 
     (b, s, h) to (b * s, h) gives (b, s, h); (b, s, n, d) to (b * s, n * d) gives (b, s, n * d).
+    Where s is 1, (b, s, n, d) to (b, s, n * d) merges no tokens.
     """
     if not after:
         return None
     for merged in range(2, len(before) + 1):
+        if after[:merged] == before[:merged]:
+            continue
         if prod(before[:merged]) == after[0] and prod(before[merged:]) == prod(after[1:]):
             return (*before[:merged], *after[1:])
     return None

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments
+from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
-from .location import Frame, innermost_frame, place, statement, user_frames
+from .location import Frame, model_frames, place, statement
 
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
 
@@ -323,7 +323,9 @@ def convert(
     converter = _Converter(modules=modules)
     converter.names.update(v.name for v in bound.values() if v is not None)
     result = converter.run(module, dict(bound), True)
-    return _with_targets(converter.nodes, converter.frames), result
+    read = {value.name for node in converter.nodes for value in node.operands}
+    read |= {value.name for value in tree_leaves(result) if isinstance(value, Value)}
+    return _with_targets(converter.nodes, converter.frames, read), result
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -443,9 +445,8 @@ def _where(module: fx.GraphModule, node: fx.Node) -> str:
         body = module.get_submodule(str(argument.target)) if argument.op == "get_attr" else None
         nodes += list(body.graph.nodes) if isinstance(body, fx.GraphModule) else []
     for candidate in nodes:
-        path, line = innermost_frame(candidate.meta.get("stack_trace") or "")
-        if path:
-            return f"{place(path, line)}: "
+        if frames := model_frames(candidate.meta.get("stack_trace") or ""):
+            return f"{place(frames[-1].path, frames[-1].line)}: "
     return ""
 
 
@@ -454,15 +455,18 @@ _Key: TypeAlias = tuple[str, int, str]  # a statement: path, first line, path of
 
 @dataclass(frozen=True, slots=True)
 class _Frames:
-    """The statement that a node belongs to, and those that made the calls in which it ran."""
+    """The statements that a node belongs to, and those that made the calls in which it ran.
 
-    own: _Key
+    `own` has the statement of the innermost `forward` and those of functions that it called.
+    """
+
+    own: tuple[_Key, ...]
     callers: Mapping[Call, tuple[_Key, tuple[str, ...]]]  # with the names that each assigns
 
 
 def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
     """The node's location without targets, and the statements around it."""
-    frames = user_frames(node.meta.get("stack_trace") or "")
+    frames = model_frames(node.meta.get("stack_trace") or "")
     calls: list[Call] = []
     for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
         again = key.rpartition("@")[2]  # `L__self__layers_0@1`: called before
@@ -471,14 +475,18 @@ def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
     own = [call for call in calls if call.file]
     callers: dict[Call, tuple[_Key, tuple[str, ...]]] = {}
     for outer, inner, frame in zip(own, own[1:], _forwards(own, frames), strict=False):
-        around = statement(frame.path, frame.line)
-        callers[inner] = (frame.path, around.line, outer.path), around.targets
+        around, index = statement(frame.path, frame.line), inner.path.rpartition(".")[2]
+        turn = f"[{index}]" if index.isdigit() else ""  # of a loop over modules
+        callers[inner] = (frame.path, around.line, outer.path + turn), around.targets
     owner = own[-1].path if own else ""
     if not frames:
-        return Loc(calls=tuple(calls)), _Frames(("", 0, owner), callers)
-    path, line = frames[-1].path, frames[-1].line
-    key = (path, statement(path, line).line, owner)
-    return Loc(frames[-1].file, line, tuple(calls)), _Frames(key, callers)
+        return Loc(calls=tuple(calls)), _Frames((), callers)
+    begin = max((i for i, f in enumerate(frames) if f.function == "forward"), default=0)
+    keys: list[_Key] = []
+    for frame in frames[begin:]:
+        keys.append((frame.path, frame.line, owner))
+        owner += f" {frame.line}"  # what is called elsewhere runs other statements
+    return Loc(frames[-1].file, frames[-1].line, tuple(calls)), _Frames(tuple(keys), callers)
 
 
 def _forwards(calls: Sequence[Call], frames: Sequence[Frame]) -> Iterator[Frame]:
@@ -493,14 +501,15 @@ def _forwards(calls: Sequence[Call], frames: Sequence[Frame]) -> Iterator[Frame]
             return
 
 
-def _with_targets(nodes: list[Node], frames: list[_Frames]) -> list[Node]:
+def _with_targets(nodes: list[Node], frames: list[_Frames], read: set[str]) -> list[Node]:
     """Give the last node of each statement, or the call that it ran in, the names it assigns.
 
     Of `a, b = ...` a node with two results has the names; which name another has cannot be told.
+    Of `a = ...` that may also be a node with one result in `read`, the names of values in use.
     """
     last: dict[_Key, int] = {}
     for index, frame in enumerate(frames):
-        last[frame.own] = index
+        last.update((_begun(key), index) for key in frame.own)
         last.update((key, index) for key, _ in frame.callers.values())
     named: dict[Call, Call] = {}
     for index, frame in enumerate(frames):
@@ -508,13 +517,27 @@ def _with_targets(nodes: list[Node], frames: list[_Frames]) -> list[Node]:
             named[call] = replace(call, targets=targets if last[key] == index else ())
     result: list[Node] = []
     for index, (node, frame) in enumerate(zip(nodes, frames, strict=True)):
-        loc, key = node.loc, frame.own
-        loc = replace(loc, calls=tuple(named.get(call, call) for call in loc.calls))
-        targets = statement(key[0], loc.line).targets if key[0] and last[key] == index else ()
-        if targets and len(targets) == len(node.outputs):
-            loc = replace(loc, targets=targets)
-        result.append(replace(node, loc=loc))
+        loc = replace(node.loc, calls=tuple(named.get(call, call) for call in node.loc.calls))
+        ends = (key for key in reversed(frame.own) if last[_begun(key)] == index)
+        found = (_fitting(statement(path, line).targets, node, read) for path, line, _ in ends)
+        result.append(replace(node, loc=replace(loc, targets=next(filter(None, found), ()))))
     return result
+
+
+def _begun(key: _Key) -> _Key:
+    """The statement that a line is one of."""
+    path, line, owner = key
+    return path, statement(path, line).line, owner
+
+
+def _fitting(targets: tuple[str, ...], node: Node, read: set[str]) -> tuple[str, ...]:
+    """The names of a node's results, `_` for one that nothing reads; none if they do not fit."""
+    if len(targets) == len(node.outputs):
+        return targets
+    used = [value.name in read for value in node.outputs]
+    if len(targets) != 1 or sum(used) != 1:
+        return ()
+    return tuple(targets[0] if use else "_" for use in used)
 
 
 __all__ = ["EXPERTS_HINT", "UnsupportedNode", "convert"]

@@ -51,16 +51,24 @@ class Frame:
 
 @lru_cache(maxsize=4096)
 def user_frames(stack_trace: str) -> tuple[Frame, ...]:
-    """The frames of a model's code, outermost first.
-
-    That is outside torch, this package, and wrappers of transformers.
-    """
+    """The frames outside torch, this package, and wrappers of transformers, outermost first."""
     found: list[Frame] = []
     for match in _FRAME.finditer(stack_trace):
         full = os.path.abspath(match["file"])
         ours = full.startswith((_TORCH, *_OURS))
         if not ours and _WRAPPERS not in full:
             found.append(Frame(match["file"], int(match["line"]), match["function"]))
+    return tuple(found)
+
+
+def model_frames(stack_trace: str) -> tuple[Frame, ...]:
+    """Of `user_frames` each `forward`, and the functions that it calls in files beside its own."""
+    folders: set[str] = set()
+    found: list[Frame] = []
+    for frame in user_frames(stack_trace):
+        folder = os.path.dirname(os.path.abspath(frame.path))
+        folders |= {folder} if frame.function == "forward" else set()
+        found += [frame] if folder in folders else []
     return tuple(found)
 
 
@@ -136,5 +144,6 @@ def _call_of(kind: type[nn.Module]) -> Call:
 
 
 __all__ = [
-    "Frame", "Statement", "first_calls", "innermost_frame", "place", "statement", "user_frames",
+    "Frame", "Statement", "first_calls", "innermost_frame", "model_frames", "place", "statement",
+    "user_frames",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isclose
 from types import MappingProxyType
 from typing import Any
 
@@ -295,7 +296,7 @@ def _emit_attention(node: Node, render: Render) -> str:
         raise ValueError(f"{node.loc}: attention in chunks is only known over a cache")
     tensors = [render.arg(name) for name in ("q", "k", "v")]
     kwargs = {
-        "scale": render.arg("scale"),
+        "scale": scale_text(node, render),
         "causal": "True" if node.arg("causal") else "",
         "window": render.arg("window") if node.arg("window") else "",
         "softcap": render.arg("softcap") if node.arg("softcap") else "",
@@ -315,6 +316,13 @@ def _emit_attention(node: Node, render: Render) -> str:
         kwargs["generator"] = f"self.generator({axes})"
     mask = optional(render, "mask")
     return call("ops.attention", *tensors, *([mask] if mask else []), **kwargs)
+
+
+def scale_text(node: Node, render: Render) -> str:
+    """Source text of the factor of scores; empty where it is 1 / sqrt(d), the default."""
+    scale, width = node.arg("scale"), node.operands[0].type.shape[3]
+    usual = isinstance(scale, float) and isclose(scale, width**-0.5, rel_tol=1e-12)
+    return "" if usual else render.arg("scale")
 
 
 def values_in_keys(node: Node) -> bool:

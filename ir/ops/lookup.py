@@ -14,7 +14,7 @@ from ...facts.work import Kernels, Stream
 from ..graph import Arg, Node, Value
 from .forms import call, dim_of, factors
 from .local import Local
-from .operator import Family, Light, Limit, Operator, Render, named_values, opaque, shapes_of
+from .operator import Family, Leaf, Light, Limit, Operator, Render, named_values, opaque, shapes_of
 from .rule import Choice, Dims, Rule
 from .sizes import Resizing, Sizes
 
@@ -68,6 +68,14 @@ class Embedding(Operator):
     def work(self, local: Local) -> Kernels:
         """Reads rows, writes them; in backward the table's gradient."""
         return _rows_read(local)
+
+    def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
+        """An embedding of the columns that are here, if all rows are."""
+        if "v" in choices or node.arg("scale_grad_by_freq"):
+            return None
+        padding = node.arg("padding_idx")
+        options = () if padding in (None, -1) else (("padding_idx", padding),)
+        return Leaf("Embedding", "indices", options)
 
     def emit(self, node: Node, render: Render) -> str:
         """`F.embedding`, or over a table cut by its rows `ops.vocab_embedding`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..graph import Arg, Node
 from .forms import call, factors, optional
-from .operator import Family, Light, Render
-from .rule import Rule
+from .operator import Family, Leaf, Light, Render
+from .rule import Choice, Rule
 from .sizes import Resizing
 
 FAMILY = Family()
@@ -15,6 +17,12 @@ class Norm(Light):
     """A norm; declared as `Light` is."""
 
     names_module = True
+
+    def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
+        """What it norms is whole, so that the module is torch's own."""
+        kind = "RMSNorm" if node.op == "aten.rms_norm.default" else "LayerNorm"
+        eps = node.arg("eps")
+        return Leaf(kind, options=() if eps is None else (("eps", eps),))
 
     def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
         """The last dims."""

@@ -82,6 +82,18 @@ class Limit:
         return self.table.type.shape[self.dim]
 
 
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A module of torch's that runs a node: `nn.<kind>`, with the other tensors as parameters.
+
+    Its forward takes the argument `input`; `options` are told when it is made.
+    """
+
+    kind: str
+    input: str = "input"
+    options: tuple[tuple[str, Arg], ...] = ()
+
+
 class Operator:
     """The base of all declarations, and that of an operator of which nothing is known.
 
@@ -107,8 +119,6 @@ class Operator:
     shows: bool = False
     # is its module named by it: the main op of a layer?
     names_module: bool = False
-    # the class of torch.nn that runs it on an input and parameters called as the other arguments
-    module: str = ""
     # may its small result be summed up over ranks inside a region, as the mean of a norm?
     sums_inside: bool = False
     # do the factors that cannot be cut keep their sizes in a smaller graph?
@@ -131,6 +141,13 @@ class Operator:
         reserved = [f'"{name}": {text}' for name, text in given if iskeyword(name)]  # `from`
         args += [f"**{{{', '.join(reserved)}}}"] if reserved else []
         return f"torch.ops.{node.op}({', '.join(args)})"
+
+    def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
+        """The module of torch's own that runs the node on one rank, if there is one.
+
+        Its parameters are called as the node's arguments are.
+        """
+        return None
 
     def saves(self, node: Node) -> tuple[Value, ...]:
         """Values that autograd keeps for the backward pass, if there is one."""
@@ -337,6 +354,6 @@ def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "Family", "Kind", "Light", "Limit", "Operator", "Render", "View",
+    "Family", "Kind", "Leaf", "Light", "Limit", "Operator", "Render", "View",
     "named_values", "opaque", "shapes_of",
 ]  # fmt: skip

@@ -238,7 +238,10 @@ def _pad_rule(node: Node) -> Rule:
 
 def _emit_pad(node: Node, render: Render) -> str:
     mode = optional(render, "mode", '"constant"') if "mode" in dict(node.args) else ""
-    value = optional(render, "value") if node.arg("value") != 0 else ""
+    number, whole = node.arg("value"), not node.output.type.dtype.is_floating_point
+    value = optional(render, "value") if number != 0 else ""
+    if whole and isinstance(number, float) and number:
+        value = str(int(number))
     return call("F.pad", render.arg("self"), render.arg("pad"), mode=mode, value=value)
 
 

@@ -14,8 +14,8 @@ from ...facts.work import Kernels
 from ..graph import Node
 from .forms import call, factors, optional
 from .local import Local
-from .operator import Family, Kind, Light, Render, opaque, shapes_of
-from .rule import Dims, Rule
+from .operator import Family, Kind, Leaf, Light, Render, opaque, shapes_of
+from .rule import Choice, Dims, Rule
 
 FAMILY = Family()
 
@@ -83,7 +83,9 @@ def _emit_linear(node: Node, render: Render) -> str:
 class Linear(Product):
     """input @ weight.T + bias."""
 
-    module = "Linear"
+    def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
+        """A linear layer of the columns and rows that are here."""
+        return Leaf("Linear")
 
 
 FAMILY.add(

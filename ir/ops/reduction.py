@@ -48,11 +48,17 @@ class AlongDims(Light):
     sums_inside = True
 
 
+def _dims_text(node: Node, render: Render) -> str:
+    """`-1`, or `(1, 2)` for several."""
+    dims = node.arg("dim")
+    return str(dims[0]) if isinstance(dims, tuple) and len(dims) == 1 else render.arg("dim")
+
+
 def _emit_reduce(name: str) -> Callable[[Node, Render], str]:
     def emit(node: Node, render: Render) -> str:
         named = {key for key, _ in node.args}
         keep = "True" if "keepdim" in named and node.arg("keepdim") else ""
-        dims = render.arg("dim") if "dim" in named else ""
+        dims = _dims_text(node, render) if "dim" in named else ""
         dims = "" if dims == "None" and not keep else dims
         dtype = optional(render, "dtype") if "dtype" in named else ""
         text = call(
@@ -109,7 +115,7 @@ def _emit_spread(name: str) -> Callable[[Node, Render], str]:
             correction = "" if node.arg("unbiased") else "0"
         else:
             correction = "" if node.arg("correction") in (None, 1) else render.arg("correction")
-        dims = [render.arg("dim")] if node.arg("dim") is not None else []
+        dims = [_dims_text(node, render)] if node.arg("dim") is not None else []
         keep = "True" if node.arg("keepdim") else ""
         return call(f"{render.arg('self')}.{name}", *dims, correction=correction, keepdim=keep)
 

@@ -24,6 +24,8 @@ class Rotary(Light):
     vector, or `pairs` of neighbours; `apart` takes pairs and gives halves.
     """
 
+    shows = True
+
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """The rotation on whole tensors."""
         return rotated(**args)

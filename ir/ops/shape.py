@@ -109,7 +109,13 @@ def _expand_rule(node: Node) -> Rule:
 
 
 def _emit_expand(node: Node, render: Render) -> str:
-    return call(f"{render.arg('self')}.expand", *render.sizes())
+    """Dims that stay are -1."""
+    before, after = node.operands[0].type.shape, node.output.type.shape
+    same = [None] * (len(after) - len(before))
+    stays = [old == new for old, new in zip((*same, *before), after, strict=True)]
+    sizes = render.sizes() if not all(stays) else []
+    texts = ["-1" if stay else size for stay, size in zip(stays, sizes, strict=True)]
+    return call(f"{render.arg('self')}.expand", *texts)
 
 
 FAMILY.add("aten.expand.default", View(_expand_rule, _emit_expand))

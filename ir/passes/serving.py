@@ -8,6 +8,8 @@ padding.  Of the logits only those after each sequence's last new token are want
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass, replace
 
 from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
@@ -153,24 +155,33 @@ class _Pass:
         renamed = tuple(
             known if value.name == self.positions.name else value for value in loop.invariants
         )
-        blocks = tuple(self.block(block, kind) for kind, block in enumerate(loop.blocks))
+        blocks = tuple(self.block(block, kind, loop.path) for kind, block in enumerate(loop.blocks))
         return replace(loop, invariants=(*renamed, self.positions), blocks=blocks)
 
-    def block(self, block: Block, kind: int) -> Block:
-        """The block with an input for positions."""
+    def block(self, block: Block, kind: int, path: str) -> Block:
+        """The block of the loop over `path` with an input for positions."""
         inner = replace(self.positions, name=f"{block.nodes[0].name}.positions{kind}")
         counted = _Counted(replace(inner, name=f"{inner.name}_known"))
-        count = 0
+        caches: set[str] = set()
         nodes: list[Node] = []
         for node in block.nodes:
-            if operator_of(node).attends:
-                count += 1
+            cache = _cache_name(node, block, path, caches) if operator_of(node).attends else ""
+            caches.add(cache)
             if told := counted.told(node):
-                nodes.append(self.node(told, inner, "kv" if count == 1 else f"kv_{count}"))
+                nodes.append(self.node(told, inner, cache))
         counted.check(*block.outputs)
         if counted.used:
             nodes.insert(0, _known(inner, counted.known))
         return replace(block, inputs=(*block.inputs, inner), nodes=tuple(nodes))
+
+
+def _cache_name(node: Node, block: Block, path: str, taken: set[str]) -> str:
+    """`self_attn.kv`: the cache of an attention lies in the module of `block` that calls it."""
+    found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", node.loc.module)
+    name = f"{found[1]}.kv" if found else "kv"
+    known = {param.name.rpartition(".")[0] for param in block.params} | taken
+    names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+    return next(name for name in names if name not in known)
 
 
 def _known(positions: Value, known: Value) -> Node:

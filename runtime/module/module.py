@@ -25,7 +25,7 @@ from .checkpoint import Experts, Safetensors, StateDict
 from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving
 from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
-from .nested import Sharded, install_modules
+from .nested import install_modules
 from .parameters import Original, Param, originals, param_of_layer
 from .state import State
 from .tree import owner_of
@@ -48,7 +48,8 @@ class ShardedModule(nn.Module):
     OUTPUTS: ClassVar[Sequence[Output]]
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
-    MODULES: ClassVar[Mapping[str, type[Sharded]]] = {}
+    MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
     PHASE: ClassVar[str] = TRAIN.name
     CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned

@@ -6,14 +6,14 @@
 
 An annotation with a class of modules is a declaration: each `DecoderLayer` has an `Attention` and
 a linear layer of its own under these names.  `MODULES` does the same for paths that are no names,
-such as `experts.3`.
+such as `experts.3`; `OPTIONS` has what torch's own modules are told, such as the eps of a norm.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class Sharded(nn.Module):
     """
 
     MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -49,8 +50,10 @@ class Sharded(nn.Module):
 def install_modules(module: nn.Module, mesh: Mesh) -> None:
     """Give `module` the modules that its class, or one that it inherits from, declares."""
     declared: dict[str, object] = {}
+    options: dict[str, Mapping[str, Any]] = {}
     for cls in reversed(type(module).__mro__):
         declared |= inspect.get_annotations(cls) | dict(cls.__dict__.get("MODULES", {}))
+        options |= dict(cls.__dict__.get("OPTIONS", {}))
     for path, kind in declared.items():
         if not isinstance(kind, type):
             continue
@@ -58,4 +61,4 @@ def install_modules(module: nn.Module, mesh: Mesh) -> None:
         if issubclass(kind, Sharded):
             owner.add_module(leaf, kind(mesh))
         elif kind in LEAVES:
-            owner.add_module(leaf, LEAVES[kind]())
+            owner.add_module(leaf, LEAVES[kind](**options.get(path, {})))

@@ -25,7 +25,8 @@ B, S = (2, (0,)), (9, ())  # a batch that axis 0 cuts, a whole sequence
         ("torch.cat((a, b), dim=-1)", {"a": "-x", "b": "y"}, "torch.cat((-x, y), dim=-1)"),
         ("a[..., 1:]", {"a": "x * 2"}, "(x * 2)[..., 1:]"),
         ("f(a, a)", {"a": "x"}, None),  # it would run twice
-        ("2**a", {"a": "-x"}, None),
+        ("2**a", {"a": "-x"}, "2**-x"),
+        ("a**2", {"a": "-x"}, None),
     ],
 )
 def test_nested(text: str, inner: dict[str, str], whole: str | None) -> None:

@@ -51,11 +51,16 @@ def test_pictures(axes: tuple[tuple[str, int], ...], picture: str) -> None:
         ({}, ["x cuts nothing.", "y cuts nothing."]),
         (
             {"attention": ("b", "n"), "linear": ("i0", "o")},
-            ["x cuts nothing.", "y cuts attention by heads and products by columns."],
+            [
+                "x cuts nothing.",
+                "y cuts attention by heads and matrix products by columns (q_proj, k_proj, v_proj, "
+                "o_proj,",
+                "gate_proj, up_proj, down_proj). Around the layers it cuts head by columns.",
+            ],
         ),
         (
             {"attention": ("ring", "R")},
-            ["x cuts attention by sequence, ring of K/V.", "y cuts nothing."],
+            ["x cuts attention by sequence (ring of K/V).", "y cuts nothing."],
         ),
     ],
 )

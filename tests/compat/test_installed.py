@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.proxy import TracerBase
 
 from .test_private_names import COMPAT, LIBRARIES, files, imported, private_attributes
 
@@ -91,9 +92,11 @@ def test_torch_has_all_of_it() -> None:
     owners: dict[str, object] = {
         "_buffers": nn.Module(),
         "_cdata": x.untyped_storage(),
+        "_filter_traceback_frames": TracerBase,
         "_flatten": mesh,
         "_non_persistent_buffers_set": nn.Module(),
         "_parameters": nn.Module(),
+        "_record_forward_stack_traces_only": TracerBase,
         "_schema": torch.ops.aten.relu.default,
         "_version": x,
     }

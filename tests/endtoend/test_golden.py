@@ -61,17 +61,18 @@ def test_generated_module(golden: Golden) -> None:
     golden("llama_2x2.py", llama_module())
 
 
-# One module for each idea: batch, tokens, key heads of 16, and pins that leave no other
-IDEAS: dict[str, tuple[int, int, int, dict[str, str]]] = {
-    "ddp": (16, 2048, 8, {"*.weight": "R"}),
-    "fsdp": (16, 2048, 8, {"*_proj.weight": "S0"}),
+# One module for each idea: batch, tokens, heads, key heads, and pins that leave no other
+IDEAS: dict[str, tuple[int, int, int, int, dict[str, str]]] = {
+    "ddp": (16, 2048, 16, 8, {"*.weight": "R"}),
+    "fsdp": (16, 2048, 16, 8, {"*_proj.weight": "S0"}),
     "tp_sp": (
-        2, 4096, 8,
+        2, 4096, 16, 8,
         {"*.[qkv]_proj.weight": "S0", "*.o_proj.weight": "S1", "*.gate_proj.weight": "S0",
          "*.up_proj.weight": "S0", "*.down_proj.weight": "S1"},
     ),
-    "gathered": (1, 131_072, 2, {"*_proj.weight": "R"}),
-    "ulysses": (1, 16_384, 16, {"*_proj.weight": "R"}),
+    "gathered": (1, 131_072, 16, 2, {"*_proj.weight": "R"}),
+    "ulysses": (1, 16_384, 16, 16, {"*_proj.weight": "R"}),
+    "ring": (1, 32_768, 6, 3, {"*_proj.weight": "R"}),
 }  # fmt: skip
 
 
@@ -82,11 +83,12 @@ def test_module_of_an_idea(golden: Golden, idea: str) -> None:
 
 def idea_module(idea: str) -> str:
     """The example's code on four GPUs, in two layers of a 1B model."""
-    batch, tokens, kv_heads, pins = IDEAS[idea]
+    batch, tokens, heads, kv_heads, pins = IDEAS[idea]
     example = example_module("llama")
     config = example.LlamaConfig(
-        vocab_size=32_000, layers=2, width=2048, heads=16, kv_heads=kv_heads, mlp_width=5632
-    )
+        vocab_size=32_000, layers=2, width=128 * heads, heads=heads, kv_heads=kv_heads,
+        mlp_width=5632,
+    )  # fmt: skip
     with torch.device("meta"):
         model = example.Llama(config).bfloat16()
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -94,6 +96,35 @@ def idea_module(idea: str) -> str:
     inputs = {"tokens": ids, "labels": ids}
     plan = shardwright.plan(model, inputs, gpus=4, mesh="4", cluster="h100", pins=texts)
     return plan.module_source()
+
+
+def test_module_with_experts_on_several_ranks(golden: Golden) -> None:
+    """Tokens go to their experts by all-to-all, and back."""
+    example = example_module("moe")
+    config = example.MoEConfig(layers=2, width=1024, heads=16, experts=16, expert_width=2816)
+    with torch.device("meta"):
+        model = example.MoETransformer(config).bfloat16()
+        ids = torch.zeros(16, 2048, dtype=torch.int64)
+    pins = ["*.experts.gate_up=S0", "*.experts.down=S0", "*_proj.weight=R"]
+    inputs = {"tokens": ids, "labels": ids}
+    plan = shardwright.plan(model, inputs, gpus=4, mesh="4", cluster="h100", pins=pins)
+    golden("moe_experts.py", plan.module_source())
+
+
+def test_module_that_serves(golden: Golden) -> None:
+    """A program for prefill and one for decoding, with the same weights."""
+    example = example_module("llama")
+    config = example.LlamaConfig(
+        vocab_size=32_000, layers=2, width=2048, heads=16, kv_heads=8, mlp_width=5632
+    )
+    with torch.device("meta"):
+        model = example.Llama(config).bfloat16()
+        ids = torch.zeros(4, 4096, dtype=torch.int64)
+    inputs = {"tokens": ids, "position_ids": ids}
+    plan = shardwright.plan(
+        model, inputs, gpus=4, mesh="4", cluster="h100", phase="serve", output_tokens=512
+    )
+    golden("llama_served.py", plan.module_source())
 
 
 def test_generated_modules_are_formatted(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_what_is_moved(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: st
     assert plan.decode is not None and len(plan.recached) == 1
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
     conversion = plan.recached[0]
-    assert conversion.name == "model.layers.*.kv" and conversion.count == 3
+    assert conversion.name == "model.layers.*.self_attn.kv" and conversion.count == 3
     assert plan.answer_s == pytest.approx(
         plan.seconds + conversion.seconds + (NEW - 1) * plan.decode.seconds, rel=1e-12
     )
@@ -255,7 +255,8 @@ def test_the_report_names_the_conversion() -> None:
     plan = serving_plan("llama", (2, 2), "S0,S2", "S0,S1")
     text = format_plan(plan)
     assert "conversion of the KV caches" in text and "One set of weights serves both" in text
-    assert "3 x model.layers.*.kv: dp: batch, cp: tokens -> dp: batch, cp: heads (cp all-to-all"
+    moved = "dp: batch, cp: tokens -> dp: batch, cp: heads (cp all-to-all"
+    assert f"3 x model.layers.*.self_attn.kv: {moved}"
     alike = format_plan(serving_plan("llama", (2, 2), "S0,S1", "S0,S1"))
     assert "One set of weights and one cache layout serve both phases." in alike
     assert "conversion" not in alike

@@ -171,6 +171,14 @@ def test_heads_and_tokens_merged_at_once() -> None:
     assert nodes(graph)[0].arg("shape") == (2, 3, 4)
 
 
+def test_one_token_is_not_merged_where_heads_are() -> None:
+    graph = captured(
+        lambda x, w: F.linear(x.transpose(1, 2).reshape(2, 1, 6), w), normal(2, 3, 1, 2), 5, 6
+    )
+    assert ops(graph) == ["aten.transpose.int", "aten.reshape.default", "aten.linear.default"]
+    assert nodes(graph)[1].arg("shape") == (2, 1, 6)
+
+
 def test_mixing_tokens_keeps_them_merged() -> None:
     graph = captured(lambda x, w: (x.view(6, 4) * w).cumsum(0), normal(2, 3, 4), 4)
     assert ops(graph)[-2:] == ["aten.reshape.default", "aten.cumsum.default"]

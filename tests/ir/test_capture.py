@@ -423,3 +423,30 @@ def test_inputs_are_checked() -> None:
         capture(model, {}, training=True)
     with pytest.raises(CaptureError, match=r"input `x` is a list, not a tensor"):
         capture(model, {"x": [1.0]}, training=True)  # type: ignore[dict-item]
+
+
+def first_and_twice(x: Tensor) -> Tensor:
+    """A function that a forward calls: of its two results one is used."""
+    _, best = x.topk(2, dim=-1)
+    doubled = best * 2
+    return doubled + 1
+
+
+class Helped(nn.Module):
+    """Calls a function twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = first_and_twice(x * self.w)
+        right = first_and_twice(x)
+        return left + right
+
+
+def test_functions_of_a_forward_name_what_they_compute() -> None:
+    graph = capture(Helped(), {"x": torch.ones(3, 4)}, training=True)
+    names = [node.loc.targets for node in graph.nodes]
+    helped = [("_", "best"), ("doubled",)]
+    assert names == [(), *helped, ("left",), *helped, ("right",), ()]
