@@ -451,7 +451,8 @@ class _Writer:
             path += ",)" if len(out.path) == 1 else ")"
             shape = _tuple(item.value.type.shape)
             lines += statement(f'Output({path}, "{self._spec_text(item)}", {shape}),', 2)
-        return [*lines, "    )"]
+        single = f"    OUTPUTS = ({lines[-1].strip()})"
+        return [single] if len(lines) == 2 and len(single) <= WIDTH else [*lines, "    )"]
 
     def _caches_table(self) -> list[str]:
         """KV caches by their path, `model.layers.{0..31}.kv`."""

@@ -160,7 +160,8 @@ def whole_stacks() -> Generator[None]:
     """Inside, an export records all frames from a `forward` on, not those of `forward`s alone."""
     from torch.fx.proxy import TracerBase
 
-    forwards: Any = TracerBase._filter_traceback_frames
+    tracer: Any = TracerBase
+    forwards = tracer._filter_traceback_frames
 
     def all_frames(self: TracerBase, frames: Any) -> Any:
         before = self._record_forward_stack_traces_only
@@ -170,11 +171,11 @@ def whole_stacks() -> Generator[None]:
         finally:
             self._record_forward_stack_traces_only = before
 
-    TracerBase._filter_traceback_frames = all_frames
+    tracer._filter_traceback_frames = all_frames
     try:
         yield
     finally:
-        TracerBase._filter_traceback_frames = forwards
+        tracer._filter_traceback_frames = forwards
 
 
 def makes_tensors(function: object) -> bool:

@@ -3,8 +3,8 @@
    tp=0  tp=1  tp=2  tp=3
       0     1     2     3
 
-tp cuts some parameters, which are gathered for use (FSDP), attention by heads, matrix products
-by columns (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (down_proj) and the sequence
+tp cuts parameters (o_proj), which are gathered for use, attention by heads, matrix products by
+columns (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (down_proj) and the sequence
 between them. Around the layers it cuts embedding by hidden, head by columns and loss by
 vocabulary.
 
