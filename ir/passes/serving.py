@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
+from ..graph.names import is_path
 from ..graph.rewrite import live_items, with_operands
 from ..ops.indices import index_limits
 from ..ops.registry import find_op, operator_of, rule_of
@@ -176,10 +177,14 @@ class _Pass:
 
 
 def _cache_name(node: Node, block: Block, path: str, taken: set[str]) -> str:
-    """`self_attn.kv`: the cache of an attention lies in the module of `block` that calls it."""
+    """`self_attn.kv`: the cache of an attention lies in the module of `block` that calls it.
+
+    In the block itself where that module has a name that cannot stand in Python.
+    """
     found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", node.loc.module)
-    name = f"{found[1]}.kv" if found else "kv"
-    known = {param.name.rpartition(".")[0] for param in block.params} | taken
+    name = f"{found[1]}.kv" if found and is_path(found[1]) else "kv"
+    held = [(param.name, param.name.rpartition(".")[0]) for param in block.params]
+    known = {path for paths in held for path in paths} | taken
     names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
     return next(name for name in names if name not in known)
 

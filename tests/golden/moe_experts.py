@@ -6,7 +6,7 @@
 ep cuts the batch (DDP: gradients are summed) and experts by experts (tokens sent to them).
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
-Predicted: 9.24 ms per training step, 3.02 GB per GPU.
+Predicted: 9.24 ms per step, 3.02 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
