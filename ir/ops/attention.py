@@ -440,7 +440,7 @@ class Attention(Operator):
         return ("q",) if node.arg("causal") or node.arg("window") else ()
 
     def flops(self, local: Local) -> float:
-        """Of the products with keys and values, as if no score was masked."""
+        """FLOPs of the products with keys and values, as if no score was masked."""
         return 2.0 * local.size("b", "n", "g", "q", "k") * (local.size("d") + local.size("e"))
 
     def work(self, local: Local) -> Kernels:

@@ -167,7 +167,7 @@ class CachedAttention(Operator):
         return named_values(node, ("q", "k", "v"))
 
     def flops(self, local: Local) -> float:
-        """Of the products with the keys and values of all tokens, as if no score was masked."""
+        """FLOPs of the products with keys and values of all tokens, as if no score was masked."""
         return 2.0 * local.size("b", "n", "g", "q", "c") * (local.size("d") + local.size("e"))
 
     def work(self, local: Local) -> Kernels:

@@ -11,7 +11,7 @@ from .rule import Choice
 
 
 def cache_spec(node: Node, choices: Sequence[Choice]) -> Spec:
-    """Of the cache (batch, heads, sequence) of an attention."""
+    """The spec of an attention's cache, whose dims are batch, heads, sequence."""
     dims = {"b": S(0), "n": S(1), **dict.fromkeys(rule_of(node).algorithms, S(2))}
     return tuple(dims.get(choice, R) for choice in choices)
 

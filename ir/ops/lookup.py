@@ -62,7 +62,7 @@ class Embedding(Operator):
         return {"padding_idx": min(padding, new.shape(node.operands[0])[0] - 1)}
 
     def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
-        """Of a table cut by its rows, autograd keeps indices into those that are here."""
+        """Nothing as it is where rows are cut: indices are made anew, into the rows kept here."""
         return () if "v" in choices else self.saves(node)
 
     def work(self, local: Local) -> Kernels:

@@ -213,7 +213,7 @@ class Operator:
         return {}
 
     def shift(self, node: Node) -> int:
-        """What it adds to whole numbers on their way from an input to where they are indices."""
+        """What it adds to the whole numbers in its operand, which may be indices further on."""
         return 0
 
     def ties(self, sizes: Sizes, node: Node) -> bool:
@@ -237,7 +237,7 @@ class Operator:
         return 0.0
 
     def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
-        """Those of `saves` that autograd keeps as they are, not something made of them."""
+        """The values of `saves` that autograd keeps themselves, and not something made of them."""
         return self.saves(node)
 
 
@@ -284,7 +284,7 @@ class Light(Operator):
         return True
 
     def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
-        """As for all, and what the function of the declaration gives."""
+        """As for any operator, and what the function of the declaration gives."""
         return super().resized(node, new) | (self._resized(node, new) if self._resized else {})
 
 

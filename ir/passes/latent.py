@@ -255,7 +255,7 @@ class _Latent:
         return replace(changed, args=(*args, ("value_dim", rank)), outputs=(output,), loc=loc)
 
     def _scale(self) -> Arg:
-        """That of the heads' scores, whatever the width of a latent."""
+        """The factor on the heads' scores; it does not depend on the width of a latent."""
         scale = self.attention.arg("scale")
         dim = self.attention.operands[0].type.shape[3]
         return 1.0 / sqrt(dim) if scale is None else scale

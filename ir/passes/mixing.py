@@ -24,7 +24,7 @@ def mixing_node(graph: Graph) -> Node | None:
 
 
 def _loop(loop: Loop, dims: dict[str, frozenset[int]]) -> Node | None:
-    """Of a loop, as often as its carried values gain dims of tokens."""
+    """As `_node`, for a loop: again until its carried values gain no more dims of tokens."""
     carried = [dims.get(value.name, frozenset()) for value in loop.carried]
     while True:
         before = list(carried)

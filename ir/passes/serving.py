@@ -101,7 +101,7 @@ def _check_length(graph: Graph, positions: Value, context: int) -> None:
 
 
 def _check_mixing(graph: Graph, wanted: Output) -> None:
-    """Nothing that the output at the path of `wanted` is made of may mix tokens."""
+    """Raise ServingError if a node mixes tokens on the way to the output at `wanted`'s path."""
     read = [out.value.name for out in graph.outputs if out.path == wanted.path]
     node = mixing_node(replace(graph, body=live_items(graph.body, read)))
     if node is not None:
@@ -242,7 +242,7 @@ class _Counted:
         return replace(node, outputs=(made,))
 
     def check(self, *readers: Loop | Value) -> None:
-        """Raise ServingError if what is counted leaves the nodes that were told."""
+        """Raise ServingError if a count is read by what was not told the positions."""
         for reader in readers:
             values = _reads(reader) if isinstance(reader, Loop) else (reader,)
             if any(value.name in self._by for value in values):

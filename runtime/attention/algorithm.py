@@ -81,7 +81,7 @@ class _Differentiable(Function):
 
 
 def start(q: Tensor, value_dim: int, sinks: Tensor | None) -> Partial:
-    """What the queries have before the first key: nothing, or the sinks."""
+    """The partial result before the first key: that of no keys, or of the sinks alone."""
     if sinks is None:
         return Partial.empty(q, value_dim)
     return Partial.of_sinks(sinks, q, value_dim)

@@ -46,20 +46,20 @@ class Held:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of `sent`, and of its gradients."""
+        """Shapes of the tensors in `sent`, and so of their gradients."""
         return [x.shape for x in self.sent]
 
     def packed(self) -> Tensor:
-        """The message that tells another rank."""
+        """One message with all tensors of `sent`."""
         return pack(*self.sent)
 
     def received(self, message: Tensor) -> Held:
-        """Those of another rank, from what it packed."""
+        """The keys of another rank, from the message that it packed."""
         k, *v = unpack(message, *self.shapes)
         return replace(self, k=k, v=v[0] if v else None)
 
     def of_key_heads(self, heads: slice) -> Held:
-        """Some of the key heads; latents are one."""
+        """The same with some of the key heads; latents count as one head."""
         return replace(self, k=self.k[:, heads], v=None if self.v is None else self.v[:, heads])
 
     def made(self) -> Held:

@@ -42,7 +42,7 @@ class Heads:
     def made_backward(
         self, grads: tuple[Tensor, Tensor], k: Tensor, dk: Tensor, dv: Tensor
     ) -> None:
-        """Add to `grads`, of latents k and of `up`, what gradients of keys and values make.
+        """Add to `grads`, those of latents k and of `up`, what follows from dk and dv.
 
         dk (b, h, s, d) and dv (b, h, s, dv); all four gradients float32 or float64.  Two products
         in the dtype of k, 4 b s r h (nope + dv) FLOP, whose results are added up in that of

@@ -51,7 +51,7 @@ def pass_q_attention(
 
 
 def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial:
-    """The queries of all ranks over this rank's keys; what those of this rank get of all."""
+    """Every rank's queries visit this rank's keys; the result is that of this rank's queries."""
     into, link = start(q, held.value_dim, sinks), task.link
     for part in _returned(_circulate(q, held.made(), task), q, held.value_dim, link):
         into.add_(part.out, part.lse)

@@ -20,7 +20,7 @@ from .work import Work
 
 @dataclass(frozen=True, slots=True)
 class Task(ABC):
-    """What an algorithm asks about a call; where the keys come from is its subclass's affair."""
+    """What an algorithm asks about a call; a subclass knows where the keys come from."""
 
     link: Link
     scores: Scores

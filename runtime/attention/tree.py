@@ -146,7 +146,7 @@ def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial
 
 
 def _backward(queries: Queries, held: Held, task: Task) -> Gradients:
-    """Of its keys each rank has the whole gradient; those of the queries are added up."""
+    """A rank has the whole gradient of its own keys; queries' gradients are added up over ranks."""
     dq, *dsent = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, *held.sent))
     dup = None if held.heads is None else torch.zeros_like(held.heads.up, dtype=dq.dtype)
     work = task.work(task.link.rank, task.link.rank)

@@ -276,7 +276,7 @@ class PageTable:
                 pages.append(page)
 
     def full_message(self, wanted: int) -> str:
-        """What to tell somebody who wants to store `wanted` more tokens than fit."""
+        """The message of an error where `wanted` more tokens do not fit."""
         free = len(self._free)
         open_slots = sum(len(pages) * PAGE for pages in self._pages) - int(self.counts.sum())
         return (

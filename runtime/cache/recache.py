@@ -117,7 +117,7 @@ class Recaching:
     # --- details -----------------------------------------------------------------------------
 
     def _prepare(self, name: str, table: PageTable) -> None:
-        """The table and the route of one cache; those that lie alike share them."""
+        """Make the table and the route of one cache; caches of one layout share them."""
         path, new = self._paths[name], self._new
         shared = next(item for item in self._old.tables if item.table is table)
         if len(path) == 1:
@@ -231,7 +231,7 @@ class _Leg:
 
 
 class _Route:
-    """How caches whose tokens lie alike go along a path.
+    """The way of caches along a path; all caches in it have their tokens in the same places.
 
     `columns` (b, n) of the old table are what this rank reads, in the order in which the first
     step wants them; `positions` (b, n) is what it holds at the end, -1 behind.  All ranks have

@@ -90,7 +90,7 @@ class Borrowed:
             self._made[i] = weakref.ref(self._kept[i])
 
     def _start(self, besides: set[int]) -> None:
-        """What will be asked for and is not there, and `besides`."""
+        """Start to bring the weights that backward still asks for and are gone, and `besides`."""
         numbers = sorted({i for i, left in enumerate(self._left) if left > 0} | besides)
         numbers = [i for i in numbers if self._made[i]() is None]
         tensors, ways = [self._stored[i] for i in numbers], [self._ways[i] for i in numbers]
@@ -125,7 +125,7 @@ class _View:
     stride: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        """The same tensor over the weight that came again."""
+        """The saved tensor again, as a view of the weight that was brought again."""
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
         return empty.set_(self.of.storage(self.number), self.offset, self.size, self.stride)
 

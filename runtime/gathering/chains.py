@@ -114,7 +114,7 @@ class Flight:
         return self._tensors
 
     def _go_on(self, free: Sequence[int]) -> None:
-        """What has arrived does what needs no message, then starts what all of it waits for."""
+        """Bring `free` tensors to their next message; start those that have all of theirs."""
         for i in free:
             while self._left[i] and self._left[i][0].collective is None:
                 leg = self._left[i].pop(0)

@@ -279,9 +279,9 @@ def _keys_of(stack: Stack, module: str, matrices: Mapping[str, str]) -> list[lis
 
 
 def _cuts(stack: Stack, inner: Sequence[slice]) -> Iterator[tuple[int, Slices, Slices]]:
-    """Of which matrices of an expert `inner` takes something, what, and where in `inner` it goes.
+    """For each matrix of an expert that `inner` overlaps: (number, what it takes, where that goes).
 
-    `inner` has the dims of the stack but the first; what it takes has those of the matrix.
+    `inner` has the dims of the stack but the first; what it takes, the dims of the matrix.
     """
     dim = stack.dim - 1
     taken = inner[dim]

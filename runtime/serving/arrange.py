@@ -50,7 +50,7 @@ def arrange(
 
 
 def kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor:
-    """What a table of this rank has to store of full `positions` (b, t), -1 where nothing.
+    """Full `positions` (b, t) as this rank stores them in a page table; -1 where it stores nothing.
 
     New tokens are cut as `spec` says over (b, t), the table's as `table_spec`: a rank stores its
     own columns, or, where all ranks have all columns, the pages that it owns.

@@ -18,7 +18,7 @@ from .program import Served
 
 
 class Caches:
-    """KV caches for `rows` sequences, of which the first `batch` are real and others padding.
+    """KV caches for `rows` sequences, of which the first `batch` are real and the rest padding.
 
     `lengths` (batch,) are the tokens that are cached of each, int64 on the CPU; `tokens` is how
     many there may be, `total` how many all may have together (None: all that many).  The caches lie

@@ -23,7 +23,7 @@ from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
 from shardwright.ir.ops.algorithms.part import Part, ring_shares
 from shardwright.ir.ops.algorithms.quantities import buffers_of, traffic_of
-from shardwright.ir.ops.registry import kind_of
+from shardwright.ir.ops.registry import operator_of
 from shardwright.loading import load_target
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
@@ -317,7 +317,8 @@ class Megatron(Roles):
     def allows(self, region: Region, strategy: Strategy) -> bool:
         if not super().allows(region, strategy):
             return False
-        heavy = any(kind_of(node) in ("matmul", "attention") for node in region.nodes)
+        spent = {operator_of(node).spent_on for node in region.nodes}
+        heavy = spent & {"matrix products", "attention"}
         tensor = [axis for axis, role in enumerate(self.roles) if role == "tp"]
         cuts = [self._cuts(region, strategy, axis) for axis in tensor]
         return not heavy or all(found and "s" not in found for found in cuts)
@@ -394,9 +395,10 @@ def test_the_planner_finds_usp_on_two_nodes(
     """A ring between the nodes, heads inside; tokens elsewhere, so that all-to-alls convert."""
     graph = small_llama(kv_heads, phase, tmp_path)
     _, decisions = best(graph, mesh_of(*sizes), training=phase == "train", memory=76e9)
-    attentions = [node for node in graph.nodes if kind_of(node) == "attention"]
+    attentions = [node for node in graph.nodes if operator_of(node).attends]
     assert attentions and {decisions.choices[node.name] for node in attentions} == {choices}
-    products = [n for n in graph.nodes if kind_of(n) == "matmul" and n.output.type.shape[1] > 1]
+    products = [n for n in graph.nodes if operator_of(n).spent_on == "matrix products"]
+    products = [n for n in products if n.output.type.shape[1] > 1]
     layers = [decisions.choices[n.name] for n in products if n.operands[-1].type.shape[0] < 100000]
     # the innermost of three axes may cut columns and rows besides
     assert layers and {choice for found in layers for choice in found[:2]} == {"i1"}

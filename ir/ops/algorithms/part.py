@@ -84,7 +84,7 @@ class Part:
     # --- the share of all scores that the busiest rank computes --------------------------------
 
     def share(self, keys: int, cut: int) -> float:
-        """Of its queries x `keys`, where it has all keys of a sequence.
+        """The share of its queries x `keys`, where it has all keys of a sequence.
 
         Causal attention computes the lower triangle.  With queries cut in p contiguous blocks the
         last rank has the longest rows, 1 - 1 / (2p) of them (`cut` = 2p); in zigzag order all have
@@ -103,7 +103,7 @@ class Part:
         return min(share, self.window / keys) if self.window else share
 
     def ring_shares(self) -> tuple[float, ...]:
-        """Of its queries x the keys of one rank after the other, see `ring_shares`."""
+        """The share of its queries x the keys of each rank in turn; see `ring_shares`."""
         return ring_shares(self.keys, self.ranks, self.causal, self.window, self.zigzag)
 
 
