@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPAT = ROOT / "compat"
 LIBRARIES = ("torch", "transformers")
 
-# private by their look only: what Python's own documentation tells to call
-_DOCUMENTED = {"_replace", "_asdict", "_fields", "_getframe"}
+# private by their look only: what named tuples have
+_DOCUMENTED = {"_replace", "_asdict", "_fields"}
 
 
 def files() -> Iterator[Path]:
@@ -41,7 +42,8 @@ def private_attributes(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
             name = node.args[1].value if asks and isinstance(node.args[1], ast.Constant) else None
         if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
             assert isinstance(node, ast.expr)
-            yield node, name
+            if ast.unparse(node).partition(".")[0] not in sys.stdlib_module_names:  # `os._exit`
+                yield node, name
 
 
 def defined(tree: ast.AST) -> set[str]:
@@ -113,13 +115,14 @@ class Own(nn.Module):
         self._count = self._parameters
         return self._mine(), self._base, self._count, torch._C._thing
 def f(x, pair: Own):
+    sys._getframe()
     return x._version, pair._count, getattr(x, "_grad"), pair._replace(a=1), x.__dict__, x._base
 """
     in_compat = {"_version", "_parameters", "torch.utils.checkpoint.CheckpointFunction"}
     assert sorted(foreign(ast.parse(text), {"_base", "_parameters"}, in_compat)) == [
-        "11: getattr(x, '_grad')",
-        "11: x._base",
-        "11: x._version",
+        "12: getattr(x, '_grad')",
+        "12: x._base",
+        "12: x._version",
         "1: import of transformers",
         "2: import of torch._C.thing",
         "3: import of torch.utils._pytree",
