@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def private_attributes(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
-    """`x._name` and `getattr(x, "_name")`: the node, and the name."""
+    """`x._name` and `getattr(x, "_name")`: the node, and the name.  Python documents `os._exit`."""
     for node in ast.walk(tree):
         name: object = None
         if isinstance(node, ast.Attribute):
@@ -42,7 +41,7 @@ def private_attributes(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
             name = node.args[1].value if asks and isinstance(node.args[1], ast.Constant) else None
         if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
             assert isinstance(node, ast.expr)
-            if ast.unparse(node).partition(".")[0] not in sys.stdlib_module_names:  # `os._exit`
+            if ast.unparse(node).partition(".")[0] not in ("os", "sys"):
                 yield node, name
 
 
