@@ -47,6 +47,9 @@ _SEVERAL: Mapping[str, tuple[str, ...]] = {
     "min": ("smallest", "where_smallest"),
 }
 
+# What a noun becomes for something made of what is called so
+_MADE_OF: Mapping[tuple[str, str], str] = {("scaled", "activated"): "gated"}
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -168,7 +171,8 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | N
     first = item.operands[0] if item.operands else None
     if first is not None and len(node.outputs) == 1 and _shows(node):
         return Base(names.base(first).name, False, first)
-    return Base(noun)
+    made_of = (names.base(operand).name for operand in item.operands)
+    return Base(next((w for n in made_of if (w := _MADE_OF.get((noun, n)))), noun))
 
 
 def words_of(statements: Iterable[Statement]) -> dict[str, str]:

@@ -190,9 +190,9 @@ class Decoding(ShardedModule):
     }
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> object:
+        positions = torch.clamp(position_ids, min=0)  # [b, 1]
         exponents = torch.arange(0, 128, 2, dtype=torch.float32, device=self.device) / 128  # [64]
-        position_ids_2 = torch.clamp(position_ids, min=0).to(torch.float32)  # [b, 1]
-        angles = position_ids_2.unsqueeze(-1) * 10000.0**-exponents  # [b, 1, 64]
+        angles = positions.to(torch.float32).unsqueeze(-1) * 10000.0**-exponents  # [b, 1, 64]
         x = self.embedding(input_ids)  # [b, 1, 2048]
         cos = torch.cos(angles).unsqueeze(2).to(torch.bfloat16)  # [b, 1, 1, 64]
         sin = torch.sin(angles).unsqueeze(2).to(torch.bfloat16)  # [b, 1, 1, 64]
@@ -232,9 +232,9 @@ class ShardedModel(ShardedModule):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> object:
         dp = self.mesh["dp"]
+        positions = torch.clamp(position_ids, min=0)
         exponents = torch.arange(0, 128, 2, dtype=torch.float32, device=self.device) / 128  # [64]
-        position_ids_2 = torch.clamp(position_ids, min=0).to(torch.float32)
-        angles = position_ids_2.unsqueeze(-1) * 10000.0**-exponents  # [b/dp, s, 64]
+        angles = positions.to(torch.float32).unsqueeze(-1) * 10000.0**-exponents  # [b/dp, s, 64]
         x = self.embedding(input_ids)  # [b/dp, s, 2048]
         cos = torch.cos(angles).unsqueeze(2).to(torch.bfloat16)  # [b/dp, s, 1, 64]
         sin = torch.sin(angles).unsqueeze(2).to(torch.bfloat16)  # [b/dp, s, 1, 64]
