@@ -49,10 +49,12 @@ from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.program import PricedStep, lower
-from shardwright.planner.strategies.build import Builder, Setting, all_params
+from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.params import all_params
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
+from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
 from shardwright.runtime.live import LiveBytes
 

@@ -28,12 +28,12 @@ class Round(Generic[Key]):
 
 
 def rounds(
-    ways: Sequence[Sequence[tuple[Key, float]]], limit: float = GROUP_BYTES
+    ways: Sequence[Sequence[tuple[Key, float]]], limit: float | None = None
 ) -> tuple[Round[Key], ...]:
     """The collectives that take each tensor along its way: (key, bytes) of one after another.
 
     Those with one key are one collective where ways allow it; of more than `limit` bytes
-    together, several.
+    together (`GROUP_BYTES` if it is None), several.
 
     >>> dp, tp = "all_gather dp", "all_gather tp"
     >>> [each.members for each in rounds([[(dp, 8)], [(tp, 8), (dp, 8)], [(tp, 8)]])]
@@ -46,7 +46,7 @@ def rounds(
         key = next((head for head in heads if head not in later), heads[0])
         members = [i for i, way in enumerate(ways) if at[i] < len(way) and way[at[i]][0] == key]
         sizes = {i: ways[i][at[i]][1] for i in members}
-        for group in _bounded(sizes, limit):
+        for group in _bounded(sizes, GROUP_BYTES if limit is None else limit):
             found.append(Round(key, group, sum(sizes[i] for i in group)))
         for i in members:
             at[i] += 1

@@ -29,17 +29,13 @@ from shardwright.ir.reference.widen import (
 )
 from shardwright.planner.plan.plan import Request
 from shardwright.planner.plan.program import PricedStep, Program, lower, priced_path
-from shardwright.planner.plan.traffic import predicted_bytes
+from shardwright.planner.plan.traffic import predicted_bytes, predicted_messages
 from shardwright.planner.search.search import Clock, Job, Limit
-from shardwright.planner.strategies.build import (
-    Builder,
-    Decisions,
-    Restriction,
-    Setting,
-    all_params,
-)
+from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.params import all_params
 from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import RankPool, count_collectives
 
 AXES = ("x", "y", "z")
@@ -160,8 +156,11 @@ def weights_like(t: Tensor) -> Tensor:
 
 def run_module(
     source: str, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor | None], dict[tuple[str, str, str], float]]:
-    """In one rank: run a generated module; whole outputs, whole gradients, counted bytes.
+) -> tuple[
+    dict[str, Tensor], dict[str, Tensor | None], dict[tuple[str, str, str], tuple[float, int]]
+]:
+    """In one rank: run a generated module; whole outputs, whole gradients, counted bytes and
+    messages.
 
     Without training there is no backward pass and no gradient.
     """
@@ -175,7 +174,9 @@ def run_module(
         else:
             with torch.no_grad():
                 out = model.eval()(**model.shard_inputs(**inputs))
-    counted = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
+    counted = {
+        (k.op, k.axis, str(k.phase)): (c.bytes, c.messages) for k, c in counter.counts.items()
+    }
     whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
     return whole, model.full_gradients(), counted
 
@@ -218,14 +219,15 @@ def check(
     tolerance: float,
     run: Callable[..., Any] = run_module,
 ) -> None:
-    """Run on all ranks; results are as `reference` says, and bytes as predicted.
+    """Run on all ranks; results are as `reference` says, bytes and messages as predicted.
 
     `run` is `run_module`, or does more around it.  Errors are relative to the largest entry of the
     expected tensor.
     """
     source = source_of(builder, decisions)
     results = pool.run(run, source, dict(params), dict(inputs))
-    moved = dict(predicted_bytes(program_of(builder, decisions), builder.network.mesh))
+    program, mesh = program_of(builder, decisions), builder.network.mesh
+    moved, messages = dict(predicted_bytes(program, mesh)), dict(predicted_messages(program, mesh))
     busiest: dict[tuple[str, str, str], float] = {}
     for rank, (outputs, gradients, counted) in enumerate(results):
         for path, want in expected[0].items():
@@ -235,11 +237,13 @@ def check(
                 got = gradients[name]
                 assert got is not None, f"rank {rank}: no gradient for {name}"
                 assert_close(got, want, tolerance, f"rank {rank} gradient of {name}")
-        for key, n_bytes in counted.items():
+        for key, (n_bytes, _) in counted.items():
             busiest[key] = max(busiest.get(key, 0.0), n_bytes)
         if not any("window" in choices for choices in decisions.choices.values()):
-            same = counted == pytest.approx(moved, rel=1e-12)
+            same = {key: n for key, (n, _) in counted.items()} == pytest.approx(moved, rel=1e-12)
             assert same, f"rank {rank} moved {counted}, predicted {moved}"
+            sent = {key: n for key, (_, n) in counted.items()}
+            assert sent == messages, f"rank {rank}: messages {sent}, predicted {messages}"
     # The first and the last rank have a neighbour less to exchange a window with.
     assert busiest == pytest.approx(moved, rel=1e-12), f"moved {busiest}, predicted {moved}"
 

@@ -30,6 +30,7 @@ from .solution import LEAST_S, RELATIVE_GAP, Solution, SolverError, conclude
 
 # Above this many nonzeros memory rows are added only when violated, so many at a time.
 _ALL_ROWS = 300_000
+_SOME = 1e-6  # less of a strategy in a linear relaxation's answer is rounding
 _ROWS_PER_ROUND = 20
 # Memory rows are scaled to this limit (or to whole units below it): HiGHS accepts a row that is
 # violated by 1e-7, which is then 1e-13 of the limit.
@@ -74,11 +75,15 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Relaxed:
-    """An optimal answer of the linear relaxation: the strategy of each node that it has most of,
-    costs shifted from edges to their ends, the price of a byte at each of the problem's live rows
-    (see `problem.live_rows`), and the times of those that have one."""
+    """An optimal answer of the linear relaxation.
+
+    The strategy of each node that it has most of, and all that it has any of; costs shifted from
+    edges to their ends; the price of a byte at each of the problem's live rows (see
+    `problem.live_rows`), and the times of those that have one.
+    """
 
     rounded: tuple[int, ...]
+    support: list[IntArray]
     shifts: list[list[FloatArray]]
     prices: FloatArray
     binding: IntArray
@@ -103,7 +108,9 @@ def relax(problem: ShardingProblem, *, time_limit_s: float) -> Relaxed | None:
         row = formulation.memory.rows[position]
         prices[row] = max(0.0, -duals[first + number] * scale)
     binding = formulation.memory.times[prices > 0]
-    return Relaxed(formulation.assignment(x), formulation.shifts(duals), prices, binding)
+    support = [np.flatnonzero(part > _SOME) for part in np.split(x, formulation.starts[1:-1])]
+    shifts = formulation.shifts(duals)
+    return Relaxed(formulation.assignment(x), support, shifts, prices, binding)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,8 @@
 """Large problems: what a linear relaxation proves too dear is left out before the rest is solved.
 
 1. The relaxation gives a bound, and a price for each of its equations and memory rows.
-2. Its answer, rounded and improved by local search, is an assignment of cost U.
+2. Its answer is a mixture of a few strategies of each node.  The best assignment of these, or one
+   that is rounded and improved by local search, has cost U.
 3. The edges' costs, shifted by the prices, make the bound a sum of minima.  By what a strategy is
    above its node's minimum, at least, every assignment with it is above the bound.  Strategies
    that are so above U are in no better assignment.  A bound above the ceiling ends it.
@@ -22,7 +23,7 @@ from time import perf_counter
 import numpy as np
 
 from .heuristic import Margins, margins
-from .highs import relax
+from .highs import Relaxed, relax
 from .problem import Edge, IntArray, ProblemNode, ShardingProblem, Usage, evaluate
 from .solution import LEAST_S, Solution, conclude
 
@@ -57,6 +58,7 @@ def narrowed(
     found = margins(problem, relaxed.shifts, relaxed.prices, relaxed.rounded)
     if found.bound >= ceiling:
         return Solution(None, inf, found.bound, "dearer", perf_counter() - started)
+    found = _mixed(problem, found, relaxed, exact, left)
     if found.assignment is None:
         return None
     limit = min(found.cost, ceiling)
@@ -69,6 +71,26 @@ def narrowed(
     if bound >= ceiling:
         return Solution(None, inf, bound, "dearer", perf_counter() - started)
     return conclude(problem, best, bound, perf_counter() - started)
+
+
+def _mixed(
+    problem: ShardingProblem,
+    found: Margins,
+    relaxed: Relaxed,
+    exact: Callable[[ShardingProblem, float], Solution],
+    left: Callable[[], float],
+) -> Margins:
+    """With the best assignment of the strategies in the relaxation's answer, if it is better."""
+    keep = relaxed.support
+    if found.assignment is not None:
+        keep = [np.union1d(k, [own]) for k, own in zip(keep, found.assignment, strict=True)]
+    rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left)
+    if rest.assignment is None or rest.cost >= found.cost:
+        return found
+    best = tuple(int(k[choice]) for k, choice in zip(keep, rest.assignment, strict=True))
+    if not evaluate(problem, best).feasible:  # the time was too short for all rows
+        return found
+    return replace(found, cost=rest.cost, assignment=best)
 
 
 def _row_by_row(

@@ -25,7 +25,7 @@ _SAME_COST = 1e-9
 _LARGE = 5000
 # More strategies than this, and no more pairs across edges than that: HiGHS first solves the linear
 # relaxation, and then what it leaves.
-_NARROWED = 1500
+_NARROWED = 500
 _RELAXABLE = 2_000_000
 # The share of the time kept for search where the exact solver finds nothing.
 _RESERVED = 0.15

@@ -1,42 +1,50 @@
-"""What the weights of blocks take beside everything else while they are there."""
+"""What it takes to bring the weights of blocks together.
+
+The problem adds up seconds of bytes weight by weight.  Here they are those of the collectives that
+run, each with all that it takes: a large message has more of a link than small ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
-from ...ir.ops.local import local_bytes
-from .program import LoopCall, Program, Weight
-
-
-def brought_bytes(program: Program, sizes: Sequence[int]) -> float:
-    """Bytes of weights that collectives brought, at the fullest time of a step on one rank.
-
-    Those of a unit are there together, the next unit's are on their way, and in training the
-    gradients of the one before leave.  The largest weight is what a running op is counted with.
-    """
-    units = [[w for w in weights if w.forward] for weights in _units(program)]
-    taken = [
-        [float(local_bytes(w.param.value, w.used, tuple(sizes))) for w in unit] for unit in units
-    ]
-    taken = [unit for unit in taken if unit]
-    if not taken:
-        return 0.0
-    pairs = zip(taken, [*taken[1:], []], strict=True)
-    leaving = max(map(sum, taken)) if program.training else 0.0
-    return max(sum(one) - max(one) + sum(following) for one, following in pairs) + leaving
+from ...facts.mesh import Mesh
+from ..strategies.prices import Prices
+from .program import PricedStep, Program, Sharded, Weight
+from .traffic import brought_together
 
 
-def _units(program: Program) -> list[list[Weight]]:
-    """The weights that come together, in the order in which they are used."""
-    stages = program.stages()
-    loops = [item for item in program.statements if isinstance(item, LoopCall)]
-    units: list[list[Weight]] = []
-    for stage in range(len(loops) + 1):
-        units.append([w for w in program.weights if stages.get(w.item, (0, 0))[0] == stage])
-        if stage < len(loops):
-            bodies = loops[stage].bodies
-            units += [list(bodies[kind].weights) for kind in loops[stage].loop.order]
-    return units
+def brought_steps(
+    program: Program, mesh: Mesh, prices: Prices
+) -> dict[Sharded, tuple[PricedStep, ...]]:
+    """The steps of every weight that moves, each with its share, by bytes, of the seconds of the
+    collectives that take it: per layer, on average."""
+    spent: dict[tuple[Sharded, int], float] = {}
+    for each in brought_together(program, mesh):
+        traffic = each.traffic
+        seconds = prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes)
+        for item, step, share in each.shares:
+            mine = seconds * share / traffic.bytes if traffic.bytes else 0.0
+            spent[item, step] = spent.get((item, step), 0.0) + mine
+    return {
+        weight.item: tuple(
+            replace(step, seconds=alone + spent.get((weight.item, i), 0.0) / layers)
+            for i, (step, alone) in enumerate(_local(weight, prices))
+        )
+        for weight, layers in program.brought()
+        if weight.steps
+    }
 
 
-__all__ = ["brought_bytes"]
+def _local(weight: Weight, prices: Prices) -> list[tuple[PricedStep, float]]:
+    """The steps of a weight, and the seconds that each takes on a rank alone."""
+    conversions = prices.conversions(weight.param.value, param=True)
+    found: list[tuple[PricedStep, float]] = []
+    at = weight.stored
+    for priced in weight.steps:
+        found.append((priced, conversions.local_seconds(priced.step, at)))
+        at = tuple(priced.step.b if i in priced.step.axes else s for i, s in enumerate(at))
+    return found
+
+
+__all__ = ["brought_steps"]

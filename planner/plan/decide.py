@@ -14,10 +14,11 @@ from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import find_op, local_of, operator_of, rule_of
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution
-from ..strategies.build import Builder, Built, Decisions, all_params
+from ..strategies.build import Builder, Built, Decisions
+from ..strategies.params import all_params
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
-from .brought import brought_bytes
+from .brought import brought_steps
 from .plan import Baseline, Memory, PlanData, Request, Search
 from .program import PricedStep, lower, priced_path
 from .split import spent_in_ops
@@ -27,6 +28,8 @@ from .split import spent_in_ops
 class Solved:
     """An assignment in the graph's words: what it decides, its seconds, and its bytes at the peak.
 
+    `cost` are the seconds that the problem counts; in `seconds` collectives of weights have the
+    price of what they take together.  `paths` holds every conversion that is run.
     `activations` are what is kept for backward, or the KV caches; `transient` is what runs then.
     `solution` is the solver's answer that it is taken from.
     """
@@ -34,6 +37,8 @@ class Solved:
     builder: Builder
     decisions: Decisions
     solution: Solution
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
+    cost: float
     seconds: float
     peak_bytes: float
     gradients: float
@@ -48,18 +53,46 @@ def decide(
 
     `solution` is the solver's answer to it, or to one of which it is a part.
     """
+    builder = built.builder
     evaluation = evaluate(problem, assignment)
     gradients, activations, transient = built.memory_at(assignment, evaluation.peak_time)
+    decisions = _plain_order(builder.graph, built.read(assignment))
+    paths, brought = _paths(builder, decisions)
     return Solved(
-        built.builder,
-        _plain_order(built.builder.graph, built.read(assignment)),
+        builder,
+        decisions,
         solution,
+        paths,
         evaluation.cost,
+        evaluation.cost - built.bringing_s(assignment) + brought,
         evaluation.peak_usage,
         gradients,
         activations,
         transient,
     )
+
+
+def _paths(
+    builder: Builder, decisions: Decisions
+) -> tuple[dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]], float]:
+    """Every conversion that the program runs, and the seconds of those of weights."""
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
+
+    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+        conversions = builder.conversions(value, param=value.name in builder.params)
+        paths[value.name, a, b] = priced_path(conversions, a, b)
+        return paths[value.name, a, b]
+
+    training = builder.setting.training
+    program = lower(builder.graph, decisions, price_path, training=training)
+    brought = brought_steps(program, builder.network.mesh, builder)
+    seconds = 0.0
+    for weight, layers in program.brought():
+        if weight.steps:
+            steps = brought[weight.item]
+            paths[weight.param.value.name, weight.stored, weight.used] = steps
+            seconds += layers * sum(step.seconds for step in steps)
+    return paths, seconds
 
 
 def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
@@ -89,19 +122,10 @@ def plan_of(
     builder, decisions = best.builder, best.decisions
     graph = builder.graph
     mesh = name_axes(graph, builder.network.mesh, decisions)
-    params = {ref.param.value.name for ref in all_params(graph)}
-    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
-
-    def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
-        conversions = builder.conversions(value, param=value.name in params)
-        paths[value.name, a, b] = priced_path(conversions, a, b)
-        return paths[value.name, a, b]
-
-    program = lower(graph, decisions, price_path, training=builder.setting.training)
     work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
     return PlanData(
-        request, graph, mesh, decisions, paths, work, best.seconds, optimizer_s,
-        _memory(graph, best, brought_bytes(program, mesh.sizes)), baselines, search, _notes(graph),
+        request, graph, mesh, decisions, best.paths, work, best.seconds, optimizer_s,
+        _memory(graph, best), baselines, search, _notes(graph),
     )  # fmt: skip
 
 
@@ -122,8 +146,8 @@ def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
     )
 
 
-def _memory(graph: Graph, best: Solved, brought: float) -> Memory:
-    """Peak bytes by kind; `brought` are those of weights that are there for a block."""
+def _memory(graph: Graph, best: Solved) -> Memory:
+    """Peak bytes by kind."""
     builder, sizes = best.builder, best.builder.sizes
     setting = builder.setting
     parameters = states = 0.0
@@ -137,8 +161,7 @@ def _memory(graph: Graph, best: Solved, brought: float) -> Memory:
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
     kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    transient = best.transient + brought
-    return Memory(parameters, best.gradients, states, kept[0], transient, kept[1])
+    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:

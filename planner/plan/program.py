@@ -94,6 +94,14 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class Leg:
+    """A collective on the way of a weight, for the step of this number."""
+
+    step: int
+    traffic: Traffic
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A parameter of a block: how it is stored, how the block uses it, and the steps between.
 
@@ -113,14 +121,16 @@ class Weight:
         return Sharded(self.param.value, self.used)
 
     @property
-    def forward(self) -> tuple[Traffic, ...]:
+    def forward(self) -> tuple[Leg, ...]:
         """The collectives that bring it; if there are any, it is not kept for backward."""
-        return tuple(t for step in self.steps if (t := step.forward) is not None)
+        found = [(i, step.forward) for i, step in enumerate(self.steps)]
+        return tuple(Leg(i, traffic) for i, traffic in found if traffic is not None)
 
     @property
-    def backward(self) -> tuple[Traffic, ...]:
+    def backward(self) -> tuple[Leg, ...]:
         """The collectives that its gradient takes back."""
-        return tuple(t for step in reversed(self.steps) if (t := step.backward) is not None)
+        found = [(i, step.backward) for i, step in enumerate(self.steps)]
+        return tuple(Leg(i, traffic) for i, traffic in reversed(found) if traffic is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +194,17 @@ class Program:
     def moves(self) -> list[tuple[PricedStep, int]]:
         """Every step of values and weights with how often it runs."""
         steps = [(item.priced, times) for item, times in self.flat() if isinstance(item, Convert)]
-        steps += [(step, 1) for weight in self.weights for step in weight.steps]
+        return steps + [(step, times) for weight, times in self.brought() for step in weight.steps]
+
+    def brought(self) -> list[tuple[Weight, int]]:
+        """Every weight with how many layers have it."""
+        found = [(weight, 1) for weight in self.weights]
         for call in self.statements:
             if isinstance(call, LoopCall):
                 for kind, body in enumerate(call.bodies):
                     times = call.loop.order.count(kind)
-                    steps += [(step, times) for weight in body.weights for step in weight.steps]
-        return steps
+                    found += [(weight, times) for weight in body.weights]
+        return found
 
     def stages(self) -> dict[Sharded, tuple[int, int]]:
         """When each of `weights` is used: in the first of two stages, to the last.

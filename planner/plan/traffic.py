@@ -20,7 +20,7 @@ from ...facts.mesh import Mesh
 from ...facts.together import rounds
 from ...facts.traffic import Traffic
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
-from .program import BlockBody, Compute, Convert, LoopCall, Program, Sharded, Statement, Weight
+from .program import BlockBody, Compute, Convert, Leg, LoopCall, Program, Sharded, Statement, Weight
 
 
 class Moved(NamedTuple):
@@ -41,12 +41,29 @@ def predicted_messages(program: Program, mesh: Mesh) -> dict[Moved, int]:
     return {key: messages for key, (_, messages) in _walked(program, mesh).items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """A collective of weights: the step of each that it takes, and the bytes of that."""
+
+    traffic: Traffic
+    shares: tuple[tuple[Sharded, int, float], ...]
+
+
+def brought_together(program: Program, mesh: Mesh) -> list[Together]:
+    """Every collective of weights in one step."""
+    return _walk(program, mesh).together
+
+
 def _walked(program: Program, mesh: Mesh) -> dict[Moved, tuple[float, int]]:
+    return _walk(program, mesh).moved
+
+
+def _walk(program: Program, mesh: Mesh) -> _Walk:
     walk = _Walk(mesh, program.recompute, program.order)
     trained = [out for out in program.outputs if out.value.differentiable and program.training]
     scalars = [out for out in trained if out.value.type.shape == ()]
     walk.model(program, set(scalars[:1] or trained))
-    return walk.moved
+    return walk
 
 
 @dataclass(slots=True)
@@ -71,6 +88,7 @@ class _Walk:
         self.recompute = recompute
         self.order = order
         self.moved: dict[Moved, tuple[float, int]] = {}
+        self.together: list[Together] = []
         self._told: set[Traffic] = set()  # once per step
 
     def model(self, program: Program, live: set[Sharded]) -> None:
@@ -146,18 +164,26 @@ class _Walk:
     def _together(
         self,
         weights: Iterable[Weight],
-        way: Callable[[Weight], tuple[Traffic, ...]],
+        way: Callable[[Weight], tuple[Leg, ...]],
         *,
         backward: bool,
     ) -> None:
         """Collectives that take many weights at once."""
+        items = [(weight, way(weight)) for weight in weights]
         ways = [
-            [((t.kind, t.axes, weight.param.value.type.dtype), t.bytes) for t in way(weight)]
-            for weight in weights
+            [
+                ((t.kind, t.axes, weight.param.value.type.dtype), t.bytes)
+                for t in (leg.traffic for leg in legs)
+            ]
+            for weight, legs in items
         ]
+        left = [iter(legs) for _, legs in items]
         for each in rounds(ways):
             kind, axes, _ = each.key
             self._add(kind, axes, backward, each.nbytes)
+            taken = [(items[i][0].item, next(left[i])) for i in each.members]
+            shares = tuple((item, leg.step, float(leg.traffic.bytes)) for item, leg in taken)
+            self.together.append(Together(Traffic(kind, axes, each.nbytes, backward), shares))
 
     def _expect(self, statements: Sequence[Statement], known: _Known) -> None:
         """Count the nodes, those in loops too, that keep what is `known`."""
@@ -258,4 +284,6 @@ def _kept(item: Compute, known: _Known) -> list[tuple[_Brought, Sharded]]:
     return list(found.values())
 
 
-__all__ = ["Moved", "kept_until", "predicted_bytes", "predicted_messages"]
+__all__ = [
+    "Moved", "Together", "brought_together", "kept_until", "predicted_bytes", "predicted_messages",
+]  # fmt: skip

@@ -19,7 +19,7 @@ from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes
 from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
-from ..strategies.build import all_params
+from ..strategies.params import all_params
 
 _LABELS = {"b": "batch", "s": "sequence"}
 _SMALL = 0.002  # differences below this share of the time are not worth telling

@@ -7,7 +7,8 @@ from ...costmodel.memory import parameter_state_bytes
 from ...facts.units import format_bytes
 from ...ir.graph import Graph
 from ..plan.plan import Request
-from ..strategies.build import Setting, all_params
+from ..strategies.params import all_params
+from ..strategies.setting import Setting
 
 
 def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) -> str:

@@ -21,10 +21,11 @@ from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
 from ..plan.decide import Solved, decide, plan_of, spent
 from ..plan.plan import Baseline, PlanData, Request, Search
-from ..strategies.build import Builder, Restriction, Setting
+from ..strategies.build import Builder
 from ..strategies.conversion import Network
 from ..strategies.regions import scopes
 from ..strategies.roles import Roles, name_of, ordinary_roles
+from ..strategies.setting import Restriction, Setting
 
 Progress = Callable[[str], None]
 Limit = Callable[[Graph, Mesh], Restriction]
@@ -102,6 +103,11 @@ class Timed(Protocol):
     """A plan, or what one is made of."""
 
     @property
+    def cost(self) -> float:
+        """What it takes, as problems count it."""
+        ...
+
+    @property
     def seconds(self) -> float:
         """What it takes."""
         ...
@@ -112,7 +118,7 @@ Found = TypeVar("Found", bound=Timed)
 
 def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
     """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
-    searched = Searched[Solved](inf if rival is None else rival.seconds)
+    searched = Searched[Solved].against(rival)
 
     def attempt(setting: Setting) -> None:
         for mesh in job.meshes:
@@ -128,20 +134,32 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
 
 @dataclass(slots=True)
 class Searched(Generic[Found]):
-    """What a search has found so far: each mesh needs a plan only if it beats those before it."""
+    """What a search has found so far: each mesh needs a plan only if it beats those before it.
 
-    ceiling: float  # seconds that a plan has to beat
+    Problems are solved for what they count, and of their optima the fastest is kept.
+    """
+
+    ceiling: float = inf  # cost of a problem's plan that is worth looking at
+    fastest: float = inf  # seconds that a plan has to beat
     best: Found | None = None
-    least: float = inf  # no plan takes fewer seconds; inf where nothing fits the memory
+    least: float = inf  # no plan costs less; inf where nothing fits the memory
     proven: bool = True  # every problem was solved to its end
+
+    @staticmethod
+    def against(rival: Found | None) -> Searched[Found]:
+        """A search for what beats `rival`."""
+        return Searched() if rival is None else Searched(rival.cost, rival.seconds)
 
     def add(self, found: Found | None, solution: Solution) -> None:
         """The plan of one mesh, None where it has none, and the solver's answer."""
         self.least = min(self.least, solution.bound)
         self.proven &= solution.status != "feasible"
+        if found is None:
+            return
+        self.ceiling = min(self.ceiling, found.cost)
         # equal ones differ by rounding: the first is kept
-        if found is not None and float(f"{found.seconds:.9e}") < float(f"{self.ceiling:.9e}"):
-            self.best, self.ceiling = found, found.seconds
+        if float(f"{found.seconds:.9e}") < float(f"{self.fastest:.9e}"):
+            self.best, self.fastest = found, found.seconds
 
 
 def _builder(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Builder:
@@ -244,7 +262,7 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]
         ]
 
     def price(mesh: Mesh, limit: Limit) -> Price:
-        restriction, searched = limit(graph, mesh), Searched[Solved](inf)
+        restriction, searched = limit(graph, mesh), Searched[Solved]()
         for each in builders(mesh):
             searched.add(*_solve(each, restriction, aside))
         if (solved := searched.best) is not None:

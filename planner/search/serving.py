@@ -28,8 +28,9 @@ from ..ilp.solve import Solution
 from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
-from ..strategies.build import Builder, Built, Floats, all_params
-from ..strategies.conversion import Network
+from ..strategies.build import Builder, Built
+from ..strategies.conversion import Floats, Network
+from ..strategies.params import all_params
 from .infeasible import explain
 from .search import (
     Clock,
@@ -51,7 +52,8 @@ class _Served:
 
     prefill: Solved
     decode: Solved
-    seconds: float  # of a whole answer
+    cost: float  # seconds of a whole answer, as the problem counts them
+    seconds: float  # and as the plan takes them
 
 
 def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
@@ -94,7 +96,7 @@ def _graphs(variant: Variant) -> _Graphs:
 
 def _search(graphs: _Graphs, job: Job, rival: _Served | None) -> Searched[_Served]:
     """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
-    searched = Searched[_Served](inf if rival is None else rival.seconds)
+    searched = Searched[_Served].against(rival)
     for mesh in job.meshes:
         job.progress(f"solving {mesh}")
         searched.add(*_attempt(_builders(graphs, mesh, job), job.limit, job, searched.ceiling))
@@ -126,7 +128,9 @@ def _attempt(
     for part, half in zip(parts, halves, strict=True):
         alone = decide(part, part.problem(), half, solution)
         solved.append(replace(alone, peak_bytes=whole.peak_usage))
-    return _Served(solved[0], solved[1], whole.cost), solution
+    first, then = (each.seconds - each.cost for each in solved)
+    seconds = whole.cost + first + job.request.decode_steps * then
+    return _Served(solved[0], solved[1], whole.cost, seconds), solution
 
 
 def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]:

@@ -23,7 +23,7 @@ from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, PlanError
 from ..plan.decide import Solved
 from ..plan.plan import Baseline, PlanData
-from ..strategies.build import all_params
+from ..strategies.params import all_params
 from ..strategies.roles import Pin, Pins
 from .infeasible import explain
 from .search import Found, Job, Searched, assemble, ordinary_plans, search_meshes

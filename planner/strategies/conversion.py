@@ -20,12 +20,11 @@ true price.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
-from math import prod
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,18 +32,19 @@ from numpy.typing import NDArray
 from ...costmodel.collective import AxisLink, axis_links, joint_link, staged_s
 from ...costmodel.compute import Number, elementwise_s
 from ...costmodel.machines.cluster import Cluster
-from ...facts.blocks import local_shape, moved_numel
 from ...facts.collectives import collective_for, others
 from ...facts.mesh import Mesh
 from ...facts.moves import BETWEEN_RANKS, Primitive, backward_primitive, primitive
 from ...facts.spec import P, R, S, Spec, State, V, format_spec, format_state, is_shard
+from ...facts.together import GROUP_BYTES
 from ...facts.traffic import Traffic
 from ...ir.graph import TensorType
+from .lattice import Ints, Lattice
 
 # A price for the step itself, so that the shortest of equally cheap paths is the cheapest
 STEP_S = 1e-12
 Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
 _LOCAL = frozenset({"slice", "mask", "pad"})
 
 
@@ -62,6 +62,37 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.axes}: {format_state(self.a)} -> {format_state(self.b)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A collective that weights of a block run together: in forward, `again` (in backward, or when
+    forward is run again), or for their gradients."""
+
+    kind: str
+    axes: tuple[int, ...]
+    when: Literal["forward", "again", "gradient"]
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.kind} {self.axes}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Brought:
+    """How a weight comes from each of some specs (rows) to each of others (columns).
+
+    `seconds` are without what the collectives of `calls` take whatever their bytes are, which it
+    shares with other weights; `moved` says whether a collective brings it in forward.
+    """
+
+    seconds: Floats
+    calls: Mapping[Call, Bools]
+    moved: Bools
+
+    def to(self, columns: Sequence[int]) -> Brought:
+        """To some of the specs only."""
+        calls = {call: ran[:, columns] for call, ran in self.calls.items() if ran[:, columns].any()}
+        return Brought(self.seconds[:, columns], calls, self.moved[:, columns])
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,14 @@ class Network:
             return self.traffic_seconds(2.0 * n_bytes)
         return self.once((kind, axes, n_bytes), lambda: staged_s(kind, n_bytes, axes, self.links))
 
+    def line(self, kind: str, axes: tuple[int, ...], n_bytes: float) -> tuple[float, float]:
+        """(seconds, seconds per byte) of a collective of about `n_bytes`.
+
+        So much are `n_bytes`, and twice as many; between the bandwidth that a message has grows.
+        """
+        one, two = (self.seconds(kind, axes, times * n_bytes) for times in (1.0, 2.0))
+        return 2 * one - two, (two - one) / n_bytes
+
     def seconds_of(self, kind: str, axes: tuple[int, ...], n_bytes: Ints) -> Floats:
         """`seconds` for an array of bytes."""
         different, where = np.unique(n_bytes, return_inverse=True)
@@ -112,83 +151,43 @@ class Network:
         return self.once(("bytes", n_bytes), lambda: elementwise_s(n_bytes, self.cluster))
 
 
-def spec_fits(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
-    """May `spec` cut this shape?  A dim that does not divide may be cut by one axis at most."""
-    ways: dict[int, list[int]] = {}
-    for state, n in zip(spec, sizes, strict=True):
-        if is_shard(state):
-            ways.setdefault(state, []).append(n)
-    return all(
-        dim < len(shape)
-        and (shape[dim] % prod(cuts) == 0 or (len(cuts) == 1 and shape[dim] >= cuts[0]))
-        for dim, cuts in ways.items()
-    )
-
-
-class _Lattice:
-    """All legal specs of one shape as an array, so that steps are found for many at once."""
-
-    def __init__(
-        self, states: tuple[State, ...], shape: tuple[int, ...], sizes: tuple[int, ...]
-    ) -> None:
-        every = list(product(states, repeat=len(sizes)))
-        self.specs = [spec for spec in every if spec_fits(shape, spec, sizes)]
-        self.row = {spec: row for row, spec in enumerate(self.specs)}
-        self._sizes = sizes
-        self._array = np.array(self.specs)
-        shapes = [local_shape(shape, spec, sizes) for spec in self.specs]
-        self._shapes = np.array(shapes, dtype=np.int64)
-        # a spec's code is a number whose digits are its states, by their position in `states`
-        self._digit = {state: i for i, state in enumerate(states)}
-        self._digits = np.array([[self._digit[s] for s in spec] for spec in self.specs])
-        self._powers = len(states) ** np.arange(len(sizes))[::-1]
-        self._row_of_code = np.full(len(every), -1)
-        self._row_of_code[self._digits @ self._powers] = np.arange(len(self.specs))
-
-    def moves(self, axes: tuple[int, ...], a: State, b: State) -> tuple[Ints, Ints]:
-        """(rows, columns) of the legal steps a -> b on `axes`.
-
-        A step moves contiguous blocks: no other axis after the first of `axes` cuts the same dim,
-        since axes cut a dim in mesh order, so that such an axis has cut it finer, or has its cuts
-        between theirs.
-        """
-        here = np.all(self._array[:, axes] == a, axis=1)
-        others = [i for i in range(axes[0] + 1, self._array.shape[1]) if i not in axes]
-        for state in (a, b):
-            if is_shard(state):
-                here &= np.all(self._array[:, others] != state, axis=1)
-        rows = np.flatnonzero(here)
-        columns = self._replaced(rows, axes, b)
-        legal = columns >= 0
-        return rows[legal], columns[legal]
-
-    def moved_numel(self, rows: Ints, axes: tuple[int, ...], a: State, b: State) -> Ints:
-        """How many numbers the collectives of the steps a -> b from `rows` are called with."""
-        gathered = self._shapes[self._replaced(rows, axes, R)]
-        ways = prod(self._sizes[axis] for axis in axes)
-        return np.broadcast_to(moved_numel(list(gathered.T), (a, b), ways), rows.shape)
-
-    def _replaced(self, rows: Ints, axes: tuple[int, ...], state: State) -> Ints:
-        """Rows of the specs with `state` on `axes`; -1 where that spec is not legal."""
-        digits = self._digits[rows]
-        digits[:, axes] = self._digit[state]
-        return self._row_of_code[digits @ self._powers]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Steps:
-    """Legal steps as columns of a table: from which row of a lattice to which, bytes and seconds,
-    forward and backward, and what they go by (see `Step`)."""
+    """Legal steps as columns of a table, ordered by the row of a lattice that they leave.
+
+    From which row to which, by which of the moves, bytes, and seconds forward and backward.
+    """
 
     rows: Ints
     columns: Ints
+    moves: Ints
     bytes: Ints
     seconds: Floats
-    by: NDArray[np.str_]
+
+    @staticmethod
+    def of(tables: Sequence[tuple[Ints, Ints, Ints, Ints, Floats]]) -> _Steps:
+        """The tables of all moves as one."""
+        rows, *columns = (np.concatenate(column) for column in zip(*tables, strict=True))
+        order = np.argsort(rows, kind="stable")
+        return _Steps(rows[order], *(column[order] for column in columns))
 
     def following(self, row: int) -> Ints:
         """Positions in the table of the steps that leave `row`."""
-        return np.flatnonzero(self.rows == row)
+        return np.arange(*np.searchsorted(self.rows, [row, row + 1]))
+
+    def towards(self, left: Floats) -> Ints:
+        """By row, the step to take to each of some goals (columns), which `left` seconds are left
+        to from every row; of equally cheap ones the cheapest step.  -1 where no step leaves."""
+        total = self.seconds[:, None] + left[self.columns]
+        leaving, starts, at = np.unique(self.rows, return_index=True, return_inverse=True)
+        # sums differ by their rounding
+        cheap = total < np.minimum.reduceat(total, starts)[at] + STEP_S / 2
+        seconds = np.where(cheap, self.seconds[:, None], np.inf)
+        taken = cheap & (seconds == np.minimum.reduceat(seconds, starts)[at])
+        numbers = np.where(taken, np.arange(len(self.rows))[:, None], len(self.rows))
+        found = np.full(left.shape, -1)
+        found[leaving] = np.minimum.reduceat(numbers, starts)
+        return found
 
 
 class Conversions:
@@ -237,22 +236,53 @@ class Conversions:
     def path(self, a: Spec, b: Spec) -> tuple[Step, ...]:
         """The steps of the cheapest conversion; of equally cheap ones the cheapest step first."""
         at, goal = self._row(a), self._row(b)
-        left, table = self._distance[:, goal], self._steps
-        if not np.isfinite(left[at]):
+        if not np.isfinite(self._distance[at, goal]):
             raise ValueError(
                 f"no conversion of {self.type} from {format_spec(a)} to {format_spec(b)}"
             )
+        table = self._steps
+        towards = table.towards(self._distance[:, [goal]])[:, 0]
         steps: list[Step] = []
         while at != goal:
-            leaving = table.following(at)
-            total = table.seconds[leaving] + left[table.columns[leaving]]
-            cheap = leaving[total < total.min() + STEP_S / 2]  # sums differ by their rounding
-            chosen = cheap[table.seconds[cheap].argmin()]
-            following, by = int(table.columns[chosen]), str(table.by[chosen])
-            specs = self._lattice.specs
-            steps.append(replace(_step_between(specs[at], specs[following]), by=by))
-            at = following
+            taken = towards[at]
+            steps.append(self._moves[int(table.moves[taken])])
+            at = int(table.columns[taken])
         return tuple(steps)
+
+    def brought(self, froms: Sequence[Spec], tos: Sequence[Spec], message: float) -> Brought:
+        """How a weight comes from each of `froms` to each of `tos`, along the paths of `path`.
+
+        With others it makes messages of about `message` bytes.  It pays for its own bytes, and of
+        what a message takes whatever its bytes are (`Network.line`) only as much of it as it fills,
+        if `GROUP_BYTES` fill one.
+        """
+        at, goals = np.ix_([self._row(a) for a in froms], [self._row(b) for b in tos])
+        at, table = np.repeat(at, goals.size, axis=1), self._steps
+        towards = table.towards(self._distance[:, goals[0]])
+        seconds = np.where(np.isfinite(self._distance[at, goals]), 0.0, np.inf)
+        calls: dict[Call, Bools] = {}
+        while (on := (at != goals) & np.isfinite(seconds)).any():
+            rows, columns = np.nonzero(on)
+            steps = towards[at[on], columns]
+            for move in np.unique(table.moves[steps]).tolist():
+                taken = table.moves[steps] == move
+                where, n_bytes = (rows[taken], columns[taken]), table.bytes[steps[taken]]
+                step = self._moves[move]
+                for kind, _ in self._kinds(step):
+                    if kind in _LOCAL:
+                        seconds[where] += self.network.seconds_of(kind, step.axes, n_bytes)
+                for call in self._calls(step):
+                    start, each = self.network.line(call.kind, call.axes, message)
+                    ran = calls.setdefault(call, np.zeros(at.shape, dtype=bool))
+                    fills = np.minimum(n_bytes / GROUP_BYTES, 1.0)
+                    alone = np.where(ran[where], 1.0, fills)  # twice on a way: once by itself
+                    seconds[where] += each * n_bytes + alone * start
+                    ran[where] = True
+            at[on] = table.columns[steps]
+        moved = np.zeros(at.shape, dtype=bool)
+        for call, ran in calls.items():
+            moved |= ran & (call.when == "forward")
+        return Brought(seconds, calls, moved)
 
     def traffic(self, a: Spec, b: Spec) -> tuple[Traffic, ...]:
         """Every collective that the conversion runs, forward and backward."""
@@ -266,20 +296,26 @@ class Conversions:
     def step_seconds(self, step: Step, spec: Spec) -> float:
         """Seconds of one step from `spec`, forward and backward."""
         n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step.a, step.b, step.by)
+        kinds = self._kinds(step)
         return sum(self.network.seconds(kind, step.axes, n_bytes) for kind, _ in kinds)
+
+    def local_seconds(self, step: Step, spec: Spec) -> float:
+        """Those of them that no collective takes."""
+        n_bytes = self._step_bytes(step, spec)
+        kinds = [kind for kind, _ in self._kinds(step) if kind in _LOCAL]
+        return sum(self.network.seconds(kind, step.axes, n_bytes) for kind in kinds)
 
     def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
         """The collectives of one step from `spec`."""
         n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step.a, step.b, step.by)
+        kinds = self._kinds(step)
         return tuple(Traffic(k, step.axes, n_bytes, back) for k, back in kinds if k not in _LOCAL)
 
     # -- the search -------------------------------------------------------------------------
 
     @cached_property
-    def _lattice(self) -> _Lattice:
-        return _Lattice(self._states, self.type.shape, self.network.mesh.sizes)
+    def _lattice(self) -> Lattice:
+        return Lattice(self._states, self.type.shape, self.network.mesh.sizes)
 
     def _row(self, spec: Spec) -> int:
         return self._lattice.row[self.canonical(spec)]
@@ -302,6 +338,11 @@ class Conversions:
     @cached_property
     def _steps(self) -> _Steps:
         """Every step between two specs of the lattice: on one axis, then on several together."""
+        return _Steps.of([self._steps_of(i, move) for i, move in enumerate(self._moves)])
+
+    @cached_property
+    def _moves(self) -> tuple[Step, ...]:
+        """Every kind of step."""
         axes = range(len(self.network.mesh.axes))
         single = [
             ((axis,), a, b)
@@ -314,12 +355,11 @@ class Conversions:
             for n in range(2, len(axes) + 1)
             for subset, (a, b) in product(combinations(axes, n), self._joint_moves)
         ]
-        tables = [
-            self._steps_of(moving, a, b, by)
+        return tuple(
+            Step(moving, a, b, by)
             for moving, a, b in (*single, *joint)
             for by in self._ways(moving, a, b)
-        ]
-        return _Steps(*(np.concatenate(column) for column in zip(*tables, strict=True)))
+        )
 
     def _ways(self, axes: tuple[int, ...], a: State, b: State) -> tuple[str, ...]:
         """What a step may go by: its usual collectives, or another that does one of its moves."""
@@ -331,16 +371,15 @@ class Conversions:
         sizes = tuple(self.network.mesh.sizes[axis] for axis in axes)
         return ("", *others(moves, sizes))
 
-    def _steps_of(
-        self, axes: tuple[int, ...], a: State, b: State, by: str
-    ) -> tuple[Ints, Ints, Ints, Floats, NDArray[np.str_]]:
-        """The columns of the table for the step a -> b on `axes`, wherever it is legal."""
+    def _steps_of(self, number: int, move: Step) -> tuple[Ints, Ints, Ints, Ints, Floats]:
+        """The columns of the table for a kind of step, wherever it is legal."""
+        axes, a, b = move.axes, move.a, move.b
         rows, columns = self._lattice.moves(axes, a, b)
         n_bytes = self._lattice.moved_numel(rows, axes, a, b) * self.type.dtype.itemsize
         seconds = np.full(len(rows), STEP_S)
-        for kind, _ in self._kinds(a, b, by):
+        for kind, _ in self._kinds(move):
             seconds += self.network.seconds_of(kind, axes, n_bytes)
-        return rows, columns, n_bytes, seconds, np.full(len(rows), by)
+        return rows, columns, np.full(len(rows), number), n_bytes, seconds
 
     def _step_bytes(self, step: Step, spec: Spec) -> int:
         at, to = self._row(spec), self._row(_apply(spec, step))
@@ -358,24 +397,30 @@ class Conversions:
             moves += [(P, other) for other in (*wholes, *dims)]
         return tuple(moves)
 
-    def _kinds(self, a: State, b: State, by: str) -> list[tuple[str, bool]]:
+    def _calls(self, step: Step) -> list[Call]:
+        """The collectives of a step."""
+        forward, back = primitive(step.a, step.b), backward_primitive(step.a, step.b)
+        calls: list[Call] = []
+        if forward in BETWEEN_RANKS:
+            kind = collective_for(forward, step.by)
+            calls.append(Call(kind, step.axes, "forward"))
+            if self.regather or self.again:
+                calls.append(Call(kind, step.axes, "again"))
+        if self.gradient and back in BETWEEN_RANKS:
+            calls.append(Call(collective_for(back, step.by), step.axes, "gradient"))
+        return calls
+
+    def _kinds(self, step: Step) -> list[tuple[str, bool]]:
         """(collective or local primitive, is it in backward) of every move that a step makes."""
-        moves: list[tuple[Primitive, bool]] = [(primitive(a, b), False)]
+        moves: list[tuple[Primitive, bool]] = [(primitive(step.a, step.b), False)]
         if self.again:
             moves *= 2
         if self.gradient:
-            moves.append((backward_primitive(a, b), True))
+            moves.append((backward_primitive(step.a, step.b), True))
         if self.regather and moves[0][0] in BETWEEN_RANKS:
             moves.append((moves[0][0], True))
-        return [(collective_for(move, by), back) for move, back in moves if move != "nothing"]
+        return [(collective_for(move, step.by), back) for move, back in moves if move != "nothing"]
 
 
 def _apply(spec: Spec, step: Step) -> Spec:
     return tuple(step.b if axis in step.axes else state for axis, state in enumerate(spec))
-
-
-def _step_between(spec: Spec, following: Spec) -> Step:
-    """The one step that leads from a spec to a neighbour of it."""
-    pairs = enumerate(zip(spec, following, strict=True))
-    axes = tuple(axis for axis, (a, b) in pairs if a != b)
-    return Step(axes, spec[axes[0]], following[axes[0]])

@@ -24,7 +24,7 @@ from ...facts.spec import P, R, Spec, State, V, format_spec
 from ...ir.graph import Block, Graph, Loop, Node, Value
 from ...ir.ops.local import node_specs, plain_state
 from ...ir.ops.order import fits_order
-from ...ir.ops.registry import operator_of, rule_of
+from ...ir.ops.registry import kind_of, operator_of, rule_of
 from ...ir.ops.rule import Choice, Rule
 
 _States: TypeAlias = tuple[tuple[str, State], ...]
@@ -46,6 +46,8 @@ class InLoop:
 
 
 Place: TypeAlias = TopLevel | InLoop
+# Whose weights come together: a kind of block's, or those of stage n, which runs after n loops
+Unit: TypeAlias = int | InLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +59,39 @@ class Scope:
     loop: Loop | None = None
     block: Block | None = None
     place: Place = TopLevel()  # what is converted for a user is there for others in this place
+    stage: int = 0  # how many loops run before
+
+    @property
+    def unit(self) -> Unit:
+        """With whose weights its own come."""
+        return self.stage if isinstance(self.place, TopLevel) else self.place
 
 
 def scopes(graph: Graph) -> Iterator[Scope]:
     """The graph's straight runs in order."""
     run: list[Node] = []
+    stage = 0
     for item in graph.body:
         if isinstance(item, Node):
             run.append(item)
             continue
         if run:
-            yield Scope(tuple(run))
+            yield Scope(tuple(run), stage=stage)
             run = []
         for kind, block in enumerate(item.blocks):
             place = InLoop(item.path, kind)
-            yield Scope(block.nodes, item.order.count(kind), item, block, place)
+            yield Scope(block.nodes, item.order.count(kind), item, block, place, stage)
+        stage += 1
     if run:
-        yield Scope(tuple(run))
+        yield Scope(tuple(run), stage=stage)
+
+
+def units(graph: Graph) -> list[Unit]:
+    """The units of weights in the order in which a model uses them, one for each layer."""
+    found: list[Unit] = [0]
+    for stage, loop in enumerate(graph.loops, start=1):
+        found += [*(InLoop(loop.path, kind) for kind in loop.order), stage]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +134,14 @@ class Region:
     @property
     def _head(self) -> Node:
         return next((node for node in self.nodes if operator_of(node).heavy), self.nodes[0])
+
+    @property
+    def counts_operands(self) -> bool:
+        """Are operands, parameters among them, in what a region is counted with while it runs?
+
+        Of several nodes only the widest is counted.
+        """
+        return len(self.nodes) == 1 and kind_of(self.nodes[0]) != "view"
 
     def __str__(self) -> str:
         """Its operands and values, then a line for each strategy: what it needs and makes.

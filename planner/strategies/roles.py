@@ -17,8 +17,9 @@ from ...ir.graph import Graph, Node, Param
 from ...ir.ops.labels import factor_labels, label_dims
 from ...ir.ops.registry import operator_of, rule_of
 from ..errors import PlanError
-from .build import Restriction, all_params
+from .params import all_params
 from .regions import Region, Strategy, scopes
+from .setting import Restriction
 
 ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP", "cp": "CP"}
 _SPREAD = "+ep"  # on an axis whose ranks have different experts

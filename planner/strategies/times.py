@@ -1,52 +1,117 @@
-"""When what happens in a training step, as the memory of a problem counts it."""
+"""When what happens in a step, as the memory of a problem counts it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from .regions import Region, Scope
+from .regions import Region, Scope, Unit
+
+_Around: TypeAlias = tuple[Unit | None, Unit | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The times of one run of a scope (a layer, or what is outside), a time for each region.
+
+    `done` runs of the scope came before, in the same direction.  `coming` are the weights on their
+    way meanwhile, those that are used next; in backward gradients of `leaving` are on theirs.
+    """
+
+    times: range
+    done: int
+    coming: Unit | None
+    leaving: Unit | None = None
 
 
 class Times:
-    """When what happens in a training step: regions run forward at 1, 2, ..., then backward.
+    """When what happens in a step: regions run forward at 1, 2, ..., in training then backward.
 
-    The layers of a loop share their forward times.  In backward there are two windows for them:
-    in the first the last layer runs, when all layers' activations are there and no other layer's
-    gradients; in the last it is the other way round.  Between them memory goes from one to the
-    other in equal steps, so it is never above both.
+    Of the layers of a loop not all have times.  In forward there is a window for each unit of
+    weights that may be on its way meanwhile.  In backward activations go while gradients come, in
+    equal steps from one layer to the next: so of the layers that have the same units on their way
+    the first and the last have windows, and memory in those between is never above both.
     """
 
-    def __init__(self, regions: Sequence[Region]) -> None:
-        self._start: dict[int, int] = {}
-        self._windows: dict[int, tuple[range, range]] = {}
-        self._backward: dict[int, tuple[int, ...]] = {}
-        members: dict[int, list[int]] = {}
-        for time, region in enumerate(regions, start=1):
-            members.setdefault(id(region.scope), []).append(time)
-        now = len(regions) + 1
-        for scope, times in reversed(members.items()):
-            repeated = regions[times[0] - 1].scope.weight > 1
-            size = len(times)
-            first = range(now, now + size)
-            last = range(first.stop, first.stop + size) if repeated else first
-            now = last.stop
-            self._start[scope] = times[0]
-            self._windows[scope] = (first, last)
-            for time, *at in zip(reversed(times), first, last, strict=True):
-                self._backward[time] = tuple(dict.fromkeys(at))
-        self.horizon = now + 1  # the optimizer's step comes last
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        units: Sequence[Unit],
+        weighty: Collection[Unit],
+        *,
+        training: bool,
+    ) -> None:
+        """`units` as often as they are used, in their order; those in `weighty` have weights."""
+        around = _around(units, weighty)
+        self._forward: dict[int, tuple[Window, ...]] = {}
+        self._backward: dict[int, tuple[Window, ...]] = {}
+        members: dict[int, list[Region]] = {}
+        for region in regions:
+            members.setdefault(id(region.scope), []).append(region)
+        self._place = {id(r): i for each in members.values() for i, r in enumerate(each)}
+        self._now = 1
+        for scope, inside in members.items():
+            self._forward[scope] = self._ahead(len(inside), around[inside[0].scope.unit])
+        for scope, inside in reversed(members.items()) if training else ():
+            self._backward[scope] = self._back(len(inside), around[inside[0].scope.unit][::-1])
+        self.horizon = self._now + 1  # the optimizer's step comes last
+
+    def _ahead(self, size: int, around: Sequence[_Around]) -> tuple[Window, ...]:
+        coming = [after for _, after in around]
+        return tuple(
+            Window(self._take(size), coming.index(unit), unit) for unit in dict.fromkeys(coming)
+        )
+
+    def _back(self, size: int, around: Sequence[_Around]) -> tuple[Window, ...]:
+        last = {pair: done for done, pair in enumerate(around)}
+        runs = sorted({*map(around.index, last), *last.values()})
+        return tuple(Window(self._take(size), done, *around[done]) for done in runs)
+
+    def _take(self, count: int) -> range:
+        self._now += count
+        return range(self._now - count, self._now)
+
+    def ahead(self, scope: Scope) -> tuple[Window, ...]:
+        """The windows of a scope in forward."""
+        return self._forward[id(scope)]
+
+    def back(self, scope: Scope) -> tuple[Window, ...]:
+        """The windows of a scope in backward; none if there is no backward."""
+        return self._backward.get(id(scope), ())
 
     def start(self, scope: Scope) -> int:
-        """The forward time of the first region of a scope."""
-        return self._start[id(scope)]
+        """The first time of a scope."""
+        return self.ahead(scope)[0].times.start
 
-    def windows(self, scope: Scope) -> tuple[range, range]:
-        """The backward times of a scope's first and of its last run; the same if it runs once."""
-        return self._windows[id(scope)]
+    def forward(self, region: Region) -> tuple[int, ...]:
+        """The forward times of a region."""
+        place = self._place[id(region)]
+        return tuple(window.times[place] for window in self.ahead(region.scope))
 
-    def backward(self, time: int) -> tuple[int, ...]:
-        """The backward times of the region that runs forward at `time`."""
-        return self._backward[time]
+    def backward(self, region: Region) -> tuple[int, ...]:
+        """The backward times of a region."""
+        place = self._place[id(region)]
+        return tuple(window.times[-1 - place] for window in self.back(region.scope))
 
 
-__all__ = ["Times"]
+def _around(units: Sequence[Unit], weighty: Collection[Unit]) -> dict[Unit, list[_Around]]:
+    """By unit the ones with weights before and after each of its runs."""
+    before, after = _last_of(units, weighty), _last_of(reversed(units), weighty)[::-1]
+    found: dict[Unit, list[_Around]] = {}
+    for at, unit in enumerate(units):
+        found.setdefault(unit, []).append((before[at], after[at]))
+    return found
+
+
+def _last_of(units: Iterable[Unit], weighty: Collection[Unit]) -> list[Unit | None]:
+    """What came last with weights, before each of `units`."""
+    found: list[Unit | None] = []
+    last: Unit | None = None
+    for unit in units:
+        found.append(last)
+        last = unit if unit in weighty else last
+    return found
+
+
+__all__ = ["Times", "Window"]

@@ -11,9 +11,10 @@ from shardwright.ir.ops.registry import operator_of, rule_of
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.program import Convert, LoopCall
 from shardwright.planner.plan.traffic import predicted_bytes
-from shardwright.planner.strategies.build import Builder, Decisions, Restriction
+from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
+from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool
 from tests.endtoend.families import FAMILIES, Case, case, case32, fused_case
 from tests.sharded import builder_of, check, mesh_of, program_of, random_decisions

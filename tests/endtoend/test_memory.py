@@ -15,14 +15,14 @@ from shardwright.ir.graph import Graph
 from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
-from shardwright.planner.plan.brought import brought_bytes
-from shardwright.planner.strategies.build import Builder, Setting
+from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.roles import Roles
+from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
 from shardwright.runtime.live import LiveBytes
 from tests.endtoend.families import example_module
-from tests.sharded import import_source, mesh_of, program_of, source_of
+from tests.sharded import import_source, mesh_of, source_of
 
 Pool = Callable[[int], RankPool]
 SIZES = {
@@ -65,8 +65,7 @@ def predicted(role: str, batch: int, *, recompute: bool) -> tuple[str, float, tu
     evaluation = evaluate(problem, assignment)
     parts = built.memory_at(assignment, evaluation.peak_time)
     decisions = built.read(assignment)
-    brought = brought_bytes(program_of(builder, decisions), mesh.sizes)
-    return source_of(builder, decisions), evaluation.peak_usage + brought, parts
+    return source_of(builder, decisions), evaluation.peak_usage, parts
 
 
 def measured(source: str, batch: int) -> int:

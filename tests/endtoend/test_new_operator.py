@@ -21,8 +21,9 @@ from shardwright.ir.capture.capture import capture
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.ops.registry import OPS, register, rule_of
 from shardwright.ir.reference.widen import widened
-from shardwright.planner.strategies.build import Builder, Decisions, Restriction
+from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, ops
 from tests.guide import guide_example
 from tests.sharded import builder_of, check, mesh_of, reference, run_module

@@ -25,8 +25,9 @@ from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.search.serving import make_serving_plan
-from shardwright.planner.strategies.build import Decisions, Restriction
+from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, count_collectives
 from tests.ir import test_moe
 from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model

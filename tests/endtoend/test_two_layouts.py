@@ -26,7 +26,9 @@ from shardwright.planner.plan.recache import recached_bytes, recaches
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.report.report import format_plan
 from shardwright.planner.search.serving import make_serving_plan
-from shardwright.planner.strategies.build import Builder, Decisions, Restriction, all_params
+from shardwright.planner.strategies.build import Builder, Decisions
+from shardwright.planner.strategies.params import all_params
+from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, count_collectives
 from tests.endtoend import test_latent, test_serving
 from tests.endtoend.test_serving import BATCH, NEW

@@ -27,10 +27,11 @@ from shardwright.ir.ops.registry import operator_of
 from shardwright.loading import load_target
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
-from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
+from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
+from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import Layout
 from shardwright.runtime.attention.pieces import Piece, cut
 from tests.parts import Volume, declared, seconds
@@ -400,5 +401,9 @@ def test_the_planner_finds_usp_on_two_nodes(
     products = [n for n in graph.nodes if operator_of(n).spent_on == "matrix products"]
     products = [n for n in products if n.output.type.shape[1] > 1]
     layers = [decisions.choices[n.name] for n in products if n.operands[-1].type.shape[0] < 100000]
-    # the innermost of three axes may cut columns and rows besides
-    assert layers and {choice for found in layers for choice in found[:2]} == {"i1"}
+    ways = {("i1",) * len(sizes)}
+    if phase == "train" and len(sizes) == 3:
+        # Weights of the MLP must be sharded to fit.  Cut by columns and rows over two GPUs they are
+        # gathered in halves: 2.214 s, where tokens over all axes take 2.221.
+        ways |= {("i1", "i1", "o"), ("i1", "i1", "k")}
+    assert set(layers) == ways

@@ -28,10 +28,11 @@ from shardwright.loading import load_target
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.split import spent_in_ops
-from shardwright.planner.strategies.build import Builder, Decisions, Restriction, Setting
+from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.regions import Region, Strategy, scopes
 from shardwright.planner.strategies.roles import Roles
+from shardwright.planner.strategies.setting import Restriction, Setting
 from tests.sharded import mesh_of
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -22,8 +22,9 @@ from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.recache import Recaching, cached_attentions
 from shardwright.planner.search.serving import _joined, make_serving_plan
-from shardwright.planner.strategies.build import Builder, Restriction, Setting
+from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.setting import Restriction, Setting
 from tests.sharded import Laid, job_of
 
 GPUS, LAYERS, NEW = 8, 2, 256

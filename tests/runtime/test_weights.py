@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import time
 from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwright.compat.torch import backward_number
@@ -143,6 +147,44 @@ def test_anomaly_mode_a_second_backward_and_recomputation(pool: Pool, how: str, 
 @pytest.mark.parametrize("how", ["", "recompute"])
 def test_frozen_parameters(pool: Pool, how: str) -> None:
     check(pool(2).run(train, {"x": 2}, FSDP, COPY, how, (1, 4)), (1, 4))
+
+
+def late(seed: int) -> list[tuple[float, list[tuple[str, str, int]]]]:
+    """Loss and calls of three recomputed steps, in which each rank is late at times of its own and
+    collects garbage when it likes: what is moved must depend on neither."""
+    rng = random.Random(100 * seed + dist.get_rank())
+    before = gc.get_threshold()
+    gc.set_threshold(rng.choice([5, 50, 100_000]))
+
+    def nap(_: object = None) -> None:
+        time.sleep(rng.choice([0.0, 0.0, 0.004 * rng.random()]))
+
+    def run(model: Any, h: Tensor) -> Tensor:
+        for each in model.layers:
+            h = model.recompute(each, h)
+            h.register_hook(nap)
+        return h
+
+    mesh, big, small, _ = WAYS["one after the other"]
+    model = stacked(mesh, big, small, run=run, seen=nap)
+    found: list[tuple[float, list[tuple[str, str, int]]]] = []
+    for _ in range(3):
+        model.zero_grad()
+        with count_collectives() as counter:
+            loss = model(start()).square().sum()
+            nap()
+            (loss / 4).backward()
+        calls = sorted((k.op, str(k.phase), c.calls) for k, c in counter.counts.items())
+        found.append((loss.item(), calls))
+    gc.set_threshold(*before)
+    return found
+
+
+@pytest.mark.slow
+def test_recomputed_layers_on_ranks_that_are_late(pool: Pool) -> None:
+    for seed in range(20):
+        first, *others = pool(4).run(late, seed)
+        assert all(each == first for each in others) and first[0][1] == first[2][1]
 
 
 def follow(kind: str) -> tuple[list[Row], list[Row]]:

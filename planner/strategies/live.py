@@ -1,0 +1,93 @@
+"""Which bytes are live when in a step: the usages of a problem's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+
+from ...facts.spec import Spec
+from ...ir.graph import Loop, Value
+from ..ilp.problem import Usage
+from .conversion import Floats
+from .prices import Prices
+from .regions import Region, Scope
+from .times import Times, Window
+
+
+class Live:
+    """Usages over the times of a step; sizes are bytes by strategy."""
+
+    def __init__(self, prices: Prices, times: Times) -> None:
+        self._prices = prices
+        self._times = times
+
+    def carried(self, loop: Loop, value: Value, specs: Sequence[Spec]) -> tuple[Usage, ...]:
+        """What a loop carries: layers that are recomputed keep what they take in, each its own."""
+        if not self._prices.setting.recompute:
+            return ()
+        scopes = {id(r.scope): r.scope for r in self._prices.regions if r.scope.loop is loop}
+        start = min(self._times.start(scope) for scope in scopes.values())
+        size = np.array([float(self._prices.local_bytes(value, spec)) for spec in specs])
+        last = max(scopes.values(), key=lambda scope: self._times.back(scope)[0].times.start)
+        usages: list[Usage] = []
+        for window in self._times.back(last):  # until then all are there
+            left = ceil(len(loop.order) * (last.weight - window.done) / last.weight)
+            usages.append(Usage(start, window.times.stop, left * size))
+            start = window.times.stop
+        return tuple(usages)
+
+    def gradient(self, name: str, layers: int, size: Floats) -> list[Usage]:
+        """A gradient is there from the first backward that gives it, in one layer after another."""
+        users = [
+            region
+            for region in self._prices.regions
+            if any(self._prices.outer_name(value.name) == name for value in region.operands)
+        ]
+        windows: tuple[Window, ...] = min(
+            (self._times.back(region.scope) for region in users),
+            key=lambda each: each[0].times.start,
+            default=(),
+        )
+        ends = [*(window.times.start for window in windows[1:]), self._times.horizon]
+        usages: list[Usage] = []
+        for window, end in zip(windows, ends, strict=False):
+            there = layers if end == self._times.horizon else min(window.done + 1, layers)
+            usages.append(Usage(window.times.start, end, there * size))
+        return usages
+
+    def kept(self, scope: Scope, size: Floats) -> list[Usage]:
+        """What autograd keeps of each run of a scope until its backward has run."""
+        windows = self._times.back(scope)
+        if self._prices.setting.recompute and scope.loop is not None:  # one layer at a time
+            return [Usage(windows[0].times.start, windows[-1].times.stop, size)]
+        start = self._times.start(scope)
+        usages: list[Usage] = []
+        for window in windows:
+            usages.append(Usage(start, window.times.stop, (scope.weight - window.done) * size))
+            start = window.times.stop
+        return usages
+
+    def running(self, region: Region, size: Floats) -> list[Usage]:
+        """What a region holds while it runs, in backward values and their gradients.  Without
+        backward until its last use."""
+        here = self._times.forward(region)
+        if not self._prices.setting.training:
+            ends = [self._last_use(region, run) + 1 for run in range(len(here))]
+            return [Usage(at, end, size) for at, end in zip(here, ends, strict=True)]
+        forward = [Usage(at, at + 1, size) for at in here]
+        return forward + [Usage(at, at + 1, 2 * size) for at in self._times.backward(region)]
+
+    def _last_use(self, region: Region, run: int) -> int:
+        """The last time at which what a region makes in a window of its scope is used; its own if
+        it never is."""
+        made = {value.name for value in region.values}
+        return max(
+            self._times.forward(other)[run if other.scope is region.scope else -1]
+            for other in self._prices.regions
+            if other is region or any(value.name in made for value in other.operands)
+        )
+
+
+__all__ = ["Live"]

@@ -1,0 +1,53 @@
+"""What is planned for, and what may be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...facts.spec import Spec
+from ...ir.graph import Param
+from .regions import Region, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is planned for: phase, optimizer, and bytes per GPU (None: no limit).
+
+    `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
+    `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
+    `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
+    `longest_run`: new tokens of another phase that shares the KV caches.
+    """
+
+    training: bool
+    optimizer: str
+    memory_bytes: float | None
+    recompute: bool = False
+    order: str = "contiguous"
+    expert_imbalance: float = 0.0
+    longest_run: int = 0
+
+
+class Restriction:
+    """Which strategies may be chosen; the default allows all.  Baselines and pins narrow it."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """May `region` run so?"""
+        return True
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """May the parameter called `name` (loops as `path.*.rest`) be stored so?"""
+        return True
+
+    def allows_gather(self, axis: int) -> bool:
+        """May a parameter that is sharded over `axis` be gathered over it?"""
+        return True
+
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
+        """No storage of the parameter `name` is allowed: all will be, unless this raises."""
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """No strategy of `region` is allowed: all will be, unless this raises."""
+
+
+__all__ = ["Restriction", "Setting"]
