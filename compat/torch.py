@@ -178,6 +178,23 @@ def whole_stacks() -> Generator[None]:
         tracer._filter_traceback_frames = forwards
 
 
+@contextmanager
+def own_hooks() -> Generator[None]:
+    """Afterwards all modules have the hooks on buffers that they had before.
+
+    An export that fails in torch 2.11 leaves its own, which refuses every real buffer from then on.
+    """
+    from torch.nn.modules import module
+
+    hooks: Any = module._global_buffer_registration_hooks
+    before = dict(hooks)
+    try:
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(before)
+
+
 def makes_tensors(function: object) -> bool:
     """Does `function` (`torch.zeros`, ...) make a tensor on the device that is the default?"""
     from torch.utils._device import _device_constructors

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from ...compat.torch import fake_tensors, transient_buffers, tree_unflatten, whole_stacks
+from ...compat.torch import fake_tensors, own_hooks, transient_buffers, tree_unflatten, whole_stacks
 from ...compat.transformers import is_pretrained
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from ..graph.rewrite import flat, remove_dead
@@ -147,6 +147,7 @@ def export(
         _replaced(model, make),
         gradients,
         whole_stacks(),
+        own_hooks(),
     ):
         try:
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)

@@ -101,3 +101,14 @@ def test_masks_of_transformers() -> None:
     whole = hf.whole_mask((window, causal), 1, 3, 3, None, "cpu")
     assert whole is not None
     assert whole[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+
+
+def test_hooks_that_an_export_leaves_are_taken_away() -> None:
+    from torch.nn.modules.module import register_module_buffer_registration_hook
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("not mine")
+
+    with compat.own_hooks():
+        register_module_buffer_registration_hook(refuse)
+    nn.Module().register_buffer("x", torch.ones(1))
