@@ -184,9 +184,7 @@ def own_hooks() -> Generator[None]:
 
     An export that fails in torch 2.11 leaves its own, which refuses every real buffer from then on.
     """
-    from torch.nn.modules import module
-
-    hooks: Any = module._global_buffer_registration_hooks
+    hooks: Any = torch.nn.modules.module._global_buffer_registration_hooks
     before = dict(hooks)
     try:
         yield
