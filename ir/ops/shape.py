@@ -111,11 +111,10 @@ def _expand_rule(node: Node) -> Rule:
 def _emit_expand(node: Node, render: Render) -> str:
     """Dims that stay are -1."""
     before, after = node.operands[0].type.shape, node.output.type.shape
-    same = [None] * (len(after) - len(before))
-    stays = [old == new for old, new in zip((*same, *before), after, strict=True)]
-    sizes = render.sizes() if not all(stays) else []
-    texts = ["-1" if stay else size for stay, size in zip(stays, sizes, strict=True)]
-    return call(f"{render.arg('self')}.expand", *texts)
+    added = [None] * (len(after) - len(before))
+    stays = [old == new for old, new in zip((*added, *before), after, strict=True)]
+    sizes = zip(stays, render.sizes(), strict=True)
+    return call(f"{render.arg('self')}.expand", *("-1" if stay else size for stay, size in sizes))
 
 
 FAMILY.add("aten.expand.default", View(_expand_rule, _emit_expand))

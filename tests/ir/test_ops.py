@@ -354,6 +354,7 @@ example(
     "aten.expand.default",
     lambda d: {"self": d.x(4, 1, 5), "size": (6, 4, 8, -1)},
     lambda d: {"self": d.x(1, 5), "size": (5, 5)},
+    lambda d: {"self": d.x(4, 5), "size": (4, 5)},
 )
 example(
     "aten.slice.Tensor",
