@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointFunction
 # TorchDispatchMode     sees every operator that runs: live bytes on a CPU, dtypes in `plan verify`
 # tree_leaves           tensors in what a model or an operator returns
 # tree_unflatten        from the placeholders of an export to the keywords that they stand for
-# CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture refuses
+# CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture leaves out
 
 EXPORT_PRINTS = "torch.export._trace"
 """The module that prints the whole graph to stderr when an export fails; `plan` leaves that out."""

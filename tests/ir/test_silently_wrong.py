@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,10 +50,6 @@ class Net(nn.Module):
     [
         (lambda x: Round.apply(x), r"test_silently_wrong.py:\d+: the model calls `Round`, a torch"),
         (lambda x: apply_round(x), r"test_silently_wrong.py:\d+: the model calls `Round`, a torch"),
-        (
-            lambda x: checkpoint(torch.relu, x, use_reentrant=True),
-            r"test_silently_wrong.py:\d+: torch.utils.checkpoint with `use_reentrant=True`",
-        ),
     ],
 )
 def test_own_backwards_are_refused_where_gradients_matter(
@@ -65,9 +62,19 @@ def test_own_backwards_are_refused_where_gradients_matter(
     assert torch.equal(apply_round(torch.tensor([0.6])), torch.tensor([1.0]))  # as it was
 
 
-def test_checkpoints_that_are_not_reentrant_are_captured() -> None:
-    act = lambda x: checkpoint(torch.relu, x, use_reentrant=False)  # noqa: E731
-    capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_captured_as_what_they_run(reentrant: bool) -> None:
+    act = lambda x: checkpoint(torch.relu, x, use_reentrant=reentrant)  # noqa: E731
+    graph = capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
+    assert [node.op for node in graph.nodes] == [
+        "aten.linear.default",
+        "aten.relu.default",
+        "aten.sum.default",
+    ]
+    assert all(node.output.differentiable for node in graph.nodes)
+    x = torch.randn(2, 2, requires_grad=True)  # outside, checkpoints are as they were
+    y: Any = checkpoint(torch.relu, x, use_reentrant=reentrant)
+    assert ("Checkpoint" in type(y.grad_fn).__name__) is reentrant
 
 
 class Mixing(nn.Module):
