@@ -6,21 +6,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .asked import AXES, Asked, Progress, check_inputs, check_model, silent
 from .codegen.write import module_source
 from .costmodel.machines.cluster import load_cluster
 from .facts.held import taken
 from .facts.mesh import Mesh
-from .facts.phases import Phase, find_phase
+from .facts.phases import find_phase
 from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
 from .ir.passes.serving import ServingError, is_decoder, serving_graph
 from .loading import (
-    DTYPES,
     Loaded,
     load_target,
     main_dtype,
@@ -32,11 +32,11 @@ from .loading import (
 from .planner.errors import PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
-from .planner.plan.plan import PlanData, Request
+from .planner.plan.plan import PlanData
 from .planner.plan.store import plan_to_json, read_plan
 from .planner.report.model_graph import PlannedGraph
 from .planner.report.report import format_plan
-from .planner.search.search import Clock, Job, setting_of
+from .planner.search.search import Job, setting_of
 from .planner.search.serving import make_serving_plan
 from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 STAGES = ("strategies", "problem", "plan")  # of planning, which `Plan.dump` shows
-_AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 
 
 @dataclass(frozen=True)
@@ -144,18 +143,6 @@ class Plan(PlanData):
         return Builder(self.graph, Network(self.mesh, cluster), setting)
 
 
-class Progress(Protocol):
-    """Told of each planning step, and of the fraction of it that is done."""
-
-    def __call__(self, step: str, done: float | None = None) -> None:
-        """A step begins, or has come to `done`."""
-        ...
-
-
-def _silent(step: str, done: float | None = None) -> None:
-    """No progress is shown."""
-
-
 def plan(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -172,7 +159,7 @@ def plan(
     optimizer: str | None = None,
     solver: str = "highs",
     time_limit_s: float = 60.0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Plan:
     """The cheapest way to run `model(**inputs)` on `gpus` GPUs, proven under the cost model.
 
@@ -189,16 +176,18 @@ def plan(
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
-    labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in inputs.items()}
-    loaded = Loaded(model, dict(inputs), labels, None)
-    first = next(iter(inputs.values()), None)
-    batch = first.shape[0] if first is not None and first.ndim else 1
-    seq = first.shape[1] if first is not None and first.ndim > 1 else 1
-    request = _request(
-        "", gpus, cluster, phase, batch, seq, str(main_dtype(model)).removeprefix("torch."),
-        optimizer, memory_bytes, pins, context, output_tokens, expert_imbalance,
+    asked = Asked(
+        gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
+        optimizer, solver, time_limit_s, progress,
     )  # fmt: skip
-    return _plan(loaded, _job(request, mesh, solver, time_limit_s, progress, Clock()))
+    check_model(model)
+    check_inputs(inputs)
+    labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in inputs.items()}
+    first = next(iter(inputs.values()))
+    batch, seq = (*first.shape[:2], 1, 1)[:2]
+    dtype = str(main_dtype(model)).removeprefix("torch.")
+    job = asked.job("", batch, seq, dtype)
+    return _plan(Loaded(model, dict(inputs), labels, None), job)
 
 
 def plan_file(
@@ -219,14 +208,14 @@ def plan_file(
     context: int | None = None,
     output_tokens: int | None = None,
     expert_imbalance: float | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
-    request = _request(
-        target, gpus, cluster, phase, batch, seq, dtype, optimizer, memory_bytes, pins, context,
-        output_tokens, expert_imbalance,
+    asked = Asked(
+        gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
+        optimizer, solver, time_limit_s, progress,
     )  # fmt: skip
-    job = _job(request, mesh, solver, time_limit_s, progress, Clock())
+    job = asked.job(target, batch, seq, dtype)
     progress("build the model")
     with job.clock.step("model"):
         loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype=dtype)
@@ -301,70 +290,6 @@ def _served(graph: Graph, context: int) -> Graph:
         raise PlanError(str(error)) from error
 
 
-def _request(
-    target: str,
-    gpus: int,
-    cluster: str,
-    phase: str,
-    batch: int,
-    seq: int,
-    dtype: str,
-    optimizer: str | None,
-    memory_bytes: int | None,
-    pins: Sequence[str],
-    context: int | None,
-    output_tokens: int | None,
-    expert_imbalance: float | None,
-) -> Request:
-    kind = _phase(phase, context or 0, output_tokens or 0)
-    if dtype not in DTYPES:
-        raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
-    if expert_imbalance is not None and expert_imbalance < 1.0:
-        raise PlanError(
-            f"expert imbalance {expert_imbalance}: the busiest rank has at least the mean, 1"
-        )
-    machine = load_cluster(cluster, gpus)
-    memory = float(memory_bytes or machine.memory_bytes)
-    return Request(
-        target, gpus, cluster, phase, batch, seq, dtype, optimizer or kind.optimizer, memory,
-        tuple(pins), kind.context if context is None else context, output_tokens or kind.answer,
-        expert_imbalance or 0.0,
-    )  # fmt: skip
-
-
-def _phase(name: str, context: int, answer: int) -> Phase:
-    """The phase of that name; PlanError if there is none, or it has no such tokens."""
-    try:
-        phase = find_phase(name)
-        phase.check_context(context)
-        phase.check_answer(answer)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
-    return phase
-
-
-def _job(
-    request: Request,
-    mesh: str | None,
-    solver: str,
-    time_limit_s: float,
-    progress: Progress,
-    clock: Clock,
-) -> Job:
-    if request.pins and mesh is None:
-        raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-    return Job(
-        load_cluster(request.cluster, request.gpus),
-        request,
-        parse_mesh(mesh, request.gpus) if mesh else None,
-        pinned(request.pins),
-        solver,
-        time_limit_s,
-        clock,
-        progress,
-    )
-
-
 def _plan(loaded: Loaded, job: Job) -> Plan:
     request = job.request
     job.progress("capture the graph")
@@ -380,7 +305,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
 
 def _with_mesh_note(made: PlanData, asked: Mesh | None) -> PlanData:
     """Names that a user gave to axes decide nothing: says so where the plan has others."""
-    given = asked is not None and not set(asked.names) <= set(_AXES)
+    given = asked is not None and not set(asked.names) <= set(AXES)
     if asked is None or not given or asked.names == made.mesh.names:
         return made
     note = (
@@ -388,30 +313,6 @@ def _with_mesh_note(made: PlanData, asked: Mesh | None) -> PlanData:
         " cut over them; --pin decides what is cut"
     )
     return replace(made, notes=(*made.notes, note))
-
-
-def parse_mesh(text: str, gpus: int) -> Mesh:
-    """`2x4`, or `dp=2,tp=4` with names; outermost axis first.
-
-    >>> str(parse_mesh("2x4", 8))
-    'x=2 x y=4'
-    """
-    parts = (
-        [part for part in text.replace("x", ",").split(",")] if "=" not in text else text.split(",")
-    )
-    axes: list[tuple[str, int]] = []
-    for part, default in zip(parts, _AXES, strict=False):
-        name, sign, size = part.partition("=")
-        name, size = (name.strip(), size) if sign else (default, name)
-        if not size.strip().isdigit() or int(size) < 1:
-            raise PlanError(f"--mesh {text}: expected sizes such as 2x4, or dp=2,tp=4")
-        axes.append((name, int(size)))
-    if not 1 <= len(axes) <= 3 or len(axes) != len(parts):
-        raise PlanError(f"--mesh {text}: a mesh has one to three axes")
-    mesh = Mesh(tuple(axes))
-    if mesh.ranks != gpus:
-        raise PlanError(f"--mesh {text} has {mesh.ranks} GPUs, --gpus says {gpus}; they must agree")
-    return mesh
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -1,0 +1,223 @@
+"""What a user asks for: checked once, for the command line and the Python API alike.
+
+What is of the wrong type is a TypeError, what is of the right one and makes no sense a PlanError;
+both say what was given and what would do.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from .costmodel.machines.cluster import load_cluster
+from .facts.mesh import Mesh
+from .facts.phases import Phase, find_phase
+from .loading import DTYPES
+from .planner.errors import PlanError
+from .planner.ilp.solve import SOLVERS
+from .planner.plan.plan import Request
+from .planner.search.search import Clock, Job
+from .planner.strategies.roles import pinned
+
+AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
+_MOST_GPUS = 2**20  # ten times the largest cluster that was built
+
+
+class Progress(Protocol):
+    """Told of each planning step, and of the fraction of it that is done."""
+
+    def __call__(self, step: str, done: float | None = None) -> None:
+        """A step begins, or has come to `done`."""
+        ...
+
+
+def silent(step: str, done: float | None = None) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options of `shardwright.plan`.  Raises TypeError and PlanError; see there."""
+
+    gpus: int
+    cluster: str
+    phase: str
+    context: int | None
+    output_tokens: int | None
+    expert_imbalance: float | None
+    mesh: str | None
+    pins: Sequence[str]
+    memory_bytes: int | None
+    optimizer: str | None
+    solver: str
+    time_limit_s: float
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        _whole("gpus", self.gpus, 1, _MOST_GPUS)
+        for name in ("cluster", "phase", "solver"):
+            _text(name, getattr(self, name))
+        if self.mesh is not None:
+            _text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
+        if self.optimizer is not None:
+            _text("optimizer", self.optimizer)
+        for name, least in (("context", 0), ("output_tokens", 1), ("memory_bytes", 1)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least, 2**63 - 1)
+        if self.expert_imbalance is not None:
+            most = _number("expert_imbalance", self.expert_imbalance)
+            if most < 1.0:
+                raise PlanError(
+                    f"expert imbalance {most:g}: the busiest rank has at least the mean, 1"
+                )
+        if _number("time_limit_s", self.time_limit_s) <= 0:
+            raise PlanError(f"the time limit must be above 0 s, got {self.time_limit_s:g} s")
+        if isinstance(self.pins, str) or not isinstance(cast(object, self.pins), Sequence):
+            raise TypeError(
+                f"`pins` must be a list of texts such as '*.q_proj.weight=R,S0', got {self.pins!r}"
+            )
+        for pin in self.pins:
+            _text("pins", pin, " such as '*.q_proj.weight=R,S0'")
+        if self.solver not in SOLVERS:
+            raise PlanError(f"unknown solver `{self.solver}`; expected one of {', '.join(SOLVERS)}")
+        if not callable(self.progress):
+            raise TypeError(f"`progress` must be a function, got {self.progress!r}")
+
+    def job(self, target: str, batch: int, seq: int, dtype: str) -> Job:
+        """What is to be planned, for a model that `target` names ("": a module) in `dtype`."""
+        _whole("batch", batch, 1, 2**31)
+        _whole("seq", seq, 1, 2**40)
+        kind = _phase(self.phase, self.context or 0, self.output_tokens or 0)
+        if dtype not in DTYPES:
+            raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
+        if self.pins and self.mesh is None:
+            raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
+        machine = load_cluster(self.cluster, operator.index(self.gpus))
+        request = Request(
+            target, operator.index(self.gpus), self.cluster, self.phase, batch, seq, dtype,
+            self.optimizer or kind.optimizer, float(self.memory_bytes or machine.memory_bytes),
+            tuple(self.pins), kind.context if self.context is None else self.context,
+            self.output_tokens or kind.answer, self.expert_imbalance or 0.0,
+        )  # fmt: skip
+        return Job(
+            machine,
+            request,
+            parse_mesh(self.mesh, request.gpus) if self.mesh else None,
+            pinned(request.pins),
+            self.solver,
+            self.time_limit_s,
+            Clock(),
+            self.progress,
+        )
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no module."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a module, got the class {model.__name__}; build it: "
+            f"{model.__name__}(...), on the device meta if it is large"
+        )
+    tip = "; `plan` on the command line takes names of files" if isinstance(model, str) else ""
+    raise TypeError(f"`model` must be an nn.Module, got {_shown(model)}{tip}")
+
+
+def check_inputs(inputs: object) -> None:
+    """Raises TypeError for what is no mapping from names to tensors, PlanError for empty ones."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            "`inputs` must be a dict from the names of forward's arguments to tensors, "
+            f"got {_shown(inputs)}"
+        )
+    given = cast("Mapping[object, object]", inputs)
+    if not given:
+        raise PlanError("`inputs` is empty; give forward's arguments by name")
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                "`inputs` must be a dict from the names of forward's arguments to tensors; "
+                f"its {name!r} is {_shown(value)}"
+            )
+        if 0 in value.shape:
+            raise PlanError(f"input `{name}` is empty, of shape {tuple(value.shape)}")
+
+
+def _shown(value: object) -> str:
+    """A value in few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    """Raises TypeError or PlanError unless `value` is a whole number in that range."""
+    number: Any = value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a whole number, got {_shown(value)}") from None
+    if number < least:
+        raise PlanError(f"{name}={number}: expected {least} or more")
+    if number > most:
+        raise PlanError(f"{name}={number}: expected at most {most}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {_shown(value)}")
+    if not math.isfinite(value):
+        raise PlanError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
+def _text(name: str, value: object, such_as: str = "") -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be text{such_as}, got {_shown(value)}")
+
+
+def _phase(name: str, context: int, answer: int) -> Phase:
+    """The phase of that name; PlanError if there is none, or it has no such tokens."""
+    try:
+        phase = find_phase(name)
+        phase.check_context(context)
+        phase.check_answer(answer)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    return phase
+
+
+def parse_mesh(text: str, gpus: int) -> Mesh:
+    """`2x4`, or `dp=2,tp=4` with names; outermost axis first.
+
+    >>> str(parse_mesh("2x4", 8))
+    'x=2 x y=4'
+    """
+    parts = (
+        [part for part in text.replace("x", ",").split(",")] if "=" not in text else text.split(",")
+    )
+    axes: list[tuple[str, int]] = []
+    for part, default in zip(parts, AXES, strict=False):
+        name, sign, size = part.partition("=")
+        name, size = (name.strip(), size) if sign else (default, name)
+        if not (size.strip().isascii() and size.strip().isdigit() and 0 < int(size) < 10**9):
+            raise PlanError(f"--mesh {text}: expected sizes such as 2x4, or dp=2,tp=4")
+        axes.append((name, int(size)))
+    if not 1 <= len(axes) <= 3 or len(axes) != len(parts):
+        raise PlanError(f"--mesh {text}: a mesh has one to three axes")
+    mesh = Mesh(tuple(axes))
+    if mesh.ranks != gpus:
+        raise PlanError(f"--mesh {text} has {mesh.ranks} GPUs, --gpus says {gpus}; they must agree")
+    return mesh
+
+
+__all__ = ["AXES", "Asked", "Progress", "check_inputs", "check_model", "parse_mesh", "silent"]
