@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 # by every class in it, and by the model alone; `tests/runtime/test_module.py` compares
-BY_ALL = frozenset({"MODULES", "WEIGHTS", "bring_weights", "device", "generator", "mesh"})
+BY_ALL = frozenset(
+    {"MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "device", "generator", "mesh"}
+)
 BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
     "PARAMETERS", "PHASE", "append", "cached_lengths", "decode", "demo", "from_checkpoint",

@@ -6,15 +6,15 @@ both say what was given and what would do.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from .costmodel.machines.cluster import load_cluster
+from .facts.given import finite, shown, text, whole
 from .facts.mesh import Mesh
 from .facts.phases import Phase, find_phase
 from .loading import DTYPES
@@ -59,30 +59,30 @@ class Asked:
     progress: Progress
 
     def __post_init__(self) -> None:
-        _whole("gpus", self.gpus, 1, _MOST_GPUS)
+        whole("gpus", self.gpus, 1, _MOST_GPUS)
         for name in ("cluster", "phase", "solver"):
-            _text(name, getattr(self, name))
+            text(name, getattr(self, name))
         if self.mesh is not None:
-            _text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
+            text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
         if self.optimizer is not None:
-            _text("optimizer", self.optimizer)
+            text("optimizer", self.optimizer)
         for name, least in (("context", 0), ("output_tokens", 1), ("memory_bytes", 1)):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), least, 2**63 - 1)
+                whole(name, getattr(self, name), least)
         if self.expert_imbalance is not None:
-            most = _number("expert_imbalance", self.expert_imbalance)
+            most = finite("expert_imbalance", self.expert_imbalance)
             if most < 1.0:
                 raise PlanError(
                     f"expert imbalance {most:g}: the busiest rank has at least the mean, 1"
                 )
-        if _number("time_limit_s", self.time_limit_s) <= 0:
+        if finite("time_limit_s", self.time_limit_s) <= 0:
             raise PlanError(f"the time limit must be above 0 s, got {self.time_limit_s:g} s")
         if isinstance(self.pins, str) or not isinstance(cast(object, self.pins), Sequence):
             raise TypeError(
                 f"`pins` must be a list of texts such as '*.q_proj.weight=R,S0', got {self.pins!r}"
             )
         for pin in self.pins:
-            _text("pins", pin, " such as '*.q_proj.weight=R,S0'")
+            text("pins", pin, " such as '*.q_proj.weight=R,S0'")
         if self.solver not in SOLVERS:
             raise PlanError(f"unknown solver `{self.solver}`; expected one of {', '.join(SOLVERS)}")
         if not callable(self.progress):
@@ -90,8 +90,8 @@ class Asked:
 
     def job(self, target: str, batch: int, seq: int, dtype: str) -> Job:
         """What is to be planned, for a model that `target` names ("": a module) in `dtype`."""
-        _whole("batch", batch, 1, 2**31)
-        _whole("seq", seq, 1, 2**40)
+        whole("batch", batch, 1, 2**31)
+        whole("seq", seq, 1, 2**40)
         kind = _phase(self.phase, self.context or 0, self.output_tokens or 0)
         if dtype not in DTYPES:
             raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
@@ -126,7 +126,7 @@ def check_model(model: object) -> None:
             f"{model.__name__}(...), on the device meta if it is large"
         )
     tip = "; `plan` on the command line takes names of files" if isinstance(model, str) else ""
-    raise TypeError(f"`model` must be an nn.Module, got {_shown(model)}{tip}")
+    raise TypeError(f"`model` must be an nn.Module, got {shown(model)}{tip}")
 
 
 def check_inputs(inputs: object) -> None:
@@ -134,7 +134,7 @@ def check_inputs(inputs: object) -> None:
     if not isinstance(inputs, Mapping):
         raise TypeError(
             "`inputs` must be a dict from the names of forward's arguments to tensors, "
-            f"got {_shown(inputs)}"
+            f"got {shown(inputs)}"
         )
     given = cast("Mapping[object, object]", inputs)
     if not given:
@@ -143,46 +143,10 @@ def check_inputs(inputs: object) -> None:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TypeError(
                 "`inputs` must be a dict from the names of forward's arguments to tensors; "
-                f"its {name!r} is {_shown(value)}"
+                f"its {name!r} is {shown(value)}"
             )
         if 0 in value.shape:
             raise PlanError(f"input `{name}` is empty, of shape {tuple(value.shape)}")
-
-
-def _shown(value: object) -> str:
-    """A value in few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
-
-
-def _whole(name: str, value: object, least: int, most: int) -> None:
-    """Raises TypeError or PlanError unless `value` is a whole number in that range."""
-    number: Any = value
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"`{name}` must be a whole number, got {_shown(value)}") from None
-    if number < least:
-        raise PlanError(f"{name}={number}: expected {least} or more")
-    if number > most:
-        raise PlanError(f"{name}={number}: expected at most {most}")
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {_shown(value)}")
-    if not math.isfinite(value):
-        raise PlanError(f"`{name}` must be finite, got {value}")
-    return float(value)
-
-
-def _text(name: str, value: object, such_as: str = "") -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be text{such_as}, got {_shown(value)}")
 
 
 def _phase(name: str, context: int, answer: int) -> Phase:

@@ -6,6 +6,8 @@ tokens on a rank share a page table, whatever they hold of the heads.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -100,6 +102,37 @@ class Pools:
             dtype=cache.dtype, table=table, values_in_keys=cache.values_in_keys,
         )  # fmt: skip
         return self.caches[name]
+
+
+def check_memory(declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> None:
+    """Raises ValueError if this rank's caches would not fit on an empty device.
+
+    A process that asks for more than the machine has may be killed without a word.
+    """
+    n_bytes = 0
+    for cache in declared.values():
+        spec = parse_spec(cache.spec)
+        held = min(room.tokens, cache.window + room.run) if cache.window else room.tokens
+        rows, heads, tokens = local_shape((room.rows, cache.heads, held), spec, mesh.sizes)
+        shared = -(-room.total // (ways(spec, mesh, BATCH) * ways(spec, mesh, TOKENS)))
+        numbers = cache.key_dim + (0 if cache.values_in_keys else cache.value_dim)
+        n_bytes += min(rows * tokens, shared) * heads * numbers * cache.dtype.itemsize
+    limit = _memory(mesh.device)
+    if n_bytes > limit:
+        raise ValueError(
+            f"caches for {room.rows} sequences of {room.tokens} tokens, {room.total} together, take"
+            f" {n_bytes / 1e9:.4g} GB on this rank, whose device has {limit / 1e9:.4g} GB"
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return math.inf
 
 
 def owner_of(axes: Sequence[Axis]) -> tuple[int, int]:

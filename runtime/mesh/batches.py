@@ -26,14 +26,14 @@ class Input:
     """A keyword of the original model's forward: planned full shape, and how it is sharded.
 
     Dims in `free` may have other sizes than planned: multiples of `step`, which has one number per
-    dim (default: 1).  Integers are below `high` (the demonstration draws them so).
+    dim (default: 1).  Integers are below `high` where it is not 0: they are indices.
     """
 
     spec: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     free: tuple[int, ...] = ()
-    high: int = 2
+    high: int = 0
     step: tuple[int, ...] = ()
 
 
@@ -88,15 +88,26 @@ def _random(wanted: Input, generator: torch.Generator) -> Tensor:
         return torch.randn(wanted.shape, generator=generator).to(wanted.dtype)
     if wanted.dtype == torch.bool:
         return torch.ones(wanted.shape, dtype=torch.bool)
-    return torch.randint(0, wanted.high, wanted.shape, generator=generator).to(wanted.dtype)
+    return torch.randint(0, wanted.high or 2, wanted.shape, generator=generator).to(wanted.dtype)
 
 
 def _shard(name: str, wanted: Input, x: Tensor, mesh: Mesh) -> Tensor:
     _check_planned(name, wanted, x)
+    if x.device.type == "cpu":  # where looking does not wait for a queue of kernels
+        check_indices(name, x, wanted.high)
     spec, zigzag = parse_spec(wanted.spec), zigzag_dims(wanted.spec)
     for dim in range(x.ndim):
         _check_divides(name, wanted, x, dim, mesh)
     return own_part(x, spec, mesh, zigzag).to(mesh.device).contiguous()
+
+
+def check_indices(name: str, x: Tensor, high: int) -> None:
+    """Raise ValueError where integers are not below `high`; 0: whatever they are.
+
+    Where a table is cut over ranks, no rank has such a row, and none would fail.
+    """
+    if high and x.numel() and int(x.max()) >= high:
+        raise ValueError(f"`{name}` holds {int(x.max())}; the model takes numbers below {high}")
 
 
 def _check_planned(name: str, wanted: Input, x: Tensor) -> None:

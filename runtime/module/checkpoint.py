@@ -17,13 +17,15 @@ from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...facts.files import read_json
+from ...facts.given import shown
+from ..mesh.given import check_tensor
 from .parameters import Original, Stack, expert_stacks
 
 Slices: TypeAlias = tuple[slice, ...]
@@ -70,6 +72,10 @@ class StateDict:
     title = "the state dict"
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(cast(object, tensors), Mapping):
+            raise TypeError(f"a state dict maps names to tensors, got {shown(tensors)}")
+        for name, tensor in tensors.items():
+            check_tensor(f"state dict: {name}", tensor)
         self._tensors = tensors
 
     def names(self) -> list[str]:
@@ -315,8 +321,11 @@ def _files_by_name(path: Path) -> dict[str, Path]:
 def _names_in(path: Path) -> dict[str, Path]:
     if path.suffix != ".safetensors":
         raise ValueError(f"checkpoint {path}: expected a .safetensors file or a folder with them")
-    with safe_open(path, framework="pt") as handle:
-        return {name: path for name in handle.keys()}  # noqa: SIM118 (a handle is no mapping)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: path for name in handle.keys()}  # noqa: SIM118 (a handle is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path}: not in the safetensors format: {error}") from error
 
 
 def _names_in_index(index: Path) -> dict[str, Path]:

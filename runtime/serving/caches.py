@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...facts.given import whole
 from ...facts.spec import Spec
 from ..cache.cache import CacheFullError, PageTable
 from ..cache.declared import TOKENS, Cache, specs_of
-from ..cache.pools import Pools, Room, highest
+from ..cache.pools import Pools, Room, check_memory, highest
 from ..cache.recache import Path, Recaching
 from ..mesh.parts import own_part
 from .arrange import kept, own_pages
@@ -26,11 +27,8 @@ class Caches:
     """
 
     def __init__(self, served: Served, batch: int, tokens: int, total: int | None) -> None:
-        if batch < 1 or tokens < 1 or (total is not None and total < 1):
-            raise ValueError(
-                f"a cache needs at least one sequence of one token, got {batch} sequences of"
-                f" {tokens} tokens, {total} in total"
-            )
+        batch, tokens = whole("batch", batch, 1), whole("tokens", tokens, 1)
+        total = None if total is None else whole("total_tokens", total, 1)
         if not served.caches:
             raise ValueError(
                 f"{served.title} has no KV caches; plan it with --phase prefill, decode, append or"
@@ -44,6 +42,7 @@ class Caches:
         self.rows = served.padded_rows(batch)
         together = batch * tokens if total is None else total
         self._room = Room(self.rows, tokens, together, total is not None, served.longest_run)
+        check_memory(served.caches, self._room, self._mesh)
         self._pools = Pools({}, self._room, self._mesh)
         self._pools = self._empty(served.caches)
 

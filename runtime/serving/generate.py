@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...facts.given import whole
 from ...facts.phases import DECODE
 from ..mesh.mesh import Mesh
 from .prompts import compact
@@ -30,8 +31,7 @@ def generate(
     seed: int | None = None,
 ) -> Tensor:
     """See `ShardedModule.generate`; `room(batch, tokens)` gives what serves as many or more."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     prompts, counts = compact(input_ids, lengths, attention_mask)
     if max_new_tokens == 0:
         return input_ids

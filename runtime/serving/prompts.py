@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..mesh.given import check_tensor
+
 
 def compact(
     input_ids: Tensor,
@@ -18,9 +20,10 @@ def compact(
     `lengths` (b,) says how many tokens at the start of each row are the prompt; `attention_mask`
     (b, t) marks them with 1, wherever they are.  Without either every token is.
     """
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
+    check_tensor("input_ids", input_ids)
+    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids must be integers (batch, tokens), got {input_ids.dtype}"
+            f"input_ids must be integers (batch, tokens), one or more, got {input_ids.dtype}"
             f" {tuple(input_ids.shape)}"
         )
     ids = input_ids.detach().to("cpu", torch.int64)

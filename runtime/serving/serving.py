@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ...facts.phases import APPEND, DECODE, PREFILL, Phase
 from ...facts.spec import parse_spec
+from ..mesh.batches import check_indices
+from ..mesh.given import check_tensor
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 from .arrange import arrange
@@ -124,11 +126,14 @@ class Serving:
         self._caches.fill(tokens)
 
     def _check_batch(self, ids: Tensor, ndim: int) -> None:
+        check_tensor("input_ids" if ndim == 2 else "tokens", ids)
         if ids.ndim != ndim or ids.shape[0] != self.batch or ids.is_floating_point():
             raise ValueError(
                 f"expected integer tokens ({self.batch}{', t' if ndim == 2 else ''}) for the"
                 f" {self.batch} sequences of the cache, got {ids.dtype} {tuple(ids.shape)}"
             )
+        program = next(iter(self._served.programs.values()))
+        check_indices("input_ids" if ndim == 2 else "tokens", ids, program.tokens.high)
 
     def _columns(self, program: Program) -> int:
         """How many tokens of a sequence fit in one run; 0 is any number."""

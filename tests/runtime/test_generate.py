@@ -80,7 +80,7 @@ def toy(mesh: dict[str, int], algorithm: str = "local", window: int = 0, **chang
             )
             for name, shape in SHAPES.items()
         }
-        INPUTS = {"input_ids": tokens, "position_ids": tokens}
+        INPUTS = {"input_ids": tokens, "position_ids": replace(tokens, high=0)}
         OUTPUTS = (Output(("logits",), "S0,R,S2", (4, 1, VOCAB)),)
         CACHES = {
             "layers.{0..1}.kv": Cache(KEY_HEADS, DIM, DIM, F64, "S0,S2,S1", window),
@@ -117,7 +117,7 @@ def two_programs(mesh: dict[str, int]) -> type:
     class Two(base):  # pyright: ignore
         def programs(self) -> Any:
             programs = super().programs()
-            inputs = {"input_ids": whole, "position_ids": whole}
+            inputs = {"input_ids": whole, "position_ids": replace(whole, high=0)}
             return {
                 **programs,
                 "decode": Program(inputs, self.OUTPUTS, self.CACHES, self.by_tree),
@@ -434,7 +434,7 @@ def test_sizes_that_are_fixed(pool: Pool, name: str, columns: int) -> None:
     """A program for exactly 4 sequences and so many columns takes 3 of any length in pieces."""
     spec = "S0,S1,R" if name == "ring" else "S0,R,R"
     fixed = Input(spec, (4, columns), I64, (), VOCAB)
-    changes = {"INPUTS": {"input_ids": fixed, "position_ids": fixed}}
+    changes = {"INPUTS": {"input_ids": fixed, "position_ids": replace(fixed, high=0)}}
     for result in pool(2).run(serve, BUILDS[name], changes):
         check_conversation(result)
 
@@ -563,7 +563,9 @@ def test_errors() -> None:
         model.generate(torch.ones(2, 3, dtype=I64), 1, attention_mask=torch.ones(2, 2))
     with pytest.raises(ValueError, match="planned for a batch of 4, which 5 sequences"):
         fixed = Input("S0,R,R", (4, 8), I64)
-        toy({}, INPUTS={"input_ids": fixed, "position_ids": fixed})().new_cache(5, 8)
+        toy({}, INPUTS={"input_ids": fixed, "position_ids": replace(fixed, high=0)})().new_cache(
+            5, 8
+        )
     with pytest.raises(ValueError, match="Toy has no KV caches; plan it with --phase"):
         toy({}, CACHES={})().new_cache(1, 8)
 
