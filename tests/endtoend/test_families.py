@@ -62,7 +62,7 @@ class Parallel(Restriction):
 def planned(made: Builder, restriction: Restriction | None = None) -> Decisions:
     """The optimum under a restriction."""
     built = made.build(restriction or Restriction())
-    solution = solve(built.problem(), solver="highs", time_limit_s=60.0)
+    solution = solve(built.problem(), solver="highs", time_limit_s=240.0)
     assert solution.status == "optimal" and solution.assignment is not None
     return built.read(solution.assignment)
 
