@@ -34,6 +34,7 @@ from .conversation import (
     is_served,
     length_of,
 )
+from .draws import Drawn, Recorder, Replayed, WithoutDropout, draws_of
 from .facts.files import read_text
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
@@ -51,7 +52,7 @@ from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
-from .runtime import RankError, run_ranks
+from .runtime import RankError, RankPool
 from .runtime.cache.declared import TOKENS
 from .written import wrote
 
@@ -190,7 +191,8 @@ def _verified(
     if own and runnable:
         ran = f"{path}" + (", which differs from what the plan generates" if edited else "")
         graph = widened(without_dropout(plan.graph))
-        case = _Case(plan, graph, plan.mesh, _widened_source(text), ran, (), real=True)
+        draws = draws_of(plan.program)
+        case = _Case(plan, graph, plan.mesh, _widened_source(text), ran, (), True, draws)
         return _run(case)
     mesh = _smaller_mesh(plan.mesh, ranks)
     case = _shrunk_case(plan, mesh, tokens_only=few_tokens)
@@ -223,6 +225,7 @@ class _Case:
     ran: str
     changes: tuple[tuple[str, int, int], ...]
     real: bool  # sizes of parameters are the original's
+    draws: list[Drawn]  # what a forward pass draws, in order
 
 
 def _shrunk_case(plan: PlanData, mesh: Mesh, *, tokens_only: bool) -> _Case:
@@ -251,6 +254,7 @@ def _shrunk_case(plan: PlanData, mesh: Mesh, *, tokens_only: bool) -> _Case:
         "generated from the plan's decisions for these sizes",
         shrunk[0].changes,
         tokens_only,
+        draws_of(programs[0]),
     )
 
 
@@ -350,28 +354,30 @@ def _widened_source(text: str) -> str:
 def _run(case: _Case) -> Verification:
     state, steps = _random_state(case), _steps(case)
     inputs = _random_tokens(case.graph, steps) if steps else _random_inputs(case.graph)
-    references = [_captured(case, state, inputs, steps)]
-    if case.real and case.plan.request.target:
-        references.append(_original(case, state, inputs, steps))
-    failure = ""
+    content: dict[str, Any] = {"state": state, "inputs": inputs, "steps": list(map(tuple, steps))}
+    if steps and case.draws:
+        raise PlanError(
+            f"{case.plan.graph.name} draws random numbers while it answers; the answers of a "
+            "conversation cannot be compared"
+        )
+    failure, training = "", case.plan.training
     comparisons: tuple[Comparison, ...] = ()
-    with tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder:
-        content = {
-            "state": state,
-            "inputs": inputs,
-            "steps": [tuple(step) for step in steps],
-            "expected": [r.expected for r in references],
-        }
+    with (
+        tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder,
+        RankPool(case.mesh.ranks) as pool,
+    ):
         torch.save(content, Path(folder) / "case.pt")
         (Path(folder) / "generated.py").write_text(case.source, encoding="utf-8")
         try:
-            found = run_ranks(
-                compare_on_rank,
-                case.mesh.ranks,
-                folder,
-                case.plan.training,
-                timeout_s=_TIMEOUT_S,
-            )
+            draws: list[Tensor] = []
+            if case.draws:
+                args = (folder, case.draws)
+                draws = pool.run(draw_on_rank, *args, timeout_s=_TIMEOUT_S)[0]
+            references = [_captured(case, state, inputs, steps, draws)]
+            if case.real and case.plan.request.target:
+                references.append(_original(case, state, inputs, steps, draws))
+            torch.save([r.expected for r in references], Path(folder) / "expected.pt")
+            found = pool.run(compare_on_rank, folder, training, timeout_s=_TIMEOUT_S)
         except (RankError, TimeoutError) as error:
             failure = f"the module did not run: {_brief(error)}"
         else:
@@ -414,15 +420,16 @@ def _captured(
     state: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     steps: Sequence[Step],
+    draws: Sequence[Tensor],
 ) -> _Reference:
-    """The captured graph in one process."""
+    """The captured graph in one process, which draws what ranks drew."""
     if steps:
         title = "the captured graph in one process, its cache whole, float64"
         with _float64_by_default():
             expected = by_graph(case.graph, state, steps, inputs["input_ids"])
         return _Reference(title, (expected, {}))
     leaves = _leaves(case, state)
-    with torch.set_grad_enabled(case.plan.training), _float64_by_default():
+    with torch.set_grad_enabled(case.plan.training), _float64_by_default(), Replayed(draws):
         entries = {str(path): t for path, t in interpret(case.graph, leaves, inputs).items()}
     title = "the captured graph in one process, float64"
     return _Reference(title, _expected(case, entries, leaves))
@@ -433,9 +440,14 @@ def _original(
     state: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     steps: Sequence[Step],
+    draws: Sequence[Tensor],
 ) -> _Reference:
-    """The user's own model in float64.  A served one gets whole sequences at once."""
-    model = build_real(case.plan.request.target, case.plan.request.dtype).double().eval()
+    """The user's own model in float64, as it trains but for dropout, with what ranks drew.
+
+    A served one gets whole sequences at once.
+    """
+    model = build_real(case.plan.request.target, case.plan.request.dtype).double()
+    model.train(case.plan.training)
     experts_in_loops(model)
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
@@ -444,7 +456,13 @@ def _original(
             f"{', '.join(unknown[:3])}; plan it again"
         )
     leaves = {n: p for n, p in model.named_parameters() if n in state}
-    with torch.set_grad_enabled(case.plan.training), _float64_by_default(), _WideDtypes():
+    with (
+        torch.set_grad_enabled(case.plan.training),
+        _float64_by_default(),
+        _WideDtypes(),
+        Replayed(draws),
+        WithoutDropout(),
+    ):
         out = model(**(_whole_sequences(case.plan, inputs) if steps else inputs))
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
@@ -619,11 +637,27 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
 # --- in each rank -------------------------------------------------------------------------------
 
 
-def compare_on_rank(folder: str, training: bool) -> list[Errors]:
-    """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
+def draw_on_rank(folder: str, planned: list[Drawn]) -> list[Tensor]:
+    """What all ranks draw together in a forward pass of what `compare_on_rank` runs."""
+    case, model = _loaded_on_rank(folder)
+    with torch.no_grad(), _float64_by_default(), Recorder() as recorder:
+        model(**model.shard_inputs(**case["inputs"]))
+    return recorder.whole(planned, model.mesh)
+
+
+def _loaded_on_rank(folder: str) -> tuple[dict[str, Any], Any]:
+    """`folder`/case.pt, and `folder`/generated.py with its weights, which draws always alike."""
     case = torch.load(Path(folder) / "case.pt", mmap=True, weights_only=True)
     module = import_source(Path(folder) / "generated.py")
     model = module.ShardedModel.from_state_dict(case["state"]).eval()
+    model.mesh.manual_seed(0)
+    return case, model
+
+
+def compare_on_rank(folder: str, training: bool) -> list[Errors]:
+    """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
+    case, model = _loaded_on_rank(folder)
+    wanted = torch.load(Path(folder) / "expected.pt", mmap=True, weights_only=True)
     if steps := [Step(*step) for step in case["steps"]]:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
@@ -640,7 +674,7 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
             **_output_errors(outputs, expected[0]),
             **({"gradients": _errors(gradients, expected[1])} if training else {}),
         }
-        for expected in case["expected"]
+        for expected in wanted
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ...compat.torch import fake_tensors, own_hooks, transient_buffers, tree_unf
 from ...compat.transformers import is_pretrained
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from ..graph.rewrite import flat, remove_dead
+from ..ops.random import draws_otherwise
 from ..passes.fold import fold
 from ..passes.invariants import computed_once
 from ..passes.raising import raised
@@ -149,12 +151,18 @@ def export(
         whole_stacks(),
         own_hooks(),
     ):
+        drawn = random.getstate()
         try:
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
         except OwnBackward as error:
             raise CaptureError(str(error)) from error
         except Exception as error:  # `forward` is the user's code: it may raise anything
             raise CaptureError(_explain(model, error)) from error
+        if random.getstate() != drawn:
+            raise CaptureError(
+                f"{type(model).__name__} draws with Python's `random` while it runs: the plan would"
+                " hold what came out once. Draw a tensor (`torch.rand`), and use `torch.where`"
+            )
     return program, tensors
 
 
@@ -283,7 +291,20 @@ def _finish(
     outputs = _outputs(program, returned)
     graph = remove_dead(Graph(type(model).__name__, inputs, params, tuple(nodes), outputs))
     _check_masks(graph)
-    return canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
+    found = canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
+    _check_draws(found)
+    return found
+
+
+def _check_draws(graph: Graph) -> None:
+    """Raise CaptureError where a node draws random numbers that ranks cannot draw alike."""
+    for node in flat(graph):
+        if draws_otherwise(node):
+            raise CaptureError(
+                f"{node.loc}: `{node.op}` draws random numbers in a way of its own, and copies of "
+                "a tensor would get different ones; draw them with `torch.rand`, `torch.randn`, "
+                "`torch.bernoulli` or `F.dropout`, and compute with the result"
+            )
 
 
 def _check_masks(graph: Graph) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
+from ..ops.random import is_draw
 from .location import Frame, model_frames, place, statement
 
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
@@ -52,6 +53,10 @@ _CASTS = frozenset(
         "aten.to.other",
         "aten.type_as.default",
     }
+)
+# read nothing but the type of a tensor
+_MADE = tuple(
+    f"aten.{name}" for name in ("empty_like.", "zeros_like.", "ones_like.", "full_like.", "new_")
 )
 _DETACH = frozenset({"aten.detach.default", "aten.detach_.default", "aten.detach_copy.default"})
 
@@ -195,7 +200,8 @@ class _Converter:
             return
         if op in _CASTS:
             op, args = "aten.to.dtype", _cast_args(operands[0], _tensor_types(node)[0].dtype)
-        differentiable = grad and op not in _DETACH and any(v.differentiable for v in operands)
+        flows = op not in _DETACH and not (is_draw(op) or op.startswith(_MADE))
+        differentiable = grad and flows and any(v.differentiable for v in operands)
         if op in _DETACH:
             op = "aten.detach.default"
         written = _written(target) if not op.startswith("aten.detach") else None
@@ -227,8 +233,8 @@ class _Converter:
     def functional_name(self, target: OpOverload, node: fx.Node) -> str:
         """`aten.add.Tensor` for `aten.add_.Tensor`."""
         packet, _, overload = str(target).rpartition(".")
-        if packet == "aten.zero_":
-            return "aten.zeros_like.default"
+        if named := _FUNCTIONAL.get(str(target)):
+            return named
         name = packet.removeprefix("aten.").rstrip("_")
         if not hasattr(getattr(torch.ops.aten, name, None), overload):
             raise UnsupportedNode(f"`{target}` changes its argument in place; use its other form")
@@ -291,6 +297,12 @@ class _Converter:
                     self.views[outputs[0].name] = self.nodes[-1]
 
 
+# ops in place whose functional forms are called otherwise
+_FUNCTIONAL = {
+    "aten.zero_.default": "aten.zeros_like.default",
+    "aten.normal_.default": "aten.normal_functional.default",
+    "aten.bernoulli_.float": "aten.bernoulli.p",
+}
 # view op -> op that puts a changed view back into its operand, and that op's arguments
 _WRITE_BACK = {
     "aten.slice.Tensor": (

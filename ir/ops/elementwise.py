@@ -231,6 +231,7 @@ def _emit_like(function: str, *names: str) -> Callable[[Node, Render], str]:
 
 FAMILY.add("aten.zeros_like.default", Light(broadcasting(), _emit_like("torch.zeros_like")))
 FAMILY.add("aten.ones_like.default", Light(broadcasting(), _emit_like("torch.ones_like")))
+FAMILY.add("aten.empty_like.default", Light(broadcasting(), _emit_like("torch.empty_like")))
 FAMILY.add(
     "aten.full_like.default", Light(broadcasting(), _emit_like("torch.full_like", "fill_value"))
 )

@@ -81,6 +81,8 @@ def _sized_factory(function: str, *names: str) -> Light:
 
 FAMILY.add("aten.full.default", _sized_factory("torch.full", "fill_value"))
 FAMILY.add("aten.new_full.default", _sized_factory("torch.full", "fill_value"))
+FAMILY.add("aten.empty.memory_format", _sized_factory("torch.empty"))
+FAMILY.add("aten.new_empty.default", _sized_factory("torch.empty"))
 FAMILY.add("aten.zeros.default", _sized_factory("torch.zeros"))
 FAMILY.add("aten.ones.default", _sized_factory("torch.ones"))
 FAMILY.add("aten.new_zeros.default", _sized_factory("torch.zeros"))
@@ -89,6 +91,7 @@ FAMILY.add(
     "aten.scalar_tensor.default", Light(opaque, _emit_factory("torch.tensor", "s"), ties=_free)
 )
 
+FAMILY.called("empty", "empty new_empty")
 FAMILY.called("zeros", "zeros new_zeros")
 FAMILY.called("ones", "ones new_ones")
 FAMILY.called("filled", "full new_full scalar_tensor")

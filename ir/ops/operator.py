@@ -125,6 +125,8 @@ class Operator:
     rigid: bool = False
     # arguments that are others in eval mode, without random numbers
     in_eval: Mapping[str, Arg] = MappingProxyType({})
+    # does it draw random numbers, in eval mode too?
+    draws: bool = False
     # does torch work out one of its sizes that is given as -1?
     infers_size: bool = False
     # the argument that names what it remembers from call to call (a cache), if it does

@@ -108,6 +108,8 @@ ANOTHER_FORM = {
 }  # fmt: skip
 SERVING = {"shardwright.cached_attention"}  # has a cache: see tests/endtoend/test_serving.py
 # Complex numbers are no parameters and have no loss: see Llama 4 in tests/endtoend/test_moe.py
+DRAWS = {name for name, op in OPS.items() if op.draws}  # see tests/endtoend/test_draws.py
+EMPTY = {"aten.empty_like.default", "aten.empty.memory_format", "aten.new_empty.default"}
 COMPLEX = {"aten.polar.default", "aten.view_as_complex.default", "aten.view_as_real.default"}
 
 
@@ -788,7 +790,7 @@ def moved_by(program: Program, mesh: Mesh) -> Moved:
 
 
 def test_every_op_has_an_example() -> None:
-    assert {*EXAMPLES, *SERVING, *COMPLEX} == set(OPS)
+    assert {*EXAMPLES, *SERVING, *COMPLEX, *DRAWS, *EMPTY} == set(OPS)
 
 
 def test_every_choice_on_one_axis() -> None:
