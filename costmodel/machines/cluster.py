@@ -264,7 +264,26 @@ def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
         return table
     if not isinstance(base, str) or base not in BUILT_IN:
         raise ClusterError(f"{where}: base: {_unknown(str(base))}")
-    return _merge(_inherit(_built_in(base), f"{base}.toml"), table)
+    under = _inherit(_built_in(base), f"{base}.toml")
+    merged = _merge(under, table)
+    for link in ("intra_node", "inter_node"):
+        if isinstance(under.get(link), dict) and isinstance(table.get(link), dict):
+            merged[link] |= _following(under[link], table[link])
+    return merged
+
+
+def _following(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """What changes with a link's speed where the file over another says that speed alone."""
+    now, before = over.get("bytes_per_s"), under.get("bytes_per_s")
+    if not isinstance(now, int | float) or isinstance(now, bool) or not before:
+        return {}
+    follow: dict[str, Any] = {}
+    reduced, groups = under.get("switch_reduce_bytes_per_s"), under.get("group_bytes_per_s")
+    if reduced and "switch_reduce_bytes_per_s" not in over:
+        follow["switch_reduce_bytes_per_s"] = reduced * now / before
+    if groups and "group_bytes_per_s" not in over:
+        follow["group_bytes_per_s"] = {k: rate * now / before for k, rate in groups.items()}
+    return follow
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -328,6 +347,11 @@ def _link(table: dict[str, Any], key: str, where: str) -> Link:
     body = dict(_table(table, key, where))
     groups = body.pop("group_bytes_per_s", None)
     link = _part(Link, _LINK_RULES, body, where, key)
+    if link.switch_reduce_bytes_per_s > link.bytes_per_s:
+        raise ClusterError(
+            f"{where}: [{key}] switch_reduce_bytes_per_s: {link.switch_reduce_bytes_per_s:g} is "
+            f"more than bytes_per_s, {link.bytes_per_s:g}, over which comes all that a switch adds"
+        )
     if groups is None:
         return link
     section = f"{key}.group_bytes_per_s"

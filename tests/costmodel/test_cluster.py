@@ -94,6 +94,24 @@ def test_user_file_over_a_base(tmp_path: Path) -> None:
     assert (cluster.intra_node, cluster.tiles) == (h100.intra_node, h100.tiles)
 
 
+def test_figures_that_follow_a_links_speed(tmp_path: Path) -> None:
+    """Half the speed halves what a switch adds and what groups get, unless the file says them."""
+    h100, l40s = load_cluster("h100").intra_node, load_cluster("l40s").intra_node
+    half = load_cluster(_file(tmp_path, 'base = "h100"\n[intra_node]\nbytes_per_s = 225e9\n'))
+    assert half.intra_node.switch_reduce_bytes_per_s == h100.switch_reduce_bytes_per_s / 2
+    assert half.inter_node == load_cluster("h100").inter_node
+    said = 'base = "h100"\n[intra_node]\nbytes_per_s = 225e9\nswitch_reduce_bytes_per_s = 1e11\n'
+    assert load_cluster(_file(tmp_path, said)).intra_node.switch_reduce_bytes_per_s == 1e11
+    speed = l40s.bytes_per_s / 4
+    slow = load_cluster(_file(tmp_path, f'base = "l40s"\n[intra_node]\nbytes_per_s = {speed}\n'))
+    assert slow.intra_node.group_bytes_per_s == tuple(
+        (gpus, rate / 4) for gpus, rate in l40s.group_bytes_per_s
+    )
+    copy = built_in_text("h100").replace("bytes_per_s = 450e9", "bytes_per_s = 225e9")
+    with pytest.raises(ClusterError, match=r"\[intra_node\] switch_reduce_bytes_per_s: 2.9.* more"):
+        load_cluster(_file(tmp_path, copy))
+
+
 def test_docstring_example_loads(tmp_path: Path) -> None:
     import shardwright.costmodel.machines.cluster as module
 
