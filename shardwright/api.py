@@ -20,6 +20,7 @@ from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
 from .ir.passes.serving import ServingError, is_decoder, serving_graph
+from .ir.reference.tables import check_tables
 from .loading import (
     Loaded,
     load_target,
@@ -233,6 +234,10 @@ def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> G
             serving=serving,
             rebuild=loaded.rebuild,
         )
+    try:
+        check_tables(graph)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
     return replace(graph, inputs=inputs)
 

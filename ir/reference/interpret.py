@@ -27,7 +27,7 @@ def interpret(
     the graph.  A graph of serving reads and extends `caches` (default: empty ones).  Raises
     KeyError for a missing name, ValueError for an op that does not exist.
     """
-    device = next(iter(inputs.values())).device
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
     env = {item.value.name: inputs[item.name] for item in graph.inputs}
     caches = {} if caches is None else caches
     with torch.device(device):
