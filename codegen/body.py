@@ -161,7 +161,7 @@ class FunctionWriter:
         dims: list[str] = []
         for dim, size in enumerate(item.value.type.shape):
             names = labels[dim] if dim < len(labels) else ()
-            text = "".join(names) or str(size)
+            text = ("".join(names) if size > 1 else "") or str(size)
             cut = [n for n, s in zip(self.mesh.names, item.spec, strict=True) if s == dim]
             dims.append("/".join([text, *cut]))
         partial = [n for n, s in zip(self.mesh.names, item.spec, strict=True) if s == P]
@@ -312,7 +312,9 @@ class FunctionWriter:
             for value, base in zip(made, bases, strict=True)
         ]
         layouts = {self.layout(read) for read in pending.reads if not self._is_parameter(read)}
-        shown = [self.layout(made[0])] if self.layout(made[0]) not in layouts else []
+        used = [value for value in made if self._users.get(value)] or [made[0]]
+        results = dict.fromkeys(map(self.layout, used))
+        shown = [] if set(results) <= layouts else [", ".join(results)]
         comment = "; ".join([*shown, *pending.notes])
         self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
 
@@ -433,7 +435,7 @@ class FunctionWriter:
         step, source = item.priced.step, self.text(item.source)
         axis = self.axis_text(step) + (f'.by("{step.by}")' if step.by else "")
         size = uneven_size(item, self.mesh)
-        gradient = item.source.value.differentiable
+        gradient = item.source.value.differentiable and self.context.training
         tokens = self.zigzag.get(item.source.value.name, frozenset())
         order = ", zigzag=True" if tokens & {step.a, step.b} else ""
         match primitive(step.a, step.b):
@@ -490,14 +492,18 @@ def _moves(item: Item) -> bool:
 
 
 def traffic_parts(steps: Sequence[PricedStep]) -> list[str]:
-    """`all-gather 1.05 MB`, `backward all-gather and reduce-scatter`, `200 us`; none if local."""
+    """`all-gather 1.05 MB`, `backward all-gather, reduce-scatter`, `200 us`; none if local.
+
+    Backward goes through the steps from the last to the first.
+    """
     traffic = [t for step in steps for t in step.traffic]
     if not traffic:
         return []
     forward = dict.fromkeys(find_collective(t.kind).words for t in traffic if not t.backward)
-    backward = dict.fromkeys(find_collective(t.kind).words for t in traffic if t.backward)
-    kinds = [" and ".join(forward)] if forward else []
-    kinds += [f"backward {' and '.join(backward)}"] if backward else []
+    back = [t for step in reversed(steps) for t in reversed(step.traffic) if t.backward]
+    backward = dict.fromkeys(find_collective(t.kind).words for t in back)
+    kinds = [", ".join(forward)] if forward else []
+    kinds += [f"backward {', '.join(backward)}"] if backward else []
     kinds[0] += f" {format_bytes(max(t.bytes for t in traffic))}"
     return [*kinds, format_seconds(sum(step.seconds for step in steps))]
 

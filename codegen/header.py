@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 
 from ..facts.mesh import Mesh
@@ -47,11 +48,32 @@ def docstring(plan: PlanData) -> str:
             "",
             *_usage(plan),
             "",
-            "Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)",
-            "and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;",
-            "`inside`: by the operator itself, in all its steps.",
+            *_legend(plan),
         ]
     )
+
+
+def _legend(plan: PlanData) -> Iterator[str]:
+    """How to read comments and tables, in the names of the mesh's own axes."""
+    if plan.mesh.ranks == 1:
+        yield "Comments show the shape of what a statement makes, where it changes."
+        return
+    axis = plan.mesh.names[-1]
+    signs = {
+        f"[b, 64/{axis}]": f"shape that a statement makes, where it changes; 64 is cut over {axis}",
+        f"+ {axis}": f"each rank of {axis} holds a summand of it",
+        "all-gather 8 MB, 9 us": "what is sent in the statement, and for how long",
+        "inside": "sent by the operator itself, in all its steps",
+        "R, S0": "in tables, for each mesh axis: whole on each rank, cut along dim 0",
+    }
+    if any(each.program.zigzag for each in plan.phases):
+        signs["Z1"] = "cut along dim 1 in zigzag order: each rank has an early and a late block"
+    if plan.training:
+        signs["V"] = "whole, while each rank has a summand of its gradient"
+    signs["Weight(stored, used)"] = "weights of a layer go there together before it, through `via`"
+    width = max(map(len, signs))
+    yield "Comments and tables:"
+    yield from (f"    {sign:{width}}  {meaning}" for sign, meaning in signs.items())
 
 
 def _usage(plan: PlanData) -> Iterator[str]:
@@ -115,19 +137,37 @@ def layout_sentences(programs: Sequence[Program], mesh: Mesh) -> list[str]:
 
     Of two programs the first is for prefill, the second for decoding.
     """
-    lines: list[str] = []
+    alike: dict[tuple[_Cuts, ...], list[str]] = {}
     for axis, (name, _) in enumerate(mesh.axes):
-        found = [_cuts_text(name, program, axis) for program in programs]
-        text = found[0] if len(set(found)) == 1 else f"Prefill: {found[0]} Decoding: {found[1]}"
+        found = tuple(_Cuts.of(program, axis) for program in programs)
+        alike.setdefault(found, []).append(name)
+    lines: list[str] = []
+    for found, names in alike.items():
+        told = [cuts.text(names) for cuts in found]
+        text = told[0] if len(set(told)) == 1 else f"Prefill: {told[0]} Decoding: {told[1]}"
         lines += fill(text, _WIDTH, break_on_hyphens=False).splitlines()
     return lines
 
 
-def _cuts_text(name: str, program: Program, axis: int) -> str:
-    """`tp cuts attention by heads. Around the layers it cuts lm_head by columns.`"""
-    text = f"{name} cuts {_listed([*_cuts(program, axis)])}."
-    outside = _outside(program, axis)
-    return f"{text} Around the layers it cuts {_listed(outside)}." if outside else text
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """What an axis cuts in a program: in its layers, or all of it, and around them."""
+
+    layers: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    @staticmethod
+    def of(program: Program, axis: int) -> _Cuts:
+        """Of one axis."""
+        return _Cuts(tuple(_cuts(program, axis)), tuple(_outside(program, axis)))
+
+    def text(self, names: Sequence[str]) -> str:
+        """`tp cuts attention by heads. Around the layers it cuts lm_head by columns.`"""
+        one = len(names) == 1
+        cuts, they = ("cuts", "it cuts") if one else ("each cut", "they cut")
+        text = f"{_listed(names)} {cuts} {_listed(self.layers)}."
+        around = f" Around the layers {they} {_listed(self.outside)}."
+        return text + around if self.outside else text
 
 
 def _listed(items: Sequence[str]) -> str:
@@ -167,10 +207,12 @@ def _parameters(weights: Sequence[Weight], axis: int) -> str:
         for weight, each in steps.items()
         if any(primitive(step.a, step.b) == "all_gather" for step in each)
     ]
-    if 2 * len(gathered) >= len(steps):
-        return "parameters, which are gathered for use (FSDP)" if gathered else ""
+    if not gathered:
+        return ""
+    if len(gathered) == len(steps):
+        return "all parameters (FSDP: gathered for use)"
     names = dict.fromkeys(weight.removesuffix(".weight").rpartition(".")[2] for weight in gathered)
-    return f"parameters ({', '.join(names)}), which are gathered for use" if names else ""
+    return f"the parameters of {_listed([*names])} (FSDP: gathered for use)"
 
 
 def _summed(weights: Sequence[Weight], axis: int) -> str:
@@ -199,17 +241,17 @@ def _operators(statements: Sequence[object], axis: int) -> Iterator[str]:
 
 
 def _outside(program: Program, axis: int) -> list[str]:
-    """`embed_tokens by vocabulary`, `lm_head by columns`: what is cut outside the layers."""
+    """`embed_tokens and loss by vocabulary`, `lm_head by columns`: what is cut outside them."""
     if not any(isinstance(item, LoopCall) for item in program.statements):
         return []
-    found: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {}
     for item in (item for item in program.statements if isinstance(item, Compute)):
         operator, tail = operator_of(item.node), item.node.loc.module.rpartition(".")[2]
         word = words_of(item.node, item.choices[axis])
         name = tail if operator.names_module and tail else operator.noun
         if word and name:
-            found[f"{name} by {word}"] = None
-    return [*found]
+            found.setdefault(word, {})[name] = None
+    return [f"{_listed([*names])} by {word}" for word, names in found.items()]
 
 
 def _cuts_dim(item: Sharded, axis: int, label: str, labels: Mapping[str, DimLabels]) -> bool:

@@ -323,7 +323,8 @@ class _Writer:
     def _context_line(self) -> list[str]:
         nodes = [n for n in self.program.graph.nodes if operator_of(n).remembers]
         context = nodes[0].arg("context") if nodes else 0
-        return [f"    CONTEXT = {context}"] if context else []
+        told = "  # tokens of a sequence that are cached before, as planned"
+        return [f"    CONTEXT = {context}{told}"] if context else []
 
     def _layers_table(self) -> list[str]:
         if not self.loops:
@@ -368,7 +369,7 @@ class _Writer:
         if (part := param.part) is not None:
             args.append(f'part=Part("{prefix}{part.name}", {part.dim}, {part.start})')
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
-        comment = f"{list(local)} here" if local != param.value.type.shape else ""
+        comment = f"{list(local)} per rank" if local != param.value.type.shape else ""
         lines = statement(f'"{name}": Param({", ".join(args)}),', 2, comment)
         if all(len(line) <= WIDTH for line in lines):
             return lines
@@ -381,6 +382,9 @@ class _Writer:
     ) -> list[str]:
         """The weights that a class uses in another layout than they are stored in."""
         lines: list[str] = []
+        if any(stages.get(w.item, (0, 0)) != (0, 0) for w in weights if w.used != w.stored):
+            told = "loops over layers that run before its first use and its last"
+            lines.append(f"        # `stages`: {told}")
         for weight in weights:
             if weight.used == weight.stored:
                 continue
@@ -401,7 +405,7 @@ class _Writer:
         return ["    WEIGHTS = {", *lines, "    }"] if lines else []
 
     def _inputs_table(self) -> list[str]:
-        lines = ["    INPUTS = {"]
+        lines: list[str] = []
         for source, item in zip(self.program.graph.inputs, self.program.inputs, strict=True):
             kind = item.value.type
             args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
@@ -420,7 +424,13 @@ class _Writer:
             if limits:
                 args.append(f"high={min(limits)}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
-        return [*lines, "    }"]
+        text = "\n".join(lines)
+        told = [
+            *(["`free`: dims that may have other sizes"] if "free=" in text else []),
+            *(["`step`: what those are multiples of"] if "step=" in text else []),
+            *(["`high`: numbers are below it"] if "high=" in text else []),
+        ]
+        return ["    INPUTS = {", *comment_lines("; ".join(told), 2), *lines, "    }"]
 
     @cached_property
     def _steps(self) -> dict[str, int]:
@@ -462,7 +472,8 @@ class _Writer:
             line for name, item in self.caches().items() for line in self._cache_row(name, item)
         ]
         if self.recached:
-            rows.insert(0, "        # Before tokens are decoded a cache goes along its `path`.")
+            way = "from `spec` along `path` to the layout of `Decoding`"
+            rows.insert(0, f"        # After prefill a cache is converted {way}.")
         return ["    CACHES = {", *rows, "    }"] if rows else []
 
     def caches(self) -> dict[str, Compute]:

@@ -170,7 +170,9 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | N
         return Base(own)
     first = item.operands[0] if item.operands else None
     if first is not None and len(node.outputs) == 1 and _shows(node):
-        return Base(names.base(first).name, False, first)
+        name, dtype = names.base(first).name, node.output.type.dtype
+        cast = dtype != first.value.type.dtype
+        return Base(name, False, first, f"{name}_{str(dtype).partition('.')[2]}" if cast else "")
     made_of = (names.base(operand).name for operand in item.operands)
     return Base(next((w for n in made_of if (w := _MADE_OF.get((noun, n)))), noun))
 

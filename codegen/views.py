@@ -22,6 +22,8 @@ def reshaped(
     '.flatten(2)'
     >>> reshaped([b, s], [b, (1, ()), s], [None, 1, None]), reshaped([b, (1, ()), s], [b, s], [])
     ('.unsqueeze(1)', '.squeeze(1)')
+    >>> reshaped([b, (1, ()), s], [b, (1, ()), (1, ()), s], [])  # the first of several
+    '.unsqueeze(1)'
     >>> reshaped([b, (1, ()), s, (64, ())], [b, s, (4, ()), (16, ())], [None, None, 4, 16])
     '.squeeze(1).unflatten(-1, (-1, 16))'
     """
@@ -33,6 +35,8 @@ def reshaped(
     dim = first if last else -1
     if not old and not new:
         return ""
+    if last and [*old, *new] == [(1, ())]:
+        dim = next(i for i in reversed(range(first + 1)) if not i or before[i - 1] != (1, ()))
     if not old and len(new) == 1:
         return f".unsqueeze({dim})"
     if old == [(1, ())] and not new:

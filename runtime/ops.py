@@ -60,13 +60,14 @@ def rotary(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    pairing: Literal["halves", "pairs", "apart"] = "halves",
+    pairing: Literal["halves", "pairs", "pairs_to_halves"] = "halves",
 ) -> Tensor:
     """Rotary position embedding of x (..., d): (a, b) -> (a cos - b sin, b cos + a sin).
 
     The planes (a, b) are numbers in the same place of both `halves` of the last dim, or `pairs` of
-    neighbours; `apart` takes pairs and puts all first coordinates before the second ones.  `cos`
-    and `sin` broadcast against `x`; their last dim is d/2, a number for each plane, or d.
+    neighbours; `pairs_to_halves` takes pairs and puts all first coordinates before the second
+    ones.  `cos` and `sin` broadcast against `x`; their last dim is d/2, a number for each plane,
+    or d.
     """
     first, second = _coordinates(x, pairing)
     if cos.size(-1) == x.size(-1):

@@ -417,7 +417,7 @@ class Attention(Operator):
     attends = True
     words = WORDS
     in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})
-    noun = "mixed"
+    noun = "attended"
     spent_on = "attention"
 
     def rule(self, node: Node) -> Rule:

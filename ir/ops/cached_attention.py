@@ -154,7 +154,7 @@ class CachedAttention(Operator):
     kind: Kind = "attention"
     attends = True
     words = WORDS
-    noun = "mixed"
+    noun = "attended"
     spent_on = "attention"
     remembers = "cache"
 

@@ -230,14 +230,14 @@ class Experts(Operator):
     experts = "e"
     words: Mapping[str, str] = MappingProxyType(
         {
-            "e": "experts, summands",
-            "f": "hidden units",
+            "e": "expert, EP with summed results",
+            "f": "intermediate size",
             "o": "columns",
-            "dispatch_i0": "experts, tokens sent to them",
-            "dispatch_i1": "experts, tokens sent to them",
+            "dispatch_i0": "expert, EP with all-to-all",
+            "dispatch_i1": "expert, EP with all-to-all",
         }
     )
-    noun = "mixed"
+    noun = "expert_output"
     spent_on = "experts"
 
     def rule(self, node: Node) -> Rule:

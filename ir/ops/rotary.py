@@ -21,7 +21,7 @@ class Rotary(Light):
     """x (..., d) turned by angles whose `cos` and `sin` (..., d or d/2) broadcast against it.
 
     `pairing` says which two numbers span a plane: those in the same place of both `halves` of the
-    vector, or `pairs` of neighbours; `apart` takes pairs and gives halves.
+    vector, or `pairs` of neighbours; `pairs_to_halves` takes pairs and gives halves.
     """
 
     shows = True
@@ -74,7 +74,7 @@ FAMILY.add("shardwright.rotary", Rotary(_rule, _emit, saves=("cos", "sin", "x if
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
     """The reference: x cos + (x after a quarter turn) sin, as most models write it."""
-    if pairing == "apart":  # pairs to halves, then as halves
+    if pairing == "pairs_to_halves":  # pairs to halves, then as halves
         x, pairing = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), "halves"
     pairs = pairing == "pairs"
     if cos.shape[-1] != x.shape[-1]:  # once for each coordinate of a plane

@@ -248,7 +248,7 @@ def _rotary(body: _Body, node: Node) -> _Found | None:
     fits = turn.cos.type == turn.sin.type and turn.cos.type.shape[-1:] in ((width,), (width // 2,))
     if not fits or node.output.type.shape != kind.shape:
         return None
-    pairing = "halves" if not turn.pairs else "apart" if turn.apart else "pairs"
+    pairing = "halves" if not turn.pairs else "pairs_to_halves" if turn.apart else "pairs"
     args = (("x", turn.x), ("cos", turn.cos), ("sin", turn.sin), ("pairing", pairing))
     return "shardwright.rotary", args
 

@@ -192,7 +192,9 @@ def _cache_name(node: Node, block: Block, path: str, taken: set[str]) -> str:
 def _known(positions: Value, known: Value) -> Node:
     """The node that makes 0 of the position of padding."""
     args: tuple[tuple[str, Arg], ...] = (("self", positions), ("min", 0))
-    return Node(known.name, "aten.clamp_min.default", args, (known,), Loc(targets=("positions",)))
+    return Node(
+        known.name, "aten.clamp_min.default", args, (known,), Loc(targets=("position_ids",))
+    )
 
 
 class _Counted:

@@ -4,8 +4,8 @@
 dp1=0       0      1
 dp1=1       2      3
 
-dp1 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedding by
-vocabulary, head by columns and loss by vocabulary.
+dp1 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedding and loss by
+vocabulary and head by columns.
 dp2 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedding by hidden,
 head by columns and loss by vocabulary.
 
@@ -16,9 +16,14 @@ Predicted: 16.3 ms per step, 4.74 GB per GPU.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/dp2]            shape that a statement makes, where it changes; 64 is cut over dp2
+    + dp2                  each rank of dp2 holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    V                      whole, while each rank has a summand of its gradient
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -69,12 +74,12 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        "attention_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; 0.0195 us
+        "attention_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; <0.1 us
         "attention.q_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 8.39 MB; 39.9 us
         "attention.k_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 2.1 MB; 9.98 us
         "attention.v_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 2.1 MB; 9.98 us
         "attention.o_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 8.39 MB; 39.9 us
-        "mlp_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; 0.0195 us
+        "mlp_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; <0.1 us
         "mlp.gate_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
         "mlp.up_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
         "mlp.down_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
@@ -100,9 +105,9 @@ class ShardedModel(ShardedModule):
         "layers": [DecoderLayer] * 4,
     }
     PARAMETERS = {
-        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S0,S1"),  # [16000, 1024] here
+        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S0,S1"),  # [16000, 1024] per rank
         "norm.weight": Param((2048,), torch.bfloat16, "R,R"),
-        "head.weight": Param((32000, 2048), torch.bfloat16, "S0,S0"),  # [8000, 2048] here
+        "head.weight": Param((32000, 2048), torch.bfloat16, "S0,S0"),  # [8000, 2048] per rank
         "layers.{0..3}.attention_norm.weight": Param((2048,), torch.bfloat16, "R,R"),
         "layers.{0..3}.attention.q_proj.weight": Param((2048, 2048), torch.bfloat16, "R,R"),
         "layers.{0..3}.attention.k_proj.weight": Param((512, 2048), torch.bfloat16, "R,R"),
@@ -114,9 +119,12 @@ class ShardedModel(ShardedModule):
         "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R,R"),
     }
     WEIGHTS = {
+        # `stages`: loops over layers that run before its first use and its last
         "norm.weight": Weight("R,R", "V,V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 9.71 us
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "tokens": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
         "labels": Input("R,R", (8, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
     }
@@ -144,9 +152,9 @@ class ShardedModel(ShardedModule):
             x = layer(x, cos, sin)  # [b/dp1/dp2, s, 2048]
         # [b, s, 32000/dp1/dp2]; all-gather 67.1 MB, backward reduce-scatter, 384 us
         logits = self.head(dp1_dp2.all_gather(self.norm(x), 0))
-        logits_2 = logits.to(torch.float32)
+        logits_float32 = logits.to(torch.float32)
         # []; inside all-reduce 197 kB
-        loss = ops.cross_entropy(logits_2, labels, vocab_axis=dp1_dp2, vocab_size=32000)
+        loss = ops.cross_entropy(logits_float32, labels, vocab_axis=dp1_dp2, vocab_size=32000)
         return self.pack(loss, logits)
 
 

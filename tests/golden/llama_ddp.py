@@ -12,9 +12,14 @@ Predicted: 19.4 ms per step, 7.02 GB per GPU.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/dp]             shape that a statement makes, where it changes; 64 is cut over dp
+    + dp                   each rank of dp holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    V                      whole, while each rank has a summand of its gradient
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -65,12 +70,12 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 0.0194 us
+        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; <0.1 us
         "attention.q_proj.weight": Weight("R", "V"),  # backward all-reduce 8.39 MB; 39.8 us
         "attention.k_proj.weight": Weight("R", "V"),  # backward all-reduce 4.19 MB; 19.9 us
         "attention.v_proj.weight": Weight("R", "V"),  # backward all-reduce 4.19 MB; 19.9 us
         "attention.o_proj.weight": Weight("R", "V"),  # backward all-reduce 8.39 MB; 39.8 us
-        "mlp_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 0.0194 us
+        "mlp_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; <0.1 us
         "mlp.gate_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 109 us
         "mlp.up_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 109 us
         "mlp.down_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 109 us
@@ -111,10 +116,13 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R"),
     }
     WEIGHTS = {
-        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 0.0189 us
+        # `stages`: loops over layers that run before its first use and its last
+        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; <0.1 us
         "head.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 131 MB; 605 us
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "tokens": Input("R", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
         "labels": Input("S0", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
     }

@@ -13,9 +13,15 @@ Predicted: 242 ms per step, 23.1 GB per GPU.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/cp]             shape that a statement makes, where it changes; 64 is cut over cp
+    + cp                   each rank of cp holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    Z1                     cut along dim 1 in zigzag order: each rank has an early and a late block
+    V                      whole, while each rank has a summand of its gradient
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -68,12 +74,12 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 0.0195 us
+        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; <0.1 us
         "attention.q_proj.weight": Weight("R", "V"),  # backward all-reduce 8.39 MB; 40 us
         "attention.k_proj.weight": Weight("R", "V"),  # backward all-reduce 1.05 MB; 5 us
         "attention.v_proj.weight": Weight("R", "V"),  # backward all-reduce 1.05 MB; 5 us
         "attention.o_proj.weight": Weight("R", "V"),  # backward all-reduce 8.39 MB; 40 us
-        "mlp_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 0.0195 us
+        "mlp_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; <0.1 us
         "mlp.gate_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 110 us
         "mlp.up_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 110 us
         "mlp.down_proj.weight": Weight("R", "V"),  # backward all-reduce 23.1 MB; 110 us
@@ -100,7 +106,7 @@ class ShardedModel(ShardedModule):
         "layers": [DecoderLayer] * 2,
     }
     PARAMETERS = {
-        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S1"),  # [32000, 512] here
+        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S1"),  # [32000, 512] per rank
         "norm.weight": Param((2048,), torch.bfloat16, "R"),
         "head.weight": Param((32000, 2048), torch.bfloat16, "R"),
         "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "R"),
@@ -114,10 +120,13 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R"),
     }
     WEIGHTS = {
-        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 0.0189 us
+        # `stages`: loops over layers that run before its first use and its last
+        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; <0.1 us
         "head.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 131 MB; 605 us
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "tokens": Input("R", (1, 131072), torch.int64, free=(1,), step=(1, 8), high=32000),
         "labels": Input("Z1", (1, 131072), torch.int64, free=(1,), step=(1, 8), high=32000),
     }

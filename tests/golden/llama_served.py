@@ -3,8 +3,8 @@
    dp=0  dp=1  dp=2  dp=3
       0     1     2     3
 
-Prefill: dp cuts the batch and parameters, which are gathered for use (FSDP). Around the layers
-it cuts head by columns. Decoding: dp cuts attention by heads and matrix products by columns
+Prefill: dp cuts the batch and all parameters (FSDP: gathered for use). Around the layers it
+cuts head by columns. Decoding: dp cuts attention by heads and matrix products by columns
 (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (o_proj, down_proj). Around the layers it
 cuts head by columns.
 
@@ -16,9 +16,13 @@ KV caches are converted between the two in 187 us.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model.generate(input_ids, max_new_tokens=256)
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/dp]             shape that a statement makes, where it changes; 64 is cut over dp
+    + dp                   each rank of dp holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -47,7 +51,7 @@ class DecodingAttention(Sharded):
     o_proj: nn.Linear
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        # x [b, 1, 2048]; cos [b, 1, 1, 64]; sin [b, 1, 1, 64]; position_ids [b, s]
+        # x [b, 1, 2048]; cos [b, 1, 1, 64]; sin [b, 1, 1, 64]; position_ids [b, 1]
         q = self.q_proj(x).unflatten(-1, (-1, 128))  # [b, 1, 16/dp, 128]
         k = self.k_proj(x).unflatten(-1, (-1, 128))  # [b, 1, 8/dp, 128]
         v = self.v_proj(x).unflatten(-1, (-1, 128))  # [b, 1, 8/dp, 128]
@@ -79,7 +83,7 @@ class DecodingDecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        # x [b, 1, 2048]; cos [b, 1, 1, 64]; sin [b, 1, 1, 64]; position_ids [b, s]
+        # x [b, 1, 2048]; cos [b, 1, 1, 64]; sin [b, 1, 1, 64]; position_ids [b, 1]
         dp = self.mesh["dp"]
         # all-reduce 16.4 kB, 10.1 us
         x = x + dp.all_reduce(self.attention(self.attention_norm(x), cos, sin, position_ids))
@@ -153,32 +157,33 @@ class Decoding(ShardedModule):
     MESH = {"dp": 4}
     PHASE = "decode"
     OPTIMIZER = "none"
-    CONTEXT = 4606
+    CONTEXT = 4606  # tokens of a sequence that are cached before, as planned
     LAYERS = {
         "layers": [DecodingDecoderLayer] * 2,
     }
     PARAMETERS = {
         "embedding.weight": Param((32000, 2048), torch.bfloat16, "R"),
         "norm.weight": Param((2048,), torch.bfloat16, "R"),
-        "head.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] here
+        "head.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] per rank
         "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "R"),
-        # [512, 2048] here
+        # [512, 2048] per rank
         "layers.{0..1}.attention.q_proj.weight": Param((2048, 2048), torch.bfloat16, "S0"),
-        # [256, 2048] here
+        # [256, 2048] per rank
         "layers.{0..1}.attention.k_proj.weight": Param((1024, 2048), torch.bfloat16, "S0"),
-        # [256, 2048] here
+        # [256, 2048] per rank
         "layers.{0..1}.attention.v_proj.weight": Param((1024, 2048), torch.bfloat16, "S0"),
-        # [2048, 512] here
+        # [2048, 512] per rank
         "layers.{0..1}.attention.o_proj.weight": Param((2048, 2048), torch.bfloat16, "S1"),
         "layers.{0..1}.mlp_norm.weight": Param((2048,), torch.bfloat16, "R"),
-        # [1408, 2048] here
+        # [1408, 2048] per rank
         "layers.{0..1}.mlp.gate_proj.weight": Param((5632, 2048), torch.bfloat16, "S0"),
-        # [1408, 2048] here
+        # [1408, 2048] per rank
         "layers.{0..1}.mlp.up_proj.weight": Param((5632, 2048), torch.bfloat16, "S0"),
-        # [2048, 1408] here
+        # [2048, 1408] per rank
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "S1"),
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `high`: numbers are below it
         "input_ids": Input("R", (4, 1), torch.int64, free=(0,), high=32000),
         "position_ids": Input("R", (4, 1), torch.int64, free=(0,)),
     }
@@ -190,12 +195,12 @@ class Decoding(ShardedModule):
     }
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> object:
-        positions = torch.clamp(position_ids, min=0)  # [b, 1]
         exponents = torch.arange(0, 128, 2, dtype=torch.float32, device=self.device) / 128  # [64]
-        angles = positions.to(torch.float32).unsqueeze(-1) * 10000.0**-exponents  # [b, 1, 64]
+        position_ids_float32 = torch.clamp(position_ids, min=0).to(torch.float32)
+        angles = position_ids_float32.unsqueeze(-1) * 10000.0**-exponents  # [b, 1, 64]
         x = self.embedding(input_ids)  # [b, 1, 2048]
-        cos = torch.cos(angles).unsqueeze(2).to(torch.bfloat16)  # [b, 1, 1, 64]
-        sin = torch.sin(angles).unsqueeze(2).to(torch.bfloat16)  # [b, 1, 1, 64]
+        cos = torch.cos(angles).unsqueeze(1).to(torch.bfloat16)  # [b, 1, 1, 64]
+        sin = torch.sin(angles).unsqueeze(1).to(torch.bfloat16)  # [b, 1, 1, 64]
         for layer in self.layers:
             x = layer(x, cos, sin, position_ids)  # [b, 1, 2048]
         last_token = ops.last_token(self.norm(x), position_ids)
@@ -218,12 +223,14 @@ class ShardedModel(ShardedModule):
     }
     PARAMETERS = Decoding.PARAMETERS
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "input_ids": Input("S0", (4, 4096), torch.int64, free=(0, 1), step=(4, 1), high=32000),
         "position_ids": Input("S0", (4, 4096), torch.int64, free=(0, 1), step=(4, 1)),
     }
     OUTPUTS = (Output(("logits",), "S2", (4, 1, 32000)),)
     CACHES = {
-        # Before tokens are decoded a cache goes along its `path`.
+        # After prefill a cache is converted from `spec` along `path` to the layout of `Decoding`.
         "layers.{0..1}.attention.kv": Cache(
             heads=8, key_dim=128, value_dim=128, dtype=torch.bfloat16, spec="S0", path=("S1",)
         ),
@@ -232,17 +239,16 @@ class ShardedModel(ShardedModule):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> object:
         dp = self.mesh["dp"]
-        positions = torch.clamp(position_ids, min=0)
         exponents = torch.arange(0, 128, 2, dtype=torch.float32, device=self.device) / 128  # [64]
-        angles = positions.to(torch.float32).unsqueeze(-1) * 10000.0**-exponents  # [b/dp, s, 64]
+        position_ids_float32 = torch.clamp(position_ids, min=0).to(torch.float32)
+        angles = position_ids_float32.unsqueeze(-1) * 10000.0**-exponents  # [b/dp, s, 64]
         x = self.embedding(input_ids)  # [b/dp, s, 2048]
         cos = torch.cos(angles).unsqueeze(2).to(torch.bfloat16)  # [b/dp, s, 1, 64]
         sin = torch.sin(angles).unsqueeze(2).to(torch.bfloat16)  # [b/dp, s, 1, 64]
         for layer in self.layers:
             x = layer(x, cos, sin, position_ids)  # [b/dp, s, 2048]
-        # [b, 1, 2048]; all-gather 16.4 kB, 7.64 us
-        last_token = dp.all_gather(ops.last_token(self.norm(x), position_ids), 0, backward="slice")
-        return self.pack(self.head(last_token))  # [b, 1, 32000/dp]
+        # [b, 1, 32000/dp]; all-gather 16.4 kB, 7.64 us
+        return self.pack(self.head(dp.all_gather(ops.last_token(self.norm(x), position_ids), 0)))
 
 
 if __name__ == "__main__":

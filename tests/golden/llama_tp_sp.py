@@ -3,8 +3,8 @@
    tp=0  tp=1  tp=2  tp=3
       0     1     2     3
 
-tp cuts parameters (o_proj), which are gathered for use, attention by heads, matrix products by
-columns (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (down_proj) and the sequence
+tp cuts the parameters of o_proj (FSDP: gathered for use), attention by heads, matrix products
+by columns (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (down_proj) and the sequence
 between them. Around the layers it cuts embedding by hidden, head by columns and loss by
 vocabulary.
 
@@ -15,9 +15,14 @@ Predicted: 6.86 ms per step, 1.89 GB per GPU.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/tp]             shape that a statement makes, where it changes; 64 is cut over tp
+    + tp                   each rank of tp holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    V                      whole, while each rank has a summand of its gradient
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -71,11 +76,11 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        # all-gather 4.1 kB; backward reduce-scatter and all-gather; 0.0564 us
+        # all-gather 4.1 kB; backward all-gather, reduce-scatter; <0.1 us
         "attention_norm.weight": Weight("S0", "V"),
-        # all-gather 8.39 MB; backward reduce-scatter and all-gather; 115 us
+        # all-gather 8.39 MB; backward all-gather, reduce-scatter; 115 us
         "attention.o_proj.weight": Weight("S1", "V"),
-        # all-gather 4.1 kB; backward reduce-scatter and all-gather; 0.0564 us
+        # all-gather 4.1 kB; backward all-gather, reduce-scatter; <0.1 us
         "mlp_norm.weight": Weight("S0", "V"),
     }
 
@@ -104,30 +109,34 @@ class ShardedModel(ShardedModule):
         "layers": [DecoderLayer] * 2,
     }
     PARAMETERS = {
-        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S1"),  # [32000, 512] here
+        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S1"),  # [32000, 512] per rank
         "norm.weight": Param((2048,), torch.bfloat16, "R"),
-        "head.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] here
-        "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "S0"),  # [512] here
-        # [512, 2048] here
+        "head.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] per rank
+        # [512] per rank
+        "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "S0"),
+        # [512, 2048] per rank
         "layers.{0..1}.attention.q_proj.weight": Param((2048, 2048), torch.bfloat16, "S0"),
-        # [256, 2048] here
+        # [256, 2048] per rank
         "layers.{0..1}.attention.k_proj.weight": Param((1024, 2048), torch.bfloat16, "S0"),
-        # [256, 2048] here
+        # [256, 2048] per rank
         "layers.{0..1}.attention.v_proj.weight": Param((1024, 2048), torch.bfloat16, "S0"),
-        # [2048, 512] here
+        # [2048, 512] per rank
         "layers.{0..1}.attention.o_proj.weight": Param((2048, 2048), torch.bfloat16, "S1"),
-        "layers.{0..1}.mlp_norm.weight": Param((2048,), torch.bfloat16, "S0"),  # [512] here
-        # [1408, 2048] here
+        "layers.{0..1}.mlp_norm.weight": Param((2048,), torch.bfloat16, "S0"),  # [512] per rank
+        # [1408, 2048] per rank
         "layers.{0..1}.mlp.gate_proj.weight": Param((5632, 2048), torch.bfloat16, "S0"),
-        # [1408, 2048] here
+        # [1408, 2048] per rank
         "layers.{0..1}.mlp.up_proj.weight": Param((5632, 2048), torch.bfloat16, "S0"),
-        # [2048, 1408] here
+        # [2048, 1408] per rank
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "S1"),
     }
     WEIGHTS = {
+        # `stages`: loops over layers that run before its first use and its last
         "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 9.71 us
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "tokens": Input("R", (2, 4096), torch.int64, free=(0, 1), step=(1, 4), high=32000),
         "labels": Input("R", (2, 4096), torch.int64, free=(0, 1), step=(1, 4), high=32000),
     }

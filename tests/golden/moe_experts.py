@@ -3,7 +3,7 @@
    ep=0  ep=1  ep=2  ep=3
       0     1     2     3
 
-ep cuts the batch (DDP: gradients are summed) and experts by experts (tokens sent to them).
+ep cuts the batch (DDP: gradients are summed) and experts by expert (EP with all-to-all).
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
 Predicted: 9.08 ms per step, 3.02 GB per GPU.
@@ -12,9 +12,14 @@ Predicted: 9.08 ms per step, 3.02 GB per GPU.
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
-Comments show shapes where they change, with the mesh axes that cut a dim (`4096/tp`)
-and those whose ranks hold summands (`+ tp`), and what is sent: kind, bytes, time;
-`inside`: by the operator itself, in all its steps.
+Comments and tables:
+    [b, 64/ep]             shape that a statement makes, where it changes; 64 is cut over ep
+    + ep                   each rank of ep holds a summand of it
+    all-gather 8 MB, 9 us  what is sent in the statement, and for how long
+    inside                 sent by the operator itself, in all its steps
+    R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
+    V                      whole, while each rank has a summand of its gradient
+    Weight(stored, used)   weights of a layer go there together before it, through `via`
 """
 
 import torch
@@ -66,12 +71,12 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "moe_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 2.05 kB; 0.0149 us
+        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 2.05 kB; <0.1 us
         "attention.q_proj.weight": Weight("R", "V"),  # backward all-reduce 2.1 MB; 15.2 us
         "attention.k_proj.weight": Weight("R", "V"),  # backward all-reduce 2.1 MB; 15.2 us
         "attention.v_proj.weight": Weight("R", "V"),  # backward all-reduce 2.1 MB; 15.2 us
         "attention.o_proj.weight": Weight("R", "V"),  # backward all-reduce 2.1 MB; 15.2 us
-        "moe_norm.weight": Weight("R", "V"),  # backward all-reduce 2.05 kB; 0.0149 us
+        "moe_norm.weight": Weight("R", "V"),  # backward all-reduce 2.05 kB; <0.1 us
         "moe.router.weight": Weight("R", "V"),  # backward all-reduce 32.8 kB; 0.238 us
     }
 
@@ -105,17 +110,20 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.attention.o_proj.weight": Param((1024, 1024), torch.bfloat16, "R"),
         "layers.{0..1}.moe_norm.weight": Param((1024,), torch.bfloat16, "R"),
         "layers.{0..1}.moe.router.weight": Param((16, 1024), torch.bfloat16, "R"),
-        # [4, 5632, 1024] here
+        # [4, 5632, 1024] per rank
         "layers.{0..1}.moe.experts.gate_up": Param((16, 5632, 1024), torch.bfloat16, "S0"),
-        # [4, 1024, 2816] here
+        # [4, 1024, 2816] per rank
         "layers.{0..1}.moe.experts.down": Param((16, 1024, 2816), torch.bfloat16, "S0"),
     }
     WEIGHTS = {
+        # `stages`: loops over layers that run before its first use and its last
         "embedding.weight": Weight("R", "V"),  # backward all-reduce 8.39 MB; 61.1 us
-        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 2.05 kB; 0.0149 us
+        "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 2.05 kB; <0.1 us
         "head.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 8.39 MB; 61.1 us
     }
     INPUTS = {
+        # `free`: dims that may have other sizes; `step`: what those are multiples of;
+        # `high`: numbers are below it
         "tokens": Input("S0", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=4096),
         "labels": Input("S0", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=4096),
     }

@@ -290,7 +290,7 @@ example(
         "pairing": "halves",
     },
     lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 8), "sin": d.x(6, 8), "pairing": "pairs"},
-    lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 4), "sin": d.x(6, 4), "pairing": "apart"},
+    lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 4), "sin": d.x(6, 4), "pairing": "pairs_to_halves"},
 )
 _reduced: tuple[Example, ...] = (
     lambda d: {"self": d.x(), "dim": (-1,)},
