@@ -95,7 +95,7 @@ def _usage(plan: PlanData) -> Iterator[str]:
 def mesh_picture(mesh: Mesh) -> list[str]:
     """Where each rank stands, the mesh's last axis along a row; nothing for a single rank.
 
-    >>> print("\\n".join(mesh_picture(Mesh((("dp", 2), ("tp", 4)))))
+    >>> print("\\n".join(mesh_picture(Mesh((("dp", 2), ("tp", 4))))))
            tp=0  tp=1  tp=2  tp=3
     dp=0      0     1     2     3
     dp=1      4     5     6     7
