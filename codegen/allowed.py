@@ -48,7 +48,7 @@ _KNOWN: dict[str, _Kind] = {
     "Tensor": "class", "object": "class", "self": "self",
 }  # fmt: skip
 # Methods of the runtime's modules, of axes, and of tensors where torch has no operator so called
-_OF_SELF = frozenset({"generator", "pack", "recompute"})
+_OF_SELF = frozenset({"generator", "pack", "recompute", "unpack"})
 _OF_VALUES = frozenset({
     "all_gather", "all_reduce", "all_to_all", "by", "copy", "own_gradient", "pad",
     "partial", "reduce_scatter", "shard",
@@ -331,7 +331,7 @@ def _paths(tree: ast.Module) -> Iterator[str]:
                 case ast.AnnAssign(target=ast.Name(id=name)):
                     yield name
                 case ast.Assign(targets=[ast.Name(id=table)], value=ast.Dict(keys=keys)):
-                    for key in keys if table not in ("MESH", "INPUTS") else []:
+                    for key in keys if table not in ("FIXED", "INPUTS", "MESH") else []:
                         if isinstance(key, ast.Constant) and isinstance(key.value, str):
                             yield key.value
                 case _:

@@ -30,7 +30,8 @@ from ..planner.plan.program import (
 )
 from .body import Context, FunctionWriter, traffic_parts
 from .classes import RUNTIME, Classes, Modules, argument_names
-from .names import hides, words_of
+from .inputs import fixed_table, path_text, taken_in
+from .names import words_of
 from .nesting import Function, nest
 from .source import WIDTH, check, comment_lines, statement
 
@@ -285,16 +286,7 @@ class _Writer:
         lines = writer.lines(2, "self.pack({})")
         self.baked |= writer.baked
         modules = self._modules(writer, context)
-        sources = [source.name for source in program.graph.inputs]
-        # an input called `torch` would hide what the body calls by that name
-        plain = [f"{name}: Tensor" for name in sources if not hides(name)]
-        hiding = [name for name in sources if hides(name)]
-        arguments = ", ".join(["self", *plain, *(["**others: Tensor"] if hiding else [])])
-        renamed = [
-            f"        {name} = " + (f'others["{source}"]' if source in hiding else source)
-            for name, source in zip(names, sources, strict=True)
-            if name != source  # also where a mesh axis or a built-in has the name
-        ]
+        arguments, unpacked = taken_in(program.graph, names)
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
         what = " for one token of each sequence" if self.name == _DECODING else ""
         return [
@@ -310,12 +302,13 @@ class _Writer:
             *self._parameters_table(),
             *self._weights_table(program.weights, program.stages()),
             *self._inputs_table(),
+            *fixed_table(program.graph),
             *self._outputs_table(),
             *self._caches_table(),
             *([f"    DECODE = {_DECODING}"] if self.second else []),
             "",
-            f"    def forward({arguments}) -> object:",
-            *renamed,
+            *arguments,
+            *unpacked,
             *self._axes_line(writer.axes_used),
             *lines,
         ]
@@ -423,6 +416,8 @@ class _Writer:
             limits, _ = index_limits(self.program.graph, item.value.name)
             if limits:
                 args.append(f"high={min(limits)}")
+            if source.path:
+                args.append(f"path={path_text(source.path)}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
         text = "\n".join(lines)
         told = [
@@ -457,10 +452,9 @@ class _Writer:
     def _outputs_table(self) -> list[str]:
         lines = ["    OUTPUTS = ("]
         for out, item in zip(self.program.graph.outputs, self.program.outputs, strict=True):
-            path = "(" + ", ".join(f'"{k}"' if isinstance(k, str) else str(k) for k in out.path)
-            path += ",)" if len(out.path) == 1 else ")"
             shape = _tuple(item.value.type.shape)
-            lines += statement(f'Output({path}, "{self._spec_text(item)}", {shape}),', 2)
+            args = [path_text(out.path), f'"{self._spec_text(item)}"', shape]
+            lines += statement(f"Output({', '.join(args)}),", 2)
         single = f"    OUTPUTS = ({lines[-1].strip()})"
         return [single] if len(lines) == 2 and len(single) <= WIDTH else [*lines, "    )"]
 

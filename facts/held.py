@@ -7,11 +7,11 @@ BY_ALL = frozenset(
     {"MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "device", "generator", "mesh"}
 )
 BY_MODEL = frozenset({
-    "CACHES", "CONTEXT", "DECODE", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
+    "CACHES", "CONTEXT", "DECODE", "FIXED", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
     "PARAMETERS", "PHASE", "append", "cached_lengths", "decode", "demo", "from_checkpoint",
     "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate", "local",
     "local_part", "new_cache", "pack", "prefill", "programs", "recompute", "reset_parameters",
-    "serving", "set_cache", "shard_inputs", "truncate",
+    "serving", "set_cache", "shard_inputs", "truncate", "unpack",
 })  # fmt: skip
 
 

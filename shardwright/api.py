@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .asked import AXES, Asked, Progress, check_inputs, check_model, silent
 from .codegen.write import module_source
@@ -146,7 +146,7 @@ class Plan(PlanData):
 
 def plan(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any] | Sequence[Any],
     *,
     gpus: int,
     cluster: str = "h100",
@@ -165,7 +165,9 @@ def plan(
     """The cheapest way to run `model(**inputs)` on `gpus` GPUs, proven under the cost model.
 
     `model` and `inputs` may be on the meta device; nothing is run and no weight is allocated.
-    Dim 0 of every input is taken as the batch and dim 1 as the sequence: with `phase` `prefill`,
+    `inputs` are a dict by name or a tuple by position, with tensors anywhere in dicts, lists,
+    tuples and dataclasses; numbers, flags, text and None among them are fixed in the plan.
+    Dim 0 of every tensor is taken as the batch and dim 1 as the sequence: with `phase` `prefill`,
     `decode` or `append` the new tokens, to which `context` cached ones are added.  Models with
     causal attention and an input `position_ids` are then planned with a KV cache.  `serve` plans
     prefill and the decoding of `output_tokens` together, with one set of weights; the plan's
@@ -182,13 +184,13 @@ def plan(
         optimizer, solver, time_limit_s, progress,
     )  # fmt: skip
     check_model(model)
-    check_inputs(inputs)
-    labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in inputs.items()}
-    first = next(iter(inputs.values()))
+    tensors = check_inputs(model, inputs)
+    labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in tensors.items()}
+    first = next(iter(tensors.values()))
     batch, seq = (*first.shape[:2], 1, 1)[:2]
     dtype = str(main_dtype(model)).removeprefix("torch.")
     job = asked.job("", batch, seq, dtype)
-    return _plan(Loaded(model, dict(inputs), labels, None), job)
+    return _plan(Loaded(model, inputs, labels, None), job)
 
 
 def plan_file(

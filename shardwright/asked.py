@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .costmodel.machines.cluster import load_cluster
 from .facts.given import finite, shown, text, whole
 from .facts.mesh import Mesh
+from .facts.nested import spelled
 from .facts.phases import Phase, find_phase
+from .ir.capture.arguments import Arguments
 from .loading import DTYPES
 from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
@@ -129,24 +131,28 @@ def check_model(model: object) -> None:
     raise TypeError(f"`model` must be an nn.Module, got {shown(model)}{tip}")
 
 
-def check_inputs(inputs: object) -> None:
-    """Raises TypeError for what is no mapping from names to tensors, PlanError for empty ones."""
-    if not isinstance(inputs, Mapping):
+def check_inputs(model: nn.Module, inputs: object) -> dict[str, Tensor]:
+    """The tensors among `inputs`, by the names that a graph has for them.
+
+    Raises TypeError for what is neither a dict nor a tuple or list, PlanError where no tensor is in
+    it or an empty one, and CaptureError for what `forward` does not take.
+    """
+    if not isinstance(inputs, (Mapping, tuple, list)):
         raise TypeError(
-            "`inputs` must be a dict from the names of forward's arguments to tensors, "
-            f"got {shown(inputs)}"
+            "`inputs` must be forward's arguments: a dict by name, or a tuple by position; got "
+            f"{shown(inputs)}"
         )
-    given = cast("Mapping[object, object]", inputs)
-    if not given:
-        raise PlanError("`inputs` is empty; give forward's arguments by name")
-    for name, value in given.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise TypeError(
-                "`inputs` must be a dict from the names of forward's arguments to tensors; "
-                f"its {name!r} is {shown(value)}"
-            )
-        if 0 in value.shape:
-            raise PlanError(f"input `{name}` is empty, of shape {tuple(value.shape)}")
+    if not inputs:
+        raise PlanError("`inputs` is empty; give forward's arguments, by name or by position")
+    arguments = Arguments.of(model, cast(object, inputs))
+    tensors = arguments.tensors
+    if not tensors:
+        raise PlanError("`inputs` has no tensor")
+    for name, tensor in tensors.items():
+        if 0 in tensor.shape:
+            place = spelled(arguments.paths[name])
+            raise PlanError(f"input `{place}` is empty, of shape {tuple(tensor.shape)}")
+    return tensors
 
 
 def _phase(name: str, context: int, answer: int) -> Phase:

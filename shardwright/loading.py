@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .compat.torch import EXPORT_PRINTS
+from .facts.nested import spelled
 from .facts.phases import TRAIN, find_phase
+from .ir.capture.arguments import Arguments
+from .ir.capture.errors import CaptureError
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
 
@@ -34,14 +37,25 @@ DTYPES = {
 class Loaded:
     """A model on the meta device, its example inputs, and how to build it again.
 
-    `labels` names the dims of each input (`b`, `s`); `rebuild` makes the model anew on the device
+    `inputs` are a dict by name or a tuple by position, in any form that `forward` takes.  `labels`
+    names the dims of each tensor in them (`b`, `s`); `rebuild` makes the model anew on the device
     of the caller's choice, None where it cannot be.
     """
 
     model: nn.Module
-    inputs: dict[str, Tensor]
+    inputs: object
     labels: dict[str, tuple[str, ...]]
     rebuild: Callable[[], nn.Module] | None
+
+    @property
+    def arguments(self) -> Arguments:
+        """The example inputs as `forward` has them.  Raises CaptureError if it does not."""
+        return Arguments.of(self.model, self.inputs)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among the inputs, by the names that a graph has for them."""
+        return self.arguments.tensors
 
 
 def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
@@ -146,23 +160,40 @@ def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> 
 
 
 def with_positions(loaded: Loaded) -> Loaded | None:
-    """The same model with the input `position_ids` (batch, tokens); None if it takes none."""
+    """The same model with the input `position_ids` (batch, tokens); None if it takes none.
+
+    Raises PlanError where it takes them, and has inputs that are no tensors by name.
+    """
     accepted = inspect.signature(loaded.model.forward).parameters
-    tokens = [x for name, x in loaded.inputs.items() if name != "labels" and x.ndim == 2]
+    given = loaded.tensors
+    tokens = [x for name, x in given.items() if name != "labels" and x.ndim == 2]
     name = next((name for name in POSITIONS if name in accepted), None)
     if name is None or not tokens:
         return None
-    if name in loaded.inputs:
+    _check_tokens_alone(loaded)
+    if name in given:
         return loaded
-    inputs = {k: x for k, x in loaded.inputs.items() if k != "labels"}
+    inputs = {k: x for k, x in given.items() if k != "labels"}
     positions = torch.zeros(tokens[0].shape, dtype=torch.long, device=tokens[0].device)
     labels = {**loaded.labels, name: ("b", "s")}
     return replace(loaded, inputs={**inputs, name: positions}, labels=labels)
 
 
+def _check_tokens_alone(loaded: Loaded) -> None:
+    """Raises PlanError for inputs that serving cannot give: what is no tensor by its name."""
+    arguments = loaded.arguments
+    inner = [path for path in arguments.paths.values() if len(path) > 1]
+    others = [*(path for path, _ in arguments.fixed), *inner]
+    if others:
+        raise PlanError(
+            f"{type(loaded.model).__name__} is given `{spelled(others[0])}`; to be served, a model "
+            "takes tokens and positions alone, by name, so forward must do without the rest"
+        )
+
+
 def tokens_of(loaded: Loaded) -> int:
     """Tokens of each sequence in the inputs; 0 if none has such a dim."""
-    dims = [(x, _token_dim(loaded.labels.get(name, ()))) for name, x in loaded.inputs.items()]
+    dims = [(x, _token_dim(loaded.labels.get(name, ()))) for name, x in loaded.tensors.items()]
     return max((x.shape[dim] for x, dim in dims if dim >= 0), default=0)
 
 
@@ -172,7 +203,7 @@ def with_tokens(loaded: Loaded, tokens: int) -> Loaded:
         name: torch.cat([x.narrow(dim, 0, 1)] * tokens, dim)
         if (dim := _token_dim(loaded.labels.get(name, ()))) >= 0
         else x
-        for name, x in loaded.inputs.items()
+        for name, x in loaded.tensors.items()
     }
     return replace(loaded, inputs=inputs)
 
@@ -198,10 +229,15 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, train
                 f"{path}: `{builder}` must return an nn.Module, got {type(model).__name__}"
             )
         model = in_dtype(model, DTYPES[dtype])
-        inputs = _checked(path, _call(path, "example_inputs", example, batch, seq))
-        labels = _labels(path, example, inputs, batch, seq)
-    if not trains:
-        inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        inputs = _examples(path, example, model, batch, seq)
+        labels = _labels(
+            inputs,
+            _examples(path, example, model, 2 * batch, seq),
+            _examples(path, example, model, batch, 2 * seq),
+        )
+    if not trains and "labels" in inputs.given:
+        given = {name: x for name, x in inputs.given.items() if name != "labels"}
+        inputs = Arguments.of(model, given)
 
     def rebuild() -> nn.Module:
         return in_dtype(_call(path, builder, build), DTYPES[dtype])
@@ -265,34 +301,33 @@ def _function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
         ]
         raise PlanError(
             f"{path} does not define `{name}`; it must define `build_model() -> nn.Module` and "
-            f"`example_inputs(batch: int, seq: int) -> dict[str, Tensor]`. It defines: "
+            f"`example_inputs(batch: int, seq: int)`, which returns forward's arguments: a dict by "
+            f"name, or a tuple by position. It defines: "
             f"{', '.join(defined) or 'no functions'}"
         )
     return function
 
 
-def _checked(path: Path, inputs: object) -> dict[str, Tensor]:
-    if not isinstance(inputs, Mapping) or not all(isinstance(x, Tensor) for x in inputs.values()):
-        raise PlanError(
-            f"{path}: `example_inputs` must return a dict of tensors by keyword of forward, got "
-            f"{type(inputs).__name__}"
-        )
-    return {str(name): x for name, x in inputs.items()}
+def _examples(
+    path: Path, example: Callable[..., Any], model: nn.Module, batch: int, seq: int
+) -> Arguments:
+    """What `example_inputs` returns, as arguments of the model."""
+    inputs = _call(path, "example_inputs", example, batch, seq)
+    try:
+        return Arguments.of(model, inputs)
+    except CaptureError as error:
+        raise PlanError(f"{path}: what `example_inputs` returns does not fit: {error}") from error
 
 
-def _labels(
-    path: Path, example: Callable[..., Any], inputs: dict[str, Tensor], batch: int, seq: int
-) -> dict[str, tuple[str, ...]]:
+def _labels(inputs: Arguments, wider: Arguments, longer: Arguments) -> dict[str, tuple[str, ...]]:
     """A dim that grows with `batch` is `b`, one that grows with `seq` is `s`."""
-    wider = _checked(path, _call(path, "example_inputs", example, 2 * batch, seq))
-    longer = _checked(path, _call(path, "example_inputs", example, batch, 2 * seq))
+    shapes = [{n: x.shape for n, x in each.tensors.items()} for each in (inputs, wider, longer)]
     out: dict[str, tuple[str, ...]] = {}
-    for name, x in inputs.items():
-        names = [""] * x.ndim
-        for dim in range(x.ndim):
-            if wider[name].shape[dim] != x.shape[dim]:
-                names[dim] = "b"
-            elif longer[name].shape[dim] != x.shape[dim]:
-                names[dim] = "s"
+    for name, shape in shapes[0].items():
+        twice = [each.get(name, shape) for each in shapes[1:]]
+        names = [""] * len(shape)
+        for dim in range(len(shape)):
+            grown = [len(each) == len(shape) and each[dim] != shape[dim] for each in twice]
+            names[dim] = "b" if grown[0] else "s" if grown[1] else ""
         out[name] = tuple(names)
     return out

@@ -12,7 +12,7 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .codegen.write import module_source, programs_source
 from .compat.torch import TorchDispatchMode
@@ -47,13 +47,14 @@ from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
 from .ir.reference.widen import wide, widened, without_dropout
-from .loading import build_real, load_target, with_positions
+from .loading import Loaded, build_real, load_target, with_positions
 from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
 from .runtime import RankError, RankPool
 from .runtime.cache.declared import TOKENS
+from .runtime.mesh.batches import arguments_of
 from .written import wrote
 
 # What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
@@ -456,6 +457,7 @@ def _original(
             f"{', '.join(unknown[:3])}; plan it again"
         )
     leaves = {n: p for n, p in model.named_parameters() if n in state}
+    call = _call_of(case, inputs, steps)
     with (
         torch.set_grad_enabled(case.plan.training),
         _float64_by_default(),
@@ -463,7 +465,7 @@ def _original(
         Replayed(draws),
         WithoutDropout(),
     ):
-        out = model(**(_whole_sequences(case.plan, inputs) if steps else inputs))
+        out = call(model)
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
     entries = {path: found[path] for path in paths if path in found}
@@ -476,21 +478,44 @@ def _original(
     return _Reference(title, expected)
 
 
-def _whole_sequences(plan: PlanData, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens and positions under the names that the original model has for them."""
+def _call_of(
+    case: _Case, inputs: Mapping[str, Tensor], steps: Sequence[Step]
+) -> Callable[[nn.Module], Any]:
+    """Calls the original on these tensors, in the form in which it takes them."""
+    if not steps and case.graph.signature is None:
+        return lambda model: model(**inputs)
+    loaded = _loaded(case.plan)
+    if steps:
+        whole = _whole_sequences(loaded, inputs)
+        return lambda model: model(**whole)
+    arguments = loaded.arguments
+    if repr(arguments.signature) != repr(case.graph.signature):  # NaN is like itself
+        raise PlanError(
+            f"`{case.plan.request.target}` has other example inputs than when it was planned; plan "
+            "it again"
+        )
+    return lambda model: arguments.call(model, inputs)
+
+
+def _loaded(plan: PlanData) -> Loaded:
+    """The plan's model and example inputs as they are now."""
     request = plan.request
-    loaded = load_target(
+    return load_target(
         request.target,
         batch=request.batch,
         seq=request.seq,
         phase=request.phase,
         dtype=request.dtype,
     )
+
+
+def _whole_sequences(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens and positions under the names that the original model has for them."""
     served = with_positions(loaded)
     assert served is not None  # it was planned so
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return {name: positions if name in POSITIONS else ids for name in served.inputs}
+    return {name: positions if name in POSITIONS else ids for name in served.tensors}
 
 
 class _WideDtypes(TorchDispatchMode):
@@ -662,7 +687,8 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
     else:
-        local = model.shard_inputs(**case["inputs"])
+        whole = arguments_of(model.INPUTS, case["inputs"], model.FIXED)
+        local = model.shard_inputs(**whole)
         with torch.set_grad_enabled(training), _float64_by_default():
             out = model(**local)
         if training:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,8 +29,10 @@ from ..passes.fold import fold
 from ..passes.invariants import computed_once
 from ..passes.raising import raised
 from . import huggingface
+from .arguments import Arguments
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
+from .errors import CaptureError
 from .functions import OwnBackward, refusing_own_backward
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .location import first_calls, innermost_frame, place
@@ -41,13 +42,9 @@ from .repeat import Repeats, cut, repeats
 _CONSTANT_LIMIT = 2**22
 
 
-class CaptureError(ValueError):
-    """The model cannot be captured; the message names the line and what to change."""
-
-
 def capture(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: object,
     *,
     training: bool,
     serving: bool = False,
@@ -55,18 +52,20 @@ def capture(
 ) -> Graph:
     """The flat, canonical graph of `model(**inputs)`, every layer written out.
 
+    `inputs` may have any form that `forward` takes, a tuple for positional ones (`arguments.py`).
     `model` and `inputs` may be on the meta device; neither is changed.  `training` decides about
     dropout.  `serving` says that `position_ids` among the inputs tell where new tokens of one
     sequence per row stand, and not that rows are packed.  `rebuild` makes the model anew; it is
     called only if a non-persistent buffer has no value.  Raises CaptureError.
     """
-    exported = export(model, inputs, training=training, serving=serving)
-    return _finish(model, *exported, rebuild)
+    arguments = Arguments.of(model, inputs)
+    exported = export(model, arguments, training=training, serving=serving)
+    return _finish(model, arguments, *exported, rebuild)
 
 
 def capture_folded(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: object,
     *,
     training: bool,
     serving: bool = False,
@@ -78,12 +77,13 @@ def capture_folded(
     Arguments and errors as `capture`.
     """
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
-    _check_inputs(model, inputs)
-    with _mode(model, training):
-        short = repeats(model, inputs, lambda: _on_meta(model, inputs, serving))
+    arguments = Arguments.of(model, inputs)
+    tensors = arguments.tensors
+    with _mode(model, training), arguments.flat_forward(model):
+        short = repeats(model, tensors, lambda: _on_meta(model, tensors, serving))
 
     def whole() -> Graph:
-        flat = capture(model, inputs, training=training, serving=serving, rebuild=rebuild)
+        flat = capture(model, arguments, training=training, serving=serving, rebuild=rebuild)
         return fold(flat, classes)
 
     if short is not None:
@@ -134,19 +134,19 @@ class _Tensors:
 
 
 def export(
-    model: nn.Module, inputs: Mapping[str, Tensor], *, training: bool, serving: bool = False
+    model: nn.Module, inputs: Arguments, *, training: bool, serving: bool = False
 ) -> tuple[ExportedProgram, _Tensors]:
     """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
-    _check_inputs(model, inputs)
     tensors = _Tensors.of(model)
     fake = fake_tensors(beside_real=True)
-    arguments = {name: _fake(value, fake) for name, value in inputs.items()}
+    arguments = {name: _fake(value, fake) for name, value in inputs.tensors.items()}
     make = functools.partial(_fake, mode=fake)
     gradients = refusing_own_backward() if training else nullcontext()
     with (
         _mode(model, training),
-        _attention(model, inputs, serving),
+        _attention(model, arguments, serving),
         _replaced(model, make),
+        inputs.flat_forward(model),
         gradients,
         whole_stacks(),
         own_hooks(),
@@ -174,33 +174,6 @@ def _attention(
         packed = "position_ids" in inputs and not serving
         return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
     return nullcontext()
-
-
-def _check_inputs(model: nn.Module, inputs: Mapping[str, object]) -> None:
-    """Raise CaptureError where `forward` does not take the inputs."""
-    parameters = inspect.signature(model.forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    accepted = [
-        name
-        for name, p in parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    unknown = [name for name in inputs if name not in accepted]
-    if unknown and not open_ended:
-        raise CaptureError(
-            f"{type(model).__name__}.forward takes no `{unknown[0]}`; it takes "
-            + ", ".join(f"`{name}`" for name in accepted)
-        )
-    missing = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
-    missing = [name for name in missing if name not in inputs]
-    if missing:
-        raise CaptureError(
-            f"{type(model).__name__}.forward needs `{missing[0]}`, which is not among the inputs "
-            + ", ".join(f"`{name}`" for name in inputs)
-        )
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor):
-            raise CaptureError(f"input `{name}` is a {type(value).__name__}, not a tensor")
 
 
 # ---- fake tensors ------------------------------------------------------------------------------
@@ -272,6 +245,7 @@ def _mode(model: nn.Module, training: bool) -> Generator[None]:
 
 def _finish(
     model: nn.Module,
+    arguments: Arguments,
     program: ExportedProgram,
     tensors: _Tensors,
     rebuild: Callable[[], nn.Module] | None,
@@ -289,7 +263,16 @@ def _finish(
     except UnsupportedNode as error:
         raise CaptureError(str(error)) from error
     outputs = _outputs(program, returned)
-    graph = remove_dead(Graph(type(model).__name__, inputs, params, tuple(nodes), outputs))
+    graph = remove_dead(
+        Graph(
+            type(model).__name__,
+            tuple(_placed(item, arguments) for item in inputs),
+            params,
+            tuple(nodes),
+            outputs,
+            arguments.signature,
+        )
+    )
     _check_masks(graph)
     found = canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
     _check_draws(found)
@@ -305,6 +288,12 @@ def _check_draws(graph: Graph) -> None:
                 "a tensor would get different ones; draw them with `torch.rand`, `torch.randn`, "
                 "`torch.bernoulli` or `F.dropout`, and compute with the result"
             )
+
+
+def _placed(item: Input, arguments: Arguments) -> Input:
+    """The input with its path where it is no argument itself."""
+    path = arguments.paths[item.name]
+    return item if len(path) == 1 else replace(item, path=path)
 
 
 def _check_masks(graph: Graph) -> None:
@@ -462,7 +451,7 @@ def _with_data(
         for p in graph.params
         if p.kind != "constant" or p.name in used
     )
-    return Graph(graph.name, graph.inputs, params, graph.body, graph.outputs)
+    return replace(graph, params=params)
 
 
 def _nested(value: Any) -> Any:

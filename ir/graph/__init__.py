@@ -12,6 +12,7 @@ from .nodes import (
     Output,
     Param,
     Part,
+    Signature,
     TensorType,
     Value,
     originals,
@@ -20,5 +21,5 @@ from .nodes import (
 
 __all__ = [
     "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
-    "TensorType", "Value", "originals", "values_in",
+    "Signature", "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

@@ -10,7 +10,9 @@ import keyword
 import re
 import unicodedata
 from collections.abc import Iterable
+from itertools import pairwise
 
+from ...facts.nested import Constant, Path, spelled
 from .nodes import Arg, Block, Graph, Node, Param
 
 _OP = re.compile(r"(?!__)\w+\.((?!__)\w+|__i?(and|or|xor|[lr]shift)__)(\.(?!__)\w+)?", re.ASCII)
@@ -41,6 +43,7 @@ def check_names(graph: Graph) -> None:
     for item in graph.inputs:
         _check(_is_word(item.name), f"input `{item.name}`", "an identifier")
         _check_texts(f"labels of input `{item.name}`", item.labels)
+    _check_signature(graph)
     _check_params(graph.params)
     for item in graph.body:
         if isinstance(item, Node):
@@ -49,6 +52,25 @@ def check_names(graph: Graph) -> None:
             _check(is_path(item.path), f"path `{item.path}` of a loop", "identifiers with dots")
             for block in item.blocks:
                 _check_block(block)
+
+
+def _check_signature(graph: Graph) -> None:
+    """Raises ValueError where arguments, and the paths in them, don't fit together."""
+    own = tuple(item.name for item in graph.inputs)
+    names = own if graph.signature is None else graph.signature.names
+    fixed: tuple[tuple[Path, Constant], ...] = ()
+    if graph.signature is not None:
+        fixed = graph.signature.fixed
+        _check(0 <= graph.signature.by_position <= len(names), "`by_position`", "that many names")
+    _check(len(set(names)) == len(names) and all(map(_is_word, names)), "arguments", "identifiers")
+    paths = [*(item.path or (item.name,) for item in graph.inputs), *(path for path, _ in fixed)]
+    _check(all(paths) and {path[0] for path in paths} == set(names), "paths", "of the arguments")
+    for path in paths:
+        _check_texts("a path", [str(key) for key in path])
+    ordered = sorted(paths, key=lambda path: [(type(key).__name__, key) for key in path])
+    for path, after in pairwise(ordered):  # where one begins others, it stands right before them
+        _check(after[: len(path)] != path, f"input `{spelled(path)}`", "one tensor or value")
+    _check_texts("a fixed input", [value for _, value in fixed if isinstance(value, str)])
 
 
 def _check_block(block: Block) -> None:

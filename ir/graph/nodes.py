@@ -14,6 +14,8 @@ from typing import TypeAlias, Union
 
 import torch
 
+from ...facts.nested import Constant, Path
+
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
@@ -234,11 +236,16 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A user input by its keyword; `labels` names its dims (`b`, `s`) where they are known."""
+    """A user input by its keyword; `labels` names its dims (`b`, `s`) where they are known.
+
+    `path` says where in the arguments of `forward` it stands (`("batch", "ids")`); `()` is for the
+    argument `name` itself.
+    """
 
     name: str
     value: Value
     labels: tuple[str, ...] = ()
+    path: Path = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,14 +257,31 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Signature:
+    """Arguments of a `forward` that takes more than tensors by name.
+
+    The first `by_position` of `names` may be given without their names.  `fixed` are the numbers,
+    flags, texts and None in the arguments, by path: the graph holds for these values alone.
+    """
+
+    names: tuple[str, ...]
+    by_position: int
+    fixed: tuple[tuple[Path, Constant], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
-    """A captured model.  `body` is in topological order."""
+    """A captured model.  `body` is in topological order.
+
+    `signature` is None where `forward` takes `inputs` by name, and nothing else.
+    """
 
     name: str  # class of the model: `LlamaForCausalLM`
     inputs: tuple[Input, ...]
     params: tuple[Param, ...]
     body: tuple[Node | Loop, ...]
     outputs: tuple[Output, ...]
+    signature: Signature | None = None
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -278,5 +302,5 @@ class Graph:
 
 __all__ = [
     "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
-    "TensorType", "Value", "originals", "values_in",
+    "Signature", "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...facts.nested import Constant, Path
 from .nodes import (
     Arg,
     Block,
@@ -26,6 +27,7 @@ from .nodes import (
     Output,
     Param,
     Part,
+    Signature,
     TensorType,
     Value,
 )
@@ -52,12 +54,26 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         "name": graph.name,
         "calls": [_call(call) for call in calls],
         "inputs": [
-            {"name": i.name, "value": _value(i.value), "labels": list(i.labels)}
+            {
+                "name": i.name,
+                "value": _value(i.value),
+                "labels": list(i.labels),
+                "path": list(i.path),
+            }
             for i in graph.inputs
         ],
+        "signature": None if graph.signature is None else _signature(graph.signature),
         "params": [_param(param) for param in graph.params],
         "body": [_node(i, calls) if isinstance(i, Node) else _loop(i, calls) for i in graph.body],
         "outputs": [{"path": list(o.path), "value": o.value.name} for o in graph.outputs],
+    }
+
+
+def _signature(signature: Signature) -> dict[str, Any]:
+    return {
+        "names": list(signature.names),
+        "by_position": signature.by_position,
+        "fixed": [[list(path), _data(value)] for path, value in signature.fixed],
     }
 
 
@@ -168,16 +184,42 @@ def graph_from_json(data: Any) -> Graph:
     body = tuple(_read_item(item, scope, calls) for item in field["body"].items())
     outputs = tuple(
         Output(
-            tuple(_read_key(key) for key in item["path"].items()),
+            _read_path(item["path"]),
             item["value"].read_from(scope),
         )
         for item in field["outputs"].items()
     )
-    return Graph(field["name"].text(), inputs, params, body, outputs)
+    signature = None
+    if field["signature"].data is not None:
+        signature = _read_signature(field["signature"])
+    return Graph(field["name"].text(), inputs, params, body, outputs, signature)
+
+
+def _read_signature(field: _Field) -> Signature:
+    fixed: list[tuple[Path, Constant]] = []
+    for pair in field["fixed"].items():
+        parts = pair.items()
+        if len(parts) != 2:
+            raise pair.wrong("a pair [path, value]")
+        fixed.append((_read_path(parts[0]), _read_constant(parts[1])))
+    names = tuple(name.word() for name in field["names"].items())
+    return Signature(names, field["by_position"].of(int), tuple(fixed))
+
+
+def _read_path(field: _Field) -> Path:
+    return tuple(_read_key(key) for key in field.items())
 
 
 def _read_key(field: _Field) -> str | int:
     return field.text() if isinstance(field.data, str) else field.of(int)
+
+
+def _read_constant(field: _Field) -> Constant:
+    if field.data == []:
+        return ()
+    if isinstance(field.data, str):
+        return field.text()
+    return _read_special(field) if isinstance(field.data, dict) else _read_number(field)
 
 
 class _Field:
@@ -259,7 +301,8 @@ def _read_value(field: _Field, scope: dict[str, Value]) -> Value:
 
 def _read_input(field: _Field, scope: dict[str, Value]) -> Input:
     value = _read_value(field["value"], scope)
-    return Input(field["name"].word(), value, field["labels"].many(str))
+    labels = field["labels"].many(str)
+    return Input(field["name"].word(), value, labels, _read_path(field["path"]))
 
 
 def _read_param(field: _Field, scope: dict[str, Value]) -> Param:
@@ -291,6 +334,10 @@ def _read_data(field: _Field) -> Any:
         return tuple(_read_data(item) for item in field.items())
     if isinstance(field.data, dict):
         return _read_special(field)
+    return _read_number(field)
+
+
+def _read_number(field: _Field) -> bool | int | float | None:
     return field.one_of(type(None), bool, int, float)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .nodes import Arg, Block, Graph, Loop, Node, Param, Value
+from ...facts.nested import spelled
+from .nodes import Arg, Block, Graph, Input, Loop, Node, Param, Value
 
 
 def format_graph(graph: Graph, *, locations: bool = True) -> str:
@@ -12,7 +13,9 @@ def format_graph(graph: Graph, *, locations: bool = True) -> str:
     for every version of a library in which the model computes the same.
     """
     lines = [f"graph {graph.name}"]
-    lines += [f"  input {item.value}" for item in graph.inputs]
+    lines += [f"  input {item.value}{_within(item)}" for item in graph.inputs]
+    if graph.signature is not None:
+        lines += [f"  fixed {spelled(path)} = {value!r}" for path, value in graph.signature.fixed]
     lines += [f"  {format_param(param)}" for param in graph.params]
     for item in graph.body:
         if isinstance(item, Node):
@@ -23,6 +26,10 @@ def format_graph(graph: Graph, *, locations: bool = True) -> str:
         path = ".".join(str(key) for key in output.path) or "(result)"
         lines.append(f"  output {path} = {output.value.name}")
     return "\n".join(lines) + "\n"
+
+
+def _within(item: Input) -> str:
+    return f" = {spelled(item.path)}" if item.path else ""
 
 
 def format_param(param: Param) -> str:

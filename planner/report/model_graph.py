@@ -26,7 +26,7 @@ from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded, Weig
 class PlannedGraph(Graph):
     """The graph of a model that has a plan."""
 
-    plan: PlanData = field(repr=False, compare=False)
+    plan: PlanData = field(repr=False, compare=False, kw_only=True)
 
     @staticmethod
     def of(plan: PlanData) -> PlannedGraph:

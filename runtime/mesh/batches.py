@@ -6,25 +6,40 @@ model; local ones are this rank's part of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from ...facts.blocks import local_shape
+from ...facts.given import shown
+from ...facts.nested import (
+    Constant,
+    Path,
+    is_same,
+    leaves,
+    nested,
+    spelled,
+    spelled_all,
+    with_leaves,
+)
 from ...facts.spec import Spec, parse_spec, zigzag_dims
 from .mesh import Mesh
 from .parts import gather_whole, own_part, ways
 
-Path: TypeAlias = tuple[str | int, ...]
+Fixed: TypeAlias = Mapping[Path, Constant]  # inputs that are no tensors, as they were planned
+_NONE_FIXED: Fixed = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A keyword of the original model's forward: planned full shape, and how it is sharded.
+    """A tensor that the original model's forward takes: planned full shape, how it is sharded.
 
+    `path` says where in the arguments it stands; `()` is for an argument of the table's name.
     Dims in `free` may have other sizes than planned: multiples of `step`, which has one number per
     dim (default: 1).  Integers are below `high` where it is not 0: they are indices.
     """
@@ -35,6 +50,7 @@ class Input:
     free: tuple[int, ...] = ()
     high: int = 0
     step: tuple[int, ...] = ()
+    path: Path = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +76,77 @@ class Outputs(dict[str, Any]):
 
 
 def shard_inputs(
-    inputs: Mapping[str, Input], batch: Mapping[str, Tensor], mesh: Mesh
-) -> dict[str, Tensor]:
-    """This rank's part of a full batch, on its device.
+    inputs: Mapping[str, Input],
+    batch: Mapping[str, object],
+    mesh: Mesh,
+    fixed: Fixed = _NONE_FIXED,
+) -> dict[str, Any]:
+    """`batch`, the arguments by name, with this rank's parts of its tensors, on its device.
 
-    Raises ValueError naming the input whose name, dtype or shape does not fit the plan.
+    Raises ValueError naming the input whose name, value, dtype or shape does not fit the plan.
     """
-    missing = [name for name in inputs if name not in batch]
-    unknown = [name for name in batch if name not in inputs]
+    tensors = tensors_of(inputs, batch, fixed)
+    local = {
+        _path(name, wanted): _shard(spelled(_path(name, wanted)), wanted, tensors[name], mesh)
+        for name, wanted in inputs.items()
+    }
+    return with_leaves(dict(batch), local)
+
+
+def tensors_of(
+    inputs: Mapping[str, Input], arguments: Mapping[str, object], fixed: Fixed = _NONE_FIXED
+) -> dict[str, Tensor]:
+    """The tensors in arguments of any form, by the names of `inputs`.
+
+    Raises ValueError for what is missing, unknown or no tensor, and for other values than `fixed`.
+    """
+    paths = {name: _path(name, wanted) for name, wanted in inputs.items()}
+    found = dict(leaves(arguments))
+    _check_paths([*paths.values(), *fixed], found)
+    for path, planned in fixed.items():
+        if not is_same(found[path], planned):
+            raise ValueError(
+                f"input `{spelled(path)}` is {shown(found[path])}; the plan has {shown(planned)},"
+                " which is fixed in its module: plan again for another value"
+            )
+    for name, path in paths.items():
+        if not isinstance(found[path], Tensor):
+            wanted = inputs[name]
+            raise ValueError(
+                f"input `{spelled(path)}` is {shown(found[path])}; the plan has a tensor there,"
+                f" {wanted.dtype} {wanted.shape}"
+            )
+    return {name: cast(Tensor, found[path]) for name, path in paths.items()}
+
+
+def arguments_of(
+    inputs: Mapping[str, Input], tensors: Mapping[str, Tensor], fixed: Fixed = _NONE_FIXED
+) -> dict[str, Any]:
+    """Arguments that have the tensors of these names, and what is fixed; dicts for containers."""
+    entries = {_path(name, inputs[name]): tensor for name, tensor in tensors.items()}
+    return nested({**entries, **fixed})
+
+
+def _path(name: str, wanted: Input) -> Path:
+    return wanted.path or (name,)
+
+
+def _check_paths(planned: Sequence[Path], found: Mapping[Path, object]) -> None:
+    """Raises ValueError unless the arguments have a leaf at each of these paths, and no other."""
+    known = set(planned)
+    missing = [path for path in planned if path not in found]
+    unknown = [path for path in found if path not in known]
+    for path in missing:
+        if any(other[: len(path)] == path for other in unknown):
+            raise ValueError(
+                f"input `{spelled(path)}` is a container; the plan has one tensor or value there"
+            )
     if missing or unknown:
         raise ValueError(
-            f"the module takes the inputs {', '.join(inputs) or 'none'};"
-            + (f" missing: {', '.join(missing)}" if missing else "")
-            + (f" unknown: {', '.join(unknown)}" if unknown else "")
+            f"the module takes the inputs {', '.join(map(spelled, planned)) or 'none'};"
+            + (f" missing: {spelled_all(missing)}" if missing else "")
+            + (f" unknown: {spelled_all(unknown)}" if unknown else "")
         )
-    return {name: _shard(name, inputs[name], batch[name], mesh) for name in inputs}
 
 
 def random_batch(inputs: Mapping[str, Input]) -> dict[str, Tensor]:
@@ -139,6 +211,23 @@ def _check_divides(name: str, wanted: Input, x: Tensor, dim: int, mesh: Mesh) ->
             f"input `{name}` dim {dim} has size {size}; the plan cuts what is computed"
             f" from it, so it must be a multiple of {wanted.step[dim]}"
         )
+
+
+def named_arguments(
+    forward: Callable[..., Any], args: Sequence[object], batch: Mapping[str, object]
+) -> dict[str, object]:
+    """Arguments of `forward` by name.  Raises ValueError for too many, and what is given twice."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [n for n, p in inspect.signature(forward).parameters.items() if p.kind is kind]
+    if len(args) > len(names):
+        raise ValueError(
+            f"{len(args)} inputs are given by position; forward takes"
+            f" {', '.join(names) or 'none'} so"
+        )
+    given = dict(zip(names, args, strict=False))
+    if twice := [name for name in batch if name in given]:
+        raise ValueError(f"input `{twice[0]}` is given by position and by name")
+    return {**given, **batch}
 
 
 # --- out -----------------------------------------------------------------------------------------

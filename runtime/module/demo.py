@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...facts.phases import DECODE, Phase
 from ..cache.declared import specs_of
-from ..mesh.batches import look_up, random_batch, shard_inputs
+from ..mesh.batches import arguments_of, look_up, random_batch, shard_inputs
 from ..mesh.mesh import Mesh
 from ..serving.program import Program
 from ..serving.serving import Serving
@@ -62,7 +62,8 @@ def demonstrate(
     model: nn.Module, program: Program, optimizer: OptimizerName | None, clock: Clock
 ) -> None:
     """Steps of training, or, where `optimizer` is None, forward passes of `model`."""
-    batch = shard_inputs(program.inputs, random_batch(program.inputs), clock.mesh)
+    whole = arguments_of(program.inputs, random_batch(program.inputs), program.fixed)
+    batch = shard_inputs(program.inputs, whole, clock.mesh, program.fixed)
     if optimizer is None:
         step = partial(_forward, program, batch)
     else:
@@ -121,7 +122,7 @@ def _serve(serving: Serving, phase: Phase, ids: Tensor, context: int) -> str:
     return ""
 
 
-def _forward(program: Program, batch: Mapping[str, Tensor]) -> str:
+def _forward(program: Program, batch: Mapping[str, Any]) -> str:
     with torch.no_grad():
         program.run(**batch)
     return ""
@@ -130,7 +131,7 @@ def _forward(program: Program, batch: Mapping[str, Tensor]) -> str:
 def _train(
     model: nn.Module,
     program: Program,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None,
 ) -> str:
     """One step on the scalar output if there is one, else on the sum of all that are trained."""

@@ -15,7 +15,16 @@ from ...facts.spec import parse_spec, zigzag_dims
 from ..cache.cache import KVCache
 from ..cache.declared import Cache
 from ..gathering.weights import Weight
-from ..mesh.batches import Input, Output, gather_outputs, pack, shard_inputs
+from ..mesh.batches import (
+    Fixed,
+    Input,
+    Output,
+    gather_outputs,
+    named_arguments,
+    pack,
+    shard_inputs,
+    tensors_of,
+)
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
 from ..serving.generate import generate
@@ -38,13 +47,15 @@ class ShardedModule(nn.Module):
     parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
     `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its
     dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
-    called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout.  `PHASE`
-    and `OPTIMIZER` serve `demo`.
+    called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout.  `FIXED`
+    are inputs that are no tensors, by path: they must be as they were planned.  `PHASE` and
+    `OPTIMIZER` serve `demo`.
     """
 
     MESH: ClassVar[Mapping[str, int]]
     PARAMETERS: ClassVar[Mapping[str, Param]]
     INPUTS: ClassVar[Mapping[str, Input]]
+    FIXED: ClassVar[Fixed] = {}
     OUTPUTS: ClassVar[Sequence[Output]]
     CACHES: ClassVar[Mapping[str, Cache]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
@@ -201,12 +212,21 @@ class ShardedModule(nn.Module):
 
     # --- batches in, results out -----------------------------------------------------------------
 
-    def shard_inputs(self, **batch: Tensor) -> dict[str, Tensor]:
-        """This rank's part of a full batch, on its device; keywords as the original's forward.
+    def shard_inputs(self, /, *args: Any, **batch: Any) -> dict[str, Any]:
+        """`forward`'s arguments by name for those of the original: this rank's parts of tensors.
 
-        Raises ValueError naming the input whose name, dtype or shape does not fit the plan.
+        Arguments keep their form: dicts, lists, tuples and dataclasses are copied.  Raises
+        ValueError naming the input whose name, value, dtype or shape does not fit the plan.
         """
-        return shard_inputs(self.INPUTS, batch, self.mesh)
+        given = named_arguments(self.forward, args, batch)
+        return shard_inputs(self.INPUTS, given, self.mesh, self.FIXED)
+
+    def unpack(self, /, **arguments: Any) -> tuple[Tensor, ...]:
+        """The tensors of `INPUTS` in arguments of any form.
+
+        Raises ValueError for another form than planned, and other values than `FIXED`.
+        """
+        return tuple(tensors_of(self.INPUTS, arguments, self.FIXED).values())
 
     def gather_outputs(self, out: Any) -> Any:
         """What the original model would return: full tensors, without gradients."""
@@ -313,7 +333,7 @@ class ShardedModule(nn.Module):
 
     @property
     def _program(self) -> Program:
-        return Program(self.INPUTS, self.OUTPUTS, self.CACHES, self, self.CONTEXT)
+        return Program(self.INPUTS, self.OUTPUTS, self.CACHES, self, self.CONTEXT, self.FIXED)
 
     def _room(self, batch: int, tokens: int) -> Serving:
         """The serving state, with new caches unless those that are there are large enough."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import lcm
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...facts.nested import Constant, Path
 from ...facts.phases import DECODE, PREFILL
 from ...facts.spec import format_spec, parse_spec
 from ..cache.cache import KVCache
 from ..cache.declared import BATCH, Cache, specs_of
-from ..cache.recache import Path, change_between
-from ..mesh.batches import Input, Output, gather_output, shard_inputs
+from ..cache.recache import Path as SpecPath
+from ..cache.recache import change_between
+from ..mesh.batches import Fixed, Input, Output, gather_output, shard_inputs
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 
@@ -26,7 +28,8 @@ class Program:
     """One forward pass of a module: what it takes, returns and caches, and what runs it.
 
     `run` takes this rank's part of the inputs by name, and returns its part of the outputs.
-    `context` are the tokens of each sequence that were planned to be cached before.
+    `context` are the tokens of each sequence that were planned to be cached before; `fixed` are
+    inputs that are no tensors.
     """
 
     inputs: Mapping[str, Input]
@@ -34,6 +37,7 @@ class Program:
     caches: Mapping[str, Cache]
     run: Callable[..., Any]
     context: int = 0
+    fixed: Fixed = field(default_factory=dict[Path, Constant])
 
     @property
     def tokens(self) -> Input:
@@ -83,13 +87,13 @@ class Served:
         """The most tokens of a sequence that a program was planned for."""
         return max(program.tokens.shape[1] for program in self.programs.values())
 
-    def paths(self) -> dict[str, Path]:
+    def paths(self) -> dict[str, SpecPath]:
         """The specs that each cache takes from the first program's layout to that for decoding.
 
         Raises ValueError where there are two layouts of a cache and nothing says how to convert.
         """
         decoding = specs_of(self.programs[DECODE.name].caches)
-        paths: dict[str, Path] = {}
+        paths: dict[str, SpecPath] = {}
         for name, cache in self.caches.items():
             path = tuple(parse_spec(text) for text in (cache.spec, *cache.path))
             if path[-1] != decoding[name]:

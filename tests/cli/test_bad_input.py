@@ -138,8 +138,11 @@ def test_build_model(text: str, said: str, run: Run) -> None:
     [
         ('{"y": torch.randn(batch, seq, 16)}', "Net.forward takes no `y`; it takes `x`"),
         ("{}", "Net.forward needs `x`, which is not among the inputs"),
-        ("torch.randn(batch, seq, 16)", "`example_inputs` must return a dict of tensors"),
-        ('{"x": batch}', "`example_inputs` must return a dict of tensors"),
+        (
+            "torch.randn(batch, seq, 16)",
+            "the inputs are a Tensor; give forward's arguments as a dict",
+        ),
+        ('{"x": {batch}}', "does not fit: input `x` is a set, not a tensor; inputs may also be"),
         ('{"x": torch.randn(batch, 0 // 0)}', "`example_inputs` failed: ZeroDivisionError"),
         (
             '{"x": torch.randn(batch, seq, 15)}',

@@ -94,6 +94,36 @@ def test_parts_of_unequal_size_are_shrunk(run: Run) -> None:
 
 SMALL = "--cluster cpu --dtype float32 --batch 4 --seq 16 --gpus 2"
 
+NESTED = """
+class Nested(Tiny):
+    def forward(self, batch, scale, return_dict=True):
+        out = super().forward(batch["tokens"])
+        return out if return_dict else out["logits"] * scale
+
+def build_model():
+    return Nested()
+
+def example_inputs(batch, seq):
+    return {"tokens": torch.randint(0, 50, (batch, seq))}, 2.0, False
+"""
+
+
+def test_inputs_in_a_dict_and_numbers_beside_them(run: Run) -> None:
+    """By the file itself, beside the original; smaller; and after the file has changed."""
+    Path("nested.py").write_text(TINY + NESTED)
+    words = f"{SMALL.replace('--gpus 2', '--gpus 4')} --mesh 4 --out out"
+    ran = run("nested.py", *words.split())
+    assert ran.code == 0, ran.err
+    passed(run("verify", "out"), "Nested itself from nested.py, float64")
+    passed(run("verify", "out", "--ranks", "2"), "Nested on 2 ranks")
+
+    Path("nested.py").write_text(TINY + NESTED.replace("2.0", "3.0"))
+    ran = run("verify", "out")
+    assert ran.code == 2 and "has other example inputs than when it was planned" in ran.err
+
+    ran = run("nested.py", *words.split(), "--phase", "decode")
+    assert ran.code == 2 and "no keyword `position_ids`" in ran.err
+
 
 def test_the_file_itself_beside_the_original_and_a_broken_one(run: Run) -> None:
     planned(run, "tiny.py", SMALL + " --mesh tp=2")

@@ -421,8 +421,8 @@ def test_inputs_are_checked() -> None:
         capture(model, {"x": torch.zeros(2, 4), "y": torch.zeros(2)}, training=True)
     with pytest.raises(CaptureError, match=r"Wrong\.forward needs `x`"):
         capture(model, {}, training=True)
-    with pytest.raises(CaptureError, match=r"input `x` is a list, not a tensor"):
-        capture(model, {"x": [1.0]}, training=True)  # type: ignore[dict-item]
+    with pytest.raises(CaptureError, match=r"input `x` is a set, not a tensor"):
+        capture(model, {"x": {1.0}}, training=True)  # type: ignore[dict-item]
 
 
 def first_and_twice(x: Tensor) -> Tensor:
