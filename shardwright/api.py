@@ -33,6 +33,7 @@ from .loading import (
 from .planner.errors import PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
+from .planner.plan.decide import REPLICAS
 from .planner.plan.plan import PlanData
 from .planner.plan.store import plan_to_json, read_plan
 from .planner.report.model_graph import PlannedGraph
@@ -47,6 +48,7 @@ from .planner.strategies.roles import pinned
 if TYPE_CHECKING:
     from .verify import Verification
 
+_USES = ("dp", "tp", "cp", "ep")  # names of axes that say what is cut over them
 STAGES = ("strategies", "problem", "plan")  # of planning, which `Plan.dump` shows
 
 
@@ -303,23 +305,28 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
     if not find_phase(request.phase).answer:
-        return Plan.of(_with_mesh_note(make_plan(graph, job), job.mesh))
+        return Plan.of(_with_names(make_plan(graph, job), job.mesh))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
         decode = _decode_graph(loaded, longest)
-    return Plan.of(_with_mesh_note(make_serving_plan(graph, decode, job), job.mesh))
+    return Plan.of(_with_names(make_serving_plan(graph, decode, job), job.mesh))
 
 
-def _with_mesh_note(made: PlanData, asked: Mesh | None) -> PlanData:
-    """Names that a user gave to axes decide nothing: says so where the plan has others."""
-    given = asked is not None and not set(asked.names) <= set(AXES)
-    if asked is None or not given or asked.names == made.mesh.names:
+def _with_names(made: PlanData, asked: Mesh | None) -> PlanData:
+    """The plan with the names that a user gave to axes, and a note where they say another use."""
+    if asked is None or set(asked.names) <= set(AXES):
         return made
-    note = (
-        f"--mesh decides sizes alone: its {asked} is {made.mesh} here, axes being named for what is"
-        " cut over them; --pin decides what is cut"
-    )
-    return replace(made, notes=(*made.notes, note))
+    uses = [name.rstrip("0123456789") for name in made.mesh.names]
+    wrong = [
+        f"{name} {'runs copies' if use == REPLICAS else f'is used as {use}'}"
+        for name, use in zip(asked.names, uses, strict=True)
+        if name.rstrip("0123456789") != use and name.rstrip("0123456789") in _USES
+    ]
+    here = ", ".join(wrong)
+    note = f"--mesh gives names and sizes alone, and here {here}; --pin decides what is cut"
+    decode = None if made.decode is None else replace(made.decode, mesh=asked)
+    notes = (*made.notes, note) if wrong else made.notes
+    return replace(made, mesh=asked, notes=notes, decode=decode)
 
 
 def load_plan(path: str | Path) -> Plan:

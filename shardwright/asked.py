@@ -6,7 +6,9 @@ both say what was given and what would do.
 
 from __future__ import annotations
 
+import keyword
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -27,6 +29,10 @@ from .planner.search.search import Clock, Job
 from .planner.strategies.roles import pinned
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
+_AXIS = re.compile("[a-z][a-z0-9_]{0,15}")
+_TAKEN = frozenset(
+    {"int", "layer", "len", "max", "min", "nn", "ops", "range", "self", "torch", "tuple"}
+)
 _MOST_GPUS = 2**20  # ten times the largest cluster that was built
 
 
@@ -181,6 +187,8 @@ def parse_mesh(text: str, gpus: int) -> Mesh:
         name, size = (name.strip(), size) if sign else (default, name)
         if not (size.strip().isascii() and size.strip().isdigit() and 0 < int(size) < 10**9):
             raise PlanError(f"--mesh {text}: expected sizes such as 2x4, or dp=2,tp=4")
+        if not _AXIS.fullmatch(name) or keyword.iskeyword(name) or name in _TAKEN:
+            raise PlanError(f"--mesh {text}: `{name}` is no name for an axis; take one as dp or tp")
         axes.append((name, int(size)))
     if not 1 <= len(axes) <= 3 or len(axes) != len(parts):
         raise PlanError(f"--mesh {text}: a mesh has one to three axes")

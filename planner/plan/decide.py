@@ -23,6 +23,8 @@ from .plan import Baseline, Memory, PlanData, Request, Search
 from .program import PricedStep, lower, priced_path
 from .split import spent_in_ops
 
+REPLICAS = "replicas"  # an axis over which no work is cut
+
 
 @dataclass(frozen=True, slots=True)
 class Solved:
@@ -165,9 +167,10 @@ def _memory(graph: Graph, best: Solved) -> Memory:
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
-    """The mesh with its axes named by their main use: dp, cp (sequence of attention) or tp.
+    """The mesh with its axes named by their main use: dp, cp (sequence of attention), tp or ep.
 
-    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.
+    Each matrix product and attention votes with its FLOPs for what it cuts over the axis.  One over
+    which none is cut has `replicas`.
     """
     labels = label_dims(graph)
     names: list[str] = []
@@ -175,10 +178,12 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
         votes: dict[str, float] = {}
         for scope in scopes(graph):
             for node in scope.nodes:
-                if flops := operator_of(node).flops(local_of(node)):
-                    use = _use_of(node, decisions.choices[node.name][axis], labels)
+                choice = decisions.choices[node.name][axis]
+                flops = operator_of(node).flops(local_of(node))
+                if flops and choice not in ("R", "V"):
+                    use = _use_of(node, choice, labels)
                     votes[use] = votes.get(use, 0.0) + scope.weight * flops
-        names.append(max(votes, key=lambda use: votes[use]) if votes else "dp")
+        names.append(max(votes, key=lambda use: votes[use]) if votes else REPLICAS)
     for name in list(names):
         if names.count(name) > 1:
             same = [k for k, other in enumerate(names) if other == name]
@@ -188,8 +193,6 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
 
 
 def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
-    if choice in ("R", "V"):
-        return "tp"
     if operator_of(node).experts in rule_of(node).cuts(choice):
         return "ep"
     label = factor_labels(node, labels).get(choice, "")
@@ -208,4 +211,4 @@ def _notes(graph: Graph) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Solved", "decide", "name_axes", "plan_of", "spent"]
+__all__ = ["REPLICAS", "Solved", "decide", "name_axes", "plan_of", "spent"]

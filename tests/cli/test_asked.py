@@ -75,6 +75,8 @@ def test_wrong_types(changed: dict[str, Any], said: str) -> None:
         ({"gpus": 0}, r"gpus=0: expected 1 or more"),
         ({"gpus": 10**9}, r"gpus=1000000000: expected at most 1048576"),
         ({"mesh": "²"}, r"--mesh ²: expected sizes such as 2x4"),
+        ({"mesh": "torch=2"}, r"`torch` is no name for an axis; take one as dp or tp"),
+        ({"mesh": "T=2"}, r"`T` is no name for an axis"),
         ({"mesh": "3"}, r"--mesh 3 has 3 GPUs, --gpus says 2"),
         ({"mesh": "2", "pins": ["1.weight=S0"]}, r"no parameter or module has such a name"),
         ({"cluster": "h101"}, r"unknown cluster `h101`; did you mean"),
@@ -103,3 +105,19 @@ def test_the_command_line_asks_the_same() -> None:
         options = inspect.signature(function).parameters
         assert checked <= set(options), function
         assert set(options) - checked <= {"model", "inputs", "target", "batch", "seq", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "names", "note"),
+    [
+        ("2", ("replicas",), ""),
+        ("copies=2", ("copies",), ""),
+        ("tp=2", ("tp",), "here tp runs copies; --pin decides what is cut"),
+    ],
+)
+def test_names_of_axes(mesh: str, names: tuple[str, ...], note: str) -> None:
+    """The user's own, or what they are used for; where the two contradict, a note."""
+    odd = torch.zeros(3, 5, 16, device="meta")  # what two ranks do not divide
+    plan = sw.plan(model(), {"input": odd}, gpus=2, cluster="cpu", mesh=mesh, pins=["0.*=R"])
+    assert plan.mesh.names == names
+    assert (note in "".join(plan.notes)) if note else not plan.notes
