@@ -43,7 +43,9 @@ _IMPORTS = frozenset({
 })  # fmt: skip
 _RUN = "if __name__ == '__main__':\n    ShardedModel.demo()"
 _KNOWN: dict[str, _Kind] = {
-    **dict.fromkeys(("bool", "float", "int", "len", "max", "min", "range", "tuple"), "function"),
+    **dict.fromkeys(
+        ("bool", "complex", "float", "int", "len", "max", "min", "range", "tuple"), "function"
+    ),
     "torch": "torch", "F": "functional", "nn": "nn", "ops": "runtime",
     "Tensor": "class", "object": "class", "self": "self",
 }  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import isfinite, prod
+from math import prod
 
 import torch
 
@@ -28,7 +28,7 @@ from .expressions import nested
 from .names import Base, Names, base_of
 from .nesting import Function, ModuleCall, makes_of, reads_of
 from .nesting import Step as Item
-from .source import WIDTH, statement
+from .source import WIDTH, number_text, statement
 from .views import Dim, reshaped
 
 
@@ -582,9 +582,7 @@ class _Renderer:
             return _tuple_text([self._text(item) for item in arg])
         if isinstance(arg, torch.dtype):
             return str(arg)
-        if isinstance(arg, float) and not isfinite(arg):
-            return f'float("{arg}")'
-        return f'"{arg}"' if isinstance(arg, str) else repr(arg)
+        return f'"{arg}"' if isinstance(arg, str) else number_text(arg)
 
     def arg(self, name: str) -> str:
         """Source text of the argument `name`."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from math import isfinite, lcm, prod
+from math import lcm, prod
 from types import MappingProxyType
 
 from ..facts.blocks import local_shape
@@ -33,7 +33,7 @@ from .classes import RUNTIME, Classes, Modules, argument_names
 from .inputs import fixed_table, path_text, taken_in
 from .names import words_of
 from .nesting import Function, nest
-from .source import WIDTH, check, comment_lines, statement
+from .source import WIDTH, check, comment_lines, number_text, statement
 
 _DECODING = "Decoding"  # the class of the second program, where a module has two
 
@@ -562,10 +562,8 @@ def _data_text(data: object) -> str:
     >>> _data_text(((1,) * 12, (2,) * 12)), _data_text((1, 2))
     ('((1,) * 12, (2,) * 12)', '(1, 2)')
     """
-    if isinstance(data, float) and not isfinite(data):
-        return f'float("{data}")'
     if not isinstance(data, tuple):
-        return repr(data)
+        return number_text(data)
     items: list[str] = [_data_text(item) for item in data]
     if len(items) > 8 and len(set(items)) == 1:
         return f"({items[0]},) * {len(items)}"

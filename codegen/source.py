@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
+import math
 import re
 
 from .allowed import check_module
@@ -128,6 +130,19 @@ def _split(text: str) -> list[str]:
         else:
             current += char
     return [*items, current.strip()] if current.strip() else items
+
+
+def number_text(number: object) -> str:
+    """A number as an expression, infinities and complex ones too.
+
+    >>> number_text(0.5), number_text(float("-inf")), number_text(1 - 2j)
+    ('0.5', 'float("-inf")', '(1-2j)')
+    """
+    if isinstance(number, complex) and not cmath.isfinite(number):
+        return f"complex({number_text(number.real)}, {number_text(number.imag)})"
+    if isinstance(number, float) and not math.isfinite(number):
+        return f'float("{number}")'
+    return repr(number)
 
 
 def check(source: str) -> str:

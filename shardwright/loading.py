@@ -109,17 +109,19 @@ class _WithoutExport:
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """The format of most of the model's parameters, by elements."""
+    """The format of most of the model's real parameters, by elements."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
-        counts[parameter.dtype] += parameter.numel()
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
     return max(counts, key=counts.__getitem__, default=torch.get_default_dtype())
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model` itself, with everything that has its main format in `dtype`.
 
-    What it keeps in another format (a router in float32, a table of integers) stays in that.
+    What it keeps in another format (a router in float32, complex numbers, a table of integers)
+    stays in that.
     """
     main = main_dtype(model)
     for tensor in (*model.parameters(), *model.buffers()):

@@ -345,8 +345,9 @@ def _repeated(graph: Graph) -> Iterator[tuple[Node, int]]:
 
 
 def _widened_source(text: str) -> str:
-    """The module with every floating dtype as float64."""
-    return re.sub(r"\btorch\.(bfloat16|float16|float32)\b", "torch.float64", text)
+    """The module with every floating dtype as float64, every complex one as pairs of them."""
+    text = re.sub(r"\btorch\.(bfloat16|float16|float32)\b", "torch.float64", text)
+    return re.sub(r"\btorch\.(complex32|complex64)\b", "torch.complex128", text)
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ def _original(
 
     A served one gets whole sequences at once.
     """
-    model = build_real(case.plan.request.target, case.plan.request.dtype).double()
+    model = _wide_model(build_real(case.plan.request.target, case.plan.request.dtype))
     model.train(case.plan.training)
     experts_in_loops(model)
     unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
@@ -476,6 +477,13 @@ def _original(
     else:
         expected = _expected(case, entries, leaves)
     return _Reference(title, expected)
+
+
+def _wide_model(model: nn.Module) -> nn.Module:
+    """`model` itself, all of its real and complex numbers in 64 bits each."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(wide(tensor.dtype))
+    return model
 
 
 def _call_of(
@@ -563,7 +571,12 @@ def _combined(entries: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> T
     scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
     if scalars:
         return scalars[0]
-    parts = [(t * weights[path].to(t)).sum() for path, t in entries.items() if t.requires_grad]
+    parts = [
+        (part * weights[path].to(part)).sum()
+        for path, t in entries.items()
+        for part in ((t.real, t.imag) if t.is_complex() else (t,))
+        if t.requires_grad
+    ]
     if not parts:
         raise PlanError("no output of this model has a gradient; plan it with --phase prefill")
     return torch.stack(parts).sum()
@@ -607,7 +620,7 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
         shape, dtype = value.type.shape, value.type.dtype
         if name in kept and name in buffers:
             state[name] = buffers[name].to(dtype)
-        elif not dtype.is_floating_point:
+        elif not value.type.continuous:
             state[name] = torch.ones(shape, dtype=dtype) * (dtype == torch.bool)
         else:
             spread = 0.1 if len(shape) < 2 else shape[-1] ** -0.5
@@ -645,7 +658,7 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     for item in graph.inputs:
         shape, dtype = item.value.type.shape, item.value.type.dtype
-        if dtype.is_floating_point:
+        if item.value.type.continuous:
             inputs[item.name] = torch.randn(shape, generator=generator, dtype=dtype)
             continue
         limits, ignored = index_limits(graph, item.value.name)
@@ -733,12 +746,17 @@ def _errors(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor]) -> tup
         error = float("inf")
         if found is not None and found.shape == expected.shape:
             scale = max(_largest(expected), _FLOOR * largest) or 1.0
-            error = _largest(found.double() - expected.double()) / scale
+            error = _largest(_exact(found) - _exact(expected)) / scale
         if not worst[1] or error > worst[0] or error != error:
             worst = (error, name)
         if error != error:
             break
     return worst
+
+
+def _exact(t: Tensor) -> Tensor:
+    """In numbers of 64 bits, complex ones with both parts."""
+    return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
 def _largest(t: Tensor) -> float:

@@ -122,7 +122,8 @@ def reference(
     The gradient is that of the loss, or of a fixed random combination of all outputs.
     """
     leaves = {
-        n: p.detach().clone().requires_grad_(p.is_floating_point()) for n, p in params.items()
+        n: p.detach().clone().requires_grad_(p.is_floating_point() or p.is_complex())
+        for n, p in params.items()
     }
     entries = {str(path): t for path, t in interpret(graph, leaves, inputs).items()}
     combine(entries).backward()
@@ -145,13 +146,19 @@ def combine(entries: Mapping[str, Tensor]) -> Tensor:
     scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
     if scalars:
         return scalars[0]
-    parts = [(t * weights_like(t)).sum() for t in entries.values() if t.requires_grad]
+    parts = [total(t * weights_like(t)) for t in entries.values() if t.requires_grad]
     return torch.stack(parts).sum()
 
 
+def total(t: Tensor) -> Tensor:
+    """The sum of all numbers; of complex ones that of both parts."""
+    return (t.real + t.imag).sum() if t.is_complex() else t.sum()
+
+
 def weights_like(t: Tensor) -> Tensor:
-    """Fixed numbers between -1 and 1 of the shape of `t`."""
-    return torch.sin(torch.arange(t.numel(), dtype=t.dtype).reshape(t.shape) * 12.9898)
+    """Fixed numbers between -1 and 1 of the shape of `t`; real ones, as a complex loss has none."""
+    dtype = t.dtype.to_real() if t.is_complex() else t.dtype
+    return torch.sin(torch.arange(t.numel(), dtype=dtype).reshape(t.shape) * 12.9898)
 
 
 def run_module(
@@ -192,7 +199,7 @@ def _combine_local(model: Any, entries: dict[str, Tensor]) -> Tensor:
             weights = weights_like(torch.empty(specs[path].shape, dtype=t.dtype))
             part = model.local_part(weights, specs[path].spec)
             own = t[tuple(slice(0, rows) for rows in part.shape)]  # without padding
-            parts.append((own * part).sum())
+            parts.append(total(own * part))
     return torch.stack(parts).sum()
 
 
@@ -251,7 +258,7 @@ def check(
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     """Largest difference at most `tolerance` times the largest expected entry (at least 1e-3)."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    if not want.is_floating_point():
+    if not (want.is_floating_point() or want.is_complex()):
         assert torch.equal(got, want), what
         return
     scale = max(want.abs().max().item(), 1e-3) if want.numel() else 1.0

@@ -372,8 +372,8 @@ def _params(tensors: _Tensors) -> Iterator[Param]:
         parameter = isinstance(tensor, nn.Parameter)
         kept = parameter or name in tensors.persistent
         kind = "parameter" if parameter else "buffer" if kept else "constant"
-        trains = tensor.requires_grad and tensor.dtype.is_floating_point
-        value = Value(name, TensorType(tuple(tensor.shape), tensor.dtype), trains)
+        kind_of_tensor = TensorType(tuple(tensor.shape), tensor.dtype)
+        value = Value(name, kind_of_tensor, tensor.requires_grad and kind_of_tensor.continuous)
         yield Param(name, value, kind, aliases)
 
 
@@ -431,12 +431,6 @@ def _with_data(
             raise CaptureError(
                 f"a tensor of shape {tuple(value.shape)} that `forward` uses has no values: it is "
                 "kept as a plain attribute of a module on the meta device. Register it as a buffer"
-            )
-        if value.is_complex():
-            raise CaptureError(
-                f"constant `{param.name}` is complex ({value.dtype}), which a plan can't hold yet; "
-                "make it in `forward` (torch.polar of real angles), or keep its cosines and sines "
-                "as two real buffers"
             )
         if value.numel() > _CONSTANT_LIMIT:
             raise CaptureError(

@@ -113,8 +113,7 @@ class _Converter:
         parts = [f"{name}_part{i}" for i in range(len(types))] if len(types) > 1 else []
         names = [self.unique(part) for part in parts] or [name]
         outputs = tuple(
-            Value(n, t, differentiable and (t.dtype.is_floating_point or t.dtype.is_complex))
-            for n, t in zip(names, types, strict=True)
+            Value(n, t, differentiable and t.continuous) for n, t in zip(names, types, strict=True)
         )
         location, frame = _locate(origin, self.modules)
         self.nodes.append(Node(name, op, args, outputs, location))
@@ -372,7 +371,7 @@ def _schema_args(
 
 def _plain(value: Any, name: str, op: str) -> Arg:
     """`value` as an `Arg`."""
-    if value is None or isinstance(value, (Value, bool, int, float, str, torch.dtype)):
+    if value is None or isinstance(value, (Value, bool, int, float, complex, str, torch.dtype)):
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_plain(item, name, op) for item in value)

@@ -34,6 +34,11 @@ class TensorType:
         """Bytes of the whole tensor."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def continuous(self) -> bool:
+        """Real or complex numbers, which have gradients and can be summands of one another."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
@@ -54,7 +59,7 @@ class Value:
         return f"{self.name}: {self.type}"
 
 
-Arg: TypeAlias = Union[Value, int, float, bool, str, None, torch.dtype, "tuple[Arg, ...]"]
+Arg: TypeAlias = Union[Value, int, float, complex, bool, str, None, torch.dtype, "tuple[Arg, ...]"]
 
 
 @dataclass(frozen=True, slots=True)

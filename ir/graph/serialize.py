@@ -108,11 +108,13 @@ def _part(part: Part) -> dict[str, Any]:
 def _data(item: Any) -> Any:
     if isinstance(item, tuple):
         return [_data(part) for part in item]
-    return _number(item) if isinstance(item, float) else item
+    return _number(item) if isinstance(item, (float, complex)) else item
 
 
-def _number(number: float) -> Any:
-    """JSON has no infinities and no NaN."""
+def _number(number: float | complex) -> Any:
+    """JSON has no complex numbers, no infinities and no NaN."""
+    if isinstance(number, complex):
+        return {"complex": [_number(number.real), _number(number.imag)]}
     return number if math.isfinite(number) else {"float": str(number)}
 
 
@@ -146,7 +148,7 @@ def _arg(arg: Arg) -> Any:
         return {"dtype": _dtype_name(arg)}
     if isinstance(arg, tuple):
         return [_arg(item) for item in arg]
-    return _number(arg) if isinstance(arg, float) else arg
+    return _number(arg) if isinstance(arg, (float, complex)) else arg
 
 
 def _loop(loop: Loop, calls: Mapping[Call, int]) -> dict[str, Any]:
@@ -333,12 +335,22 @@ def _read_data(field: _Field) -> Any:
     if isinstance(field.data, list):
         return tuple(_read_data(item) for item in field.items())
     if isinstance(field.data, dict):
-        return _read_special(field)
+        return _read_complex(field) if "complex" in field.data else _read_special(field)
     return _read_number(field)
 
 
 def _read_number(field: _Field) -> bool | int | float | None:
     return field.one_of(type(None), bool, int, float)
+
+
+def _read_complex(field: _Field) -> complex:
+    parts = field["complex"].items()
+    if len(parts) != 2:
+        raise field["complex"].wrong("a real and an imaginary part")
+    real, imaginary = (
+        _read_special(part) if isinstance(part.data, dict) else part.of(float) for part in parts
+    )
+    return complex(real, imaginary)
 
 
 def _read_special(field: _Field) -> float:
@@ -402,10 +414,11 @@ def _read_arg(field: _Field, scope: Mapping[str, Value]) -> Arg:
             "value": lambda: field["value"].read_from(scope),
             "dtype": lambda: field["dtype"].dtype(),
             "float": lambda: _read_special(field),
+            "complex": lambda: _read_complex(field),
         }
         keys = list(field.data)
         if len(keys) != 1 or keys[0] not in readers:
-            raise field.wrong("an object with one key: value, dtype or float")
+            raise field.wrong(f"an object with one key: {', '.join(readers)}")
         return readers[keys[0]]()
     return field.one_of(type(None), bool, int, float, str)
 

@@ -50,7 +50,7 @@ FAMILY.add("aten.glu.default", Light(along_dim(), "F.glu({self}, dim={dim})", sa
 def _diff_rule(node: Node) -> Rule:
     if len(node.operands) > 1:
         return opaque(node)  # values to put before or after
-    return along_dim(linear=node.output.type.dtype.is_floating_point)(node)
+    return along_dim(linear=node.output.type.continuous)(node)
 
 
 def _emit_diff(node: Node, render: Render) -> str:

@@ -77,6 +77,11 @@ _unary(
     aten.alias.default      {self}
     aten.detach.default     {self}.detach()
     aten.lift_fresh_copy.default {self}.clone()
+    aten.real.default       torch.real({self})
+    aten.imag.default       torch.imag({self})
+    aten._conj.default      torch.conj({self})
+    aten.conj_physical.default torch.conj_physical({self})
+    aten.resolve_conj.default torch.resolve_conj({self})
     """,
     saves="",
     linear=True,
@@ -303,11 +308,9 @@ class Cast(Light):
 
 
 def _cast_rule(node: Node) -> Rule:
-    """A cast moves partial sums only between floating types."""
-    floats = (
-        node.operands[0].type.dtype.is_floating_point and node.output.type.dtype.is_floating_point
-    )
-    return (broadcasting("self", passes=True) if floats else broadcasting())(node)
+    """A cast moves partial sums only between real and complex types."""
+    sums = node.operands[0].type.continuous and node.output.type.continuous
+    return (broadcasting("self", passes=True) if sums else broadcasting())(node)
 
 
 def _emit_cast(node: Node, render: Render) -> str:
@@ -323,6 +326,16 @@ FAMILY.add(
 FAMILY.add(
     "aten.polar.default",
     Light(broadcasting(uneven=False), "torch.polar({abs}, {angle})", saves=("result",)),
+)
+FAMILY.add("aten.sgn.default", Light(broadcasting(), "torch.sgn({self})", saves=("self", "result")))
+FAMILY.add("aten.angle.default", Light(broadcasting(), "torch.angle({self})", saves=("self",)))
+FAMILY.add(
+    "aten.complex.default",
+    Light(
+        broadcasting("real imag", passes=True),
+        "torch.complex({real}, {imag})",
+        saves=("real", "imag"),
+    ),
 )
 
 for _name in ("contiguous", "clone", "detach", "clamp"):
@@ -344,6 +357,7 @@ FAMILY.called("negative", "neg")
 FAMILY.called("chosen", "where")
 FAMILY.called("masked", "masked_fill")
 FAMILY.called("gate", "sigmoid")
+FAMILY.called("conjugate", "_conj conj_physical")
 FAMILY.called("inverse_root", "rsqrt")
 
 __all__ = ["FAMILY"]

@@ -32,13 +32,16 @@ class Product(Light):
     def work(self, local: Local) -> Kernels:
         """One product, and in backward one for the gradient of each side that has one."""
         batch, m, n, k = product_dims(local.rule, local.ways)
-        forward = facts.Product(m, n, k, batch, local.dtype)
+        dtype = local.dtype
+        if local.node.output.type.dtype.is_complex:  # four real products: [re, -im; im, re] by rows
+            m, k, dtype = 2 * m, 2 * k, str(local.node.output.type.dtype.to_real())
+        forward = facts.Product(m, n, k, batch, dtype)
         if not local.backward:
             return Kernels(((forward,),))
         sides = [v for i, v in enumerate(local.node.operands) if i not in local.rule.addends]
         turned = ((m, k, n), (k, n, m))
         back = tuple(
-            facts.Product(*sizes, batch, local.dtype)
+            facts.Product(*sizes, batch, dtype)
             for side, sizes in zip(sides[:2], turned, strict=False)
             if side.differentiable
         )

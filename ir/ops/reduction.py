@@ -29,13 +29,13 @@ def _reduce(*, additive: bool) -> Callable[[Node], Rule]:
                 result.append(())
         sizes = {f"d{i}": size for i, size in enumerate(shape)}
         reduced = frozenset(f"d{i}" for i in dims)
-        floating = node.output.type.dtype.is_floating_point
+        adds_up = additive and node.output.type.continuous
         return Rule(
             operands=(operand,),
             results=tuple(tuple(result) for _ in node.outputs),
             sizes=sizes,
-            whole=frozenset() if additive and floating else reduced,
-            linear=(frozenset({0}),) if additive and floating else (),
+            whole=frozenset() if adds_up else reduced,
+            linear=(frozenset({0}),) if adds_up else (),
             uneven=frozenset(sizes) - reduced,
         )
 

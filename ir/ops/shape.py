@@ -87,7 +87,8 @@ def _complex_pairs(text: str) -> Callable[[Node], Rule]:
 
 FAMILY.add(
     "aten.view_as_complex.default",
-    Reshape(_complex_pairs("... [two] -> ..."), "torch.view_as_complex({self})"),
+    # what was gathered along the last dim, or cut and sent, may lie in another order
+    Reshape(_complex_pairs("... [two] -> ..."), "torch.view_as_complex({self}.contiguous())"),
 )
 FAMILY.add(
     "aten.view_as_real.default",

@@ -389,10 +389,10 @@ def _part_starts(graph: Graph, shape: Callable[[Value], tuple[int, ...]]) -> dic
     return starts
 
 
-def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | float | int | bool:
+def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | complex | bool:
     """The first entries of nested tuples along every dim."""
     if not shape:
-        assert isinstance(data, (float, int))
+        assert isinstance(data, (complex, float, int))
         return data
     assert isinstance(data, tuple)
     return tuple(_cut_data(item, shape[1:]) for item in data[: shape[0]])

@@ -156,6 +156,8 @@ def random_batch(inputs: Mapping[str, Input]) -> dict[str, Tensor]:
 
 
 def _random(wanted: Input, generator: torch.Generator) -> Tensor:
+    if wanted.dtype.is_complex:
+        return torch.randn(wanted.shape, generator=generator, dtype=wanted.dtype)
     if wanted.dtype.is_floating_point:
         return torch.randn(wanted.shape, generator=generator).to(wanted.dtype)
     if wanted.dtype == torch.bool:

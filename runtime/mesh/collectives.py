@@ -270,7 +270,16 @@ class Axis:
     def start(
         self, move: Primitive, x: Tensor, phase: Phase, out: Tensor | None = None
     ) -> Transfer:
-        """Start the collective that runs `move` on buffer `x`; see `transfers.py`."""
+        """Start the collective that runs `move` on buffer `x`; see `transfers.py`.
+
+        Complex numbers go as the pairs of real ones that they are.
+        """
+        if x.is_complex():
+            pairs = torch.view_as_real(x.resolve_conj())
+            place = pairs if out is x or out is None else torch.view_as_real(out)
+            under_way = self.start(move, pairs, phase, None if out is None else place)
+            result = torch.view_as_complex(under_way.result)
+            return Transfer(result, [], pairs, under_way.finish)
         name = self.collective(move)
         n_bytes = x.nbytes * self.size if move == "all_gather" else x.nbytes
         self.record(name, received_share(name, self.sizes) * n_bytes, phase)

@@ -90,7 +90,7 @@ class State:
                 continue
             shape, dtype = original.shape, original.dtype
             whole = torch.zeros(shape, dtype=dtype, device=self.mesh.device)
-            if original.kind == "parameter" and dtype.is_floating_point:
+            if original.kind == "parameter" and _continuous(dtype):
                 generator = torch.Generator(self.mesh.device)
                 generator.manual_seed(stable_seed(seed, name))
                 spread = 0.02 if len(shape) < 2 else shape[-1] ** -0.5
@@ -113,7 +113,7 @@ class State:
         tensor = torch.zeros(shape, dtype=param.dtype, device=self.mesh.device)
         if param.kind != "parameter":
             return tensor
-        trained = param.trainable and param.dtype.is_floating_point
+        trained = param.trainable and _continuous(param.dtype)
         return nn.Parameter(tensor, requires_grad=trained)
 
     def _problems(self, source: OwnNames, keys: Mapping[str, Sequence[str]]) -> list[str]:
@@ -141,7 +141,8 @@ class State:
         for part in self.originals[name].params:
             param, local = self.table[part], self.local(part)
             own = source.read(key, self._slices(param))
-            if own.is_floating_point() != param.dtype.is_floating_point:
+            kinds = [(t.is_floating_point, t.is_complex) for t in (own.dtype, param.dtype)]
+            if kinds[0] != kinds[1]:
                 raise ValueError(
                     f"{source.title}: {key} is {own.dtype}, the plan has {param.dtype}"
                 )
@@ -206,3 +207,8 @@ class State:
             for x, param in zip(local, params, strict=True)
         ]
         return torch.cat(wholes, original.dim) if len(wholes) > 1 else wholes[0]
+
+
+def _continuous(dtype: torch.dtype) -> bool:
+    """Real or complex numbers, which are trained."""
+    return dtype.is_floating_point or dtype.is_complex
