@@ -36,8 +36,8 @@ class Decoder(nn.Module):
         x = self.embed(input_ids) + position_ids[..., None]
         for block in self.blocks:
             x = block(x)
-        noise = torch.empty_like(self.head.weight).uniform_(0.0, 0.1)
-        return F.linear(x, self.head.weight + noise)
+        shift = torch.ops.aten.special_i1.default(self.head.weight)
+        return F.linear(x, self.head.weight + shift)
 
 
 class Block(nn.Module):
@@ -137,7 +137,7 @@ def parts(source: str) -> Counter[str]:
 def test_every_string_of_a_plan_is_refused_or_changes_no_code(phase: str) -> None:
     data = saved(phase)
     source = module_source(plan_from_json(data))
-    assert "torch.ops.aten.uniform.default(" in source and '**{"from": 0.0}' in source
+    assert "torch.ops.aten.special_i1.default(" in source
     refused: set[tuple[Any, ...]] = set()
     for path in places(data):
         for text in HOSTILE:

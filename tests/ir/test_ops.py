@@ -873,7 +873,7 @@ def compare_bytes(name: str, counted: list[Moved], want: Moved) -> None:
         for key, n_bytes in of_rank.items():
             got[key] = max(got.get(key, 0.0), n_bytes)
     if op in ANOTHER_FORM:
-        bringing = ("all_gather", "all_to_all")
+        bringing = ("all_gather", "all_to_all", "reduce_scatter")
         again = [key for key in want if key[0] in bringing and key[2] == "backward"]
         for key in again:
             assert got.pop(key, 0.0) <= want[key] * (1 + 1e-12), f"{name}: brings more again"

