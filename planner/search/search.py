@@ -249,25 +249,30 @@ def _solve(
 
 def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
     """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
-    recompute = [False, True] if best.builder.setting.recompute else [False]
     aside = replace(job, clock=Clock())
 
-    @lru_cache(maxsize=1)
-    def builders(mesh: Mesh) -> list[Builder]:
+    @lru_cache(maxsize=2)
+    def builders(mesh: Mesh, again: bool) -> list[Builder]:
         network = Network(mesh, job.cluster)
         return [
             Builder(graph, network, replace(job.setting, recompute=again, order=order))
-            for again in recompute
             for order in token_orders(graph, mesh)
         ]
 
     def price(mesh: Mesh, limit: Limit) -> Price:
+        """As the plan itself is searched: layers are recomputed where memory is short."""
         restriction, searched = limit(graph, mesh), Searched[Solved]()
-        for each in builders(mesh):
-            searched.add(*_solve(each, restriction, aside))
+        least = inf
+        for again in (False, True):
+            if again and not _short_of_memory(searched.best, job.setting):
+                break
+            for each in builders(mesh, again):
+                searched.add(*_solve(each, restriction, aside))
+                if searched.best is None:
+                    least = min(least, each.build(restriction).least_memory())
         if (solved := searched.best) is not None:
             return solved.seconds, solved.peak_bytes, spent(solved)
-        return None, min(each.build(restriction).least_memory() for each in builders(mesh)), ()
+        return None, least, ()
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
 
