@@ -9,12 +9,14 @@ the module, of a module that it holds, or of torch's operators and the runtime's
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from ..ir.graph.names import is_python_file
 
 # What an expression stands for: data; what may be called; the modules that a file imports; `self`
 # and what lies below it, which may be data or a module; an operator's name in the making.
@@ -59,6 +61,7 @@ _OF_VALUES = frozenset({
 # Operators of torch that touch more than tensors
 _BEYOND_TENSORS = frozenset({
     "backward", "from_file", "manual_seed", "save", "seed", "set_grad_enabled", "load_library",
+    "import_module",
 })  # fmt: skip
 _COMPOUND = (
     ast.BinOp, ast.BoolOp, ast.Compare, ast.Dict, ast.IfExp, ast.List, ast.Slice, ast.Starred,
@@ -82,13 +85,29 @@ def _asks_for_a_module(node: ast.Call) -> bool:
             return False
 
 
-def check_module(source: str) -> None:
-    """Raises ValueError, with the line, for what no generated module holds."""
+def _imported_place(item: ast.Expr) -> str | None:
+    """`place` of a line `ops.import_user("place")`."""
+    match item.value:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="ops"), attr="import_user"),
+            args=[ast.Constant(value=str(place))],
+            keywords=[],
+        ):
+            return place
+        case _:
+            return None
+
+
+def check_module(source: str, places: Collection[str] = ()) -> None:
+    """Raises ValueError, with the line, for what no generated module holds.
+
+    `places` are the files that the graph says define operators of the user's.
+    """
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise _foreign(f"{(error.text or '').strip()!r} ({error.msg})", error.lineno) from error
-    _Checker(tree).module(tree)
+    _Checker(tree, places).module(tree)
 
 
 def _foreign(what: str, line: int | None) -> ValueError:
@@ -106,7 +125,8 @@ def _refused(node: ast.stmt | ast.expr) -> ValueError:
 class _Checker:
     """Walks a module in the order in which it runs; `names` says what each name stands for."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, places: Collection[str]) -> None:
+        self.places = places
         self.names: dict[str, _Kind] = dict(_KNOWN)
         # What paths of its tables and declarations are made of.  The runtime refuses to hold a
         # parameter or module under the name of a method.
@@ -125,10 +145,16 @@ class _Checker:
                     self.function(item)
                 case ast.ImportFrom(module="shardwright.runtime", level=0):
                     self.imported(item)
+                case ast.Expr() if self.may_import(_imported_place(item)):
+                    pass
                 case _ if ast.unparse(item) not in _IMPORTS:
                     raise _refused(item)
                 case _:
                     pass
+
+    def may_import(self, place: str | None) -> bool:
+        """Is it a file that the graph names, and a path that cannot be read as other code?"""
+        return place is not None and place in self.places and is_python_file(place)
 
     def imported(self, item: ast.ImportFrom) -> None:
         """Classes of the runtime, and its functions as `ops`."""
@@ -290,7 +316,7 @@ class _Checker:
             case "nn":
                 return _is_public(name) and isinstance(getattr(nn, name, None), type)
             case "runtime":
-                return _is_public(name)
+                return _is_public(name) and name != "import_user"
             case "self":
                 return name in _OF_SELF or name in self.held
             case "held":

@@ -18,6 +18,7 @@ from ..ir.ops.caches import cache_spec, owning_axis
 from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of
+from ..ir.ops.users import places_in
 from ..planner.plan.program import (
     BlockBody,
     Compute,
@@ -65,9 +66,11 @@ def write_source(
         writer.tables = tables
     models = [writer.model_class() for writer in (*second, first)]
     parts = [*classes.parts(), *models]
-    head = _head(summary, [line for part in parts for line in part])
+    graphs = [writer.program.graph for writer in (first, *second)]
+    places = list(dict.fromkeys(place for graph in graphs for place in places_in(graph)))
+    head = _head(summary, [line for part in parts for line in part], places)
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
-    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n")
+    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", places)
 
 
 def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
@@ -85,10 +88,12 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
     return {name: kinds.index(owners(name)) for name in programs[0]}
 
 
-def _head(summary: str, lines: Sequence[str]) -> list[str]:
-    """The docstring, and imports of what the lines use."""
+def _head(summary: str, lines: Sequence[str], places: Sequence[str]) -> list[str]:
+    """The docstring, imports of what the lines use, and of `places`, with the user's operators."""
     text = "\n".join(lines)
     names = [name for name in RUNTIME if re.search(rf"\b{name}\b[(.)]", text)]
+    if places and "ops" not in names:
+        names.append("ops")
     body = "\n".join(summary.splitlines())
     return [
         f'"""{body}\n"""' if "\n" in body else f'"""{body}"""',
@@ -100,6 +105,7 @@ def _head(summary: str, lines: Sequence[str]) -> list[str]:
         else "from torch import Tensor",
         "",
         *_import_lines(sorted(names, key=_import_order)),
+        *(["", *(f'ops.import_user("{place}")' for place in places)] if places else []),
     ]
 
 

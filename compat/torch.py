@@ -200,6 +200,14 @@ def makes_tensors(function: object) -> bool:
     return function in _device_constructors()
 
 
+def defined_by(name: str) -> Any:
+    """The function that `torch.library.custom_op` made the operator `space::name` of, or None."""
+    from torch._library.custom_ops import OPDEFS
+
+    found = OPDEFS.get(name)
+    return None if found is None else found._init_fn
+
+
 def schema_arguments(operator: OpOverload) -> list[Any]:
     """What an operator takes: `name`, `default_value`, `kwarg_only`, ... of each argument."""
     return operator._schema.arguments
@@ -214,6 +222,7 @@ __all__ = [
     "as_if_exported",
     "backward_number",
     "changes",
+    "defined_by",
     "fake_tensors",
     "flash",
     "flash_backward",

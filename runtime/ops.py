@@ -15,6 +15,7 @@ from .attention.local import attention as attention
 from .mesh.collectives import Axis
 from .mesh.stochastic import dropout as dropout
 from .moe import moe as moe  # generated modules call it `ops.moe`
+from .users import import_user as import_user
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import sys
@@ -24,6 +23,7 @@ from .ir.capture.arguments import Arguments
 from .ir.capture.errors import CaptureError
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
+from .runtime.users import load_file
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -252,25 +252,8 @@ def _import_file(path: Path) -> ModuleType:
         raise PlanError(
             f"`{path}` does not exist; give the path of the Python file with your model"
         )
-    name = f"_shardwright_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while the file runs
-    with _beside(path), _reported(path, "importing the file"):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _beside(path: Path) -> Generator[None]:
-    """The file's own folder is importable, as when it is run as a script."""
-    before = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+    with _reported(path, "importing the file"):
+        return load_file(path)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -43,6 +43,7 @@ from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
 from .ir.ops.registry import local_of, operator_of
+from .ir.ops.users import places_in
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
@@ -55,6 +56,7 @@ from .planner.plan.store import read_plan
 from .runtime import RankError, RankPool
 from .runtime.cache.declared import TOKENS
 from .runtime.mesh.batches import arguments_of
+from .runtime.users import import_user
 from .written import wrote
 
 # What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
@@ -146,7 +148,9 @@ def verify(folder: Path, ranks: int | None = None, model: str | None = None) -> 
     """
     plan = read_plan(folder)
     text, edited = _module_in(folder, plan)
-    plan, note = _with_original(plan, model, wrote(folder / PLAN_FILE))
+    own = wrote(folder / PLAN_FILE)
+    _import_operators(plan, model, own)
+    plan, note = _with_original(plan, model, own)
     return replace(_verified(plan, folder / MODULE_FILE, text, edited, ranks), note=note)
 
 
@@ -170,6 +174,26 @@ def _module_in(folder: Path, plan: PlanData) -> tuple[str, bool]:
             f".write_module({str(path)!r})"
         )
     return text, edited
+
+
+def _import_operators(plan: PlanData, model: str | None, own: bool) -> None:
+    """Import the files that define operators that the plan calls; `model` is a file to be run.
+
+    Raises PlanError where a plan from elsewhere names another file.
+    """
+    named = Path(model.partition(":")[0]).resolve() if model else None
+    for place in dict.fromkeys(p for each in plan.phases for p in places_in(each.graph)):
+        if not own and Path(place).resolve() != named:
+            raise PlanError(
+                f"the module would import {place}, which defines operators that it calls, and this "
+                f"plan was not written here by you: nothing is run. Read that file, and give "
+                f"`--model {place}` if it may run; else plan the model again"
+            )
+        try:
+            with redirect_stdout(sys.stderr):
+                import_user(place)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise PlanError(f"importing {place} failed: {error}") from error
 
 
 def _with_original(plan: PlanData, model: str | None, own: bool) -> tuple[PlanData, str]:

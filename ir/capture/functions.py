@@ -66,7 +66,8 @@ def _refusal(kind: type[Any]) -> Callable[..., NoReturn]:
         raise OwnBackward(
             f"{where}: the model calls `{kind.__qualname__}`, a torch.autograd.Function: its"
             " own backward would be lost, and the gradients would be those of its forward. Write"
-            " it with torch's functions; a straight-through estimate is"
+            " it as a `torch.library.custom_op` with `register_fake` and `register_autograd`,"
+            " which keeps its backward, or with torch's functions: a straight-through estimate is"
             " `x + (rounded - x).detach()`, and what is kept for backward the plan decides"
         )
 

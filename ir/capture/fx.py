@@ -20,6 +20,8 @@ from torch import Tensor, fx
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
 from ..ops.random import is_draw
+from ..ops.registry import find_op
+from ..ops.users import DEFINED_IN, place_of
 from .location import Frame, model_frames, place, statement
 
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
@@ -208,6 +210,8 @@ class _Converter:
             op, args = "aten.clone.default", self.copied(operands[0].type, operands[1], node)
         elif written is not None:
             op = self.functional_name(target, node)
+        if find_op(op) is None:
+            args = _with_place(op, args)
         outputs = self.emit(op, args, node.name, _tensor_types(node), differentiable, node)
         self.note_views(target, operands, outputs)
         is_tuple = isinstance(node.meta["val"], (tuple, list))
@@ -367,6 +371,15 @@ def _schema_args(
             value = argument.default_value
         found.append((argument.name, _plain(value, argument.name, str(target))))
     return tuple(found)
+
+
+def _with_place(op: str, args: tuple[tuple[str, Arg], ...]) -> tuple[tuple[str, Arg], ...]:
+    """The arguments of an operator that has no declaration, and where it is defined if not here."""
+    try:
+        place = place_of(op)
+    except ValueError as error:
+        raise UnsupportedNode(str(error)) from error
+    return (*args, (DEFINED_IN, place)) if place else args
 
 
 def _plain(value: Any, name: str, op: str) -> Arg:

@@ -17,6 +17,7 @@ from .nodes import Arg, Block, Graph, Node, Param
 
 _OP = re.compile(r"(?!__)\w+\.((?!__)\w+|__i?(and|or|xor|[lr]shift)__)(\.(?!__)\w+)?", re.ASCII)
 
+_PYTHON_FILE = re.compile(r"([\w .,+@~=-]*/)*[\w .,+@~=-]*\w\.py")
 _MARKS = frozenset("()[]{}<>;:,=@#'\"\\")  # that code is made with
 
 
@@ -36,6 +37,15 @@ def is_path(path: str) -> bool:
     [True, False, False]
     """
     return all(is_identifier(part) or re.fullmatch("[0-9]+", part) for part in path.split("."))
+
+
+def is_python_file(path: str) -> bool:
+    """Is it a path, absolute or relative, of words, spaces and few marks, that ends in `.py`?
+
+    >>> [is_python_file(path) for path in ("/my models/a-1.py", "../a.py", "a.txt", "os", "a'.py")]
+    [True, True, False, False, False]
+    """
+    return _PYTHON_FILE.fullmatch(path) is not None
 
 
 def check_names(graph: Graph) -> None:
@@ -98,6 +108,9 @@ def _check_node(node: Node) -> None:
     for name, arg in node.args:
         _check(_is_word(name), f"argument `{name}` of `{node.op}`", "an identifier")
         _check_texts(f"argument `{name}` of `{node.op}`", _texts(arg))
+        if name == "defined_in":
+            good = isinstance(arg, str) and is_python_file(arg)
+            _check(good, f"`{arg}` of `{node.op}`", "the plain path of a file ending in .py")
         if name == "cache" and isinstance(arg, str):  # held by the module under this path
             _check(is_path(arg), f"cache `{arg}`", "identifiers and numbers with dots between")
 
@@ -132,4 +145,4 @@ def _is_word(name: str) -> bool:
     return plain and not name.startswith("__")
 
 
-__all__ = ["check_names", "is_identifier", "is_path"]
+__all__ = ["check_names", "is_identifier", "is_path", "is_python_file"]

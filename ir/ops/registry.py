@@ -26,6 +26,7 @@ from . import (
 from .local import Local
 from .operator import Family, Kind, Operator
 from .rule import Choice, Rule
+from .users import DEFINED_IN, UserOperator
 
 OPS = Family()
 for _family in (
@@ -50,6 +51,7 @@ for _family in (
         OPS.add(_name, _operator)
 
 _UNKNOWN = Operator()
+_OF_USERS = UserOperator()
 
 
 def register(names: str, op: Operator) -> None:
@@ -64,7 +66,10 @@ def find_op(name: str) -> Operator | None:
 
 def operator_of(node: Node) -> Operator:
     """The declaration of the node's op; that of one without any knows nothing."""
-    return OPS.get(node.op, _UNKNOWN)
+    known = OPS.get(node.op)
+    if known is not None:
+        return known
+    return _OF_USERS if node.args and node.args[-1][0] == DEFINED_IN else _UNKNOWN
 
 
 def rule_of(node: Node) -> Rule:

@@ -178,3 +178,62 @@ def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> No
     terminal.say("größer")
     out.flush()
     assert out.buffer.getvalue() == b"gr\\xf6\\xdfer\n"  # type: ignore[attr-defined]
+
+
+OPERATOR = """
+import torch
+from torch import Tensor, nn
+
+print("operator file runs")
+
+@torch.library.custom_op("stranger::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+double.register_fake(torch.empty_like)
+double.register_autograd(lambda ctx, grad: 2 * grad)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return double(self.up(x))
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    return {"x": torch.zeros(batch, seq, 8)}
+"""
+
+
+def test_verify_imports_no_file_that_a_strangers_plan_needs(run: Run) -> None:
+    """A file that defines operators runs for this user's plans, and where it is named."""
+    Path("model.py").write_text(OPERATOR)
+    assert run("model.py", *SMALL).code == 0
+    own = run("verify", "out")
+    assert own.code == 0 and "Net itself from model.py" in own.out
+    as_sent_by_another()
+    other = run("verify", "out")
+    assert other.code == 2 and "plan was not written here by you: nothing is run" in other.err
+    assert "operator file runs" not in other.out + other.err
+    assert run("show", "out").code == 0
+    Path("another.py").write_text(MODEL)
+    assert run("verify", "out", "--model", "another.py").code == 2
+    asked = run("verify", "out", "--model", "model.py")
+    assert asked.code == 0 and "operator file runs" in asked.err
+
+
+@pytest.mark.parametrize("place", ["os", "os; x.py", 'a.py")\nprint("', "a'.py", "../x.txt"])
+def test_text_of_a_plan_cannot_become_an_import(run: Run, place: str) -> None:
+    Path("model.py").write_text(OPERATOR)
+    assert run("model.py", *SMALL).code == 0
+    text = Path("out/plan.json").read_text()
+    assert json.dumps(str(Path("model.py").resolve())) in text
+    changed = text.replace(json.dumps(str(Path("model.py").resolve())), json.dumps(place))
+    Path("out/plan.json").write_text(changed)
+    ran = run("verify", "out", "--model", "model.py")
+    assert ran.code == 2 and "must be" in ran.err
+    assert "operator file runs" not in ran.err

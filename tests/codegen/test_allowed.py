@@ -86,6 +86,10 @@ def test_what_an_honest_module_holds(line: str) -> None:
         "y = torch.from_file('x')",
         "y = torch.hub",
         "y = torch.ops.load_library('x')",
+        "y = torch.ops.import_module('x')",
+        "y = ops.import_user('a.py')",
+        "y = ops.import_user('a.py').f(x)",
+        "ops.import_user('a.py')",
         "y = torch.ops.aten.roll.default.__globals__",
         "y = ops._secret(x)",
         "y = ops.attention",
@@ -128,3 +132,29 @@ def test_other_parts_are_refused(old: str, new: str) -> None:
     assert old in honest
     with pytest.raises(ValueError, match="of the generated module would hold"):
         check_module(honest.replace(old, new))
+
+
+OPS = "import Layer, Param, ShardedModule, ops\n"
+
+
+def test_a_file_of_the_users_operators_may_be_imported() -> None:
+    line = 'ops.import_user("/my models/a.py")\n'
+    module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + line)
+    check_module(module, ["/my models/a.py"])
+    with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
+        check_module(module, ["/my models/b.py"])
+
+
+@pytest.mark.parametrize("place", ["os", "a'.py", "a.so", "http:a.py", "a;.py", "a\u202e.py", ""])
+def test_no_place_but_the_plain_path_of_a_file_is_imported(place: str) -> None:
+    line = f'ops.import_user("{place}")\n'
+    module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + line)
+    with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
+        check_module(module, [place])
+
+
+@pytest.mark.parametrize("call", ['import_user("a.py", 1)', "import_user(a)", 'moe("a.py")'])
+def test_the_line_has_one_form(call: str) -> None:
+    module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + f"ops.{call}\n")
+    with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
+        check_module(module, ["a.py"])
