@@ -22,7 +22,7 @@ RUN_PYTEST = $(BIN)/python -m pytest -q
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-oldest test-all lint types bench
+.PHONY: help setup demo test test-oldest notebooks test-all lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -60,6 +60,9 @@ test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
 
 test-oldest: $(OLDEST_READY) ## the same tests on the oldest versions that pyproject.toml allows
 	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
+
+notebooks: $(READY) ## run the notebooks, which `make test` leaves out
+	$(RUN_PYTEST) tests/notebooks
 
 test-all: $(READY) ## all tests
 	$(RUN_PYTEST)
