@@ -55,7 +55,7 @@ def test_untried_versions_are_named_in_one_sentence() -> None:
     }
     assert untried(fine) == ""
     assert untried({"torch": "2.10.0", "transformers": "6.0.0"}) == (
-        f"never tried on torch 2.10.0 (but on {torch[0]}.{torch[1]}), transformers 6.0.0 (but on "
-        f"5.23 to {transformers[0]}.{transformers[1]}); `plan verify` tells if it is right"
+        f"never tried on torch 2.10.0 (but on 2.11 to {torch[0]}.{torch[1]}), transformers 6.0.0 "
+        f"(but on 5.23 to {transformers[0]}.{transformers[1]}); `plan verify` tells if it is right"
     )
     assert untried({"torch": "unknown"}).startswith("never tried on torch unknown ")
