@@ -86,6 +86,10 @@ def _keywords(tree: ast.AST) -> Iterator[str]:
             yield from (f"{name}({word}=)" for word in lost if function is not None)
 
 
+def _one(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
 def test_torch_has_all_of_it() -> None:
     x = torch.zeros(1)
     mesh = torch.distributed.device_mesh.DeviceMesh
@@ -94,6 +98,7 @@ def test_torch_has_all_of_it() -> None:
         "_cdata": x.untyped_storage(),
         "_filter_traceback_frames": TracerBase,
         "_flatten": mesh,
+        "_init_fn": torch.library.custom_op("shardwright_tests::one", _one, mutates_args=()),
         "_non_persistent_buffers_set": nn.Module(),
         "_parameters": nn.Module(),
         "_record_forward_stack_traces_only": TracerBase,
