@@ -81,6 +81,11 @@ def _variable(text: str) -> str:
     return f"{text}_" if text in _BUILTIN else text
 
 
+def may_be_an_axis(name: str) -> bool:
+    """May a mesh axis have that name, which the bodies of functions have for a variable?"""
+    return _variable(name) == name and name not in _RESERVED
+
+
 def hides(name: str) -> bool:
     """Would an argument of that name hide something that the body of a function uses?"""
     return name in ("self", "torch", "F", "ops", "float", "others")

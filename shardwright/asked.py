@@ -6,20 +6,20 @@ both say what was given and what would do.
 
 from __future__ import annotations
 
-import keyword
-import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from .codegen.names import may_be_an_axis
 from .costmodel.machines.cluster import load_cluster
 from .facts.given import finite, shown, text, whole
 from .facts.mesh import Mesh
 from .facts.nested import spelled
-from .facts.phases import Phase, find_phase
+from .facts.phases import find_phase
 from .ir.capture.arguments import Arguments
 from .loading import DTYPES
 from .planner.errors import PlanError
@@ -30,9 +30,6 @@ from .planner.strategies.roles import pinned
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 _AXIS = re.compile("[a-z][a-z0-9_]{0,15}")
-_TAKEN = frozenset(
-    {"int", "layer", "len", "max", "min", "nn", "ops", "range", "self", "torch", "tuple"}
-)
 _MOST_GPUS = 2**20  # ten times the largest cluster that was built
 
 
@@ -67,6 +64,10 @@ class Asked:
     progress: Progress
 
     def __post_init__(self) -> None:
+        with _as_plan_errors():
+            self._check()
+
+    def _check(self) -> None:
         whole("gpus", self.gpus, 1, _MOST_GPUS)
         for name in ("cluster", "phase", "solver"):
             text(name, getattr(self, name))
@@ -98,30 +99,44 @@ class Asked:
 
     def job(self, target: str, batch: int, seq: int, dtype: str) -> Job:
         """What is to be planned, for a model that `target` names ("": a module) in `dtype`."""
-        whole("batch", batch, 1, 2**31)
-        whole("seq", seq, 1, 2**40)
-        kind = _phase(self.phase, self.context or 0, self.output_tokens or 0)
+        with _as_plan_errors():
+            batch, seq = whole("batch", batch, 1, 2**31), whole("seq", seq, 1, 2**40)
+            kind = find_phase(self.phase)
+            kind.check_context(self.context or 0)
+            kind.check_answer(self.output_tokens or 0)
         if dtype not in DTYPES:
             raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
         if self.pins and self.mesh is None:
             raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-        machine = load_cluster(self.cluster, operator.index(self.gpus))
+        gpus = int(self.gpus)  # numbers of numpy are no JSON
+        machine = load_cluster(self.cluster, gpus)
         request = Request(
-            target, operator.index(self.gpus), self.cluster, self.phase, batch, seq, dtype,
+            target, gpus, self.cluster, self.phase, batch, seq, dtype,
             self.optimizer or kind.optimizer, float(self.memory_bytes or machine.memory_bytes),
-            tuple(self.pins), kind.context if self.context is None else self.context,
-            self.output_tokens or kind.answer, self.expert_imbalance or 0.0,
+            tuple(self.pins), kind.context if self.context is None else int(self.context),
+            int(self.output_tokens or kind.answer), float(self.expert_imbalance or 0.0),
         )  # fmt: skip
         return Job(
             machine,
             request,
-            parse_mesh(self.mesh, request.gpus) if self.mesh else None,
+            parse_mesh(self.mesh, gpus) if self.mesh else None,
             pinned(request.pins),
             self.solver,
             self.time_limit_s,
             Clock(),
             self.progress,
         )
+
+
+@contextmanager
+def _as_plan_errors() -> Generator[None]:
+    """What a check of a single value says is said of the request."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def check_model(model: object) -> None:
@@ -161,17 +176,6 @@ def check_inputs(model: nn.Module, inputs: object) -> dict[str, Tensor]:
     return tensors
 
 
-def _phase(name: str, context: int, answer: int) -> Phase:
-    """The phase of that name; PlanError if there is none, or it has no such tokens."""
-    try:
-        phase = find_phase(name)
-        phase.check_context(context)
-        phase.check_answer(answer)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
-    return phase
-
-
 def parse_mesh(text: str, gpus: int) -> Mesh:
     """`2x4`, or `dp=2,tp=4` with names; outermost axis first.
 
@@ -187,7 +191,7 @@ def parse_mesh(text: str, gpus: int) -> Mesh:
         name, size = (name.strip(), size) if sign else (default, name)
         if not (size.strip().isascii() and size.strip().isdigit() and 0 < int(size) < 10**9):
             raise PlanError(f"--mesh {text}: expected sizes such as 2x4, or dp=2,tp=4")
-        if not _AXIS.fullmatch(name) or keyword.iskeyword(name) or name in _TAKEN:
+        if not _AXIS.fullmatch(name) or not may_be_an_axis(name):
             raise PlanError(f"--mesh {text}: `{name}` is no name for an axis; take one as dp or tp")
         axes.append((name, int(size)))
     if not 1 <= len(axes) <= 3 or len(axes) != len(parts):

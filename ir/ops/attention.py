@@ -26,7 +26,7 @@ from .algorithms.quantities import buffers_of, kernels_of, traffic_of
 from .algorithms.registry import ALGORITHMS
 from .forms import call, factors, optional
 from .local import Local
-from .operator import Family, Kind, Operator, Render, named_values
+from .operator import Family, Operator, Render, named_values
 from .rule import Algorithm, Choice, Rule
 from .sizes import Resizing, Size, Sizes
 
@@ -413,7 +413,6 @@ def resized_reach(node: Node, new: Resizing, cached: int, kept: int) -> dict[str
 class Attention(Operator):
     """Queries over keys; a cut of both runs one of several algorithms."""
 
-    kind: Kind = "attention"
     attends = True
     words = WORDS
     in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})

@@ -32,7 +32,7 @@ from .attention import (
 )
 from .forms import call, factors
 from .local import Local
-from .operator import Family, Kind, Operator, Render, named_values
+from .operator import Family, Operator, Render, named_values
 from .rule import Rule
 from .sizes import Resizing, Sizes
 
@@ -151,7 +151,6 @@ def cached_attention_math(
 class CachedAttention(Operator):
     """New tokens over all that are cached, themselves included."""
 
-    kind: Kind = "attention"
     attends = True
     words = WORDS
     noun = "attended"

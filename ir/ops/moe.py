@@ -25,7 +25,7 @@ from ..graph import Node, Value
 from .experts import moe_math, moe_operator
 from .forms import call, optional
 from .local import Local
-from .operator import Family, Kind, Operator, Render, named_values, shapes_of
+from .operator import Family, Operator, Render, named_values, shapes_of
 from .rule import Algorithm, Rule, parse_rule
 from .sizes import Size, Sizes
 
@@ -226,7 +226,6 @@ def _emit_moe(node: Node, render: Render) -> str:
 class Experts(Operator):
     """The experts of a mixture: tokens, experts, hidden units or the result's width may be cut."""
 
-    kind: Kind = "experts"
     experts = "e"
     words: Mapping[str, str] = MappingProxyType(
         {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from keyword import iskeyword
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,8 +23,6 @@ from ..graph import Arg, Node, Value, values_in
 from .local import Local
 from .rule import Choice, Rule, opaque_rule
 from .sizes import Resizing, Sizes
-
-Kind = Literal["matmul", "attention", "experts", "elementwise", "view"]
 
 
 class Render(Protocol):
@@ -100,9 +98,10 @@ class Operator:
     Such a one runs replicated, keeps everything for backward, and the report names it.
     """
 
-    kind: Kind = "elementwise"
     # decided alone: light operators are decided together with their neighbours
     heavy: bool = True
+    # does it neither compute nor move anything: is its result another view of its operand?
+    free: bool = False
     # may the result share the memory of the first operand, where the dtype is the same?
     aliases: bool = False
     # what cutting a factor, or running an algorithm, is called in reports
@@ -293,7 +292,7 @@ class Light(Operator):
 class View(Light):
     """A light operator that moves nothing: its results are other views of its operand."""
 
-    kind: Kind = "view"
+    free = True
     aliases = True
 
     def work(self, local: Local) -> Kernels:
@@ -356,6 +355,6 @@ def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "Family", "Kind", "Leaf", "Light", "Limit", "Operator", "Render", "View",
+    "Family", "Leaf", "Light", "Limit", "Operator", "Render", "View",
     "named_values", "opaque", "shapes_of",
 ]  # fmt: skip

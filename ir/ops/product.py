@@ -14,7 +14,7 @@ from ...facts.work import Kernels
 from ..graph import Node
 from .forms import call, factors, optional
 from .local import Local
-from .operator import Family, Kind, Leaf, Light, Render, opaque, shapes_of
+from .operator import Family, Leaf, Light, Render, opaque, shapes_of
 from .rule import Choice, Dims, Rule
 
 FAMILY = Family()
@@ -23,7 +23,6 @@ FAMILY = Family()
 class Product(Light):
     """A product of two operands, and what is added to it; declared as `Light` is."""
 
-    kind: Kind = "matmul"
     heavy = True
     words: Mapping[str, str] = MappingProxyType({"o": "columns", "k": "rows"})
     spent_on = "matrix products"

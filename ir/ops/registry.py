@@ -24,7 +24,7 @@ from . import (
     shape,
 )
 from .local import Local
-from .operator import Family, Kind, Operator
+from .operator import Family, Operator
 from .rule import Choice, Rule
 from .users import DEFINED_IN, UserOperator
 
@@ -89,11 +89,6 @@ def rule_of(node: Node) -> Rule:
 _rules: dict[int, tuple[ref[Node], Rule]] = {}
 
 
-def kind_of(node: Node) -> Kind:
-    """What kind of work the node is; unknown ops count as elementwise."""
-    return operator_of(node).kind
-
-
 def is_view(node: Node) -> bool:
     """Do the outputs share the memory of the first operand?"""
     if not node.operands or not operator_of(node).aliases:
@@ -139,7 +134,6 @@ __all__ = [
     "OPS",
     "find_op",
     "is_view",
-    "kind_of",
     "local_of",
     "operator_of",
     "register",

@@ -9,7 +9,7 @@ from ...costmodel.memory import optimizer_step_bytes
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.local import local_bytes
-from ...ir.ops.registry import is_view, kind_of, local_of, operator_of, saved_values
+from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
 from .conversion import Conversions, Network
 from .params import ParamRef, all_params
@@ -91,7 +91,7 @@ class Prices:
             needs, gives = local.specs()
             specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
             held = 0
-            if kind_of(node) != "view":
+            if not operator.free:
                 held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
                 held += operator.buffers(local)
             rows = operator.extra_bytes(local)

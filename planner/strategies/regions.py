@@ -24,7 +24,7 @@ from ...facts.spec import P, R, Spec, State, V, format_spec
 from ...ir.graph import Block, Graph, Loop, Node, Value
 from ...ir.ops.local import node_specs, plain_state
 from ...ir.ops.order import fits_order
-from ...ir.ops.registry import kind_of, operator_of, rule_of
+from ...ir.ops.registry import operator_of, rule_of
 from ...ir.ops.rule import Choice, Rule
 
 _States: TypeAlias = tuple[tuple[str, State], ...]
@@ -141,7 +141,7 @@ class Region:
 
         Of several nodes only the widest is counted.
         """
-        return len(self.nodes) == 1 and kind_of(self.nodes[0]) != "view"
+        return len(self.nodes) == 1 and not operator_of(self.nodes[0]).free
 
     def __str__(self) -> str:
         """Its operands and values, then a line for each strategy: what it needs and makes.

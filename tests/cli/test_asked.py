@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 import shardwright as sw
 from shardwright.api import plan_file
 from shardwright.asked import Asked
+from shardwright.planner.errors import PlanError
 
 INPUT = torch.zeros(4, 8, 16, device="meta")
 NAN, INF = float("nan"), float("inf")
@@ -76,6 +79,7 @@ def test_wrong_types(changed: dict[str, Any], said: str) -> None:
         ({"gpus": 10**9}, r"gpus=1000000000: expected at most 1048576"),
         ({"mesh": "²"}, r"--mesh ²: expected sizes such as 2x4"),
         ({"mesh": "torch=2"}, r"`torch` is no name for an axis; take one as dp or tp"),
+        ({"mesh": "float=2"}, r"`float` is no name for an axis"),
         ({"mesh": "T=2"}, r"`T` is no name for an axis"),
         ({"mesh": "3"}, r"--mesh 3 has 3 GPUs, --gpus says 2"),
         ({"mesh": "2", "pins": ["1.weight=S0"]}, r"no parameter or module has such a name"),
@@ -96,6 +100,18 @@ def test_wrong_types(changed: dict[str, Any], said: str) -> None:
 def test_wrong_values(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         asked(**changed)
+
+
+def test_wrong_numbers_are_errors_of_the_plan() -> None:
+    for changed in ({"gpus": 0}, {"context": -1}, {"expert_imbalance": NAN}):
+        with pytest.raises(PlanError):
+            asked(**changed)
+
+
+def test_numbers_of_numpy_are_plain_ones_in_a_plan() -> None:
+    given = {"gpus": np.int64(2), "memory_bytes": np.int64(10**9), "mesh": "2"}
+    plan = sw.plan(model(), {"input": INPUT}, cluster="cpu", **given)
+    assert json.loads(json.dumps(plan.to_json()))["request"]["gpus"] == 2
 
 
 def test_the_command_line_asks_the_same() -> None:

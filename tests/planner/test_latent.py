@@ -20,7 +20,7 @@ from shardwright.ir.graph import Node
 from shardwright.ir.ops.algorithms.part import Part
 from shardwright.ir.ops.algorithms.quantities import buffers_of
 from shardwright.ir.ops.attention import decompressing, values_in_keys
-from shardwright.ir.ops.registry import kind_of, local_of, operator_of, rule_of
+from shardwright.ir.ops.registry import local_of, operator_of, rule_of
 from shardwright.ir.passes.fold import fold
 from shardwright.ir.passes.latent import expanded
 from shardwright.ir.reference.shrink import Planned, shrink, state_of
@@ -73,7 +73,7 @@ def training() -> Any:
 
 
 def attentions(plan: Any) -> list[Node]:
-    return [node for node in plan.graph.nodes if kind_of(node) == "attention"]
+    return [node for node in plan.graph.nodes if operator_of(node).attends]
 
 
 def form(plan: Any) -> str:

@@ -21,7 +21,7 @@ from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph
 from shardwright.ir.ops.moe import usual_imbalance
-from shardwright.ir.ops.registry import kind_of, rule_of
+from shardwright.ir.ops.registry import operator_of, rule_of
 from shardwright.ir.passes.latent import absorbed, expanded
 from shardwright.ir.passes.unfuse import unfuse
 from shardwright.loading import load_target
@@ -64,7 +64,7 @@ class Sent(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         for node, choices in zip(region.nodes, strategy.choices, strict=True):
-            if kind_of(node) == "experts":
+            if operator_of(node).experts:
                 ways = rule_of(node).algorithms
                 if not any(c in ways for c in choices) or any(c in ("f", "o") for c in choices):
                     return False
@@ -84,7 +84,7 @@ class Priced:
         """How the layers of experts run."""
         assert self.decisions is not None
         nodes = [node for scope in scopes(self.graph) for node in scope.nodes]
-        return {self.decisions.choices[n.name] for n in nodes if kind_of(n) == "experts"}
+        return {self.decisions.choices[n.name] for n in nodes if operator_of(n).experts}
 
 
 def best(
@@ -224,11 +224,13 @@ class Published(Restriction):
     heads: str
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
-        wanted = {"attention": ("b", self.heads), "experts": ("dispatch_i0", "dispatch_i0")}
-        return all(
-            choices == wanted.get(kind_of(node), choices)
-            for node, choices in zip(region.nodes, strategy.choices, strict=True)
-        )
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            operator = operator_of(node)
+            if operator.attends and choices != ("b", self.heads):
+                return False
+            if operator.experts and choices != ("dispatch_i0", "dispatch_i0"):
+                return False
+        return True
 
 
 @pytest.mark.slow
@@ -279,7 +281,7 @@ def test_decode_of_deepseek_on_256_h800s() -> None:
     assert ours.experts() == {("dispatch_i0", "dispatch_i0")}
     assert ours.decisions is not None
     nodes = [node for scope in scopes(graph) for node in scope.nodes]
-    attention = {ours.decisions.choices[n.name] for n in nodes if kind_of(n) == "attention"}
+    attention = {ours.decisions.choices[n.name] for n in nodes if operator_of(n).attends}
     assert attention == {("b", "n")}
 
 
@@ -325,7 +327,7 @@ def test_decode_of_deepseek_on_320_h800s(tmp_path: Path) -> None:
     print(f"\n{str(plan).split('outside the')[0]}")
     assert plan.search.status == "optimal"
     assert any("Attention reads latents" in note for note in plan.notes)
-    experts = {plan.decisions.choices[n.name] for n in plan.graph.nodes if kind_of(n) == "experts"}
+    experts = {plan.decisions.choices[n.name] for n in plan.graph.nodes if operator_of(n).experts}
     assert experts == {("i0", "dispatch_i0", "dispatch_i0")}
     assert plan.mesh.sizes[0] == 5
 

@@ -12,7 +12,7 @@ import shardwright
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.ir.graph import Node
 from shardwright.ir.ops.moe import exchanges, layer_of
-from shardwright.ir.ops.registry import kind_of, local_of
+from shardwright.ir.ops.registry import local_of, operator_of
 from shardwright.planner.plan.plan import PlanData
 from shardwright.planner.report.report import split_seconds
 from shardwright.planner.strategies.conversion import Network
@@ -39,7 +39,7 @@ def mixture(phase: str, batch: int, seq: int) -> Any:
 
 
 def layer_of_experts(plan: PlanData) -> Node:
-    (node,) = (n for s in scopes(plan.graph) for n in s.nodes if kind_of(n) == "experts")
+    (node,) = (n for s in scopes(plan.graph) for n in s.nodes if operator_of(n).experts)
     return node
 
 
