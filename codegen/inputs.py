@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 
 from ..facts.nested import Constant, Path
 from ..ir.graph import Graph
 from .names import hides
-from .source import WIDTH, statement
+from .source import WIDTH, number_text, statement
 
 
 def taken_in(graph: Graph, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,11 +64,7 @@ def path_text(path: Path) -> str:
 
 
 def _constant(value: Constant) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, float) and not isfinite(value):
-        return f'float("{value}")'
-    return repr(value)
+    return f'"{value}"' if isinstance(value, str) else number_text(value)
 
 
 __all__ = ["fixed_table", "path_text", "taken_in"]
