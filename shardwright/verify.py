@@ -702,8 +702,9 @@ def _random_inputs(graph: Graph) -> dict[str, Tensor]:
 def draw_on_rank(folder: str, planned: list[Drawn]) -> list[Tensor]:
     """What all ranks draw together in a forward pass of what `compare_on_rank` runs."""
     case, model = _loaded_on_rank(folder)
+    local = _own_arguments(model, case)
     with torch.no_grad(), _float64_by_default(), Recorder() as recorder:
-        model(**model.shard_inputs(**case["inputs"]))
+        model(**local)
     return recorder.whole(planned, model.mesh)
 
 
@@ -724,8 +725,7 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
     else:
-        whole = arguments_of(model.INPUTS, case["inputs"], model.FIXED)
-        local = model.shard_inputs(**whole)
+        local = _own_arguments(model, case)
         with torch.set_grad_enabled(training), _float64_by_default():
             out = model(**local)
         if training:
@@ -739,6 +739,11 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
         }
         for expected in wanted
     ]
+
+
+def _own_arguments(model: Any, case: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of the case's inputs, in the form in which the module takes them."""
+    return model.shard_inputs(**arguments_of(model.INPUTS, case["inputs"], model.FIXED))
 
 
 def _local_loss(model: Any, out: Any) -> Tensor:

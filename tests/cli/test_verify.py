@@ -186,3 +186,39 @@ def test_fewer_ranks(run: Run) -> None:
     passed(run("verify", "out", "--ranks", "2"), " on 2 ranks", "(planned: ", "Tiny itself")
     ran = run("verify", "out", "--ranks", "3")
     assert ran.code == 2 and "possible numbers of ranks are 1, 2, 4" in ran.err
+
+
+DRAWN = """from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class Batch:
+    images: list
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(256, 512)
+        self.down = nn.Linear(512, 256)
+
+    def forward(self, batch, scale):
+        x = batch.images[0] * scale
+        keep = (torch.rand(len(x), 1, 1, device=x.device) > 0.5).to(x.dtype)
+        return x + keep * self.down(torch.relu(self.up(x)))
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    return Batch([torch.zeros(batch, seq, 256)]), 0.5
+"""
+
+
+def test_draws_of_a_model_whose_inputs_lie_in_a_batch(run: Run) -> None:
+    """Ranks that cut the batch draw on their own; the draws are replayed in the original."""
+    Path("drawn.py").write_text(DRAWN)
+    words = "--gpus 2 --cluster h100 --dtype float32 --batch 64 --seq 64 --mesh dp=2"
+    ran = run("drawn.py", "--out", "out", *words.split())
+    assert ran.code == 0 and "mesh dp=2" in ran.out and "names and sizes alone" not in ran.out
+    passed(run("verify", "out"), "Net itself from drawn.py")
