@@ -10,7 +10,8 @@ from .source import WIDTH, statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
 RUNTIME = (
-    "Cache", "Input", "Layer", "Output", "Param", "Part", "Sharded", "ShardedModule", "Weight",
+    "Cache", "Input", "Layer", "Output", "Param", "Part", "SequenceState", "Sharded",
+    "ShardedModule", "Weight",
     "ops",
 )  # fmt: skip
 _RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "F", "torch"})

@@ -14,7 +14,7 @@ from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
 from ..ir.graph import Param
 from ..ir.ops.attention import values_in_keys
-from ..ir.ops.caches import cache_spec, owning_axis
+from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
 from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of
@@ -84,8 +84,9 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
         items = [program[name] for program in programs]
         return tuple(owning_axis(item.node, item.choices) for item in items)
 
-    kinds = list(dict.fromkeys(map(owners, programs[0])))
-    return {name: kinds.index(owners(name)) for name in programs[0]}
+    names = [name for name, item in programs[0].items() if keeps_tokens(item.node)]
+    kinds = list(dict.fromkeys(map(owners, names)))
+    return {name: kinds.index(owners(name)) for name in names}
 
 
 def _head(summary: str, lines: Sequence[str], places: Sequence[str]) -> list[str]:
@@ -320,7 +321,7 @@ class _Writer:
         ]
 
     def _context_line(self) -> list[str]:
-        nodes = [n for n in self.program.graph.nodes if operator_of(n).remembers]
+        nodes = [n for n in self.program.graph.nodes if keeps_tokens(n)]
         context = nodes[0].arg("context") if nodes else 0
         told = "  # tokens of a sequence that are cached before, as planned"
         return [f"    CONTEXT = {context}{told}"] if context else []
@@ -477,13 +478,13 @@ class _Writer:
         return ["    CACHES = {", *rows, "    }"] if rows else []
 
     def caches(self) -> dict[str, Compute]:
-        """Attention over a cache, by the cache's name, the same in both programs of a model."""
+        """What has a cache or a state, by its name, the same in both programs of a model."""
         found: dict[str, Compute] = {}
 
         def add(statements: Sequence[object], prefix: str) -> None:
             for item in statements:
                 if isinstance(item, Compute) and operator_of(item.node).remembers:
-                    found[f"{prefix}{item.node.arg('cache')}"] = item
+                    found[f"{prefix}{cache_name(item.node)}"] = item
 
         add(self.program.statements, "")
         for call in self.loops:
@@ -494,6 +495,8 @@ class _Writer:
 
     def _cache_row(self, name: str, item: Compute) -> list[str]:
         node = item.node
+        if not keeps_tokens(node):
+            return self._state_row(name, item)
         key = node.operands[1]
         args = [
             f"heads={key.type.shape[1]}",
@@ -512,6 +515,12 @@ class _Writer:
         if self.tables[name]:
             args.append(f"table={self.tables[name]}")
         return statement(f'"{name}": Cache({", ".join(args)}),', 2)
+
+    def _state_row(self, name: str, item: Compute) -> list[str]:
+        kind = operator_of(item.node).state(item.node)
+        spec = format_spec(cache_spec(item.node, item.choices))
+        args = f'shape={_tuple(kind.shape[1:])}, dtype={kind.dtype}, spec="{spec}"'
+        return statement(f'"{name}": SequenceState({args}),', 2)
 
     def _spec_text(self, item: Sharded) -> str:
         """`S0,Z1` for a value in spec `S0,S1` whose dim 1 is cut in zigzag order."""

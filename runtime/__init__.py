@@ -16,7 +16,8 @@ from .attention import (
     window_attention,
 )
 from .cache.cache import CacheFullError, KVCache, PageTable
-from .cache.declared import Cache
+from .cache.declared import Cache, SequenceState
+from .cache.state import StateCache, StateTable
 from .gathering.weights import Weight
 from .launch import RankError, RankPool, run_ranks
 from .mesh.batches import Input, Output, Outputs
@@ -41,8 +42,8 @@ from .ops import (
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer",
     "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
-    "Partial", "RankError", "RankPool", "Sharded", "ShardedModule", "Weight", "attention",
-    "cached_attention",
+    "Partial", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule", "StateCache",
+    "StateTable", "Weight", "attention", "cached_attention",
     "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
     "moe", "ops", "pass_q_attention", "per_layer", "ring_attention", "run_ranks",
     "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from .attention.cached import cached_attention as cached_attention
 from .attention.local import attention as attention
+from .convolution import cached_convolution as cached_convolution
+from .convolution import causal_convolution as causal_convolution
 from .mesh.collectives import Axis
 from .mesh.stochastic import dropout as dropout
 from .moe import moe as moe  # generated modules call it `ops.moe`

@@ -19,7 +19,7 @@ import torch
 from ...compat.torch import schema_arguments
 from ...facts.traffic import Traffic
 from ...facts.work import Kernels, Stream
-from ..graph import Arg, Node, Value, values_in
+from ..graph import Arg, Node, TensorType, Value, values_in
 from .local import Local
 from .rule import Choice, Rule, opaque_rule
 from .sizes import Resizing, Sizes
@@ -130,6 +130,8 @@ class Operator:
     infers_size: bool = False
     # the argument that names what it remembers from call to call (a cache), if it does
     remembers: str = ""
+    # the operator that goes on with it in serving, over a state, if there is one
+    continued_by: str = ""
 
     def rule(self, node: Node) -> Rule:
         """Which dims are which factors."""
@@ -236,6 +238,14 @@ class Operator:
         `run`: of how many tokens at once another phase adds to it.
         """
         return 0.0
+
+    def state(self, node: Node) -> TensorType:
+        """The state (b, ...) that it `remembers`, where that has a fixed size for each sequence."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no state")
+
+    def cut_state(self, node: Node) -> Mapping[Choice, int]:
+        """The choices that cut its state, and which dim of it."""
+        return {}
 
     def holds(self, node: Node, choices: Sequence[Choice]) -> tuple[Value, ...]:
         """The values of `saves` that autograd keeps themselves, and not something made of them."""

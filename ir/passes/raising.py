@@ -11,13 +11,12 @@ generated module.  Half-precision norms are rounded once instead of after each s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isclose, pi, sqrt
-from typing import TypeAlias
 
-from ..graph import Arg, Block, Graph, Loop, Node, Value
-from ..graph.rewrite import live_items, producers
+from ..graph import Arg, Graph, Node, Value
+from .convolutions import causal_convolution
+from .formulas import Body, Formula, Found, with_operators
 
 _ADD = "aten.add.Tensor"
 _MUL = "aten.mul.Tensor"
@@ -26,84 +25,7 @@ _CAST = "aten.to.dtype"
 
 def raised(graph: Graph) -> Graph:
     """`graph`, folded or flat, with every formula that is known replaced by its operator."""
-    read = [output.value for output in graph.outputs]
-    body = tuple(
-        replace(item, blocks=tuple(map(_block, item.blocks))) if isinstance(item, Loop) else item
-        for item in _raised_nodes(graph.body, read)
-    )
-    return replace(graph, body=body)
-
-
-def _block(block: Block) -> Block:
-    nodes = _raised_nodes(block.nodes, block.outputs)
-    return replace(block, nodes=tuple(node for node in nodes if isinstance(node, Node)))
-
-
-def _raised_nodes(items: Sequence[Node | Loop], read: Sequence[Value]) -> tuple[Node | Loop, ...]:
-    """`items` with the last node of each formula replaced by the operator; what it made alone goes.
-
-    Formulas are looked for from their ends, so that the longest spelling of one is found first.
-    """
-    body = _Body.of(items, read)
-    found: list[Node | Loop] = []
-    for item in items:
-        operator = body.operator(item) if isinstance(item, Node) else None
-        found.append(operator or item)
-    return live_items(found, [value.name for value in read])
-
-
-@dataclass(frozen=True, slots=True)
-class _Body:
-    """The nodes of one body: who makes a value, and how many read it."""
-
-    made: dict[str, Node]
-    readers: dict[str, int]
-
-    @staticmethod
-    def of(items: Sequence[Node | Loop], read: Sequence[Value]) -> _Body:
-        readers: dict[str, int] = {}
-        for value in (*read, *(value for item in items for value in _reads(item))):
-            readers[value.name] = readers.get(value.name, 0) + 1
-        return _Body(producers([item for item in items if isinstance(item, Node)]), readers)
-
-    def operator(self, node: Node) -> Node | None:
-        """The operator that a formula which ends in `node` is; None if it is none of ours."""
-        for find in _FORMULAS:
-            if (found := find(self, node)) is not None:
-                op, args = found
-                return Node(node.name, op, args, node.outputs, node.loc)
-        return None
-
-    def node(self, value: Arg) -> Node | None:
-        """The node that makes `value`, if one of this body does."""
-        return self.made.get(value.name) if isinstance(value, Value) else None
-
-    def by(self, value: Arg, op: str) -> Node | None:
-        """The node that makes `value`, if it is an `op`."""
-        node = self.node(value)
-        return node if node is not None and node.op == op else None
-
-    def only(self, value: Arg, op: str) -> Node | None:
-        """As `by`, for a value that is read once."""
-        node = self.by(value, op)
-        return node if node is not None and self.readers[node.output.name] == 1 else None
-
-    def read_once(self, value: Arg) -> bool:
-        """Is `value` read by one node alone?"""
-        return isinstance(value, Value) and self.readers.get(value.name) == 1
-
-    def pairs(self, node: Node, op: str) -> Iterator[tuple[Arg, Arg]]:
-        """The two operands of a sum or product, in either order; nothing for another op."""
-        if node.op == op and dict(node.args).get("alpha", 1) == 1:
-            a, b = node.arg("self"), node.arg("other")
-            yield from ((a, b), (b, a))
-
-
-_Found: TypeAlias = tuple[str, tuple[tuple[str, Arg], ...]]  # an operator and its arguments
-
-
-def _reads(item: Node | Loop) -> tuple[Value, ...]:
-    return item.operands if isinstance(item, Node) else (*item.carried, *item.invariants)
+    return with_operators(graph, _FORMULAS)
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -117,7 +39,7 @@ class _Norm:
     eps: float
     centred: bool
 
-    def called(self, weight: Arg = None, bias: Arg = None) -> _Found:
+    def called(self, weight: Arg = None, bias: Arg = None) -> Found:
         """The operator with its arguments."""
         width = (self.x.type.shape[-1],)
         args: list[tuple[str, Arg]] = [("input", self.x), ("normalized_shape", width)]
@@ -135,7 +57,7 @@ class _Norm:
         return weight.type.shape == kind.shape[-1:] and weight.type.dtype == kind.dtype
 
 
-def _norm(body: _Body, node: Node) -> _Found | None:
+def _norm(body: Body, node: Node) -> Found | None:
     """A norm that ends in `node`: with weight and bias, with its weight, or bare."""
     ends: list[tuple[Node, Arg]] = [(node, None)]
     for product, bias in body.pairs(node, _ADD):
@@ -152,7 +74,7 @@ def _norm(body: _Body, node: Node) -> _Found | None:
     return bare.called() if bare else None
 
 
-def _normed(body: _Body, value: Arg) -> _Norm | None:
+def _normed(body: Body, value: Arg) -> _Norm | None:
     """The norm that `value` is, where `x` is cast before and the result is cast back, too."""
     cast = body.by(value, _CAST)
     if cast is None:
@@ -166,7 +88,7 @@ def _normed(body: _Body, value: Arg) -> _Norm | None:
     return replace(norm, x=source) if same else None
 
 
-def _divided(body: _Body, value: Arg) -> _Norm | None:
+def _divided(body: Body, value: Arg) -> _Norm | None:
     """The norm that `value` is in the dtype that it is computed in."""
     node = body.node(value)
     if node is None:
@@ -184,7 +106,7 @@ def _divided(body: _Body, value: Arg) -> _Norm | None:
     return None
 
 
-def _is_mean_square(body: _Body, spread: Arg, x: Value, centre: Value | None) -> bool:
+def _is_mean_square(body: Body, spread: Arg, x: Value, centre: Value | None) -> bool:
     """Is `spread` the mean of the squares of `x`, or the variance of what `x` was, uncentred?"""
     mean = body.only(spread, "aten.mean.dim")
     if mean and _over_last(mean):
@@ -196,7 +118,7 @@ def _is_mean_square(body: _Body, spread: Arg, x: Value, centre: Value | None) ->
     return args.get("correction", args.get("unbiased")) in (0, False) and _over_last(variance)
 
 
-def _centred(body: _Body, x: Value) -> Value | None:
+def _centred(body: Body, x: Value) -> Value | None:
     """`y` where `x` is y - mean(y) over the last dim."""
     difference = body.by(x, "aten.sub.Tensor")
     mean = body.only(difference.arg("other"), "aten.mean.dim") if difference else None
@@ -206,7 +128,7 @@ def _centred(body: _Body, x: Value) -> Value | None:
     return y if isinstance(y, Value) and mean.arg("self") == y else None
 
 
-def _squared(body: _Body, value: Arg) -> Arg:
+def _squared(body: Body, value: Arg) -> Arg:
     """`x` where `value` is x ** 2 or x * x."""
     power = body.only(value, "aten.pow.Tensor_Scalar")
     if power and power.arg("exponent") == 2:
@@ -239,7 +161,7 @@ class _Turn:
     apart: bool = False
 
 
-def _rotary(body: _Body, node: Node) -> _Found | None:
+def _rotary(body: Body, node: Node) -> Found | None:
     """`x` rotated by angles whose cosine and sine are given, per number of x or per plane."""
     turn = _rotary_sum(body, node) or _rotary_planes(body, node)
     if turn is None or not isinstance(turn.cos, Value) or not isinstance(turn.sin, Value):
@@ -253,7 +175,7 @@ def _rotary(body: _Body, node: Node) -> _Found | None:
     return "shardwright.rotary", args
 
 
-def _rotary_sum(body: _Body, node: Node) -> _Turn | None:
+def _rotary_sum(body: Body, node: Node) -> _Turn | None:
     """x * cos + (x after a quarter turn) * sin."""
     for a, b in body.pairs(node, _ADD):
         plain, crossed = body.only(a, _MUL), body.only(b, _MUL)
@@ -267,7 +189,7 @@ def _rotary_sum(body: _Body, node: Node) -> _Turn | None:
     return None
 
 
-def _quarter_turn(body: _Body, value: Arg) -> tuple[Value, bool] | None:
+def _quarter_turn(body: Body, value: Arg) -> tuple[Value, bool] | None:
     """(x, in pairs?) where `value` has minus the second coordinate of x first, then the first."""
     parts = _joined(body, body.node(value)) if body.read_once(value) else None
     negative = body.only(parts[0], "aten.neg.default") if parts else None
@@ -280,7 +202,7 @@ def _quarter_turn(body: _Body, value: Arg) -> tuple[Value, bool] | None:
     return (first[0], parts[2]) if spelt else None
 
 
-def _rotary_planes(body: _Body, node: Node) -> _Turn | None:
+def _rotary_planes(body: Body, node: Node) -> _Turn | None:
     """a * cos - b * sin beside b * cos + a * sin, of the coordinates a and b of x."""
     parts = _joined(body, node)
     if parts is None:
@@ -300,7 +222,7 @@ def _rotary_planes(body: _Body, node: Node) -> _Turn | None:
     return None
 
 
-def _is_sum_of(body: _Body, node: Node, one: tuple[Arg, Arg], other: tuple[Arg, Arg]) -> bool:
+def _is_sum_of(body: Body, node: Node, one: tuple[Arg, Arg], other: tuple[Arg, Arg]) -> bool:
     """Is `node` the sum of the products `one` and `other`?"""
     for a, b in body.pairs(node, _ADD):
         products = body.only(a, _MUL), body.only(b, _MUL)
@@ -310,7 +232,7 @@ def _is_sum_of(body: _Body, node: Node, one: tuple[Arg, Arg], other: tuple[Arg, 
     return False
 
 
-def _joined(body: _Body, node: Node | None) -> tuple[Arg, Arg, bool] | None:
+def _joined(body: Body, node: Node | None) -> tuple[Arg, Arg, bool] | None:
     """(first, second, in pairs?) where `node` puts two coordinates together in the last dim."""
     pairs = node is not None and node.op == "aten.reshape.default"
     if node is not None and pairs:
@@ -323,7 +245,7 @@ def _joined(body: _Body, node: Node | None) -> tuple[Arg, Arg, bool] | None:
     return (parts[0], parts[1], pairs) if node.arg("dim") in (-1, rank - 1) else None
 
 
-def _coordinate(body: _Body, value: Arg) -> tuple[Value, int, bool] | None:
+def _coordinate(body: Body, value: Arg) -> tuple[Value, int, bool] | None:
     """(x, 0 or 1, in pairs?) where `value` has the first or second coordinates of x."""
     node = body.node(value)
     if not isinstance(value, Value) or node is None:
@@ -351,7 +273,7 @@ def _coordinate(body: _Body, value: Arg) -> tuple[Value, int, bool] | None:
 # --- activations -----------------------------------------------------------------------------
 
 
-def _gelu(body: _Body, node: Node) -> _Found | None:
+def _gelu(body: Body, node: Node) -> Found | None:
     """0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))."""
     for half, bracket in body.pairs(node, _MUL):
         one = body.only(bracket, _ADD)
@@ -368,7 +290,7 @@ def _gelu(body: _Body, node: Node) -> _Found | None:
     return None
 
 
-def _has_cube(body: _Body, node: Node | None, x: Arg) -> bool:
+def _has_cube(body: Body, node: Node | None, x: Arg) -> bool:
     """Is `node` x + 0.044715 * x ** 3?"""
     for other, term in body.pairs(node, _ADD) if node else ():
         product = body.only(term, _MUL)
@@ -382,6 +304,6 @@ def _is_close(arg: Arg, number: float) -> bool:
     return isinstance(arg, float) and isclose(arg, number, rel_tol=1e-6)
 
 
-_FORMULAS: tuple[Callable[[_Body, Node], _Found | None], ...] = (_norm, _rotary, _gelu)
+_FORMULAS: tuple[Formula, ...] = (_norm, _rotary, _gelu, causal_convolution)
 
 __all__ = ["raised"]

@@ -4,6 +4,8 @@ Prefill, decode and append are one graph in different sizes.  Every op but atten
 one by one; attention stores the new keys and values, and attends to everything cached.  What
 stands where is told by positions, an input (b, t): a token's index in its own sequence, -1 for
 padding.  Of the logits only those after each sequence's last new token are wanted.
+
+Operators that look back without attention (`Operator.continued_by`) keep a state of fixed size.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ..graph.names import is_path
 from ..graph.rewrite import live_items, with_operands
 from ..ops.indices import index_limits
 from ..ops.registry import find_op, operator_of, rule_of
-from .mixing import mixing_node
+from .convolutions import causal_convolutions
+from .mixing import has_state, mixing_node
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
 
@@ -27,15 +30,18 @@ class ServingError(ValueError):
 
 
 def is_decoder(graph: Graph) -> bool:
-    """Is every attention of this graph a causal self-attention?"""
-    attentions = [node for node in graph.nodes if operator_of(node).attends]
-    return bool(attentions) and all(_why_not(node) is None for node in attentions)
+    """Does this graph look back, by attention that is causal or with a state?"""
+    nodes = causal_convolutions(graph).nodes
+    attentions = [node for node in nodes if operator_of(node).attends]
+    looks = bool(attentions) or any(operator_of(node).continued_by for node in nodes)
+    return looks and all(_why_not(node) is None for node in attentions)
 
 
 def serving_graph(graph: Graph, context: int) -> Graph:
     """`graph`, of new tokens, with attention over a cache and logits (b, 1, v).
 
         attention(q, k, v, causal)  ->  cached_attention(q, k, v, positions, cache="kv")
+        causal_convolution(x, w)    ->  cached_convolution(x, w, positions, state="state")
         logits = lm_head(x)         ->  logits = lm_head(last_token(x, positions))
         arange(t)                   ->  positions
 
@@ -44,6 +50,7 @@ def serving_graph(graph: Graph, context: int) -> Graph:
     attention than a causal one, counts tokens in a way that is not known, or mixes them elsewhere
     than in attention.
     """
+    graph = causal_convolutions(graph)
     positions = _positions(graph)
     _check_length(graph, positions, context)
     pass_ = _Pass(positions, context)
@@ -103,7 +110,8 @@ def _check_length(graph: Graph, positions: Value, context: int) -> None:
 def _check_mixing(graph: Graph, wanted: Output) -> None:
     """Raise ServingError if a node mixes tokens on the way to the output at `wanted`'s path."""
     read = [out.value.name for out in graph.outputs if out.path == wanted.path]
-    node = mixing_node(replace(graph, body=live_items(graph.body, read)))
+    live = replace(graph, body=live_items(graph.body, read))
+    node = mixing_node(live, _positions(graph).type.shape)
     if node is not None:
         raise ServingError(
             f"{node.loc}: `{node.op}` mixes the tokens of a sequence outside attention, as short"
@@ -131,15 +139,19 @@ class _Pass:
     outside: int = 0
 
     def node(self, node: Node, positions: Value, cache: str = "") -> Node:
-        """An attention with a cache; any other node as it is."""
-        if not operator_of(node).attends:
+        """An attention with a cache, or what goes on with a state; any other node as it is."""
+        if not self.keeps(node):
             return node
+        if not cache:
+            cache = f"{_leaf(node)}_{self.outside}"
+            self.outside += 1
+        continued = operator_of(node).continued_by
+        if continued:
+            args = (*node.args, ("positions", positions), ("state", cache))
+            return replace(node, op=continued, args=args)
         reason = _why_not(node)
         if reason is not None:
             raise ServingError(f"{node.loc}: this attention {reason}; it cannot have a KV cache")
-        if not cache:
-            cache = f"kv_{self.outside}"
-            self.outside += 1
         tensors: list[tuple[str, Arg]] = [(name, node.arg(name)) for name in ("q", "k", "v")]
         chunk, window = dict(node.args).get("chunk", 0), node.arg("window")
         assert isinstance(chunk, int) and isinstance(window, int)
@@ -150,6 +162,10 @@ class _Pass:
             ("value_dim", 0), ("sinks", dict(node.args).get("sinks")), ("chunk", chunk),
         )  # fmt: skip
         return replace(node, op="shardwright.cached_attention", args=args)
+
+    def keeps(self, node: Node) -> bool:
+        """Will it have a cache or a state?"""
+        return operator_of(node).attends or has_state(node, self.positions.type.shape)
 
     def loop(self, loop: Loop, known: Value) -> Loop:
         """The loop with the positions as one more invariant, and those that the model reads."""
@@ -166,7 +182,7 @@ class _Pass:
         caches: set[str] = set()
         nodes: list[Node] = []
         for node in block.nodes:
-            cache = _cache_name(node, block, path, caches) if operator_of(node).attends else ""
+            cache = _cache_name(node, block, path, caches) if self.keeps(node) else ""
             caches.add(cache)
             if told := counted.told(node):
                 nodes.append(self.node(told, inner, cache))
@@ -177,16 +193,24 @@ class _Pass:
 
 
 def _cache_name(node: Node, block: Block, path: str, taken: set[str]) -> str:
-    """`self_attn.kv`: the cache of an attention lies in the module of `block` that calls it.
+    """`self_attn.kv`, `conv.state`: a cache lies in the module of `block` that calls its operator.
 
     In the block itself where that module has a name that cannot stand in Python.
     """
-    found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", node.loc.module)
-    name = f"{found[1]}.kv" if found and is_path(found[1]) else "kv"
+    attends = operator_of(node).attends
+    calls = [call for call in node.loc.calls if call.file or attends]
+    found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", calls[-1].path if calls else "")
+    leaf = _leaf(node)
+    name = f"{found[1]}.{leaf}" if found and is_path(found[1]) else leaf
     held = [(param.name, param.name.rpartition(".")[0]) for param in block.params]
     known = {path for paths in held for path in paths} | taken
     names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
     return next(name for name in names if name not in known)
+
+
+def _leaf(node: Node) -> str:
+    """What the last part of a cache's name begins with."""
+    return "kv" if operator_of(node).attends else "state"
 
 
 def _known(positions: Value, known: Value) -> Node:

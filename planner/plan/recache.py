@@ -2,7 +2,8 @@
 
 It is made once per answer, of the prompt's tokens, cache by cache: each is read from its pool, goes
 the way that any value would go between the two specs (see `conversion.py`), and is written to its
-new pool.  `runtime/cache/recache.py` does it and counts the same bytes.
+new pool.  `runtime/cache/recache.py` does it and counts the same bytes.  States of fixed size lie
+alike in both phases.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...facts.blocks import local_shape
 from ...facts.spec import S, Spec
 from ...ir.graph import Graph, Node, TensorType
 from ...ir.ops.attention import cached_per_head
-from ...ir.ops.caches import cache_spec
+from ...ir.ops.caches import cache_bytes_in, cache_name, cache_spec, keeps_tokens
 from ...ir.ops.registry import operator_of, rule_of
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Network
@@ -38,28 +39,28 @@ _ROOM_BYTES = 8  # how many pages a rank lacks
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An attention over a cache, how many layers have it, and the cache's name, layers as `*`."""
+    """An operator with a cache, how many layers have it, and the cache's name, layers as `*`."""
 
     node: Node
     count: int
     name: str
 
 
-def cached_attentions(graph: Graph) -> dict[Key, Cached]:
-    """Every attention over a cache; the same keys in both graphs of a model."""
+def all_cached(graph: Graph) -> dict[Key, Cached]:
+    """Every operator with a cache or a state; the same keys in both graphs of a model."""
     found: dict[Key, Cached] = {}
     for scope in scopes(graph):
         for node in scope.nodes:
             if operator_of(node).remembers:
                 path = f"{scope.loop.path}.*." if scope.loop is not None else ""
-                name = f"{path}{node.arg('cache')}"
+                name = f"{path}{cache_name(node)}"
                 found[key_of(scope, node)] = Cached(node, scope.weight, name)
     return found
 
 
 def key_of(scope: Scope, node: Node) -> Key:
-    """What an attention over a cache is called in both graphs of a model."""
-    return scope.place, node.arg("cache")
+    """What an operator with a cache is called in both graphs of a model."""
+    return scope.place, cache_name(node)
 
 
 class Recaching:
@@ -83,6 +84,8 @@ class Recaching:
 
     def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:
         """Seconds of all layers from each of `ours` (rows) to each of `theirs` (columns)."""
+        if not keeps_tokens(self._cached.node):
+            return np.array([[0.0 if a == b else np.inf for b in theirs] for a in ours])
         rows, columns = list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
         prices = np.zeros((len(rows), len(columns)))
         if set(rows) != set(columns) or len(rows) > 1:
@@ -113,13 +116,23 @@ def recaches(
 ) -> tuple[Recache, ...]:
     """The conversions that two sets of decisions ask for, those of prefill and of decode."""
     found: list[Recache] = []
-    for key, other in cached_attentions(decode).items():
-        cached = cached_attentions(graph)[key]
+    for key, other in all_cached(decode).items():
+        cached = all_cached(graph)[key]
         source = cache_spec(cached.node, ours.choices[cached.node.name])
         target = cache_spec(other.node, theirs.choices[other.node.name])
         if source != target:
             found.append(Recaching(cached, network).recache(source, target))
     return tuple(found)
+
+
+def state_bytes(plan: PlanData) -> float:
+    """Bytes of states of fixed size that each rank keeps for the planned batch."""
+    chosen, sizes = plan.decisions.choices, plan.mesh.sizes
+    return sum(
+        cached.count * cache_bytes_in(node, cache_spec(node, chosen[node.name]), sizes)
+        for cached in all_cached(plan.graph).values()
+        if not keeps_tokens(node := cached.node)
+    )
 
 
 def recached_bytes(plan: PlanData) -> dict[Moved, float]:
@@ -146,7 +159,8 @@ def recached_bytes(plan: PlanData) -> dict[Moved, float]:
 
 def _asked_over(plan: PlanData) -> list[int]:
     """The axes over which ranks tell each other who holds a token, once for each layout."""
-    windows = {c.node.name: c.node.arg("window") for c in cached_attentions(plan.graph).values()}
+    cached = [c.node for c in all_cached(plan.graph).values() if keeps_tokens(c.node)]
+    windows = {node.name: node.arg("window") for node in cached}
     layouts = {
         (tuple(state if state in (S(0), S(2)) else -1 for state in r.source), windows[r.node])
         for r in plan.recached
@@ -165,10 +179,13 @@ def _may_run_out(plan: PlanData) -> bool:
     if plan.decode is None or not plan.recached:
         return False
     chosen = plan.decode.decisions.choices
-    cached = cached_attentions(plan.decode.graph).values()
-    return any(S(2) in cache_spec(c.node, chosen[c.node.name]) for c in cached)
+    cached = [c.node for c in all_cached(plan.decode.graph).values()]
+    return any(
+        keeps_tokens(node) and S(2) in cache_spec(node, chosen[node.name]) for node in cached
+    )
 
 
 __all__ = [
-    "Cached", "Key", "Recaching", "cached_attentions", "key_of", "recached_bytes", "recaches",
+    "Cached", "Key", "Recaching", "all_cached", "key_of", "recached_bytes", "recaches",
+    "state_bytes",
 ]  # fmt: skip

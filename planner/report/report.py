@@ -16,7 +16,7 @@ from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
-from ..plan.recache import recached_bytes
+from ..plan.recache import recached_bytes, state_bytes
 from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.params import all_params
@@ -395,13 +395,14 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _memory(plan: PlanData) -> str:
-    memory, limit = plan.memory, plan.request.memory_bytes
+    memory, limit, states = plan.memory, plan.request.memory_bytes, state_bytes(plan)
     kinds = (
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
         ("activations", memory.activations),
-        ("KV cache", memory.cache),
+        ("KV cache", memory.cache - states),
+        ("states of sequences", states),
         ("running op", memory.transient),
     )
     parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in kinds if n)
@@ -412,16 +413,19 @@ def _memory(plan: PlanData) -> str:
 
 
 def _capacity(plan: PlanData) -> str:
-    """How many tokens fit the KV cache, and how many sequences as long as planned."""
-    request, memory = plan.request, plan.memory
-    if not memory.cache:
-        return ""
+    """What a sequence's state takes; how many tokens fit the KV cache, and how many sequences as
+    long as planned beside the planned states."""
+    request, memory, states = plan.request, plan.memory, state_bytes(plan)
+    state = f" The state of a sequence takes {format_bytes(states / request.batch)} of each GPU."
+    keys = memory.cache - states
+    if not keys:
+        return state if states else ""
     length = request.context + 1 if request.output_tokens else request.context + request.seq
-    per_token = memory.cache / (request.batch * length)
-    tokens = int((request.memory_bytes - memory.total + memory.cache) / per_token)
+    per_token = keys / (request.batch * length)
+    tokens = int((request.memory_bytes - memory.total + keys) / per_token)
     return (
-        f" A cached token takes {format_bytes(per_token)} of each GPU: {tokens:,} tokens fit, or "
-        f"{tokens // length:,} sequences of {length:,}."
+        f"{state if states else ''} A cached token takes {format_bytes(per_token)} of each GPU: "
+        f"{tokens:,} tokens fit, or {tokens // length:,} sequences of {length:,}."
     )
 
 

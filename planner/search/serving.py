@@ -27,7 +27,7 @@ from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from ..ilp.solve import Solution
 from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
-from ..plan.recache import Cached, Key, Recaching, cached_attentions, key_of, recaches
+from ..plan.recache import Cached, Key, Recaching, all_cached, key_of, recaches
 from ..strategies.build import Builder, Built
 from ..strategies.conversion import Floats, Network
 from ..strategies.params import all_params
@@ -228,7 +228,7 @@ class _Cache:
 def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
     """The cache in prefill's layout, which has room for the whole answer from the start."""
     node, specs = decode.cached.node, prefill.specs
-    run = prefill.cached.node.operands[0].type.shape[2]
+    run = prefill.cached.node.operands[0].type.shape[2]  # of a state this says nothing
     size = {spec: cache_bytes_in(node, spec, prefill.sizes, run) for spec in set(specs)}
     return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
 
@@ -255,8 +255,8 @@ def _alike(ours: Sequence[Spec], theirs: Sequence[Spec]) -> Floats:
 
 
 def _caches(built: Built) -> dict[Key, _Cache]:
-    """The regions with an attention over a cache."""
-    cached = cached_attentions(built.builder.graph)
+    """The regions with a cache or a state."""
+    cached = all_cached(built.builder.graph)
     found: dict[Key, _Cache] = {}
     for region, index, strategies in zip(
         built.builder.regions, built.region_nodes, built.strategies, strict=True

@@ -1,9 +1,10 @@
-"""What a program says of its KV caches, in the table `CACHES` of a generated module."""
+"""What a program says of its KV caches and states, in the table `CACHES` of a generated module."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -38,8 +39,34 @@ class Cache:
     table: int = 0
 
 
-def specs_of(declared: Mapping[str, Cache]) -> dict[str, Spec]:
-    """The layout of each cache."""
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """The state of fixed size that one layer keeps of each sequence, and how it is sharded.
+
+    `shape` is that of one sequence in the original model; `spec` is over the batch 0 and the dims
+    of `shape`, 1 and so on.  It is the same in all programs.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: str
+
+
+Declared: TypeAlias = Cache | SequenceState
+
+
+def caches_in(declared: Mapping[str, Declared]) -> dict[str, Cache]:
+    """Those of keys and values."""
+    return {name: item for name, item in declared.items() if isinstance(item, Cache)}
+
+
+def states_in(declared: Mapping[str, Declared]) -> dict[str, SequenceState]:
+    """Those of fixed size."""
+    return {name: item for name, item in declared.items() if isinstance(item, SequenceState)}
+
+
+def specs_of(declared: Mapping[str, Declared]) -> dict[str, Spec]:
+    """The layout of each cache and state."""
     return {name: parse_spec(cache.spec) for name, cache in declared.items()}
 
 

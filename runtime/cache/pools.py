@@ -1,4 +1,4 @@
-"""The KV caches of one program on this rank: their pools, and the page tables that layers share.
+"""The KV caches and states of one program on this rank, and the tables that layers share.
 
 The layout of a cache is its spec over batch 0, heads 1 and tokens 2.  Caches that keep the same
 tokens on a rank share a page table, whatever they hold of the heads.
@@ -15,12 +15,13 @@ from math import prod
 import torch
 
 from ...facts.blocks import local_shape
-from ...facts.spec import Spec, parse_spec
+from ...facts.spec import R, Spec, parse_spec
 from ..mesh.collectives import Axis
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 from .cache import PAGE, KVCache, PageTable
-from .declared import BATCH, TOKENS, Cache, without_heads
+from .declared import BATCH, TOKENS, Cache, Declared, caches_in, states_in, without_heads
+from .state import StateCache, StateTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +46,26 @@ class Shared:
 
 
 class Pools:
-    """The caches that a program declares, by name, and the tables that they share.
+    """The caches and states that a program declares, by name, and the tables that they share.
 
     It begins without pools; `Pools.empty` makes all of them.
     """
 
-    def __init__(self, declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> None:
+    def __init__(self, declared: Mapping[str, Declared], room: Room, mesh: Mesh) -> None:
         self.declared, self.room, self.mesh = declared, room, mesh
         self.caches: dict[str, KVCache] = {}
         self.tables: list[Shared] = []
+        self.states: dict[str, StateCache] = {}
+        self.state_tables: dict[Spec, StateTable] = {}  # by how the batch is cut
 
     @staticmethod
-    def empty(declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> Pools:
+    def empty(declared: Mapping[str, Declared], room: Room, mesh: Mesh) -> Pools:
         """Pools with nothing in them."""
         pools = Pools(declared, room, mesh)
         tables: dict[tuple[Spec, int, int], PageTable] = {}
-        for name, cache in declared.items():
+        for name in states_in(declared):
+            pools.add_state(name)
+        for name, cache in caches_in(declared).items():
             key = without_heads(parse_spec(cache.spec)), cache.window, cache.table
             if key not in tables:
                 tables[key] = pools.add_table(cache)
@@ -94,7 +99,7 @@ class Pools:
 
     def add_cache(self, name: str, table: PageTable) -> KVCache:
         """The pool of the cache declared as `name`, over `table`."""
-        cache, room = self.declared[name], self.room
+        cache, room = caches_in(self.declared)[name], self.room
         shape = (room.rows, cache.heads, room.tokens)
         rows, heads, tokens = local_shape(shape, parse_spec(cache.spec), self.mesh.sizes)
         self.caches[name] = KVCache(
@@ -103,14 +108,29 @@ class Pools:
         )  # fmt: skip
         return self.caches[name]
 
+    def add_state(self, name: str) -> StateCache:
+        """The states declared as `name`."""
+        state = states_in(self.declared)[name]
+        spec = parse_spec(state.spec)
+        rows, *shape = local_shape((self.room.rows, *state.shape), spec, self.mesh.sizes)
+        cut = tuple(BATCH if own == BATCH else R for own in spec)
+        if cut not in self.state_tables:
+            self.state_tables[cut] = StateTable(rows, device=self.mesh.device)
+        table = self.state_tables[cut]
+        self.states[name] = StateCache(rows, shape, dtype=state.dtype, table=table)
+        return self.states[name]
 
-def check_memory(declared: Mapping[str, Cache], room: Room, mesh: Mesh) -> None:
+
+def check_memory(declared: Mapping[str, Declared], room: Room, mesh: Mesh) -> None:
     """Raises ValueError if this rank's caches would not fit on an empty device.
 
     A process that asks for more than the machine has may be killed without a word.
     """
     n_bytes = 0
-    for cache in declared.values():
+    for state in states_in(declared).values():
+        shape = local_shape((room.rows, *state.shape), parse_spec(state.spec), mesh.sizes)
+        n_bytes += prod(shape) * state.dtype.itemsize
+    for cache in caches_in(declared).values():
         spec = parse_spec(cache.spec)
         held = min(room.tokens, cache.window + room.run) if cache.window else room.tokens
         rows, heads, tokens = local_shape((room.rows, cache.heads, held), spec, mesh.sizes)

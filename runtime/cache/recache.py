@@ -31,7 +31,7 @@ from ..mesh.collectives import Move
 from ..mesh.mesh import Mesh
 from .cache import PAGE, CacheFullError, KVCache, PageTable
 from .cache import Step as Stored
-from .declared import BATCH, HEADS, TOKENS, Cache, without_heads
+from .declared import BATCH, HEADS, TOKENS, Declared, caches_in, without_heads
 from .pools import Pools, highest, owner_of
 
 Path: TypeAlias = tuple[Spec, ...]
@@ -75,12 +75,13 @@ class Recaching:
     def __init__(
         self,
         pools: Pools,
-        declared: Mapping[str, Cache],
+        declared: Mapping[str, Declared],
         paths: Mapping[str, Path],
         lengths: Tensor,
     ) -> None:
         self._old, self._paths, self._lengths = pools, paths, lengths
         self._new = Pools(declared, pools.room, pools.mesh)
+        self._new.states, self._new.state_tables = pools.states, pools.state_tables
         self._held: dict[PageTable, _Held] = {}
         self._routes: dict[tuple[PageTable, Path], _Route] = {}
         self._tables: dict[tuple[PageTable, Spec], PageTable] = {}
@@ -97,15 +98,14 @@ class Recaching:
         Bytes that each rank receives: those of the steps, for each cache (see `Axis`).
         """
         stored: dict[PageTable, Stored] = {}
-        for name in self._new.declared:
+        for name, declared in caches_in(self._new.declared).items():
             cache, path = self._old.caches.pop(name), self._paths[name]
             if len(path) == 1:
                 self._new.caches[name] = cache
                 continue
             put(name, None)
             route, table = self._routes[cache.table, path], self._tables[cache.table, _end(path)]
-            heads = self._new.declared[name].heads
-            dense = route.carry(cache.packed(route.columns), heads)
+            dense = route.carry(cache.packed(route.columns), declared.heads)
             del cache  # and its pool, before there is another
             if table not in stored:
                 stored[table] = table.advance(0, self._positions[table])
@@ -130,7 +130,7 @@ class Recaching:
         if (table, path) not in self._routes:
             self._routes[table, path] = _Route(path, held, table.positions, new.mesh)
         if (table, _end(path)) not in self._tables:
-            made = new.add_table(new.declared[name])
+            made = new.add_table(caches_in(new.declared)[name])
             own = held.rows_of(path[-1])
             made.begin_after(held.forgotten[own])
             self._tables[table, _end(path)] = made

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
 from ...facts.spec import parse_spec, zigzag_dims
 from ..cache.cache import KVCache
-from ..cache.declared import Cache
+from ..cache.declared import Declared
+from ..cache.state import StateCache
 from ..gathering.weights import Weight
 from ..mesh.batches import (
     Fixed,
@@ -57,7 +58,7 @@ class ShardedModule(nn.Module):
     INPUTS: ClassVar[Mapping[str, Input]]
     FIXED: ClassVar[Fixed] = {}
     OUTPUTS: ClassVar[Sequence[Output]]
-    CACHES: ClassVar[Mapping[str, Cache]] = {}
+    CACHES: ClassVar[Mapping[str, Declared]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
     MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
     OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -241,7 +242,7 @@ class ShardedModule(nn.Module):
         decoding = self._decoding[0]._program if self._decoding else own
         return {self.PHASE: own, PREFILL.name: own, APPEND.name: own, DECODE.name: decoding}
 
-    def set_cache(self, name: str, cache: KVCache | None) -> None:
+    def set_cache(self, name: str, cache: KVCache | StateCache | None) -> None:
         """Put this rank's part of a cache, None for none, where `forward` looks for it."""
         for module in (self, *self._decoding):
             owner, leaf = owner_of(module, name)
@@ -293,7 +294,10 @@ class ShardedModule(nn.Module):
         return self.serving.append(input_ids, lengths)
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
-        """Go back: keep only the first `lengths[i]` cached tokens of sequence i (b,)."""
+        """Go back: keep only the first `lengths[i]` cached tokens of sequence i (b,).
+
+        Raises ValueError where a window, or the state of a layer, cannot go back so far.
+        """
         self.serving.truncate(lengths)
 
     def generate(

@@ -49,6 +49,18 @@ def arrange(
     return order.flatten(1)
 
 
+def arrange_in_order(counts: Tensor, ways: int, *, width: int = 0, step: int = 1) -> Tensor:
+    """As `arrange`, with the tokens of a sequence one after another and all padding behind them.
+
+    >>> arrange_in_order(torch.tensor([5, 2]), 2)
+    tensor([[ 0,  1,  2,  3,  4, -1],
+            [ 0,  1, -1, -1, -1, -1]])
+    """
+    longest = max(-(-int(counts.max()) // ways), 1)
+    order = torch.arange(ways * (width or -(-longest // step) * step))
+    return torch.where(order < counts[:, None], order, -1)
+
+
 def kept(positions: Tensor, spec: Spec, table_spec: Spec, mesh: Mesh) -> Tensor:
     """Full `positions` (b, t) as this rank stores them in a page table; -1 where it stores nothing.
 

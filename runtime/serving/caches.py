@@ -10,9 +10,10 @@ from torch import Tensor
 from ...facts.given import whole
 from ...facts.spec import Spec
 from ..cache.cache import CacheFullError, PageTable
-from ..cache.declared import TOKENS, Cache, specs_of
+from ..cache.declared import TOKENS, Declared, caches_in, specs_of
 from ..cache.pools import Pools, Room, check_memory, highest
 from ..cache.recache import Path, Recaching
+from ..cache.state import StateTable
 from ..mesh.parts import own_part
 from .arrange import kept, own_pages
 from .program import Served
@@ -56,13 +57,18 @@ class Caches:
         """Does any of them drop tokens that no query can reach any more?"""
         return any(shared.table.window for shared in self._pools.tables)
 
+    @property
+    def stateful(self) -> bool:
+        """Do layers keep states, which take tokens in order and cannot go back?"""
+        return bool(self._pools.states)
+
     def of_rows(self, numbers: Tensor) -> Tensor:
         """Numbers of the sequences (batch,), and 0 for each padding row behind."""
         rows = torch.zeros(self.rows, dtype=torch.int64)
         rows[: self.batch] = numbers
         return rows
 
-    def lay_out(self, wanted: Mapping[str, Cache]) -> None:
+    def lay_out(self, wanted: Mapping[str, Declared]) -> None:
         """Bring the caches into the layout that a program declares.
 
         Raises CacheFullError, and leaves them as they are, if a rank has no room there.  If it
@@ -77,7 +83,8 @@ class Caches:
         if not bool(self.lengths.any()):
             self._pools = self._empty(wanted)
             return
-        paths = {name: self._path(name, now[name], then[name]) for name in wanted}
+        kept = caches_in(wanted)
+        paths = {name: self._path(name, now[name], then[name]) for name in kept}
         conversion = Recaching(self._pools, wanted, paths, self.of_rows(self.lengths))
         lengths, self.lengths = self.lengths, torch.zeros_like(self.lengths)
         self._pools = Pools({}, self._room, self._mesh)
@@ -87,16 +94,24 @@ class Caches:
     def truncate(self, lengths: Tensor) -> None:
         """Drop the tokens of sequence i at positions >= lengths[i].
 
-        Raises ValueError on every rank if a window of some rank cannot go back so far.
+        Raises ValueError on every rank if a window or a state of some rank cannot go back so far.
         """
         limits = self.of_rows(lengths)
-        own = [(each.table, own_part(limits, each.spec, self._mesh)) for each in self._pools.tables]
-        if self.windowed:
+        own: list[tuple[PageTable | StateTable, Tensor]] = [
+            (each.table, own_part(limits, each.spec, self._mesh)) for each in self._pools.tables
+        ]
+        own += [
+            (table, own_part(limits, spec, self._mesh))
+            for spec, table in self._pools.state_tables.items()
+        ]
+        if self.windowed or self.stateful:
             lost = [reason for table, rows in own if (reason := table.lost(rows))]
             if highest(len(lost), self._mesh):
                 raise ValueError(lost[0] if lost else "another rank has dropped what is needed")
         for table, rows in own:
             table.truncate(rows)
+        for state in self._pools.states.values():
+            state.reset(state.table.counts == 0)
         self.lengths = torch.minimum(self.lengths, lengths)
 
     def fill(self, tokens: int) -> None:
@@ -113,11 +128,14 @@ class Caches:
             positions = positions_of[cache.table]
             values = None if cache.values_in_keys else _random(cache.values, positions)
             cache.append(_random(cache.keys, positions), values, positions)
+        for state in self._pools.states.values():
+            state.table.begin_after(tokens)
+            state.keep(torch.randn_like(state.values))
         self.lengths = torch.full((self.batch,), tokens)
 
     def clear(self) -> None:
         """Forget all tokens, also after a step that failed half-way."""
-        for cache in self._pools.caches.values():
+        for cache in (self._pools.caches | self._pools.states).values():
             cache.clear()
         self.lengths = torch.zeros_like(self.lengths)
 
@@ -152,13 +170,13 @@ class Caches:
                 f" {table.full_message(int(counts.sum()))}"
             )
 
-    def _empty(self, declared: Mapping[str, Cache]) -> Pools:
+    def _empty(self, declared: Mapping[str, Declared]) -> Pools:
         """New caches without tokens, those that were there freed before."""
-        for name in self._pools.caches:
+        for name in (*self._pools.caches, *self._pools.states):
             self._served.put(name, None)
         self._pools = Pools({}, self._room, self._mesh)
         pools = Pools.empty(declared, self._room, self._mesh)
-        for name, cache in pools.caches.items():
+        for name, cache in (pools.caches | pools.states).items():
             self._served.put(name, cache)
         return pools
 

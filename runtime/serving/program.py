@@ -15,9 +15,10 @@ from ...facts.nested import Constant, Path
 from ...facts.phases import DECODE, PREFILL
 from ...facts.spec import format_spec, parse_spec
 from ..cache.cache import KVCache
-from ..cache.declared import BATCH, Cache, specs_of
+from ..cache.declared import BATCH, Declared, caches_in, specs_of, states_in
 from ..cache.recache import Path as SpecPath
 from ..cache.recache import change_between
+from ..cache.state import StateCache
 from ..mesh.batches import Fixed, Input, Output, gather_output, shard_inputs
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
@@ -34,7 +35,7 @@ class Program:
 
     inputs: Mapping[str, Input]
     outputs: Sequence[Output]
-    caches: Mapping[str, Cache]
+    caches: Mapping[str, Declared]
     run: Callable[..., Any]
     context: int = 0
     fixed: Fixed = field(default_factory=dict[Path, Constant])
@@ -75,10 +76,10 @@ class Served:
     title: str
     mesh: Mesh
     programs: Mapping[str, Program]
-    put: Callable[[str, KVCache | None], None]
+    put: Callable[[str, KVCache | StateCache | None], None]
 
     @property
-    def caches(self) -> Mapping[str, Cache]:
+    def caches(self) -> Mapping[str, Declared]:
         """The caches as the program for prompts lays them out."""
         return self.programs[PREFILL.name].caches
 
@@ -94,7 +95,11 @@ class Served:
         """
         decoding = specs_of(self.programs[DECODE.name].caches)
         paths: dict[str, SpecPath] = {}
-        for name, cache in self.caches.items():
+        for name, state in states_in(self.caches).items():
+            paths[name] = (decoding[name],)
+            if parse_spec(state.spec) != decoding[name]:
+                raise ValueError(f"state {name} must lie alike in all programs, in {state.spec}")
+        for name, cache in caches_in(self.caches).items():
             path = tuple(parse_spec(text) for text in (cache.spec, *cache.path))
             if path[-1] != decoding[name]:
                 raise ValueError(

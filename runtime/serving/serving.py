@@ -20,7 +20,7 @@ from ..mesh.batches import check_indices
 from ..mesh.given import check_tensor
 from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
-from .arrange import arrange
+from .arrange import arrange, arrange_in_order
 from .caches import Caches
 from .program import Program, Served
 from .prompts import checked_lengths
@@ -53,6 +53,11 @@ class Serving:
     def tokens(self) -> int:
         """How many tokens of a sequence there may be."""
         return self._caches.tokens
+
+    @property
+    def stateful(self) -> bool:
+        """Do layers keep states, so that no sequence can go back?"""
+        return self._caches.stateful
 
     @property
     def lengths(self) -> Tensor:
@@ -163,4 +168,6 @@ class Serving:
         width = 0 if 1 in wanted.free else wanted.shape[1] // sharing
         step = -(-wanted.step[1] // sharing) if wanted.step else 1
         rows, starts = caches.of_rows(counts), caches.of_rows(caches.lengths)
+        if caches.stateful:
+            return arrange_in_order(rows, sharing, width=width, step=step)
         return arrange(starts, rows, sharing, balanced=caches.cut_tokens, width=width, step=step)

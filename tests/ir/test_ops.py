@@ -112,7 +112,9 @@ ANOTHER_FORM = {
     "aten.einsum.default", "aten.matmul.default", "aten.div.Scalar_mode",
     "shardwright.attention", "shardwright.moe",
 }  # fmt: skip
-SERVING = {"shardwright.cached_attention"}  # has a cache: see tests/endtoend/test_serving.py
+SERVING = {  # have a cache: see tests/endtoend/test_serving.py, test_states.py
+    "shardwright.cached_attention", "shardwright.cached_convolution",
+}  # fmt: skip
 DRAWS = {name for name, op in OPS.items() if op.draws}  # see tests/endtoend/test_draws.py
 EMPTY = {"aten.empty_like.default", "aten.empty.memory_format", "aten.new_empty.default"}
 
@@ -304,6 +306,13 @@ example(
     },
     lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 8), "sin": d.x(6, 8), "pairing": "pairs"},
     lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 4), "sin": d.x(6, 4), "pairing": "pairs_to_halves"},
+)
+example(
+    "shardwright.causal_convolution",
+    lambda d: {"x": d.x(4, 8, 6), "weight": d.x(8, 1, 3), "bias": d.x(8), "dilation": 1},
+    lambda d: {"x": d.x(4, 4, 6), "weight": d.x(4, 1, 2), "bias": None, "dilation": 2},
+    lambda d: {"x": d.x(4, 6, 5), "weight": d.x(8, 6, 3), "bias": d.x(8), "dilation": 1},
+    lambda d: {"x": d.x(4, 8, 5), "weight": d.x(4, 2, 2), "bias": d.x(4), "dilation": 1},
 )
 _reduced: tuple[Example, ...] = (
     lambda d: {"self": d.x(), "dim": (-1,)},

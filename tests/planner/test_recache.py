@@ -20,7 +20,7 @@ from shardwright.loading import Loaded, with_tokens
 from shardwright.planner.errors import InfeasibleError
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.plan.plan import PlanData, Request
-from shardwright.planner.plan.recache import Recaching, cached_attentions
+from shardwright.planner.plan.recache import Recaching, all_cached
 from shardwright.planner.search.serving import _joined, make_serving_plan
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
@@ -88,7 +88,7 @@ def test_the_price() -> None:
     """By hand: an all-to-all of 8 x 8 x 16384 x 256 numbers over 8 ranks, and four copies."""
     prefill, _ = graphs(8, 16384)
     network = Network(Mesh((("x", GPUS),)), load_cluster("h100", GPUS))
-    (cached,) = cached_attentions(prefill).values()
+    (cached,) = all_cached(prefill).values()
     recaching = Recaching(cached, network)
     own = 8 * 8 * 16384 * 256 * 2 // GPUS
     moved = network.seconds("all_to_all", (0,), own)
@@ -104,7 +104,7 @@ def test_the_price() -> None:
 
 def test_what_a_window_left_behind_is_not_paid_for() -> None:
     network = Network(Mesh((("x", GPUS),)), load_cluster("h100", GPUS))
-    (cached,) = cached_attentions(graphs(8, 16384, 1024)[0]).values()
+    (cached,) = all_cached(graphs(8, 16384, 1024)[0]).values()
     (step,) = Recaching(cached, network).recache((0,), (1,)).steps
     assert step.traffic[0].bytes == 8 * 8 * 1024 * 256 * 2 // GPUS  # 1023 and one for eight ranks
 
