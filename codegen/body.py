@@ -643,19 +643,20 @@ class _Renderer:
         """The size of dim `dim` of the result, from any live tensor that has such a dim."""
         if len(label) != 1:
             return None
+        size = self.node.output.type.shape[dim]
         mine = {i for i, state in enumerate(self.item.outputs[0].spec) if state == dim}
         for other in self.body.names.known():
             labels = self.body.labels.get(other.value.name, ())
             for place, theirs in enumerate(labels):
-                if theirs != label or other.value.type.shape[place] == 1:
-                    continue
+                if theirs != label or other.value.type.shape[place] != size:
+                    continue  # sequences of an encoder and of a decoder are both `s`
                 cut = {i for i, state in enumerate(other.spec) if state == place}
                 if mine - cut:
                     continue
                 factors = [self.body.axis_text(Step((i,), R, S(0))) for i in sorted(cut - mine)]
-                size = f"{self.body.text(other)}.size({place})"
+                local = f"{self.body.text(other)}.size({place})"
                 self.body.borrows = True
-                return " * ".join([size, *(f"{axis}.size" for axis in factors)])
+                return " * ".join([local, *(f"{axis}.size" for axis in factors)])
         return None
 
     def _ways(self) -> dict[str, int]:

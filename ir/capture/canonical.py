@@ -16,6 +16,7 @@ from ..graph import Arg, Graph, Node, TensorType, Value
 from ..graph.rewrite import flat, producers, remove_dead, with_args, with_body, with_operands
 from ..reference.evaluate import Constants, describe_mask
 from .dense_experts import whole_experts
+from .written import written_whole
 
 _RESHAPES = frozenset(
     {
@@ -70,6 +71,7 @@ def unify(graph: Graph) -> Graph:
         view(x, [-1, 8])          ->  reshape(x, shape=(32, 8))
         numpy_T(x), t(x)          ->  transpose(x, dim0=0, dim1=1)   (2-D)
         x.__and__(y)              ->  bitwise_and(x, y)
+        multiply(x, y)            ->  mul(x, y)            (and other second names)
         shardwright.attention.default -> shardwright.attention     (and shardwright.moe)
 
     Reshapes get their whole target shape, without -1; dims of transposes count from the front.
@@ -93,10 +95,41 @@ def _unified(node: Node) -> Node:
             return node
         args = (("self", value), ("dim0", dim0), ("dim1", dim1))
         return replace(node, op="aten.transpose.int", args=args)
-    if node.op in ("aten.__and__.Tensor", "aten.__or__.Tensor"):
-        name = "and" if "and" in node.op else "or"
-        return replace(node, op=f"aten.bitwise_{name}.Tensor")
-    return node
+    return replace(node, op=_OTHER_NAMES.get(node.op, node.op))
+
+
+# ops that torch has under two names
+_OTHER_NAMES = {
+    f"aten.{other}": f"aten.{name}"
+    for other, name in {
+        "__and__.Tensor": "bitwise_and.Tensor",
+        "__or__.Tensor": "bitwise_or.Tensor",
+        "absolute.default": "abs.default",
+        "concat.default": "cat.default",
+        "concatenate.default": "cat.default",
+        "divide.Tensor": "div.Tensor",
+        "divide.Scalar": "div.Scalar",
+        "greater.Tensor": "gt.Tensor",
+        "greater.Scalar": "gt.Scalar",
+        "greater_equal.Tensor": "ge.Tensor",
+        "greater_equal.Scalar": "ge.Scalar",
+        "less.Tensor": "lt.Tensor",
+        "less.Scalar": "lt.Scalar",
+        "less_equal.Tensor": "le.Tensor",
+        "less_equal.Scalar": "le.Scalar",
+        "max.other": "maximum.default",
+        "min.other": "minimum.default",
+        "multiply.Tensor": "mul.Tensor",
+        "multiply.Scalar": "mul.Scalar",
+        "negative.default": "neg.default",
+        "not_equal.Tensor": "ne.Tensor",
+        "not_equal.Scalar": "ne.Scalar",
+        "subtract.Tensor": "sub.Tensor",
+        "subtract.Scalar": "sub.Scalar",
+        "true_divide.Tensor": "div.Tensor",
+        "true_divide.Scalar": "div.Scalar",
+    }.items()
+}
 
 
 def _reshape(origin: Node, value: Value, name: str, output: Value) -> Node:
@@ -176,45 +209,6 @@ def join_reshapes(graph: Graph) -> Graph:
         made.update({value.name: node for value in node.outputs})
         nodes.append(node)
     return with_body(graph, nodes, {})
-
-
-def written_whole(graph: Graph) -> Graph:
-    """A tensor that is written part by part is the parts, one after another.
-
-        y = new_empty(x, (b, s, 24))                          y = cat((p, q), dim=2)
-        y[..., :16] = p; y[..., 16:] = q            ->
-
-    where the parts cover the dim without a gap, in order.
-    """
-    nodes = flat(graph)
-    made = producers(nodes)
-    return with_body(graph, [_joined(node, made) for node in nodes], {})
-
-
-def _joined(node: Node, made: dict[str, Node]) -> Node:
-    """A cat for the last of several writes that cover a dim."""
-    if node.op != _WRITE:
-        return node
-    dim, write = node.arg("dim"), node
-    assert isinstance(dim, int)
-    parts: list[Value] = []
-    end = size = node.output.type.shape[dim]  # `end` of what is not covered yet
-    while write.op == _WRITE and write.arg("dim") == dim and write.arg("step") == 1:
-        start, stop = write.arg("start") or 0, write.arg("end")
-        assert isinstance(start, int) and (stop is None or isinstance(stop, int))
-        if start < 0 or (size if stop is None else min(stop, size)) != end:
-            break
-        parts.insert(0, write.operands[1])
-        end = start
-        if end == 0 or write.operands[0].name not in made:
-            break
-        write = made[write.operands[0].name]
-    if end or len(parts) < 2:
-        return node
-    return replace(node, op="aten.cat.default", args=(("tensors", tuple(parts)), ("dim", dim)))
-
-
-_WRITE = "aten.slice_scatter.default"
 
 
 # ---- attention ---------------------------------------------------------------------------------

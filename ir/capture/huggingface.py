@@ -245,9 +245,13 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`attention` as transformers' layers call it; (b, s, h, d) out.  `s_aux` are its sinks."""
+    """`attention` as transformers' layers call it; (b, s, h, d) out.
+
+    `s_aux` are its sinks; `position_bias` (b or 1, h, q, k) is added to the scores.
+    """
     for name, argument in kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS:
             raise ValueError(
@@ -278,7 +282,7 @@ def _attention_forward(
         query,
         key,
         value,
-        info.mask,
+        _biased(position_bias, info.mask),
         float(scale),
         info.causal,
         info.window,
@@ -288,6 +292,19 @@ def _attention_forward(
         info.chunk,
     )
     return output.transpose(1, 2), None
+
+
+def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What a bias of the scores and a mask are together, as one mask.
+
+    Keys that the mask hides get the lowest number and not -inf, as transformers has it: a query
+    that sees none of them attends all alike.
+    """
+    if bias is None or mask is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
 
 
 __all__ = ["MaskInfo", "from_config", "rebuild", "shardwright_attention", "with_weights"]

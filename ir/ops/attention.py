@@ -471,7 +471,7 @@ class Attention(Operator):
         return _emit_attention(node, render)
 
 
-_SAVED = ("q", "k", "v", "sinks", "up", "result")
+_SAVED = ("q", "k", "v", "mask", "sinks", "up", "result")
 FAMILY.add("shardwright.attention", Attention())
 
 __all__ = [

@@ -184,6 +184,7 @@ FAMILY.add(
     "aten.div.Tensor_mode aten.div.Scalar_mode",
     Light(_div_mode_rule, _emit_div_mode, saves=("self", "other")),
 )
+FAMILY.add("aten.fill.Tensor", Light(broadcasting(), "torch.fill({self}, {value})"))
 FAMILY.add(
     "aten.maximum.default",
     Light(broadcasting(), "torch.maximum({self}, {other})", saves=("self", "other")),

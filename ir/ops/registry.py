@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from weakref import ref
+
+import torch
 
 from ..graph import Node, Value
 from . import (
@@ -82,9 +85,20 @@ def rule_of(node: Node) -> Rule:
     known = _rules.get(id(node))
     if known is not None and known[0]() is node:
         return known[1]
-    key, rule = id(node), operator_of(node).rule(node)
+    key, rule = id(node), _added_up(node, operator_of(node).rule(node))
     _rules[key] = (ref(node, lambda _: _rules.pop(key, None)), rule)
     return rule
+
+
+def _added_up(node: Node, rule: Rule) -> Rule:
+    """The rule without partial sums of truth values, which ranks cannot add up."""
+    logical = {i for i, value in enumerate(node.operands) if value.type.dtype == torch.bool}
+    if any(out.type.dtype == torch.bool for out in node.outputs):
+        kept = {f for dims in rule.results for dim in dims for f in dim}
+        return replace(rule, linear=(), whole=rule.whole | set(rule.sizes) - kept - rule.inside)
+    if not any(group & logical for group in rule.linear):
+        return rule
+    return replace(rule, linear=tuple(group for group in rule.linear if not group & logical))
 
 
 # By identity: hashing a node means hashing every argument, dearer than making its rule anew.

@@ -57,7 +57,8 @@ def attention(
     `OVER_SHARDS`) says how the ranks work together; neither mask nor dropout is known to it.
 
     Without mask and dropout memory grows with sq + sk and not with their product, whatever the
-    positions; with dropout, or a mask together with positions or softcap, it has sq x sk scores.
+    positions, and beside a mask that wants a gradient its gradient alone is held; with dropout, or
+    another mask together with positions or softcap, it has sq x sk scores.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
@@ -78,6 +79,8 @@ def attention(
     positioned = bounded or causal and (shared or sq != sk)
     if mask is None and dropout_p == 0 and (softcap > 0 or positioned or sinks is not None):
         return _by_positions(options, q, k, v, query_start)
+    if mask is not None and dropout_p == 0 and sinks is None and _is_learned(mask, (sq, sk)):
+        return _by_positions(replace(options, bias=mask), q, k, v, query_start)
     if softcap == 0 and dropout_p == 0 and mask is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -92,6 +95,11 @@ def attention(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _is_learned(mask: Tensor, shape: tuple[int, int]) -> bool:
+    """Is it a whole bias of the scores that wants a gradient?  Fused kernels give it none."""
+    return mask.requires_grad and mask.ndim == 4 and mask.shape[2:] == shape
 
 
 def _over_shards(

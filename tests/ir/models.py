@@ -137,6 +137,7 @@ def huggingface_configs() -> dict[str, Any]:
     qwen = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     no_dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     bert = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
     opt = {"ffn_dim": 64, "dropout": 0.0, "word_embed_proj_dim": 32}
     return {
         "gpt2": t.GPT2Config(**gpt, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
@@ -150,6 +151,7 @@ def huggingface_configs() -> dict[str, Any]:
         "gpt_neox": t.GPTNeoXConfig(**base, **no_dropout),
         "opt": t.OPTConfig(**base, **opt),
         "bert": t.BertConfig(**base, **bert),
+        "t5": t.T5Config(**t5, vocab_size=VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0),
     }
 
 
@@ -157,7 +159,8 @@ def huggingface_model(name: str, config: Any, device: str = "cpu") -> nn.Module:
     """The model of a config in float64, with eager attention: the reference."""
     import transformers as t
 
-    cls = t.AutoModelForMaskedLM if name == "bert" else t.AutoModelForCausalLM
+    special = {"bert": t.AutoModelForMaskedLM, "t5": t.AutoModelForSeq2SeqLM}
+    cls = special.get(name, t.AutoModelForCausalLM)
     torch.manual_seed(0)
     with torch.device(device):
         model = cls.from_config(config, dtype=torch.float64, attn_implementation="eager")

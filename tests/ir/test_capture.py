@@ -19,7 +19,7 @@ from .models import FlatTokens, TinyGPT, batch, huggingface_configs, huggingface
 
 FAMILIES = [
     "gpt2", "llama", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "olmo2", "gpt_neox", "opt",
-    "bert",
+    "bert", "t5",
 ]  # fmt: skip
 
 # Hugging Face's eager attention takes the softmax, and some norms, in float32
@@ -195,16 +195,11 @@ def test_models_that_write_attention_out_keep_their_masks(monkeypatch: pytest.Mo
 
 
 def test_unknown_attention_arguments_are_refused_by_name() -> None:
-    import transformers as t
-
-    config = t.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = t.T5ForConditionalGeneration(config)
-    with pytest.raises(CaptureError, match="T5Attention passes `position_bias`"):
-        capture(model, batch(2, 12, "input_ids", "labels"), training=True)
+    """Models pass what they do not know themselves on to their attention."""
+    model = huggingface_model("llama", huggingface_configs()["llama"], "meta")
+    inputs = batch(2, 12, "input_ids") | {"tree_bias": torch.zeros(2, 4, 12, 12)}
+    with pytest.raises(CaptureError, match="LlamaAttention passes `tree_bias`"):
+        capture(model, inputs, training=True)
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------

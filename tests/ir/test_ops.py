@@ -160,6 +160,7 @@ example(
 example(
     "aten.gelu.default", lambda d: {"self": d.x()}, lambda d: {"self": d.x(), "approximate": "tanh"}
 )
+example("aten.fill.Tensor", lambda d: {"self": d.x(), "value": d.scalar()})
 example("aten.hardtanh.default", lambda d: {"self": d.x(), "min_val": -0.5, "max_val": 0.25})
 example("aten.clamp_min.default", lambda d: {"self": d.x(), "min": -0.25})
 example("aten.clamp_max.default", lambda d: {"self": d.x(), "max": 0.25})
@@ -365,7 +366,11 @@ example(
     lambda d: {"self": d.x(6, 4), "shape": (4, 6)},
     lambda d: {"self": d.x(4, 4, 8), "shape": (8, 2, 8)},
 )
-example("aten.unsqueeze.default", lambda d: {"self": d.x(), "dim": -1})
+example(
+    "aten.unsqueeze.default",
+    lambda d: {"self": d.x(), "dim": -1},
+    lambda d: {"self": d.bools(4, 8), "dim": 1},
+)
 example("aten.squeeze.dim", lambda d: {"self": d.x(4, 1, 5), "dim": 1})
 example("aten.squeeze.dims", lambda d: {"self": d.x(1, 4, 1, 5), "dim": (0, 2)})
 example("aten.squeeze.default", lambda d: {"self": d.x(1, 4, 1, 5)})

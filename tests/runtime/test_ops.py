@@ -193,6 +193,26 @@ def test_attention(
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1)], ids=str)
+def test_attention_with_a_learned_bias(shape: tuple[int, int]) -> None:
+    """The bias gets a gradient, and no score matrix of all sequences and heads is made for it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 300, 8), (2, 2, 303, 8), (2, 2, 303, 6), (*shape, 300, 303)]
+    q, k, v, bias = (
+        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes
+    )
+    hidden = torch.ones(300, 303, dtype=torch.bool).triu(4)
+    with _Largest() as largest:
+        got = attention(q, k, v, bias, causal=True, query_start=3, softcap=2.0)
+        gots = torch.autograd.grad(got.sin().sum(), (q, k, v, bias))
+    assert largest.numbers <= max(bias.numel(), 2 * 4 * 256 * 303)  # a tile of 256 queries
+    want = reference_attention(q, k, v, bias.masked_fill(hidden, -torch.inf), False, 0, 2.0, 3)
+    torch.testing.assert_close(got, want, **EXACT)
+    wants = torch.autograd.grad(want.sin().sum(), (q, k, v, bias))
+    for a, b in zip(gots, wants, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 def test_attention_query_that_may_attend_nothing_gives_zeros() -> None:
     q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64)
     q.requires_grad_()
