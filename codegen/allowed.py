@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..ir.graph.names import is_python_file
+from ..facts.users import Import
+from ..ir.graph.names import is_dotted, is_place
 
 # What an expression stands for: data; what may be called; the modules that a file imports; `self`
-# and what lies below it, which may be data or a module; an operator's name in the making.
+# and what lies below it, which may be data or a module; an operator's name in the making; a class
+# of the user's own functions.
 _Kind: TypeAlias = Literal[
     "value",
     "class",
@@ -32,6 +34,7 @@ _Kind: TypeAlias = Literal[
     "self",
     "held",
     "operator",
+    "users",
 ]
 
 _TORCH: dict[str, _Kind] = {"ops": "operator", "linalg": "linalg"}  # what `torch` holds
@@ -85,29 +88,36 @@ def _asks_for_a_module(node: ast.Call) -> bool:
             return False
 
 
-def _imported_place(item: ast.Expr) -> str | None:
-    """`place` of a line `ops.import_user("place")`."""
-    match item.value:
+def _imported(item: ast.Call) -> Import | None:
+    """Of `ops.import_user("place")` and `ops.import_user("place", "Rounding")`."""
+    match item:
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id="ops"), attr="import_user"),
-            args=[ast.Constant(value=str(place))],
+            args=[ast.Constant(value=str(place)), *rest],
             keywords=[],
         ):
-            return place
+            pass
+        case _:
+            return None
+    match rest:
+        case []:
+            return Import(place)
+        case [ast.Constant(value=str(function))] if function:
+            return Import(place, function)
         case _:
             return None
 
 
-def check_module(source: str, places: Collection[str] = ()) -> None:
+def check_module(source: str, imports: Collection[Import] = ()) -> None:
     """Raises ValueError, with the line, for what no generated module holds.
 
-    `places` are the files that the graph says define operators of the user's.
+    `imports` are what the graph says is the user's.
     """
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise _foreign(f"{(error.text or '').strip()!r} ({error.msg})", error.lineno) from error
-    _Checker(tree, places).module(tree)
+    _Checker(tree, imports).module(tree)
 
 
 def _foreign(what: str, line: int | None) -> ValueError:
@@ -125,8 +135,8 @@ def _refused(node: ast.stmt | ast.expr) -> ValueError:
 class _Checker:
     """Walks a module in the order in which it runs; `names` says what each name stands for."""
 
-    def __init__(self, tree: ast.Module, places: Collection[str]) -> None:
-        self.places = places
+    def __init__(self, tree: ast.Module, imports: Collection[Import]) -> None:
+        self.imports = imports
         self.names: dict[str, _Kind] = dict(_KNOWN)
         # What paths of its tables and declarations are made of.  The runtime refuses to hold a
         # parameter or module under the name of a method.
@@ -145,16 +155,26 @@ class _Checker:
                     self.function(item)
                 case ast.ImportFrom(module="shardwright.runtime", level=0):
                     self.imported(item)
-                case ast.Expr() if self.may_import(_imported_place(item)):
+                case ast.Expr(value=ast.Call() as call) if self.may_import(call, named=False):
                     pass
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call) if (
+                    name not in self.names and self.may_import(call, named=True)
+                ):
+                    self.names[name] = "users"
                 case _ if ast.unparse(item) not in _IMPORTS:
                     raise _refused(item)
                 case _:
                     pass
 
-    def may_import(self, place: str | None) -> bool:
-        """Is it a file that the graph names, and a path that cannot be read as other code?"""
-        return place is not None and place in self.places and is_python_file(place)
+    def may_import(self, call: ast.Call, *, named: bool) -> bool:
+        """Does it import what the graph names: a function, if the module gives it a name?
+
+        Neither place nor name can be read as other code.
+        """
+        found = _imported(call)
+        if found is None or found not in self.imports or bool(found.function) != named:
+            return False
+        return is_place(found.place) and (not named or is_dotted(found.function))
 
     def imported(self, item: ast.ImportFrom) -> None:
         """Classes of the runtime, and its functions as `ops`."""
@@ -251,7 +271,7 @@ class _Checker:
 
     def bind(self, node: ast.expr | ast.arg, name: str, kind: _Kind) -> None:
         """A variable, which hides nothing that the module uses by its name."""
-        if name in _KNOWN:
+        if name in _KNOWN or self.names.get(name) == "users":
             raise _foreign(f"a variable `{name}`", node.lineno)
         self.names[name] = kind
 
@@ -323,6 +343,8 @@ class _Checker:
                 return name in _OF_SELF or name in self.held or _is_method(name)
             case "value":
                 return _is_method(name)
+            case "users":
+                return name == "apply"
             case "class" | "function":
                 return False
 
@@ -344,7 +366,7 @@ class _Checker:
                 found = "held"
             case "value" | "class":
                 found = "value"
-            case "linalg" | "functional" | "function":
+            case "linalg" | "functional" | "function" | "users":
                 pass
         if found is None or not (_is_public(name) or (found == "held" and name in self.held)):
             raise _refused(node)

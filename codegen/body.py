@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
 
@@ -16,6 +16,7 @@ from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
 from ..facts.units import format_bytes, format_seconds
+from ..facts.users import Import
 from ..ir.graph import Arg, Node, Value
 from ..ir.graph.names import is_path
 from ..ir.graph.rewrite import with_args
@@ -70,6 +71,8 @@ class Context:
     recompute: bool = False  # are layers run again in backward?
     training: bool = False
     order: str = "contiguous"  # in which ranks hold tokens
+    # what the module calls the user's functions
+    users: Mapping[Import, str] = field(default_factory=dict[Import, str])
 
 
 @dataclass(slots=True)
@@ -112,7 +115,7 @@ class FunctionWriter:
         self.function = function
         self.context = context
         self.mesh, self.labels, self.zigzag = context.mesh, context.labels, context.zigzag
-        self.names = Names(_axis_names(context.mesh))
+        self.names = Names([*_axis_names(context.mesh), *context.users.values()])
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
@@ -676,6 +679,10 @@ class _Renderer:
         if not axes:
             return "", ""
         return self.item.choices[axes[0]], self.body.axis_text(Step(axes, R, S(0)))
+
+    def imported(self, item: Import) -> str:
+        """The name that the module gives to something of the user's."""
+        return self.body.context.users[item]
 
     def order(self) -> str:
         """In which order ranks hold the tokens of a sequence: `contiguous` or `zigzag`."""

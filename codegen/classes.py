@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..facts.users import Import
 from ..ir.graph.names import is_identifier
 from .source import WIDTH, statement
 
@@ -31,9 +34,13 @@ class _Class:
 
 
 class Classes:
-    """The classes written so far, in an order in which each stands before those that name it."""
+    """The classes written so far, in an order in which each stands before those that name it.
 
-    def __init__(self) -> None:
+    None is called as one of `taken`, what the module imports of the user's.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = _RESERVED | set(taken)
         self._made: dict[tuple[str, str, tuple[str, ...]], _Class] = {}
 
     def add(self, wanted: str, base: str, body: Sequence[str], origin: str) -> str:
@@ -43,7 +50,7 @@ class Classes:
         """
         key = (wanted, base, tuple(body))
         if key not in self._made:
-            taken = {known.name for known in self._made.values()} | _RESERVED
+            taken = {known.name for known in self._made.values()} | self._taken
             name, count = wanted, 1
             while name in taken:
                 count += 1
@@ -55,6 +62,23 @@ class Classes:
     def parts(self) -> list[list[str]]:
         """The lines of each class."""
         return [made.lines() for made in self._made.values()]
+
+
+def names_of(imports: Iterable[Import], taken: Iterable[str]) -> dict[Import, str]:
+    """What a module calls the user's functions: as their classes, with a number where `taken`.
+
+    >>> names_of([Import("a.py", "Round"), Import("b.py", "Up.Round")], ["dp"]).values()
+    dict_values(['Round', 'Round2'])
+    """
+    found: dict[Import, str] = {}
+    for item in imports:
+        if not item.function:
+            continue
+        wanted = item.function.rpartition(".")[2]
+        used = {*found.values(), *taken, *_RESERVED, *dir(builtins), "nn", "self"}
+        numbered = (f"{wanted}{count}" for count in itertools.count(2))
+        found[item] = next(n for n in itertools.chain([wanted], numbered) if n not in used)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +149,4 @@ def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:
     return names
 
 
-__all__ = ["RUNTIME", "Classes", "Modules", "TorchModule", "argument_names"]
+__all__ = ["RUNTIME", "Classes", "Modules", "TorchModule", "argument_names", "names_of"]

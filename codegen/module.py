@@ -12,13 +12,14 @@ from types import MappingProxyType
 from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
+from ..facts.users import Import
 from ..ir.graph import Param
 from ..ir.ops.attention import values_in_keys
 from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
 from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of
-from ..ir.ops.users import places_in
+from ..ir.ops.users import imports_in
 from ..planner.plan.program import (
     BlockBody,
     Compute,
@@ -30,7 +31,7 @@ from ..planner.plan.program import (
     Weight,
 )
 from .body import Context, FunctionWriter, traffic_parts
-from .classes import RUNTIME, Classes, Modules, argument_names
+from .classes import RUNTIME, Classes, Modules, argument_names, names_of
 from .inputs import fixed_table, path_text, taken_in
 from .names import words_of
 from .nesting import Function, nest
@@ -57,20 +58,24 @@ def write_source(
     the same bytes.
     """
     second: list[_Writer] = []
-    classes = Classes()
+    graphs = [each.graph for each in (program, decode) if each is not None]
+    imports = list(dict.fromkeys(item for graph in graphs for item in imports_in(graph)))
+    users = names_of(imports, mesh.names)
+    classes = Classes(users.values())
     if decode is not None:
-        second = [_Writer(decode, mesh, "decode", optimizer, classes, _DECODING)]
-    first = _Writer(program, mesh, phase, optimizer, classes, "ShardedModel", second, recached)
+        second = [_Writer(decode, mesh, "decode", optimizer, classes, users, _DECODING)]
+    first = _Writer(
+        program, mesh, phase, optimizer, classes, users, second=second, recached=recached
+    )
     tables = _page_tables([writer.caches() for writer in (first, *second)])
     for writer in (first, *second):
         writer.tables = tables
     models = [writer.model_class() for writer in (*second, first)]
     parts = [*classes.parts(), *models]
-    graphs = [writer.program.graph for writer in (first, *second)]
-    places = list(dict.fromkeys(place for graph in graphs for place in places_in(graph)))
-    head = _head(summary, [line for part in parts for line in part], places)
+    lines = [line for part in parts for line in part]
+    head = _head(summary, lines, [_import_line(item, users) for item in imports])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
-    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", places)
+    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)
 
 
 def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
@@ -89,11 +94,18 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
     return {name: kinds.index(owners(name)) for name in names}
 
 
-def _head(summary: str, lines: Sequence[str], places: Sequence[str]) -> list[str]:
-    """The docstring, imports of what the lines use, and of `places`, with the user's operators."""
+def _import_line(item: Import, users: Mapping[Import, str]) -> str:
+    """`Rounding = ops.import_user("rounding.py", "Rounding")`; without a name for operators."""
+    if not item.function:
+        return f'ops.import_user("{item.place}")'
+    return f'{users[item]} = ops.import_user("{item.place}", "{item.function}")'
+
+
+def _head(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[str]:
+    """The docstring, imports of what the lines use, and `imports` of what is the user's."""
     text = "\n".join(lines)
     names = [name for name in RUNTIME if re.search(rf"\b{name}\b[(.)]", text)]
-    if places and "ops" not in names:
+    if imports and "ops" not in names:
         names.append("ops")
     body = "\n".join(summary.splitlines())
     return [
@@ -106,7 +118,7 @@ def _head(summary: str, lines: Sequence[str], places: Sequence[str]) -> list[str
         else "from torch import Tensor",
         "",
         *_import_lines(sorted(names, key=_import_order)),
-        *(["", *(f'ops.import_user("{place}")' for place in places)] if places else []),
+        *(["", *imports] if imports else []),
     ]
 
 
@@ -120,7 +132,8 @@ class _Writer:
         phase: str,
         optimizer: str,
         classes: Classes,
-        name: str,
+        users: Mapping[Import, str],
+        name: str = "ShardedModel",
         second: Sequence[_Writer] = (),
         recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
     ) -> None:
@@ -129,6 +142,7 @@ class _Writer:
         self.phase = phase
         self.optimizer = optimizer
         self.classes = classes
+        self.users = users  # what the module calls the user's functions
         self.name = name
         self.prefix = _DECODING if name == _DECODING else ""  # of the classes' names
         self.second = second  # the program for decoding beside this one, if there is one
@@ -167,6 +181,7 @@ class _Writer:
             self.program.recompute,
             self.program.training,
             self.program.order,
+            self.users,
         )
         return function, context
 

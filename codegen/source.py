@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection
 
+from ..facts.users import Import
 from .allowed import check_module
 
 WIDTH = 100
@@ -146,10 +147,10 @@ def number_text(number: object) -> str:
     return repr(number)
 
 
-def check(source: str, places: Collection[str]) -> str:
+def check(source: str, imports: Collection[Import]) -> str:
     """`source`, after making sure that it holds what generated modules hold and nothing else.
 
-    It may import `places`, which define operators of the user's.
+    It may have `imports` of what is the user's.
     """
-    check_module(source, places)
+    check_module(source, imports)
     return source

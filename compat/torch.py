@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,9 @@ EXPORT_PRINTS = "torch.export._trace"
 
 _aten: Any = torch.ops.aten
 
+FunctionBase: Any = _SingleLevelFunction
+"""The base of `autograd.Function`, whose `apply` all ways to call one end in."""
+
 
 # -- tensors and modules
 
@@ -51,6 +55,19 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def changes(x: Tensor) -> int:
     """How often `x` was changed in place: tells whether what backward needs is still there."""
     return x._version
+
+
+def gradient_hooks(item: nn.Module | Tensor) -> bool:
+    """Does anything look at, or change, gradients when backward passes the module or tensor?"""
+    if isinstance(item, Tensor):
+        return bool(item._backward_hooks or item._post_accumulate_grad_hooks)
+    return bool(item._backward_hooks or item._backward_pre_hooks)
+
+
+def gradient_hooks_of_all() -> bool:
+    """Does anything do so for every module?"""
+    modules: Any = torch.nn.modules.module
+    return bool(modules._global_backward_hooks or modules._global_backward_pre_hooks)
 
 
 def registered(module: nn.Module, name: str) -> Tensor:
@@ -156,6 +173,15 @@ def as_if_exported() -> AbstractContextManager[object]:
 
 
 @contextmanager
+def outside_modes() -> Generator[None]:
+    """Inside, nothing that runs is recorded, faked or replaced by what is around."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
 def whole_stacks() -> Generator[None]:
     """Inside, an export records all frames from a `forward` on, not those of `forward`s alone."""
     from torch.fx.proxy import TracerBase
@@ -208,6 +234,18 @@ def defined_by(name: str) -> Any:
     return None if found is None else found._init_fn
 
 
+def operator_name(op: object) -> str:
+    """`space.name` of an operator, in any of the forms that Python has of it; empty for others."""
+    from torch._library.custom_ops import CustomOpDef
+    from torch._ops import OpOverloadPacket
+
+    if isinstance(op, CustomOpDef):
+        return op._qualname.replace("::", ".")
+    if isinstance(op, OpOverload | OpOverloadPacket):
+        return ".".join(str(op).split(".")[:2])
+    return ""
+
+
 def schema_arguments(operator: OpOverload) -> list[Any]:
     """What an operator takes: `name`, `default_value`, `kwarg_only`, ... of each argument."""
     return operator._schema.arguments
@@ -216,6 +254,7 @@ def schema_arguments(operator: OpOverload) -> list[Any]:
 __all__ = [
     "EXPORT_PRINTS",
     "CheckpointFunction",
+    "FunctionBase",
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
@@ -227,8 +266,12 @@ __all__ = [
     "flash",
     "flash_backward",
     "flattened",
+    "gradient_hooks",
+    "gradient_hooks_of_all",
     "is_fake",
     "makes_tensors",
+    "operator_name",
+    "outside_modes",
     "registered",
     "schema_arguments",
     "storage_key",

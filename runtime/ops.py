@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..facts.users import import_user as import_user
 from .attention.cached import cached_attention as cached_attention
 from .attention.local import attention as attention
 from .convolution import cached_convolution as cached_convolution
@@ -17,7 +18,6 @@ from .convolution import causal_convolution as causal_convolution
 from .mesh.collectives import Axis
 from .mesh.stochastic import dropout as dropout
 from .moe import moe as moe  # generated modules call it `ops.moe`
-from .users import import_user as import_user
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

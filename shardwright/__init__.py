@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import Plan, load_plan, plan
     from .ir.ops.experts import experts, moe
+    from .ir.ops.user_rules import rule
 
 __version__ = "0.1.0"
 
@@ -27,9 +28,10 @@ _LAZY = {  # name -> module
     "plan": ".api",
     "experts": ".ir.ops.experts",
     "moe": ".ir.ops.experts",
+    "rule": ".ir.ops.user_rules",
 }
 
-__all__ = ["Plan", "__version__", "experts", "load_plan", "moe", "plan"]
+__all__ = ["Plan", "__version__", "experts", "load_plan", "moe", "plan", "rule"]
 
 
 def __getattr__(name: str) -> object:

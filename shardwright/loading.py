@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .compat.torch import EXPORT_PRINTS
 from .facts.nested import spelled
 from .facts.phases import TRAIN, find_phase
+from .facts.users import load_file
 from .ir.capture.arguments import Arguments
 from .ir.capture.errors import CaptureError
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
-from .runtime.users import load_file
 
 DTYPES = {
     "bfloat16": torch.bfloat16,

@@ -38,12 +38,13 @@ from .draws import Drawn, Recorder, Replayed, WithoutDropout, draws_of
 from .facts.files import read_text
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
+from .facts.users import import_user, is_file
 from .folder import MODULE_FILE, PLAN_FILE
 from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
 from .ir.ops.registry import local_of, operator_of
-from .ir.ops.users import places_in
+from .ir.ops.users import imports_in
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
@@ -56,7 +57,6 @@ from .planner.plan.store import read_plan
 from .runtime import RankError, RankPool
 from .runtime.cache.declared import TOKENS
 from .runtime.mesh.batches import arguments_of
-from .runtime.users import import_user
 from .written import wrote
 
 # What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
@@ -149,7 +149,7 @@ def verify(folder: Path, ranks: int | None = None, model: str | None = None) -> 
     plan = read_plan(folder)
     text, edited = _module_in(folder, plan)
     own = wrote(folder / PLAN_FILE)
-    _import_operators(plan, model, own)
+    _import_users(plan, model, own)
     plan, note = _with_original(plan, model, own)
     return replace(_verified(plan, folder / MODULE_FILE, text, edited, ranks), note=note)
 
@@ -176,22 +176,24 @@ def _module_in(folder: Path, plan: PlanData) -> tuple[str, bool]:
     return text, edited
 
 
-def _import_operators(plan: PlanData, model: str | None, own: bool) -> None:
-    """Import the files that define operators that the plan calls; `model` is a file to be run.
+def _import_users(plan: PlanData, model: str | None, own: bool) -> None:
+    """Import what defines operators and functions that the plan calls; `model` is a file to be run.
 
-    Raises PlanError where a plan from elsewhere names another file.
+    Raises PlanError where a plan from elsewhere names something else.
     """
     named = Path(model.partition(":")[0]).resolve() if model else None
-    for place in dict.fromkeys(p for each in plan.phases for p in places_in(each.graph)):
-        if not own and Path(place).resolve() != named:
+    for item in dict.fromkeys(item for each in plan.phases for item in imports_in(each.graph)):
+        place = item.place
+        if not own and not (is_file(place) and Path(place).resolve() == named):
+            may = f"give `--model {place}` if it may run; else " if is_file(place) else ""
             raise PlanError(
-                f"the module would import {place}, which defines operators that it calls, and this "
-                f"plan was not written here by you: nothing is run. Read that file, and give "
-                f"`--model {place}` if it may run; else plan the model again"
+                f"the module would import {place}, which defines what it calls, and this plan was "
+                f"not written here by you: nothing is run. Read that code; {may}plan the model "
+                "again"
             )
         try:
             with redirect_stdout(sys.stderr):
-                import_user(place)
+                import_user(place, item.function)
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise PlanError(f"importing {place} failed: {error}") from error
 

@@ -33,8 +33,9 @@ from .arguments import Arguments
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .errors import CaptureError
-from .functions import OwnBackward, refusing_own_backward
+from .functions import OwnBackward, keeping_functions
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
+from .hooks import DataDetached, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
 
@@ -76,11 +77,13 @@ def capture_folded(
     Formulas that the model writes out are one operator each, and nothing is computed twice.
     Arguments and errors as `capture`.
     """
+    if training:
+        check_hooks(model)
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     arguments = Arguments.of(model, inputs)
     tensors = arguments.tensors
     with _mode(model, training), arguments.flat_forward(model):
-        short = repeats(model, tensors, lambda: _on_meta(model, tensors, serving))
+        short = repeats(model, tensors, lambda: _on_meta(model, tensors, serving, training))
 
     def whole() -> Graph:
         flat = capture(model, arguments, training=training, serving=serving, rebuild=rebuild)
@@ -137,17 +140,18 @@ def export(
     model: nn.Module, inputs: Arguments, *, training: bool, serving: bool = False
 ) -> tuple[ExportedProgram, _Tensors]:
     """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
+    if training:
+        check_hooks(model)
     tensors = _Tensors.of(model)
     fake = fake_tensors(beside_real=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.tensors.items()}
     make = functools.partial(_fake, mode=fake)
-    gradients = refusing_own_backward() if training else nullcontext()
     with (
         _mode(model, training),
         _attention(model, arguments, serving),
         _replaced(model, make),
         inputs.flat_forward(model),
-        gradients,
+        _gradients(training),
         whole_stacks(),
         own_hooks(),
     ):
@@ -176,6 +180,17 @@ def _attention(
     return nullcontext()
 
 
+@contextmanager
+def _gradients(training: bool) -> Generator[None]:
+    """Inside, what says itself how gradients flow is kept or refused, where there are any."""
+    with DataDetached():
+        if not training:
+            yield
+            return
+        with keeping_functions(), refusing_hooks():
+            yield
+
+
 # ---- fake tensors ------------------------------------------------------------------------------
 
 
@@ -190,10 +205,13 @@ def _fake(value: Tensor, mode: AbstractContextManager[object]) -> Tensor:
 
 
 @contextmanager
-def _on_meta(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) -> Generator[None]:
+def _on_meta(
+    model: nn.Module, inputs: Mapping[str, Tensor], serving: bool, training: bool
+) -> Generator[None]:
     """Inside, `model` runs on meta tensors as it would be exported."""
     with (
         _attention(model, inputs, serving),
+        _gradients(training),
         _replaced(model, functools.partial(torch.empty_like, device="meta")),
     ):
         yield

@@ -1,48 +1,71 @@
-"""Functions with a backward of their own, which a capture would replace by that of their forward.
+"""Functions with a backward of their own, which a capture keeps whole.
 
-`torch.export` records what the forward of a `torch.autograd.Function` calls; its backward is lost,
-and the gradients of what was recorded are other ones.  What a reentrant checkpoint runs is captured
-as its plain self: the plan decides what is computed again.
+`torch.export` records what the forward of a `torch.autograd.Function` calls; its backward would be
+lost, and the gradients of what was recorded are other ones.  So while a model is captured, a call
+of such a function is one of the operator below, whose results are known from a trial (`trial.py`).
+What a reentrant checkpoint runs is captured as its plain self: the plan decides what is computed
+again.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
-from torch.autograd import Function
+import torch
+from torch import Tensor
 
-from ...compat.torch import CheckpointFunction
+from ...compat.torch import CheckpointFunction, FunctionBase
 from ...compat.transformers import WRAPPERS
 from .location import innermost_frame, place
+from .trial import Called, Refused, Slot, tried
 
 # Their classes are torch's own operators, whose gradients are those of what they compute
 _TRUSTED = ("torch.", f"{WRAPPERS}.")
+# ... but for those that it makes of the user's, under `torch.vmap`
+_MADE = "torch._functorch."
+
+_numbers: dict[tuple[type[Any], str], int] = {}
+_calls: list[Called] = []  # distinct ones: the schema of an operator has no room for them
 
 
 class OwnBackward(ValueError):
-    """The model calls a function with its own backward; the message says where."""
+    """A function with its own backward cannot be kept; the message says where, and what to do."""
+
+
+@torch.library.custom_op("shardwright::function", mutates_args=())
+def recorded(tensors: Sequence[Tensor], call: int) -> list[Tensor]:
+    """Stands for a call of a function in what is exported; `called` knows number `call`."""
+    raise NotImplementedError("this operator is recorded, and never run")
+
+
+@recorded.register_fake
+def _(tensors: Sequence[Tensor], call: int) -> list[Tensor]:
+    device = tensors[0].device
+    types = _calls[call].outputs
+    return [torch.empty(each.shape, dtype=each.dtype, device=device) for each in types]
+
+
+def called(number: int) -> Called:
+    """The call that `recorded` was given the number of."""
+    return _calls[number]
 
 
 @contextmanager
-def refusing_own_backward() -> Generator[None]:
-    """Inside, a call of any such function that the model brings raises OwnBackward.
+def keeping_functions() -> Generator[None]:
+    """Inside, calls of functions that the model brings are recorded whole, or raise OwnBackward.
 
     Reentrant checkpoints run as what they wrap.
     """
-    before = [(kind, kind.__dict__["forward"]) for kind in _brought()]
     checkpoints: Any = CheckpointFunction
+    checkpoints.apply = staticmethod(_plain)
+    FunctionBase.apply = classmethod(_apply())
     try:
-        for kind, _ in before:
-            kind.forward = staticmethod(_refusal(kind))
-        checkpoints.apply = staticmethod(_plain)
         yield
     finally:
-        del checkpoints.apply  # that of its base class shows again
-        for kind, forward in before:
-            kind.forward = forward
+        del checkpoints.apply, FunctionBase.apply  # those of their base classes show again
 
 
 def _plain(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -50,28 +73,41 @@ def _plain(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -
     return function(*args)
 
 
-def _brought() -> Iterator[type[Any]]:
-    """Every class of functions but those of torch."""
-    waiting: list[type[Any]] = [Function]
-    while waiting:
-        kind = waiting.pop()
-        waiting += kind.__subclasses__()
-        if not f"{kind.__module__}.".startswith(_TRUSTED) and "forward" in kind.__dict__:
-            yield kind
+def _apply() -> Callable[..., Any]:
+    """`FunctionBase.apply`, in which every way to call a function ends."""
+    trying = False  # functions that another one calls are a part of it
+
+    def apply(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal trying
+        if trying or kwargs or _is_of_torch(cls):
+            return super(FunctionBase, cls).apply(*args, **kwargs)
+        trying = True
+        try:
+            call = tried(cls, args)
+        except Refused as error:
+            where = place(*innermost_frame("".join(traceback.format_stack())))
+            raise OwnBackward(f"{where}: the model calls `{cls.__qualname__}`, {error}") from error
+        finally:
+            trying = False
+        return _record(call, [arg for arg in args if isinstance(arg, Tensor)])
+
+    return apply
 
 
-def _refusal(kind: type[Any]) -> Callable[..., NoReturn]:
-    def refuse(*args: object, **kwargs: object) -> NoReturn:
-        where = place(*innermost_frame("".join(traceback.format_stack())))
-        raise OwnBackward(
-            f"{where}: the model calls `{kind.__qualname__}`, a torch.autograd.Function: its"
-            " own backward would be lost, and the gradients would be those of its forward. Write"
-            " it as a `torch.library.custom_op` with `register_fake` and `register_autograd`,"
-            " which keeps its backward, or with torch's functions: a straight-through estimate is"
-            " `x + (rounded - x).detach()`, and what is kept for backward the plan decides"
-        )
-
-    return refuse
+def _is_of_torch(cls: type[Any]) -> bool:
+    module = f"{cls.__module__}."
+    return module.startswith(_TRUSTED) and not module.startswith(_MADE)
 
 
-__all__ = ["OwnBackward", "refusing_own_backward"]
+def _record(call: Called, tensors: list[Tensor]) -> Any:
+    """What the call returns; equal calls have one number."""
+    number = _numbers.setdefault((call.function, repr(call)), len(_calls))
+    if number == len(_calls):
+        _calls.append(call)
+    results = recorded(tensors, number)
+    flowing = zip(results, call.flows, strict=True)
+    given = tuple(result if flows else result.detach() for result, flows in flowing)
+    return given if call.in_tuple else given[0]
+
+
+__all__ = ["Called", "OwnBackward", "Slot", "called", "keeping_functions"]

@@ -10,9 +10,9 @@ The steps, for each fx node in order (`_Converter.run`):
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -21,9 +21,17 @@ from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, t
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
 from ..ops.random import is_draw
 from ..ops.registry import find_op
-from ..ops.users import DEFINED_IN, place_of
+from ..ops.users import (
+    FUNCTION,
+    UserError,
+    check_rule,
+    function_arguments,
+    operator_arguments,
+)
+from .functions import Slot, called
 from .location import Frame, model_frames, place, statement
 
+_T = TypeVar("_T")
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
 
 # arguments that say where and how a tensor lies in memory, which the plan decides
@@ -106,16 +114,18 @@ class _Converter:
         args: tuple[tuple[str, Arg], ...],
         name: str,
         types: Iterable[TensorType],
-        differentiable: bool,
+        differentiable: bool | Sequence[bool],
         origin: fx.Node,
     ) -> tuple[Value, ...]:
-        """Append a node; its output values."""
+        """Append a node; its output values, of which all or these are differentiable."""
         name = self.unique(name)
         types = tuple(types)
         parts = [f"{name}_part{i}" for i in range(len(types))] if len(types) > 1 else []
         names = [self.unique(part) for part in parts] or [name]
+        each = [differentiable] * len(types) if isinstance(differentiable, bool) else differentiable
         outputs = tuple(
-            Value(n, t, differentiable and t.continuous) for n, t in zip(names, types, strict=True)
+            Value(n, t, flows and t.continuous)
+            for n, t, flows in zip(names, types, each, strict=True)
         )
         location, frame = _locate(origin, self.modules)
         self.nodes.append(Node(name, op, args, outputs, location))
@@ -193,6 +203,9 @@ class _Converter:
         if op in _CHECKS:
             env[node] = None
             return
+        if op == FUNCTION:
+            env[node] = self.function(node, env, grad)
+            return
         args = _schema_args(target, node, env)
         operands = [v for _, arg in args for v in _values(arg)]
         same = _same_value(op, dict(args), node)
@@ -211,13 +224,34 @@ class _Converter:
         elif written is not None:
             op = self.functional_name(target, node)
         if find_op(op) is None:
-            args = _with_place(op, args)
+            args = (*args, *_checked(lambda: operator_arguments(op)))
         outputs = self.emit(op, args, node.name, _tensor_types(node), differentiable, node)
+        _checked(lambda: check_rule(self.nodes[-1]))
         self.note_views(target, operands, outputs)
         is_tuple = isinstance(node.meta["val"], (tuple, list))
         env[node] = outputs if is_tuple else outputs[0]
         if written is not None:
             self.rebind(operands[0], outputs[0], env, node)
+
+    def function(self, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool) -> _Bound:
+        """Convert a call of a function with its own backward."""
+        tensors, number = (_bind(arg, env) for arg in node.args)
+        call = called(number)
+        known = [value for value, needs in zip(tensors, call.needs, strict=True) if not needs]
+        assert not any(value.differentiable for value in known), "a gradient was not seen"
+        given: tuple[Any, ...] = tuple(
+            tensors[a.number] if isinstance(a, Slot) else a for a in call.arguments
+        )
+        args = _checked(
+            lambda: function_arguments(
+                call.function, given, call.in_tuple, call.saves, call.kept_bytes
+            )
+        )
+        flows = grad and any(value.differentiable for value in tensors)
+        each = [flows and one for one in call.flows]
+        results = self.emit(FUNCTION, args, "applied", call.outputs, each, node)
+        _checked(lambda: check_rule(self.nodes[-1]))
+        return results
 
     # ---- in-place ops --------------------------------------------------------------------------
 
@@ -373,13 +407,12 @@ def _schema_args(
     return tuple(found)
 
 
-def _with_place(op: str, args: tuple[tuple[str, Arg], ...]) -> tuple[tuple[str, Arg], ...]:
-    """The arguments of an operator that has no declaration, and where it is defined if not here."""
+def _checked(make: Callable[[], _T]) -> _T:
+    """What `make` gives; why something of the user's cannot be planned is said with its place."""
     try:
-        place = place_of(op)
-    except ValueError as error:
+        return make()
+    except UserError as error:
         raise UnsupportedNode(str(error)) from error
-    return (*args, (DEFINED_IN, place)) if place else args
 
 
 def _plain(value: Any, name: str, op: str) -> Arg:

@@ -48,6 +48,20 @@ def is_python_file(path: str) -> bool:
     return _PYTHON_FILE.fullmatch(path) is not None
 
 
+def is_place(place: str) -> bool:
+    """Can a generated module import it: the name of a module, or the path of its file?
+
+    >>> [is_place(place) for place in ("mypackage.ops", "/my models/a.py", "os;", "a.class", "")]
+    [True, True, False, False, False]
+    """
+    return is_python_file(place) or is_dotted(place)
+
+
+def is_dotted(name: str) -> bool:
+    """Is it one identifier, or several with dots between?"""
+    return all(map(is_identifier, name.split(".")))
+
+
 def check_names(graph: Graph) -> None:
     """Raises ValueError for a name that no capture gives."""
     for item in graph.inputs:
@@ -109,8 +123,11 @@ def _check_node(node: Node) -> None:
         _check(_is_word(name), f"argument `{name}` of `{node.op}`", "an identifier")
         _check_texts(f"argument `{name}` of `{node.op}`", _texts(arg))
         if name == "defined_in":
-            good = isinstance(arg, str) and is_python_file(arg)
-            _check(good, f"`{arg}` of `{node.op}`", "the plain path of a file ending in .py")
+            good = isinstance(arg, str) and is_place(arg)
+            _check(good, f"`{arg}` of `{node.op}`", "a module, or the path of a file ending in .py")
+        if name == "function":
+            good = isinstance(arg, str) and is_dotted(arg)
+            _check(good, f"`{arg}` of `{node.op}`", "the name of a class")
         if name == "cache" and isinstance(arg, str):  # held by the module under this path
             _check(is_path(arg), f"cache `{arg}`", "identifiers and numbers with dots between")
 
@@ -145,4 +162,4 @@ def _is_word(name: str) -> bool:
     return plain and not name.startswith("__")
 
 
-__all__ = ["check_names", "is_identifier", "is_path", "is_python_file"]
+__all__ = ["check_names", "is_dotted", "is_identifier", "is_path", "is_place", "is_python_file"]

@@ -18,6 +18,7 @@ import torch
 
 from ...compat.torch import schema_arguments
 from ...facts.traffic import Traffic
+from ...facts.users import Import
 from ...facts.work import Kernels, Stream
 from ..graph import Arg, Node, TensorType, Value, values_in
 from .local import Local
@@ -54,6 +55,10 @@ class Render(Protocol):
 
     def algorithm(self) -> tuple[str, str]:
         """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
+        ...
+
+    def imported(self, item: Import) -> str:
+        """The name that the module gives to something of the user's."""
         ...
 
     def order(self) -> str:
@@ -132,6 +137,10 @@ class Operator:
     remembers: str = ""
     # the operator that goes on with it in serving, over a state, if there is one
     continued_by: str = ""
+
+    def title(self, node: Node) -> str:
+        """What reports call it where the user gives it no name: `aten.add.Tensor`."""
+        return node.op
 
     def rule(self, node: Node) -> Rule:
         """Which dims are which factors."""

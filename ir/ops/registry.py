@@ -30,7 +30,7 @@ from . import (
 from .local import Local
 from .operator import Family, Operator
 from .rule import Choice, Rule
-from .users import DEFINED_IN, UserOperator
+from .users import FUNCTION, RULE, UserFunction, UserOperator, is_users
 
 OPS = Family()
 for _family in (
@@ -57,6 +57,7 @@ for _family in (
 
 _UNKNOWN = Operator()
 _OF_USERS = UserOperator()
+_FUNCTION = UserFunction()
 
 
 def register(names: str, op: Operator) -> None:
@@ -74,7 +75,14 @@ def operator_of(node: Node) -> Operator:
     known = OPS.get(node.op)
     if known is not None:
         return known
-    return _OF_USERS if node.args and node.args[-1][0] == DEFINED_IN else _UNKNOWN
+    if not is_users(node):
+        return _UNKNOWN
+    return _FUNCTION if node.op == FUNCTION else _OF_USERS
+
+
+def is_ruled(node: Node) -> bool:
+    """Has somebody said how it may be cut?  Without that it runs replicated."""
+    return find_op(node.op) is not None or RULE in dict(node.args)
 
 
 def rule_of(node: Node) -> Rule:
@@ -149,6 +157,7 @@ def local_of(
 __all__ = [
     "OPS",
     "find_op",
+    "is_ruled",
     "is_view",
     "local_of",
     "operator_of",

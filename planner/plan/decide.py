@@ -11,7 +11,8 @@ from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.labels import factor_labels, label_dims
 from ...ir.ops.local import local_bytes
-from ...ir.ops.registry import find_op, local_of, operator_of, rule_of
+from ...ir.ops.registry import is_ruled, local_of, operator_of, rule_of
+from ...ir.ops.users import is_users
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution
 from ..strategies.build import Builder, Built, Decisions
@@ -201,13 +202,15 @@ def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ..
 
 def _notes(graph: Graph) -> tuple[str, ...]:
     """Ops that have no rule run replicated: say which and where."""
-    seen: dict[str, str] = {}
+    seen: dict[str, Node] = {}
     for scope in scopes(graph):
         for node in scope.nodes:
-            if find_op(node.op) is None:
-                seen.setdefault(node.op, str(node.loc))
+            if not is_ruled(node):
+                seen.setdefault(operator_of(node).title(node), node)
     return tuple(
-        f"`{op}` ({loc}) has no sharding rule and runs replicated" for op, loc in seen.items()
+        f"`{title}` ({node.loc}) has no sharding rule and runs replicated"
+        + (", until `shardwright.rule` gives it one" if is_users(node) else "")
+        for title, node in seen.items()
     )
 
 

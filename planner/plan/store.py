@@ -170,7 +170,10 @@ def _decisions(reader: _Reader) -> Decisions:
 
 def _check_choices(graph: Graph, decisions: Decisions) -> None:
     for node in graph.nodes:
-        known = rule_of(node).choices()
+        try:
+            known = rule_of(node).choices()
+        except ValueError as error:
+            raise PlanError(f"plan field `graph`: node {node.name}: {error}") from error
         if not set(decisions.choices.get(node.name, ("",))) <= set(known):
             raise PlanError(
                 f"plan field `choices.{node.name}` must have, per mesh axis, one of "

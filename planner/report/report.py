@@ -335,7 +335,8 @@ def _op_name(plan: PlanData, node: Node) -> str:
     """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
     name = node.loc.module.rsplit(".", 1)[-1]
     if operator_of(node).attends or not name or name.isdigit():
-        return node.op.split(".")[1]
+        title = operator_of(node).title(node)
+        return title.split(".")[1] if title == node.op else title
     parts = {ref.param.value for ref in all_params(plan.graph) if ref.param.part is not None}
     matrices = [value for value in node.operands if value in parts and len(value.type.shape) == 2]
     return ".".join([name, *(value.name.rsplit(".", 1)[-1] for value in matrices)])

@@ -226,7 +226,7 @@ def test_verify_imports_no_file_that_a_strangers_plan_needs(run: Run) -> None:
     assert asked.code == 0 and "operator file runs" in asked.err
 
 
-@pytest.mark.parametrize("place", ["os", "os; x.py", 'a.py")\nprint("', "a'.py", "../x.txt"])
+@pytest.mark.parametrize("place", ["os;", "os; x.py", 'a.py")\nprint("', "a'.py", "../x.txt"])
 def test_text_of_a_plan_cannot_become_an_import(run: Run, place: str) -> None:
     Path("model.py").write_text(OPERATOR)
     assert run("model.py", *SMALL).code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwright.codegen.allowed import check_module
+from shardwright.facts.users import Import
 
 MODULE = """\"\"\"Honest.\"\"\"
 
@@ -137,24 +138,64 @@ def test_other_parts_are_refused(old: str, new: str) -> None:
 OPS = "import Layer, Param, ShardedModule, ops\n"
 
 
-def test_a_file_of_the_users_operators_may_be_imported() -> None:
-    line = 'ops.import_user("/my models/a.py")\n'
+@pytest.mark.parametrize("place", ["/my models/a.py", "mypackage.ops"])
+def test_what_defines_the_users_operators_may_be_imported(place: str) -> None:
+    line = f'ops.import_user("{place}")\n'
     module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + line)
-    check_module(module, ["/my models/a.py"])
+    check_module(module, [Import(place)])
+    for other in (Import("/my models/b.py"), Import(place, "Round")):
+        with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
+            check_module(module, [other])
+
+
+def with_function(line: str, call: str) -> str:
+    return MODULE.replace("LINE", call).replace(OPS, OPS + line + "\n")
+
+
+ROUND = 'Round = ops.import_user("a.py", "Up.Round")'
+
+
+def test_the_users_functions_may_be_called() -> None:
+    module = with_function(ROUND, "y = Round.apply(x, 1)[0]")
+    check_module(module, [Import("a.py", "Up.Round")])
     with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
-        check_module(module, ["/my models/b.py"])
+        check_module(module, [Import("a.py", "Round")])
 
 
-@pytest.mark.parametrize("place", ["os", "a'.py", "a.so", "http:a.py", "a;.py", "a\u202e.py", ""])
-def test_no_place_but_the_plain_path_of_a_file_is_imported(place: str) -> None:
+@pytest.mark.parametrize(
+    "line, call",
+    [
+        (ROUND, "y = Round(x)"),
+        (ROUND, "y = Round.backward(x)"),
+        (ROUND, "y = Round.apply.f(x)"),
+        (ROUND, "y = Round"),
+        (ROUND, "Round = x"),
+        (f"{ROUND}\n{ROUND}", "y = x"),
+        (ROUND.replace("Round =", "torch ="), "y = x"),
+        (ROUND.replace("Round =", "Layer ="), "y = x"),
+        (ROUND.replace("Round =", "Round = y ="), "y = x"),
+        (ROUND.replace('.py", ', '.py", "b", '), "y = x"),
+        (ROUND + ".apply", "y = x"),
+        ('ops.import_user("a.py", "Up.Round")', "y = x"),
+    ],
+)
+def test_nothing_else_is_done_with_them(line: str, call: str) -> None:
+    with pytest.raises(ValueError, match="of the generated module would hold"):
+        check_module(with_function(line, call), [Import("a.py", "Up.Round")])
+
+
+@pytest.mark.parametrize(
+    "place", ["os.__x", "a'.py", "/a.so", "http:a.py", "a;.py", "a\u202e.py", ""]
+)
+def test_no_place_but_a_module_or_the_plain_path_of_a_file_is_imported(place: str) -> None:
     line = f'ops.import_user("{place}")\n'
     module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + line)
     with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
-        check_module(module, [place])
+        check_module(module, [Import(place)])
 
 
 @pytest.mark.parametrize("call", ['import_user("a.py", 1)', "import_user(a)", 'moe("a.py")'])
 def test_the_line_has_one_form(call: str) -> None:
     module = MODULE.replace("LINE", "y = x").replace(OPS, OPS + f"ops.{call}\n")
     with pytest.raises(ValueError, match="^line 10 of the generated module would hold"):
-        check_module(module, ["a.py"])
+        check_module(module, [Import("a.py")])

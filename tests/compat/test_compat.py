@@ -47,6 +47,64 @@ def test_autograd() -> None:
     assert compat.backward_number() == -1
 
 
+def test_hooks_on_gradients() -> None:
+    x, module = torch.ones(2, requires_grad=True), nn.Linear(2, 2)
+    assert not (compat.gradient_hooks(x) or compat.gradient_hooks(module))
+    module.register_forward_hook(lambda *_: None)
+    assert not compat.gradient_hooks(module)
+    ways: tuple[tuple[Any, Tensor | nn.Module], ...] = (
+        (x.register_hook, x),
+        (x.register_post_accumulate_grad_hook, x),
+        (module.register_full_backward_hook, module),
+        (module.register_full_backward_pre_hook, module),
+    )
+    for register, owner in ways:
+        handle = register(lambda *_: None)
+        assert compat.gradient_hooks(owner)
+        handle.remove()
+        assert not compat.gradient_hooks(owner)
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    assert compat.gradient_hooks_of_all()
+    handle.remove()
+    assert not compat.gradient_hooks_of_all()
+
+
+def test_names_of_operators() -> None:
+    double = torch.library.custom_op("compat_tests::double", _double, mutates_args=())
+    forms = (double, torch.ops.compat_tests.double, torch.ops.compat_tests.double.default)
+    assert {compat.operator_name(form) for form in forms} == {"compat_tests.double"}
+    assert compat.operator_name(torch.relu) == ""
+
+
+def _double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class _Doubled(torch.autograd.Function):
+    """A function for the test below."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def test_every_way_to_call_a_function_ends_in_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: Any = _Doubled.apply
+    apply = classmethod(lambda cls, *args: (cls, *args))
+    monkeypatch.setattr(compat.FunctionBase, "apply", apply, raising=False)
+    assert bound(1) == _Doubled.apply(1) == (_Doubled, 1)
+
+
+def test_outside_modes_nothing_is_faked() -> None:
+    with compat.fake_tensors(), torch.device("meta"), compat.outside_modes():
+        x = torch.ones(2)
+    assert not compat.is_fake(x) and x.tolist() == [1, 1]
+
+
 def test_capture() -> None:
     with compat.fake_tensors():
         x = torch.zeros(2, 3)

@@ -93,14 +93,21 @@ def _one(x: torch.Tensor) -> torch.Tensor:
 def test_torch_has_all_of_it() -> None:
     x = torch.zeros(1)
     mesh = torch.distributed.device_mesh.DeviceMesh
+    one = torch.library.custom_op("shardwright_tests::one", _one, mutates_args=())
     owners: dict[str, object] = {
+        "_backward_hooks": x,
+        "_backward_pre_hooks": nn.Module(),
         "_buffers": nn.Module(),
         "_cdata": x.untyped_storage(),
         "_filter_traceback_frames": TracerBase,
         "_flatten": mesh,
-        "_init_fn": torch.library.custom_op("shardwright_tests::one", _one, mutates_args=()),
+        "_global_backward_hooks": nn.modules.module,
+        "_global_backward_pre_hooks": nn.modules.module,
+        "_init_fn": one,
         "_non_persistent_buffers_set": nn.Module(),
         "_parameters": nn.Module(),
+        "_post_accumulate_grad_hooks": x,
+        "_qualname": one,
         "_record_forward_stack_traces_only": TracerBase,
         "_schema": torch.ops.aten.relu.default,
         "_version": x,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardwright.facts.users import Import, import_user
 from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
-from shardwright.ir.ops.users import places_in
+from shardwright.ir.ops.users import imports_in
 from shardwright.ir.reference.widen import widened
 from shardwright.runtime import RankPool
-from shardwright.runtime.users import import_user
 from tests.sharded import builder_of, check, mesh_of, random_decisions, reference, source_of
 
 Pool = Callable[[int], RankPool]
@@ -67,7 +67,7 @@ def test_gradients_are_the_operators_own(pool: Pool, file: Path, sizes: tuple[in
     model = import_user(str(file)).Net().double()
     inputs = {"x": torch.randn(4, 8, 8, dtype=torch.float64)}
     graph = widened(capture_folded(model, inputs, training=True))
-    assert places_in(graph) == (str(file),)
+    assert imports_in(graph) == (Import(str(file)),)
     params = {name: p.detach() for name, p in model.named_parameters()}
     want = reference(graph, params, inputs)
     own = model(**inputs)
