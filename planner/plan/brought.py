@@ -22,7 +22,7 @@ def brought_steps(
     spent: dict[tuple[Sharded, int], float] = {}
     for each in brought_together(program, mesh):
         traffic = each.traffic
-        seconds = prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes)
+        seconds = prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes) * each.times
         for item, step, share in each.shares:
             mine = seconds * share / traffic.bytes if traffic.bytes else 0.0
             spent[item, step] = spent.get((item, step), 0.0) + mine

@@ -12,7 +12,7 @@ autograd had kept: what comes after in the layer is not run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import messages, wire_bytes
@@ -43,19 +43,21 @@ def predicted_messages(program: Program, mesh: Mesh) -> dict[Moved, int]:
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """A collective of weights: the step of each that it takes, and the bytes of that."""
+    """A collective of weights: the step of each that it takes, and the bytes of that; how many
+    `times` it runs."""
 
     traffic: Traffic
     shares: tuple[tuple[Sharded, int, float], ...]
+    times: int = 1
 
 
 def brought_together(program: Program, mesh: Mesh) -> list[Together]:
     """Every collective of weights in one step."""
-    return _walk(program, mesh).together
+    return _walk(program, mesh).count.together
 
 
 def _walked(program: Program, mesh: Mesh) -> dict[Moved, tuple[float, int]]:
-    return _walk(program, mesh).moved
+    return _walk(program, mesh).count.moved
 
 
 def _walk(program: Program, mesh: Mesh) -> _Walk:
@@ -80,6 +82,25 @@ class _Brought:
 _Known: TypeAlias = Mapping[Sharded, tuple[_Brought, Sharded]]
 
 
+@dataclass(slots=True)
+class _Count:
+    """Bytes and messages, and the collectives of weights."""
+
+    moved: dict[Moved, tuple[float, int]] = field(default_factory=dict[Moved, tuple[float, int]])
+    together: list[Together] = field(default_factory=list[Together])
+
+    def move(self, key: Moved, n_bytes: float, n_messages: int) -> None:
+        """Add to a row."""
+        before, count = self.moved.get(key, (0.0, 0))
+        self.moved[key] = before + n_bytes, count + n_messages
+
+    def add(self, other: _Count, times: int) -> None:
+        """Add another, `times` times."""
+        for key, (n_bytes, n_messages) in other.moved.items():
+            self.move(key, times * n_bytes, times * n_messages)
+        self.together += [replace(each, times=times * each.times) for each in other.together]
+
+
 class _Walk:
     """Goes through statements from the last to the first, with what a gradient reaches."""
 
@@ -87,8 +108,7 @@ class _Walk:
         self.mesh = mesh
         self.recompute = recompute
         self.order = order
-        self.moved: dict[Moved, tuple[float, int]] = {}
-        self.together: list[Together] = []
+        self.count = _Count()
         self._told: set[Traffic] = set()  # once per step
 
     def model(self, program: Program, live: set[Sharded]) -> None:
@@ -132,22 +152,40 @@ class _Walk:
         """Count the layers from the last to the first; what of the outside a gradient reaches."""
         n = len(call.carried)
         reached: set[Sharded] = set()
-        carried = [out in live for out in call.outputs]
-        for kind in reversed(call.loop.order):
+        carried = tuple(out in live for out in call.outputs)
+        layers: dict[tuple[object, ...], tuple[_Count, frozenset[str]]] = {}
+        runs: dict[tuple[object, ...], int] = {}
+        for layer, kind in reversed(list(enumerate(call.loop.order))):
             body = call.bodies[kind]
+            entering = {} if self.recompute else _entering(call, body, known)
+            # layers that begin alike count alike, unless they share weights that come once
+            key = (kind, carried, len(self._told), layer if entering else None)
+            if key not in layers:
+                layers[key] = self._counted(body, carried, entering)
+            runs[key] = runs.get(key, 0) + 1
+            names = layers[key][1]
+            carried = tuple(value.name in names for value in body.block.inputs[:n])
             inner = _inner(call, body)
-            ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-            again = kept_until(body.statements) if self.recompute and ends else 0
-            # what comes for the second run of a layer serves its backward
-            ours = {} if again else _known(body.weights)
-            self._expect(body.statements, _with_views(body.statements, ours))
-            entering = {} if again else _entering(call, body, known)
-            reaches = self.run(body.statements, ends, {**entering, **ours}, again=again)
-            self._bring(body.weights, reaches, 2 if again else 1)
-            names = {item.value.name for item in reaches}
-            carried = [value.name in names for value in body.block.inputs[:n]]
             reached |= {a for a in call.arguments if inner[a].value.name in names}
+        for key, (count, _) in layers.items():
+            self.count.add(count, runs[key])
         return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
+
+    def _counted(
+        self, body: BlockBody, carried: Sequence[bool], entering: _Known
+    ) -> tuple[_Count, frozenset[str]]:
+        """The count of one layer, and the names of what a gradient reaches in it, which comes from
+        what is `carried` on."""
+        outside, self.count = self.count, _Count()
+        ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
+        again = kept_until(body.statements) if self.recompute and ends else 0
+        # what comes for the second run of a layer serves its backward
+        ours = {} if again else _known(body.weights)
+        self._expect(body.statements, _with_views(body.statements, ours))
+        reaches = self.run(body.statements, ends, {**entering, **ours}, again=again)
+        self._bring(body.weights, reaches, 2 if again else 1)
+        counted, self.count = self.count, outside
+        return counted, frozenset(item.value.name for item in reaches)
 
     def _convert(self, item: Convert, live: bool, times: int) -> None:
         for traffic in [item.priced.forward] * times + [item.priced.backward] * live:
@@ -183,7 +221,7 @@ class _Walk:
             self._add(kind, axes, backward, each.nbytes)
             taken = [(items[i][0].item, next(left[i])) for i in each.members]
             shares = tuple((item, leg.step, float(leg.traffic.bytes)) for item, leg in taken)
-            self.together.append(Together(Traffic(kind, axes, each.nbytes, backward), shares))
+            self.count.together.append(Together(Traffic(kind, axes, each.nbytes, backward), shares))
 
     def _expect(self, statements: Sequence[Statement], known: _Known) -> None:
         """Count the nodes, those in loops too, that keep what is `known`."""
@@ -237,8 +275,7 @@ class _Walk:
         key = Moved(kind, name, "backward" if backward else "forward")
         moved = float(wire_bytes(kind, float(n_bytes), *sizes))
         if moved:
-            before, count = self.moved.get(key, (0.0, 0))
-            self.moved[key] = before + moved, count + messages(kind, *sizes)
+            self.count.move(key, moved, messages(kind, *sizes))
 
 
 def kept_until(statements: Sequence[Statement]) -> int:
