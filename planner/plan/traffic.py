@@ -225,7 +225,7 @@ class _Walk:
 
     def _expect(self, statements: Sequence[Statement], known: _Known) -> None:
         """Count the nodes, those in loops too, that keep what is `known`."""
-        for item in statements:
+        for item in statements if known else ():
             if isinstance(item, LoopCall) and not self.recompute:
                 for kind in item.loop.order:
                     body = item.bodies[kind]

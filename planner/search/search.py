@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from math import inf, isfinite
 from typing import Generic, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
 from ..plan.decide import Solved, decide, plan_of, spent
 from ..plan.plan import Baseline, PlanData, Request, Search
-from ..strategies.build import Builder
+from ..strategies.build import Builder, Built
 from ..strategies.conversion import Network
 from ..strategies.regions import scopes
 from ..strategies.roles import Roles, name_of, ordinary_roles
@@ -49,6 +49,16 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@dataclass(slots=True)
+class Builders:
+    """The builders of a search: each is made once, for the search and for the ordinary plans."""
+
+    networks: dict[Mesh, Network] = field(default_factory=dict[Mesh, Network])
+    made: dict[tuple[int, Mesh, Setting], Builder] = field(
+        default_factory=dict[tuple[int, Mesh, Setting], Builder]
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request, and how its plan is searched for.
@@ -64,6 +74,7 @@ class Job:
     time_limit_s: float
     clock: Clock
     progress: Progress
+    builders: Builders = field(default_factory=Builders)
 
     @property
     def setting(self) -> Setting:
@@ -76,6 +87,17 @@ class Job:
         if self.mesh is not None:
             return [self.mesh]
         return candidate_meshes(self.request.gpus, self.cluster)
+
+    def builder(self, graph: Graph, mesh: Mesh, setting: Setting) -> Builder:
+        """What builds the problems of a graph on a mesh."""
+        made, networks = self.builders.made, self.builders.networks
+        key = (id(graph), mesh, setting)  # the builder holds the graph, so that it stays the same
+        if key not in made and setting.recompute:
+            made[key] = self.builder(graph, mesh, replace(setting, recompute=False)).recomputed()
+        elif key not in made:
+            network = networks.setdefault(mesh, Network(mesh, self.cluster))
+            made[key] = Builder(graph, network, setting)
+        return made[key]
 
     def saying(self, way: str) -> Job:
         """The same, with `way` said after each step."""
@@ -123,8 +145,8 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
     def attempt(setting: Setting) -> None:
         for mesh in job.meshes:
             for order in token_orders(graph, mesh):
-                builder = _builder(graph, mesh, replace(setting, order=order), job)
-                searched.add(*_solve(builder, job.limit(graph, mesh), job, searched.ceiling))
+                built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
+                searched.add(*_solve(built, job, searched.ceiling))
 
     attempt(job.setting)
     if _short_of_memory(searched.best or rival, job.setting):
@@ -162,12 +184,12 @@ class Searched(Generic[Found]):
             self.best, self.fastest = found, found.seconds
 
 
-def _builder(graph: Graph, mesh: Mesh, setting: Setting, job: Job) -> Builder:
+def _built(graph: Graph, mesh: Mesh, setting: Setting, job: Job, limit: Limit) -> Built:
     again = ", layers recomputed" if setting.recompute else ""
     order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
     job.progress(f"solving {mesh}{again}{order}")
     with job.clock.step("problem"):
-        return Builder(graph, Network(mesh, job.cluster), setting)
+        return job.builder(graph, mesh, setting).build(limit(graph, mesh))
 
 
 def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
@@ -233,15 +255,11 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _solve(
-    builder: Builder, restriction: Restriction, job: Job, ceiling: float = inf
-) -> tuple[Solved | None, Solution]:
+def _solve(built: Built, job: Job, ceiling: float = inf) -> tuple[Solved | None, Solution]:
     """The optimum of one problem, None if nothing fits its memory or is below the ceiling, and
     the solver's answer."""
-    with job.clock.step("problem"):
-        built = builder.build(restriction)
-        problem = built.problem()
-    solution = job.solution(problem, builder.network.mesh, ceiling)
+    problem = built.problem()
+    solution = job.solution(problem, built.builder.network.mesh, ceiling)
     if solution.assignment is None:
         return None, solution
     return decide(built, problem, solution.assignment, solution), solution
@@ -249,27 +267,18 @@ def _solve(
 
 def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
     """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
-    aside = replace(job, clock=Clock())
-
-    @lru_cache(maxsize=2)
-    def builders(mesh: Mesh, again: bool) -> list[Builder]:
-        network = Network(mesh, job.cluster)
-        return [
-            Builder(graph, network, replace(job.setting, recompute=again, order=order))
-            for order in token_orders(graph, mesh)
-        ]
+    aside = replace(job, clock=Clock(), progress=lambda _: None)
 
     def price(mesh: Mesh, limit: Limit) -> Price:
         """As the plan itself is searched: layers are recomputed where memory is short."""
-        restriction, searched = limit(graph, mesh), Searched[Solved]()
-        least = inf
-        for again in (False, True):
-            if again and not _short_of_memory(searched.best, job.setting):
+        searched, least = Searched[Solved](), inf
+        for setting in (job.setting, replace(job.setting, recompute=True)):
+            if setting.recompute and not _short_of_memory(searched.best, job.setting):
                 break
-            for each in builders(mesh, again):
-                searched.add(*_solve(each, restriction, aside))
-                if searched.best is None:
-                    least = min(least, each.build(restriction).least_memory())
+            for order in token_orders(graph, mesh):
+                built = _built(graph, mesh, replace(setting, order=order), aside, limit)
+                searched.add(*_solve(built, aside))
+                least = min(least, built.least_memory())
         if (solved := searched.best) is not None:
             return solved.seconds, solved.peak_bytes, spent(solved)
         return None, least, ()
@@ -325,6 +334,6 @@ def assemble(best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: J
 
 
 __all__ = [
-    "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "assemble",
+    "Builders", "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "assemble",
     "candidate_meshes", "ordinary_plans", "price_ordinary", "search_meshes", "setting_of",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import inf
 from typing import TypeAlias
 
@@ -29,7 +28,7 @@ from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, all_cached, key_of, recaches
 from ..strategies.build import Builder, Built
-from ..strategies.conversion import Floats, Network
+from ..strategies.conversion import Floats
 from ..strategies.params import all_params
 from .infeasible import explain
 from .search import (
@@ -104,9 +103,8 @@ def _search(graphs: _Graphs, job: Job, rival: _Served | None) -> Searched[_Serve
 
 
 def _builders(graphs: _Graphs, mesh: Mesh, job: Job) -> list[Builder]:
-    network = Network(mesh, job.cluster)
     with job.clock.step("problem"):
-        return [Builder(graph, network, job.setting) for graph in graphs]
+        return [job.builder(graph, mesh, job.setting) for graph in graphs]
 
 
 def _attempt(
@@ -137,15 +135,12 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
     """The ordinary plans, seconds of a whole answer."""
     aside = replace(job, clock=Clock())
 
-    @lru_cache(maxsize=1)
-    def builders(mesh: Mesh) -> list[Builder]:
-        return _builders(graphs, mesh, aside)
-
     def price(mesh: Mesh, limit: Limit) -> Price:
-        served, _ = _attempt(builders(mesh), limit, aside)
+        builders = _builders(graphs, mesh, aside)
+        served, _ = _attempt(builders, limit, aside)
         if served is not None:
             return served.seconds, served.prefill.peak_bytes, ()
-        needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders(mesh)]
+        needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders]
         return None, max(needed), ()
 
     return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)

@@ -172,7 +172,7 @@ class Bringing:
                 continue
             needless = any(not set(wanted).intersection(n) for user in group for n in user.needs)
             ways = _Ways.of(part, wanted, needless=needless)
-            if len(flow.users) == len(groups) == 1 and conversions.gradient:
+            if len(flow.users) == len(groups) == 1 and self._prices.setting.alone:
                 # nobody else looks at how it is stored
                 own = self._nodes[flow.node]
                 ways = ways.undominated([own.costs, *(usage.bytes for usage in own.usages)])

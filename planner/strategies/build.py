@@ -18,27 +18,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from ...costmodel.memory import parameter_state_bytes
 from ...facts.spec import R, S, Spec, format_spec, is_shard
-from ...ir.graph import Loop, Value
+from ...ir.graph import Graph, Loop, Value
 from ...ir.ops.local import local_bytes
-from ...ir.ops.registry import saved_values
 from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
 from .bringing import Bringing, weighty
-from .conversion import Floats
+from .conversion import Floats, Network
 from .flows import Flow, User, ValueFlow
 from .lattice import spec_fits
 from .live import Live
 from .params import ParamRef, all_params
 from .prices import Prices
 from .regions import InLoop, Place, Region, Strategy, TopLevel, units
-from .setting import Restriction
+from .runs import Runs, keepers, runs_of
+from .setting import Restriction, Setting
 from .times import Times
 
 
@@ -70,7 +71,26 @@ class Decisions:
 
 
 class Builder(Prices):
-    """Builds the problem of one graph on one network, and reads its solution."""
+    """Builds problems of one graph on one network, under any restriction."""
+
+    def __init__(self, graph: Graph, network: Network, setting: Setting) -> None:
+        super().__init__(graph, network, setting)
+        self._keepers = keepers(self)
+        self._runs: dict[int, Runs] = {}
+
+    def recomputed(self) -> Builder:
+        """The same where layers of loops run forward again in backward.  The two share what does
+        not depend on that."""
+        other = copy(self)
+        other.setting = replace(self.setting, recompute=True)
+        other._runs = {}
+        return other
+
+    def runs(self, me: int) -> Runs:
+        """What region number `me` takes."""
+        if me not in self._runs:
+            self._runs[me] = runs_of(self, me, self._keepers)
+        return self._runs[me]
 
     def build(self, restriction: Restriction) -> Built:
         """The problem under a restriction, with what its nodes stand for."""
@@ -285,16 +305,17 @@ class _Building:
 
     def add_regions(self) -> None:
         """A node for each region, and its needs as users of the values it takes."""
-        keepers = self._keepers()
         for me, region in enumerate(self.builder.regions):
-            allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
+            every = range(len(region.strategies))
+            allowed = [k for k in every if self.restriction.allows(region, region.strategies[k])]
             if not allowed:
                 self.restriction.no_strategy(region, self.builder.sizes)
-            strategies = tuple(allowed) or region.strategies
+                allowed = list(every)
+            strategies = tuple(region.strategies[k] for k in allowed)
             index = len(self.nodes)
             self.strategies.append(strategies)
             self.region_nodes.append(index)
-            self.nodes.append(self._region_node(region, strategies, me, keepers))
+            self.nodes.append(self._region_node(region, me, allowed))
             for i, value in enumerate(region.values):
                 specs = [s.produces[i] for s in strategies]
                 self.flows[value.name] = ValueFlow(value, index, specs)
@@ -328,72 +349,18 @@ class _Building:
                 place, weight = InLoop(loop.path, kind), loop.order.count(kind)
                 inner.users.append(User(carried.node, needs, weight, place))
 
-    def _keepers(self) -> dict[str, int]:
-        """Which region counts the memory of a value that autograd keeps: one region per value.
-
-        Parameters are not counted: they are there anyway, or gathered again.
-        """
-        keepers: dict[str, int] = dict.fromkeys(self.builder.params, -1)
-        for index, region in enumerate(self.builder.regions):
-            for node in region.nodes:
-                for value in saved_values(node):
-                    keepers.setdefault(value.name, index)
-        for index, region in enumerate(self.builder.regions):
-            kept = {v.name for node in region.nodes for v in saved_values(node)}
-            for value in region.values:
-                if value.name in kept:
-                    keepers[value.name] = index
-        return keepers
-
-    def _region_node(
-        self,
-        region: Region,
-        strategies: Sequence[Strategy],
-        me: int,
-        keepers: dict[str, int],
-    ) -> ProblemNode:
-        """Costs of each strategy; memory kept for backward and held while the region runs."""
-        weight, training = region.scope.weight, self.builder.setting.training
-        costs, kept, held = (np.zeros(len(strategies)) for _ in range(3))
-        for i, strategy in enumerate(strategies):
-            measured = self._measure(region, strategy, me, keepers)
-            costs[i], kept[i], held[i] = measured
+    def _region_node(self, region: Region, me: int, allowed: Sequence[int]) -> ProblemNode:
+        """Costs of each allowed strategy; memory kept for backward and held while the region
+        runs."""
+        weight, runs = region.scope.weight, self.builder.runs(me).of(allowed)
         kept_usages: list[Usage] = []
-        if training:
-            kept_usages = self.live.kept(region.scope, kept)
-        elif (caches := weight * np.array([self._cache(region, s) for s in strategies])).any():
-            kept_usages = [Usage(0, self.times.horizon, caches)]
+        if self.builder.setting.training:
+            kept_usages = self.live.kept(region.scope, runs.kept)
+        elif runs.cached.any():
+            kept_usages = [Usage(0, self.times.horizon, weight * runs.cached)]
         self.kept_usages[len(self.nodes)] = len(kept_usages)
-        usages = (*kept_usages, *self.live.running(region, held))
-        return ProblemNode(region.name, weight * costs, usages)
-
-    def _cache(self, region: Region, strategy: Strategy) -> float:
-        """Bytes of KV cache that the region keeps."""
-        pairs = zip(region.nodes, strategy.choices, strict=True)
-        return sum(self.builder.node_cost(node, choices).cache for node, choices in pairs)
-
-    def _recomputed(self, region: Region) -> bool:
-        return self.builder.setting.recompute and region.scope.loop is not None
-
-    def _measure(
-        self, region: Region, strategy: Strategy, me: int, keepers: dict[str, int]
-    ) -> tuple[float, float, float]:
-        """(seconds, bytes kept for backward, bytes held at the widest node) of one run."""
-        produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
-        again = self._recomputed(region)
-        seconds = widest = routed = 0.0
-        kept: dict[str, int] = {}
-        for node, choices in zip(region.nodes, strategy.choices, strict=True):
-            cost = self.builder.node_cost(node, choices)
-            seconds += cost.seconds + (cost.forward_s if again else 0.0)
-            widest = max(widest, cost.held)
-            kept |= {n: size for n, size in cost.kept if keepers.get(n) == me}
-            routed += cost.routed
-            for value, need in cost.needs:
-                if produced.get(value.name, need) != need:  # the result of a reduction
-                    conversions = self.builder.conversions(value, param=False)
-                    seconds += conversions.seconds(produced[value.name], need)
-        return seconds, sum(kept.values()) + routed, widest
+        usages = (*kept_usages, *self.live.running(region, runs.held))
+        return ProblemNode(region.name, weight * runs.seconds, usages)
 
     # 3. outputs ---------------------------------------------------------------------------------
 

@@ -27,6 +27,11 @@ class Setting:
     expert_imbalance: float = 0.0
     longest_run: int = 0
 
+    @property
+    def alone(self) -> bool:
+        """Is no other phase planned with this one, which shares its weights and caches?"""
+        return self.longest_run == 0
+
 
 class Restriction:
     """Which strategies may be chosen; the default allows all.  Baselines and pins narrow it."""

@@ -1,0 +1,79 @@
+"""What one run of a region takes on one rank, by its strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...ir.ops.registry import saved_values
+from .conversion import Floats
+from .prices import Prices
+from .regions import Region, Strategy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """One run of a region: seconds, bytes kept for backward, bytes held at the widest node, and
+    bytes of KV cache that stay; each by strategy."""
+
+    seconds: Floats
+    kept: Floats
+    held: Floats
+    cached: Floats
+
+    def of(self, strategies: Sequence[int]) -> Runs:
+        """Of some strategies, by their numbers."""
+        k = list(strategies)
+        return Runs(self.seconds[k], self.kept[k], self.held[k], self.cached[k])
+
+
+def keepers(prices: Prices) -> Mapping[str, int]:
+    """Which region counts the memory of a value that autograd keeps: one region per value.
+
+    Parameters are not counted (-1): they are there anyway, or gathered again.
+    """
+    found: dict[str, int] = dict.fromkeys(prices.params, -1)
+    for index, region in enumerate(prices.regions):
+        for node in region.nodes:
+            for value in saved_values(node):
+                found.setdefault(value.name, index)
+    for index, region in enumerate(prices.regions):
+        kept = {v.name for node in region.nodes for v in saved_values(node)}
+        for value in region.values:
+            if value.name in kept:
+                found[value.name] = index
+    return found
+
+
+def runs_of(prices: Prices, me: int, kept_by: Mapping[str, int]) -> Runs:
+    """What region number `me` takes; `kept_by` is what `keepers` gives."""
+    region = prices.regions[me]
+    rows = [_measure(prices, region, strategy, me, kept_by) for strategy in region.strategies]
+    return Runs(*np.array(rows).T)
+
+
+def _measure(
+    prices: Prices, region: Region, strategy: Strategy, me: int, kept_by: Mapping[str, int]
+) -> tuple[float, float, float, float]:
+    """A row of `Runs`."""
+    produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
+    again = prices.setting.recompute and region.scope.loop is not None
+    seconds = widest = routed = cached = 0.0
+    kept: dict[str, int] = {}
+    for node, choices in zip(region.nodes, strategy.choices, strict=True):
+        cost = prices.node_cost(node, choices)
+        seconds += cost.seconds + (cost.forward_s if again else 0.0)
+        widest = max(widest, cost.held)
+        kept |= {name: size for name, size in cost.kept if kept_by.get(name) == me}
+        routed += cost.routed
+        cached += cost.cache
+        for value, need in cost.needs:
+            if produced.get(value.name, need) != need:  # the result of a reduction
+                conversions = prices.conversions(value, param=False)
+                seconds += conversions.seconds(produced[value.name], need)
+    return seconds, sum(kept.values()) + routed, widest, cached
+
+
+__all__ = ["Runs", "keepers", "runs_of"]
