@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 
 from torch import nn
 
-from ...facts.spec import parse_spec
+from ...facts.spec import P, parse_spec
 from ..gathering.chains import chains
 from ..gathering.schedule import Schedule
 from ..gathering.weights import Item, Unit, Weight
@@ -69,6 +70,9 @@ def _item(
             " WEIGHTS"
         )
     path = [parse_spec(spec) for spec in (weight.stored, *weight.via, weight.used)]
+    steps = [states for step in pairwise(path) for states in zip(*step, strict=True)]
+    if any(a == P != b for a, b in steps):  # sums of several weights would lie in one storage
+        raise ValueError(f"`{prefix}{name}` comes by way of partial sums: {weight}")
     forward, backward = chains(path, param.shape, param.dtype, mesh, weight.by)
     return Item(_place(root, stored), _place(root, name), forward, backward)
 

@@ -800,7 +800,11 @@ class Conversions:
             key = (value.type, value.differentiable, value.name in params)
             if key not in self.known:
                 self.known[key] = TypeConversions(
-                    value.type, self.network, gradient=key[1], regather=key[1] and key[2]
+                    value.type,
+                    self.network,
+                    gradient=key[1],
+                    regather=key[1] and key[2],
+                    param=key[2],
                 )
             return priced_path(self.known[key], a, b)
 

@@ -362,3 +362,8 @@ def compiled() -> tuple[Tensor, dict[str, Tensor | None], dict[str, int]]:
 @pytest.mark.slow
 def test_layers_may_be_compiled(pool: Pool) -> None:
     check(pool(2).run(compiled))
+
+
+def test_no_weight_comes_by_way_of_partial_sums() -> None:
+    with pytest.raises(ValueError, match="by way of partial sums"):
+        stacked({"x": 1}, Weight("R", "S0", ("P",)), COPY)
