@@ -12,7 +12,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,6 +46,21 @@ def _(tensors: Sequence[Tensor], call: int) -> list[Tensor]:
     device = tensors[0].device
     types = _calls[call].outputs
     return [torch.empty(each.shape, dtype=each.dtype, device=device) for each in types]
+
+
+def _numbered(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    ctx.number = inputs[1]
+
+
+def _no_gradient(ctx: Any, *gradients: object) -> NoReturn:
+    name = _calls[ctx.number].function.__qualname__
+    raise OwnBackward(
+        f"{_here()}: the model takes a gradient through `{name}`, a torch.autograd.Function, while "
+        "it runs; a plan has the gradients of its loss alone"
+    )
+
+
+recorded.register_autograd(_no_gradient, setup_context=_numbered)
 
 
 def called(number: int) -> Called:
@@ -85,13 +100,18 @@ def _apply() -> Callable[..., Any]:
         try:
             call = tried(cls, args)
         except Refused as error:
-            where = place(*innermost_frame("".join(traceback.format_stack())))
-            raise OwnBackward(f"{where}: the model calls `{cls.__qualname__}`, {error}") from error
+            said = f"{_here()}: the model calls `{cls.__qualname__}`, {error}"
+            raise OwnBackward(said) from error
         finally:
             trying = False
         return _record(call, [arg for arg in args if isinstance(arg, Tensor)])
 
     return apply
+
+
+def _here() -> str:
+    """The line of the model that runs."""
+    return place(*innermost_frame("".join(traceback.format_stack())))
 
 
 def _is_of_torch(cls: type[Any]) -> bool:

@@ -140,6 +140,26 @@ def function_arguments(
     )
 
 
+def check_arguments(node: Node) -> None:
+    """Raises ValueError for arguments of a call of the user's that no capture writes."""
+    args = dict(node.args)
+    if not isinstance(args.get(RULE, ""), str):
+        raise ValueError(f"`{RULE}` must be a text")
+    if node.op != FUNCTION:
+        return
+    saves, kept, values = args.get("saves"), args.get("kept_bytes"), node.operands + node.outputs
+    good = {
+        DEFINED_IN: is_users(node),
+        "function": isinstance(args.get("function"), str),
+        "arguments": isinstance(args.get("arguments"), tuple),
+        "in_tuple": isinstance(args.get("in_tuple"), bool),
+        "saves": isinstance(saves, tuple) and set(saves) <= set(range(len(values))),
+        "kept_bytes": isinstance(kept, int) and kept >= 0,
+    }
+    if wrong := [name for name, fits in good.items() if not fits]:
+        raise ValueError(f"`{wrong[0]}` is none that a call of a function can have")
+
+
 def check_rule(node: Node) -> None:
     """Raises UserError, naming the tensors, where a rule that was declared does not fit them."""
     if not is_users(node):
@@ -183,5 +203,6 @@ _OF_TORCH = frozenset({"aten", "prims", "quantized", "shardwright", "_c10d_funct
 
 __all__ = [
     "DEFINED_IN", "FUNCTION", "RULE", "UserError", "UserFunction", "UserOperator",
-    "check_rule", "function_arguments", "import_of", "imports_in", "is_users", "operator_arguments",
+    "check_arguments", "check_rule", "function_arguments", "import_of", "imports_in", "is_users",
+    "operator_arguments",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from ...ir.graph import Graph
 from ...ir.graph.names import check_names
 from ...ir.graph.serialize import graph_from_json, graph_to_json
 from ...ir.ops.registry import rule_of
+from ...ir.ops.users import check_arguments
 from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.conversion import Step
@@ -171,6 +172,7 @@ def _decisions(reader: _Reader) -> Decisions:
 def _check_choices(graph: Graph, decisions: Decisions) -> None:
     for node in graph.nodes:
         try:
+            check_arguments(node)
             known = rule_of(node).choices()
         except ValueError as error:
             raise PlanError(f"plan field `graph`: node {node.name}: {error}") from error

@@ -231,6 +231,10 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda x, w: Doubled.apply(x, [w]), "with a list of tensors among its arguments"),
     (lambda x, w: Doubled.apply(x, '"'), "with the text '\"' among its arguments"),
     (lambda x, w: x + Doubled.apply(1.0), "which is given no tensor"),
+    (
+        lambda x, w: torch.autograd.grad(Doubled.apply(x).sum(), x, create_graph=True)[0],
+        "takes a gradient through `Doubled`",
+    ),
     (lambda x, w: x.register_hook(lambda g: g), "`register_hook` sets a hook on gradients"),
 ]
 
