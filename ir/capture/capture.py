@@ -30,6 +30,7 @@ from ..passes.invariants import computed_once
 from ..passes.raising import raised
 from . import huggingface
 from .arguments import Arguments
+from .autocast import ForeignAutocast, own_autocast
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .errors import CaptureError
@@ -146,27 +147,28 @@ def export(
     fake = fake_tensors(beside_real=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.tensors.items()}
     make = functools.partial(_fake, mode=fake)
-    with (
-        _mode(model, training),
-        _attention(model, arguments, serving),
-        _replaced(model, make),
-        inputs.flat_forward(model),
-        _gradients(training),
-        whole_stacks(),
-        own_hooks(),
-    ):
-        drawn = random.getstate()
-        try:
+    drawn = random.getstate()
+    try:
+        with (
+            _mode(model, training),
+            _attention(model, arguments, serving),
+            _replaced(model, make),
+            inputs.flat_forward(model),
+            _gradients(training),
+            own_autocast(),
+            whole_stacks(),
+            own_hooks(),
+        ):
             program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
-        except OwnBackward as error:
-            raise CaptureError(str(error)) from error
-        except Exception as error:  # `forward` is the user's code: it may raise anything
-            raise CaptureError(_explain(model, error)) from error
-        if random.getstate() != drawn:
-            raise CaptureError(
-                f"{type(model).__name__} draws with Python's `random` while it runs: the plan would"
-                " hold what came out once. Draw a tensor (`torch.rand`), and use `torch.where`"
-            )
+    except (OwnBackward, ForeignAutocast) as error:
+        raise CaptureError(str(error)) from error
+    except Exception as error:  # `forward` is the user's code: it may raise anything
+        raise CaptureError(_explain(model, error)) from error
+    if random.getstate() != drawn:
+        raise CaptureError(
+            f"{type(model).__name__} draws with Python's `random` while it runs: the plan would"
+            " hold what came out once. Draw a tensor (`torch.rand`), and use `torch.where`"
+        )
     return program, tensors
 
 
@@ -292,6 +294,7 @@ def _finish(
         )
     )
     _check_masks(graph)
+    _check_products(graph)
     found = canonicalise(_with_data(graph, model, tensors, lifted, rebuild))
     _check_draws(found)
     return found
@@ -325,6 +328,25 @@ def _check_masks(graph: Graph) -> None:
                 f"{node.loc}: {node.loc.module_class} computes with the attention mask itself, "
                 "outside transformers' attention functions; its attention cannot be kept whole. "
                 'Pass a whole 4-D `attention_mask`, or build the model with attention "sdpa"'
+            )
+
+
+_PRODUCTS = frozenset(
+    {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
+)
+
+
+def _check_products(graph: Graph) -> None:
+    """Raise CaptureError for products of numbers in unlike formats: torch refuses them as they run,
+    but not on fake tensors."""
+    for node in flat(graph):
+        found = {value.type.dtype for value in node.operands}
+        if node.op in _PRODUCTS and len(found) > 1:
+            kinds = " by ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
+            raise CaptureError(
+                f"{node.loc}: {node.loc.module_class or graph.name} multiplies {kinds}, which "
+                "torch does not; cast one in `forward`, or let --dtype be `own` where the model "
+                "has parameters in several formats"
             )
 
 

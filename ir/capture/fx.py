@@ -1,7 +1,8 @@
 """From the graph that `torch.export` makes to ours: flat, functional, without no-ops.
 
 The steps, for each fx node in order (`_Converter.run`):
-1. regions (`no_grad`, disabled autocast) are inlined; what leaves a no_grad region is detached
+1. regions (`no_grad`, autocast) are inlined; what enters a no_grad region is detached, what an
+   operator in an autocast region takes is cast as there
 2. arguments get the names of the op's schema, defaults are filled in
 3. nodes that compute nothing (asserts, aliases, casts to the same dtype) vanish
 4. in-place ops become their functional twins: later readers see the new value
@@ -28,6 +29,7 @@ from ..ops.users import (
     function_arguments,
     operator_arguments,
 )
+from .autocast import Region
 from .functions import Slot, called
 from .location import Frame, model_frames, place, statement
 
@@ -96,6 +98,9 @@ class _Converter:
     bases: dict[str, str] = field(default_factory=dict)  # value -> value whose memory it shares
     views: dict[str, Node] = field(default_factory=dict)  # value -> the node that views its operand
     frames: list[_Frames] = field(default_factory=list)  # of each node
+    autocast: Region | None = None  # around what is converted now
+    leaves: frozenset[str] = frozenset()  # trained parameters, each cast once in a region
+    cast_leaves: dict[tuple[str, torch.dtype], Value] = field(default_factory=dict)
 
     # ---- naming and types ----------------------------------------------------------------------
 
@@ -163,19 +168,15 @@ class _Converter:
     def region(
         self, module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool
     ) -> _Bound:
-        """Inline a `torch.no_grad()` or `torch.autocast(enabled=False)` region."""
+        """Inline a `torch.no_grad()` or `torch.autocast()` region."""
         name = str(node.target)
+        inner, around = grad, self.autocast
         if name == "wrap_with_set_grad_enabled":
-            enabled, body, *operands = node.args
-            inner = bool(enabled)
+            inner, body, *operands = node.args
         elif name == "wrap_with_autocast":
             device, dtype, enabled, _, body, *operands = node.args
-            if enabled:
-                raise UnsupportedNode(
-                    f"the model turns autocast on itself (`torch.autocast({device!r}, {dtype})`); "
-                    "cast the model with `model.to(dtype)` instead"
-                )
-            inner = grad
+            assert isinstance(dtype, torch.dtype)
+            self.autocast = Region(str(device), dtype) if enabled else None
         else:
             raise UnsupportedNode(f"the higher-order operator `{name}` cannot be planned")
         assert isinstance(body, fx.Node)
@@ -185,7 +186,13 @@ class _Converter:
         bound = [_bind(operand, env) for operand in operands]
         if grad and not inner:
             bound = [self.detached(b, node) if isinstance(b, Value) else b for b in bound]
-        return self.run(submodule, dict(zip(placeholders, bound, strict=True)), inner)
+        returned = self.run(submodule, dict(zip(placeholders, bound, strict=True)), bool(inner))
+        self.autocast = around
+        if (
+            around is None
+        ):  # autocast forgets its casts of parameters where its outermost region ends
+            self.cast_leaves.clear()
+        return returned
 
     def detached(self, value: Value, origin: fx.Node) -> Value:
         """`value`, cut off from its gradient if it has one."""
@@ -206,7 +213,7 @@ class _Converter:
         if op == FUNCTION:
             env[node] = self.function(node, env, grad)
             return
-        args = _schema_args(target, node, env)
+        args = self.autocast_args(_schema_args(target, node, env), node, env)
         operands = [v for _, arg in args for v in _values(arg)]
         same = _same_value(op, dict(args), node)
         if same is not None:
@@ -237,6 +244,11 @@ class _Converter:
         """Convert a call of a function with its own backward."""
         tensors, number = (_bind(arg, env) for arg in node.args)
         call = called(number)
+        if self.autocast is not None:
+            raise UnsupportedNode(
+                f"`{call.function}` is called inside of `torch.autocast`, which would cast inside "
+                "of it; call it outside of the region"
+            )
         known = [value for value, needs in zip(tensors, call.needs, strict=True) if not needs]
         assert not any(value.differentiable for value in known), "a gradient was not seen"
         given: tuple[Any, ...] = tuple(
@@ -252,6 +264,34 @@ class _Converter:
         results = self.emit(FUNCTION, args, "applied", call.outputs, each, node)
         _checked(lambda: check_rule(self.nodes[-1]))
         return results
+
+    # ---- autocast ------------------------------------------------------------------------------
+
+    def autocast_args(
+        self, args: tuple[tuple[str, Arg], ...], node: fx.Node, env: dict[fx.Node, _Bound]
+    ) -> tuple[tuple[str, Arg], ...]:
+        """The arguments, cast as the region around casts them."""
+        if self.autocast is None:
+            return args
+        try:
+            casts = self.autocast.casts(node)
+        except ValueError as error:
+            raise UnsupportedNode(str(error)) from error
+        new = {old.name: self.cast(old, to, node) for old, to in _of_values(casts, env)}
+        return tuple((name, _renamed(arg, new)) for name, arg in args)
+
+    def cast(self, value: Value, to: torch.dtype, origin: fx.Node) -> Value:
+        """`value` in the dtype `to`; a parameter is cast once in a region."""
+        if value.type.dtype == to:
+            return value
+        if (value.name, to) in self.cast_leaves:
+            return self.cast_leaves[value.name, to]
+        kind = TensorType(value.type.shape, to)
+        args = _cast_args(value, to)
+        (found,) = self.emit("aten.to.dtype", args, "cast", [kind], value.differentiable, origin)
+        if value.name in self.leaves:
+            self.cast_leaves[value.name, to] = found
+        return found
 
     # ---- in-place ops --------------------------------------------------------------------------
 
@@ -369,8 +409,10 @@ def convert(
 
     Raises UnsupportedNode, with the fx node's stack trace as a note, for what cannot be expressed.
     """
-    converter = _Converter(modules=modules)
-    converter.names.update(v.name for v in bound.values() if v is not None)
+    values = [value for value in bound.values() if value is not None]
+    leaves = frozenset(value.name for value in values if value.differentiable)
+    converter = _Converter(modules=modules, leaves=leaves)
+    converter.names.update(value.name for value in values)
     result = converter.run(module, dict(bound), True)
     read = {value.name for node in converter.nodes for value in node.operands}
     read |= {value.name for value in tree_leaves(result) if isinstance(value, Value)}
@@ -387,6 +429,22 @@ def _bind(arg: Any, env: dict[fx.Node, _Bound]) -> Any:
     if isinstance(arg, (list, tuple)):
         return tuple(_bind(item, env) for item in arg)
     return arg
+
+
+def _of_values(
+    casts: Mapping[fx.Node, torch.dtype], env: Mapping[fx.Node, _Bound]
+) -> Iterator[tuple[Value, torch.dtype]]:
+    for node, dtype in casts.items():
+        value = env[node]
+        assert isinstance(value, Value)
+        yield value, dtype
+
+
+def _renamed(arg: Arg, new: Mapping[str, Value]) -> Arg:
+    """`arg` with the values that have another in `new` replaced by it."""
+    if isinstance(arg, Value):
+        return new.get(arg.name, arg)
+    return tuple(_renamed(item, new) for item in arg) if isinstance(arg, tuple) else arg
 
 
 def _schema_args(

@@ -383,7 +383,7 @@ class Wrong(nn.Module):
         if self.kind == "buffer":
             self.count += 1
         if self.kind == "autocast":
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
                 y = self.linear(y)
         if self.kind == "view":
             z = y.view(-1)
@@ -400,7 +400,7 @@ class Wrong(nn.Module):
         ("shape", r"test_capture\.py:\d+: .*depends on the data"),
         ("raise", r"test_capture\.py:\d+: Wrong cannot be traced: LookupError: no such thing"),
         ("buffer", r"test_capture\.py:\d+: .*changes the input, parameter or buffer `count`"),
-        ("autocast", r"test_capture\.py:\d+: the model turns autocast on itself"),
+        ("autocast", r"test_capture\.py:\d+: the model turns autocast on for 'cuda' alone"),
         ("view", r"test_capture\.py:\d+: .*writes in place into memory that another tensor views"),
         ("nothing", r"the model returns no tensor"),
     ],
