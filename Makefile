@@ -51,7 +51,7 @@ $(OLDEST_READY): pyproject.toml .ci/oldest.py
 	@touch $@
 
 demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, run a step of it
-	$(BIN)/plan examples/llama.py --gpus 2 --cluster cpu --batch 4 --seq 256 --dtype float32 --out plan_out
+	$(BIN)/plan examples/llama.py --gpus 2 --cluster cpu --batch 4 --seq 256 --out plan_out
 	$(BIN)/plan verify plan_out
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 plan_out/sharded_model.py
 

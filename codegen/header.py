@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
@@ -11,6 +12,7 @@ from ..facts.moves import primitive
 from ..facts.phases import find_phase
 from ..facts.spec import R, V
 from ..facts.units import format_bytes, format_seconds
+from ..ir.graph import Graph
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
@@ -31,7 +33,7 @@ def docstring(plan: PlanData) -> str:
     if plan.decode is not None:
         unit = f"{unit}, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
-    batch = f"batch {request.batch} x {request.seq} tokens, {request.dtype}"
+    batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan.graph)}"
     conversion = sum(recache.seconds for recache in plan.recached)
     converted = f"KV caches are converted between the two in {format_seconds(conversion)}."
     return "\n".join(
@@ -51,6 +53,21 @@ def docstring(plan: PlanData) -> str:
             *_legend(plan),
         ]
     )
+
+
+def _formats(graph: Graph) -> str:
+    """In which dtypes numbers are stored, that of most of them first."""
+    blocks = [
+        (block.params, loop.order.count(kind))
+        for loop in graph.loops
+        for kind, block in enumerate(loop.blocks)
+    ]
+    elements: Counter[str] = Counter()
+    for params, times in [(graph.params, 1), *blocks]:
+        for kind in (p.value.type for p in params if p.kind != "constant"):
+            if kind.continuous:
+                elements[str(kind.dtype).removeprefix("torch.")] += times * kind.numel
+    return " and ".join(name for name, _ in elements.most_common()) or "no parameters"
 
 
 def _legend(plan: PlanData) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointFunction
 # HigherOrderOperator   what the fx node of a `no_grad` or autocast region calls (capture)
 # OpOverload            what the fx node of any other operator calls (capture)
 # TorchDispatchMode     sees every operator that runs: live bytes on a CPU, dtypes in `plan verify`
+# is_traceable_wrapper_subclass  is a tensor made of others (quantised weights, DTensor)?
 # tree_leaves           tensors in what a model or an operator returns
 # tree_unflatten        from the placeholders of an export to the keywords that they stand for
 # CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture leaves out
@@ -269,6 +270,7 @@ __all__ = [
     "gradient_hooks",
     "gradient_hooks_of_all",
     "is_fake",
+    "is_traceable_wrapper_subclass",
     "makes_tensors",
     "operator_name",
     "outside_modes",

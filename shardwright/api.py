@@ -23,8 +23,8 @@ from .ir.passes.serving import ServingError, is_decoder, serving_graph
 from .ir.reference.tables import check_tables
 from .loading import (
     Loaded,
+    check_formats,
     load_target,
-    main_dtype,
     quiet_torch,
     tokens_of,
     with_positions,
@@ -186,12 +186,12 @@ def plan(
         optimizer, solver, time_limit_s, progress,
     )  # fmt: skip
     check_model(model)
+    check_formats(model)
     tensors = check_inputs(model, inputs)
     labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in tensors.items()}
     first = next(iter(tensors.values()))
     batch, seq = (*first.shape[:2], 1, 1)[:2]
-    dtype = str(main_dtype(model)).removeprefix("torch.")
-    job = asked.job("", batch, seq, dtype)
+    job = asked.job("", batch, seq, "own")
     return _plan(Loaded(model, inputs, labels, None), job)
 
 

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 
 class Dtype(StrEnum):
-    """Number format of most parameters."""
+    """Number format of the parameters."""
 
+    OWN = "own"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
@@ -87,7 +88,7 @@ More commands (`plan COMMAND --help` explains each):
 
 \b
 Examples:
-  plan examples/llama.py --gpus 2 --cluster cpu --dtype float32
+  plan examples/llama.py --gpus 2 --cluster cpu
   plan examples/configs/llama3-8b --gpus 64 --seq 8192 --batch 64
   plan model.py:build_large --gpus 8 --memory 40GB --pin '*.q_proj.weight=R,S0' --mesh dp=4,tp=2
 
@@ -239,8 +240,8 @@ _ExpertImbalance: TypeAlias = Annotated[
 _Dtype: TypeAlias = Annotated[
     Dtype,
     typer.Option(
-        help="number format of the parameters, except those that the model makes in another "
-        "format than most, e.g. --dtype float32"
+        help="number format in which parameters and buffers are stored, complex ones apart; own: "
+        "as the model has them, each in its own, e.g. --dtype bfloat16"
     ),
 ]
 _Cluster: TypeAlias = Annotated[
@@ -345,7 +346,7 @@ def plan(
     context: _Context = None,
     output_tokens: _OutputTokens = None,
     expert_imbalance: _ExpertImbalance = None,
-    dtype: _Dtype = Dtype.BFLOAT16,
+    dtype: _Dtype = Dtype.OWN,
     cluster: _Cluster = "h100",
     memory: _Memory = None,
     mesh: _Mesh = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -16,16 +15,18 @@ from typing import Any, TextIO, cast
 import torch
 from torch import Tensor, nn
 
-from .compat.torch import EXPORT_PRINTS
+from .compat.torch import EXPORT_PRINTS, is_traceable_wrapper_subclass
 from .facts.nested import spelled
-from .facts.phases import TRAIN, find_phase
+from .facts.phases import find_phase
 from .facts.users import load_file
 from .ir.capture.arguments import Arguments
 from .ir.capture.errors import CaptureError
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
 
-DTYPES = {
+# what `--dtype` may say; None: the formats that the model itself has
+DTYPES: dict[str, torch.dtype | None] = {
+    "own": None,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -108,41 +109,32 @@ class _WithoutExport:
         return getattr(self._stream, name)
 
 
-def main_dtype(model: nn.Module) -> torch.dtype:
-    """The format of most of the model's real parameters, by elements."""
-    counts: Counter[torch.dtype] = Counter()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    return max(counts, key=counts.__getitem__, default=torch.get_default_dtype())
+def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """`model` itself, its real parameters and buffers in `dtype`; as it is where that is None.
 
-
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model` itself, with everything that has its main format in `dtype`.
-
-    What it keeps in another format (a router in float32, complex numbers, a table of integers)
-    stays in that.
+    Complex numbers stay, unlike under `nn.Module.to`, which keeps only their real parts.
     """
-    main = main_dtype(model)
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == main:
+        if dtype is not None and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
 
 
-def build_real(target: str, dtype: str, device: str = "cpu") -> nn.Module:
-    """The same model with real (random) weights."""
-    path, _, builder = target.partition(":")
-    if path.endswith(".py"):
-        module = _import_file(Path(path))
-        with torch.device(device):
-            model = _function(module, builder or "build_model", path)()
-        return in_dtype(model, DTYPES[dtype])
-    from .ir.capture.huggingface import with_weights
-
-    loaded = load_target(target, batch=1, seq=8, phase=TRAIN.name, dtype=dtype)
-    with torch.device(device):
-        return with_weights(loaded.model, DTYPES[dtype])
+def check_formats(model: nn.Module) -> None:
+    """Raises PlanError for tensors that hold codes of numbers (fp8, int8) and not the numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = tensor.dtype
+        codes = kind.is_floating_point or isinstance(tensor, nn.Parameter)
+        if is_traceable_wrapper_subclass(tensor):
+            form = f"a {type(tensor).__name__}, a tensor made of others"
+        elif tensor.is_quantized or (codes and kind.itemsize == 1 and kind != torch.bool):
+            form = f"stored as {str(kind).removeprefix('torch.')}"
+        else:
+            continue
+        raise PlanError(
+            f"`{name}` of {type(model).__name__} is {form}, and quantised or sharded weights "
+            "cannot be planned: build the model with plain weights, in bfloat16, and plan that"
+        )
 
 
 def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
@@ -221,15 +213,16 @@ def _has_position_table(model: nn.Module) -> bool:
 
 
 def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
-    module = _import_file(path)
-    build = _function(module, builder, str(path))
-    example = _function(module, "example_inputs", str(path))
+    module = import_model(path)
+    build = function_of(module, builder, path)
+    example = function_of(module, "example_inputs", path)
     with torch.device("meta"):
         model = _call(path, builder, build)
         if not isinstance(model, nn.Module):
             raise PlanError(
                 f"{path}: `{builder}` must return an nn.Module, got {type(model).__name__}"
             )
+        check_formats(model)
         model = in_dtype(model, DTYPES[dtype])
         inputs = _examples(path, example, model, batch, seq)
         labels = _labels(
@@ -247,7 +240,8 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, train
     return Loaded(model, inputs, labels, rebuild)
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_model(path: Path) -> ModuleType:
+    """The user's file as a module.  Raises PlanError with the line where that fails."""
     if not path.is_file():
         raise PlanError(
             f"`{path}` does not exist; give the path of the Python file with your model"
@@ -276,7 +270,8 @@ def _call(path: Path, name: str, function: Callable[..., Any], *args: object) ->
         return function(*args)
 
 
-def _function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
+def function_of(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
+    """What the user's file calls `name`.  Raises PlanError where it defines no such function."""
     function = getattr(module, name, None)
     if not callable(function):
         defined = [

@@ -49,7 +49,8 @@ from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
 from .ir.reference.widen import wide, widened, without_dropout
-from .loading import Loaded, build_real, load_target, with_positions
+from .loading import Loaded, load_target, with_positions
+from .original import build_original
 from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
@@ -408,6 +409,8 @@ def _run(case: _Case) -> Verification:
             found = pool.run(compare_on_rank, folder, training, timeout_s=_TIMEOUT_S)
         except (RankError, TimeoutError) as error:
             failure = f"the module did not run: {_brief(error)}"
+        except _OtherFormats as error:
+            failure = str(error)
         else:
             comparisons = tuple(
                 Comparison(r.title, _worst([rank[i] for rank in found]))
@@ -443,6 +446,10 @@ class _Reference:
     expected: tuple[dict[str, Tensor], dict[str, Tensor]]  # outputs by path, gradients by name
 
 
+class _OtherFormats(Exception):
+    """The plan stores something in another dtype than the original has it in."""
+
+
 def _captured(
     case: _Case,
     state: Mapping[str, Tensor],
@@ -474,15 +481,19 @@ def _original(
 
     A served one gets whole sequences at once.
     """
-    model = _wide_model(build_real(case.plan.request.target, case.plan.request.dtype))
+    model = build_original(case.plan.request.target, case.plan.request.dtype)
     model.train(case.plan.training)
     experts_in_loops(model)
-    unknown = model.load_state_dict(dict(state), strict=False).unexpected_keys
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    unknown = _wide_model(model).load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
         raise PlanError(
             f"`{case.plan.request.target}` has changed since it was planned: it has no "
             f"{', '.join(unknown[:3])}; plan it again"
         )
+    for name, value in state_of(case.plan.graph).items():
+        if value.type.dtype != dtypes[name]:
+            raise _OtherFormats(f"`{name}` is {dtypes[name]}, and {value.type.dtype} in the plan")
     leaves = {n: p for n, p in model.named_parameters() if n in state}
     call = _call_of(case, inputs, steps)
     with (
@@ -639,13 +650,13 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
     buffers: Mapping[str, Tensor] = {}
     if case.real and case.plan.request.target and kept:
         buffers = dict(
-            build_real(case.plan.request.target, case.plan.request.dtype).named_buffers()
+            build_original(case.plan.request.target, case.plan.request.dtype).named_buffers()
         )
     state: dict[str, Tensor] = {}
     for name, value in state_of(case.graph).items():
         shape, dtype = value.type.shape, value.type.dtype
         if name in kept and name in buffers:
-            state[name] = buffers[name].to(dtype)
+            state[name] = buffers[name].to(wide(buffers[name].dtype))
         elif not value.type.continuous:
             state[name] = torch.ones(shape, dtype=dtype) * (dtype == torch.bool)
         else:

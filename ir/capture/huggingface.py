@@ -120,26 +120,40 @@ def rebuild(model: nn.Module) -> nn.Module:
         return hf.build(type(model), copy.deepcopy(model.config), dtype)
 
 
-def with_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A new model of the same class and config, with the weights that its class draws."""
-    return hf.build(type(model), model.config, dtype)
+def with_weights(path: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model of the config at `path` on the CPU, with the weights that its class draws.
+
+    Errors and `dtype` as in `from_config`.
+    """
+    config = _load_config(path)
+    with torch.device("cpu"):
+        return hf.build(_class_of(config), config, dtype or _own_dtype(config))
 
 
 def from_config(
-    config: Any, *, batch: int, seq: int, labels: bool, dtype: torch.dtype
+    config: Any, *, batch: int, seq: int, labels: bool, dtype: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
 
-    The class is the one named in the config's `architectures`.  With `labels` the inputs are
-    those of training.  Raises ValueError for a file that is no config, or a class that is not in
-    transformers.
+    The class is the one named in the config's `architectures`, the dtype that of the config where
+    none is given.  With `labels` the inputs are those of training.  Raises ValueError for a file
+    that is no config, a class that is not in transformers, and weights that are quantised.
     """
     try:
-        version = hf.version()
+        hf.version()
     except ImportError as error:
         raise ValueError(f"to plan a Hugging Face model, {_MISSING}") from error
     if isinstance(config, (str, Path)):
         config = _load_config(Path(config))
+    cls = _class_of(config)
+    _check_plain(config)
+    with torch.device("meta"):
+        model = hf.build(cls, config, dtype or _own_dtype(config))
+    return model, _example_inputs(model, batch, seq, labels)
+
+
+def _class_of(config: Any) -> Any:
+    """The class in transformers that the config names."""
     names: list[str] = list(getattr(config, "architectures", None) or [])
     if not names:
         raise ValueError(
@@ -150,12 +164,34 @@ def from_config(
     if cls is None:
         raise ValueError(
             f"`architectures` names `{names[0]}`, which is not in transformers "
-            f"{version}; models with their own code need a Python file with "
+            f"{hf.version()}; models with their own code need a Python file with "
             "`build_model`"
         )
-    with torch.device("meta"):
-        model = hf.build(cls, config, dtype)
-    return model, _example_inputs(model, batch, seq, labels)
+    return cls
+
+
+def _own_dtype(config: Any) -> torch.dtype:
+    """The dtype that the config gives its weights, or that of its text model; else float32."""
+    given = config.dtype or config.get_text_config().dtype or torch.float32
+    if not isinstance(given, torch.dtype) or not given.is_floating_point or given.itemsize < 2:
+        raise ValueError(
+            f"the config of `{config.model_type}` has the dtype {given}, in which no model is "
+            "computed here; give one, e.g. --dtype bfloat16"
+        )
+    return given
+
+
+def _check_plain(config: Any) -> None:
+    """Raises ValueError where the config says that its weights are quantised."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+    raise ValueError(
+        f"the config of `{config.model_type}` has a `quantization_config` ({method or quantised}): "
+        "quantised weights cannot be planned. Plan a copy of the config without it, and load "
+        "weights that were converted to bfloat16"
+    )
 
 
 def _load_config(path: Path) -> Any:
@@ -165,7 +201,7 @@ def _load_config(path: Path) -> Any:
         raise ValueError(f"{path}: no `config.json` there")
     try:
         return hf.load_config(file)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, AttributeError) as error:  # of a dtype that is none
         reason = str(error).strip().split("\n")[0]  # what follows is about installing
         raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
 

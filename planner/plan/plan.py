@@ -24,7 +24,7 @@ class Request:
     phase: str
     batch: int
     seq: int
-    dtype: str
+    dtype: str  # in which parameters are stored: `bfloat16`, or `own`, as the model has them
     optimizer: str
     memory_bytes: float
     pins: tuple[str, ...] = ()

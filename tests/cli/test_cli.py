@@ -137,7 +137,7 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "context": None,
         "output_tokens": None,
         "expert_imbalance": None,
-        "dtype": "bfloat16",
+        "dtype": "own",
         "memory_bytes": None,
         "mesh": None,
         "pins": (),

@@ -143,7 +143,7 @@ class Net(nn.Module):
         self.register_buffer("turn", torch.full((4,), 0.5 + 2j), persistent=False)
 
     def forward(self, x):
-        pairs = torch.view_as_complex(self.up(x).float().unflatten(-1, (4, 2)))
+        pairs = torch.view_as_complex(self.up(x.to(self.up.weight)).float().unflatten(-1, (4, 2)))
         return torch.view_as_real(pairs * self.turn)
 
 def build_model():
