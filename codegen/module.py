@@ -32,10 +32,11 @@ from ..planner.plan.program import (
 )
 from .body import Context, FunctionWriter, traffic_parts
 from .classes import RUNTIME, Classes, Modules, argument_names, names_of
+from .constants import Constants
 from .inputs import fixed_table, path_text, taken_in
 from .names import words_of
 from .nesting import Function, nest
-from .source import WIDTH, check, comment_lines, number_text, statement
+from .source import WIDTH, check, comment_lines, statement
 
 _DECODING = "Decoding"  # the class of the second program, where a module has two
 
@@ -151,6 +152,7 @@ class _Writer:
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
         self.tables: Mapping[str, int] = {}  # of page tables that caches share, by their names
         self.words = words_of(program.statements)
+        self.constants = Constants()
         self.baked: set[str] = set()  # labels of dims whose planned size the text holds
         self.class_of = {
             (call.loop.name, kind): self._block_class(call, kind)
@@ -367,7 +369,7 @@ class _Writer:
                 for param, spec in _stored(body.weights):
                     prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
                     lines += self._param_line(prefix, param, spec)
-        return [*lines, "    }"]
+        return [*self.constants.lines(), *lines, "    }"]
 
     def _param_line(self, prefix: str, param: Param, spec: Spec) -> list[str]:
         name = prefix + param.name
@@ -380,7 +382,7 @@ class _Writer:
         if param.aliases:
             args.append(f"aliases={_strings([prefix + alias for alias in param.aliases])}")
         if param.data is not None:
-            args.append(f"data={_data_text(param.data)}")
+            args.append(f"data={self.constants.text(param)}")
         if (part := param.part) is not None:
             args.append(f'part=Part("{prefix}{part.name}", {part.dim}, {part.start})')
         local = local_shape(param.value.type.shape, spec, self.mesh.sizes)
@@ -584,22 +586,6 @@ def _arguments(names: Sequence[str]) -> list[str]:
 def _one_per_line(head: str, args: list[str], comment: str) -> list[str]:
     above = [f"        # {comment}"] if comment else []
     return [*above, f"        {head}", *(f"            {arg}," for arg in args), "        ),"]
-
-
-def _data_text(data: object) -> str:
-    """A constant as an expression: `(0,) * 512`, `tuple(range(512))`, or number by number.
-
-    >>> _data_text(((1,) * 12, (2,) * 12)), _data_text((1, 2))
-    ('((1,) * 12, (2,) * 12)', '(1, 2)')
-    """
-    if not isinstance(data, tuple):
-        return number_text(data)
-    items: list[str] = [_data_text(item) for item in data]
-    if len(items) > 8 and len(set(items)) == 1:
-        return f"({items[0]},) * {len(items)}"
-    if len(items) > 8 and items == [str(i) for i in range(len(items))]:
-        return f"tuple(range({len(items)}))"
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
 
 
 def _tuple(items: Sequence[int]) -> str:
