@@ -139,10 +139,11 @@ def check_formats(model: nn.Module) -> None:
 
 def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
     from .ir.capture.huggingface import from_config
+    from .ir.capture.huggingface_inputs import example_inputs
 
     if not path.exists():
         raise PlanError(f"`{path}` does not exist")
-    model, inputs = from_config(path, batch=batch, seq=seq, labels=trains, dtype=DTYPES[dtype])
+    model = from_config(path, dtype=DTYPES[dtype])
     longest = getattr(model.config, "max_position_embeddings", None)
     learned = getattr(model.config, "position_embedding_type", "absolute") == "absolute"
     if isinstance(longest, int) and seq > longest and learned and _has_position_table(model):
@@ -150,7 +151,12 @@ def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> 
             f"{type(model).__name__} has {longest} positions, the sequence has {seq} tokens; use "
             f"--seq {longest} or less"
         )
-    return Loaded(model, inputs, {name: ("b", "s") for name in inputs}, None)
+
+    def inputs(batch: int, seq: int) -> Arguments:
+        return Arguments.of(model, example_inputs(model, batch, seq, labels=trains))
+
+    labels = _labels(inputs(batch, seq), inputs(2 * batch, seq), inputs(batch, 2 * seq))
+    return Loaded(model, inputs(batch, seq), labels, None)
 
 
 def with_positions(loaded: Loaded) -> Loaded | None:

@@ -130,14 +130,12 @@ def with_weights(path: Path, dtype: torch.dtype | None) -> nn.Module:
         return hf.build(_class_of(config), config, dtype or _own_dtype(config))
 
 
-def from_config(
-    config: Any, *, batch: int, seq: int, labels: bool, dtype: torch.dtype | None
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model on the meta device and example inputs, from a `config.json`, its folder, or a config.
+def from_config(config: Any, *, dtype: torch.dtype | None) -> nn.Module:
+    """A model on the meta device, from a `config.json`, its folder, or a config.
 
     The class is the one named in the config's `architectures`, the dtype that of the config where
-    none is given.  With `labels` the inputs are those of training.  Raises ValueError for a file
-    that is no config, a class that is not in transformers, and weights that are quantised.
+    none is given.  Raises ValueError for a file that is no config, a class that is not in
+    transformers, and weights that are quantised.
     """
     try:
         hf.version()
@@ -148,8 +146,7 @@ def from_config(
     cls = _class_of(config)
     _check_plain(config)
     with torch.device("meta"):
-        model = hf.build(cls, config, dtype or _own_dtype(config))
-    return model, _example_inputs(model, batch, seq, labels)
+        return hf.build(cls, config, dtype or _own_dtype(config))
 
 
 def _class_of(config: Any) -> Any:
@@ -204,21 +201,6 @@ def _load_config(path: Path) -> Any:
     except (ValueError, KeyError, OSError, AttributeError) as error:  # of a dtype that is none
         reason = str(error).strip().split("\n")[0]  # what follows is about installing
         raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
-
-
-def _example_inputs(model: nn.Module, batch: int, seq: int, labels: bool) -> dict[str, Tensor]:
-    """Token ids for every input that the model's task needs."""
-
-    def ids() -> Tensor:
-        return torch.zeros(batch, seq, dtype=torch.long, device="meta")
-
-    inputs = {"input_ids": ids()}
-    config: Any = model.config
-    if config.is_encoder_decoder and not labels:
-        inputs["decoder_input_ids"] = ids()
-    if labels:
-        inputs["labels"] = ids()
-    return inputs
 
 
 # ---- what transformers calls -------------------------------------------------------------------

@@ -26,6 +26,7 @@ from . import (
     rotary,
     routing,
     shape,
+    spatial,
 )
 from .local import Local
 from .operator import Family, Operator
@@ -45,6 +46,7 @@ for _family in (
     lookup.FAMILY,
     factory.FAMILY,
     product.FAMILY,
+    spatial.FAMILY,
     attention.FAMILY,
     cached_attention.FAMILY,
     convolution.FAMILY,

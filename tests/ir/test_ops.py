@@ -479,6 +479,16 @@ example(
     lambda d: {"input": d.x(4, 6, 8), "weight": d.x(8, 5), "bias": d.x(5)},
 )
 example(
+    "aten.conv1d.default",
+    lambda d: {"input": d.x(4, 8, 9), "weight": d.x(4, 8, 3), "bias": d.x(4), "stride": (2,)},
+    lambda d: {"input": d.x(8, 9), "weight": d.x(6, 8, 3), "padding": (1,)},
+)
+example(
+    "aten.conv2d.default",
+    lambda d: {"input": d.x(4, 4, 6, 8), "weight": d.x(8, 4, 2, 4), "stride": (2, 4)},
+    lambda d: {"input": d.x(4, 4, 6, 6), "weight": d.x(8, 2, 3, 3), "bias": d.x(8), "groups": 2},
+)
+example(
     "aten.addmm.default",
     lambda d: {"self": d.x(5), "mat1": d.x(4, 8), "mat2": d.x(8, 5)},
     lambda d: {"self": d.x(4, 6), "mat1": d.x(4, 8), "mat2": d.x(8, 6), "beta": 2, "alpha": -1},
