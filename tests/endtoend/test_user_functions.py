@@ -94,6 +94,18 @@ class Net(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+class Detached(nn.Module):
+    "The same idea without a function: what is cut off has no gradient."
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = self.up(x)
+        y = y + ((4 * y).round() / 4 - y).detach()
+        z = self.down(y * y.detach())
+        return z + (z.sign() - z).data
 """
 RULES = """
 shardwright.rule(Rounding, "b s h -> b s h")
@@ -133,10 +145,16 @@ def decided(builder: Builder, factors: str) -> Decisions:
     return built.read([rng.randrange(node.costs.size) for node in built.nodes])
 
 
-def captured(file: Path) -> tuple[Graph, dict[str, Tensor], dict[str, Tensor], Any]:
+def cuts(builder: Builder, decisions: Decisions) -> set[str]:
+    """What cuts the functions."""
+    nodes = (node for node in builder.graph.nodes if node.op == FUNCTION)
+    return {choice for node in nodes for choice in decisions.choices[node.name]}
+
+
+def captured(file: Path, name: str) -> tuple[Graph, dict[str, Tensor], dict[str, Tensor], Any]:
     """The graph, its parameters and inputs, and what the user's own model makes of them."""
     torch.manual_seed(0)
-    model = import_user(str(file)).Net().double()
+    model = getattr(import_user(str(file)), name)().double()
     inputs = {"x": torch.randn(4, 8, 8, dtype=torch.float64)}
     graph = widened(capture_folded(model, inputs, training=True))
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -153,17 +171,32 @@ def captured(file: Path) -> tuple[Graph, dict[str, Tensor], dict[str, Tensor], A
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)])
 def test_gradients_are_the_functions_own(pool: Pool, file: Path, sizes: tuple[int, ...]) -> None:
     """Random layouts, in values and gradients, against the user's own model in one process."""
-    graph, params, inputs, want = captured(file)
+    graph, params, inputs, want = captured(file, "Net")
     names = ("Gate", "Reverse", "Rounding")
     assert imports_in(graph) == tuple(Import(str(file), name) for name in names)
-    builder = builder_of(graph, mesh_of(*sizes))
+    builder = builder_of(graph, mesh_of(*sizes), recompute=sizes == (4,))
     layouts = [random_decisions(builder, seed) for seed in range(3)]
     if "ruled" in file.stem:
-        layouts += [decided(builder, factors) for factors in ("b", "s", "h b", "R")]
+        named = {factors: decided(builder, factors) for factors in ("b", "s", "h b", "R")}
+        assert [cuts(builder, one) for one in named.values()] == [{"b"}, {"s"}, {"h", "b"}, {"R"}]
+        layouts += named.values()
+    ranks = pool(builder.network.mesh.ranks)
     for decisions in layouts:
         source = source_of(builder, decisions)
         assert f'Gate = ops.import_user("{file}", "Gate")' in source.splitlines()
-        check(
-            pool(builder.network.mesh.ranks), builder, decisions, params, inputs, want,
-            tolerance=1e-9,
-        )  # fmt: skip
+        check(ranks, builder, decisions, params, inputs, want, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2)])
+def test_what_is_detached_has_no_gradient(
+    pool: Pool, tmp_path: Path, sizes: tuple[int, ...]
+) -> None:
+    """Straight-through estimates written with `detach` and `.data`, in any layout."""
+    file = tmp_path / "detached.py"
+    file.write_text(MODEL)
+    graph, params, inputs, want = captured(file, "Detached")
+    builder = builder_of(graph, mesh_of(*sizes))
+    for seed in range(4):
+        decisions = random_decisions(builder, seed)
+        ranks = pool(builder.network.mesh.ranks)
+        check(ranks, builder, decisions, params, inputs, want, tolerance=1e-9)
