@@ -30,7 +30,7 @@ from ..ops.users import (
     operator_arguments,
 )
 from .autocast import Region
-from .functions import Slot, called
+from .functions import Called, Slot, called
 from .location import Frame, model_frames, place, statement
 
 _T = TypeVar("_T")
@@ -244,13 +244,7 @@ class _Converter:
         """Convert a call of a function with its own backward."""
         tensors, number = (_bind(arg, env) for arg in node.args)
         call = called(number)
-        if self.autocast is not None:
-            raise UnsupportedNode(
-                f"`{call.function}` is called inside of `torch.autocast`, which would cast inside "
-                "of it; call it outside of the region"
-            )
-        known = [value for value, needs in zip(tensors, call.needs, strict=True) if not needs]
-        assert not any(value.differentiable for value in known), "a gradient was not seen"
+        self.check_call(call, tensors)
         given: tuple[Any, ...] = tuple(
             tensors[a.number] if isinstance(a, Slot) else a for a in call.arguments
         )
@@ -292,6 +286,21 @@ class _Converter:
         if value.name in self.leaves:
             self.cast_leaves[value.name, to] = found
         return found
+
+    def check_call(self, call: Called, tensors: Sequence[Value]) -> None:
+        """Raises UnsupportedNode where a function would not run as it does in the model."""
+        name = call.function.__qualname__
+        if self.autocast is not None:
+            raise UnsupportedNode(
+                f"`{name}` is called inside of `torch.autocast`, which would cast inside of it; "
+                "call it outside of the region"
+            )
+        pairs = zip(tensors, call.needs, strict=True)
+        if any(value.differentiable and not needs for value, needs in pairs):
+            raise UnsupportedNode(
+                f"`{name}` is given what an operator without a derivative made of something that "
+                "has a gradient; say with `.detach()` that it has none"
+            )
 
     # ---- in-place ops --------------------------------------------------------------------------
 

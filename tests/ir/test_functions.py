@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,24 @@ def test_what_is_refused(act: Any, said: str) -> None:
     with pytest.raises(CaptureError, match=rf"test_functions.py:\d+: .*{said}"):
         capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
     assert Doubled.apply(torch.ones(2)).tolist() == [2, 2]  # as it was
+
+
+def test_a_function_of_a_script_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: there is no module to import."""
+    monkeypatch.setattr(sys.modules["__main__"], "Moved", Moved, raising=False)
+    with pytest.raises(CaptureError, match=r"test_functions.py:\d+: `Moved` is defined in `__main"):
+        capture_folded(Net(lambda x, w: Moved.apply(x)), {"x": torch.randn(2, 8)}, training=True)
+
+
+@pytest.mark.parametrize("on", ["", "layers.0"])
+def test_hooks_on_results_are_a_part_of_the_model(on: str) -> None:
+    net = Net(lambda x, w: x)
+    net.get_submodule(on).register_forward_hook(lambda module, given, result: 3 * result)
+    x = torch.randn(2, 8)
+    (found,) = interpret(
+        capture_folded(net, {"x": x}, training=True), dict(net.named_parameters()), {"x": x}
+    ).values()
+    torch.testing.assert_close(found, net(x))
 
 
 @pytest.mark.parametrize("on", ["layers.5", "weight", "everything"])
