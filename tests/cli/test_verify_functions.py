@@ -77,9 +77,9 @@ def write_model(function: str, rule: str) -> None:
 @pytest.mark.parametrize(
     "function, rule, code",
     [
-        ("Straight", "", 0),
+        pytest.param("Straight", "", 0, marks=pytest.mark.slow),
         ("Straight", "... -> ...", 0),
-        ("Shift", "b s [h] -> b s [h]", 0),
+        pytest.param("Shift", "b s [h] -> b s [h]", 0, marks=pytest.mark.slow),
         ("Shift", "b s h -> b s h", 1),
         ("BackwardAlone", "b s h -> b s h", 1),
     ],

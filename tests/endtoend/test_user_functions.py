@@ -168,7 +168,7 @@ def captured(file: Path, name: str) -> tuple[Graph, dict[str, Tensor], dict[str,
     return graph, params, inputs, (want[0], trained)
 
 
-@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)])
+@pytest.mark.parametrize("sizes", [(2,), (4,), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_gradients_are_the_functions_own(pool: Pool, file: Path, sizes: tuple[int, ...]) -> None:
     """Random layouts, in values and gradients, against the user's own model in one process."""
     graph, params, inputs, want = captured(file, "Net")

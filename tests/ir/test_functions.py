@@ -218,6 +218,13 @@ def local() -> Any:
 
 
 LOCAL = local()
+
+
+def in_autocast(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return Doubled.apply(x)
+
+
 Moved = type("Moved", (Doubled,), {"__module__": "__main__"})
 REFUSED: list[tuple[Any, str]] = [
     (lambda x, w: Dirty.apply(x * 1), "`Dirty`, which changes a tensor that it is given in place"),
@@ -236,6 +243,7 @@ REFUSED: list[tuple[Any, str]] = [
         lambda x, w: torch.autograd.grad(Doubled.apply(x).sum(), x, create_graph=True)[0],
         "takes a gradient through `Doubled`",
     ),
+    (in_autocast, "`Doubled` is called inside of `torch.autocast`"),
     (lambda x, w: x.register_hook(lambda g: g), "`register_hook` sets a hook on gradients"),
 ]
 
