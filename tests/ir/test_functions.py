@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from shardwright.ir.capture.capture import CaptureError, capture_folded
-from shardwright.ir.graph import Loop
+from shardwright.ir.graph import Loop, Node
 from shardwright.ir.ops.registry import local_of, operator_of, saved_values
 from shardwright.ir.ops.user_rules import rule
 from shardwright.ir.ops.users import FUNCTION
@@ -144,6 +144,23 @@ def test_what_is_kept(act: Any, saved: str, besides: int) -> None:
     torch.testing.assert_close(found, own, rtol=1e-12, atol=0)
     for name, p in model.named_parameters():
         torch.testing.assert_close(params[name].grad, p.grad, rtol=1e-12, atol=1e-12)
+
+
+class Clipped(Doubled):
+    """The gradient of two uses is not the sum of what each gives."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(-0.1, 0.1)
+
+
+def test_two_calls_stay_two() -> None:
+    """Equal operators on equal operands are merged, and a layer's invariants leave the loop."""
+    net = Net(lambda x, w: x + Clipped.apply(w) + 3 * Clipped.apply(w), layers=2)
+    graph = capture_folded(net, {"x": torch.randn(2, 8)}, training=True)
+    in_body = [item for item in graph.body if isinstance(item, Node) and item.op == FUNCTION]
+    in_layers = [node for node in graph.nodes if node.op == FUNCTION and node not in in_body]
+    assert len(in_body) + 2 * len(in_layers) == 4
 
 
 class Layer(nn.Linear):
