@@ -6,9 +6,6 @@ import itertools
 import re
 import textwrap
 
-import numpy as np
-import torch
-
 from ..ir.graph import Param
 from .source import WIDTH, number_text
 
@@ -23,7 +20,7 @@ class Constants:
 
     def text(self, param: Param) -> str:
         """The data of a parameter as an expression: its numbers or their name."""
-        text = data_text(param.data, single=param.value.type.dtype == torch.float32)
+        text = data_text(param.data)
         if len(text) <= _FEW:
             return text
         path = [re.sub(r"\W", "_", part).upper() for part in param.name.split(".")]
@@ -44,20 +41,17 @@ class Constants:
         return found
 
 
-def data_text(data: object, *, single: bool = False) -> str:
-    """A constant as an expression: `(0,) * 512`, `tuple(range(512))`, or number by number; those of
-    single precision with as many digits as these have.
+def data_text(data: object) -> str:
+    """A constant as an expression: `(0,) * 512`, `tuple(range(512))`, or number by number.
+
+    All digits stand there, also of single precision: `verify` runs modules in double precision.
 
     >>> data_text(((1,) * 12, (2,) * 12)), data_text((1, 2))
     ('((1,) * 12, (2,) * 12)', '(1, 2)')
-    >>> data_text(0.8146172165870667, single=True)
-    '0.8146172'
     """
     if not isinstance(data, tuple):
-        if single and isinstance(data, float) and float(np.float32(data)) == data:
-            return number_text(float(str(np.float32(data))))
         return number_text(data)
-    items: list[str] = [data_text(item, single=single) for item in data]
+    items: list[str] = [data_text(item) for item in data]
     if len(items) > 8 and len(set(items)) == 1:
         return f"({items[0]},) * {len(items)}"
     if len(items) > 8 and items == [str(i) for i in range(len(items))]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,6 @@ def docstring(plan: PlanData) -> str:
             *([converted] if plan.recached else []),
             "",
             *_usage(plan),
-            "",
-            *_legend(plan),
         ]
     )
 
@@ -70,24 +69,34 @@ def _formats(graph: Graph) -> str:
     return " and ".join(name for name, _ in elements.most_common()) or "no parameters"
 
 
-def _legend(plan: PlanData) -> Iterator[str]:
-    """How to read comments and tables, in the names of the mesh's own axes."""
+def legend(plan: PlanData, text: str) -> Iterator[str]:
+    """How to read those signs that comments and tables of the module's `text` have, in the names of
+    the mesh's own axes."""
     if plan.mesh.ranks == 1:
         yield "Comments show the shape of what a statement makes, where it changes."
         return
     axis = plan.mesh.names[-1]
-    signs = {
-        f"[b, 64/{axis}]": f"shape that a statement makes, where it changes; 64 is cut over {axis}",
-        f"+ {axis}": f"each rank of {axis} holds a summand of it",
-        "all-gather 8 MB, 9 us": "what is sent in the statement, and for how long",
-        "inside": "sent by the operator itself, in all its steps",
-        "R, S0": "in tables, for each mesh axis: whole on each rank, cut along dim 0",
-    }
-    if any(each.program.zigzag for each in plan.phases):
-        signs["Z1"] = "cut along dim 1 in zigzag order: each rank has an early and a late block"
-    if plan.training:
-        signs["V"] = "whole, while each rank has a summand of its gradient"
-    signs["Weight(stored, used)"] = "weights of a layer go there together before it, through `via`"
+    summed = re.search(r"# .*\] \+ (\w+)", text)
+    over = summed.group(1) if summed else ""
+    through = ", through `via`" if "via=" in text else ""
+    shape = f"shape that a statement makes, where it changes; 64 is cut over {axis}"
+    zigzag = "cut along dim 1 in zigzag order: each rank has an early and a late block"
+    together = "weights of a layer go there together before it"
+    known = (
+        (f"/{axis}", f"[b, 64/{axis}]", shape),
+        (r"# .*\] \+ ", f"+ {over}", f"each rank of {over} holds a summand of it"),
+        (
+            r"# .*\d [kMGT]?B, ",
+            "all-gather 8 MB, 9 us",
+            "what is sent in the statement, and for how long",
+        ),
+        (r"# .*\binside\b", "inside", "sent by the operator itself, in all its steps"),
+        (r"", "R, S0", "in tables, for each mesh axis: whole on each rank, cut along dim 0"),
+        (r"\bZ\d", "Z1", zigzag),
+        (r'"[^"]*\bV\b', "V", "whole, while each rank has a summand of its gradient"),
+        (r"\bWeight\(", "Weight(stored, used)", together + through),
+    )
+    signs = {sign: meaning for pattern, sign, meaning in known if re.search(pattern, text)}
     width = max(map(len, signs))
     yield "Comments and tables:"
     yield from (f"    {sign:{width}}  {meaning}" for sign, meaning in signs.items())
@@ -227,7 +236,7 @@ def _parameters(weights: Sequence[Weight], axis: int) -> str:
     if not gathered:
         return ""
     if len(gathered) == len(steps):
-        return "all parameters (FSDP: gathered for use)"
+        return "all matrices (FSDP: gathered for use)"
     names = dict.fromkeys(weight.removesuffix(".weight").rpartition(".")[2] for weight in gathered)
     return f"the parameters of {_listed([*names])} (FSDP: gathered for use)"
 

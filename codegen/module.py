@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from math import lcm, prod
 from types import MappingProxyType
+from typing import TypeAlias
 
 from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
@@ -40,6 +41,14 @@ from .source import WIDTH, check, comment_lines, statement
 
 _DECODING = "Decoding"  # the class of the second program, where a module has two
 
+# From the text of a module's classes to the lines that say how to read its signs
+Legend: TypeAlias = Callable[[str], Iterable[str]]
+
+
+def no_legend(text: str) -> Iterable[str]:
+    """Where the reader is no stranger."""
+    return ()
+
 
 def write_source(
     program: Program,
@@ -50,8 +59,9 @@ def write_source(
     optimizer: str,
     decode: Program | None = None,
     recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
+    legend: Legend = no_legend,
 ) -> str:
-    """The generated module as text; `summary` becomes its docstring.
+    """The generated module as text; `summary` becomes its docstring, with the `legend` below.
 
     `decode` is the program for single tokens of a module that serves, with the same parameters.
     `recached` has, by the name of an attention's node in `program`, the specs that its cache takes
@@ -74,6 +84,8 @@ def write_source(
     models = [writer.model_class() for writer in (*second, first)]
     parts = [*classes.parts(), *models]
     lines = [line for part in parts for line in part]
+    signs = list(legend("\n".join(lines)))
+    summary = "\n".join([summary, "", *signs]) if signs else summary
     head = _head(summary, lines, [_import_line(item, users) for item in imports])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
     return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)

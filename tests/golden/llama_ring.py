@@ -15,13 +15,12 @@ Predicted: 13.9 ms per step, 5.57 GB per GPU.
 
 Comments and tables:
     [b, 64/cp]             shape that a statement makes, where it changes; 64 is cut over cp
-    + cp                   each rank of cp holds a summand of it
     all-gather 8 MB, 9 us  what is sent in the statement, and for how long
     inside                 sent by the operator itself, in all its steps
     R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
     Z1                     cut along dim 1 in zigzag order: each rank has an early and a late block
     V                      whole, while each rank has a summand of its gradient
-    Weight(stored, used)   weights of a layer go there together before it, through `via`
+    Weight(stored, used)   weights of a layer go there together before it
 """
 
 import torch

@@ -22,7 +22,7 @@ Comments and tables:
     inside                 sent by the operator itself, in all its steps
     R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
     V                      whole, while each rank has a summand of its gradient
-    Weight(stored, used)   weights of a layer go there together before it, through `via`
+    Weight(stored, used)   weights of a layer go there together before it
 """
 
 import torch
