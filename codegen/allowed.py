@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..facts.users import Import
-from ..ir.graph.names import is_dotted, is_place
+from ..ir.graph.names import BEYOND_TENSORS, is_dotted, is_place
 
 # What an expression stands for: data; what may be called; the modules that a file imports; `self`
 # and what lies below it, which may be data or a module; an operator's name in the making; a class
@@ -60,11 +60,6 @@ _OF_VALUES = frozenset({
     "all_gather", "all_reduce", "all_to_all", "by", "copy", "own_gradient", "pad",
     "partial", "reduce_scatter", "shard",
     "bfloat16", "bool", "double", "float", "half", "int", "long", "type",
-})  # fmt: skip
-# Operators of torch that touch more than tensors
-_BEYOND_TENSORS = frozenset({
-    "backward", "from_file", "manual_seed", "save", "seed", "set_grad_enabled", "load_library",
-    "import_module",
 })  # fmt: skip
 _COMPOUND = (
     ast.BinOp, ast.BoolOp, ast.Compare, ast.Dict, ast.IfExp, ast.List, ast.Slice, ast.Starred,
@@ -328,7 +323,7 @@ class _Checker:
             case "torch":
                 return _is_operator(name)
             case "operator":
-                return not _BEYOND_TENSORS & set(ast.unparse(function).split("."))
+                return not BEYOND_TENSORS & set(ast.unparse(function).split("."))
             case "linalg":
                 return _is_public(name) and callable(getattr(torch.linalg, name, None))
             case "functional":
@@ -394,7 +389,7 @@ def _is_public(name: str) -> bool:
 
 def _is_operator(name: str) -> bool:
     """Is it a function of tensors?  What torch offers besides loads files, runs code, compiles."""
-    public = _is_public(name) and not name.endswith("_") and name not in _BEYOND_TENSORS
+    public = _is_public(name) and not name.endswith("_") and name not in BEYOND_TENSORS
     return public and hasattr(torch.ops.aten, name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Tensors of the parameter's size and dtype that the optimizer keeps between steps.
-_STATES = {
+OPTIMIZERS = {
     "adamw": 2,  # torch.optim.AdamW: exp_avg and exp_avg_sq, made with zeros_like(parameter)
     "sgd": 0,  # torch.optim.SGD with its default momentum=0 keeps none; momentum would be 1
     "none": 0,  # gradients are computed but no step is taken
@@ -43,7 +43,7 @@ def parameter_state_bytes(
     >>> parameter_state_bytes(1000, 4, "adamw")
     StateBytes(parameter=4000, gradient=4000, optimizer=8000)
     """
-    states = _checked(_STATES, optimizer, "optimizer")
+    states = _checked(OPTIMIZERS, optimizer, "optimizer")
     if numel_local < 0 or dtype_bytes < 1:
         raise ValueError(f"{numel_local} elements of {dtype_bytes} bytes: impossible size")
     own = numel_local * dtype_bytes
@@ -59,7 +59,7 @@ def optimizer_step_bytes(numel_local: int, dtype_bytes: int, optimizer: str) -> 
     >>> optimizer_step_bytes(1000, 4, "adamw")  # 1 + 2 + 2 * 2 passes over 4000 bytes
     28000
     """
-    states = _checked(_STATES, optimizer, "optimizer")
+    states = _checked(OPTIMIZERS, optimizer, "optimizer")
     passes = 0 if optimizer == "none" else 1 + 2 + 2 * states
     return numel_local * dtype_bytes * passes
 

@@ -9,6 +9,8 @@ import keyword
 from dataclasses import dataclass
 from math import prod
 
+MOST_RANKS = 2**20  # ten times the largest cluster that was built
+
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
@@ -23,7 +25,7 @@ class Mesh:
         if not self.axes:
             raise ValueError("a mesh needs at least one axis")
         names = [name for name, _ in self.axes]
-        if len(set(names)) != len(names) or not all(map(_can_be_variable, names)):
+        if len(set(names)) != len(names) or not all(map(can_be_axis, names)):
             raise ValueError(f"mesh axis names must be distinct identifiers, got {names}")
         if any(size < 1 for _, size in self.axes):
             raise ValueError(f"mesh axis sizes must be at least 1, got {self.axes}")
@@ -55,6 +57,6 @@ class Mesh:
         return " x ".join(f"{name}={size}" for name, size in self.axes)
 
 
-def _can_be_variable(name: str) -> bool:
+def can_be_axis(name: str) -> bool:
     """Generated modules call axes by their names."""
     return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

@@ -28,6 +28,7 @@ INFINITE_COST = 10**18
 # The contest's evaluator adds costs in 64-bit integers; sums must stay well below INFINITE_COST.
 _LARGEST_SUM = 1e17
 _FINEST_SCALE = 1e15
+_LATEST = 2**62  # times are 64-bit integers, and so are their differences
 
 
 class IopddlError(ValueError):
@@ -148,8 +149,8 @@ def _sequence(value: object, where: str, size: int | None = None) -> list[Any]:
 
 def _pair(value: object, where: str) -> tuple[int, int]:
     held = _sequence(value, where, 2)
-    if not all(isinstance(item, int) for item in held):
-        raise ValueError(f"{where} must be two integers, got {held}")
+    if not all(type(item) is int and abs(item) <= _LATEST for item in held):
+        raise ValueError(f"{where} must be two integers of 63 bits, got {held}")
     return held[0], held[1]
 
 

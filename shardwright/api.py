@@ -33,9 +33,10 @@ from .loading import (
 from .planner.errors import PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
+from .planner.plan.check import check_plan
 from .planner.plan.decide import REPLICAS
 from .planner.plan.plan import PlanData
-from .planner.plan.store import plan_to_json, read_plan
+from .planner.plan.store import checked_json, read_plan
 from .planner.report.model_graph import PlannedGraph
 from .planner.report.report import format_plan
 from .planner.search.search import Job, setting_of
@@ -80,9 +81,19 @@ class Plan(PlanData):
     def __str__(self) -> str:
         return format_plan(self)
 
+    def check(self) -> None:
+        """Raises PlanError where decisions, prices and graph do not fit together.
+
+        What is loaded and what is saved is held to it; a plan that was made by hand may not be.
+        """
+        check_plan(self)
+
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON data."""
-        return plan_to_json(self)
+        """The plan as plain JSON data, of the schema that `plan schema` prints.
+
+        Raises PlanError as `check` does.
+        """
+        return checked_json(self)
 
     def save(self, path: str | Path) -> None:
         """Write `plan.json`; `load_plan` gives an equal plan back.

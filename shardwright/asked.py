@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .codegen.names import may_be_an_axis
 from .costmodel.machines.cluster import load_cluster
 from .facts.given import finite, shown, text, whole
-from .facts.mesh import Mesh
+from .facts.mesh import MOST_RANKS, Mesh
 from .facts.nested import spelled
 from .facts.phases import find_phase
 from .ir.capture.arguments import Arguments
@@ -30,7 +30,6 @@ from .planner.strategies.roles import pinned
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 _AXIS = re.compile("[a-z][a-z0-9_]{0,15}")
-_MOST_GPUS = 2**20  # ten times the largest cluster that was built
 
 
 class Progress(Protocol):
@@ -68,7 +67,7 @@ class Asked:
             self._check()
 
     def _check(self) -> None:
-        whole("gpus", self.gpus, 1, _MOST_GPUS)
+        whole("gpus", self.gpus, 1, MOST_RANKS)
         for name in ("cluster", "phase", "solver"):
             text(name, getattr(self, name))
         if self.mesh is not None:

@@ -85,6 +85,7 @@ More commands (`plan COMMAND --help` explains each):
   plan show DIR      print a saved plan again
   plan verify DIR    run a plan's module on CPU processes and compare it with the original model
   plan solve FILE    solve a sharding problem in the IOPDDL format
+  plan schema        print the JSON Schema of a plan.json
 
 \b
 Examples:
@@ -503,6 +504,14 @@ def solve(
 
             solution = solve_file(file, time_limit, solver.value)
         say(solution)
+
+
+@tools.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of plan.json, e.g. `plan schema > plan.schema.json`."""
+    from .planner.plan.schema import json_schema
+
+    say(json.dumps(json_schema(), indent=1))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
 from ..graph import Arg, Call, Loc, Node, TensorType, Value
+from ..ops.operator import PLACEMENT
 from ..ops.random import is_draw
 from ..ops.registry import find_op
 from ..ops.users import (
@@ -35,9 +36,6 @@ from .location import Frame, model_frames, place, statement
 
 _T = TypeVar("_T")
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
-
-# arguments that say where and how a tensor lies in memory, which the plan decides
-_PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "generator"})
 
 _CHECKS = frozenset(
     {
@@ -462,7 +460,7 @@ def _schema_args(
     """Every argument of the op's schema by name."""
     found: list[tuple[str, Arg]] = []
     for position, argument in enumerate(schema_arguments(target)):
-        if argument.name in _PLACEMENT:
+        if argument.name in PLACEMENT:
             value: Any = None
         elif position < len(node.args):
             value = _bind(node.args[position], env)

@@ -1,20 +1,21 @@
 """Graphs as plain JSON data, and back to equal graphs.
 
 A value is written out where it is defined (inputs, parameters, node and loop results) and named
-where it is read.  Reading executes nothing: ops stay names, and every field is checked; a mistake
-is a ValueError that says which field it is.
+where it is read.  Reading executes nothing: ops stay names.  `schema` says what each field may be,
+`check` what must fit together.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from ...facts.nested import Constant, Path
+from ...facts.nested import Constant
+from ...facts.schema import check
+from .check import GraphError, check_graph
 from .nodes import (
     Arg,
     Block,
@@ -31,15 +32,7 @@ from .nodes import (
     TensorType,
     Value,
 )
-
-_T = TypeVar("_T")
-
-_DTYPES: dict[str, torch.dtype] = {
-    str(value).removeprefix("torch."): value
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
-_KINDS = ("parameter", "buffer", "constant")
+from .schema import DTYPES, GRAPH
 
 # ---- writing -----------------------------------------------------------------------------------
 
@@ -176,277 +169,135 @@ def _block(block: Block, calls: Mapping[Call, int]) -> dict[str, Any]:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def graph_from_json(data: Any) -> Graph:
-    """The graph that `graph_to_json` wrote.  Raises ValueError naming the field that is wrong."""
-    field = _Field(data, "graph")
-    scope: dict[str, Value] = {}
-    inputs = tuple(_read_input(item, scope) for item in field["inputs"].items())
-    params = tuple(_read_param(item, scope) for item in field["params"].items())
-    calls = tuple(_read_call(item) for item in field["calls"].items())
-    body = tuple(_read_item(item, scope, calls) for item in field["body"].items())
-    outputs = tuple(
-        Output(
-            _read_path(item["path"]),
-            item["value"].read_from(scope),
+def graph_from_json(data: object) -> Graph:
+    """The graph that `graph_to_json` wrote.
+
+    Raises Mismatch for a field that is wrong, GraphError for what does not fit together.
+    """
+    check(GRAPH, data, "graph")
+    graph = _Reader().graph(data)
+    check_graph(graph)
+    return graph
+
+
+class _Reader:
+    """Makes a graph of data that has been checked; a name that nothing has is a GraphError."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()  # of all values: each is defined once
+        self._calls: tuple[Call, ...] = ()
+
+    def graph(self, data: Any) -> Graph:
+        """The whole graph."""
+        scope: dict[str, Value] = {}
+        self._calls = tuple(_read_call(call) for call in data["calls"])
+        inputs = tuple(
+            Input(i["name"], self._value(i["value"], scope), tuple(i["labels"]), tuple(i["path"]))
+            for i in data["inputs"]
         )
-        for item in field["outputs"].items()
-    )
-    signature = None
-    if field["signature"].data is not None:
-        signature = _read_signature(field["signature"])
-    return Graph(field["name"].text(), inputs, params, body, outputs, signature)
+        params = tuple(self._param(param, scope) for param in data["params"])
+        body = tuple(
+            self._loop(item, scope) if "loop" in item else self._node(item, scope)
+            for item in data["body"]
+        )
+        outputs = tuple(
+            Output(tuple(out["path"]), _known(out["value"], scope)) for out in data["outputs"]
+        )
+        signature = data["signature"] and _read_signature(data["signature"])
+        return Graph(data["name"], inputs, params, body, outputs, signature)
 
-
-def _read_signature(field: _Field) -> Signature:
-    fixed: list[tuple[Path, Constant]] = []
-    for pair in field["fixed"].items():
-        parts = pair.items()
-        if len(parts) != 2:
-            raise pair.wrong("a pair [path, value]")
-        fixed.append((_read_path(parts[0]), _read_constant(parts[1])))
-    names = tuple(name.word() for name in field["names"].items())
-    return Signature(names, field["by_position"].of(int), tuple(fixed))
-
-
-def _read_path(field: _Field) -> Path:
-    return tuple(_read_key(key) for key in field.items())
-
-
-def _read_key(field: _Field) -> str | int:
-    return field.text() if isinstance(field.data, str) else field.of(int)
-
-
-def _read_constant(field: _Field) -> Constant:
-    if field.data == []:
-        return ()
-    if isinstance(field.data, str):
-        return field.text()
-    return _read_special(field) if isinstance(field.data, dict) else _read_number(field)
-
-
-class _Field:
-    """A piece of JSON and where it stands, for messages: `graph.body[3].op`."""
-
-    def __init__(self, data: Any, path: str) -> None:
-        self.data = data
-        self.path = path
-
-    def wrong(self, expected: str) -> ValueError:
-        shown = repr(self.data)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return ValueError(f"{self.path}: expected {expected}, got {shown}")
-
-    def __getitem__(self, key: str) -> _Field:
-        if not isinstance(self.data, Mapping):
-            raise self.wrong("an object")
-        if key not in self.data:
-            raise ValueError(f"{self.path}: the field `{key}` is missing")
-        return _Field(self.data[key], f"{self.path}.{key}")
-
-    def items(self) -> list[_Field]:
-        if not isinstance(self.data, list):
-            raise self.wrong("a list")
-        return [_Field(item, f"{self.path}[{i}]") for i, item in enumerate(self.data)]
-
-    def of(self, kind: type[_T]) -> _T:
-        if type(self.data) is not kind:
-            raise self.wrong(f"a value of type {kind.__name__}")
-        return self.data
-
-    def one_of(self, *kinds: type[Any]) -> Any:
-        if type(self.data) not in kinds:
-            raise self.wrong("a value of type " + " or ".join(kind.__name__ for kind in kinds))
-        return self.data
-
-    def word(self) -> str:
-        """A name that stands as code in a generated module: letters, digits, `_` and dots."""
-        name = self.of(str)
-        if not re.fullmatch(r"[\w.]*", name):
-            raise self.wrong("a name of letters, digits, `_` and dots")
-        return name
-
-    def text(self) -> str:
-        """Text that stands in a string or a comment of a generated module, and cannot leave it."""
-        text = self.of(str)
-        if not text.isprintable() or '"' in text or "\\" in text:
-            raise self.wrong("one line of text without quotes and backslashes")
-        return text
-
-    def many(self, kind: type[_T]) -> tuple[_T, ...]:
-        return tuple(item.of(kind) for item in self.items())
-
-    def dtype(self) -> torch.dtype:
-        name = self.of(str)
-        if name not in _DTYPES:
-            raise self.wrong("the name of a torch dtype")
-        return _DTYPES[name]
-
-    def read_from(self, scope: Mapping[str, Value]) -> Value:
-        name = self.of(str)
-        if name not in scope:
-            raise self.wrong("the name of a value defined before")
+    def _value(self, data: Any, scope: dict[str, Value]) -> Value:
+        """A definition; it enters the scope."""
+        name: str = data["name"]
+        if name in self._names:
+            raise GraphError(f"two values are called `{name}`")
+        self._names.add(name)
+        kind = TensorType(tuple(data["shape"]), DTYPES[data["dtype"]])
+        scope[name] = Value(name, kind, data["differentiable"])
         return scope[name]
 
+    def _param(self, data: Any, scope: dict[str, Value]) -> Param:
+        part = data["part"]
+        return Param(
+            data["name"],
+            self._value(data["value"], scope),
+            data["kind"],
+            tuple(data["aliases"]),
+            _read_data(data["data"]),
+            part and Part(part["name"], part["dim"], part["start"]),
+        )
 
-def _read_value(field: _Field, scope: dict[str, Value]) -> Value:
-    """A definition; it enters the scope."""
-    name = field["name"].text()
-    if name in scope:
-        raise field["name"].wrong("a name that is not taken yet")
-    shape = field["shape"].many(int)
-    if any(size < 0 for size in shape):
-        raise field["shape"].wrong("sizes of at least 0")
-    value = Value(name, TensorType(shape, field["dtype"].dtype()), field["differentiable"].of(bool))
-    scope[name] = value
-    return value
+    def _node(self, data: Any, scope: dict[str, Value]) -> Node:
+        file, line, within, targets = data["loc"]
+        args = tuple((name, _read_arg(arg, scope)) for name, arg in data["args"])
+        if any(number >= len(self._calls) for number in within):
+            raise GraphError(f"node `{data['name']}` is in a call that is not there")
+        calls = tuple(self._calls[number] for number in within)
+        outputs = tuple(self._value(value, scope) for value in data["outputs"])
+        return Node(data["name"], data["op"], args, outputs, Loc(file, line, calls, tuple(targets)))
 
+    def _loop(self, data: Any, scope: dict[str, Value]) -> Loop:
+        carried = tuple(_known(name, scope) for name in data["carried"])
+        invariants = tuple(_known(name, scope) for name in data["invariants"])
+        blocks = tuple(self._block(block) for block in data["blocks"])
+        outputs = tuple(self._value(value, scope) for value in data["outputs"])
+        order = tuple(data["order"])
+        return Loop(data["loop"], data["path"], blocks, order, carried, invariants, outputs)
 
-def _read_input(field: _Field, scope: dict[str, Value]) -> Input:
-    value = _read_value(field["value"], scope)
-    labels = field["labels"].many(str)
-    return Input(field["name"].word(), value, labels, _read_path(field["path"]))
-
-
-def _read_param(field: _Field, scope: dict[str, Value]) -> Param:
-    kind = field["kind"].of(str)
-    if kind not in _KINDS:
-        raise field["kind"].wrong(f"one of {', '.join(_KINDS)}")
-    value = _read_value(field["value"], scope)
-    return Param(
-        field["name"].text(),
-        value,
-        kind,
-        tuple(alias.text() for alias in field["aliases"].items()),
-        _read_data(field["data"]),
-        _read_part(field["part"], value) if field["part"].data is not None else None,
-    )
-
-
-def _read_part(field: _Field, value: Value) -> Part:
-    dim, start = field["dim"].of(int), field["start"].of(int)
-    if not 0 <= dim < len(value.type.shape):
-        raise field["dim"].wrong(f"one of the {len(value.type.shape)} dims of `{value.name}`")
-    if start < 0:
-        raise field["start"].wrong("a number from 0")
-    return Part(field["name"].text(), dim, start)
+    def _block(self, data: Any) -> Block:
+        scope: dict[str, Value] = {}
+        params = tuple(self._param(param, scope) for param in data["params"])
+        inputs = tuple(self._value(value, scope) for value in data["inputs"])
+        nodes = tuple(self._node(node, scope) for node in data["nodes"])
+        outputs = tuple(_known(name, scope) for name in data["outputs"])
+        return Block(data["class_name"], params, inputs, nodes, outputs)
 
 
-def _read_data(field: _Field) -> Any:
-    if isinstance(field.data, list):
-        return tuple(_read_data(item) for item in field.items())
-    if isinstance(field.data, dict):
-        return _read_complex(field) if "complex" in field.data else _read_special(field)
-    return _read_number(field)
+def _known(name: str, scope: Mapping[str, Value]) -> Value:
+    if name not in scope:
+        raise GraphError(f"`{name}` is read where nothing is called so")
+    return scope[name]
 
 
-def _read_number(field: _Field) -> bool | int | float | None:
-    return field.one_of(type(None), bool, int, float)
+def _read_call(data: Any) -> Call:
+    lists = {name: tuple(data[name]) for name in ("arguments", "targets")}
+    fields: dict[str, Any] = {**data, **lists}
+    return Call(**fields)
 
 
-def _read_complex(field: _Field) -> complex:
-    parts = field["complex"].items()
-    if len(parts) != 2:
-        raise field["complex"].wrong("a real and an imaginary part")
-    real, imaginary = (
-        _read_special(part) if isinstance(part.data, dict) else part.of(float) for part in parts
-    )
-    return complex(real, imaginary)
+def _read_signature(data: Any) -> Signature:
+    fixed = tuple((tuple(path), _read_constant(value)) for path, value in data["fixed"])
+    return Signature(tuple(data["names"]), data["by_position"], fixed)
 
 
-def _read_special(field: _Field) -> float:
-    """inf, -inf or nan."""
-    name = field["float"].of(str)
-    if name not in ("inf", "-inf", "nan"):
-        raise field["float"].wrong("inf, -inf or nan")
-    return float(name)
+def _read_constant(data: Any) -> Constant:
+    return () if data == [] else float(data["float"]) if isinstance(data, dict) else data
 
 
-def _read_call(field: _Field) -> Call:
-    return Call(
-        field["path"].text(),
-        field["number"].of(int),
-        field["class_name"].word(),
-        tuple(name.word() for name in field["arguments"].items()),
-        field["file"].text(),
-        field["line"].of(int),
-        tuple(target.text() for target in field["targets"].items()),
-    )
+def _read_data(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(map(_read_data, data))
+    return _read_number(data) if isinstance(data, dict) else data
 
 
-def _read_item(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Node | Loop:
-    is_loop = isinstance(field.data, Mapping) and "loop" in field.data
-    return _read_loop(field, scope, calls) if is_loop else _read_node(field, scope, calls)
+def _read_arg(data: Any, scope: Mapping[str, Value]) -> Arg:
+    if isinstance(data, list):
+        return tuple(_read_arg(item, scope) for item in data)
+    if not isinstance(data, dict):
+        return data
+    if "value" in data:
+        return _known(data["value"], scope)
+    return DTYPES[data["dtype"]] if "dtype" in data else _read_number(data)
 
 
-def _read_node(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Node:
-    args: list[tuple[str, Arg]] = []
-    for pair in field["args"].items():
-        parts = pair.items()
-        if len(parts) != 2:
-            raise pair.wrong("a pair [name, argument]")
-        name = parts[0].word()
-        args.append((name, _read_arg(_Field(parts[1].data, f"{pair.path}.{name}"), scope)))
-    loc = field["loc"].items()
-    if len(loc) != 4:
-        raise field["loc"].wrong("[file, line, calls, targets]")
-    file, line, within, targets = loc
-    if any(not 0 <= number < len(calls) for number in within.many(int)):
-        raise within.wrong(f"numbers of the {len(calls)} calls, from 0")
-    return Node(
-        field["name"].of(str),
-        field["op"].word(),
-        tuple(args),
-        tuple(_read_value(item, scope) for item in field["outputs"].items()),
-        Loc(
-            file.text(),
-            line.of(int),
-            tuple(calls[number] for number in within.many(int)),
-            tuple(target.text() for target in targets.items()),
-        ),
-    )
-
-
-def _read_arg(field: _Field, scope: Mapping[str, Value]) -> Arg:
-    if isinstance(field.data, list):
-        return tuple(_read_arg(item, scope) for item in field.items())
-    if isinstance(field.data, dict):
-        readers: dict[str, Callable[[], Arg]] = {
-            "value": lambda: field["value"].read_from(scope),
-            "dtype": lambda: field["dtype"].dtype(),
-            "float": lambda: _read_special(field),
-            "complex": lambda: _read_complex(field),
-        }
-        keys = list(field.data)
-        if len(keys) != 1 or keys[0] not in readers:
-            raise field.wrong(f"an object with one key: {', '.join(readers)}")
-        return readers[keys[0]]()
-    return field.one_of(type(None), bool, int, float, str)
-
-
-def _read_loop(field: _Field, scope: dict[str, Value], calls: Sequence[Call]) -> Loop:
-    blocks = tuple(_read_block(item, calls) for item in field["blocks"].items())
-    order = field["order"].many(int)
-    if any(not 0 <= kind < len(blocks) for kind in order):
-        raise field["order"].wrong(f"numbers of the {len(blocks)} blocks, from 0")
-    carried = tuple(item.read_from(scope) for item in field["carried"].items())
-    invariants = tuple(item.read_from(scope) for item in field["invariants"].items())
-    for block, item in zip(blocks, field["blocks"].items(), strict=True):
-        if len(block.inputs) != len(carried) + len(invariants):
-            raise item["inputs"].wrong(f"{len(carried) + len(invariants)} inputs")
-        if len(block.outputs) != len(carried):
-            raise item["outputs"].wrong(f"{len(carried)} outputs")
-    outputs = tuple(_read_value(item, scope) for item in field["outputs"].items())
-    name, path = field["loop"].text(), field["path"].word()
-    return Loop(name, path, blocks, order, carried, invariants, outputs)
-
-
-def _read_block(field: _Field, calls: Sequence[Call]) -> Block:
-    scope: dict[str, Value] = {}
-    params = tuple(_read_param(item, scope) for item in field["params"].items())
-    inputs = tuple(_read_value(item, scope) for item in field["inputs"].items())
-    nodes = tuple(_read_node(item, scope, calls) for item in field["nodes"].items())
-    outputs = tuple(item.read_from(scope) for item in field["outputs"].items())
-    return Block(field["class_name"].word(), params, inputs, nodes, outputs)
+def _read_number(data: Any) -> float | complex:
+    """What JSON has no number for; a part of a complex number may be one that it has."""
+    if "complex" in data:
+        real, imaginary = (
+            float(part["float"] if isinstance(part, dict) else part) for part in data["complex"]
+        )
+        return complex(real, imaginary)
+    return float(data["float"])
 
 
 __all__ = ["graph_from_json", "graph_to_json"]

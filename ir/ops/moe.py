@@ -273,8 +273,9 @@ class Experts(Operator):
         return True
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
-        """Which rows an expert gets depends on values, which fake tensors do not have."""
-        return moe_operator(**args) if is_fake(args["x"]) else moe_math(**args)
+        """Which rows an expert gets depends on values, which fake and meta tensors do not have."""
+        without_values = is_fake(args["x"]) or args["x"].is_meta
+        return moe_operator(**args) if without_values else moe_math(**args)
 
     def emit(self, node: Node, render: Render) -> str:
         """`ops.moe`, told which axis cuts the experts and whether tokens go there."""

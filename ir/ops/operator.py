@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...compat.torch import schema_arguments
+from ...compat.torch import OpOverload, schema_arguments
 from ...facts.traffic import Traffic
 from ...facts.users import Import
 from ...facts.work import Kernels, Stream
@@ -24,6 +24,9 @@ from ..graph import Arg, Node, TensorType, Value, values_in
 from .local import Local
 from .rule import Choice, Rule, opaque_rule
 from .sizes import Resizing, Sizes
+
+# arguments that say where and how a tensor lies in memory, which the plan decides: None in a graph
+PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "generator"})
 
 
 class Render(Protocol):
@@ -360,12 +363,18 @@ def opaque(node: Node) -> Rule:
     return opaque_rule(shapes_of(node.operands), shapes_of(node.outputs))
 
 
-def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
+def torch_operator(name: str) -> OpOverload:
+    """The operator of torch that is called so in full.  Raises ValueError where there is none."""
     space, _, rest = name.partition(".")
     packet, _, overload = rest.rpartition(".")
     function = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
-    if function is None:
+    if not isinstance(function, OpOverload):
         raise ValueError(f"there is no operator `{name}`")
+    return function
+
+
+def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
+    function = torch_operator(name)
     # placement arguments are None in the graph and mean the default; `self` may be positional
     schema = schema_arguments(function)
     positional = [args[a.name] for a in schema if a.name in args and not a.kwarg_only]
@@ -374,6 +383,6 @@ def _call_torch(name: str, args: Mapping[str, Any]) -> Any:
 
 
 __all__ = [
-    "Family", "Leaf", "Light", "Limit", "Operator", "Render", "View",
-    "named_values", "opaque", "shapes_of",
+    "PLACEMENT", "Family", "Leaf", "Light", "Limit", "Operator", "Render", "View",
+    "named_values", "opaque", "shapes_of", "torch_operator",
 ]  # fmt: skip

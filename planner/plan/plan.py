@@ -7,8 +7,9 @@ from functools import cached_property
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.spec import Spec
+from ...facts.spec import Spec, format_spec
 from ...ir.graph import Graph, Value
+from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.pricing import Work
 from .program import PricedStep, Program, lower
@@ -157,9 +158,12 @@ class PlanData:
 
     @cached_property
     def program(self) -> Program:
-        """The statements that one rank runs."""
+        """The statements that one rank runs.  Raises PlanError for a conversion without steps."""
 
         def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
+            if (value.name, a, b) not in self.paths:
+                way = f"{format_spec(a)} to {format_spec(b)}"
+                raise PlanError(f"the plan has no conversion of `{value.name}` from {way}")
             return self.paths[value.name, a, b]
 
         return lower(self.graph, self.decisions, paths, training=self.training)

@@ -17,7 +17,7 @@ from shardwright.facts.moves import backward_primitive, primitive
 from shardwright.facts.spec import P, R, S, V, parse_spec
 
 
-@pytest.mark.parametrize("module", ["blocks", "moves", "spec"])
+@pytest.mark.parametrize("module", ["blocks", "moves", "schema", "spec"])
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"shardwright.facts.{module}"))
     assert result.attempted and not result.failed

@@ -1,0 +1,165 @@
+"""What in a plan must fit together: its decisions, prices and paths with the graph and the mesh.
+
+`schema` has what each field may be; both are held to by what is read and by what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
+from ...facts.spec import Spec, format_spec
+from ...ir.graph import Graph, Node, Value
+from ...ir.graph.check import GraphError, check_graph
+from ...ir.ops.caches import cache_spec
+from ...ir.ops.registry import local_of, rule_of
+from ...ir.ops.typed import check_nodes
+from ..errors import PlanError
+from ..strategies.lattice import spec_fits
+from .plan import PlanData
+from .program import PricedStep
+from .recache import cached_attentions
+
+
+def check_plan(plan: PlanData) -> None:
+    """Raises PlanError for a plan that no search makes, with the name of what does not fit."""
+    phases = find_phase(plan.request.phase).programs
+    _check(len(plan.phases) == len(phases), f"phase {plan.request.phase} is {' and '.join(phases)}")
+    for each in plan.phases:
+        _check(each.mesh == plan.mesh, "the mesh of decode is another than that of prefill")
+        _check(each.request.gpus == each.mesh.ranks, f"`mesh` has not {each.request.gpus} ranks")
+        try:
+            check_graph(each.graph)
+            check_nodes(each.graph)
+        except GraphError as error:
+            raise PlanError(f"plan field `graph`: {error}") from error
+        _check(not 0 < each.memory.cache < 1, "plan field `memory.cache` is less than a byte")
+        _check_decisions(each)
+        _check_paths(each)
+        _ = each.program  # raises PlanError for a conversion that is not there
+    _check_recached(plan)
+
+
+def _check_decisions(plan: PlanData) -> None:
+    """Every node has legal choices and its seconds, every value a spec that can cut it."""
+    graph, made, mesh = plan.graph, plan.decisions, plan.mesh
+    nodes = {node.name: node for node in graph.nodes}
+    _same("choices", made.choices, nodes)
+    _same("work", plan.work, nodes)
+    for name, choices in made.choices.items():
+        _check_choices(nodes[name], choices, mesh)
+    for name, work in plan.work.items():
+        _check_axes(f"moving.{name}", work.axes, mesh)
+    held = _held(graph)
+    _same("specs", made.specs, held)
+    _check_specs("specs", made.specs, held, mesh)
+    outputs = {out.value.name: out.value for out in graph.outputs}
+    _same("outputs", made.outputs, outputs)
+    _check_specs("outputs", made.outputs, outputs, mesh)
+
+
+def _held(graph: Graph) -> dict[str, Value]:
+    """What has a spec by its name: inputs, parameters, and what loops carry."""
+    params = [param for loop in graph.loops for block in loop.blocks for param in block.params]
+    found = [item.value for item in (*graph.inputs, *graph.params, *params)]
+    found += [value for loop in graph.loops for value in loop.outputs]
+    return {value.name: value for value in found}
+
+
+def _check_choices(node: Node, choices: Sequence[str], mesh: Mesh) -> None:
+    known = rule_of(node).choices()
+    fits = len(choices) == len(mesh.axes) and set(choices) <= set(known)
+    wanted = f"must have, per mesh axis, one of {', '.join(known)}"
+    _check(fits, f"plan field `choices.{node.name}` {wanted}")
+    try:
+        local_of(node, tuple(choices), mesh.sizes)
+    except ValueError as error:
+        raise PlanError(f"plan field `choices.{node.name}`: {error}") from error
+
+
+def _check_specs(
+    field: str, specs: Mapping[str, Spec], values: Mapping[str, Value], mesh: Mesh
+) -> None:
+    for name, spec in specs.items():
+        _check_fits(f"{field}.{name}", spec, values[name].type.shape, mesh)
+
+
+def _check_fits(field: str, spec: Spec, shape: tuple[int, ...], mesh: Mesh) -> None:
+    fits = len(spec) == len(mesh.axes) and spec_fits(shape, spec, mesh.sizes)
+    _check(fits, f"plan field `{field}`: {format_spec(spec)} cannot cut {list(shape)} over {mesh}")
+
+
+def _check_paths(plan: PlanData) -> None:
+    """The steps of every conversion lead from its first spec to its last."""
+    values = {value.name: value for value in _values(plan.graph)}
+    for (name, a, b), steps in plan.paths.items():
+        _check(name in values, f"plan field `conversions`: there is no value `{name}`")
+        field = f"conversions.{name}"
+        ends = _walk(field, a, steps, plan.mesh, values[name].type.shape)
+        _check(ends == b, f"plan field `{field}`: its steps do not end in {format_spec(b)}")
+
+
+def _values(graph: Graph) -> Iterable[Value]:
+    """Every value of a graph, those of blocks too."""
+    yield from (item.value for item in (*graph.inputs, *graph.params))
+    yield from (value for node in graph.nodes for value in node.outputs)
+    for loop in graph.loops:
+        yield from loop.outputs
+        for block in loop.blocks:
+            yield from (*block.inputs, *(param.value for param in block.params))
+
+
+def _walk(
+    field: str, at: Spec, steps: Iterable[PricedStep], mesh: Mesh, shape: tuple[int, ...]
+) -> Spec:
+    """Where the steps lead from the spec `at`, over specs that can cut the shape."""
+    _check_fits(field, at, shape, mesh)
+    for priced in steps:
+        step = priced.step
+        _check_axes(field, step.axes, mesh)
+        known = bool(step.axes) and all(at[axis] == step.a for axis in step.axes)
+        _check(known, f"plan field `{field}`: step {step} does not follow {format_spec(at)}")
+        for traffic in priced.traffic:
+            _check_axes(field, traffic.axes, mesh)
+        at = tuple(step.b if axis in step.axes else state for axis, state in enumerate(at))
+        _check_fits(field, at, shape, mesh)
+    return at
+
+
+def _check_axes(field: str, axes: Sequence[int], mesh: Mesh) -> None:
+    fits = len(set(axes)) == len(axes) and all(axis < len(mesh.axes) for axis in axes)
+    _check(fits, f"plan field `{field}`: {list(axes)} are not axes of {mesh}")
+
+
+def _check_recached(plan: PlanData) -> None:
+    """Caches that are converted are prefill's and decode's, laid out as both decided."""
+    if plan.decode is None:
+        _check(not plan.recached, "plan field `recached`: there is one phase alone")
+        return
+    ours, theirs = cached_attentions(plan.graph), cached_attentions(plan.decode.graph)
+    _check(set(ours) == set(theirs), "prefill and decode have not the same caches")
+    found = {ours[key].node.name: (ours[key], theirs[key]) for key in ours}
+    for recache in plan.recached:
+        _check(recache.node in found, f"plan field `recached`: no cache is of `{recache.node}`")
+        before, after = found[recache.node]
+        chosen = plan.decisions.choices[before.node.name]
+        wanted = plan.decode.decisions.choices[after.node.name]
+        ends = (cache_spec(before.node, chosen), cache_spec(after.node, wanted))
+        fits = (recache.source, recache.target) == ends and recache.path[-1] == recache.target
+        _check(fits, f"plan field `recached.{recache.node}`: it does not lead from {ends}")
+
+
+def _same(field: str, given: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    for name in given:
+        _check(name in wanted, f"plan field `{field}`: the graph has no `{name}`")
+    for name in wanted:
+        _check(name in given, f"plan field `{field}` has no `{name}`")
+
+
+def _check(good: bool, wrong: str) -> None:
+    if not good:
+        raise PlanError(wrong)
+
+
+__all__ = ["check_plan"]

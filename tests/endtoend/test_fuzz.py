@@ -1,0 +1,243 @@
+"""Files from strangers, with one value in them replaced by another that was not meant there.
+
+Whatever stands there, the tool ends soon, in its own words, and no text becomes code.
+`SHARDWRIGHT_FUZZ=10000` sets how many values are tried.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import os
+import time
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardwright import runtime
+from shardwright.api import Plan, plan_file
+from shardwright.costmodel.machines.cluster import built_in_text, load_cluster
+from shardwright.facts.files import DataError
+from shardwright.facts.moves import MOVES
+from shardwright.planner.errors import PlanError
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.iopddl import format_solution, problem_from_json
+from shardwright.planner.plan.store import plan_from_json
+from shardwright.terminal import printable
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIES = int(os.environ.get("SHARDWRIGHT_FUZZ", "200"))
+TEXTS = (
+    'x"""); import os #', "x\nimport os", "__class__", "a'b", 'a"b', "\\", "", "\u202e", "\x1b[2J",
+    "\r", "os.system", "x" * 5000, "9" * 30, "S0", "V", "P", "P0", "S9", "S0,R,R,R", "../../x",
+    "/dev/zero", "aten.from_file.default", "prim.x.y", "class", "self", "torch", "None", "\ud800",
+    "é", "²", "S²", "float64", "complex64", "decode", "train", "zigzag", "dp=1", "shardwright.moe",
+    "aten.add.Tensor", "a.b.c.d", "{x}", "%s", "#", "]",
+)  # fmt: skip
+NUMBERS = (
+    0, -1, 1, 2, 3, 7, 16, 1000, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63),
+    1e308, -1e308, 5e-324, 0.5, -0.0, 1e16, True, False,
+)  # fmt: skip
+OTHERS = (None, [], {}, [[]], {"value": "x"})
+PATIENCE_S = 5.0
+
+tried = settings(
+    max_examples=TRIES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where strings, numbers, flags and nulls stand in JSON data."""
+    for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+        if isinstance(item, (dict, list)):
+            yield from leaves(item, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def at(data: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at `path`."""
+    for key in path:
+        data = data[key]
+    return data
+
+
+def replaced(data: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """`data` with `value` at `path`, the rest shared."""
+    if not path:
+        return value
+    changed = copy.copy(data)
+    changed[path[0]] = replaced(data[path[0]], path[1:], value)
+    return changed
+
+
+@st.composite
+def changes(draw: st.DrawFn, honest: list[Any]) -> tuple[int, tuple[Any, ...], Any]:
+    """Which of these files, where in it, and what to put there."""
+    number = draw(st.integers(0, len(honest) - 1))
+    data = honest[number]
+    places = list(leaves(data))
+    path = places[draw(st.integers(0, len(places) - 1))]
+    own = st.integers(0, len(places) - 1).map(lambda place: at(data, places[place]))
+    free = st.text(max_size=20) if isinstance(at(data, path), str) else st.floats(width=64)
+    known = [st.sampled_from(values) for values in (TEXTS, NUMBERS, OTHERS)]
+    return number, path, draw(st.one_of(*known, own, free))
+
+
+def ends_well(act: Any, *errors: type[Exception]) -> Any:
+    """What `act` gives, or None for one of these errors; soon, and in words that can be printed."""
+    started = time.process_time()
+    try:
+        return act()
+    except errors as error:
+        assert "\n" not in str(error) and str(error), error
+        assert all(c.isprintable() for c in printable(str(error)))
+        return None
+    finally:
+        assert time.process_time() - started < PATIENCE_S
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+@cache
+def plans() -> list[Any]:
+    """Plans of training and serving, of dense models and one with experts."""
+    common: dict[str, Any] = dict(
+        gpus=4, cluster="cpu", batch=4, seq=32, dtype="float32", memory_bytes=None, pins=(),
+        solver="highs", time_limit_s=60.0,
+    )  # fmt: skip
+    asked = [
+        ("llama", dict(phase="train", mesh="2x2", optimizer="adamw")),
+        ("moe", dict(phase="train", mesh="2x2", optimizer="sgd")),
+        ("encoder_decoder", dict(phase="train", mesh="4", optimizer="adamw")),
+        ("llama", dict(phase="serve", mesh="2x2", optimizer="none")),
+    ]
+    made = [plan_file(str(ROOT / f"examples/{name}.py"), **common, **rest) for name, rest in asked]
+    return [json.loads(json.dumps(plan.to_json())) for plan in made]
+
+
+@cache
+def vocabulary() -> frozenset[str]:
+    """What modules of honest plans are made of, and what the runtime has for others."""
+    own = {name for module in (runtime, runtime.ops) for name in dir(module)}
+    moves = {str(name) for name in MOVES.values()} | {"copy", "shard", "partial", "own_gradient"}
+    moves |= {"get_submodule"}  # for names that are no identifiers
+    return frozenset().union(own, moves, *(words(made.module_source()) for made in loaded()))
+
+
+def loaded() -> list[Plan]:
+    """The honest plans."""
+    return [Plan.of(plan_from_json(data)) for data in plans()]
+
+
+def words(source: str) -> set[str]:
+    """Kinds of statements and expressions, attributes, imports, keywords, and names not bound."""
+    tree = ast.parse(source)
+    found: set[str] = set()
+    bound = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    for node in ast.walk(tree):
+        found.add(type(node).__name__)
+        match node:
+            case ast.Attribute(attr=name) | ast.keyword(arg=str() as name) | ast.alias(name=name):
+                found.add(name)
+            case ast.Name(id=name) if name not in bound:
+                found.add(name)
+            case _:
+                pass
+    return found
+
+
+@tried
+@given(data=st.data())
+def test_plans(data: st.DataObject) -> None:
+    number, path, value = data.draw(changes(plans()))
+    changed = replaced(plans()[number], path, value)
+
+    def run() -> tuple[str, str]:
+        plan = Plan.of(plan_from_json(json.loads(json.dumps(changed))))
+        plan.check()
+        plan.dump("plan")
+        plan.launch_command("module.py")
+        source = plan.module_source()
+        source.encode()
+        return str(plan), source
+
+    result = ends_well(run, PlanError, ValueError)
+    if result is not None:
+        new = {word.rstrip("0123456789") for word in words(result[1])}  # `MLP2`: a second class
+        new -= {word.rstrip("0123456789") for word in vocabulary()}
+        known = {part for path in leaves(changed) for part in names(at(changed, path))}
+        assert not new - known
+        assert not {"os", "system", "import_module", "from_file"} & new
+
+
+def names(item: Any) -> list[str]:
+    """Parts of a dotted name, which a parameter or a module that is held may have."""
+    parts = item.split(".") if isinstance(item, str) else []
+    return [part.rstrip("0123456789") for part in parts]
+
+
+# --- cluster files and problems ------------------------------------------------------------------
+
+
+@tried
+@given(data=st.data())
+def test_clusters(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    honest = [tomllib.loads(built_in_text(name)) for name in ("h100", "l40s", "cpu")]
+    number, path, value = data.draw(changes(honest))
+    file = tmp_path_factory.getbasetemp() / "mine.toml"
+    try:
+        file.write_text(toml(replaced(honest[number], path, value)), encoding="utf-8")
+    except UnicodeEncodeError:
+        return
+    ends_well(lambda: str(load_cluster(file, 8)), ValueError)
+
+
+def toml(table: Any, prefix: str = "") -> str:
+    """A table as TOML, the tables in it after its values."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    lines = [f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in plain.items()]
+    lines = [line for line in lines if not line.endswith("null")]
+    for key, inner in table.items():
+        if isinstance(inner, dict):
+            lines += [f"[{prefix}{json.dumps(key)}]", toml(inner, f"{prefix}{json.dumps(key)}.")]
+    return "\n".join(lines)
+
+
+PROBLEM = {
+    "problem": {
+        "name": "p",
+        "nodes": {
+            "intervals": [[0, 2], [1, 3], [2, 4]],
+            "costs": [[1, 2], [3, 4, 5], [6, 7]],
+            "usages": [[5, 4], [3, 2, 1], [2, 1]],
+            "names": ["a", "b", "c"],
+        },
+        "edges": {"nodes": [[0, 1], [1, 2]], "costs": [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]},
+        "usage_limit": 9,
+    }
+}
+
+
+@tried
+@given(data=st.data())
+def test_problems(data: st.DataObject) -> None:
+    _, path, value = data.draw(changes([PROBLEM]))
+    content = replaced(PROBLEM, path, value)
+
+    def run() -> str:
+        problem = problem_from_json(json.loads(json.dumps(content)))
+        return format_solution(problem, solve(problem, time_limit_s=2.0), "highs", 0.0)
+
+    ends_well(run, ValueError, DataError)
