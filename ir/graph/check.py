@@ -79,8 +79,8 @@ def _check_node(node: Node) -> None:
         if name == "function":
             good = isinstance(arg, str) and is_dotted(arg)
             _check(good, f"`{arg}` of `{node.op}` must be the name of a class")
-        if name == "cache" and isinstance(arg, str):  # held by the module under this path
-            _check(is_path(arg), f"cache `{arg}` must be identifiers and numbers with dots between")
+        if name in ("cache", "state") and isinstance(arg, str):  # the module holds it there
+            _check(is_path(arg), f"`{arg}` of `{node.op}` must be identifiers with dots between")
 
 
 def _check_loop(loop: Loop) -> None:

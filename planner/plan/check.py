@@ -12,14 +12,14 @@ from ...facts.phases import find_phase
 from ...facts.spec import Spec, format_spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.graph.check import GraphError, check_graph
-from ...ir.ops.caches import cache_spec
+from ...ir.ops.caches import cache_spec, keeps_tokens
 from ...ir.ops.registry import local_of, rule_of
 from ...ir.ops.typed import check_nodes
 from ..errors import PlanError
 from ..strategies.lattice import spec_fits
 from .plan import PlanData
 from .program import PricedStep
-from .recache import cached_attentions
+from .recache import all_cached
 
 
 def check_plan(plan: PlanData) -> None:
@@ -137,9 +137,10 @@ def _check_recached(plan: PlanData) -> None:
     if plan.decode is None:
         _check(not plan.recached, "plan field `recached`: there is one phase alone")
         return
-    ours, theirs = cached_attentions(plan.graph), cached_attentions(plan.decode.graph)
+    ours, theirs = all_cached(plan.graph), all_cached(plan.decode.graph)
     _check(set(ours) == set(theirs), "prefill and decode have not the same caches")
-    found = {ours[key].node.name: (ours[key], theirs[key]) for key in ours}
+    found = {cached.node.name: (cached, theirs[key]) for key, cached in ours.items()}
+    found = {name: pair for name, pair in found.items() if keeps_tokens(pair[0].node)}
     for recache in plan.recached:
         _check(recache.node in found, f"plan field `recached`: no cache is of `{recache.node}`")
         before, after = found[recache.node]
