@@ -557,7 +557,19 @@ def _written_sizes(node: Node, labels: Mapping[str, DimLabels]) -> set[str]:
         if name in counts:
             numbers = [n for n in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(n, int)]
             found |= {label for n in numbers for label in sizes.get(n, ())}
-    return found
+    return found | _written_rows(node, labels)
+
+
+def _written_rows(node: Node, labels: Mapping[str, DimLabels]) -> set[str]:
+    """Labels of a dim of which the node is called with the number of one row."""
+    args = dict(node.args)
+    if not isinstance(args.get("index"), int) or not node.operands:
+        return set()
+    value, dim = args.get("positions", node.operands[0]), args.get("dim", 1)
+    assert isinstance(value, Value) and isinstance(dim, int)
+    named = labels.get(value.name, ())
+    dim %= max(len(value.type.shape), 1)
+    return set(named[dim]) if dim < len(named) else set()
 
 
 class _Renderer:

@@ -7,12 +7,13 @@ transformers is imported where a function needs it: plans of other models do wit
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,75 @@ def _set_in(configs: Iterable[Any], attribute: str, value: object) -> Generator[
     finally:
         for config, was in before:
             setattr(config, attribute, was)
+
+
+# -- states of layers, which models keep in a cache that is given to them
+
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What models call the argument of `forward` that is their cache, the newest name first."""
+
+State: TypeAlias = tuple[int, int]
+"""A state by its layer, and its number in that layer."""
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of `forward`; empty if it takes none."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in accepted), "")
+
+
+def has_states(model: Any) -> bool:
+    """Does the model's own cache hold something besides keys and values?"""
+    from transformers import DynamicCache
+
+    linear = getattr(DynamicCache(config=model.config), "is_linear", ())
+    return any(linear)
+
+
+def cache_of(given: Mapping[State, Tensor]) -> Any:
+    """A cache of states alone: `held` has those after a forward pass, `read` those it began from.
+
+    Keys, values and the inputs of convolutions are given back as they come: of these the
+    operators of ours take care.
+    """
+    from transformers import Cache
+
+    class States(Cache):
+        def __init__(self) -> None:
+            super().__init__(layers=[])
+            self.held: dict[State, Tensor] = {}
+            self.read: set[State] = set()
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+            return key_states, value_states
+
+        def get_conv_state(self, *_: Any, **__: Any) -> None:
+            return None
+
+        def update_conv_state(self, conv_states: Tensor, *_: Any, **__: Any) -> Tensor:
+            return conv_states
+
+        def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+            state = (layer_idx, state_idx)
+            if state in given and state not in self.held:
+                self.held[state] = given[state].clone()  # which a model may change in place
+                self.read.add(state)
+            return self.held.get(state)
+
+        def update_recurrent_state(
+            self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+        ) -> Tensor:
+            self.held[layer_idx, state_idx] = recurrent_states
+            return recurrent_states
+
+        def has_previous_state(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        def is_recording_past(self, layer_idx: int) -> bool:
+            return False
+
+    return States()
 
 
 # -- experts
@@ -233,14 +303,18 @@ def whole_mask(
 
 __all__ = [
     "MASK_FUNCTIONS",
+    "State",
     "WRAPPERS",
     "attention_by",
     "band",
     "build",
+    "cache_argument",
+    "cache_of",
     "can_switch_attention",
     "chunk",
     "experts_by",
     "gated",
+    "has_states",
     "is_experts",
     "is_pretrained",
     "load_config",

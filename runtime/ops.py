@@ -18,6 +18,9 @@ from .convolution import causal_convolution as causal_convolution
 from .mesh.collectives import Axis
 from .mesh.stochastic import dropout as dropout
 from .moe import moe as moe  # generated modules call it `ops.moe`
+from .recurrence import state_after as state_after
+from .recurrence import state_before as state_before
+from .recurrence import state_step as state_step
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 

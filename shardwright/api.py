@@ -19,7 +19,14 @@ from .facts.phases import find_phase
 from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
-from .ir.passes.serving import ServingError, is_decoder, serving_graph
+from .ir.passes.serving import (
+    FEWEST,
+    ServingError,
+    fewest_tokens,
+    is_decoder,
+    serving_graph,
+    with_own_positions,
+)
 from .ir.reference.tables import check_tables
 from .loading import (
     Loaded,
@@ -29,6 +36,7 @@ from .loading import (
     tokens_of,
     with_positions,
     with_tokens,
+    with_tokens_alone,
 )
 from .planner.errors import PlanError
 from .planner.ilp.problem import ShardingProblem
@@ -276,17 +284,13 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     phase = find_phase(name)
     if not phase.serves:
         return capture_graph(loaded, training=phase.backward)
-    served = with_positions(loaded)
-    if served is not None:
-        graph = capture_graph(served, training=False, serving=True)
-        # One token alone attends itself, in an encoder as in a decoder.
-        telling = graph
-        if tokens_of(served) == 1:
-            telling = capture_graph(with_tokens(served, 2), training=False, serving=True)
+    # One token alone attends itself, in an encoder as in a decoder, and shows no recurrence.
+    few = tokens_of(loaded) < FEWEST
+    telling = _telling_positions(_with_few(loaded, FEWEST) if few else loaded)
+    if telling is not None:
         if phase.needs_cache or is_decoder(telling):
-            if telling is not graph:
-                _served(telling, 0)  # raises what one token hides
-            return _served(graph, context)
+            served = _served(telling, 0 if few else context)
+            return _of_few_tokens(loaded, served, context) if few else served
     elif phase.needs_cache:
         raise PlanError(
             f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
@@ -296,11 +300,36 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     return capture_graph(loaded, training=False)
 
 
-def _decode_graph(loaded: Loaded, context: int) -> Graph:
-    """Of a model that is known to be served: one new token."""
-    served = with_positions(with_tokens(loaded, 1))
-    assert served is not None
-    return _served(capture_graph(served, training=False, serving=True), context)
+def _telling_positions(loaded: Loaded) -> Graph | None:
+    """The graph of a forward pass whose inputs tell where tokens stand; None if that is not told.
+
+    A model that takes no positions may do without, if its layers keep states: those of the graph
+    then say what is padding.
+    """
+    served = with_positions(loaded)
+    if served is not None:
+        return capture_graph(served, training=False, serving=True)
+    tokens = with_tokens_alone(loaded)
+    return tokens and with_own_positions(capture_graph(tokens, training=False, serving=True))
+
+
+def _of_few_tokens(loaded: Loaded, served: Graph, context: int) -> Graph:
+    """As `served`, of as many tokens as `loaded` has, or as its recurrences show in."""
+    tokens = max(tokens_of(loaded), fewest_tokens(served))
+    graph = _telling_positions(_with_few(loaded, tokens))
+    if graph is None:
+        raise PlanError(
+            f"{type(loaded.model).__name__} shows no state of its layers when it is given {tokens}"
+            " tokens alone, so that they cannot go on from one; write the same lines for any number"
+        )
+    return _served(graph, context)
+
+
+def _with_few(loaded: Loaded, tokens: int) -> Loaded:
+    """The same model with so many tokens of each sequence; where a recurrence needs several, one
+    more than there are sequences of, so that the two are told apart in merged dims."""
+    batch = next(iter(loaded.tensors.values())).shape[0]
+    return with_tokens(loaded, tokens + (tokens == batch > 1))
 
 
 def _served(graph: Graph, context: int) -> Graph:
@@ -319,7 +348,7 @@ def _plan(loaded: Loaded, job: Job) -> Plan:
         return Plan.of(_with_names(make_plan(graph, job), job.mesh))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
-        decode = _decode_graph(loaded, longest)
+        decode = _of_few_tokens(with_tokens(loaded, 1), graph, longest)
     return Plan.of(_with_names(make_serving_plan(graph, decode, job), job.mesh))
 
 

@@ -165,18 +165,31 @@ def with_positions(loaded: Loaded) -> Loaded | None:
     Raises PlanError where it takes them, and has inputs that are no tensors by name.
     """
     accepted = inspect.signature(loaded.model.forward).parameters
-    given = loaded.tensors
-    tokens = [x for name, x in given.items() if name != "labels" and x.ndim == 2]
     name = next((name for name in POSITIONS if name in accepted), None)
-    if name is None or not tokens:
+    if name is None:
+        return None
+    if name in loaded.tensors:
+        _check_tokens_alone(loaded)
+        return loaded
+    alone = with_tokens_alone(loaded)
+    if alone is None:
+        return None
+    tokens = next(x for x in alone.tensors.values() if x.ndim == 2)
+    positions = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
+    labels = {**loaded.labels, name: ("b", "s")}
+    return replace(alone, inputs={**alone.tensors, name: positions}, labels=labels)
+
+
+def with_tokens_alone(loaded: Loaded) -> Loaded | None:
+    """The same model without labels; None if it takes no tokens (batch, tokens).
+
+    Raises PlanError where it has inputs that are no tensors by name.
+    """
+    inputs = {name: x for name, x in loaded.tensors.items() if name != "labels"}
+    if all(x.ndim != 2 for x in inputs.values()):
         return None
     _check_tokens_alone(loaded)
-    if name in given:
-        return loaded
-    inputs = {k: x for k, x in given.items() if k != "labels"}
-    positions = torch.zeros(tokens[0].shape, dtype=torch.long, device=tokens[0].device)
-    labels = {**loaded.labels, name: ("b", "s")}
-    return replace(loaded, inputs={**inputs, name: positions}, labels=labels)
+    return replace(loaded, inputs=inputs)
 
 
 def _check_tokens_alone(loaded: Loaded) -> None:

@@ -49,7 +49,7 @@ from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
 from .ir.reference.widen import wide, widened, without_dropout
-from .loading import Loaded, load_target, with_positions
+from .loading import Loaded, load_target, with_positions, with_tokens_alone
 from .original import build_original
 from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
@@ -556,7 +556,7 @@ def _loaded(plan: PlanData) -> Loaded:
 
 def _whole_sequences(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tokens and positions under the names that the original model has for them."""
-    served = with_positions(loaded)
+    served = with_positions(loaded) or with_tokens_alone(loaded)
     assert served is not None  # it was planned so
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids)

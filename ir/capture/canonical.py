@@ -13,7 +13,8 @@ from math import prod
 import torch
 
 from ..graph import Arg, Graph, Node, TensorType, Value
-from ..graph.rewrite import flat, producers, remove_dead, with_args, with_body, with_operands
+from ..graph.rewrite import flat, producers, with_args, with_body, with_operands
+from ..ops.live import remove_dead
 from ..reference.evaluate import Constants, describe_mask
 from .dense_experts import whole_experts
 from .written import written_whole

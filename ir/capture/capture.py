@@ -21,9 +21,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ...compat.torch import fake_tensors, own_hooks, transient_buffers, tree_unflatten, whole_stacks
-from ...compat.transformers import is_pretrained
+from ...compat.transformers import State, is_pretrained
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
-from ..graph.rewrite import flat, remove_dead
+from ..graph.rewrite import flat
+from ..ops.live import remove_dead
 from ..ops.random import draws_otherwise
 from ..passes.fold import fold
 from ..passes.invariants import computed_once
@@ -39,6 +40,7 @@ from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .hooks import DataDetached, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
+from .states import kept_states
 
 # A constant with more elements than this would make the plan file unreadable.
 _CONSTANT_LIMIT = 2**22
@@ -159,7 +161,10 @@ def export(
             whole_stacks(),
             own_hooks(),
         ):
-            program = torch.export.export(model, args=(), kwargs=arguments, strict=False)
+            states = _states(model, arguments, fake) if serving else {}
+            given = arguments | {huggingface.state_name(state): x for state, x in states.items()}
+            with huggingface.states_given(model, tuple(arguments), tuple(states)):
+                program = torch.export.export(model, args=(), kwargs=given, strict=False)
     except (OwnBackward, ForeignAutocast) as error:
         raise CaptureError(str(error)) from error
     except Exception as error:  # `forward` is the user's code: it may raise anything
@@ -170,6 +175,17 @@ def export(
             " hold what came out once. Draw a tensor (`torch.rand`), and use `torch.where`"
         )
     return program, tensors
+
+
+def _states(
+    model: nn.Module, inputs: Mapping[str, Tensor], mode: AbstractContextManager[object]
+) -> dict[State, Tensor]:
+    """The states that layers of a Hugging Face model keep in its cache, on fake tensors."""
+    if not is_pretrained(model):
+        return {}
+    with mode:
+        found = huggingface.state_shapes(model, inputs)
+    return {state: _fake(value, mode) for state, value in found.items()}
 
 
 def _attention(
@@ -282,13 +298,13 @@ def _finish(
         nodes, returned = convert(program.graph_module, bound, first_calls(model))
     except UnsupportedNode as error:
         raise CaptureError(str(error)) from error
-    outputs = _outputs(program, returned)
+    body, inputs, outputs = kept_states(nodes, inputs, _outputs(program, returned), arguments.paths)
     graph = remove_dead(
         Graph(
             type(model).__name__,
             tuple(_placed(item, arguments) for item in inputs),
             params,
-            tuple(nodes),
+            body,
             outputs,
             arguments.signature,
         )

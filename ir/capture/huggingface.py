@@ -9,7 +9,8 @@ own registries then call the two functions at the bottom of this file, and, for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -106,6 +107,67 @@ def shardwright_attention(
         _trace.reset(token)
         for config, use_cache in caching:
             config.use_cache = use_cache
+
+
+def state_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[hf.State, Tensor]:
+    """What the layers of a model that is called with `inputs` (b, t) leave of two tokens.
+
+    Run where tensors are fake: only shapes and dtypes mean anything.
+    """
+    name = hf.cache_argument(model)
+    if not name or not hf.has_states(model):
+        return {}
+    few = {key: x[:, :2] if x.ndim == 2 else x for key, x in inputs.items()}
+    cache = hf.cache_of({})
+    with torch.no_grad():
+        model(**few, **{name: cache})
+    return cache.held
+
+
+@contextmanager
+def states_given(
+    model: nn.Module, inputs: Sequence[str], states: Sequence[hf.State]
+) -> Generator[None]:
+    """Inside, `forward` takes a tensor for each state besides, by `state_name`.
+
+    It then gives (what it gives, the new states by those names).  Raises ValueError for a state
+    that it makes of the tokens alone, and not of the one before.
+    """
+    if not states:
+        yield
+        return
+    kept, own, name = model.__dict__.get("forward"), model.forward, hf.cache_argument(model)
+
+    def forward(**given: Tensor) -> Any:
+        before = {state: given.pop(state_name(state)) for state in states}
+        cache = hf.cache_of(before)
+        out = own(**given, **{name: cache})
+        forgotten = [state for state in states if state not in cache.read]
+        if forgotten:
+            raise ValueError(
+                f"layer {forgotten[0][0]} makes a new state of its tokens alone: it does not go on "
+                "from the state before, so that it cannot be served"
+            )
+        items = out.items() if isinstance(out, Mapping) else enumerate(out)
+        results = {key: item for key, item in items if item is not cache}
+        return results, {state_name(state): cache.held[state] for state in states}
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    names = [*inputs, *map(state_name, states)]
+    shape = inspect.Signature([inspect.Parameter(each, kind) for each in names])
+    forward.__signature__ = shape  # pyright: ignore[reportFunctionMemberAccess]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if kept is not None:
+            model.__dict__["forward"] = kept
+
+
+def state_name(state: hf.State) -> str:
+    """`state_3_0` for the first state of layer 3."""
+    return f"state_{state[0]}_{state[1]}"
 
 
 def _caches(config: Any) -> bool:
@@ -325,4 +387,7 @@ def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return bias + mask
 
 
-__all__ = ["MaskInfo", "from_config", "rebuild", "shardwright_attention", "with_weights"]
+__all__ = [
+    "MaskInfo", "from_config", "rebuild", "shardwright_attention", "state_name", "state_shapes",
+    "states_given", "with_weights",
+]  # fmt: skip

@@ -1,11 +1,11 @@
-"""Small tools for passes: replace values, drop dead nodes, rebuild a flat graph."""
+"""Small tools for passes: replace values, rebuild a flat graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from .nodes import Arg, Graph, Loop, Node, Output, Value
+from .nodes import Arg, Graph, Node, Output, Value
 
 
 def substitute(arg: Arg, by: Mapping[str, Value]) -> Arg:
@@ -48,28 +48,6 @@ def producers(nodes: Sequence[Node]) -> dict[str, Node]:
     return {value.name: node for node in nodes for value in node.outputs}
 
 
-def remove_dead(graph: Graph) -> Graph:
-    """Drop nodes of a flat graph whose results nothing reads."""
-    read = {output.value.name for output in graph.outputs}
-    return replace(graph, body=live_items(flat(graph), read))
-
-
-def live_items(items: Sequence[Node | Loop], read: Iterable[str]) -> tuple[Node | Loop, ...]:
-    """`items` without nodes that lead to no value named in `read`; loops stay as they are."""
-    live = set(read)
-    kept: list[Node | Loop] = []
-    for item in reversed(items):
-        if isinstance(item, Loop):
-            live.update(value.name for value in (*item.carried, *item.invariants))
-        elif any(value.name in live for value in item.outputs):
-            live.update(value.name for value in item.operands)
-        else:
-            continue
-        kept.append(item)
-    return tuple(reversed(kept))
-
-
 __all__ = [
-    "flat", "live_items", "producers", "remove_dead", "substitute", "with_args", "with_body",
-    "with_operands",
+    "flat", "producers", "substitute", "with_args", "with_body", "with_operands",
 ]  # fmt: skip

@@ -58,6 +58,7 @@ class CausalConvolution(Operator):
     noun = "convolved"
     names_module = True
     continued_by = "shardwright.cached_convolution"
+    tokens_dim = 2
 
     def rule(self, node: Node) -> Rule:
         """Batch and channels; tokens and the kernel are whole."""

@@ -140,6 +140,12 @@ class Operator:
     remembers: str = ""
     # the operator that goes on with it in serving, over a state, if there is one
     continued_by: str = ""
+    # the dim of its first operand that counts the tokens that such a one sees; -1: it sees none
+    tokens_dim: int = -1
+    # is its result what it is without padding, the tokens at position -1?
+    keeps_out_padding: bool = False
+    # does it change something besides its result, so that it is needed though nothing reads that?
+    acts: bool = False
 
     def title(self, node: Node) -> str:
         """What reports call it where the user gives it no name: `aten.add.Tensor`."""

@@ -268,6 +268,54 @@ FAMILY.add(
     "aten.pad.default aten.constant_pad_nd.default", Pad(_pad_rule, _emit_pad, ties=_tie_pad)
 )
 
+
+def _written_rule(node: Node) -> Rule:
+    """Rows along `dim` are replaced by those of `src`, which has that dim unless it is one row."""
+    whole, part = node.operands
+    shape = whole.type.shape
+    dim = dim_of(node, "dim", len(shape))
+    dims = tuple((f"d{i}",) for i in range(len(shape)))
+    row = tuple(("y",) if i == dim else own for i, own in enumerate(dims))
+    selects = len(part.type.shape) < len(shape)
+    source = tuple(own for i, own in enumerate(dims) if i != dim) if selects else row
+    sizes = {f"d{i}": size for i, size in enumerate(shape)}
+    if not selects:
+        sizes["y"] = part.type.shape[dim]
+    return Rule(
+        operands=(dims, source),
+        results=(dims,),
+        sizes=sizes,
+        whole=frozenset({f"d{dim}"} if selects else {f"d{dim}", "y"}),
+        linear=(frozenset({0, 1}),) if node.output.type.continuous else (),
+    )
+
+
+def _tie_written(sizes: Sizes, node: Node) -> None:
+    """The rows are told by numbers."""
+    dim = node.int_arg("dim")
+    sizes.fix(sizes.dim(node.operands[0], dim))
+    if len(node.operands[1].type.shape) == len(node.output.type.shape):
+        sizes.fix(sizes.dim(node.operands[1], dim))
+
+
+FAMILY.add(
+    "aten.select_scatter.default",
+    Light(
+        _written_rule,
+        "torch.select_scatter({self}, {src}, {dim}, {index})",
+        ties=_tie_written,
+    ),
+)
+FAMILY.add(
+    "aten.slice_scatter.default",
+    Light(
+        _written_rule,
+        "torch.slice_scatter({self}, {src}, {dim}, {start}, {end}, {step})",
+        ties=_tie_written,
+    ),
+)
+
+FAMILY.called("written", "select_scatter slice_scatter")
 FAMILY.called("part", "chunk split split_with_sizes unbind")
 FAMILY.called("joined", "cat")
 FAMILY.called("stacked", "stack")

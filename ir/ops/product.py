@@ -156,6 +156,27 @@ FAMILY.add(
 )
 
 
+def _baddbmm_rule(node: Node) -> Rule:
+    added, left, right = shapes_of(node.operands)
+    whole = zip("bmn", (left[0], left[1], right[2]), strict=True)
+    sizes = dict(whole)
+    kept = [(name, n) for name, n in zip("bmn"[3 - len(added) :], added, strict=True)]
+    names = " ".join(name if n == sizes[name] else "1" for name, n in kept)
+    return factors(f"{names}, b m k, b k n -> b m n", addends=[0])(node)
+
+
+def _emit_baddbmm(node: Node, render: Render) -> str:
+    scale = {name: "" if node.arg(name) == 1 else render.arg(name) for name in ("beta", "alpha")}
+    args = [render.arg(name) for name in ("self", "batch1", "batch2")]
+    return call("torch.baddbmm", *args, **scale)
+
+
+FAMILY.add(
+    "aten.baddbmm.default",
+    Product(_baddbmm_rule, _emit_baddbmm, saves=("batch1 if batch2", "batch2 if batch1")),
+)
+
+
 def _matmul_rule(node: Node) -> Rule:
     left, right = shapes_of(node.operands)
     if len(right) == 1:
@@ -215,6 +236,6 @@ FAMILY.add(
     Product(_einsum_rule, _emit_einsum, saves=("tensors",)),
 )
 
-FAMILY.called("product", "matmul bmm mm einsum linear addmm affine")
+FAMILY.called("product", "matmul bmm baddbmm mm einsum linear addmm affine")
 
 __all__ = ["FAMILY", "Product", "product_dims"]

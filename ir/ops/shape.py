@@ -137,7 +137,7 @@ FAMILY.add("aten.flip.default", Light(_roll_rule, "{self}.flip({dims})", ties=sa
 
 def _triangle_rule(node: Node) -> Rule:
     rank = len(node.operands[0].type.shape)
-    return along(node, [rank - 2, rank - 1], linear=True)
+    return along(node, [rank - 2, rank - 1], linear=node.output.type.continuous)
 
 
 def _emit_triangle(function: str) -> Callable[[Node, Render], str]:

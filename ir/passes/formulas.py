@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ..graph import Arg, Block, Graph, Loop, Node, Value
-from ..graph.rewrite import live_items, producers
+from ..graph.rewrite import producers
+from ..ops.live import live_items
 
 Found: TypeAlias = tuple[str, tuple[tuple[str, Arg], ...]]  # an operator and its arguments
 Formula: TypeAlias = "Callable[[Body, Node], Found | None]"  # of the node that a formula ends in

@@ -14,7 +14,8 @@ from typing import TypeAlias
 import torch
 
 from ..graph import Arg, Block, Graph, Loop, Node, Value
-from ..graph.rewrite import live_items, with_operands
+from ..graph.rewrite import with_operands
+from ..ops.live import live_items
 
 _Key: TypeAlias = tuple[object, ...]
 

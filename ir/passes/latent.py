@@ -32,8 +32,9 @@ from math import sqrt
 from typing import TypeAlias
 
 from ..graph import Arg, Block, Graph, Loop, Node, TensorType, Value, values_in
-from ..graph.rewrite import live_items, producers, with_args
+from ..graph.rewrite import producers, with_args
 from ..ops.attention import cached_per_head, values_in_keys
+from ..ops.live import live_items
 
 _CAT, _SPLIT, _RESHAPE = (
     "aten.cat.default",

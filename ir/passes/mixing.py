@@ -4,78 +4,157 @@ state need, and no more.
 Dims of tokens are followed from the inputs through the rules of the ops.  An op mixes them if its
 result at one token can depend on another: it contracts the dim, or needs it whole, as a
 convolution, a running sum, a shift or a recurrence over the tokens does.
+
+So is what padding may have changed: none of it may reach a state (see `recurrences.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..graph import Graph, Loop, Node
+from ..graph import Graph, Loop, Node, Value
 from ..ops.registry import operator_of, rule_of
+from .recurrences import Recurrences
 
 _TOKENS = 1  # the dim of tokens in inputs (b, t)
-_STATE_TOKENS = 2  # and in what an operator with a state is given, (b, c, t)
 
 
 def has_state(node: Node, shape: tuple[int, ...]) -> bool:
-    """Does serving keep a state for this node of a model whose inputs (b, t) have this shape?"""
-    if not operator_of(node).continued_by:
+    """Does serving go on with this node over a state, if inputs (b, t) have this shape?"""
+    operator = operator_of(node)
+    if not operator.continued_by:
         return False
-    batch, *_, tokens = node.operands[0].type.shape
-    return (batch, tokens) == shape
-
-
-def mixing_node(graph: Graph, shape: tuple[int, ...]) -> Node | None:
-    """The first node that mixes tokens of the inputs (b, t) and has no cache; None without one.
-
-    One token alone is mixed with none.
-    """
-    tokens = _Tokens(shape)
-    if shape[1] == 1:
-        return None
-    dims = {item.value.name: frozenset({_TOKENS}) for item in graph.inputs}
-    for item in graph.body:
-        found = tokens.loop(item, dims) if isinstance(item, Loop) else tokens.node(item, dims)
-        if found is not None:
-            return found
-    return None
+    given = node.operands[0].type.shape
+    if not given or given[0] != shape[0]:
+        return False
+    return operator.tokens_dim < 0 or given[operator.tokens_dim] == shape[1]
 
 
 @dataclass(frozen=True, slots=True)
+class Followed:
+    """Where tokens went.
+
+    `mixing`: the first node that mixes them, or puts padding into a state, and has no cache.
+    `padded`: the nodes that put zeros behind the tokens of a recurrence, and the dim of those.
+    """
+
+    mixing: Node | None
+    padded: dict[str, int]
+
+
+def follow(graph: Graph, shape: tuple[int, ...], known: Recurrences) -> Followed:
+    """Follow the tokens of inputs (b, t) of this shape; one token alone is mixed with none."""
+    if shape[1] == 1:
+        return Followed(None, {})
+    tokens = _Tokens(shape, known)
+    seen = _Seen()
+    for item in graph.inputs:
+        seen.enter(item.value, frozenset({_TOKENS}), padding=True)
+    for item in graph.body:
+        found = tokens.loop(item, seen) if isinstance(item, Loop) else tokens.node(item, seen)
+        if found is not None:
+            return Followed(found, tokens.padded)
+    return Followed(None, tokens.padded)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Of the values of a body: which dims count tokens, and what padding may have changed."""
+
+    dims: dict[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
+    padding: set[str] = field(default_factory=set[str])
+
+    def of(self, value: Value) -> frozenset[int]:
+        """The dims of a value that count tokens."""
+        return self.dims.get(value.name, frozenset())
+
+    def known(self, value: Value) -> tuple[frozenset[int], bool]:
+        """(the dims of a value that count tokens, may padding have changed it?)."""
+        return self.of(value), value.name in self.padding
+
+    def enter(self, value: Value, dims: frozenset[int], padding: bool) -> None:
+        """Note what is known of a value."""
+        self.dims[value.name] = dims
+        if padding:
+            self.padding.add(value.name)
+
+    def unclean(self, node: Node) -> bool:
+        """May padding have changed what the node reads?"""
+        return any(value.name in self.padding for value in node.operands)
+
+
+@dataclass(slots=True)
 class _Tokens:
-    """Follows dims of tokens: by value, those of its dims that count tokens."""
+    """Follows the tokens of inputs (b, t) of a shape."""
 
     shape: tuple[int, ...]
+    known: Recurrences
+    padded: dict[str, int] = field(default_factory=dict[str, int])
 
-    def loop(self, loop: Loop, dims: dict[str, frozenset[int]]) -> Node | None:
-        """As `node`, for a loop: again until its carried values gain no more dims of tokens."""
-        carried = [dims.get(value.name, frozenset()) for value in loop.carried]
+    def loop(self, loop: Loop, seen: _Seen) -> Node | None:
+        """As `node`, for a loop: again until what is known of its carried values grows no more."""
+        carried = [seen.known(value) for value in loop.carried]
+        invariants = [seen.known(value) for value in loop.invariants]
         while True:
             before = list(carried)
             for block in loop.blocks:
-                outer = [*carried, *(dims.get(v.name, frozenset()) for v in loop.invariants)]
-                inside = dict(zip((value.name for value in block.inputs), outer, strict=True))
+                inside = _Seen()
+                for value, known in zip(block.inputs, [*carried, *invariants], strict=True):
+                    inside.enter(value, *known)
                 for node in block.nodes:
                     if self.node(node, inside) is not None:
                         return node
-                made = [inside.get(value.name, frozenset()) for value in block.outputs]
-                carried = [a | b for a, b in zip(carried, made, strict=True)]
+                made = [inside.known(value) for value in block.outputs]
+                carried = [(a | c, b or d) for (a, b), (c, d) in zip(carried, made, strict=True)]
             if carried == before:
                 break
-        dims.update(zip((value.name for value in loop.outputs), carried, strict=True))
+        for value, known in zip(loop.outputs, carried, strict=True):
+            seen.enter(value, *known)
         return None
 
-    def node(self, node: Node, dims: dict[str, frozenset[int]]) -> Node | None:
-        """Enter the dims of tokens of the node's results; the node itself if it mixes them."""
+    def node(self, node: Node, seen: _Seen) -> Node | None:
+        """Enter what is known of the node's results; the node itself if it mixes tokens."""
+        if (refused := self._enter_padding(node, seen)) is not None:
+            return refused
+        if operator_of(node).continued_by and operator_of(node).tokens_dim < 0:
+            if not has_state(node, self.shape):
+                return node  # the state of something else than a sequence
+        if node.name in self.known.inner:
+            dim = self.known.picks.get(node.name, -1)
+            if dim >= 0 and seen.of(node.operands[0]) != frozenset({dim}):
+                return node  # rows of something else than tokens
+            for value in node.outputs:
+                seen.dims[value.name] = self._leaving(value)
+            return None
+        return self._enter_dims(node, seen)
+
+    def _enter_padding(self, node: Node, seen: _Seen) -> Node | None:
+        """The node itself if padding reaches a state through it."""
+        names = {value.name for value in node.outputs}
+        if node.name in self.known.ends:
+            dims = seen.of(node.operands[0])
+            if len(dims) == 1 and node.operands[0].type.shape[0] == self.shape[0]:
+                (self.padded[node.name],) = dims
+                return None
+        operator = operator_of(node)
+        if operator.keeps_out_padding or not seen.unclean(node):
+            return None
+        if operator.acts:
+            return node
+        seen.padding |= names
+        return None
+
+    def _enter_dims(self, node: Node, seen: _Seen) -> Node | None:
         rule = rule_of(node)
         used = [
-            {factor for dim in dims.get(value.name, ()) for factor in places[dim]}
+            {factor for dim in seen.of(value) for factor in places[dim]}
             for value, places in zip(node.operands, rule.operands, strict=True)
         ]
         tokens = {name for names in used for name in names if rule.sizes[name] > 1}
         mixed = tokens
         if has_state(node, self.shape):
-            if dims.get(node.operands[0].name) != frozenset({_STATE_TOKENS}):
+            dim = operator_of(node).tokens_dim
+            if dim >= 0 and seen.of(node.operands[0]) != frozenset({dim}):
                 return node  # sizes that are alike by chance, or something else than tokens
             mixed = {name for names in used[1:] for name in names if rule.sizes[name] > 1}
         kept = {factor for places in rule.results for dim in places for factor in dim}
@@ -83,8 +162,24 @@ class _Tokens:
             return node
         for value, places in zip(node.outputs, rule.results, strict=True):
             found = {dim for dim, factors in enumerate(places) if tokens & set(factors)}
-            dims[value.name] = frozenset(found)
+            if self.shape[0] != self.shape[1] and value.type.shape[:2] == self.shape:
+                found -= {0} if 1 in found else set()  # sequences and tokens that were merged
+            seen.dims[value.name] = frozenset(found)
         return None
 
+    def _leaving(self, value: Value) -> frozenset[int]:
+        """The dims of tokens of what leaves a recurrence; any that may be, if it is not clear."""
+        if value.name not in self.known.leaving:
+            return frozenset()
+        shape, (batch, count) = value.type.shape, self.shape
+        if shape[:2] == (batch, count):
+            return frozenset({1})
+        alike = frozenset(dim for dim, size in enumerate(shape) if size == count)
+        if len(alike) == 1:
+            return alike
+        if shape and shape[0] % (batch * count) == 0:
+            return frozenset({0})
+        return alike or frozenset(dim for dim, size in enumerate(shape) if size > 1)
 
-__all__ = ["has_state", "mixing_node"]
+
+__all__ = ["Followed", "follow", "has_state"]

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from ..graph import Arg, Block, Graph, Loc, Loop, Node, Output, Value
+import torch
+
+from ..graph import Arg, Block, Graph, Input, Loc, Loop, Node, Output, TensorType, Value
 from ..graph.names import is_path
-from ..graph.rewrite import live_items, with_operands
+from ..graph.rewrite import with_operands
 from ..ops.indices import index_limits
+from ..ops.live import live_items
 from ..ops.registry import find_op, operator_of, rule_of
 from .convolutions import causal_convolutions
-from .mixing import has_state, mixing_node
+from .mixing import Followed, follow, has_state
+from .recurrences import Zeros, home_of, recurrences
+from .steps import FEWEST, Stepped, by_steps, fewest_tokens
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
 
@@ -33,8 +39,26 @@ def is_decoder(graph: Graph) -> bool:
     """Does this graph look back, by attention that is causal or with a state?"""
     nodes = causal_convolutions(graph).nodes
     attentions = [node for node in nodes if operator_of(node).attends]
-    looks = bool(attentions) or any(operator_of(node).continued_by for node in nodes)
+    states = any(operator_of(node).continued_by for node in nodes)
+    positions = _positions(graph).type.shape
+    looks = bool(attentions) or states or bool(by_steps(graph, positions[1]).inner)
     return looks and all(_why_not(node) is None for node in attentions)
+
+
+def with_own_positions(graph: Graph) -> Graph | None:
+    """A graph without positions (b, t) with an input for them, which says what is padding.
+
+    None if no layer keeps a state: then positions must tell attention where tokens stand.
+    """
+    tokens = next((item for item in graph.inputs if len(item.value.type.shape) == 2), None)
+    if tokens is None:
+        return None
+    stepped = by_steps(causal_convolutions(graph), tokens.value.type.shape[1])
+    if not any(operator_of(node).continued_by for node in stepped.graph.nodes):
+        return None
+    kind = TensorType(tokens.value.type.shape, torch.int64)
+    given = Input("position_ids", Value("position_ids", kind), tokens.labels)
+    return replace(graph, inputs=(*graph.inputs, given))
 
 
 def serving_graph(graph: Graph, context: int) -> Graph:
@@ -53,7 +77,10 @@ def serving_graph(graph: Graph, context: int) -> Graph:
     graph = causal_convolutions(graph)
     positions = _positions(graph)
     _check_length(graph, positions, context)
-    pass_ = _Pass(positions, context)
+    stepped = by_steps(graph, positions.type.shape[1])
+    graph = stepped.graph
+    followed = _followed(stepped, positions)
+    pass_ = _Pass(positions, context, followed.padded)
     known = replace(positions, name=f"{positions.name}_known")
     clamp = _known(positions, known)
     body: list[Node | Loop] = [clamp]
@@ -63,10 +90,10 @@ def serving_graph(graph: Graph, context: int) -> Graph:
             counted.check(item)
             body.append(pass_.loop(item, known))
         elif told := counted.told(with_operands(item, {positions.name: known})):
-            body.append(pass_.node(told, positions))
+            body += pass_.nodes(told, positions)
     cached = _without_unread(replace(graph, body=tuple(body)), clamp)
     served = _named_inputs(_last_logits(cached, positions), positions)
-    _check_mixing(graph, served.outputs[0])
+    _check_mixing(graph, followed)
     return served
 
 
@@ -107,15 +134,28 @@ def _check_length(graph: Graph, positions: Value, context: int) -> None:
         )
 
 
-def _check_mixing(graph: Graph, wanted: Output) -> None:
-    """Raise ServingError if a node mixes tokens on the way to the output at `wanted`'s path."""
-    read = [out.value.name for out in graph.outputs if out.path == wanted.path]
+def _followed(stepped: Stepped, positions: Value) -> Followed:
+    """The way of the tokens to the logits."""
+    graph = stepped.graph
+    logits = _logits(graph).path
+    read = [out.value.name for out in graph.outputs if out.path == logits]
     live = replace(graph, body=live_items(graph.body, read))
-    node = mixing_node(live, _positions(graph).type.shape)
+    return follow(live, positions.type.shape, recurrences(replace(stepped, graph=live)))
+
+
+def _check_mixing(graph: Graph, followed: Followed) -> None:
+    """Raise ServingError if a node mixes tokens on the way to the logits."""
+    node = followed.mixing
+    if node is not None and operator_of(node).acts:
+        raise ServingError(
+            f"{node.loc}: padding would enter the state that {graph.name} keeps of earlier tokens:"
+            " of prompts of different lengths the shorter ones would be continued wrongly. Put"
+            " zeros behind the tokens (F.pad) where they enter the recurrence, or plan phase train"
+        )
     if node is not None:
         raise ServingError(
-            f"{node.loc}: `{node.op}` mixes the tokens of a sequence outside attention, as short"
-            " convolutions, linear attention and recurrences do (or has no rule that says it does"
+            f"{node.loc}: `{node.op}` mixes the tokens of a sequence outside attention, as"
+            " linear attention and other recurrences do (or has no rule that says it does"
             f" not); the state that {graph.name} would keep of earlier tokens has no cache. Plan"
             " phase train, or serve a model whose layers mix tokens by attention alone"
         )
@@ -136,17 +176,32 @@ class _Pass:
 
     positions: Value
     context: int
+    padded: Mapping[str, int]
     outside: int = 0
+    _states: dict[str, str] = field(default_factory=dict[str, str])  # by the value of a state
+    _zeros: dict[str, Zeros] = field(default_factory=dict[str, Zeros])
+
+    def nodes(self, node: Node, positions: Value, cache: str = "") -> list[Node]:
+        """As `node`, with what keeps padding out of a recurrence before it."""
+        if node.name not in self.padded:
+            return [self.node(node, positions, cache)]
+        zeros = self._zeros.setdefault(positions.name, Zeros(positions))
+        return zeros.before(node, self.padded[node.name])
 
     def node(self, node: Node, positions: Value, cache: str = "") -> Node:
         """An attention with a cache, or what goes on with a state; any other node as it is."""
         if not self.keeps(node):
             return node
-        if not cache:
+        continued = operator_of(node).continued_by
+        if continued and operator_of(node).keeps_out_padding:
+            return replace(node, op=continued, args=(*node.args, ("positions", positions)))
+        if operator_of(node).acts:
+            cache = self._states[node.operands[0].name]
+        elif not cache:
             cache = f"{_leaf(node)}_{self.outside}"
             self.outside += 1
-        continued = operator_of(node).continued_by
         if continued:
+            self._states[node.output.name] = cache
             args = (*node.args, ("positions", positions), ("state", cache))
             return replace(node, op=continued, args=args)
         reason = _why_not(node)
@@ -182,10 +237,12 @@ class _Pass:
         caches: set[str] = set()
         nodes: list[Node] = []
         for node in block.nodes:
-            cache = _cache_name(node, block, path, caches) if self.keeps(node) else ""
+            operator = operator_of(node)
+            new = self.keeps(node) and not (operator.acts or operator.keeps_out_padding)
+            cache = _cache_name(node, block, path, caches) if new else ""
             caches.add(cache)
             if told := counted.told(node):
-                nodes.append(self.node(told, inner, cache))
+                nodes += self.nodes(told, inner, cache)
         counted.check(*block.outputs)
         if counted.used:
             nodes.insert(0, _known(inner, counted.known))
@@ -198,8 +255,8 @@ def _cache_name(node: Node, block: Block, path: str, taken: set[str]) -> str:
     In the block itself where that module has a name that cannot stand in Python.
     """
     attends = operator_of(node).attends
-    calls = [call for call in node.loc.calls if call.file or attends]
-    found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", calls[-1].path if calls else "")
+    module = node.loc.module if attends else home_of(node)
+    found = re.match(rf"{re.escape(path)}\.\d+\.(.+)", module)
     leaf = _leaf(node)
     name = f"{found[1]}.{leaf}" if found and is_path(found[1]) else leaf
     held = [(param.name, param.name.rpartition(".")[0]) for param in block.params]
@@ -322,8 +379,7 @@ def _why_not(node: Node) -> str | None:
 # ---- logits ------------------------------------------------------------------------------------
 
 
-def _last_logits(graph: Graph, positions: Value) -> Graph:
-    """Only the logits of the last new token of each sequence, picked as early as possible."""
+def _logits(graph: Graph) -> Output:
     named = [out for out in graph.outputs if out.path and out.path[-1] == "logits"]
     found = named or [out for out in graph.outputs if len(out.value.type.shape) == 3][:1]
     if not found:
@@ -331,7 +387,12 @@ def _last_logits(graph: Graph, positions: Value) -> Graph:
             f"{graph.name} has no output `logits` (batch, tokens, vocabulary); return one, by"
             " that name or as the only output"
         )
-    logits = found[0]
+    return found[0]
+
+
+def _last_logits(graph: Graph, positions: Value) -> Graph:
+    """Only the logits of the last new token of each sequence, picked as early as possible."""
+    logits = _logits(graph)
     chain = _tokenwise_chain(graph, logits.value)
     start = chain[0].operands[0] if chain else logits.value
     picked = _with_tokens(start, f"{start.name}_last")
@@ -414,4 +475,7 @@ def _reads(item: Node | Loop) -> tuple[Value, ...]:
     return (*item.carried, *item.invariants) if isinstance(item, Loop) else item.operands
 
 
-__all__ = ["POSITIONS", "ServingError", "is_decoder", "serving_graph"]
+__all__ = [
+    "FEWEST", "POSITIONS", "ServingError", "fewest_tokens", "is_decoder", "serving_graph",
+    "with_own_positions",
+]  # fmt: skip

@@ -19,7 +19,7 @@ from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import Spec
 from ...ir.graph import Graph
-from ...ir.ops.caches import cache_bytes_in, cache_spec
+from ...ir.ops.caches import cache_bytes_in, cache_spec, keeps_tokens
 from ...ir.ops.registry import operator_of
 from ..errors import InfeasibleError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
@@ -223,7 +223,8 @@ class _Cache:
 def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
     """The cache in prefill's layout, which has room for the whole answer from the start."""
     node, specs = decode.cached.node, prefill.specs
-    run = prefill.cached.node.operands[0].type.shape[2]  # of a state this says nothing
+    ours = prefill.cached.node
+    run = ours.operands[0].type.shape[2] if keeps_tokens(ours) else 0  # tokens that come at once
     size = {spec: cache_bytes_in(node, spec, prefill.sizes, run) for spec in set(specs)}
     return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
 

@@ -13,15 +13,17 @@ products, as far as sizes divide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
 import networkx as nx
+import torch
 
 from ...facts.spec import P, R, Spec, State, V, format_spec
 from ...ir.graph import Block, Graph, Loop, Node, Value
+from ...ir.ops.caches import cache_name
 from ...ir.ops.local import node_specs, plain_state
 from ...ir.ops.order import fits_order
 from ...ir.ops.registry import operator_of, rule_of
@@ -210,7 +212,8 @@ def _visible(graph: Graph, scope: Scope, groups: list[list[Node]]) -> set[str]:
 
 
 def _groups(scope: Scope) -> list[list[Node]]:
-    """Light nodes joined along values that hold a gradient; every other node alone."""
+    """Light nodes joined along values that hold a gradient, and what shares a state; every other
+    node alone."""
     at = {value.name: i for i, node in enumerate(scope.nodes) for value in node.outputs}
     light = [not operator_of(node).heavy for node in scope.nodes]
     joined = nx.empty_graph(len(light))
@@ -219,8 +222,19 @@ def _groups(scope: Scope) -> list[list[Node]]:
             source = at.get(value.name)
             if source is not None and light[source] and value.differentiable:
                 joined.add_edge(source, i)
+    joined.add_edges_from(_pairs_of_states(scope.nodes))
     groups = nx.connected_components(joined)
     return [[scope.nodes[i] for i in sorted(group)] for group in groups]
+
+
+def _pairs_of_states(nodes: Sequence[Node]) -> Iterator[tuple[int, int]]:
+    """Where a state is read and where it is kept: it lies alike in both."""
+    first: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        if operator_of(node).remembers:
+            at = first.setdefault(cache_name(node), i)
+            if at != i:
+                yield at, i
 
 
 def _regions_of(
@@ -268,15 +282,21 @@ def _strategy(
 def _agreeing(
     nodes: list[Node], training: bool, visible: set[str]
 ) -> list[tuple[Choice, ...]] | None:
-    """Choices per node on one axis that agree on every value inside; None if too many.
+    """Choices per node on one axis that agree on every value inside; None if too many, or if most
+    ways to look for them end in none.
 
     Of choices with the same states at the region's border the first is kept: factors are tried
     before `R`, so it is the one that cuts most.
     """
     ways = [_different_choices(node, training) for node in nodes]
     found: dict[tuple[_States, _States, Choice], tuple[Choice, ...]] = {}
+    tries = 4 * _MAX_PER_AXIS * len(nodes)  # of nodes: as many as without dead ends, at the most
 
     def extend(at: int, states: dict[str, State], border: _States, taken: list[Choice]) -> bool:
+        nonlocal tries
+        tries -= 1
+        if tries < 0:
+            return False
         if at == len(nodes):
             key = (tuple(dict.fromkeys(border)), tuple(states.items()), _algorithm(nodes, taken))
             found.setdefault(key, tuple(taken))
@@ -321,9 +341,18 @@ def _different_choices(node: Node, training: bool) -> list[tuple[Choice, list[St
             ]
             for side, values in zip(states, (node.operands, node.outputs), strict=True)
         )
+        if _adds_flags(node, (*needed, *made)):
+            continue
         if choice in rule.algorithms or not any((needed, made) == row[1:] for row in out):
             out.append((choice, needed, made))
     return out
+
+
+def _adds_flags(node: Node, states: Sequence[State]) -> bool:
+    """Would ranks hold summands of True and False, which cannot be added up?"""
+    values = (*node.operands, *node.outputs)
+    flags = (value.type.dtype == torch.bool for value in values)
+    return any(flag and state == P for flag, state in zip(flags, states, strict=True))
 
 
 def _algorithm(nodes: list[Node], choices: list[Choice]) -> Choice:

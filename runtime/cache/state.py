@@ -19,11 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """New tokens: as they were given, and how many each sequence has, (b,) on the device."""
+    """New tokens: as they were given, how many each sequence has, (b,) on the device, and which
+    sequences (b,) had none before."""
 
     number: int
     given: Tensor
     counts: Tensor
+    fresh: Tensor
 
     def last(self, x: Tensor, count: int) -> Tensor:
         """The last `count` columns of `x` (b, c, count + t) before padding: (b, c, count)."""
@@ -106,8 +108,9 @@ class StateTable:
                 f"states: sequence {i} has {int(self.counts[i])} tokens, and the next must follow"
                 f" in order, with padding (-1) behind them; got positions {host[i].tolist()}"
             )
+        fresh = (self.counts == 0).to(self.device)
         self.counts = self.counts + new
-        return Turn(self.turns, positions, new.to(self.device))
+        return Turn(self.turns, positions, new.to(self.device), fresh)
 
 
 class StateCache:
@@ -144,8 +147,13 @@ class StateCache:
         return turn
 
     def keep(self, values: Tensor) -> None:
-        """Remember `values`, the states after the new tokens."""
-        self.values.copy_(values.detach())
+        """Remember `values`, the states after the new tokens; what was there is as it was."""
+        if values.shape != self.values.shape or values.dtype != self.values.dtype:
+            raise ValueError(
+                f"a state is {self.values.dtype} {tuple(self.values.shape)}, got {values.dtype}"
+                f" {tuple(values.shape)}"
+            )
+        self.values = values.detach()
 
     def reset(self, rows: Tensor) -> None:
         """Forget the sequences where `rows` (b,) says so."""

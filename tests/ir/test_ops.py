@@ -114,6 +114,8 @@ ANOTHER_FORM = {
 }  # fmt: skip
 SERVING = {  # have a cache: see tests/endtoend/test_serving.py, test_states.py
     "shardwright.cached_attention", "shardwright.cached_convolution",
+    *(f"shardwright.{name}" for name in ("state", "step", "new_state")),
+    *(f"shardwright.state_{name}" for name in ("before", "step", "after")),
 }  # fmt: skip
 DRAWS = {name for name, op in OPS.items() if op.draws}  # see tests/endtoend/test_draws.py
 EMPTY = {"aten.empty_like.default", "aten.empty.memory_format", "aten.new_empty.default"}
@@ -307,6 +309,21 @@ example(
     },
     lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 8), "sin": d.x(6, 8), "pairing": "pairs"},
     lambda d: {"x": d.x(4, 6, 8), "cos": d.x(6, 4), "sin": d.x(6, 4), "pairing": "pairs_to_halves"},
+)
+example(
+    "aten.baddbmm.default",
+    lambda d: {"self": d.x(4, 1, 8), "batch1": d.x(4, 6, 2), "batch2": d.x(4, 2, 8)},
+    lambda d: {"self": d.x(4, 6, 4), "batch1": d.x(4, 6, 8), "batch2": d.x(4, 8, 4)},
+)
+example(
+    "aten.select_scatter.default",
+    lambda d: {"self": d.x(4, 6, 8), "src": d.x(4, 8), "dim": 1, "index": 2},
+    lambda d: {"self": d.x(4, 6), "src": d.x(4), "dim": -1, "index": 0},
+)
+example(
+    "aten.slice_scatter.default",
+    lambda d: {"self": d.x(4, 6, 8), "src": d.x(4, 3, 8), "dim": 1, "start": 2, "end": 5},
+    lambda d: {"self": d.x(4, 6), "src": d.x(4, 2), "dim": -1, "end": 2},
 )
 example(
     "shardwright.causal_convolution",

@@ -97,11 +97,12 @@ def by_linear_attention(x: Tensor) -> Tensor:
 
 
 def by_recurrence(x: Tensor) -> Tensor:
+    """Backwards."""
     state, rows = torch.zeros_like(x[:, 0]), list[Tensor]()
-    for t in range(x.shape[1]):
+    for t in reversed(range(x.shape[1])):
         state = 0.5 * state + x[:, t]
         rows.append(state)
-    return torch.stack(rows, 1)
+    return torch.stack(rows[::-1], 1)
 
 
 MIXING: list[Callable[[Tensor], Tensor]] = [
