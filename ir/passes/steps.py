@@ -82,7 +82,8 @@ class _Body:
 def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int) -> _Body:
     """The items of a body with steps over states, where they have any."""
     given = tuple(items)
-    items = [_of_nothing(item) if isinstance(item, Node) else item for item in items]
+    made = producers([item for item in items if isinstance(item, Node)])
+    items = [_plain(item, made) if isinstance(item, Node) else item for item in items]
     rows = _Rows.of([item for item in items if isinstance(item, Node)], tokens)
     gathered = [each for each in _gathered(items, tokens) if rows.are_steps(each.parts)]
     found = _Matching(rows).steps([each.parts for each in gathered]) if gathered else None
@@ -91,9 +92,7 @@ def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int)
     writer = _Writer(rows, found, tokens)
     parts = writer.write([each.parts[1] for each in gathered])
     replaced = {
-        node.name: node
-        for each, values in zip(gathered, parts, strict=True)
-        for node in each.replaced(values)
+        each.last.name: each.of(values) for each, values in zip(gathered, parts, strict=True)
     }
     first = min(i for i, item in enumerate(items) if item.name in replaced)
     body = [replaced.get(item.name, item) for item in items]
@@ -102,6 +101,47 @@ def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int)
     inner = {*replaced, *picks, *(node.name for node in writer.nodes)}
     live = live_items(_in_order(body), [value.name for value in read])
     return _Body(live, frozenset(inner), picks)
+
+
+def _plain(node: Node, made: Mapping[str, Node]) -> Node:
+    """The node in the form that is looked for."""
+    return (
+        _of_nothing(node)
+        if node.op.startswith("aten.new_") or "_like" in node.op
+        else (_writing_a_row(node, made) or node)
+    )
+
+
+def _writing_a_row(node: Node, made: Mapping[str, Node]) -> Node | None:
+    """`slice_scatter(x, row)` for `cat(x[:i], row, x[i + 1:])`."""
+    if node.op != "aten.cat.default" or not 2 <= len(node.operands) <= 3:
+        return None
+    dim, shape = node.int_arg("dim") % len(node.output.type.shape), node.output.type.shape
+    for i, row in enumerate(node.operands):
+        if row.type.shape[dim] != 1:
+            continue
+        start = sum(part.type.shape[dim] for part in node.operands[:i])
+        wanted = {(0, start), (start + 1, shape[dim])}
+        others = [made.get(part.name) for part in node.operands if part is not row]
+        bases = {_sliced(other, dim, wanted) for other in others}
+        base = bases.pop() if len(bases) == 1 else None
+        if base is not None and base.type == node.output.type:
+            args: tuple[tuple[str, Arg], ...] = (("self", base), ("src", row), ("dim", dim))
+            rows = (("start", start), ("end", start + 1), ("step", 1))
+            return replace(node, op="aten.slice_scatter.default", args=(*args, *rows))
+    return None
+
+
+def _sliced(node: Node | None, dim: int, wanted: set[tuple[int, int]]) -> Value | None:
+    """What the node takes one of the wanted ranges of rows of."""
+    if node is None or node.op != "aten.slice.Tensor":
+        return None
+    x, args = node.operands[0], dict(node.args)
+    start, end, size = args["start"] or 0, args["end"], x.type.shape[dim]
+    assert isinstance(start, int)
+    last = min(end, size) if isinstance(end, int) else size
+    same = node.int_arg("dim") % len(x.type.shape) == dim and args["step"] in (None, 1)
+    return x if same and (start, last) in wanted else None
 
 
 def _of_nothing(node: Node) -> Node:
@@ -223,13 +263,18 @@ class _Gathered:
     nodes: tuple[Node, ...]
     parts: tuple[Value, ...]
 
-    def replaced(self, parts: Sequence[Value]) -> Iterator[Node]:
-        """The nodes for other values."""
-        if len(self.nodes) == 1 and self.nodes[0].op in _TOGETHER:
-            yield _with(self.nodes[0], tensors=tuple(parts))
-            return
-        for node, part in zip(self.nodes, parts, strict=True):
-            yield _with(node, src=part)
+    @property
+    def last(self) -> Node:
+        """The node whose result has all."""
+        return self.nodes[-1]
+
+    def of(self, parts: Sequence[Value]) -> Node:
+        """The same of other values: one node puts them together."""
+        if self.last.op in _TOGETHER:
+            return _with(self.last, tensors=tuple(parts))
+        pieces = len(parts[0].type.shape) == len(self.last.output.type.shape)
+        args = (("tensors", tuple(parts)), ("dim", self.last.int_arg("dim")))
+        return replace(self.last, op=_TOGETHER[pieces], args=args)
 
 
 def _with(node: Node, **changes: Arg) -> Node:

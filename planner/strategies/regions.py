@@ -31,6 +31,7 @@ from ...ir.ops.rule import Choice, Rule
 
 _States: TypeAlias = tuple[tuple[str, State], ...]
 
+_MOST_NODES = 128  # of a region: longer ones (loops that are written out) are taken in runs
 _MAX_PER_AXIS = 24  # more agreeing choices than this on one axis: the region is split into nodes
 
 
@@ -223,8 +224,13 @@ def _groups(scope: Scope) -> list[list[Node]]:
             if source is not None and light[source] and value.differentiable:
                 joined.add_edge(source, i)
     joined.add_edges_from(_pairs_of_states(scope.nodes))
-    groups = nx.connected_components(joined)
-    return [[scope.nodes[i] for i in sorted(group)] for group in groups]
+    groups = [sorted(group) for group in nx.connected_components(joined)]
+    runs = [
+        group[start : start + _MOST_NODES]
+        for group in groups
+        for start in range(0, len(group), _MOST_NODES)
+    ]
+    return [[scope.nodes[i] for i in run] for run in runs]
 
 
 def _pairs_of_states(nodes: Sequence[Node]) -> Iterator[tuple[int, int]]:
