@@ -56,14 +56,18 @@ def model_class(name: str) -> type[nn.Module] | None:
     """The class of that name (`LlamaForCausalLM`); None if there is none."""
     import transformers
 
-    return getattr(transformers, name, None)
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
 
 
 def load_config(path: Path) -> Any:
-    """The config in a `config.json`.  Raises ValueError, KeyError or OSError for what is none."""
+    """The config in a `config.json`, whose code is not run; raises anything for what is none."""
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(str(path))
+    return transformers.AutoConfig.from_pretrained(
+        str(path), trust_remote_code=False, local_files_only=True
+    )
 
 
 def build(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:

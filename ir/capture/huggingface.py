@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...compat import transformers as hf
 from ..ops.attention import attention, mask_stand_in
+from .huggingface_config import load_config, refusals
 from .huggingface_experts import shardwright_experts
 
 NAME = "shardwright"
@@ -187,7 +188,7 @@ def with_weights(path: Path, dtype: torch.dtype | None) -> nn.Module:
 
     Errors and `dtype` as in `from_config`.
     """
-    config = _load_config(path)
+    config = load_config(path)
     with torch.device("cpu"):
         return hf.build(_class_of(config), config, dtype or _own_dtype(config))
 
@@ -204,10 +205,10 @@ def from_config(config: Any, *, dtype: torch.dtype | None) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"to plan a Hugging Face model, {_MISSING}") from error
     if isinstance(config, (str, Path)):
-        config = _load_config(Path(config))
+        config = load_config(Path(config))
     cls = _class_of(config)
     _check_plain(config)
-    with torch.device("meta"):
+    with torch.device("meta"), refusals(f"transformers cannot build {cls.__name__} so"):
         return hf.build(cls, config, dtype or _own_dtype(config))
 
 
@@ -251,18 +252,6 @@ def _check_plain(config: Any) -> None:
         "quantised weights cannot be planned. Plan a copy of the config without it, and load "
         "weights that were converted to bfloat16"
     )
-
-
-def _load_config(path: Path) -> Any:
-    """The transformers config at `path`, a file or a folder with a `config.json`."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path}: no `config.json` there")
-    try:
-        return hf.load_config(file)
-    except (ValueError, KeyError, OSError, AttributeError) as error:  # of a dtype that is none
-        reason = str(error).strip().split("\n")[0]  # what follows is about installing
-        raise ValueError(f"{file}: transformers cannot read this config: {reason}") from error
 
 
 # ---- what transformers calls -------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_what_export_refuses_names_the_line(line: str, said: str, run: Run) -> N
     [
         ("nowhere.py", None, "`nowhere.py` does not exist; give the path of the Python file"),
         ("notes.txt", "", "`notes.txt` is not a model: give a Python file"),
-        ("config.json", "{not json", "transformers cannot read this config: It looks like"),
+        ("config.json", "{not json", "`config.json` is not JSON: line 1: "),
         ("config.json", '{"model_type": "unheard"}', "transformers cannot read this config"),
     ],
 )
