@@ -149,7 +149,8 @@ def greedy(name: str) -> Tensor:
 
 
 def generate_on_rank(source: str, state: dict[str, Tensor], ids: Tensor) -> list[Tensor]:
-    """Answers; again, after all sequences were freed; and once more, token by token."""
+    """Answers; again, after all sequences were freed; the first tokens, token by token; the first
+    of one sequence, which is freed alone after no other could be shortened."""
     model = import_source(source).ShardedModel.from_state_dict(state).eval()
     answers = [model.generate(ids, NEW, lengths=LENGTHS)[:, PROMPT:] for _ in range(2)]
     logits = model.prefill(ids[:, :1])
@@ -158,6 +159,12 @@ def generate_on_rank(source: str, state: dict[str, Tensor], ids: Tensor) -> list
         new = model.append(ids[:, column : column + 1], counts)
         logits = torch.where(counts[:, None] > 0, new, logits)
     answers.append(logits.argmax(-1)[:, None])
+    try:
+        model.truncate([1] * BATCH)
+    except ValueError:  # on every rank
+        model.truncate([0, *LENGTHS[1:]])  # the first sequence is freed, and another one begins
+        logits = model.append(ids, [LENGTHS[0], *[0] * (BATCH - 1)])
+        answers.append(logits[:1].argmax(-1))
     return answers
 
 
@@ -198,6 +205,8 @@ def test_generation_equals_transformers(pool: Pool, name: str, spec: str) -> Non
     sizes = (2,) * len(spec.split(","))
     source = source_with(graph_of(name, 8), sizes, spec)
     want, state = greedy(name), model_of(name).state_dict()
-    for first, again, stepwise in pool(prod(sizes)).run(generate_on_rank, source, state, prompts()):
+    for first, again, stepwise, alone in pool(prod(sizes)).run(
+        generate_on_rank, source, state, prompts()
+    ):
         assert torch.equal(first, want) and torch.equal(again, want)
-        assert torch.equal(stepwise, want[:, :1])
+        assert torch.equal(stepwise, want[:, :1]) and torch.equal(alone, want[0, :1])
