@@ -43,6 +43,10 @@ class _Groups:
 _known: dict[tuple[object, ...], _Groups] = {}
 
 
+class WrongRanks(RuntimeError):
+    """Another number of ranks was started than the mesh has."""
+
+
 class Mesh:
     """This rank's view of a grid of ranks; made by `Mesh.create`.
 
@@ -81,7 +85,7 @@ class Mesh:
         started = _started_ranks()
         if started != ranks:
             layout = " x ".join(f"{name}={size}" for name, size in axes.items())
-            raise RuntimeError(
+            raise WrongRanks(
                 f"this module was planned for {ranks} ranks ({layout}), but torchrun started"
                 f" {started}: run `torchrun --nproc-per-node {ranks} ...` or plan again with"
                 f" --gpus {started}"

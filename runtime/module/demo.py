@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ...facts.phases import DECODE, Phase
 from ..cache.declared import specs_of
 from ..mesh.batches import arguments_of, look_up, random_batch, shard_inputs
-from ..mesh.mesh import Mesh
+from ..mesh.mesh import Mesh, WrongRanks
 from ..serving.program import Program
 from ..serving.serving import Serving
 
@@ -56,6 +57,18 @@ class Clock:
         if self.mesh.rank == 0:
             peak = _peak_bytes(self.mesh.device) / 1e9
             print(f"{self.mesh}: {text}, peak {peak:.2f} GB on rank 0", flush=True)
+
+
+def started_mesh(axes: Mapping[str, int]) -> Mesh:
+    """The mesh over the ranks that torchrun started.
+
+    Where it started another number, rank 0 ends the program with a sentence, the others in silence.
+    """
+    try:
+        return Mesh.create(axes)
+    except WrongRanks as error:
+        first = os.environ.get("RANK", "0") == "0"
+        raise SystemExit(str(error) if first else 0) from None
 
 
 def demonstrate(

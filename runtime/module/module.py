@@ -32,7 +32,7 @@ from ..serving.generate import generate
 from ..serving.program import Program, Served
 from ..serving.serving import Serving
 from .checkpoint import Experts, Safetensors, StateDict
-from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving
+from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving, started_mesh
 from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
 from .nested import install_modules
@@ -356,7 +356,7 @@ class ShardedModule(nn.Module):
         random keys and values; one with a program for decoding then runs that, too, and converts
         caches where the two lay them out differently.
         """
-        model = cls()
+        model = cls(started_mesh(cls.MESH))
         model.reset_parameters()
         clock, phase = Clock(model.mesh, steps), find_phase(cls.PHASE)
         if cls.CACHES:

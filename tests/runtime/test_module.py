@@ -376,6 +376,18 @@ def test_demo_runs_and_gathers_parameters_again(pool: Pool) -> None:
     assert texts[1:] == ("", "", "")
 
 
+@pytest.mark.parametrize(
+    ("rank", "says"), [("0", "planned for 4 ranks .* started 3"), ("2", "^0$")]
+)
+def test_on_a_wrong_number_of_ranks_the_first_says_so(
+    rank: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit, match=says):
+        ShardedTied.demo()
+
+
 def test_names_that_a_module_has_for_itself() -> None:
     """Those that torch refuses by itself aside."""
 
