@@ -133,10 +133,10 @@ def _versus(plan: PlanData, seconds: float) -> str:
     )
     if ratio >= 1.005:
         return f", {ratio:.2f}x faster: {versus}."
-    if ratio >= 0.995 and plan.search.status == "optimal":
-        return f"; {versus}: no better plan exists under this cost model."
     if plan.request.pins:
         return f"; {versus}: this plan keeps to its pins."
+    if ratio >= 0.995 and plan.search.status == "optimal":
+        return f"; {versus}: no better plan exists under this cost model."
     if plan.search.status == "optimal":
         return f"; {versus}, although this one is proven optimal: report this as a bug."
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
@@ -204,8 +204,10 @@ def _binding(plan: PlanData) -> str:
     elif total > compute:
         busiest = max(communication, key=lambda name: communication[name])
         bound = f"the links of {busiest} bind"
-    else:
+    elif plan.training:
         bound = "compute binds"
+    else:  # of few new tokens most time goes into reading weights and caches
+        bound = "kernels bind (products, or reading weights and caches for them)"
     recompute = " Layers keep only their inputs and are recomputed in backward."
     return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
 

@@ -255,7 +255,14 @@ def test_a_decoder_as_it_should_be(run: Run) -> None:
     ran = run(decoder(), *SERVING, "--phase", "decode", "--context", "23")
     assert ran.code == 0, ran.err
     assert "per decode" in ran.out and "tokens/s/GPU" in ran.out and "cached token takes" in ran.out
+    assert "compute binds" not in ran.out
     assert run("show", "folder/out").out == ran.out.split("\n\nWritten")[0] + "\n"
+
+
+def test_a_pinned_plan_is_not_said_to_be_the_best(run: Run) -> None:
+    target = model(FORWARD + BUILD + INPUTS)
+    ran = run(target, "--gpus", "2", "--mesh", "2", "--pin", "up.weight=R", *OPTIONS)
+    assert ran.code == 0 and "no better plan exists" not in ran.out
 
 
 @pytest.mark.parametrize(
