@@ -220,6 +220,42 @@ def own_hooks() -> Generator[None]:
         hooks.update(before)
 
 
+@contextmanager
+def flex_attention_by(attention: Any, block_mask: Any) -> Generator[None]:
+    """Inside, `flex_attention` and `create_block_mask` run these two, under every name.
+
+    Also where a name was imported before, or is `torch.compile` of one: their code is exchanged.
+    """
+    from torch.nn.attention import flex_attention as module
+
+    pairs: list[tuple[Any, Any]] = [
+        (module.flex_attention, attention),
+        (module.create_block_mask, block_mask),
+    ]
+    before = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f, _ in pairs]
+    try:
+        for function, by in pairs:
+            function.__code__ = _calling.__code__
+            function.__defaults__, function.__kwdefaults__ = None, {"_by": by}
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for function, code, defaults, named in before:
+            function.__code__ = code
+            function.__defaults__, function.__kwdefaults__ = defaults, named
+
+
+def _calling(*args: Any, _by: Any, **kwargs: Any) -> Any:
+    return _by(*args, **kwargs)
+
+
+def indexing_by_tensors() -> AbstractContextManager[object]:
+    """Inside, `x[i]` under `vmap` takes a tensor `i` of one number as an index."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()
+
+
 def makes_tensors(function: object) -> bool:
     """Does `function` (`torch.zeros`, ...) make a tensor on the device that is the default?"""
     from torch.utils._device import _device_constructors
@@ -264,6 +300,8 @@ __all__ = [
     "changes",
     "defined_by",
     "fake_tensors",
+    "flex_attention_by",
+    "indexing_by_tensors",
     "flash",
     "flash_backward",
     "flattened",

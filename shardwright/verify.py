@@ -40,6 +40,7 @@ from .facts.mesh import Mesh
 from .facts.spec import R, Spec
 from .facts.users import import_user, is_file
 from .folder import MODULE_FILE, PLAN_FILE
+from .ir.capture.flex import written_out_flex
 from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
@@ -502,12 +503,14 @@ def _original(
         _WideDtypes(),
         Replayed(draws),
         WithoutDropout(),
+        written_out_flex() as written_out,
     ):
         out = call(model)
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
     entries = {path: found[path] for path in paths if path in found}
     at_once = ", whole sequences at once" if steps else ""
+    at_once += ", `flex_attention` replaced by its formula" if written_out else ""
     title = f"{type(model).__name__} itself from {case.plan.request.target}{at_once}, float64"
     if steps:
         expected = by_whole(entries[paths[0]], steps), {}

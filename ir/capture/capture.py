@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from .autocast import ForeignAutocast, own_autocast
 from .canonical import canonicalise
 from .constants import UnknownConstant, recover
 from .errors import CaptureError
+from .flex import captured_flex
 from .functions import OwnBackward, keeping_functions
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .hooks import DataDetached, check_hooks, refusing_hooks
@@ -188,14 +189,16 @@ def _states(
     return {state: _fake(value, mode) for state, value in found.items()}
 
 
-def _attention(
-    model: nn.Module, inputs: Mapping[str, Tensor], serving: bool
-) -> AbstractContextManager[None]:
-    """Inside, Hugging Face models call our attention operator; other models are as they are."""
-    if is_pretrained(model):
+@contextmanager
+def _attention(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) -> Generator[None]:
+    """Inside, Hugging Face models and `flex_attention` call our attention operator."""
+    with captured_flex():
+        if not is_pretrained(model):
+            yield
+            return
         packed = "position_ids" in inputs and not serving
-        return huggingface.shardwright_attention(model, positions_given=packed, serving=serving)
-    return nullcontext()
+        with huggingface.shardwright_attention(model, positions_given=packed, serving=serving):
+            yield
 
 
 @contextmanager

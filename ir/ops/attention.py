@@ -95,7 +95,7 @@ def _seen(
     device: torch.device,
 ) -> Tensor | None:
     """Which keys each query may attend to, broadcastable to (b, hq, sq, sk); None means all."""
-    seen = mask if mask is not None and mask.dtype == torch.bool else None
+    seen = mask if mask is None or mask.dtype == torch.bool else mask > -torch.inf
     if not causal and window <= 0 and not chunk:
         return seen
     rows = torch.arange(sq, device=device)[:, None]
