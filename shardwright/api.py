@@ -46,6 +46,7 @@ from .planner.plan.decide import REPLICAS
 from .planner.plan.plan import PlanData
 from .planner.plan.store import checked_json, read_plan
 from .planner.report.model_graph import PlannedGraph
+from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
 from .planner.search.search import Job, setting_of
 from .planner.search.serving import make_serving_plan
@@ -88,6 +89,11 @@ class Plan(PlanData):
 
     def __str__(self) -> str:
         return format_plan(self)
+
+    @property
+    def ops(self) -> tuple[PlannedOp, ...]:
+        """What is cut over each axis for every heavy operator, and its seconds."""
+        return planned_ops(self)
 
     def check(self) -> None:
         """Raises PlanError where decisions, prices and graph do not fit together.

@@ -325,7 +325,7 @@ def _row(
     inside = f"{_axes(work.axes, plan.mesh)} inside {format_seconds(work.moving_s)}"
     inside = inside if work.moving_s else ""
     return (
-        _op_name(plan, node),
+        op_name(plan, node),
         strategy_text(item, plan.mesh, labels),
         format_spec(item.outputs[0].spec),
         ", ".join(filter(None, (_communication(before, plan.mesh), inside))),
@@ -333,7 +333,7 @@ def _row(
     )
 
 
-def _op_name(plan: PlanData, node: Node) -> str:
+def op_name(plan: PlanData, node: Node) -> str:
     """The layer's name, and of a part of a fused projection the part's weight: `qkv.weight_q`."""
     name = node.loc.module.rsplit(".", 1)[-1]
     if operator_of(node).attends or not name or name.isdigit():

@@ -1,0 +1,48 @@
+"""What the report's tables say, as data."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+import shardwright
+
+
+class Layer(nn.Module):
+    """Two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Three layers, and a product behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_ops_are_the_rows_of_the_report() -> None:
+    with torch.device("meta"):
+        model, x = Net(), torch.zeros(8, 16, 64)
+    plan = shardwright.plan(model, {"x": x}, gpus=2, cluster="cpu", mesh="2", optimizer="none")
+    found = [(op.within, op.count, op.name) for op in plan.ops]
+    assert found == [("layers", 3, "up"), ("layers", 3, "down"), ("", 1, "head")]
+    rows = [re.split(r" {2,}", line.strip()) for line in str(plan).splitlines()]
+    for op in plan.ops:
+        assert any(row[:3] == [op.name, op.strategy, op.result] for row in rows), op
+    computed = sum(op.count * op.compute_s for op in plan.ops)
+    assert 0 < computed <= plan.seconds
