@@ -8,7 +8,7 @@ from itertools import groupby
 from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.spec import S, Spec, format_spec
+from ...facts.spec import S, Spec, format_spec, is_shard
 from ...facts.units import format_bytes, format_seconds
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
@@ -33,7 +33,7 @@ def format_plan(plan: PlanData) -> str:
         _winner(plan),
         _ordinary(plan),
         _differences(plan),
-        "\n".join([_binding(plan), *_moved(plan, _unit(plan))]),
+        "\n".join([_binding(plan), *_moved(plan, _unit(plan)), *_outputs(plan)]),
         *_tables(plan),
         _memory(plan),
         _search(plan),
@@ -216,6 +216,20 @@ def _moved(plan: PlanData, unit: str) -> list[str]:
     """What a rank receives over each axis, as the runtime would count it; most first."""
     moved = _received(predicted_bytes(plan.program, plan.mesh), plan.mesh)
     return [f"Each GPU receives per {unit}: {moved}."] if moved else []
+
+
+def _outputs(plan: PlanData) -> list[str]:
+    """Which outputs a rank returns its part of."""
+    specs = plan.decisions.outputs
+    cut = [out for out in plan.graph.outputs if any(map(is_shard, specs[out.value.name]))]
+    if not cut or not plan.training:
+        return []
+    named = [(".".join(map(str, out.path)) or "its result", specs[out.value.name]) for out in cut]
+    parts = ", ".join(f"{name} ({format_spec(spec)})" for name, spec in named)
+    return [
+        f"Each rank returns its part of {parts}, all that a loss outside of the module sees; "
+        "`model.gather_outputs(out)` gives the whole, without gradients."
+    ]
 
 
 def _received(moved: Mapping[Moved, float], mesh: Mesh) -> str:

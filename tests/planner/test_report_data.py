@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +47,13 @@ def test_ops_are_the_rows_of_the_report() -> None:
         assert any(row[:3] == [op.name, op.strategy, op.result] for row in rows), op
     computed = sum(op.count * op.compute_s for op in plan.ops)
     assert 0 < computed <= plan.seconds
+
+
+def test_outputs_that_are_cut_are_named() -> None:
+    with torch.device("meta"):
+        model, x = Net(), torch.zeros(8, 16, 64)
+    asked: dict[str, Any] = {"gpus": 2, "cluster": "cpu", "mesh": "2", "optimizer": "none"}
+    cut = shardwright.plan(model, {"x": x}, pins=["head=S0"], **asked)
+    assert re.search("Each rank returns its part of .* .S0., all that a loss outside", str(cut))
+    whole = shardwright.plan(model, {"x": x}, pins=["head=R"], **asked)
+    assert "Each rank returns its part" not in str(whole)
