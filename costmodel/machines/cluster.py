@@ -247,9 +247,21 @@ def _unknown(name: str) -> str:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return read_toml(path)
+        table = read_toml(path)
     except DataError as error:
         raise ClusterError(f"cluster file: {error}") from error
+    _check_lines(table, str(path))
+    return table
+
+
+def _check_lines(item: object, where: str) -> None:
+    """Raises ClusterError for a text or the name of a field that is not one line that prints."""
+    if isinstance(item, str) and not item.isprintable():
+        raise ClusterError(f"{where}: expected one line of text, got {item[:40]!r}")
+    if isinstance(item, dict):
+        for key, value in item.items():
+            _check_lines(key, where)
+            _check_lines(value, where)
 
 
 def _built_in(name: str) -> dict[str, Any]:

@@ -127,9 +127,10 @@ def plans() -> list[Any]:
 @cache
 def vocabulary() -> frozenset[str]:
     """What modules of honest plans are made of, and what the runtime has for others."""
-    own = {name for module in (runtime, runtime.ops) for name in dir(module)}
+    held = (runtime, runtime.ops, runtime.ShardedModule)
+    own = {name for each in held for name in dir(each) if not name.startswith("_")}
     moves = {str(name) for name in MOVES.values()} | {"copy", "shard", "partial", "own_gradient"}
-    moves |= {"get_submodule"}  # for names that are no identifiers
+
     return frozenset().union(own, moves, *(words(made.module_source()) for made in loaded()))
 
 
