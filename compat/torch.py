@@ -288,6 +288,13 @@ def schema_arguments(operator: OpOverload) -> list[Any]:
     return operator._schema.arguments
 
 
+def compile_failures() -> tuple[type[Exception], ...]:
+    """What a compiled function raises at its first call where it can't be compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 __all__ = [
     "EXPORT_PRINTS",
     "CheckpointFunction",
@@ -298,6 +305,7 @@ __all__ = [
     "as_if_exported",
     "backward_number",
     "changes",
+    "compile_failures",
     "defined_by",
     "fake_tensors",
     "flex_attention_by",

@@ -177,7 +177,7 @@ def run_module(
         if model.PHASE == "train":
             out = model(**model.shard_inputs(**inputs))
             entries = {str(path): t for path, t in flatten(out)}
-            _combine_local(model, entries).backward()
+            combined(model, entries).backward()
         else:
             with torch.no_grad():
                 out = model.eval()(**model.shard_inputs(**inputs))
@@ -188,7 +188,8 @@ def run_module(
     return whole, model.full_gradients(), counted
 
 
-def _combine_local(model: Any, entries: dict[str, Tensor]) -> Tensor:
+def combined(model: Any, entries: dict[str, Tensor]) -> Tensor:
+    """The loss, or this rank's part of `combine` of all outputs."""
     scalars = [t for t in entries.values() if t.ndim == 0 and t.requires_grad]
     if scalars:
         return scalars[0]

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ...facts.blocks import block, blocks
 from ...facts.spec import R, Spec, State, format_spec
-from ..mesh.collectives import Move
 from ..mesh.mesh import Mesh
+from ..mesh.move import Move
 from .cache import PAGE, CacheFullError, KVCache, PageTable
 from .cache import Step as Stored
 from .declared import BATCH, HEADS, TOKENS, Declared, caches_in, without_heads

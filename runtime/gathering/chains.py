@@ -18,9 +18,10 @@ from ...facts.blocks import block, local_shape, moved_numel
 from ...facts.moves import BETWEEN_RANKS, primitive
 from ...facts.spec import R, Spec
 from ...facts.together import rounds
-from ..mesh.collectives import Axis, Move, moves_between
+from ..mesh.collectives import Axis
 from ..mesh.counter import Phase
 from ..mesh.mesh import Mesh
+from ..mesh.move import Move, moves_between
 from ..mesh.together import Together, start_together
 
 

@@ -15,7 +15,6 @@ a place is `R` (whole), `P` (summands) or a dim, whatever the gradient is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -26,45 +25,13 @@ from torch.distributed import ProcessGroup
 from ...facts.blocks import Block, block
 from ...facts.collectives import collective_for, find_collective, received_share
 from ...facts.moves import Primitive, primitive
-from ...facts.spec import P, R, State, V, dual
+from ...facts.spec import P, R, State, V
 from . import counter, transport
 from .counter import Phase
 from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
+from .move import Move, moves_between
+from .opaque import known_as, move_opaquely
 from .transfers import TRANSFERS, Transfer
-
-Place: TypeAlias = State
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A primitive: from place to place; `size` is the true size of a source slice's dim.
-
-    Slices of the dims in `zigzag` hold two chunks each, see `facts.blocks.zigzag_order`.
-    """
-
-    source: Place
-    target: Place
-    size: int | None = None
-    zigzag: tuple[int, ...] = ()
-
-
-def moves_between(
-    source: State,
-    target: State,
-    source_size: int | None,
-    target_size: int | None,
-    zigzag: tuple[int, ...] = (),
-) -> tuple[Move, Move]:
-    """What the value takes from state `source` to `target`, and what its gradient takes back.
-
-    The sizes are true sizes of the dims that the states name, where they name dims.
-    """
-    forward = Move(_place(source), _place(target), source_size, zigzag)
-    return forward, Move(_place(dual(target)), _place(dual(source)), target_size, zigzag)
-
-
-def _place(state: State) -> Place:
-    return R if state == V else state
 
 
 class Groups(Protocol):
@@ -84,7 +51,10 @@ class Axis:
     those that each rank receives for a whole tensor of n bytes over p ranks.
     """
 
-    __slots__ = ("name", "size", "rank", "sizes", "coordinates", "mesh", "parts", "_by")
+    __slots__ = (
+        "name", "size", "rank", "sizes", "coordinates", "mesh", "parts", "_by", "_known_as",
+        "__weakref__",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -105,6 +75,7 @@ class Axis:
         self.rank = 0
         for ways, index in zip(sizes, coordinates, strict=True):
             self.rank = self.rank * ways + index
+        self._known_as = known_as(self, name)
 
     def __repr__(self) -> str:
         return f"Axis({self.name}={self.size}, rank={self.rank})"
@@ -242,6 +213,8 @@ class Axis:
 
     def move_with_gradient(self, x: Tensor, forward: Move, backward: Move) -> Tensor:
         """Run primitive `forward`, whose gradient takes `backward`."""
+        if torch.compiler.is_compiling():
+            return move_opaquely(x, self._known_as, forward, backward)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Convert.apply(x, self, forward, backward)
         return self.move(x, forward, "forward")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...facts.blocks import block, blocks
 from ...facts.spec import R, Spec
-from .collectives import Move
 from .layout import to_zigzag
 from .mesh import Mesh
+from .move import Move
 
 
 def cuts(spec: Spec, mesh: Mesh, dim: int) -> list[int]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...facts.moves import primitive
-from .collectives import Axis, Move, join_blocks, split_blocks
+from .collectives import Axis, join_blocks, split_blocks
 from .counter import Phase
 from .layout import trim_blocks
+from .move import Move
 from .transfers import Transfer
 
 _Unpack: TypeAlias = Callable[[Tensor], list[Tensor]]

@@ -29,15 +29,20 @@ class Layer(Sharded):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__(mesh)
         self._with_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._explaining: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its weights as it uses them."""
-        with self._with_weights():
+        with self._with_weights(), self._explaining():
             return super().__call__(*args, **kwargs)
 
     def bring_weights(self, around: Callable[[], AbstractContextManager[None]]) -> None:
         """`around()` has the layer's weights there while it is entered."""
         self._with_weights = around
+
+    def explain_failures(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """`around()`, entered while the layer runs, says of failures which layer they are of."""
+        self._explaining = around
 
 
 def per_layer(

@@ -32,6 +32,7 @@ from ..serving.generate import generate
 from ..serving.program import Program, Served
 from ..serving.serving import Serving
 from .checkpoint import Experts, Safetensors, StateDict
+from .compiled import Backend, compile_layers
 from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving, started_mesh
 from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
@@ -137,6 +138,15 @@ class ShardedModule(nn.Module):
             preserve_rng_state=False,
             context_fn=self.mesh.replayed_randomness,
         )
+
+    def compile_layers(self, backend: Backend = "inductor", *, fullgraph: bool = True) -> None:
+        """Run layers compiled, by a backend of `torch.compile`: one graph for each class of layers,
+        made when the first of them runs.
+
+        A layer that can't be one graph raises RuntimeError then, which names it; `fullgraph=False`
+        compiles what can be.
+        """
+        compile_layers(self, backend, fullgraph=fullgraph)
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
         """This rank's slice of a whole tensor in `spec`, such as the spec of an output."""

@@ -1,0 +1,136 @@
+"""Layers that run compiled: one graph for each class of layers, the same outputs and gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import permutations, product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.facts.spec import P, R, State, V
+from shardwright.ir.ops.registry import local_of, operator_of
+from shardwright.planner.strategies.regions import Region, Strategy
+from shardwright.planner.strategies.roles import Roles
+from shardwright.runtime import Mesh, RankError, RankPool
+from shardwright.runtime.mesh.layout import pad_tail
+from tests.endtoend.families import Case, case
+from tests.endtoend.test_families import builder, planned
+from tests.sharded import assert_close, combined, flatten, import_source, source_of, weights_like
+
+Pool = Callable[[int], RankPool]
+
+
+def run_compiled(
+    source: str, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor], fullgraph: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None], int, int]:
+    """In one rank: whole outputs and gradients of a second step, graphs, and classes of layers."""
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    from torch._dynamo.backends.debugging import aot_eager
+
+    model = import_source(source).ShardedModel.from_state_dict(params)
+    model.compile_layers(backend, fullgraph=fullgraph)
+    for _ in range(2):
+        model.zero_grad()
+        out = model(**model.shard_inputs(**inputs))
+        combined(model, {str(path): t for path, t in flatten(out)}).backward()
+    whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
+    classes = {layer for layers in model.LAYERS.values() for layer in layers}
+    return whole, model.full_gradients(), len(graphs), len(classes)
+
+
+class Cut(Roles):
+    """Roles under which no matrix product or attention is done whole by every rank."""
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        whole = any(
+            {"R", "V"} & set(choices)
+            for node, choices in zip(region.nodes, strategy.choices, strict=True)
+            if operator_of(node).flops(local_of(node))
+        )
+        return not whole and super().allows(region, strategy)
+
+
+@cache
+def source(name: str, *roles: str) -> str:
+    made = builder(name, (2,) * len(roles))
+    return source_of(made, planned(made, Cut(roles, made.graph, made.network.mesh)))
+
+
+def check(of: Case, results: list[Any]) -> None:
+    for outputs, gradients, _, _ in results:
+        for path, want in of.expected[0].items():
+            assert_close(outputs[path], want, 1e-9, f"output {path}")
+        for name, want in of.expected[1].items():
+            if want is not None:
+                got = gradients[name]
+                assert got is not None
+                assert_close(got, want, 1e-9, f"gradient of {name}")
+
+
+QUICK = {("llama", "fsdp"), ("llama", "tp"), ("gpt2", "fsdp tp"), ("encoder_decoder", "ddp")}
+EVERY = list(product(("llama", "gpt2", "encoder_decoder"), ("ddp", "fsdp", "tp", "fsdp tp")))
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow) for one in EVERY],
+)
+def test_each_class_of_layers_is_one_graph(pool: Pool, name: str, role: str) -> None:
+    of, roles = case(name), role.split()
+    text = source(name, *roles)
+    inside = text.partition("class ShardedModel")[0]
+    assert "tp" not in roles or re.search(r"\.(all_|reduce_|to_)\w+\(", inside)
+    ranks = pool(2 ** len(roles))
+    results = ranks.run(run_compiled, text, dict(of.params), dict(of.inputs), True)
+    check(of, results)
+    for _, _, graphs, classes in results:
+        assert graphs == classes
+
+
+def test_attention_over_a_sharded_sequence_is_refused_by_the_layer_s_name(pool: Pool) -> None:
+    of, text = case("llama"), source("llama", "cp")
+    with pytest.raises(
+        RankError, match=r"layer `model.layers.0` .* without compile_layers it runs"
+    ):
+        pool(2).run(run_compiled, text, dict(of.params), dict(of.inputs), True)
+
+
+def converted(a: State, b: State) -> None:
+    """In one rank: a compiled conversion gives the value and the gradient of one that is not."""
+    torch.compiler.reset()
+    axis = Mesh.create({"x": dist.get_world_size()})["x"]
+    rows = axis.block(7)
+    shape = [rows.rows if a == 0 else 7, rows.rows if a == 1 else 7]
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(axis.rank), dtype=torch.float64)
+    if a in (0, 1):  # behind the last true row there are zeros
+        x = x.narrow(a, 0, rows.stop - rows.start)
+        x = pad_tail(x, a, rows.rows)
+
+    def convert(x: Tensor) -> Tensor:
+        return axis.convert(x.sin(), a, b, 7 if a >= 0 else None)
+
+    got: list[tuple[Tensor, Tensor]] = []
+    for run in (convert, torch.compile(convert, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        (y * weights_like(y)).sum().backward()
+        assert leaf.grad is not None
+        got.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("a", "b"), list(permutations((R, P, V, 0, 1), 2)))
+def test_compiled_conversions(pool: Pool, a: State, b: State) -> None:
+    pool(3).run(converted, a, b)
