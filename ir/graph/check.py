@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import cast
 
 from ...facts.nested import Constant, Path, spelled
-from .names import is_dotted, is_path, is_place
+from .names import is_dotted, is_place
 from .nodes import Block, Graph, Loop, Node, Param, Value
 
 _MOST_BYTES = 2**62  # of one tensor
@@ -79,8 +79,6 @@ def _check_node(node: Node) -> None:
         if name == "function":
             good = isinstance(arg, str) and is_dotted(arg)
             _check(good, f"`{arg}` of `{node.op}` must be the name of a class")
-        if name in ("cache", "state") and isinstance(arg, str):  # the module holds it there
-            _check(is_path(arg), f"`{arg}` of `{node.op}` must be identifiers with dots between")
 
 
 def _check_loop(loop: Loop) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...compat.torch import schema_arguments
 from ..graph import Arg, Graph, Node, Value
 from ..graph.check import GraphError
+from ..graph.names import is_path
 from .operator import PLACEMENT, torch_operator
 from .registry import find_op, operator_of, rule_of
 from .users import check_arguments, is_users
@@ -49,14 +50,24 @@ def _check_node(node: Node) -> None:
 
 
 def _check_arguments(node: Node) -> None:
-    """Raises ValueError where they are not those of torch's operator, or choose a device."""
+    """Raises ValueError where they are not those of torch's operator, or choose a device.
+
+    A number for a dtype must not come to torch, which takes it unseen and may crash.
+    """
     if node.op.startswith("aten."):
-        wanted = [argument.name for argument in schema_arguments(torch_operator(node.op))]
-        if [name for name, _ in node.args] != wanted:
-            raise ValueError(f"it takes {', '.join(wanted)}")
+        wanted = schema_arguments(torch_operator(node.op))
+        if [name for name, _ in node.args] != [argument.name for argument in wanted]:
+            raise ValueError(f"it takes {', '.join(argument.name for argument in wanted)}")
+        for argument, (name, arg) in zip(wanted, node.args, strict=True):
+            is_dtype = "ScalarType" in str(argument.real_type)
+            if is_dtype and not (arg is None or isinstance(arg, torch.dtype)):
+                raise ValueError(f"`{name}` is no dtype")
     for name, arg in node.args:
         if name in PLACEMENT and arg is not None:
             raise ValueError(f"`{name}` is not for a plan to say")
+    remembers = operator_of(node).remembers
+    if remembers and not (isinstance(path := node.arg(remembers), str) and is_path(path)):
+        raise ValueError(f"`{remembers}` must be identifiers and numbers with dots between")
 
 
 def _results(node: Node) -> list[Tensor]:

@@ -141,20 +141,23 @@ def loaded() -> list[Plan]:
 
 
 def words(source: str) -> set[str]:
-    """Kinds of statements and expressions, attributes, imports, keywords, and names not bound."""
+    """Kinds of statements, what is imported, names that nothing binds, and private attributes.
+
+    Public attributes and keywords are those of torch and the runtime: `codegen.allowed` holds them.
+    """
     tree = ast.parse(source)
-    found: set[str] = set()
-    bound = {
-        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    bound = {name.id for name in names if isinstance(name.ctx, ast.Store)}
     bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    found = {name.id for name in names} - bound
     for node in ast.walk(tree):
-        found.add(type(node).__name__)
         match node:
-            case ast.Attribute(attr=name) | ast.keyword(arg=str() as name) | ast.alias(name=name):
+            case ast.Attribute(attr=name) if name.startswith("_"):
                 found.add(name)
-            case ast.Name(id=name) if name not in bound:
+            case ast.alias(name=name):
                 found.add(name)
+            case ast.stmt() | ast.Lambda() | ast.NamedExpr() | ast.Await() | ast.comprehension():
+                found.add(type(node).__name__)
             case _:
                 pass
     return found
@@ -243,3 +246,24 @@ def test_problems(data: st.DataObject) -> None:
         return format_solution(problem, solve(problem, time_limit_s=2.0), "highs", 0.0)
 
     ends_well(run, ValueError, DataError)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "says"),
+    [
+        ("aten.arange.default", "dtype", -1, "`dtype` is no dtype"),  # torch would crash
+        ("aten.arange.default", "device", "cpu", "`device` is not for a plan to say"),
+        ("shardwright.cached_attention", "cache", 0, "`cache` must be identifiers and numbers"),
+    ],
+)
+def test_arguments_that_torch_does_not_look_at(op: str, name: str, value: Any, says: str) -> None:
+    for data in plans():
+        for path in leaves(data):
+            at_op = path[-1] == "op" and at(data, path) == op
+            names = [arg[0] for arg in at(data, path[:-1])["args"]] if at_op else []
+            if name in names:
+                place = (*path[:-1], "args", names.index(name), 1)
+                with pytest.raises(PlanError, match=says):
+                    plan_from_json(replaced(data, place, value))
+                return
+    raise AssertionError(f"no plan has {op}")
