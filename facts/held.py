@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 # by every class in it, and by the model alone; `tests/runtime/test_module.py` compares
-BY_ALL = frozenset(
-    {"MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "device", "generator", "mesh"}
-)
+BY_ALL = frozenset({
+    "MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "device", "explain_failures", "generator",
+    "mesh",
+})  # fmt: skip
 BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "FIXED", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
-    "PARAMETERS", "PHASE", "append", "cached_lengths", "decode", "demo", "from_checkpoint",
-    "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate", "local",
+    "PARAMETERS", "PHASE", "append", "cached_lengths", "compile_layers", "decode", "demo",
+    "from_checkpoint", "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate", "local",
     "local_part", "new_cache", "pack", "prefill", "programs", "recompute", "reset_parameters",
     "serving", "set_cache", "shard_inputs", "truncate", "unpack",
 })  # fmt: skip

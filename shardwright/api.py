@@ -33,6 +33,7 @@ from .loading import (
     check_formats,
     load_target,
     quiet_torch,
+    takes_tensors_alone,
     tokens_of,
     with_positions,
     with_tokens,
@@ -291,7 +292,7 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     if not phase.serves:
         return capture_graph(loaded, training=phase.backward)
     # One token alone attends itself, in an encoder as in a decoder, and shows no recurrence.
-    few = tokens_of(loaded) < FEWEST
+    few = tokens_of(loaded) < FEWEST and takes_tensors_alone(loaded)
     telling = _telling_positions(_with_few(loaded, FEWEST) if few else loaded)
     if telling is not None:
         if phase.needs_cache or is_decoder(telling):

@@ -168,8 +168,9 @@ def with_positions(loaded: Loaded) -> Loaded | None:
     name = next((name for name in POSITIONS if name in accepted), None)
     if name is None:
         return None
+    if name in loaded.tensors or _has_tokens(loaded):
+        _check_tensors_alone(loaded)
     if name in loaded.tensors:
-        _check_tokens_alone(loaded)
         return loaded
     alone = with_tokens_alone(loaded)
     if alone is None:
@@ -181,23 +182,33 @@ def with_positions(loaded: Loaded) -> Loaded | None:
 
 
 def with_tokens_alone(loaded: Loaded) -> Loaded | None:
-    """The same model without labels; None if it takes no tokens (batch, tokens).
-
-    Raises PlanError where it has inputs that are no tensors by name.
-    """
-    inputs = {name: x for name, x in loaded.tensors.items() if name != "labels"}
-    if all(x.ndim != 2 for x in inputs.values()):
+    """The same model without labels; None if it takes no tokens (batch, tokens), or has inputs
+    that are no tensors by name."""
+    if not _has_tokens(loaded) or _other_inputs(loaded):
         return None
-    _check_tokens_alone(loaded)
+    inputs = {name: x for name, x in loaded.tensors.items() if name != "labels"}
     return replace(loaded, inputs=inputs)
 
 
-def _check_tokens_alone(loaded: Loaded) -> None:
-    """Raises PlanError for inputs that serving cannot give: what is no tensor by its name."""
+def _has_tokens(loaded: Loaded) -> bool:
+    return any(x.ndim == 2 for name, x in loaded.tensors.items() if name != "labels")
+
+
+def takes_tensors_alone(loaded: Loaded) -> bool:
+    """Are all inputs tensors by their names?"""
+    return not _other_inputs(loaded)
+
+
+def _other_inputs(loaded: Loaded) -> list[tuple[str | int, ...]]:
+    """Where those inputs lie that are no tensors by name."""
     arguments = loaded.arguments
     inner = [path for path in arguments.paths.values() if len(path) > 1]
-    others = [*(path for path, _ in arguments.fixed), *inner]
-    if others:
+    return [*(path for path, _ in arguments.fixed), *inner]
+
+
+def _check_tensors_alone(loaded: Loaded) -> None:
+    """Raises PlanError for inputs that serving cannot give: what is no tensor by its name."""
+    if others := _other_inputs(loaded):
         raise PlanError(
             f"{type(loaded.model).__name__} is given `{spelled(others[0])}`; to be served, a model "
             "takes tokens and positions alone, by name, so forward must do without the rest"

@@ -228,7 +228,7 @@ class Net(nn.Module):
         self.places = nn.Embedding(24, 16)
 
     def forward(self, tokens, {positions}):
-        x = self.table(tokens) + self.places(position_ids)
+        x = self.table(tokens) + self.places({places})
         q = x.unflatten(-1, (2, 8)).transpose(1, 2)
         x = x + F.scaled_dot_product_attention(q, q, q, {attention}).transpose(1, 2).flatten(2)
         return {{"{output}": x{last} @ self.table.weight.t()}}
@@ -246,7 +246,7 @@ def decoder(
     positions: str = "position_ids=None", attention: str = "is_causal=True", **others: str
 ) -> str:
     """A file with a decoder whose `forward` is as described."""
-    words = {"output": "logits", "last": ""} | others
+    words = {"output": "logits", "last": "", "places": "position_ids"} | others
     return model(DECODER.format(positions=positions, attention=attention, **words))
 
 
@@ -275,7 +275,7 @@ def test_a_pinned_plan_is_not_said_to_be_the_best(run: Run) -> None:
         ({}, "--phase append --seq 8", "Net has 24 positions, but 8192 cached tokens and 8 new"),
         ({}, "--phase serve --seq 16 --output-tokens 10", "Net has 24 positions, but 24 cached"),
         (
-            {"positions": "places=None"},
+            {"positions": "labels=None", "places": "torch.arange(tokens.shape[1])"},
             "--phase decode --context 8",
             "Net.forward has no keyword `position_ids` (batch, tokens), so phase decode cannot",
         ),

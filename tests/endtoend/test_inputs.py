@@ -348,3 +348,17 @@ def test_serving_takes_tokens_and_positions_alone() -> None:
     inputs = {"input_ids": IDS, "position_ids": IDS, "scale": 2.0}
     with pytest.raises(PlanError, match="Placed is given `scale`; to be served, a model takes"):
         phase_graph(Loaded(Placed(), inputs, {}, None), "decode", 8)
+
+
+class Scaled(Net):
+    def forward(self, input_ids: Tensor, scale: float) -> Tensor:
+        return self.run(input_ids) * scale
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_without_a_cache_other_inputs_may_stay(tokens: int) -> None:
+    inputs = {"input_ids": torch.zeros(2, tokens, dtype=torch.long), "scale": 2.0}
+    loaded = Loaded(Scaled(), inputs, {}, None)
+    assert [each.name for each in phase_graph(loaded, "prefill", 0).inputs] == ["input_ids"]
+    with pytest.raises(PlanError, match="no keyword `position_ids`"):
+        phase_graph(loaded, "decode", 8)
