@@ -212,6 +212,7 @@ class _Converter:
             env[node] = self.function(node, env, grad)
             return
         args = self.autocast_args(_schema_args(target, node, env), node, env)
+        _check_statistics(op, dict(args))
         operands = [v for _, arg in args for v in _values(arg)]
         same = _same_value(op, dict(args), node)
         if same is not None:
@@ -436,6 +437,26 @@ def _bind(arg: Any, env: dict[fx.Node, _Bound]) -> Any:
     if isinstance(arg, (list, tuple)):
         return tuple(_bind(item, env) for item in arg)
     return arg
+
+
+# norms whose schema does not say that they change running statistics, and the flag that says so
+_STATISTICS = {
+    "aten.batch_norm.default": "training",
+    "aten.instance_norm.default": "use_input_stats",
+}
+
+
+def _check_statistics(op: str, args: Mapping[str, Arg]) -> None:
+    """Raises UnsupportedNode for a norm that changes its running statistics as it runs."""
+    if op not in _STATISTICS or args[_STATISTICS[op]] is not True:
+        return
+    statistics = args["running_mean"]
+    if isinstance(statistics, Value):
+        raise UnsupportedNode(
+            f"`{op}` changes the running statistics `{statistics.name}` as it runs; a sharded "
+            "model has no such state yet. Train with a norm that keeps none: nn.LayerNorm, or "
+            "nn.BatchNorm1d(..., track_running_stats=False)"
+        )
 
 
 def _of_values(
