@@ -16,6 +16,7 @@ from .costmodel.machines.cluster import load_cluster
 from .facts.held import taken
 from .facts.mesh import Mesh
 from .facts.phases import find_phase
+from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
@@ -340,6 +341,12 @@ def _with_few(loaded: Loaded, tokens: int) -> Loaded:
 
 
 def _served(graph: Graph, context: int) -> Graph:
+    for output in graph.outputs:
+        if name := updated_buffer(output.path):
+            raise PlanError(
+                f"{graph.name} changes its buffer `{name}` while it answers, and a served model "
+                "keeps nothing but caches; change it in training mode alone (`if self.training`)"
+            )
     try:
         return serving_graph(graph, context)
     except ServingError as error:

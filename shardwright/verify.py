@@ -38,6 +38,7 @@ from .draws import Drawn, Recorder, Replayed, WithoutDropout, draws_of
 from .facts.files import read_text
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
+from .facts.updated import updated_buffer, updated_path
 from .facts.users import import_user, is_file
 from .folder import MODULE_FILE, PLAN_FILE
 from .ir.capture.flex import written_out_flex
@@ -508,6 +509,10 @@ def _original(
         out = call(model)
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
+    buffers = dict(model.named_buffers())
+    for output in case.graph.outputs:
+        if name := updated_buffer(output.path):
+            found[str(output.path)] = buffers[name]
     entries = {path: found[path] for path in paths if path in found}
     at_once = ", whole sequences at once" if steps else ""
     at_once += ", `flex_attention` replaced by its formula" if written_out else ""
@@ -729,6 +734,7 @@ def _loaded_on_rank(folder: str) -> tuple[dict[str, Any], Any]:
     case = torch.load(Path(folder) / "case.pt", mmap=True, weights_only=True)
     module = import_source(Path(folder) / "generated.py")
     model = module.ShardedModel.from_state_dict(case["state"]).eval()
+    model.training = bool(_updates(model))  # layers stay without dropout
     model.mesh.manual_seed(0)
     return case, model
 
@@ -747,6 +753,8 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
         if training:
             _local_loss(model, out).backward()
         outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
+        state = model.full_state_dict() if _updates(model) else {}
+        outputs |= {str(updated_path(name)): state[name] for name in _updates(model)}
     gradients = model.full_gradients() if training else {}
     return [
         {
@@ -755,6 +763,11 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
         }
         for expected in wanted
     ]
+
+
+def _updates(model: Any) -> list[str]:
+    """The buffers that the module's program changes."""
+    return [name for output in model.OUTPUTS if (name := updated_buffer(output.path))]
 
 
 def _own_arguments(model: Any, case: Mapping[str, Any]) -> dict[str, Any]:
@@ -776,10 +789,16 @@ def _local_loss(model: Any, out: Any) -> Tensor:
 def _output_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Errors:
     """Scalars (the loss) apart from the others."""
     parts = {
-        "loss": {path: t for path, t in want.items() if t.ndim == 0},
-        "outputs": {path: t for path, t in want.items() if t.ndim},
+        "loss": {path: t for path, t in want.items() if t.ndim == 0 and not _is_buffer(path)},
+        "outputs": {path: t for path, t in want.items() if t.ndim and not _is_buffer(path)},
+        "buffers": {path: t for path, t in want.items() if _is_buffer(path)},
     }
     return {what: _errors(got, part) for what, part in parts.items() if part}
+
+
+def _is_buffer(path: str) -> bool:
+    """Is it the new value of a buffer that stands at this path, written as text?"""
+    return path.startswith(str(updated_path(""))[:-3])
 
 
 def _errors(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor]) -> tuple[float, str]:

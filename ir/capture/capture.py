@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ...compat.torch import fake_tensors, own_hooks, transient_buffers, tree_unflatten, whole_stacks
 from ...compat.transformers import State, is_pretrained
+from ...facts.updated import updated_path
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
 from ..graph.rewrite import flat
 from ..ops.live import remove_dead
@@ -298,10 +299,12 @@ def _finish(
                 "state yet"
             )
     try:
-        nodes, returned = convert(program.graph_module, bound, first_calls(model))
+        buffers = [param.value.name for param in params if param.kind == "buffer"]
+        nodes, returned, updated = convert(program.graph_module, bound, first_calls(model), buffers)
     except UnsupportedNode as error:
         raise CaptureError(str(error)) from error
     body, inputs, outputs = kept_states(nodes, inputs, _outputs(program, returned), arguments.paths)
+    outputs += tuple(Output(updated_path(name), value) for name, value in updated.items())
     graph = remove_dead(
         Graph(
             type(model).__name__,

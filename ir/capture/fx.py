@@ -31,6 +31,7 @@ from ..ops.users import (
     operator_arguments,
 )
 from .autocast import Region
+from .batch_norm import BATCH_NORM, counts, written_out
 from .functions import Called, Slot, called
 from .location import Frame, model_frames, place, statement
 
@@ -97,6 +98,7 @@ class _Converter:
     views: dict[str, Node] = field(default_factory=dict)  # value -> the node that views its operand
     frames: list[_Frames] = field(default_factory=list)  # of each node
     autocast: Region | None = None  # around what is converted now
+    buffers: frozenset[str] = frozenset()  # whose new values are put back after the forward pass
     leaves: frozenset[str] = frozenset()  # trained parameters, each cast once in a region
     cast_leaves: dict[tuple[str, torch.dtype], Value] = field(default_factory=dict)
 
@@ -184,7 +186,11 @@ class _Converter:
         bound = [_bind(operand, env) for operand in operands]
         if grad and not inner:
             bound = [self.detached(b, node) if isinstance(b, Value) else b for b in bound]
-        returned = self.run(submodule, dict(zip(placeholders, bound, strict=True)), bool(inner))
+        within: dict[fx.Node, _Bound] = dict(zip(placeholders, bound, strict=True))
+        returned = self.run(submodule, within, bool(inner))
+        for placeholder, before in zip(placeholders, bound, strict=True):
+            if within[placeholder] != before:  # changed in place
+                env.update({k: within[placeholder] for k, v in env.items() if v == before})
         self.autocast = around
         if (
             around is None
@@ -212,6 +218,9 @@ class _Converter:
             env[node] = self.function(node, env, grad)
             return
         args = self.autocast_args(_schema_args(target, node, env), node, env)
+        if op == BATCH_NORM and counts(dict(args)):
+            env[node] = self.batch_norm(dict(args), node, env, grad)
+            return
         _check_statistics(op, dict(args))
         operands = [v for _, arg in args for v in _values(arg)]
         same = _same_value(op, dict(args), node)
@@ -301,6 +310,22 @@ class _Converter:
                 "has a gradient; say with `.detach()` that it has none"
             )
 
+    def batch_norm(
+        self, args: dict[str, Arg], node: fx.Node, env: dict[fx.Node, _Bound], grad: bool
+    ) -> _Bound:
+        """A batch norm in training mode, written out; its running statistics are changed."""
+        traced, operands = written_out(node, args)
+        within: dict[fx.Node, _Bound] = dict(
+            zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True)
+        )
+        returned = self.run(traced, within, grad)
+        assert isinstance(returned, tuple)
+        result, *statistics = returned
+        for name, new in zip(("running_mean", "running_var"), statistics, strict=True):
+            assert isinstance(new, Value)
+            self.rebind(args[name], new, env, node)
+        return result
+
     # ---- in-place ops --------------------------------------------------------------------------
 
     def copied(self, to: TensorType, source: Value, node: fx.Node) -> tuple[tuple[str, Arg], ...]:
@@ -344,10 +369,11 @@ class _Converter:
             if not isinstance(bound, Value) or key is node:
                 continue
             shares = self.bases.get(bound.name, bound.name) == base
-            if shares and key.op == "placeholder":
+            if shares and key.op == "placeholder" and base not in self.buffers:
                 raise UnsupportedNode(
-                    f"`{node.target}` changes the input, parameter or buffer `{bound.name}` in "
-                    "place; compute a new tensor instead"
+                    f"`{node.target}` changes the input, parameter or non-persistent buffer "
+                    f"`{bound.name}` in place; compute a new tensor, or register the buffer with "
+                    "persistent=True"
                 )
             if bound.name in changed:
                 env[key] = changed[bound.name]
@@ -356,7 +382,7 @@ class _Converter:
                     f"`{node.target}` writes in place into memory that another tensor views; "
                     "write `x = torch.where(...)` or `x = x.op(...)` instead"
                 )
-        self.bases.update({value.name: new.name for value in changed.values() if value != new})
+        self.bases.update({value.name: base for value in changed.values()})
 
     def written_back(self, view: Node, parent: Value, part: Value, origin: fx.Node) -> Value:
         """`parent` with the part that `view` looks at replaced by `part`."""
@@ -409,9 +435,13 @@ def _with_operand(view: Node, operand: Value) -> Node:
 
 
 def convert(
-    module: fx.GraphModule, bound: dict[fx.Node, Value | None], modules: Mapping[str, Call]
-) -> tuple[list[Node], _Bound]:
-    """Nodes and returned structure of an exported graph whose placeholders are `bound`.
+    module: fx.GraphModule,
+    bound: dict[fx.Node, Value | None],
+    modules: Mapping[str, Call],
+    buffers: Iterable[str] = (),
+) -> tuple[list[Node], _Bound, dict[str, Value]]:
+    """Nodes and returned structure of an exported graph whose placeholders are `bound`, and the new
+    values of those `buffers` that it changes, by name.
 
     `modules` has the first call of each of the model's modules, by path.
 
@@ -419,12 +449,18 @@ def convert(
     """
     values = [value for value in bound.values() if value is not None]
     leaves = frozenset(value.name for value in values if value.differentiable)
-    converter = _Converter(modules=modules, leaves=leaves)
+    converter = _Converter(modules=modules, leaves=leaves, buffers=frozenset(buffers))
     converter.names.update(value.name for value in values)
-    result = converter.run(module, dict(bound), True)
+    env: dict[fx.Node, _Bound] = dict(bound)
+    result = converter.run(module, env, True)
+    updated: dict[str, Value] = {}
+    for node, before in bound.items():
+        after = env[node]
+        if before is not None and isinstance(after, Value) and after != before:
+            updated[before.name] = converter.detached(after, node)
     read = {value.name for node in converter.nodes for value in node.operands}
     read |= {value.name for value in tree_leaves(result) if isinstance(value, Value)}
-    return _with_targets(converter.nodes, converter.frames, read), result
+    return _with_targets(converter.nodes, converter.frames, read), result, updated
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -439,11 +475,8 @@ def _bind(arg: Any, env: dict[fx.Node, _Bound]) -> Any:
     return arg
 
 
-# norms whose schema does not say that they change running statistics, and the flag that says so
-_STATISTICS = {
-    "aten.batch_norm.default": "training",
-    "aten.instance_norm.default": "use_input_stats",
-}
+# a norm whose schema does not say that it changes running statistics, and the flag that says so
+_STATISTICS = {"aten.instance_norm.default": "use_input_stats"}
 
 
 def _check_statistics(op: str, args: Mapping[str, Arg]) -> None:
@@ -453,9 +486,8 @@ def _check_statistics(op: str, args: Mapping[str, Arg]) -> None:
     statistics = args["running_mean"]
     if isinstance(statistics, Value):
         raise UnsupportedNode(
-            f"`{op}` changes the running statistics `{statistics.name}` as it runs; a sharded "
-            "model has no such state yet. Train with a norm that keeps none: nn.LayerNorm, or "
-            "nn.BatchNorm1d(..., track_running_stats=False)"
+            f"`{op}` changes the running statistics `{statistics.name}` as it runs; "
+            "build it with track_running_stats=False"
         )
 
 

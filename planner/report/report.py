@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from ...facts.collectives import find_collective
@@ -10,6 +10,7 @@ from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import S, Spec, format_spec, is_shard
 from ...facts.units import format_bytes, format_seconds
+from ...facts.updated import updated_buffer
 from ...ir.graph import Node
 from ...ir.ops.labels import DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import operator_of, rule_of, words_of
@@ -43,7 +44,19 @@ def format_plan(plan: PlanData) -> str:
 
 
 def _notes(plan: PlanData) -> str:
-    return "\n".join(["Notes", *(f"  {note}" for note in plan.notes)]) if plan.notes else ""
+    notes = [*plan.notes, *_changed_buffers(plan)]
+    return "\n".join(["Notes", *(f"  {note}" for note in notes)]) if notes else ""
+
+
+def _changed_buffers(plan: PlanData) -> Iterator[str]:
+    """That a forward pass changes buffers, and of what its sums and means are."""
+    names = [name for out in plan.graph.outputs if (name := updated_buffer(out.path))]
+    if names:
+        more = ", ..." if len(names) > 1 else ""
+        yield (
+            f"A forward pass changes {len(names)} buffers ({names[0]}{more}) as one process does "
+            "that has the whole batch: statistics of batch norms are those of all ranks together."
+        )
 
 
 def _format_serving(plan: PlanData, decode: PlanData) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 
 from ...costmodel.memory import parameter_state_bytes
 from ...facts.spec import R, S, Spec, format_spec, is_shard
+from ...facts.updated import updated_buffer
 from ...ir.graph import Graph, Loop, Value
 from ...ir.ops.local import local_bytes
 from ...ir.ops.rule import Choice
@@ -372,6 +373,8 @@ class _Building:
             index = len(self.nodes)
             flow = self.flow(out.value.name)
             specs = self._storage(out.value, flow.specs)
+            if updated_buffer(out.path):  # of which each rank then keeps what it stores
+                specs = [(R,) * len(self.builder.sizes)]
             self.output_nodes[out.value.name] = Flow(index, tuple(specs))
             self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))
             flow.users.append(User(index, [(spec,) for spec in specs], 1, TopLevel()))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
 from ...facts.spec import parse_spec, zigzag_dims
+from ...facts.updated import updated_buffer
 from ..cache.cache import KVCache
 from ..cache.declared import Declared
 from ..cache.state import StateCache
@@ -90,6 +91,7 @@ class ShardedModule(nn.Module):
         self._schedule = make_schedule(
             self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS)
         )
+        self._updated: Mapping[str, Tensor] = {}  # whole new values of buffers, of this forward
         self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
         decode = self.DECODE  # in a tuple, because its parameters are this module's
         self._decoding = () if decode is None else (decode(self.mesh, shared=self),)
@@ -112,7 +114,10 @@ class ShardedModule(nn.Module):
             self._planned.refuse_changes(self)
             self._planned = None
         with self._schedule.model():
-            return super().__call__(*args, **kwargs)
+            out = super().__call__(*args, **kwargs)
+        self._state.update(self._updated)  # now that no weight on the move hides a buffer
+        self._updated = {}
+        return out
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +158,21 @@ class ShardedModule(nn.Module):
         return own_part(whole, parse_spec(spec), self.mesh, zigzag_dims(spec))
 
     def pack(self, *tensors: Tensor) -> Any:
-        """This rank's outputs in the structure that the original model returns."""
-        return pack(self.OUTPUTS, tensors)
+        """This rank's outputs in the structure that the original model returns.
+
+        New values of buffers are put back after `forward`.  Raises RuntimeError in eval mode where
+        the program is that of training mode, and changes buffers.
+        """
+        given = {output.path: tensor for output, tensor in zip(self.OUTPUTS, tensors, strict=True)}
+        updated = {name: x for path, x in given.items() if (name := updated_buffer(path))}
+        if updated and self.PHASE == TRAIN.name and not self.training:
+            raise RuntimeError(
+                f"this module was planned in training mode, in which it changes {min(updated)}; to "
+                "evaluate, plan with --phase prefill, and load the full_state_dict() of this there"
+            )
+        self._updated = updated
+        returned = self._returned
+        return pack(returned, [given[output.path] for output in returned])
 
     # --- parameters in and out -------------------------------------------------------------------
 
@@ -241,7 +259,12 @@ class ShardedModule(nn.Module):
 
     def gather_outputs(self, out: Any) -> Any:
         """What the original model would return: full tensors, without gradients."""
-        return gather_outputs(self.OUTPUTS, out, self.mesh)
+        return gather_outputs(self._returned, out, self.mesh)
+
+    @property
+    def _returned(self) -> list[Output]:
+        """What the model returns, without the new values of buffers."""
+        return [output for output in self.OUTPUTS if not updated_buffer(output.path)]
 
     # --- serving ---------------------------------------------------------------------------------
     # All tensors here are full ones, the same on every rank.
@@ -347,7 +370,7 @@ class ShardedModule(nn.Module):
 
     @property
     def _program(self) -> Program:
-        return Program(self.INPUTS, self.OUTPUTS, self.CACHES, self, self.CONTEXT, self.FIXED)
+        return Program(self.INPUTS, self._returned, self.CACHES, self, self.CONTEXT, self.FIXED)
 
     def _room(self, batch: int, tokens: int) -> Serving:
         """The serving state, with new caches unless those that are there are large enough."""

@@ -149,6 +149,11 @@ class State:
             local.zero_()
             local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
 
+    def update(self, wholes: Mapping[str, Tensor]) -> None:
+        """Put whole new values into buffers, of which this rank keeps its slices."""
+        for name, whole in wholes.items():
+            self._fill(name, StateDict({name: whole.detach()}), name)
+
     def _check_tied(self, name: str, source: Source, key: str) -> None:
         for part in self.originals[name].params:
             own = source.read(key, self._slices(self.table[part]))

@@ -222,3 +222,34 @@ def test_draws_of_a_model_whose_inputs_lie_in_a_batch(run: Run) -> None:
     ran = run("drawn.py", "--out", "out", *words.split())
     assert ran.code == 0 and "mesh dp=2" in ran.out and "names and sizes alone" not in ran.out
     passed(run("verify", "out"), "Net itself from drawn.py")
+
+
+COUNTED = """
+class Counted(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(32)
+
+    def forward(self, tokens):
+        x = self.norm(self.table(tokens).transpose(1, 2)).transpose(1, 2)
+        return {"logits": self.down(F.gelu(self.up(x)))}
+
+def build_model():
+    return Counted()
+"""
+
+
+def test_changed_buffers_are_compared(run: Run) -> None:
+    Path("counted.py").write_text(TINY + COUNTED)
+    ran = run("counted.py", "--out", "out", *SMALL.split(), "--mesh", "dp=2")
+    assert ran.code == 0 and "changes 3 buffers" in ran.out, ran.out + ran.err
+    passed(run("verify", "out"), "Counted itself from counted.py, float64", "    buffers ")
+
+    path = Path("out/sharded_model.py")
+    text = path.read_text()
+    broken = re.sub(r"(\* |\()0\.9\b", r"\g<1>0.8", text)
+    assert broken != text
+    path.write_text(broken)
+    ran = run("verify", "out")
+    assert ran.code == 1, ran.out
+    assert re.search(r"buffers +\S+ +\('updated buffer', 'norm.running_\w+'\) +TOO LARGE", ran.out)
