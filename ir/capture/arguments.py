@@ -98,21 +98,30 @@ class Arguments:
         if self.signature is None and not self.unnamed:
             yield
             return
-        kept, own = model.__dict__.get("forward"), model.forward
+        own = model.forward
 
         def forward(**tensors: Tensor) -> Any:
             return self.call(own, tensors)
 
-        kind = inspect.Parameter.KEYWORD_ONLY
-        shape = inspect.Signature([inspect.Parameter(name, kind) for name in self.paths])
-        forward.__signature__ = shape  # pyright: ignore[reportFunctionMemberAccess]
-        model.__dict__["forward"] = forward
-        try:
+        with called_by_name(model, forward, list(self.paths)):
             yield
-        finally:
-            del model.__dict__["forward"]
-            if kept is not None:
-                model.__dict__["forward"] = kept
+
+
+@contextmanager
+def called_by_name(
+    model: nn.Module, forward: Callable[..., Any], names: Sequence[str]
+) -> Generator[None]:
+    """Inside, `forward`, which takes tensors of these names, is that of `model`."""
+    kept, kind = model.__dict__.get("forward"), inspect.Parameter.KEYWORD_ONLY
+    shape = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    forward.__signature__ = shape  # pyright: ignore[reportFunctionMemberAccess]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if kept is not None:
+            model.__dict__["forward"] = kept
 
 
 # ---- from what is given to arguments by name -----------------------------------------------------

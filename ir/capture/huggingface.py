@@ -9,7 +9,6 @@ own registries then call the two functions at the bottom of this file, and, for 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ...compat import transformers as hf
 from ..ops.attention import attention, mask_stand_in
+from .arguments import called_by_name
 from .huggingface_config import load_config, refusals
 from .huggingface_experts import shardwright_experts
 
@@ -137,7 +137,7 @@ def states_given(
     if not states:
         yield
         return
-    kept, own, name = model.__dict__.get("forward"), model.forward, hf.cache_argument(model)
+    own, name = model.forward, hf.cache_argument(model)
 
     def forward(**given: Tensor) -> Any:
         before = {state: given.pop(state_name(state)) for state in states}
@@ -153,17 +153,8 @@ def states_given(
         results = {key: item for key, item in items if item is not cache}
         return results, {state_name(state): cache.held[state] for state in states}
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    names = [*inputs, *map(state_name, states)]
-    shape = inspect.Signature([inspect.Parameter(each, kind) for each in names])
-    forward.__signature__ = shape  # pyright: ignore[reportFunctionMemberAccess]
-    model.__dict__["forward"] = forward
-    try:
+    with called_by_name(model, forward, [*inputs, *map(state_name, states)]):
         yield
-    finally:
-        del model.__dict__["forward"]
-        if kept is not None:
-            model.__dict__["forward"] = kept
 
 
 def state_name(state: hf.State) -> str:

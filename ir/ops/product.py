@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -128,15 +128,24 @@ def _addmm_rule(node: Node) -> Rule:
     return factors(f"{' '.join(names)}, m k, k o -> m o", uneven=uneven, addends=[0])(node)
 
 
-def _emit_addmm(node: Node, render: Render) -> str:
-    scale = {name: "" if node.arg(name) == 1 else render.arg(name) for name in ("beta", "alpha")}
-    args = [render.arg(name) for name in ("self", "mat1", "mat2")]
-    return call("torch.addmm", *args, **scale)
+def _emit_added(function: str, *operands: str) -> Callable[[Node, Render], str]:
+    """A product that is added to `self`, both times a factor."""
+
+    def emit(node: Node, render: Render) -> str:
+        factors = ("beta", "alpha")
+        scale = {name: "" if node.arg(name) == 1 else render.arg(name) for name in factors}
+        return call(function, *(render.arg(name) for name in ("self", *operands)), **scale)
+
+    return emit
 
 
 FAMILY.add(
     "aten.addmm.default",
-    Product(_addmm_rule, _emit_addmm, saves=("mat1 if mat2", "mat2 if mat1")),
+    Product(
+        _addmm_rule,
+        _emit_added("torch.addmm", "mat1", "mat2"),
+        saves=("mat1 if mat2", "mat2 if mat1"),
+    ),
 )
 FAMILY.add(
     "aten.mm.default",
@@ -165,15 +174,13 @@ def _baddbmm_rule(node: Node) -> Rule:
     return factors(f"{names}, b m k, b k n -> b m n", addends=[0])(node)
 
 
-def _emit_baddbmm(node: Node, render: Render) -> str:
-    scale = {name: "" if node.arg(name) == 1 else render.arg(name) for name in ("beta", "alpha")}
-    args = [render.arg(name) for name in ("self", "batch1", "batch2")]
-    return call("torch.baddbmm", *args, **scale)
-
-
 FAMILY.add(
     "aten.baddbmm.default",
-    Product(_baddbmm_rule, _emit_baddbmm, saves=("batch1 if batch2", "batch2 if batch1")),
+    Product(
+        _baddbmm_rule,
+        _emit_added("torch.baddbmm", "batch1", "batch2"),
+        saves=("batch1 if batch2", "batch2 if batch1"),
+    ),
 )
 
 
