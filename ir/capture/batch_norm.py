@@ -65,8 +65,9 @@ def _norm(
     if affine is not None:
         weight, bias = affine
         y = y * weight.reshape(along) + bias.reshape(along)
-    count = x.numel() // x.shape[1]
-    unbiased = var.detach().reshape(-1) * (count / max(count - 1, 1))
+    # counted, since batches of other sizes than the planned one may come
+    count = torch.ones_like(wide).sum(dims)
+    unbiased = var.detach().reshape(-1) * (count / (count - 1).clamp(min=1))
     new_mean = running_mean * (1 - momentum) + mean.detach().reshape(-1) * momentum
     new_var = running_var * (1 - momentum) + unbiased * momentum
     return y.to(x.dtype), new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)

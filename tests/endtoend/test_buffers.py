@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -175,3 +176,30 @@ def test_eval_mode_of_a_module_for_training_is_refused(pool: Pool) -> None:
     wanted = model.eval()(x).detach()
     state = {name: t.detach() for name, t in model.state_dict().items()}
     assert_close(interpret(serving, state, {"x": x})[()], wanted, 1e-6, "eval")
+
+
+def test_batch_norms_count_the_batch_that_comes(pool: Pool) -> None:
+    """Running variances are those of one process, for batches of other sizes than planned, too."""
+    torch.manual_seed(0)
+    model = Norms().double()
+    state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    batches = [torch.randn(rows, TOKENS, WIDTH, dtype=torch.float64) for rows in (4, 12, 8)]
+    graph = widened(capture_folded(model, {"x": batches[0]}, training=True))
+    labelled = tuple(replace(each, labels=("b", "s", "")) for each in graph.inputs)
+    builder = builder_of(replace(graph, inputs=labelled), mesh_of(2))
+    source = source_of(builder, random_decisions(builder, 0))
+    model.load_state_dict(state)
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    for found in pool(2).run(running, source, state, batches):
+        for name, want in model.named_buffers():
+            assert_close(found[name], want, 1e-9, name)
+
+
+def running(source: str, state: dict[str, Tensor], batches: list[Tensor]) -> dict[str, Tensor]:
+    """In a rank: the state after some forward passes."""
+    model: Any = import_source(source).ShardedModel.from_state_dict(state)
+    for x in batches:
+        model(**model.shard_inputs(x=x))
+    return model.full_state_dict()
