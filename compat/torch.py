@@ -109,18 +109,33 @@ def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention by the device's fused kernel: result (b, h, s, d) and log-sum-exp (b, h, s).
 
-    All heads are d wide.  `mask` is added to the scores, on the CPU alone.
+    All heads are d wide.  `mask` is added to the scores, on the CPU alone.  On CUDA alone, with
+    `window` > 0 the last query stands at the last key, and each attends the last `window` keys.
     """
-    if q.is_cuda:
-        assert mask is None
+    if not q.is_cuda:
+        assert not window
+        kernel = _aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    assert mask is None
+    if not window:
         kernel = _aten._scaled_dot_product_flash_attention
         return kernel(q, k, v, 0.0, causal, False, scale=scale)[:2]
-    kernel = _aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = _aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale,
+        window_size_left=window - 1, window_size_right=0,
+    )[:2]  # fmt: skip
+    return out.transpose(1, 2), lse
 
 
 def flash_backward(
@@ -132,18 +147,26 @@ def flash_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of what `flash` computes without a mask."""
-    if q.is_cuda:
-        # Without dropout the kernel reads neither the random state nor the lengths.
-        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+    if not q.is_cuda:
+        kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    # Without dropout the kernel reads neither the random state nor the lengths.
+    unused, lse = torch.empty(2, dtype=torch.uint64, device=q.device), lse.contiguous()
+    if not window:
         kernel = _aten._scaled_dot_product_flash_attention_backward
         return kernel(
-            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2],
+            grad, q, k, v, out, lse, None, None, q.shape[2],
             k.shape[2], 0.0, causal, unused, unused, scale=scale,
         )  # fmt: skip
-    kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return kernel(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused,
+        scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 # -- capture

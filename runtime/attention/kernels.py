@@ -1,7 +1,8 @@
 """Attention of one block of queries over one block of keys: partial results and their gradients.
 
 A plain piece goes to torch's flash kernels, on the CPU (any float dtype) and on CUDA (half
-precision, heads up to 256); anything else to plain torch operations on tiles of bounded size.
+precision, heads up to 256); another to `flex_attention` on CUDA, and else, or in float64, to plain
+torch operations on tiles of bounded size.
 No path makes a score matrix of queries x keys, and none repeats K or V for grouped heads.
 
 Backward passes take the *final* `out` and `lse` of each query, whatever the number of blocks: with
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...compat.torch import flash, flash_backward
+from .flex import attend_flex, attend_flex_backward
 from .partial import Partial, wide
 from .pieces import Piece
 from .scores import Scores
@@ -49,7 +51,10 @@ def attend(
     for piece in pieces:
         if _fused(q, piece, scores):
             own, keys, values = _rows(q, k, v, piece)
-            result = _flash(own, keys, values, piece, scores.scale)
+            result = _flash(own, keys, values, piece, scores)
+            into.add_(*result, piece.q_row, given=True)
+        elif _flexible(q, v):
+            result = attend_flex(*_rows(q, k, v, piece), piece, scores)
             into.add_(*result, piece.q_row, given=True)
         else:
             for tile in _tiles(piece):
@@ -114,12 +119,15 @@ def attend_backward(
     if queries.q.numel() == 0 or queries.out.numel() == 0:
         return
     for piece in pieces:
-        fused = _fused(queries.q, piece, scores)
-        for part in (piece,) if fused else _tiles(piece):
+        fused, flexible = _fused(queries.q, piece, scores), _flexible(queries.q, v)
+        for part in (piece,) if fused or flexible else _tiles(piece):
             own = queries.rows(part.q_row, part.queries)
             _, keys, values = _rows(queries.q, k, v, part)
             if fused:
-                parts = _flash_backward(own, keys, values, part, scores.scale)
+                parts = _flash_backward(own, keys, values, part, scores)
+            elif flexible:
+                saved = own.q, own.lse, own.grad, own.delta
+                parts = attend_flex_backward(saved, keys, values, part, scores)
             else:
                 parts = _explicit_backward(own, keys, values, part, scores)
             spans = [(part.q_row, part.queries), *[(part.k_row, part.keys)] * 2]
@@ -146,18 +154,34 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor
 
 def _fused(q: Tensor, piece: Piece, scores: Scores) -> bool:
     """Whether a flash kernel takes the piece."""
-    if not scores.plain or piece.rule == "band":
+    if not scores.plain:
         return False
     if q.is_cuda:
-        return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= _CUDA_HEAD_DIM
-    return q.device.type == "cpu"
+        known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= _CUDA_HEAD_DIM
+        return known and (piece.rule != "band" or _ends_together(piece, scores))
+    return q.device.type == "cpu" and piece.rule != "band"
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a piece that is full or a triangle."""
+def _ends_together(piece: Piece, scores: Scores) -> bool:
+    """Is the last query at the last key, as CUDA's flash kernels have it under a window?"""
+    ahead = piece.k_position + piece.keys - piece.q_position - piece.queries
+    return scores.causal and scores.window > 0 and ahead == 0
+
+
+def _flexible(q: Tensor, v: Tensor) -> bool:
+    """Whether `flex_attention` takes what no flash kernel does."""
+    fits = max(q.shape[3], v.shape[3]) <= _CUDA_HEAD_DIM
+    return q.is_cuda and q.dtype != torch.float64 and fits
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scores: Scores) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a piece that is full, a triangle or a band."""
+    scale = scores.scale
     if piece.rule == "window":
         out, lse = _flash_kernel(q.flip(2), k.flip(2), v.flip(2), True, scale)
         return out.flip(2), lse.flip(2)
+    if piece.rule == "band":
+        return _flash_kernel(q, k, v, True, scale, scores.window)
     few = q.shape[2] <= _FEW_QUERIES and q.shape[1] > k.shape[1]
     if piece.rule == "full" and few:
         heads, rows = (k.shape[1], -1), (-1, q.shape[2])
@@ -168,9 +192,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float) -> tuple
 
 
 def _flash_backward(
-    queries: Queries, k: Tensor, v: Tensor, piece: Piece, scale: float
+    queries: Queries, k: Tensor, v: Tensor, piece: Piece, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a piece that is full or a triangle."""
+    """(dq, dk, dv) of a piece that is full, a triangle or a band."""
+    scale = scores.scale
+    if piece.rule == "band":
+        return _flash_backward_kernel(queries, k, v, True, scale, scores.window)
     if piece.rule != "window":
         return _flash_backward_kernel(queries, k, v, piece.rule == "causal", scale)
     turned = queries.flipped()
@@ -179,23 +206,23 @@ def _flash_backward(
 
 
 def _flash_kernel(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     # The kernels want one head dim for all; zeros change neither scores nor the other columns.
     head_dim = _kernel_head_dim(q, v)
     q, k, values = (_pad_heads(x, head_dim) for x in (q, k, v))
-    out, lse = flash(q, k, values, causal, scale)
+    out, lse = flash(q, k, values, causal, scale, window=window)
     return out[..., : v.shape[3]], lse
 
 
 def _flash_backward_kernel(
-    queries: Queries, k: Tensor, v: Tensor, causal: bool, scale: float
+    queries: Queries, k: Tensor, v: Tensor, causal: bool, scale: float, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     head_dim = _kernel_head_dim(queries.q, v)
     grad, q, keys, values, out = (
         _pad_heads(x, head_dim) for x in (queries.grad, queries.q, k, v, queries.out)
     )
-    dq, dk, dv = flash_backward(grad, q, keys, values, out, queries.lse, causal, scale)
+    dq, dk, dv = flash_backward(grad, q, keys, values, out, queries.lse, causal, scale, window)
     d, dv_dim = queries.q.shape[3], v.shape[3]
     return dq[..., :d], dk[..., :d], dv[..., :dv_dim]
 

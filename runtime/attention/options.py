@@ -54,7 +54,7 @@ class Options:
         mask = Mask() if self.mask is None else self._checked_mask(self.mask, q)
         return Scores(
             scale, self.causal, self.window, self.softcap, self.bias, self.slopes, mask,
-            chunk=self.chunk,
+            chunk=self.chunk, bands=q.is_cuda,
         )  # fmt: skip
 
     def _check_bias(self, bias: Tensor, q: Tensor) -> None:

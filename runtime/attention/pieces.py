@@ -8,12 +8,13 @@ one triangle is:
     full      everything
     causal    key i of the square for queries i, i + 1, ...
     window    key i of the square for queries ..., i - 1, i: a causal one with both sides reversed
-    band      whatever the positions say: for windows too narrow to be worth triangles
+    band      whatever the positions say: for windows too narrow to be worth triangles, and for
+              kernels that know positions
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeAlias
@@ -52,10 +53,12 @@ def cut(
     causal: bool,
     window: int,
     prefix: int,
+    bands: bool = False,
 ) -> tuple[Piece, ...]:
     """All pairs that may attend, each in exactly one piece; none empty.
 
-    Keys before position `prefix` are attended by every query of their document.
+    Keys before position `prefix` are attended by every query of their document.  With `bands` what
+    two runs have of one another is one piece, however many diagonals cross it.
     """
     of_document: dict[int, list[Run]] = {}
     for k in k_runs:
@@ -64,7 +67,7 @@ def cut(
         piece
         for q in q_runs
         for k in of_document.get(q.document, ())
-        for piece in _cut_with_prefix(q, k, causal, window, prefix)
+        for piece in _cut_with_prefix(q, k, causal, window, prefix, _band if bands else _cut)
     )
 
 
@@ -80,13 +83,33 @@ def fuse(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     return (*full, *causal, *rest)
 
 
-def _cut_with_prefix(q: Run, k: Run, causal: bool, window: int, prefix: int) -> Iterator[Piece]:
+def _cut_with_prefix(
+    q: Run, k: Run, causal: bool, window: int, prefix: int, cut_run: Callable[..., Iterator[Piece]]
+) -> Iterator[Piece]:
     common = min(max(prefix - k.position, 0), k.length)
     if common:
         yield Piece(q.row, q.length, k.row, common, q.position, k.position, "full")
     if common < k.length:
         rest = Run(k.row + common, k.position + common, k.length - common)
-        yield from _cut(q, rest, causal, window)
+        yield from cut_run(q, rest, causal, window)
+
+
+def _band(q: Run, k: Run, causal: bool, window: int) -> Iterator[Piece]:
+    """One piece of the queries and keys that have anything of one another."""
+    start, end = q.position, q.position + q.length
+    low, high = k.position, k.position + k.length
+    if causal:
+        start, high = max(start, low), min(high, end)
+    if window:
+        end, low = min(end, high + window - 1), max(low, start - window + 1)
+    if start >= end or low >= high:
+        return
+    crossed = causal and high - 1 > start, window > 0 and low <= end - 1 - window
+    rule: Rule = "band" if any(crossed) else "full"
+    if crossed == (True, False) and (start, end) == (low, high):
+        rule = "causal"
+    q_row, k_row = q.row + start - q.position, k.row + low - k.position
+    yield Piece(q_row, end - start, k_row, high - low, start, low, rule)
 
 
 def _cut(q: Run, k: Run, causal: bool, window: int) -> Iterator[Piece]:

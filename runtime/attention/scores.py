@@ -36,6 +36,7 @@ class Scores:
     bias            (b or 1, hq or 1, rows of q, S): columns are positions of keys
     slopes          (hq,): ALiBi, slopes * (key - query) is added, with |key - query| unless causal
     dbias           like bias: what backward adds its gradient to; None where nobody wants it
+    bands           the device's kernels know positions: windows need not be cut into triangles
     """
 
     scale: float
@@ -47,6 +48,7 @@ class Scores:
     mask: Mask = Mask()
     dbias: Tensor | None = None
     chunk: int = 0
+    bands: bool = False
 
     @property
     def plain(self) -> bool:
@@ -60,7 +62,8 @@ class Scores:
 
     def pieces_of(self, q_runs: tuple[Run, ...], k_runs: tuple[Run, ...]) -> tuple[Piece, ...]:
         """What some runs of queries attend of some runs of keys."""
-        found = cut(q_runs, k_runs, self.causal, self.window, self.mask.prefix)
+        bands = self.bands and (self.window > 0 or not self.plain)
+        found = cut(q_runs, k_runs, self.causal, self.window, self.mask.prefix, bands)
         return fuse(found) if self.plain else found
 
     def of_heads(self, first: int, count: int) -> Scores:

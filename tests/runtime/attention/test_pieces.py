@@ -56,9 +56,16 @@ def wanted(layout: Layout, q: int, k: int, causal: bool, window: int, prefix: in
     st.integers(0, 40),
     st.integers(0, 12),
     st.booleans(),
+    st.booleans(),
 )
 def test_pieces_hold_each_allowed_pair_once(
-    lengths: list[int], ranks: int, causal: bool, window: int, prefix: int, narrow: bool
+    lengths: list[int],
+    ranks: int,
+    causal: bool,
+    window: int,
+    prefix: int,
+    narrow: bool,
+    bands: bool,
 ) -> None:
     narrowest, module._NARROW = module._NARROW, 128 if narrow else 1  # pyright: ignore
     cut.cache_clear()
@@ -67,7 +74,7 @@ def test_pieces_hold_each_allowed_pair_once(
         prefix = 0 if window else prefix
         for q in range(ranks):
             for k in range(ranks):
-                found = cut(layout.runs[q], layout.runs[k], causal, window, prefix)
+                found = cut(layout.runs[q], layout.runs[k], causal, window, prefix, bands)
                 want = wanted(layout, q, k, causal, window, prefix).to(torch.int64)
                 assert torch.equal(count(found, layout.rows, causal, window), want)
                 fused = fuse(found)
