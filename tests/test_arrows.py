@@ -71,6 +71,7 @@ OUTSIDE: dict[str, set[str]] = {
 }
 for _package in ("mesh", "gathering", "cache", "attention", "serving"):
     OUTSIDE[f"runtime.{_package}"] = {"torch"}
+OUTSIDE["runtime.attention"].add("triton")  # which torch for CUDA brings; imported there alone
 
 
 def _package(file: Path) -> str:
