@@ -1,10 +1,12 @@
-"""What an algorithm of distributed attention is, and how autograd runs one."""
+"""What an algorithm of distributed attention is, and how autograd, or an operator, runs one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 from torch.autograd import Function
@@ -38,6 +40,67 @@ class Algorithm:
     whole: bool = False
 
 
+class Given(NamedTuple):
+    """The tensors of a call that gradients are for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
+    up: Tensor | None
+
+
+class Way(Protocol):
+    """How a call that is checked runs.
+
+    `ctx` is autograd's: forward keeps tensors in it, in the order of `save`, and nothing else.
+    """
+
+    def forward(self, ctx: Any, given: Given) -> Tensor:
+        """The result (b, hq, sq, dv)."""
+        ...
+
+    def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of what was given, in its order."""
+        ...
+
+
+Runner: TypeAlias = Callable[[Way, Given], Tensor]
+_runner: ContextVar[Runner | None] = ContextVar("runner", default=None)
+
+
+def run(way: Way, given: Given) -> Tensor:
+    """The attention of checked inputs, by autograd or as `run_by` says."""
+    runner = _runner.get()
+    result: Tensor = _Differentiable.apply(*given, way) if runner is None else runner(way, given)
+    return result
+
+
+@contextmanager
+def run_by(runner: Runner) -> Generator[None]:
+    """Inside, `runner` runs attention, without autograd."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
+
+
+class _Differentiable(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *given, ctx.way = args
+        return ctx.way.forward(ctx, Given(*given))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return *ctx.way.backward(ctx, grads[0]), None
+
+
 def differentiable(
     algorithm: Algorithm,
     task: Task,
@@ -48,36 +111,25 @@ def differentiable(
     up: Tensor | None = None,
 ) -> Tensor:
     """The attention of checked inputs (b, hq, sq, dv)."""
-    return _Differentiable.apply(q, k, v, sinks, task.scores.bias, up, task, algorithm)
+    return run(_ByAlgorithm(algorithm, task), Given(q, k, v, sinks, task.scores.bias, up))
 
 
-class _Differentiable(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        sinks: Tensor | None,
-        bias: Tensor | None,  # that of the task; autograd knows it by this
-        up: Tensor | None,
-        task: Task,
-        algorithm: Algorithm,
-    ) -> Tensor:
-        ctx.task, ctx.algorithm = task, algorithm
-        into = algorithm.forward(q, Held.of(q, k, v, up), sinks, task)
+@dataclass(frozen=True, slots=True)
+class _ByAlgorithm:
+    algorithm: Algorithm
+    task: Task
+
+    def forward(self, ctx: Any, given: Given) -> Tensor:
+        q, k, v, sinks, _, up = given
+        into = self.algorithm.forward(q, Held.of(q, k, v, up), sinks, self.task)
         return save(ctx, (q, k, v, sinks), into, up=up)
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
-        queries, held, dsinks = _saved_held(ctx, grads[0])
-        dq, dsent, dup = ctx.algorithm.backward(queries, held, task)
+    def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task, dbias = self.task.with_bias_gradient(ctx.needs_input_grad[4])
+        queries, held, dsinks = _saved_held(ctx, grad)
+        dq, dsent, dup = self.algorithm.backward(queries, held, task)
         dq, dk, *dv = (x.to(held.k.dtype) for x in (dq, *dsent))
-        return dq, dk, dv[0] if dv else None, dsinks, dbias, dup, None, None
+        return dq, dk, dv[0] if dv else None, dsinks, dbias, dup
 
 
 def start(q: Tensor, value_dim: int, sinks: Tensor | None) -> Partial:
@@ -94,7 +146,10 @@ def save(
     *more: Tensor,
     up: Tensor | None = None,
 ) -> Tensor:
-    """Keep inputs, final result and `more` tensors for backward; the result in q's dtype."""
+    """Keep inputs, final result and `more` tensors for backward; the result in q's dtype.
+
+    `Kept` (`kept.py`) tells compilers of them.
+    """
     q, k, v, sinks = inputs
     out = into.out.to(q.dtype)
     ctx.save_for_backward(q, k, v, sinks, up, out, into.lse, *more)

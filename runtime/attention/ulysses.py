@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .agreement import Call, agree
-from .algorithm import differentiable
+from .algorithm import Given, run, save
+from .held import Held
+from .kernels import Queries, sinks_gradient
 from .links import Group, Link, link_of, pack, unpack
 from .options import Options
 from .partial import wide
@@ -133,12 +134,7 @@ def _attention(
         queries.join(ulysses.size),
         keys.join(ulysses.size),
     )
-    sinks = None if options.sinks is None else options.sinks.narrow(0, own.start, count)
-    q, k, v = _ToHeads.apply(q, k, v, ulysses, heads)
-    index = heads.repeats(ulysses.rank)
-    if index is not None:
-        k, v = (x.index_select(1, torch.tensor(index, device=x.device)) for x in (k, v))
-    return _ToTokens.apply(differentiable(RING, task, q, k, v, sinks), ulysses)
+    return run(_ByHeads(task, ulysses, heads), Given(q, k, v, options.sinks, None, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,44 +167,84 @@ class Heads:
         return index
 
 
-class _ToHeads(torch.autograd.Function):
-    """(q, k, v) of all heads and own rows -> of own heads and all rows; one all-to-all."""
+@dataclass(frozen=True, slots=True)
+class _ByHeads:
+    """`task` is that of this rank's heads."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, link: Link, heads: Heads
-    ) -> tuple[Tensor, ...]:
-        ctx.link, ctx.heads = link, heads
-        ctx.shapes = (q.shape, k.shape, v.shape)
+    task: ShardTask
+    link: Link
+    heads: Heads
+
+    def forward(self, ctx: Any, given: Given) -> Tensor:
+        assert given.v is not None
+        q, k, v = self._to_heads(given.q, given.k, given.v)
+        held = Held.of(q, *self._repeated(k, v), None)
+        own = None if given.sinks is None else given.sinks[self._own]
+        out = save(ctx, (q, k, v, given.sinks), RING.forward(q, held, own, self.task))
+        return _swap(out, self.link, 2, 1, "forward")
+
+    def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, _, out, lse = ctx.saved_tensors
+        queries = Queries.of(q, out, lse, _swap(grad.to(q.dtype), self.link, 1, 2, "backward"))
+        dsinks = None
+        if sinks is not None:
+            dsinks = torch.zeros_like(sinks)
+            dsinks[self._own] = sinks_gradient(sinks[self._own], queries)
+        held = Held.of(q, *self._repeated(k, v), None)
+        dq, (dk, dv), _ = RING.backward(queries, held, self.task)
+        index = self._index(k)
+        if index is not None:
+            dk, dv = (dq.new_zeros(x.shape).index_add_(1, index, g) for x, g in ((k, dk), (v, dv)))
+        dq, dk, dv = self._to_tokens(*(x.to(q.dtype) for x in (dq, dk, dv)))
+        return dq, dk, dv, dsinks, None, None
+
+    @property
+    def _own(self) -> slice:
+        return self.heads.queries(self.link.rank)
+
+    def _index(self, k: Tensor) -> Tensor | None:
+        index = self.heads.repeats(self.link.rank)
+        return None if index is None else torch.tensor(index, device=k.device)
+
+    def _repeated(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Key heads for equal groups of query heads."""
+        index = self._index(k)
+        return (k, v) if index is None else (k.index_select(1, index), v.index_select(1, index))
+
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """(q, k, v) of all heads and own rows -> of own heads and all rows; one all-to-all."""
+        link, heads = self.link, self.heads
         sent = [
             pack(q[:, heads.queries(i)], k[:, heads.keys(i)], v[:, heads.keys(i)])
             for i in range(link.size)
         ]
-        shapes = _shapes_of(ctx.shapes, heads, link.rank)
+        shapes = _shapes_of((q.shape, k.shape, v.shape), heads, link.rank)
         received = link.all_to_all(sent, [sent[link.rank].numel()] * link.size, "forward")
         parts = [unpack(buffer, *shapes) for buffer in received]
         return tuple(torch.cat(same, 2) for same in zip(*parts, strict=True))
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        link, heads = ctx.link, ctx.heads
-        rows = [shape[2] for shape in ctx.shapes]
+    def _to_tokens(self, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of what `_to_heads` made -> of what it took; one all-to-all."""
+        link, heads = self.link, self.heads
+        counts = (heads.query_heads, heads.key_heads, heads.key_heads)
+        rows = [x.shape[2] // link.size for x in grads]
+        taken = [
+            torch.Size((x.shape[0], count, n, x.shape[3]))
+            for x, count, n in zip(grads, counts, rows, strict=True)
+        ]
         sent = [
-            pack(*(g.narrow(2, i * n, n) for g, n in zip(grads, rows, strict=True)))
+            pack(*(x.narrow(2, i * n, n) for x, n in zip(grads, rows, strict=True)))
             for i in range(link.size)
         ]
-        shapes = [_shapes_of(ctx.shapes, heads, i) for i in range(link.size)]
+        shapes = [_shapes_of(taken, heads, i) for i in range(link.size)]
         sizes = [sum(shape.numel() for shape in own) for own in shapes]
         received = link.all_to_all(sent, sizes, "backward")
-        totals = [grads[0].new_zeros(s, dtype=wide(grads[0].dtype)) for s in ctx.shapes]
+        totals = [grads[0].new_zeros(s, dtype=wide(grads[0].dtype)) for s in taken]
         for i, buffer in enumerate(received):
             own = (heads.queries(i), heads.keys(i), heads.keys(i))
             for total, where, part in zip(totals, own, unpack(buffer, *shapes[i]), strict=True):
                 total[:, where] += part
-        return (*(total.to(grads[0].dtype) for total in totals), None, None)
+        return tuple(total.to(grads[0].dtype) for total in totals)
 
 
 def _shapes_of(
@@ -222,22 +258,6 @@ def _shapes_of(
         torch.Size((k[0], counts[1], k[2], k[3])),
         torch.Size((v[0], counts[1], v[2], v[3])),
     )
-
-
-class _ToTokens(torch.autograd.Function):
-    """Results of own heads and all rows -> of all heads and own rows; one all-to-all."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, link: Link) -> Tensor:
-        ctx.link = link
-        return _swap(out, link, 2, 1, "forward")
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, None]:
-        return _swap(grads[0], ctx.link, 1, 2, "backward"), None
 
 
 def _swap(x: Tensor, link: Link, cut: int, joined: int, phase: Any) -> Tensor:

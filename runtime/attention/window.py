@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .algorithm import save, saved, saved_more, start
+from .algorithm import Given, run, save, saved, saved_more, start
 from .kernels import attend, attend_backward
 from .links import Group, Hop, pack, unpack
 from .options import Options
@@ -65,7 +64,7 @@ def window_attention(
             "window_attention: a halo needs the contiguous layout; for other layouts use"
             " ring_attention or gather_kv_attention with `window`"
         )
-    return _Window.apply(q, k, v, sinks, bias, task)
+    return run(_ByHalos(task), Given(q, k, v, sinks, bias, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +84,25 @@ def halos(window: int, rows: int, ranks: int) -> list[Halo]:
     return found
 
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        task: ShardTask,
-    ) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _ByHalos:
+    task: ShardTask
+
+    def forward(self, ctx: Any, given: Given) -> Tensor:
+        (q, k, v, sinks, *_), task = given, self.task
+        assert v is not None
         hop = _fetch(task, k, v)
         into = start(q, v.shape[3], sinks)
         attend(into, q, k, v, _own(task), task.scores)
-        ctx.task, fetched = task, hop.wait()
+        fetched = hop.wait()
         for halo, buffer in zip(_before(task), fetched, strict=True):
             keys, values = _unpack(buffer, halo, k, v)
             attend(into, q, keys, values, _pieces(task, halo), task.scores)
         return save(ctx, (q, k, v, sinks), into, *fetched)
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        task, dbias = ctx.task.with_bias_gradient(ctx.needs_input_grad[4])
-        queries, k, v, dsinks = saved(ctx, grads[0])
+    def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task, dbias = self.task.with_bias_gradient(ctx.needs_input_grad[4])
+        queries, k, v, dsinks = saved(ctx, grad)
         dq, dk, dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in (queries.q, k, v))
         shares: list[Tensor] = []
         for halo, buffer in zip(_before(task), saved_more(ctx), strict=True):
