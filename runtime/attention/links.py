@@ -131,6 +131,11 @@ class Link:
 
 def link_of(name: str, group: object) -> Link:
     """The link over a group that a user of function `name` gave."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} can't be compiled; call `shardwright.runtime.ops.attention` with an algorithm"
+            " and an axis, which is an operator for compilers"
+        )
     if not isinstance(group, ProcessGroup | Axis):
         raise TypeError(
             f"{name}: a group is a ProcessGroup (torch.distributed.group.WORLD for all ranks) or an"

@@ -14,12 +14,8 @@ from torch.nn import functional as F
 
 from ..mesh.collectives import Axis
 from ..mesh.stochastic import dropout
-from .algorithm import differentiable
-from .algorithms import LOCAL, OVER_SHARDS
-from .links import Link
+from . import calls, operator
 from .options import Options
-from .task import ShardTask
-from .tokens import Layout
 
 
 def attention(
@@ -70,7 +66,8 @@ def attention(
     if axis is not None:
         if mask is not None or dropout_p > 0:
             options.refuse("over an axis attention takes neither mask nor dropout")
-        return _over_shards(options, algorithm, axis, zigzag, q, k, v)
+        call = operator.over_shards if torch.compiler.is_compiling() else calls.over_shards
+        return call(options, algorithm, axis, zigzag, q, k, v)
     if up is not None or v is None:
         if mask is not None or dropout_p > 0:
             options.refuse("latents k, of which `up` makes heads, take neither mask nor dropout")
@@ -102,42 +99,17 @@ def _is_learned(mask: Tensor, shape: tuple[int, int]) -> bool:
     return mask.requires_grad and mask.ndim == 4 and mask.shape[2:] == shape
 
 
-def _over_shards(
-    options: Options,
-    algorithm: str,
-    axis: Axis,
-    zigzag: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-) -> Tensor:
-    """Attention of shards, which are equal."""
-    if algorithm not in OVER_SHARDS:
-        options.refuse(f"algorithm is one of {', '.join(OVER_SHARDS)}; got {algorithm!r}")
-    make = Layout.zigzag if zigzag else Layout.contiguous
-    more = {} if options.up is None else {"up": options.up}  # which not all algorithms know
-    return OVER_SHARDS[algorithm](
-        q, k, v, group=axis, causal=options.causal, window=options.window, scale=options.scale,
-        softcap=options.softcap, sinks=options.sinks,
-        layout=make(q.shape[2] * axis.size, axis.size), **more,
-    )  # fmt: skip
-
-
 def _by_positions(
     options: Options, q: Tensor, k: Tensor, v: Tensor | None, query_start: int
 ) -> Tensor:
-    """Attention without a mask of queries x keys: a ring of one rank."""
+    """Attention without a mask of queries x keys, in the dtype of autocast, as SDPA's."""
     up = options.up
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # as SDPA does
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k = q.to(dtype), k.to(dtype)
         v, up = (None if x is None else x.to(dtype) for x in (v, up))
-    options = replace(options, up=up)
-    options.check_keys(q, k, v)
-    queries = Layout.contiguous(q.shape[2], 1, start=query_start)
-    keys = Layout.contiguous(k.shape[2], 1)
-    task = ShardTask(Link(None), options.scores(q), queries, keys)
-    return differentiable(LOCAL, task, q, k, v, options.sinks, up)
+    call = operator.by_positions if torch.compiler.is_compiling() else calls.by_positions
+    return call(replace(options, up=up), query_start, q, k, v)
 
 
 def _with_positions(

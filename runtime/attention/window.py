@@ -144,7 +144,7 @@ def _fetch(task: ShardTask, k: Tensor, v: Tensor) -> Hop:
         (pack(*(x.narrow(2, rows - halo.rows, halo.rows) for x in (k, v))), rank + halo.distance)
         for halo in _after(task)
     ]
-    receive = [(k.new_empty(_size(halo, k, v)), rank - halo.distance) for halo in _before(task)]
+    receive = [(k.new_empty(size_of(halo, k, v)), rank - halo.distance) for halo in _before(task)]
     return task.link.swap(send, receive, "forward")
 
 
@@ -153,12 +153,14 @@ def _give_back(task: ShardTask, shares: list[Tensor], k: Tensor, v: Tensor) -> H
     rank, dtype = task.link.rank, wide(k.dtype)
     before = [rank - halo.distance for halo in _before(task)]
     receive = [
-        (k.new_empty(_size(halo, k, v), dtype=dtype), rank + halo.distance) for halo in _after(task)
+        (k.new_empty(size_of(halo, k, v), dtype=dtype), rank + halo.distance)
+        for halo in _after(task)
     ]
     return task.link.swap(list(zip(shares, before, strict=True)), receive, "backward")
 
 
-def _size(halo: Halo, k: Tensor, v: Tensor) -> int:
+def size_of(halo: Halo, k: Tensor, v: Tensor) -> int:
+    """Numbers in the message that brings it."""
     return k.shape[0] * k.shape[1] * halo.rows * (k.shape[3] + v.shape[3])
 
 

@@ -52,7 +52,7 @@ class Axis:
     """
 
     __slots__ = (
-        "name", "size", "rank", "sizes", "coordinates", "mesh", "parts", "_by", "_known_as",
+        "name", "size", "rank", "sizes", "coordinates", "mesh", "parts", "known_as", "_by",
         "__weakref__",
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ class Axis:
         self.rank = 0
         for ways, index in zip(sizes, coordinates, strict=True):
             self.rank = self.rank * ways + index
-        self._known_as = known_as(self, name)
+        self.known_as = known_as(self, name)  # what operators are told
 
     def __repr__(self) -> str:
         return f"Axis({self.name}={self.size}, rank={self.rank})"
@@ -214,7 +214,7 @@ class Axis:
     def move_with_gradient(self, x: Tensor, forward: Move, backward: Move) -> Tensor:
         """Run primitive `forward`, whose gradient takes `backward`."""
         if torch.compiler.is_compiling():
-            return move_opaquely(x, self._known_as, forward, backward)
+            return move_opaquely(x, self.known_as, forward, backward)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Convert.apply(x, self, forward, backward)
         return self.move(x, forward, "forward")

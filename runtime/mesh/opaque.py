@@ -47,6 +47,11 @@ def known_as(axis: Mover, name: str) -> str:
     return unique
 
 
+def axis_known_as(name: str) -> Any:
+    """The axis that is known by this name."""
+    return _axes[name]
+
+
 def move_opaquely(x: Tensor, axis: str, forward: Move, backward: Move) -> Tensor:
     """`forward` over the axis that is `known_as` this, whose gradient takes `backward`."""
     return _move(x, axis, _words(forward), _words(backward), False)
@@ -91,4 +96,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 _move.register_autograd(_gradient, setup_context=_keep)
 
 
-__all__ = ["known_as", "move_opaquely"]
+__all__ = ["axis_known_as", "known_as", "move_opaquely"]

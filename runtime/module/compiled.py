@@ -43,8 +43,8 @@ def _explained(path: str, name: str) -> Callable[[], Any]:
             said = str(error).strip().splitlines()[0]
             raise RuntimeError(
                 f"the layer `{path}` ({name}) can't be compiled as one graph: it runs what"
-                " torch.compile can't look into (attention over a sharded sequence and the routing"
-                " of experts are such); compile_layers(fullgraph=False) may compile a part of it,"
+                " torch.compile can't look into (the routing of experts is such);"
+                " compile_layers(fullgraph=False) may compile a part of it,"
                 f" and without compile_layers it runs as it is. torch says: {said}"
             ) from error
 
