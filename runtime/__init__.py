@@ -36,16 +36,18 @@ from .ops import (
     cross_entropy,
     dropout,
     last_token,
+    linear_cross_entropy,
+    softcap,
     vocab_embedding,
 )
 
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer",
     "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
-    "Partial", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule", "StateCache",
-    "StateTable", "Weight", "attention", "cached_attention",
-    "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token", "merge",
-    "moe", "ops", "pass_q_attention", "per_layer", "ring_attention", "run_ranks",
-    "shared_prefix_attention", "tree_attention", "ulysses_attention", "usp_attention",
-    "vocab_embedding", "window_attention",
+    "Partial", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule",
+    "StateCache", "StateTable", "Weight", "attention", "cached_attention", "count_collectives",
+    "cross_entropy", "dropout", "gather_kv_attention", "last_token", "linear_cross_entropy",
+    "merge", "moe", "ops", "pass_q_attention", "per_layer", "ring_attention", "run_ranks",
+    "shared_prefix_attention", "softcap", "tree_attention", "ulysses_attention",
+    "usp_attention", "vocab_embedding", "window_attention",
 ]  # fmt: skip

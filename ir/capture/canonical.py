@@ -354,8 +354,8 @@ def whole_cross_entropy(graph: Graph) -> Graph:
     """Cross entropy on logits and labels as the model has them, not flattened to tokens.
 
         cross_entropy_loss(reshape(logits, (b * s, v)), reshape(labels, (b * s,)))
-        ->  shardwright.cross_entropy(logits, labels, reduction=1, ignore_index=-100,
-                                      label_smoothing=0.0)
+        ->  shardwright.cross_entropy(logits, labels, dtype=None, reduction=1,
+                                      ignore_index=-100, label_smoothing=0.0)
 
     for class indices (not probabilities), without class weights, reduced to a mean or a sum.
     2-D logits become `shardwright.cross_entropy` as they are.  reduction: 1 mean, 2 sum.
@@ -381,6 +381,7 @@ def _cross_entropy(node: Node, made: dict[str, Node]) -> Node:
     args: tuple[tuple[str, Arg], ...] = (
         ("logits", logits),
         ("labels", labels),
+        ("dtype", None),
         ("reduction", reduction),
         ("ignore_index", node.arg("ignore_index")),
         ("label_smoothing", node.arg("label_smoothing")),

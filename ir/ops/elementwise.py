@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from ..graph import Node, Value
 from .forms import broadcasting, call, optional
@@ -30,6 +33,22 @@ _unary(
     aten.expm1.default      torch.expm1({self})
     """,
     saves="result",
+)
+
+
+class Softcap(Light):
+    """Numbers kept between -cap and cap: cap * tanh(x / cap)."""
+
+    shows = True
+
+    def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
+        """As models write it."""
+        return (args["x"] / args["cap"]).tanh() * args["cap"]
+
+
+FAMILY.add(
+    "shardwright.softcap",
+    Softcap(broadcasting(), "ops.softcap({x}, {cap})", saves=("result",)),
 )
 _unary(
     """

@@ -4,6 +4,7 @@
     (x - mean(x)) / sqrt(var(x) + eps) * w + b      ->  layer_norm
     x * cos + cat(-second half, first half) * sin   ->  rotary, in halves or in pairs
     0.5 * x * (1 + tanh(0.797885 * (x + ...)))      ->  gelu
+    cross_entropy(float32(linear(x, weight)))       ->  linear_cross_entropy (`losses.py`)
 
 One operator is one kernel, keeps less for backward than its parts do, and is one statement of the
 generated module.  Half-precision norms are rounded once instead of after each step.
@@ -17,6 +18,7 @@ from math import isclose, pi, sqrt
 from ..graph import Arg, Graph, Node, Value
 from .convolutions import causal_convolution
 from .formulas import Body, Formula, Found, with_operators
+from .losses import cross_entropy, softcap
 
 _ADD = "aten.add.Tensor"
 _MUL = "aten.mul.Tensor"
@@ -304,6 +306,8 @@ def _is_close(arg: Arg, number: float) -> bool:
     return isinstance(arg, float) and isclose(arg, number, rel_tol=1e-6)
 
 
-_FORMULAS: tuple[Formula, ...] = (_norm, _rotary, _gelu, causal_convolution)
+_FORMULAS: tuple[Formula, ...] = (
+    _norm, _rotary, _gelu, causal_convolution, cross_entropy, softcap,
+)  # fmt: skip
 
 __all__ = ["raised"]

@@ -575,9 +575,26 @@ example(
 
 
 def _loss(d: Draw, classes: int, **options: Any) -> Args:
-    defaults = {"reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
     tensors = {"logits": d.x(4, 6, classes), "labels": d.ints(classes, 4, 6)}
-    return tensors | defaults | options
+    return tensors | LOSS_OPTIONS | options
+
+
+LOSS_OPTIONS: Args = {
+    "dtype": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0,
+}  # fmt: skip
+example(
+    "shardwright.linear_cross_entropy",
+    lambda d: _linear_loss(d, 9),
+    lambda d: _linear_loss(d, 8, softcap=1.5, scale=0.5, reduction=2, ignore_index=3),
+    lambda d: _linear_loss(d, 8, bias=d.x(8), label_smoothing=0.1),
+)
+example("shardwright.softcap", lambda d: {"x": d.x(4, 6, 8), "cap": 1.5})
+
+
+def _linear_loss(d: Draw, classes: int, **options: Any) -> Args:
+    tensors = {"x": d.x(4, 6, 8), "weight": d.x(classes, 8), "labels": d.ints(classes, 4, 6)}
+    head: Args = {"bias": None, "scale": 1.0, "softcap": 0.0}
+    return tensors | head | LOSS_OPTIONS | options
 
 
 # --- routing -------------------------------------------------------------------------------------
