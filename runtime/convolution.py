@@ -32,7 +32,7 @@ def cached_convolution(
     The state (b, c, (k - 1) * dilation) then holds the last inputs.  No gradient.
     """
     turn = state.turn(positions)
-    whole = torch.cat([state.values, x], 2)
+    whole = torch.cat([state.before(turn), x], 2)
     state.keep(turn.last(whole, state.values.shape[2]))
     groups = x.shape[1] // weight.shape[1]
     return F.conv1d(whole, weight, bias, dilation=dilation, groups=groups)

@@ -14,7 +14,7 @@ from .cache.state import StateCache
 def state_before(initial: Tensor, state: StateCache, positions: Tensor) -> Tensor:
     """The states (b, ...) before new tokens at `positions` (b, t); `initial` for new sequences."""
     turn = state.turn(positions)
-    return torch.where(_rows(turn.fresh, initial), initial, state.values)
+    return torch.where(_rows(turn.fresh, initial), initial, state.before(turn))
 
 
 def state_step(before: Tensor, after: Tensor, positions: Tensor, index: int) -> Tensor:
@@ -24,8 +24,9 @@ def state_step(before: Tensor, after: Tensor, positions: Tensor, index: int) -> 
 
 def state_after(before: Tensor, after: Tensor, state: StateCache, positions: Tensor) -> Tensor:
     """Keep `after`, the states behind the new tokens, for sequences that have any."""
-    state.keep(torch.where(_rows((positions >= 0).any(1), after), after, before))
-    return state.values
+    kept = torch.where(_rows((positions >= 0).any(1), after), after, before)
+    state.keep(kept)
+    return kept
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cache.cache import KVCache, Step
+from ..cache.cache import DeviceStep, KVCache, Step
 from ..mesh.collectives import Axis
 from .algorithm import Algorithm
 from .algorithms import LOCAL, OVER_A_CACHE
 from .held import Held
 from .links import Link
 from .options import Options
+from .paged import attend_pages, partial_over_pages, with_sinks
 from .positions import work_at
 from .scores import Scores
 from .task import Task
+from .tree import merged
 from .work import Work
 
 
@@ -83,6 +87,10 @@ def cached_attention(
     cache has no room on this rank.  The other ranks then wait until this one ends, or for the time
     limit of the group; who would go on after it asks `cache.table.shortage` on all ranks before.
     """
+    if cache.table.on_device is not None:  # as a step of the host has run and been checked before
+        scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
+        scores = _scores(scale, causal, window, softcap, chunk)
+        return _on_device(cache, cache.table.on_device, axis, scores, q, k, v, sinks)
     options = Options("cached_attention", causal, window, scale, softcap, sinks, up=up, chunk=chunk)
     way = _way(options, algorithm, axis)
     _check_tensors(options, q, k, v, cache)
@@ -91,8 +99,41 @@ def cached_attention(
     link = Link(None if axis is None or axis.size == 1 else axis)
     if link.size == 1:
         way = LOCAL
+    cache.needs_host = _needs_host(way, up)
     held, task = _read(cache, step, way, link, scores, q, None if up is None else up.detach())
     return way.forward(q.detach(), held, sinks, task).out.to(q.dtype)
+
+
+def _needs_host(way: Algorithm, up: Tensor | None) -> str:
+    """Why steps that attend so can't run on the device alone, or nothing if they can."""
+    if up is not None:
+        return "it makes keys and values of cached latents, of as many as there are"
+    if way.travels != "nothing":
+        return f"`{way.name}` sends cached keys or queries, of as many as there are"
+    return ""
+
+
+@lru_cache
+def _scores(scale: float, causal: bool, window: int, softcap: float, chunk: int) -> Scores:
+    return Scores(scale, causal, window, softcap, chunk=chunk)
+
+
+def _on_device(
+    cache: KVCache,
+    step: DeviceStep,
+    axis: Axis | None,
+    scores: Scores,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Store and attend in a step of which the host knows nothing: `local` or `tree`."""
+    cache.put(k, v, step)
+    if axis is None or axis.size == 1:
+        return attend_pages(q, cache, step, scores, sinks)
+    whole = merged(partial_over_pages(q, cache, step, scores), Link(axis))
+    return with_sinks(whole, sinks).out.to(q.dtype)
 
 
 def _check_tensors(

@@ -215,6 +215,18 @@ def _flash_kernel(
     return out[..., : v.shape[3]], lse
 
 
+def flash_masked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the CPU, with `mask` added to the scores."""
+    if q.shape[3] == v.shape[3]:
+        return flash(q, k, v, False, scale, mask)
+    head_dim = _kernel_head_dim(q, v)
+    q, k, values = (_pad_heads(x, head_dim) for x in (q, k, v))
+    out, lse = flash(q, k, values, False, scale, mask)
+    return out[..., : v.shape[3]], lse
+
+
 def _flash_backward_kernel(
     queries: Queries, k: Tensor, v: Tensor, causal: bool, scale: float, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,7 @@ def _forward(q: Tensor, held: Held, sinks: Tensor | None, task: Task) -> Partial
     """The queries, which all ranks have, over the keys of each, merged on all ranks."""
     own, link = Partial.empty(q, held.value_dim), task.link
     held.attend(own, q, task.work(link.rank, link.rank), task.scores)
-    whole = _merged(own, link)
+    whole = merged(own, link)
     if sinks is not None:
         sink = Partial.of_sinks(sinks, q, held.value_dim)
         whole.add_(sink.out, sink.lse)
@@ -157,7 +157,7 @@ def _backward(queries: Queries, held: Held, task: Task) -> Gradients:
 TREE = Algorithm("tree", _forward, _backward, travels="nothing", whole=True)
 
 
-def _merged(own: Partial, link: Link) -> Partial:
+def merged(own: Partial, link: Link) -> Partial:
     """The ranks' partial results of the same queries as one, the same on all ranks."""
     highest = link.all_reduce(own.lse, "max", "forward")
     highest = highest.masked_fill(highest == -torch.inf, 0)

@@ -6,7 +6,8 @@ and is never stored.
 
 A `PageTable` says which page of the pool holds which tokens of which sequence.  All layers cache
 the same tokens, so the layers of a module share one table; each has a `KVCache` with its own
-numbers.  The bookkeeping is done on the CPU once per step, by the first layer of the step.
+numbers.  The bookkeeping is done on the CPU once per step, by the first layer of the step, or for
+several steps together around them (`device.py`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,34 @@ class Step:
         return self.memory[key]
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """New tokens of b sequences and all that is cached of them, the new ones included.
+
+    blocks     (b, pages) int32: the pages of each sequence, in order
+    counts     (b,) int64: its cached tokens
+    positions  (b, pages * 16) int32 of its tokens, by slot of the sequence; meaningless behind them
+    queries    (b, t) int64: positions of the new tokens, -1 for padding
+    slots      (b * t,) int64: where in the pool each is stored; behind it what is not kept here
+    in_place   sequence i has the slots from i * in_place on; 0 if pages must be looked up
+    memory     what the layers of the step share
+    """
+
+    blocks: Tensor
+    counts: Tensor
+    positions: Tensor
+    queries: Tensor
+    slots: Tensor
+    in_place: int
+    memory: dict[object, Any] = field(default_factory=dict[object, Any])
+
+    def once(self, key: object, make: Callable[[], _T]) -> _T:
+        """`make()`, made by the first layer that asks."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
+
+
 class PageTable:
     """Which pages of a pool hold which tokens of `batch` sequences.
 
@@ -75,7 +104,9 @@ class PageTable:
         self.device = torch.device(device)
         self.home = pages // batch  # pages of each sequence's own part
         self.step: Step | None = None
+        self.on_device: DeviceStep | None = None  # while the host does not follow the steps
         self.steps = 0
+        self.changes = 0  # how often tokens were stored by a step of the host, or moved
         self.counts = torch.zeros(batch, dtype=torch.int64)
         self._free = set(range(pages))
         self._pages: list[list[int]] = [[] for _ in range(batch)]
@@ -103,6 +134,10 @@ class PageTable:
                 for i, pages in enumerate(self._pages)
             )
         return self._in_place
+
+    def pages_of(self, sequence: int) -> list[int]:
+        """Pages that a sequence has, in the order of its tokens; the last ones may be empty."""
+        return list(self._pages[sequence])
 
     def slots(self) -> Tensor:
         """Slot in the pool of each stored token (b, s), 0 behind the last; on the device."""
@@ -172,14 +207,11 @@ class PageTable:
         kept = (self.positions >= 0) & (self.positions < limits[:, None])
         self.counts = kept.sum(1)
         self._positions[:, : kept.shape[1]].masked_fill_(~kept, -1)
-        for i, pages in enumerate(self._pages):
-            used = _pages_for(int(self.counts[i]))
-            self._free.update(pages[used:])
-            del pages[used:]
-            if not limits[i]:
+        for i, limit in enumerate(limits.tolist()):
+            if not limit:
                 self._forgotten[i] = -1
         self.step = None
-        self._changed()
+        self.give_back()
 
     def lost(self, lengths: Tensor) -> str:
         """Why sequences cannot go back to `lengths` (b,), or nothing if they can."""
@@ -192,6 +224,38 @@ class PageTable:
                     f" already dropped positions up to {last}"
                 )
         return ""
+
+    # --- storing several steps at once, around them -----------------------------------------------
+
+    def reserve(self, positions: Tensor) -> None:
+        """Take the pages for tokens that will be stored at `positions` (b, t), -1 for none.
+
+        Raises CacheFullError if pages are missing.
+        """
+        if self.window:
+            self._forget()
+        self._take_pages((positions >= 0).sum(1))
+        self._changed()
+
+    def record(self, positions: Tensor) -> None:
+        """Tokens at `positions` (b, t) were stored behind the others, in pages that were taken.
+
+        Those of a sequence go up; -1 is none.
+        """
+        new = positions >= 0
+        self._write_positions(positions, new, self.counts[:, None] + new.cumsum(1) - 1)
+        self.counts = self.counts + new.sum(1)
+        self._changed()
+
+    def give_back(self) -> None:
+        """Free the pages that hold no token."""
+        for pages, count in zip(self._pages, self.counts.tolist(), strict=True):
+            used = _pages_for(count)
+            self._free.update(pages[used:])
+            del pages[used:]
+        self._changed()
+
+    # --- details -----------------------------------------------------------------------------
 
     def _open(self, positions: Tensor, axis: Axis | None) -> Step:
         if (
@@ -221,6 +285,7 @@ class PageTable:
         rows = sequence * host.shape[1] + order[sequence, column]
         slots = self._slots_of(sequence, places[sequence, column])
         self.counts = self.counts + added
+        self.changes += 1
         self._changed()
         return Step(
             self.steps,
@@ -315,6 +380,7 @@ class PageTable:
         """Give back the pages that are out of reach."""
         for i, (pages, out) in enumerate(zip(self._pages, self._out_of_reach(), strict=True)):
             if out:
+                self.changes += 1
                 gone = out * PAGE
                 self._forgotten[i] = int(self._positions[i, gone - 1])
                 self._positions[i] = self._positions[i].roll(-gone)
@@ -357,17 +423,21 @@ class KVCache:
             pages = batch * _pages_for(tokens) if pages is None else pages
             table = PageTable(batch, pages, window=window, device=device)
         self.table = table
-        slots, place = table.pages * PAGE, table.device
         value_dim = key_dim if value_dim is None else value_dim
-        self.keys = torch.zeros(slots, heads, key_dim, dtype=dtype, device=place)
-        self.values_in_keys = values_in_keys
-        if not values_in_keys:
-            self.values = torch.zeros(slots, heads, value_dim, dtype=dtype, device=place)
-        elif value_dim <= key_dim:
-            self.values = self.keys[..., :value_dim]
-        else:
+        if values_in_keys and value_dim > key_dim:
             raise ValueError(f"KV cache: {key_dim} numbers of a key hold no {value_dim} of a value")
+        self.values_in_keys = values_in_keys
+        # Behind the pool is a slot for what a step on the device does not keep.
+        slots = table.pages * PAGE
+        self._pools = [
+            torch.zeros(slots + 1, heads, dim, dtype=dtype, device=table.device)
+            for dim in ([key_dim] if values_in_keys else [key_dim, value_dim])
+        ]
+        self.keys = self._pools[0][:slots]
+        self.values = self._pools[-1][:slots, :, :value_dim]
+        self._ordered: tuple[tuple[int, int, int], Tensor, Tensor] | None = None  # last views
         self._steps = table.steps
+        self.needs_host = "no step has run yet"  # why its steps can't run on the device alone
 
     def __repr__(self) -> str:
         _, heads, key_dim = self.keys.shape
@@ -401,22 +471,38 @@ class KVCache:
         Raises CacheFullError, which says how many tokens fit, and ValueError for tensors or
         positions that do not fit; nothing is stored then.
         """
-        new = [("k", k, self.keys)] + ([] if v is None else [("v", v, self.values)])
+        self._check(k, v, positions)
+        step = self.table.advance(self._steps, positions, axis)
+        self._steps += 1
+        for x, pool in zip((k, v), self._pools, strict=False):
+            assert x is not None
+            pool[step.slots] = x.detach().transpose(1, 2).flatten(0, 1)[step.rows]
+        return step
+
+    def put(self, k: Tensor, v: Tensor | None, step: DeviceStep) -> None:
+        """Store keys and values of new tokens, as in `append`, where a step on the device says.
+
+        They are known to fit.
+        """
+        for x, pool in zip((k, v), self._pools, strict=False):
+            assert x is not None
+            rows = x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+            pool.index_copy_(0, step.slots, rows)
+
+    def _check(self, k: Tensor, v: Tensor | None, positions: Tensor) -> None:
+        """Refuse keys and values of new tokens that do not fit the pool."""
         if (v is None) != self.values_in_keys:
             held = "holds values in its keys" if self.values_in_keys else "stores values"
             raise ValueError(f"KV cache: v is {'None' if v is None else 'given'}; the cache {held}")
-        for title, x, pool in new:
-            wanted = (*positions.shape[:1], pool.shape[1], *positions.shape[1:], pool.shape[2])
+        b, t = positions.shape
+        for title, x, pool in zip("kv", (k, v), self._pools, strict=False):
+            assert x is not None
+            wanted = (b, pool.shape[1], t, pool.shape[2])
             if x.shape != wanted or x.dtype != pool.dtype or x.device != pool.device:
                 raise ValueError(
                     f"KV cache: {title} is {x.dtype} {tuple(x.shape)} on {x.device}, expected"
                     f" {pool.dtype} {tuple(wanted)} on {pool.device}"
                 )
-        step = self.table.advance(self._steps, positions, axis)
-        self._steps += 1
-        for _, x, pool in new:
-            pool[step.slots] = x.detach().transpose(1, 2).flatten(0, 1)[step.rows]
-        return step
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (b, heads, s, key_dim), values (b, heads, s, value_dim), positions (b, s).
@@ -425,18 +511,25 @@ class KVCache:
         and values meaningless, but finite.  Positions of a sequence go up and are on the CPU.
         Views of the pool where every sequence lies in one piece, otherwise copies.
         """
-        positions = self.table.positions
-        k = self._read(self.keys)
-        v = self.values_of(k) if self.values_in_keys else self._read(self.values)
-        return k, v, positions
-
-    def _read(self, pool: Tensor) -> Tensor:
-        table = self.table
-        width = table.positions.shape[1]
+        table, positions = self.table, self.table.positions
         if table.in_place:
-            own = pool[: table.batch * table.home * PAGE].unflatten(0, (table.batch, -1))
-            return own[:, :width].transpose(1, 2)
-        return pool[table.slots()].transpose(1, 2)
+            k, v = self.in_order(table.home * PAGE, *positions.shape)
+            return k, v, positions
+        k = self.keys[table.slots()].transpose(1, 2)
+        if self.values_in_keys:
+            return k, self.values_of(k), positions
+        return k, self.values[table.slots()].transpose(1, 2), positions
+
+    def in_order(self, size: int, batch: int, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, heads, width, dim) of sequences whose slots begin at 0, size, ..."""
+        if self._ordered is None or self._ordered[0] != (size, batch, width):
+            own = (
+                pool[: batch * size].unflatten(0, (batch, size))[:, :width].transpose(1, 2)
+                for pool in (self.keys, self.values)
+            )
+            k, v = own
+            self._ordered = (size, batch, width), k, v
+        return self._ordered[1:]
 
     # --- to another layout, see `recache.py` ---------------------------------------------------
 

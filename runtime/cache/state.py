@@ -20,12 +20,16 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Turn:
     """New tokens: as they were given, how many each sequence has, (b,) on the device, and which
-    sequences (b,) had none before."""
+    sequences (b,) had none before.
+
+    `rows` (b,) on the device says which rows of the states the sequences have; None: all in order.
+    """
 
     number: int
     given: Tensor
     counts: Tensor
     fresh: Tensor
+    rows: Tensor | None = None
 
     def last(self, x: Tensor, count: int) -> Tensor:
         """The last `count` columns of `x` (b, c, count + t) before padding: (b, c, count)."""
@@ -36,13 +40,15 @@ class Turn:
 class StateTable:
     """How many tokens the states of `batch` sequences have seen; layers share it.
 
-    The bookkeeping is done on the CPU once per step, by the first layer of the step.
+    The bookkeeping is done on the CPU once per step, by the first layer of the step, or for several
+    steps together after them (`device.py`).
     """
 
     def __init__(self, batch: int, *, device: torch.device | str = "cpu") -> None:
         self.batch, self.device = batch, torch.device(device)
         self.counts = torch.zeros(batch, dtype=torch.int64)
         self.turns = 0
+        self.on_device: Turn | None = None  # while the host does not follow the steps
         self._turn: Turn | None = None
 
     def __repr__(self) -> str:
@@ -88,6 +94,10 @@ class StateTable:
         self.counts = torch.minimum(self.counts, limits)
         self._turn = None
 
+    def record(self, added: Tensor) -> None:
+        """Say that states have seen `added` (b,) tokens more of each sequence."""
+        self.counts = self.counts + added
+
     def begin_after(self, count: int) -> None:
         """Say of states that they have seen `count` tokens of each sequence."""
         self.counts = torch.full_like(self.counts, count)
@@ -129,7 +139,9 @@ class StateCache:
         table: StateTable | None = None,
     ) -> None:
         self.table = StateTable(batch, device=device) if table is None else table
-        self.values = torch.zeros(batch, *shape, dtype=dtype, device=self.table.device)
+        # Behind the states is a row for sequences of a step that are padding.
+        self._rows = torch.zeros(batch + 1, *shape, dtype=dtype, device=self.table.device)
+        self.values = self._rows[:batch]
         self._turns = self.table.turns
 
     def __repr__(self) -> str:
@@ -142,18 +154,28 @@ class StateCache:
 
     def turn(self, positions: Tensor) -> Turn:
         """New tokens at `positions` (b, t) int64; what is made of them must be kept (`keep`)."""
+        if self.table.on_device is not None:
+            return self.table.on_device
         turn = self.table.advance(self._turns, positions)
         self._turns += 1
         return turn
 
+    def before(self, turn: Turn) -> Tensor:
+        """The states (b, *shape) of the sequences of a turn; the next `keep` changes them."""
+        return self.values if turn.rows is None else self._rows.index_select(0, turn.rows)
+
     def keep(self, values: Tensor) -> None:
-        """Remember `values`, the states after the new tokens; what was there is as it was."""
+        """Remember `values` (b, *shape), the states after the new tokens of the last turn."""
+        turn = self.table.on_device
+        if turn is not None and turn.rows is not None:
+            self._rows.index_copy_(0, turn.rows, values.detach())
+            return
         if values.shape != self.values.shape or values.dtype != self.values.dtype:
             raise ValueError(
                 f"a state is {self.values.dtype} {tuple(self.values.shape)}, got {values.dtype}"
                 f" {tuple(values.shape)}"
             )
-        self.values = values.detach()
+        self.values.copy_(values.detach())
 
     def reset(self, rows: Tensor) -> None:
         """Forget the sequences where `rows` (b,) says so."""

@@ -30,6 +30,8 @@ def own_part(whole: Tensor, spec: Spec, mesh: Mesh, zigzag: Sequence[int] = ()) 
     Dims in `zigzag` are cut in zigzag order.  `spec` may cut further dims than `whole` has: of
     lengths (b,) or positions (b, t) a cache's spec takes this rank's sequences.
     """
+    if mesh.size == 1:
+        return whole
     for dim in zigzag:
         whole = to_zigzag(whole, dim, cuts(spec, mesh, dim))
     own = blocks(whole.shape, spec, mesh.sizes, mesh.coordinates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -281,15 +282,29 @@ class ShardedModule(nn.Module):
             owner, leaf = owner_of(module, name)
             setattr(owner, leaf, cache)
 
-    def new_cache(self, batch: int, tokens: int, *, total_tokens: int | None = None) -> None:
+    def new_cache(
+        self,
+        batch: int,
+        tokens: int,
+        *,
+        total_tokens: int | None = None,
+        capture: bool | None = None,
+    ) -> None:
         """Empty KV caches for `batch` sequences of up to `tokens` tokens each.
 
         `total_tokens` is what all sequences hold together (default: batch * tokens): with fewer,
         long sequences use the memory that short ones leave.  Where the batch is sharded, each rank
         has its share of the total for its own sequences.  Replaces the caches that are there.
+
+        On CUDA a decode step is captured as a CUDA graph and replayed, one for each size of batch
+        (1, 2, 4, 8, ...).  `capture=False` runs steps as they are; where a step can't be captured,
+        a warning says which part of the model forbids it, and with `capture=True` RuntimeError.
         """
-        served = Served(type(self).__name__, self.mesh, self.programs(), self.set_cache)
-        self._serving = Serving(served, batch, tokens, total_tokens)
+        served = Served(
+            type(self).__name__, self.mesh, self.programs(), self.set_cache,
+            (self, *self._decoding),
+        )  # fmt: skip
+        self._serving = Serving(served, batch, tokens, total_tokens, capture)
 
     @property
     def serving(self) -> Serving:
@@ -326,6 +341,24 @@ class ShardedModule(nn.Module):
         """
         return self.serving.append(input_ids, lengths)
 
+    def admit(
+        self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[list[int], Tensor]:
+        """Begin sequences with prompts (n, t) beside those that are there.
+
+        Returns the numbers of the n sequences, which were free, and logits (n, v) of the token that
+        follows each.  `lengths` as in `prefill`.  After `new_cache` all are free.  Raises
+        ValueError if too few are, CacheFullError if the prompts do not fit.
+        """
+        return self.serving.admit(input_ids, lengths)
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence, so that another may be admitted in its place.
+
+        `decode` then skips it: its token is not read, and its logits mean nothing.
+        """
+        self.serving.free(sequence)
+
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Go back: keep only the first `lengths[i]` cached tokens of sequence i (b,).
 
@@ -346,7 +379,9 @@ class ShardedModule(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int | None = None,
+        capture: bool | None = None,
     ) -> Tensor:
         """Prompts (b, t) with up to `max_new_tokens` tokens behind them, (b, t + new).
 
@@ -357,26 +392,29 @@ class ShardedModule(nn.Module):
 
         The likeliest token is taken, or, with `do_sample`, one is drawn: logits / temperature, of
         those the `top_k` highest (0: all), of those the fewest with a probability of `top_p` or
-        more together.  Draws depend on `seed`, or on the mesh's shared generator, and every
+        more together, of those the ones at least `min_p` times as likely as the likeliest.  Draws
+        depend on `seed`, or on the mesh's shared generator, and every
         rank returns the same.
 
-        Uses the cache that is there if it is large enough, else makes a new one.
+        Uses the cache that is there if it is large enough, and made with that `capture` (see
+        `new_cache`; None: any), else makes a new one.
         """
+        room = partial(self._room, capture=capture)
         return generate(
-            self._room, input_ids, max_new_tokens, lengths=lengths, attention_mask=attention_mask,
+            room, input_ids, max_new_tokens, lengths=lengths, attention_mask=attention_mask,
             eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
         )  # fmt: skip
 
     @property
     def _program(self) -> Program:
         return Program(self.INPUTS, self._returned, self.CACHES, self, self.CONTEXT, self.FIXED)
 
-    def _room(self, batch: int, tokens: int) -> Serving:
+    def _room(self, batch: int, tokens: int, capture: bool | None = None) -> Serving:
         """The serving state, with new caches unless those that are there are large enough."""
         serving = self._serving
-        if serving is None or serving.batch != batch or serving.tokens < tokens:
-            self.new_cache(batch, tokens)
+        if serving is None or not serving.suits(batch, tokens, capture):
+            self.new_cache(batch, tokens, capture=capture)
         return self.serving
 
     # --- demonstration ---------------------------------------------------------------------------

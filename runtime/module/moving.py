@@ -45,6 +45,8 @@ def make_schedule(
                     for name, weight in rows
                 )
             )
+    if not any((*stages, *(unit for loop in units for unit in loop))):
+        return Schedule([[]], [])  # nothing comes or goes, so no layer need say when it runs
     schedule = Schedule(stages, units)
     for loop, layers in enumerate(loops):
         for index, layer in enumerate(layers):

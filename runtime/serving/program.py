@@ -9,7 +9,7 @@ from math import lcm
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...facts.nested import Constant, Path
 from ...facts.phases import DECODE, PREFILL
@@ -21,7 +21,7 @@ from ..cache.recache import change_between
 from ..cache.state import StateCache
 from ..mesh.batches import Fixed, Input, Output, gather_output, shard_inputs
 from ..mesh.mesh import Mesh
-from ..mesh.parts import ways
+from ..mesh.parts import own_part, ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,23 @@ class Program:
             )
         return found[0]
 
+    def cuts_tokens(self, mesh: Mesh) -> bool:
+        """Do ranks get some of the new tokens of a sequence?"""
+        return any(ways(parse_spec(each.spec), mesh, 1) > 1 for each in self.inputs.values())
+
     @torch.no_grad()
     def next_logits(self, mesh: Mesh, ids: Tensor, positions: Tensor) -> Tensor:
         """Full logits (b, v) after full tokens (b, t), -1 where a position is padding."""
         batch = {"input_ids": ids, "position_ids": positions}
         out = self.run(**shard_inputs(self.inputs, batch, mesh))
+        return gather_output(self.logits, out, mesh)[:, 0]
+
+    @torch.no_grad()
+    def next_logits_on_device(self, mesh: Mesh, ids: Tensor, positions: Tensor) -> Tensor:
+        """As `next_logits`, of tensors on the device that are known to fit: it asks no host."""
+        batch = {"input_ids": ids, "position_ids": positions}
+        own = {name: parse_spec(self.inputs[name].spec) for name in batch}
+        out = self.run(**{n: own_part(x, own[n], mesh).contiguous() for n, x in batch.items()})
         return gather_output(self.logits, out, mesh)[:, 0]
 
 
@@ -71,12 +83,14 @@ class Served:
 
     `title` is what errors call it; `programs` has one for each phase, by its name.  `put` is told
     of each new cache of this rank by its name, and with None that the cache of that name must go.
+    `models` are the modules that run, whose parts errors name.
     """
 
     title: str
     mesh: Mesh
     programs: Mapping[str, Program]
     put: Callable[[str, KVCache | StateCache | None], None]
+    models: Sequence[nn.Module] = ()
 
     @property
     def caches(self) -> Mapping[str, Declared]:
@@ -112,19 +126,18 @@ class Served:
             paths[name] = path
         return paths
 
+    def row_parts(self) -> int:
+        """Into how many parts of equal size all programs and caches cut a batch, or a multiple."""
+        specs = [spec for path in self.paths().values() for spec in path]
+        specs += [parse_spec(program.tokens.spec) for program in self.programs.values()]
+        return lcm(*(ways(spec, self.mesh, BATCH) for spec in specs))
+
     def padded_rows(self, batch: int) -> int:
         """Sequences with padding: a multiple of what all programs and caches cut a batch into."""
-        specs = [spec for path in self.paths().values() for spec in path]
-        planned: set[int] = set()
-        steps: list[int] = []
-        for program in self.programs.values():
-            wanted = program.tokens
-            specs.append(parse_spec(wanted.spec))
-            if 0 not in wanted.free:
-                planned.add(wanted.shape[0])
-            elif wanted.step:
-                steps.append(wanted.step[0])
-        step = lcm(*(ways(spec, self.mesh, BATCH) for spec in specs), *steps)
+        tokens = [program.tokens for program in self.programs.values()]
+        planned = {wanted.shape[0] for wanted in tokens if 0 not in wanted.free}
+        steps = [wanted.step[0] for wanted in tokens if 0 in wanted.free and wanted.step]
+        step = lcm(self.row_parts(), *steps)
         rows = max([-(-batch // step) * step, *planned])
         if planned and planned != {rows}:
             raise ValueError(

@@ -22,8 +22,11 @@ from ..mesh.mesh import Mesh
 from ..mesh.parts import ways
 from .arrange import arrange, arrange_in_order
 from .caches import Caches
+from .captured import Graphs
 from .program import Program, Served
 from .prompts import checked_lengths
+from .sampling import Choice
+from .stepping import Stepper
 
 
 class Serving:
@@ -34,10 +37,19 @@ class Serving:
     """
 
     def __init__(
-        self, served: Served, batch: int, tokens: int, total_tokens: int | None = None
+        self,
+        served: Served,
+        batch: int,
+        tokens: int,
+        total_tokens: int | None = None,
+        capture: bool | None = None,
     ) -> None:
-        self._served = served
+        graphs = Graphs(capture, served.mesh.device, *served.models)
+        self._served, self._graphs = served, graphs
         self._caches = Caches(served, batch, tokens, total_tokens)
+        self._stepper = Stepper(served, served.programs[DECODE.name], self._caches, graphs)
+        self._needs_host: dict[int, str] = {}  # by program, why the host must lead its steps
+        self._in_use = torch.zeros(batch, dtype=torch.bool)
 
     @property
     def mesh(self) -> Mesh:
@@ -53,6 +65,11 @@ class Serving:
     def tokens(self) -> int:
         """How many tokens of a sequence there may be."""
         return self._caches.tokens
+
+    def suits(self, batch: int, tokens: int, capture: bool | None) -> bool:
+        """Is there room for a batch of sequences, and are steps captured as asked for?"""
+        enough = self.batch == batch and self.tokens >= tokens
+        return enough and capture in (None, self._graphs.wanted)
 
     @property
     def stateful(self) -> bool:
@@ -71,17 +88,59 @@ class Serving:
         self._check_batch(input_ids, 2)
         counts = checked_lengths(lengths, input_ids, least=1)
         self._caches.clear()
+        self._in_use.fill_(True)
         return self.step(PREFILL, input_ids, counts)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Continue every sequence with one token (b,); logits (b, v)."""
         self._check_batch(tokens, 1)
-        return self.step(DECODE, tokens[:, None], torch.ones(self.batch, dtype=torch.int64))
+        if not bool(self._in_use.any()):
+            self._in_use.fill_(True)
+        if self.follows(DECODE):
+            return self.step(DECODE, tokens[:, None].cpu(), self._in_use.to(torch.int64))
+        return self._stepper.logits(tokens, self._in_use)
 
     def append(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """Continue the sequences with several tokens (b, t); logits (b, v)."""
         self._check_batch(input_ids, 2)
-        return self.step(APPEND, input_ids, checked_lengths(lengths, input_ids))
+        counts = checked_lengths(lengths, input_ids)
+        self._in_use |= counts > 0
+        return self.step(APPEND, input_ids, counts)
+
+    def admit(
+        self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[list[int], Tensor]:
+        """Begin sequences with prompts (n, t) beside those that are there.
+
+        Returns which sequences they are, and the logits (n, v) of each.
+        """
+        check_tensor("input_ids", input_ids)
+        counts = checked_lengths(lengths, input_ids, least=1)
+        free = (~self._in_use).nonzero().flatten()[: len(counts)]
+        if len(free) < len(counts):
+            raise ValueError(
+                f"{len(counts)} sequences cannot join, as {len(free)} of {self.batch} are free;"
+                " `free` those that have ended, or make the cache with a larger batch"
+            )
+        ids = torch.zeros(self.batch, input_ids.shape[1], dtype=torch.int64)
+        ids[free] = input_ids.cpu().to(torch.int64)
+        self._check_batch(ids, 2)
+        of_all = torch.zeros(self.batch, dtype=torch.int64).index_copy(0, free, counts)
+        logits = self.step(PREFILL, ids, of_all)
+        self._in_use[free] = True
+        return free.tolist(), logits[free.to(logits.device)]
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence, whose place another may take."""
+        if not 0 <= sequence < self.batch or not self._in_use[sequence]:
+            raise ValueError(
+                f"sequence {sequence} is none of {self._in_use.nonzero().flatten().tolist()}, which"
+                " are there"
+            )
+        limits = self.lengths.clone()
+        limits[sequence] = 0
+        self._caches.truncate(limits)
+        self._in_use[sequence] = False
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Keep only the first `lengths[i]` cached tokens of sequence i (b,)."""
@@ -94,6 +153,40 @@ class Serving:
         self._caches.truncate(limits)
 
     # --- steps -----------------------------------------------------------------------------------
+
+    def first(self, logits: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
+        """The tokens (b,) that follow `logits` (b, v), on the CPU and the same on all ranks."""
+        return self._stepper.first(logits, choice, generator)
+
+    def draw(
+        self,
+        tokens: Tensor,
+        alive: Tensor,
+        most: int,
+        choice: Choice,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The next tokens (n, b), n from 1 to `most`, of sequences that are `alive` (b,).
+
+        `tokens` (b,) are those before them, not cached yet; the last ones that are returned are
+        not either.  Sequences that have ended go on with padding; rows end where all have.
+        """
+        if self.follows(DECODE):
+            logits = self.step(DECODE, tokens[:, None], alive.to(torch.int64))
+            return self.first(logits, choice, generator).where(alive, choice.pad)[None]
+        return self._stepper.draw(tokens, alive, most, choice, generator)
+
+    def follows(self, phase: Phase) -> bool:
+        """Must the host lead the steps of a phase?  If not, the device does them alone.
+
+        The caches are then as its program wants them.  Known when that has run once.
+        """
+        self.lay_out(phase)
+        program = self._served.programs[phase.name]
+        why = self._needs_host.get(id(program), "no step has run")
+        if why and id(program) in self._needs_host:
+            self._graphs.give_up(why)
+        return bool(why)
 
     def step(self, phase: Phase, ids: Tensor, counts: Tensor) -> Tensor:
         """Feed the first `counts[i]` of the tokens `ids[i]` to sequence i; logits (b, v).
@@ -137,6 +230,8 @@ class Serving:
                 f"expected integer tokens ({self.batch}{', t' if ndim == 2 else ''}) for the"
                 f" {self.batch} sequences of the cache, got {ids.dtype} {tuple(ids.shape)}"
             )
+        if ids.device.type != "cpu":  # where looking waits for a queue of kernels
+            return
         program = next(iter(self._served.programs.values()))
         check_indices("input_ids" if ndim == 2 else "tokens", ids, program.tokens.high)
 
@@ -160,6 +255,10 @@ class Serving:
         caches.check_room(positions, parse_spec(program.tokens.spec), counts)
         logits = program.next_logits(self.mesh, given, positions)
         caches.lengths = caches.lengths + counts
+        cut = program.cuts_tokens(self.mesh)
+        self._needs_host[id(program)] = (
+            "its program cuts the new tokens of a sequence" if cut else caches.needs_host()
+        )
         return logits[: self.batch]
 
     def _arranged(self, program: Program, counts: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from shardwright.runtime import (
 )
 from shardwright.runtime.cache.pools import Pools
 from shardwright.runtime.serving.arrange import arrange
-from shardwright.runtime.serving.generate import next_tokens
 from shardwright.runtime.serving.program import Program
 from shardwright.runtime.serving.prompts import compact
+from shardwright.runtime.serving.sampling import Choice, Sampling
 
 Pool = Callable[[int], RankPool]
 F64, I64 = torch.float64, torch.int64
@@ -613,7 +613,8 @@ def test_compact() -> None:
 
 def test_next_tokens_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, -1)
-    drawn = next_tokens(logits, torch.Generator().manual_seed(0), 0.5, 3, 0.99)
+    numbers = torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = Choice(Sampling(0.5, 3, 0.99)).of(logits, numbers)
     share = torch.bincount(drawn, minlength=4) / len(drawn)
     want = (logits[0, :3] / 0.5).softmax(0)
     torch.testing.assert_close(share[:3], want, rtol=0, atol=0.01)

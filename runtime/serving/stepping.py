@@ -1,0 +1,191 @@
+"""Steps of one token of each sequence that the device does alone: forward pass, choice, stops.
+
+The host gives the tokens of the first step and takes those of all steps after some of them; see
+`cache/device.py` for what is cached meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...facts.spec import parse_spec
+from ..mesh.mesh import Mesh
+from .buckets import bucket
+from .caches import Caches, Round
+from .captured import Graphs
+from .program import Program, Served
+from .sampling import Choice
+
+_ROUND = 8  # steps after which the host looks whether all sequences have ended
+
+
+class Stepper:
+    """Steps of `program` over caches that lie as it wants them.
+
+    The tensors that a step reads and changes stay where they are, so that it can be captured: of
+    each sequence the token to feed, its position, and whether it goes on.
+    """
+
+    def __init__(self, served: Served, program: Program, caches: Caches, graphs: Graphs) -> None:
+        self._mesh, self._program, self._caches, self._graphs = (
+            served.mesh, program, caches, graphs,
+        )  # fmt: skip
+        self._parts, self._spec = served.row_parts(), parse_spec(program.tokens.spec)
+        device = self._mesh.device
+        self._tokens = torch.zeros(caches.rows, dtype=torch.int64, device=device)
+        self._positions, self._rows = self._tokens.clone(), self._tokens.clone()
+        self._alive = self._tokens > 0
+        self._stops: dict[tuple[int, ...], Tensor] = {}
+        self._numbers = torch.empty(0, device=device)
+        self._moves = caches.moves
+
+    def logits(self, tokens: Tensor, active: Tensor) -> Tensor:
+        """Logits (b, v) after one more token (b,) of each `active` (b,) sequence."""
+        caches = self._caches
+        caches.room_ahead(active, 1, self._spec)
+        rows = self._bucket(active)
+        with caches.round(rows, caches.ahead(active.long()), self._spec) as steps:
+            self._load(rows, tokens, active)
+            key = "logits", len(rows), steps.form
+            out = self._run(key, lambda: self._forward(len(rows), steps))
+            steps.got = active.long()
+        return self._in_order(out, rows)
+
+    def first(self, logits: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
+        """The tokens (b,) after `logits` (b, v), the same on all ranks; on the CPU."""
+        self._draw_numbers(logits, choice, generator)
+        return agreed(choice.of(logits, self._numbers), self._mesh).cpu()
+
+    def draw(
+        self,
+        tokens: Tensor,
+        alive: Tensor,
+        most: int,
+        choice: Choice,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The next tokens (n, b) of each sequence that is `alive` (b,), on the CPU.
+
+        `tokens` (b,) are fed first, and all that are returned but the last.  n is `most` or less;
+        the last ones may be those with which all sequences have ended.
+        """
+        caches = self._caches
+        steps = caches.room_ahead(alive, min(most, _ROUND), self._spec)
+        rows = self._bucket(alive)
+        with caches.round(rows, caches.ahead(alive * steps), self._spec) as round:
+            self._load(rows, tokens, alive)
+            drawn = self._tokens.new_empty(steps, len(rows))
+            self._stops_of(choice)
+            key = choice, len(rows), round.form, self._numbers.data_ptr()
+            for column in drawn:
+                self._draw_numbers(self._numbers, choice, generator)
+                column.copy_(self._run(key, lambda: self._drawn(len(rows), round, choice)))
+            out = self._in_order(drawn.cpu().T, rows, choice.pad).T
+            taken, round.got = self._taken(out, alive, choice)
+        return out[:taken]
+
+    def _taken(self, drawn: Tensor, alive: Tensor, choice: Choice) -> tuple[int, Tensor]:
+        """How many steps of `drawn` (n, b) count until all have ended; tokens fed of each (b,)."""
+        stops, got = torch.tensor(choice.stops), torch.zeros_like(alive, dtype=torch.int64)
+        for number, tokens in enumerate(drawn):
+            got += alive
+            alive = choice.go_on(alive, tokens, stops)
+            if not bool(alive.any()):
+                return number + 1, got
+        return len(drawn), got
+
+    def _run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
+        if self._moves != self._caches.moves:  # captured steps read caches where they were
+            self._graphs.forget()
+            self._moves = self._caches.moves
+        return self._graphs.run(key, step)
+
+    # --- a step, in operators on the device alone ------------------------------------------------
+
+    def _forward(self, size: int, steps: Round) -> Tensor:
+        """Feed the token of each sequence that goes on; logits (size, v)."""
+        at, alive = self._positions[:size], self._alive[:size]
+        ids, positions = self._columns(self._tokens[:size], at.where(alive, -1))
+        steps.open(positions)
+        at += alive
+        return self._program.next_logits_on_device(self._mesh, ids, positions)
+
+    def _columns(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as (size, t), with as many columns of padding behind as the program wants."""
+        wanted = self._program.tokens
+        least = wanted.step[1] if wanted.step else 1
+        padding = 0, (least if 1 in wanted.free else wanted.shape[1]) - 1
+        if padding == (0, 0):
+            return tokens[:, None], positions[:, None]
+        return F.pad(tokens[:, None], padding), F.pad(positions[:, None], padding, value=-1)
+
+    def _drawn(self, size: int, steps: Round, choice: Choice) -> Tensor:
+        """A step whose tokens are those of the next; (size,)."""
+        logits = self._forward(size, steps)
+        numbers = self._numbers
+        if choice.sampling is not None:
+            numbers = numbers.index_select(0, self._rows[:size])
+        alive, stops = self._alive[:size], self._stops_of(choice)
+        chosen = agreed(choice.of(logits, numbers), self._mesh).where(alive, choice.pad)
+        self._tokens[:size] = chosen
+        alive.copy_(choice.go_on(alive, chosen, stops))
+        return self._tokens[:size]
+
+    # --- between steps ---------------------------------------------------------------------------
+
+    def _bucket(self, active: Tensor) -> list[int]:
+        wanted = self._program.tokens
+        rows = self._caches.rows
+        step = (wanted.step[0] if wanted.step else 1) if 0 in wanted.free else rows
+        return bucket(active.nonzero().flatten().tolist(), rows, self._parts, step)
+
+    def _load(self, rows: Sequence[int], tokens: Tensor, alive: Tensor) -> None:
+        """What the first step of the sequences `rows` reads; `tokens` (b,) may be on the device."""
+        caches, size = self._caches, len(rows)
+        wanted = torch.tensor(rows)
+        index = wanted.clamp(0, caches.batch - 1)
+        given = torch.stack([caches.lengths[index], alive[index] & (wanted == index), index])
+        positions, goes_on, index = given.to(self._mesh.device)
+        self._positions[:size], self._alive[:size], self._rows[:size] = positions, goes_on, index
+        self._tokens[:size] = tokens.to(self._tokens)[index]
+
+    def _in_order(self, x: Tensor, rows: Sequence[int], fill: int = 0) -> Tensor:
+        """What a step made of `rows` (size, n) by sequence (b, n), `fill` where it made nothing."""
+        batch = self._caches.batch
+        if rows == list(range(len(rows))) and len(rows) >= batch:
+            return x[:batch].clone()  # the step's own tensor is overwritten by the next
+        out = x.new_full((batch, x.shape[1]), fill)
+        at = [i for i, row in enumerate(rows) if 0 <= row < batch]
+        out[[rows[i] for i in at]] = x[at]
+        return out
+
+    def _draw_numbers(
+        self, like: Tensor, choice: Choice, generator: torch.Generator | None
+    ) -> None:
+        """New random numbers (b, v) in the tensor that is there, if it is `like` what is needed."""
+        if choice.sampling is None:
+            return
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if self._numbers.shape != like.shape or self._numbers.dtype != dtype:
+            self._numbers = torch.empty_like(like, dtype=dtype)
+        self._numbers.exponential_(generator=generator)
+
+    def _stops_of(self, choice: Choice) -> Tensor:
+        if choice.stops not in self._stops:
+            self._stops[choice.stops] = torch.tensor(
+                choice.stops, dtype=torch.int64, device=self._mesh.device
+            )
+        return self._stops[choice.stops]
+
+
+def agreed(tokens: Tensor, mesh: Mesh) -> Tensor:
+    """Rank 0's choice: ranks whose logits differ in the last bit must not part ways."""
+    if mesh.size > 1:
+        tokens = tokens.to(mesh.device).contiguous()
+        dist.broadcast(tokens, 0)
+    return tokens
