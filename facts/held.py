@@ -11,8 +11,9 @@ BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "FIXED", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
     "PARAMETERS", "PHASE", "admit", "append", "cached_lengths", "compile_layers", "decode", "demo",
     "free", "from_checkpoint", "from_state_dict", "full_gradients", "full_state_dict",
-    "gather_outputs", "generate", "local", "local_part", "new_cache", "pack", "prefill", "programs", "recompute",
-    "reset_parameters", "serving", "set_cache", "shard_inputs", "truncate", "unpack",
+    "gather_outputs", "generate", "local", "local_part", "new_cache", "pack", "prefill",
+    "programs", "recompute", "reset_parameters", "serving", "set_cache", "shard_inputs",
+    "truncate", "unpack",
 })  # fmt: skip
 
 
