@@ -18,6 +18,7 @@ A spec is written `S0,R`, outermost axis first.  Where slices of a dim are in zi
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeAlias
 
 State: TypeAlias = int
@@ -71,6 +72,7 @@ def format_spec(spec: Spec) -> str:
     return ",".join(format_state(state) for state in spec)
 
 
+@cache
 def parse_spec(text: str) -> Spec:
     """Inverse of `format_spec`; `Z1` is `S1`, and `zigzag_dims` tells that it was written so.
 
@@ -80,6 +82,7 @@ def parse_spec(text: str) -> Spec:
     return tuple(parse_state(part.strip().replace("Z", "S")) for part in text.split(","))
 
 
+@cache
 def zigzag_dims(text: str) -> tuple[int, ...]:
     """The dims that a written spec cuts in zigzag order.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..cache.cache import PAGE, DeviceStep, KVCache
 from .kernels import flash_masked
@@ -23,8 +24,12 @@ def attend_pages(
     """
     if _has_kernel(q):
         return _kernel(q, cache, step, scores, sinks, q.dtype)[0]
-    out, lse = _plain(q, cache, step, scores)
-    return with_sinks(Partial(out, lse), sinks).out.to(q.dtype)
+    inputs = _inputs(q, cache, step, scores)
+    if sinks is None and not scores.softcap and q.shape[3] == cache.values.shape[2]:
+        grouped, k, v, mask = inputs
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scores.scale)
+        return out.reshape(q.shape)
+    return with_sinks(Partial(*_attend(q, *inputs, scores)), sinks).out.to(q.dtype)
 
 
 def partial_over_pages(q: Tensor, cache: KVCache, step: DeviceStep, scores: Scores) -> Partial:
@@ -32,7 +37,7 @@ def partial_over_pages(q: Tensor, cache: KVCache, step: DeviceStep, scores: Scor
     exact = wide(q.dtype)
     if _has_kernel(q):
         return Partial(*_kernel(q, cache, step, scores, None, exact))
-    out, lse = _plain(q, cache, step, scores)
+    out, lse = _attend(q, *_inputs(q, cache, step, scores), scores)
     nothing = step.once(("nothing", *_rules(scores)), lambda: ~_attended(step, scores).any(3))
     return Partial(out.to(exact), lse.to(exact).masked_fill(nothing, -torch.inf))
 
@@ -98,15 +103,18 @@ def paged_attention(
     k, v = (pool[index].transpose(1, 2) for pool in (keys, values))
     attended = _attended(step, scores)
     nothing = ~attended.any(3)
-    out, lse = (x.to(wide(q.dtype)) for x in _attend(q, k, v, _mask(attended, q.dtype), scores))
+    inputs = _grouped(q, k, v, _mask(attended, q.dtype))
+    out, lse = (x.to(wide(q.dtype)) for x in _attend(q, *inputs, scores))
     return out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
 
 
-def _plain(q: Tensor, cache: KVCache, step: DeviceStep, scores: Scores) -> tuple[Tensor, Tensor]:
-    """(out, lse) by torch's operators, of queries that attend nothing any numbers."""
+def _inputs(
+    q: Tensor, cache: KVCache, step: DeviceStep, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_grouped` makes of a step over a cache."""
     key = *_rules(scores), q.dtype
     mask = step.once(key, lambda: _mask(_attended(step, scores), q.dtype))
-    return _attend(q, *_read(cache, step), mask, scores)
+    return _grouped(q, *_read(cache, step), mask)
 
 
 def _rules(scores: Scores) -> tuple[bool, int, int]:
@@ -152,21 +160,27 @@ def _read(cache: KVCache, step: DeviceStep) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """(out, lse) of queries (b, hq, t, d) over keys (b, hkv, s, d), under a mask of all heads."""
-    b, hq, t, _ = q.shape
-    grouped, heads = q, k.shape[1]
-    if heads != hq:
-        # The query heads that share a key head stand in for queries: K and V are read once.
-        grouped = q.reshape(b, heads, -1, q.shape[3])
-        mask = mask if t == 1 else mask.repeat(1, 1, hq // heads, 1)
+def _grouped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same attention with as many query heads as key heads: those that share a key head stand
+    in for queries, so that K and V are read once for all.  `mask` is of all heads."""
+    (b, hq, t, d), heads = q.shape, k.shape[1]
+    if heads == hq:
+        return q, k, v, mask
+    mask = mask if t == 1 else mask.repeat(1, 1, hq // heads, 1)
+    return q.reshape(b, heads, -1, d), k, v, mask
+
+
+def _attend(
+    q: Tensor, grouped: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries q (b, hq, t, d) that are `_grouped`."""
     if q.device.type == "cpu" and not scores.softcap:
         out, lse = flash_masked(grouped, k, v, scores.scale, mask)
     else:
         out, lse = _explicit(grouped, k, v, mask, scores)
-    if heads != hq:
-        return out.reshape(b, hq, t, -1), lse.reshape(b, hq, t)
-    return out, lse
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 
 def _explicit(

@@ -257,9 +257,11 @@ def gather_outputs(outputs: Sequence[Output], out: Any, mesh: Mesh) -> Any:
 @torch.no_grad()
 def gather_output(output: Output, out: Any, mesh: Mesh) -> Tensor:
     """One full tensor of what a program returned on all ranks."""
-    local, spec = look_up(out, output.path), parse_spec(output.spec)
+    local, spec = look_up(out, output.path).detach(), parse_spec(output.spec)
+    if mesh.size == 1:
+        return local
     shape = _true_shape(local, spec, mesh, output.shape)
-    return gather_whole(local.detach(), spec, shape, mesh, zigzag_dims(output.spec))
+    return gather_whole(local, spec, shape, mesh, zigzag_dims(output.spec))
 
 
 def _true_shape(local: Tensor, spec: Spec, mesh: Mesh, planned: Sequence[int]) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from .captured import Graphs
 from .program import Program, Served
 from .sampling import Choice
 
-_ROUND = 8  # steps after which the host looks whether all sequences have ended
+_LOOK = 8  # steps after which the host looks whether all sequences have ended
+_ROUND = 64  # steps for which it takes pages ahead, where nothing ends a sequence
 
 
 class Stepper:
@@ -75,7 +76,8 @@ class Stepper:
         the last ones may be those with which all sequences have ended.
         """
         caches = self._caches
-        steps = caches.room_ahead(alive, min(most, _ROUND), self._spec)
+        steps = min(most, _LOOK if choice.stops else _ROUND)
+        steps = caches.room_ahead(alive, steps, self._spec)
         rows = self._bucket(alive)
         with caches.round(rows, caches.ahead(alive * steps), self._spec) as round:
             self._load(rows, tokens, alive)
