@@ -44,10 +44,13 @@ ARROWS: dict[str, str] = {
     "runtime.cache": "runtime.mesh facts",
     "runtime.attention": "runtime.cache runtime.mesh facts compat",
     "runtime.serving": "runtime.cache runtime.mesh facts",
-    "runtime.module": "runtime.serving runtime.cache runtime.gathering runtime.mesh facts compat",
+    "runtime.training": "runtime.mesh",
+    "runtime.module": (
+        "runtime.training runtime.serving runtime.cache runtime.gathering runtime.mesh facts compat"
+    ),
     "runtime": (
-        "runtime.module runtime.serving runtime.attention runtime.cache runtime.gathering"
-        " runtime.mesh facts compat"
+        "runtime.module runtime.training runtime.serving runtime.attention runtime.cache"
+        " runtime.gathering runtime.mesh facts compat"
     ),
     "shardwright": " ".join(
         ["codegen planner planner.report planner.search planner.plan planner.strategies"]
@@ -69,7 +72,7 @@ OUTSIDE: dict[str, set[str]] = {
     "costmodel.calibration": {"torch", "numpy"},
     "shardwright": {"torch", "typer", "rich", "click", "numpy", "networkx"},
 }
-for _package in ("mesh", "gathering", "cache", "attention", "serving"):
+for _package in ("mesh", "gathering", "cache", "attention", "serving", "training"):
     OUTSIDE[f"runtime.{_package}"] = {"torch"}
 OUTSIDE["runtime.attention"].add("triton")  # which torch for CUDA brings; imported there alone
 

@@ -135,7 +135,7 @@ class Mesh:
         if key not in self._generators:
             indices = [self[name].rank for name in key]
             generator = torch.Generator(self.device)
-            generator.manual_seed(stable_seed(self._shared_seed(), key, indices))
+            generator.manual_seed(stable_seed(self.seed, key, indices))
             self._generators[key] = generator
         return self._generators[key]
 
@@ -171,8 +171,11 @@ class Mesh:
         self._seed = seed
         self._generators.clear()
 
-    def _shared_seed(self) -> int:
-        """Rank 0's `torch.initial_seed()`, so that `torch.manual_seed` there decides."""
+    @property
+    def seed(self) -> int:
+        """Of the mesh's random numbers: what `manual_seed` said, else rank 0's
+        `torch.initial_seed()`, so that `torch.manual_seed` there decides.
+        """
         if self._seed is None:
             seed = torch.tensor([torch.initial_seed() % 2**62], device=self.device)
             if self.size > 1:

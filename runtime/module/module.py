@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
@@ -33,6 +34,10 @@ from ..mesh.parts import own_part
 from ..serving.generate import generate
 from ..serving.program import Program, Served
 from ..serving.serving import Serving
+from ..training.norm import clip_gradients
+from ..training.optimizer import Kind as OptimizerKind
+from ..training.optimizer import make_optimizer
+from ..training.pieces import trained
 from .checkpoint import Experts, Safetensors, StateDict
 from .compiled import Backend, compile_layers
 from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving, started_mesh
@@ -42,6 +47,9 @@ from .nested import install_modules
 from .parameters import Original, Param, originals, param_of_layer
 from .state import State
 from .tree import owner_of
+
+if TYPE_CHECKING:
+    from ..training.saving import Checkpoints, Resumed
 
 
 class ShardedModule(nn.Module):
@@ -89,6 +97,7 @@ class ShardedModule(nn.Module):
         install_modules(self, self.mesh)
         install_layers(self, self.mesh, self.LAYERS)
         self._state.register(None if shared is None else shared._state)
+        self._run: Checkpoints | None = None
         self._schedule = make_schedule(
             self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS)
         )
@@ -239,6 +248,85 @@ class ShardedModule(nn.Module):
     @property
     def _state(self) -> State:
         return State(self, self.PARAMETERS, self._originals, self.mesh)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def optimizer(
+        self,
+        kind: OptimizerKind = "adamw",
+        *,
+        lr: float,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Optimizer:
+        """`torch.optim`'s AdamW or SGD over this rank's parts, fused on CUDA.
+
+        `groups` has options for parameters by pattern of original name, of which the first that
+        matches counts: `{"*norm*": {"weight_decay": 0.0}}`; `options` are those of the others.
+        Any other optimizer that is elementwise runs over `parameters()` as it is.  Raises
+        ValueError for a pattern that matches nothing.
+        """
+        return make_optimizer(self._state.pieces(), kind, lr, groups or {}, options)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scale all gradients so that their norm together is at most `max_norm`; the norm before.
+
+        As `torch.nn.utils.clip_grad_norm_` of the original model: every number of every gradient
+        counts once, whichever ranks hold it, and all ranks get the same.  Raises RuntimeError with
+        `error_if_nonfinite` on every rank if the norm is NaN or infinite.
+        """
+        return clip_gradients(
+            trained(self._state.pieces()), self.mesh, max_norm, norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )  # fmt: skip
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        optimizer: Optimizer | None = None,
+        *,
+        step: int,
+        extra: Any = None,
+        keep: int = 2,
+    ) -> None:
+        """Save parameters, buffers, the optimizer's states, `step` and `extra` in `folder`.
+
+        All ranks call it together, on a file system that they share.  The tensors are copied to
+        the CPU at once and written while training goes on; the next call, or
+        `wait_for_checkpoint`, waits for that.  The `keep` last complete checkpoints stay, and a
+        process that is killed at any time leaves them as they are.  `extra` is plain data and
+        tensors, that of rank 0: where the data stands, a schedule's state.
+
+        Raises ValueError for states of an optimizer that is not elementwise.
+        """
+        pieces = self._state.pieces()
+        self._checkpoints.save(Path(folder), pieces, optimizer, step, extra, keep)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last checkpoint is complete.
+
+        Raises RuntimeError where it could not be written, for want of room on the disk, say.
+        """
+        self._checkpoints.wait()
+
+    def load_checkpoint(self, folder: str | Path, optimizer: Optimizer | None = None) -> Resumed:
+        """The last complete checkpoint in `folder` into this module and `optimizer`.
+
+        It may come from any other plan of the model, on any mesh and number of ranks.  Random
+        numbers start anew, from the run's seed and the step.  Raises FileNotFoundError if there is
+        none, ValueError listing names and shapes if it is one of another model.
+        """
+        return self._checkpoints.load(Path(folder), self._state.pieces(), optimizer)
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        if self._run is None:
+            from ..training.saving import Checkpoints  # which loads much of torch
+
+            self._run = Checkpoints(self.mesh)
+        return self._run
 
     # --- batches in, results out -----------------------------------------------------------------
 

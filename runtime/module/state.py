@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...facts.blocks import blocks, local_shape
-from ...facts.spec import parse_spec
+from ...facts.spec import is_shard, parse_spec
 from ..mesh.mesh import Mesh, stable_seed
 from ..mesh.parts import gather_whole
+from ..training.pieces import Piece
 from .checkpoint import Experts, OwnNames, Source, StateDict, Writer
 from .parameters import Original, Param
 from .tree import find, owner_of
@@ -174,6 +175,26 @@ class State:
         return tuple(slice(n + b.start, n + b.stop) for n, b in zip(first, own, strict=True))
 
     # --- out -------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of each parameter and persistent buffer."""
+        return [
+            self._piece(name, original, part)
+            for name, original in self.originals.items()
+            if original.kind != "constant"
+            for part in original.params
+        ]
+
+    def _piece(self, name: str, original: Original, part: str) -> Piece:
+        param = self.table[part]
+        own, spec = self._slices(param), parse_spec(param.spec)
+        copy, copies = 0, 1
+        for state, size, index in zip(spec, self.mesh.sizes, self.mesh.coordinates, strict=True):
+            if not is_shard(state):
+                copy, copies = copy * size + index, copies * size
+        offsets = tuple(rows.start for rows in own)
+        sizes = tuple(rows.stop - rows.start for rows in own)
+        return Piece(name, self.local(part), original.shape, offsets, sizes, copies, copy)
 
     @torch.no_grad()
     def full(self, experts: Experts) -> dict[str, Tensor]:

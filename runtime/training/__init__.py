@@ -1,0 +1,1 @@
+"""Training a sharded module: gradient norms, optimizers and checkpoints of a run."""
