@@ -86,6 +86,15 @@ def spelled(path: Path) -> str:
     return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
 
 
+def dotted(path: Path) -> str:
+    """A path as a name.
+
+    >>> dotted(("hidden_states", 3))
+    'hidden_states.3'
+    """
+    return ".".join(map(str, path))
+
+
 def spelled_all(paths: Iterable[Path], most: int = 5) -> str:
     """Several of them, the first `most` by name."""
     names = [spelled(path) for path in paths]
@@ -106,5 +115,6 @@ def _children(item: object) -> list[tuple[Any, object]] | None:
 
 
 __all__ = [
-    "Constant", "Path", "is_same", "leaves", "nested", "spelled", "spelled_all", "with_leaves",
+    "Constant", "Path", "dotted", "is_same", "leaves", "nested", "spelled", "spelled_all",
+    "with_leaves",
 ]  # fmt: skip

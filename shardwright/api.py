@@ -20,6 +20,7 @@ from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
 from .ir.capture.capture import capture_folded
 from .ir.graph import Graph
+from .ir.passes.returned import returning
 from .ir.passes.serving import (
     FEWEST,
     ServingError,
@@ -187,6 +188,7 @@ def plan(
     pins: Sequence[str] = (),
     memory_bytes: int | None = None,
     optimizer: str | None = None,
+    outputs: Sequence[str] = (),
     solver: str = "highs",
     time_limit_s: float = 60.0,
     progress: Progress = silent,
@@ -204,13 +206,15 @@ def plan(
     `cluster` is a built-in name or the path of a TOML file; `memory_bytes` overrides its memory per
     GPU; `mesh` (`2x4`) fixes the mesh, which is otherwise searched; `pins`
     (`"*.q_proj.weight=R,S0"`) are kept and priced.  `expert_imbalance` is the load of the busiest
-    rank's experts over the mean (default: that of a power-law router).
+    rank's experts over the mean (default: that of a power-law router).  `outputs` are those that
+    training returns (default: all of them): with `["loss"]` the logits of a language model are
+    never there as a whole.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress,
+        optimizer, solver, time_limit_s, progress, outputs,
     )  # fmt: skip
     check_model(model)
     check_formats(model)
@@ -219,7 +223,7 @@ def plan(
     first = next(iter(tensors.values()))
     batch, seq = (*first.shape[:2], 1, 1)[:2]
     job = asked.job("", batch, seq, "own")
-    return _plan(Loaded(model, inputs, labels, None), job)
+    return _plan(Loaded(model, inputs, labels, None), job, outputs)
 
 
 def plan_file(
@@ -240,18 +244,19 @@ def plan_file(
     context: int | None = None,
     output_tokens: int | None = None,
     expert_imbalance: float | None = None,
+    outputs: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress,
+        optimizer, solver, time_limit_s, progress, outputs,
     )  # fmt: skip
     job = asked.job(target, batch, seq, dtype)
     progress("build the model")
     with job.clock.step("model"):
         loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype=dtype)
-    return _plan(loaded, job)
+    return _plan(loaded, job, outputs)
 
 
 def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> Graph:
@@ -353,17 +358,25 @@ def _served(graph: Graph, context: int) -> Graph:
         raise PlanError(str(error)) from error
 
 
-def _plan(loaded: Loaded, job: Job) -> Plan:
+def _plan(loaded: Loaded, job: Job, outputs: Sequence[str]) -> Plan:
     request = job.request
     job.progress("capture the graph")
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
+        graph = _returning(graph, outputs) if outputs else graph
     if not find_phase(request.phase).answer:
         return Plan.of(_with_names(make_plan(graph, job), job.mesh))
     with job.clock.step("capture"):
         longest = request.seq + request.decode_steps - 1
         decode = _of_few_tokens(with_tokens(loaded, 1), graph, longest)
     return Plan.of(_with_names(make_serving_plan(graph, decode, job), job.mesh))
+
+
+def _returning(graph: Graph, outputs: Sequence[str]) -> Graph:
+    try:
+        return returning(graph, outputs)
+    except ValueError as error:
+        raise PlanError(f"--outputs: {error}") from error
 
 
 def _with_names(made: PlanData, asked: Mesh | None) -> PlanData:

@@ -61,6 +61,7 @@ class Asked:
     solver: str
     time_limit_s: float
     progress: Progress
+    outputs: Sequence[str]
 
     def __post_init__(self) -> None:
         with _as_plan_errors():
@@ -85,12 +86,8 @@ class Asked:
                 )
         if finite("time_limit_s", self.time_limit_s) <= 0:
             raise PlanError(f"the time limit must be above 0 s, got {self.time_limit_s:g} s")
-        if isinstance(self.pins, str) or not isinstance(cast(object, self.pins), Sequence):
-            raise TypeError(
-                f"`pins` must be a list of texts such as '*.q_proj.weight=R,S0', got {self.pins!r}"
-            )
-        for pin in self.pins:
-            text("pins", pin, " such as '*.q_proj.weight=R,S0'")
+        _texts("pins", self.pins, "'*.q_proj.weight=R,S0'")
+        _texts("outputs", self.outputs, "'loss'")
         if self.solver not in SOLVERS:
             raise PlanError(f"unknown solver `{self.solver}`; expected one of {', '.join(SOLVERS)}")
         if not callable(self.progress):
@@ -103,6 +100,10 @@ class Asked:
             kind = find_phase(self.phase)
             kind.check_context(self.context or 0)
             kind.check_answer(self.output_tokens or 0)
+        if self.outputs and not kind.backward:
+            raise PlanError(
+                f"--outputs is for training: phase {self.phase} returns what is asked for"
+            )
         if dtype not in DTYPES:
             raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
         if self.pins and self.mesh is None:
@@ -125,6 +126,14 @@ class Asked:
             Clock(),
             self.progress,
         )
+
+
+def _texts(name: str, given: object, such: str) -> None:
+    """Raises TypeError for what is no list of texts."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"`{name}` must be a list of texts such as {such}, got {given!r}")
+    for item in cast("Sequence[object]", given):
+        text(name, item, f" such as {such}")
 
 
 @contextmanager

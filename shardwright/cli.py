@@ -280,6 +280,15 @@ _Pin: TypeAlias = Annotated[
         "--pin '*.q_proj.weight=R,S0'; may be repeated",
     ),
 ]
+_Outputs: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="all",
+        help="what training returns, e.g. --outputs loss, without logits, which are then never "
+        "there as a whole; may be repeated",
+    ),
+]
 _Optimizer: TypeAlias = Annotated[
     Optimizer | None,
     typer.Option(
@@ -353,6 +362,7 @@ def plan(
     mesh: _Mesh = None,
     pin: _Pin = None,
     optimizer: _Optimizer = None,
+    outputs: _Outputs = None,
     solver: _Solver = Solver.HIGHS,
     time_limit: _TimeLimit = 60.0,
     out: _Out = Path("plan_out"),
@@ -393,6 +403,7 @@ def plan(
                 optimizer=optimizer.value if optimizer else PHASES[phase].optimizer,
                 solver=solver.value,
                 time_limit_s=time_limit,
+                outputs=tuple(outputs or ()),
                 progress=progress,
             )
             progress("write the module")

@@ -50,7 +50,7 @@ class CrossEntropy(Operator):
 
     def buffers(self, local: Local) -> float:
         """A block of logits in a wide format, a few times."""
-        return _block_bytes(local, local.size("v"))
+        return _once(local, _block_bytes(local, local.size("v")))
 
     def traffic(self, local: Local) -> tuple[Traffic, ...]:
         """Sums over a cut vocabulary, in at least 32 bits, and how many labels count."""
@@ -98,12 +98,14 @@ class LinearCrossEntropy(CrossEntropy):
         return named_values(node, ("x", "weight", "labels", "bias"))
 
     def buffers(self, local: Local) -> float:
-        """A chunk of logits, a block of it in a wide format, a few times, and in backward the
-        gradient of x in a wide format."""
+        """A chunk of logits, a block of it in a wide format, a few times, and in backward what is
+        added up to the gradient of x."""
         x, tokens = local.node.operands[0], _tokens(local)
-        columns = chunk_columns(tokens, local.size("v"), x.type.dtype.itemsize)
-        chunk = tokens * columns * x.type.dtype.itemsize
-        return chunk + _block_bytes(local, columns)
+        itemsize = x.type.dtype.itemsize
+        columns = chunk_columns(tokens, local.size("v"), itemsize)
+        chunk = tokens * columns * itemsize + _block_bytes(local, columns)
+        added = tokens * local.size("k") * (_wide(x) + itemsize) if local.backward else 0
+        return _once(local, chunk + added)
 
     def work(self, local: Local) -> Kernels:
         """One product; in backward again, and one for each side that has a gradient."""
@@ -165,6 +167,12 @@ def _block_bytes(local: Local, columns: int) -> float:
     """A block of logits in a wide format, its exponentials and, in backward, its gradients."""
     rows = min(block_rows(columns), _tokens(local))
     return 3.0 * rows * columns * _wide(local.node.operands[0])
+
+
+def _once(local: Local, size: float) -> float:
+    """Bytes that backward takes once, where it is counted as twice what is held in forward:
+    gradients take the place of logits."""
+    return size / 2 if local.backward else size
 
 
 def _options(node: Node, render: Render, classes: int) -> dict[str, str]:

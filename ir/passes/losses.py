@@ -19,6 +19,7 @@ from .formulas import Body, Found
 
 _CAST = "aten.to.dtype"
 _MUL = "aten.mul.Tensor"
+_SOFTCAP = "shardwright.softcap"
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -45,7 +46,7 @@ def softcap(body: Body, node: Node) -> Found | None:
     if found is None:
         return None
     x, cap = found
-    return "shardwright.softcap", (("x", x), ("cap", cap))
+    return _SOFTCAP, (("x", x), ("cap", cap))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,11 @@ def _before_cast(body: Body, logits: Arg) -> Arg:
 
 
 def _capped(body: Body, node: Node) -> tuple[Value, float] | None:
-    """(x, cap) where `node` is cap * tanh(x / cap)."""
+    """(x, cap) where `node` is cap * tanh(x / cap), also as an operator."""
+    if node.op == _SOFTCAP:
+        x, cap = node.arg("x"), node.arg("cap")
+        assert isinstance(x, Value) and isinstance(cap, float)
+        return x, cap
     scaled = _scaled(node)
     tanh = body.only(scaled[0], "aten.tanh.default") if scaled and node.op == _MUL else None
     if scaled is None or tanh is None or not body.read_once(tanh.arg("self")):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...costmodel.memory import parameter_state_bytes
 from ...facts.mesh import Mesh
+from ...facts.nested import dotted
 from ...facts.spec import Spec
+from ...facts.units import format_bytes
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.labels import factor_labels, label_dims
 from ...ir.ops.local import local_bytes
@@ -25,6 +27,7 @@ from .program import PricedStep, lower, priced_path
 from .split import spent_in_ops
 
 REPLICAS = "replicas"  # an axis over which no work is cut
+_LARGE = 0.05  # of the memory: an output that takes more is worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ def plan_of(
     work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
     return PlanData(
         request, graph, mesh, decisions, best.paths, work, best.seconds, optimizer_s,
-        _memory(graph, best), baselines, search, _notes(graph),
+        _memory(graph, best), baselines, search, (*_notes(graph), *_large_outputs(best)),
     )  # fmt: skip
 
 
@@ -212,6 +215,26 @@ def _notes(graph: Graph) -> tuple[str, ...]:
         + (", until `shardwright.rule` gives it one" if is_users(node) else "")
         for title, node in seen.items()
     )
+
+
+def _large_outputs(best: Solved) -> Iterator[str]:
+    """What training returns besides the loss and takes much of the memory: say how to do without.
+
+    The gradient of an output is as large as the output.
+    """
+    graph, limit = best.builder.graph, best.builder.setting.memory_bytes
+    scalars = (out for out in graph.outputs if out.value.type.shape == ())
+    loss = next((out for out in scalars if out.value.differentiable), None)
+    if not best.builder.setting.training or loss is None or limit is None:
+        return
+    for out in graph.outputs:
+        spec = best.decisions.outputs[out.value.name]
+        size = local_bytes(out.value, spec, best.builder.sizes)
+        if out is not loss and out.value.differentiable and size > _LARGE * limit:
+            yield (
+                f"the output `{dotted(out.path)}` takes {format_bytes(size)} of each GPU, and its"
+                f" gradient as much; `--outputs {dotted(loss.path)}` does without it"
+            )
 
 
 __all__ = ["REPLICAS", "Solved", "decide", "name_axes", "plan_of", "spent"]

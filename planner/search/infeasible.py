@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...costmodel.machines.cluster import Cluster
 from ...costmodel.memory import parameter_state_bytes
+from ...facts.nested import dotted
 from ...facts.units import format_bytes
-from ...ir.graph import Graph
+from ...ir.graph import Graph, Output
 from ..plan.plan import Request
 from ..strategies.params import all_params
 from ..strategies.setting import Setting
@@ -38,6 +39,7 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
     if share >= 0.9 * limit:
         grown = max(needed, request.gpus + 1)
         return f"{text}; at least {grown} GPUs of this size are needed (--gpus {grown})"
+    text += _without_outputs(graph, request)
     if request.batch > 1:
         return (
             f"{text}, and the activations of batch {request.batch} do not fit in the rest; try a "
@@ -49,3 +51,24 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
         f"rest; try a shorter sequence (--seq {max(1, request.seq // 2)}) or more GPUs "
         f"(--gpus {2 * request.gpus})"
     )
+
+
+def _without_outputs(graph: Graph, request: Request) -> str:
+    """What the largest output besides the loss takes, where that is much: it can be left out."""
+    loss, *_ = [*(out for out in graph.outputs if out.value.type.shape == ()), None]
+    others = [out for out in graph.outputs if out is not loss and out.value.differentiable]
+    if loss is None or not others:
+        return ""
+    largest = max(others, key=_bytes_of)
+    share = _bytes_of(largest) / request.gpus
+    if share < 0.05 * request.memory_bytes:
+        return ""
+    return (
+        f". The output `{dotted(largest.path)}` is {format_bytes(share)} per GPU, and its gradient"
+        f" as much; `--outputs {dotted(loss.path)}` does without it. Else"
+    )
+
+
+def _bytes_of(output: Output) -> int:
+    kind = output.value.type
+    return kind.numel * kind.dtype.itemsize

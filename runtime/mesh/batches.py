@@ -274,12 +274,17 @@ def _true_shape(local: Tensor, spec: Spec, mesh: Mesh, planned: Sequence[int]) -
 
 
 def _rebuild(entries: Mapping[Path, Tensor]) -> Any:
-    """The nested structure that has each tensor at its path: tuples for numbers, else Outputs."""
+    """The nested structure that has each tensor at its path: tuples for numbers, else Outputs.
+
+    In the place of what was left out is None.
+    """
     if () in entries:
         return entries[()]
     groups: dict[str | int, dict[Path, Tensor]] = {}
     for path, tensor in entries.items():
         groups.setdefault(path[0], {})[path[1:]] = tensor
-    if all(isinstance(key, int) for key in groups):
-        return tuple(_rebuild(group) for _, group in sorted(groups.items()))
+    places = [key for key in groups if isinstance(key, int)]
+    if len(places) == len(groups):
+        parts = (groups.get(place) for place in range(max(places, default=-1) + 1))
+        return tuple(None if part is None else _rebuild(part) for part in parts)
     return Outputs({str(key): _rebuild(group) for key, group in groups.items()})

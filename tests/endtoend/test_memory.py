@@ -11,7 +11,9 @@ from torch import Tensor
 
 from shardwright.api import capture_graph
 from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.facts import logits
 from shardwright.ir.graph import Graph
+from shardwright.ir.passes.returned import returning
 from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
@@ -42,22 +44,22 @@ def batch_of(batch: int) -> dict[str, Tensor]:
 
 
 @cache
-def graph(batch: int) -> Graph:
+def graph(batch: int, **sizes: int) -> Graph:
     """The example's Llama."""
     example = example_module("llama")
     with torch.device("meta"):
-        model = example.Llama(example.LlamaConfig(**SIZES))
+        model = example.Llama(example.LlamaConfig(**(SIZES | sizes)))
     inputs = batch_of(batch)
     return capture_graph(
         Loaded(model, inputs, dict.fromkeys(inputs, ("b", "s")), None), training=True
     )
 
 
-def predicted(role: str, batch: int, *, recompute: bool) -> tuple[str, float, tuple[float, ...]]:
+def predicted(role: str, model: Graph, *, recompute: bool) -> tuple[str, float, tuple[float, ...]]:
     """The module of an ordinary plan, its peak in bytes, and the kinds that are no state."""
     mesh = mesh_of(2)
     setting = Setting(True, "adamw", None, recompute)
-    builder = Builder(graph(batch), Network(mesh, load_cluster("cpu")), setting)
+    builder = Builder(model, Network(mesh, load_cluster("cpu")), setting)
     built = builder.build(Roles([role], builder.graph, mesh))
     problem = built.problem()
     assignment = solve(problem).assignment
@@ -96,10 +98,40 @@ REST = [
 
 @pytest.mark.parametrize(("role", "batch", "recompute"), [*QUICK, *REST])
 def test_peak_memory(pool: Pool, role: str, batch: int, recompute: bool) -> None:
-    source, peak, parts = predicted(role, batch, recompute=recompute)
+    source, peak, parts = predicted(role, graph(batch), recompute=recompute)
     assert all(part >= 0 for part in parts) and sum(parts) < peak
     for taken in pool(2).run(measured, source, batch):
         assert peak == pytest.approx(taken, rel=0.08)
+
+
+def small_chunks(patch: pytest.MonkeyPatch) -> None:
+    """A twentieth of the logits at a time, and a tenth of that in a wide format."""
+    patch.setattr(logits, "CHUNK_BYTES", 2**20)
+    patch.setattr(logits, "BLOCK_NUMBERS", 2**15)
+
+
+def measured_in_chunks(source: str, batch: int) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        small_chunks(patch)
+        return measured(source, batch)
+
+
+@pytest.mark.parametrize("role", ["ddp", "tp"])
+def test_peak_memory_of_a_loss_alone(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """Where logits would be most of the memory, a model that returns the loss has a chunk.
+
+    What runs counts the head's weight and gradient again, here a sixth of everything.
+    """
+    small_chunks(monkeypatch)
+    whole = graph(8, vocab_size=8192, width=64, layers=2, mlp_width=128)
+    source, peak, _ = predicted(role, returning(whole, ["loss"]), recompute=False)
+    _, with_logits, _ = predicted(role, whole, recompute=False)
+    logits_bytes = 8 * SEQ * 8192 * 4 / 2  # half of them on a rank
+    assert with_logits - peak > 1.5 * logits_bytes
+    for taken in pool(2).run(measured_in_chunks, source, 8):
+        assert 0.98 * taken < peak < 1.22 * taken
 
 
 def test_live_bytes_are_those_of_storages() -> None:

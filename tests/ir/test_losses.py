@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.graph import Graph, Node
+from shardwright.ir.passes.returned import returning
 from shardwright.ir.reference.interpret import interpret
 
 LINEAR, PLAIN, CAP = (
@@ -164,3 +165,15 @@ def by_a_tensor(m: Head, x: Tensor, y: Tensor) -> Tensor:
 def test_what_is_no_scale_and_no_softcap(loss: Loss) -> None:
     _, graph = graph_of(loss, torch.bfloat16)
     assert not {LINEAR, CAP} & {node.op for node in graph.nodes}
+
+
+def test_logits_that_are_not_asked_for_are_never_there() -> None:
+    _, graph = graph_of(with_logits, torch.bfloat16)
+    (out,) = returning(graph, ["0"]).outputs
+    assert out.path == (0,)
+    (node,) = returning(graph, ["0"]).nodes
+    assert node.op == LINEAR and node.arg("softcap") == 30.0
+    assert [n.op for n in returning(graph, ["1"]).nodes] == ["aten.linear.default", CAP]
+    assert returning(graph, ["1", "0"]) == graph
+    with pytest.raises(ValueError, match="the model returns no `loss`; it returns `0`, `1`"):
+        returning(graph, ["loss"])
