@@ -10,7 +10,7 @@ dp2 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedd
 head by columns and loss by vocabulary.
 
 Made from a model given to shardwright.plan, batch 8 x 2048 tokens, bfloat16.
-Predicted: 15.4 ms per step, 3.63 GB per GPU.
+Predicted: 15.4 ms per step, 3.62 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

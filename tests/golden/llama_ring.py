@@ -7,7 +7,7 @@ cp cuts attention by sequence (ring of K/V) and the sequence between them. Aroun
 cuts embedding by hidden.
 
 Made from a model given to shardwright.plan, batch 1 x 32768 tokens, bfloat16.
-Predicted: 12 ms per step, 3.15 GB per GPU.
+Predicted: 12 ms per step, 3.08 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

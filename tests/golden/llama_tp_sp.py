@@ -9,7 +9,7 @@ between them. Around the layers it cuts embedding by hidden, head by columns and
 vocabulary.
 
 Made from a model given to shardwright.plan, batch 2 x 4096 tokens, bfloat16.
-Predicted: 6.39 ms per step, 1.44 GB per GPU.
+Predicted: 6.39 ms per step, 1.37 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
