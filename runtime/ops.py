@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..facts.users import import_user as import_user
-from .attention.cached import cached_attention as cached_attention
+from .attention.cached_operator import cached_attention as cached_attention
 from .attention.local import attention as attention
 from .convolution import cached_convolution as cached_convolution
 from .convolution import causal_convolution as causal_convolution

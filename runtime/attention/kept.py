@@ -31,10 +31,11 @@ class Asked(NamedTuple):
 Made: TypeAlias = Callable[[Asked], Sequence[Tensor]]
 
 
-def result(asked: Asked) -> Tensor:
+def like_result(
+    q: Tensor, k: Tensor, v: Tensor | None, up: Tensor | None, values_in_keys: int = 0
+) -> Tensor:
     """The result (b, hq, sq, dv), laid out with its heads side by side as fused kernels do."""
-    q = asked.q
-    value_dim = Held.of(q, asked.k, asked.v, asked.up).value_dim
+    value_dim = Held.of(q, k, v, up, values_in_keys).value_dim
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], value_dim)).transpose(1, 2)
 
 
@@ -80,4 +81,4 @@ def made(algorithm: str, asked: Asked) -> Sequence[Tensor]:
     return _MADE.get(algorithm, _lse)(asked)
 
 
-__all__ = ["EXCHANGED", "Asked", "made", "result"]
+__all__ = ["EXCHANGED", "Asked", "like_result", "made"]

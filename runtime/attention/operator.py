@@ -17,7 +17,7 @@ from ..mesh.collectives import Axis
 from ..mesh.opaque import axis_known_as
 from . import calls
 from .algorithm import Given, Way, run_by
-from .kept import EXCHANGED, Asked, made, result
+from .kept import EXCHANGED, Asked, like_result, made
 from .options import Options
 
 _ALONE = "positions"
@@ -127,7 +127,7 @@ def _(
     over = axis_known_as(axis) if axis else None
     rank, ranks = (0, 1) if over is None else (over.rank, over.size)
     asked = Asked(q, k, v, up, words[3], rank, ranks)
-    return [result(asked), *made(algorithm, asked)]
+    return [like_result(q, k, v, up), *made(algorithm, asked)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..mesh.collectives import Axis
+from .handles import handle_of
 
 PAGE = 16  # tokens of a page
 
@@ -438,6 +439,7 @@ class KVCache:
         self._ordered: tuple[tuple[int, int, int], Tensor, Tensor] | None = None  # last views
         self._steps = table.steps
         self.needs_host = "no step has run yet"  # why its steps can't run on the device alone
+        self.handle = handle_of(self)
 
     def __repr__(self) -> str:
         _, heads, key_dim = self.keys.shape

@@ -30,7 +30,7 @@ def compile_layers(model: nn.Module, backend: Backend, *, fullgraph: bool) -> No
             " with `torch.compile`"
         )
     for path, layer in layers.items():
-        layer.compile(backend=backend, fullgraph=fullgraph)
+        layer.compile_forward(backend=backend, fullgraph=fullgraph)
         layer.explain_failures(_explained(path, type(layer).__name__))
 
 

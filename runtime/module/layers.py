@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from ..gathering.weights import Weight
@@ -35,6 +36,14 @@ class Layer(Sharded):
         """`forward`, with its weights as it uses them."""
         with self._with_weights(), self._explaining():
             return super().__call__(*args, **kwargs)
+
+    def compile_forward(self, **options: Any) -> None:
+        """Compile what the class says that it does, without the hooks of users and ours."""
+        self.forward = torch.compile(type(self).forward.__get__(self), **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: that of the forward would run this layer."""
+        return {name: x for name, x in super().__getstate__().items() if name != "forward"}
 
     def bring_weights(self, around: Callable[[], AbstractContextManager[None]]) -> None:
         """`around()` has the layer's weights there while it is entered."""

@@ -21,9 +21,21 @@ from shardwright.runtime import Mesh, RankPool
 from shardwright.runtime.mesh.layout import pad_tail
 from tests.endtoend.families import Case, case
 from tests.endtoend.test_families import builder, planned
+from tests.endtoend.test_serving import PROMPT, decided, model_of, prompts
 from tests.sharded import assert_close, combined, flatten, import_source, source_of, weights_like
 
 Pool = Callable[[int], RankPool]
+
+
+def recording(graphs: list[Any]) -> Callable[[Any, Any], Any]:
+    """The backend `aot_eager`, which adds the graphs that it gets."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    return backend
 
 
 def run_compiled(
@@ -32,15 +44,8 @@ def run_compiled(
     """In one rank: whole outputs and gradients of a second step, graphs, and classes of layers."""
     torch.compiler.reset()
     graphs: list[Any] = []
-
-    def backend(graph: Any, examples: Any) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, examples)
-
-    from torch._dynamo.backends.debugging import aot_eager
-
     model = import_source(source).ShardedModel.from_state_dict(params)
-    model.compile_layers(backend, fullgraph=fullgraph)
+    model.compile_layers(recording(graphs), fullgraph=fullgraph)
     out: Any = None
     for _ in range(2):
         model.zero_grad()
@@ -104,6 +109,39 @@ def test_each_class_of_layers_is_one_graph(pool: Pool, name: str, role: str) -> 
     check(of, results)
     for _, _, graphs, classes in results:
         assert graphs == classes
+
+
+def serve_compiled(
+    source: str, state: Mapping[str, Tensor], ids: Tensor, lengths: list[int]
+) -> tuple[list[tuple[Tensor, Tensor]], int, int]:
+    """In one rank: compiled and other logits of prefills of `lengths`, an append after the last
+    and a decode; graphs of prefills and append; classes of layers."""
+    torch.compiler.reset()
+    graphs: list[Any] = []
+    logits: list[list[Tensor]] = []
+    for backend in (None, recording(graphs)):
+        model = import_source(source).ShardedModel.from_state_dict(state).eval()
+        if backend is not None:
+            model.compile_layers(backend)
+        model.new_cache(len(ids), int(ids.shape[1]))
+        some = [model.prefill(ids[:, :length]) for length in lengths]
+        some.append(model.append(ids[:, lengths[-1] : lengths[-1] + 2]))
+        made = len(graphs)
+        logits.append([*some, model.decode(ids[:, 0])])
+    classes = {layer for layers in model.LAYERS.values() for layer in layers}
+    return list(zip(*logits, strict=True)), made, len(classes)
+
+
+@pytest.mark.parametrize(("name", "way"), [("mistral", "ring"), ("mistral", "tree")])
+def test_serving_compiles_anew_twice_at_most(pool: Pool, name: str, way: str) -> None:
+    """Once for any batch and length; all layers of a class take their own caches."""
+    made, decisions = decided(name, PROMPT // 2, (2,), way)
+    state = model_of(name).state_dict()
+    arguments = source_of(made, decisions), state, prompts()[0], [4, 8, 6, 2, 7, 5]
+    for pairs, graphs, classes in pool(2).run(serve_compiled, *arguments):
+        for want, got in pairs:
+            assert_close(got, want, 1e-12, "logits")
+        assert graphs <= 3 * classes
 
 
 def converted(a: State, b: State) -> None:
