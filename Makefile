@@ -14,6 +14,9 @@ TORCH ?= torch==2.13.0
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TORCH ?= $(shell $(PYTHON) .ci/oldest.py | grep ^torch=)
 
+# What `make train` trains on.
+TEXT = --text README.md docs/architecture.md CONTRIBUTING.md
+
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 OLDEST_BIN = $(OLDEST_VENV)/bin
@@ -22,7 +25,7 @@ RUN_PYTEST = $(BIN)/python -m pytest -q
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-oldest notebooks test-all lint types bench
+.PHONY: help setup demo train test test-oldest notebooks test-all lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -54,6 +57,13 @@ demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, ru
 	$(BIN)/plan examples/llama.py --gpus 2 --cluster cpu --batch 4 --seq 256 --out plan_out
 	$(BIN)/plan verify plan_out
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 plan_out/sharded_model.py
+
+train: $(READY) ## train the Llama example for 200 steps, on two ranks and in one process: losses.png
+	$(BIN)/plan examples/llama.py --gpus 2 --cluster cpu --batch 4 --seq 128 --out plan_out
+	$(BIN)/python examples/train.py plan_out $(TEXT) --alone examples/llama.py --out run/alone
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train.py plan_out $(TEXT) \
+	  --weights run/alone/initial.safetensors --out run/sharded
+	$(BIN)/python examples/losses.py run/sharded/losses.csv run/alone/losses.csv --out run/losses.png
 
 test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
 	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "not slow"

@@ -31,6 +31,7 @@ from ..mesh.batches import (
 )
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
+from ..mesh.rows import DataShard, data_shard, shard_rows
 from ..serving.generate import generate
 from ..serving.program import Program, Served
 from ..serving.serving import Serving
@@ -338,6 +339,16 @@ class ShardedModule(nn.Module):
         """
         given = named_arguments(self.forward, args, batch)
         return shard_inputs(self.INPUTS, given, self.mesh, self.FIXED)
+
+    @property
+    def data_shard(self) -> DataShard:
+        """Which rows of each batch this rank needs: part `index` of `count` equal ones."""
+        return data_shard(self.INPUTS, self.mesh)
+
+    def shard_rows(self, /, *args: Any, **rows: Any) -> dict[str, Any]:
+        """As `shard_inputs`, where this rank has loaded the rows of its `data_shard` alone."""
+        given = named_arguments(self.forward, args, rows)
+        return shard_rows(self.INPUTS, given, self.mesh, self.FIXED)
 
     def unpack(self, /, **arguments: Any) -> tuple[Tensor, ...]:
         """The tensors of `INPUTS` in arguments of any form.
