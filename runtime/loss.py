@@ -173,12 +173,13 @@ class _Vocabulary:
         return found
 
     def sums(self, z: Tensor, labels: Tensor, columns: range) -> Tensor:
-        """Of logits z (t, c) in a wide format, per token: lse, the label's logit or 0, and with
+        """Of logits z (t, c), in a wide format per token: lse, the label's logit or 0, and with
         label smoothing the sum."""
         place, there = self.among(labels, columns)
-        found = [z.logsumexp(-1), z.gather(-1, place).where(there, 0).squeeze(-1)]
+        lse = _lse(z)
+        found = [lse, z.gather(-1, place).where(there, 0).squeeze(-1).to(lse.dtype)]
         if self.smoothing:
-            found.append(z.sum(-1))
+            found.append(z.sum(-1, dtype=lse.dtype))
         return torch.stack(found, -1)
 
     def loss(self, sums: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _lse(z: Tensor) -> Tensor:
+    """log(sum(exp(z))) over the last dim, in a wide format: by a kernel that is one pass.
+
+    At the largest number it is that number less its logarithm in a softmax, of which nothing is
+    lost where one is large and the other small.
+    """
+    top, place = z.max(-1, keepdim=True)
+    logs = z.log_softmax(-1, dtype=wide(z.dtype)).gather(-1, place)
+    return (top - logs).where(top != -torch.inf, -torch.inf).squeeze(-1)
+
+
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
     """Rows of a matrix that are computed with together."""
     step = block_rows(columns)
@@ -224,7 +236,7 @@ class _CrossEntropy(torch.autograd.Function):
         z, flat = _own(logits, vocabulary), labels.reshape(-1)
         sums, columns = vocabulary.no_sums(len(z), logits), range(vocabulary.count)
         for rows in _blocks(*z.shape) if columns else ():
-            sums[rows] = vocabulary.sums(z[rows].to(sums.dtype), flat[rows], columns)
+            sums[rows] = vocabulary.sums(z[rows], flat[rows], columns)
         loss, lse = vocabulary.loss(sums, flat)
         ctx.vocabulary = vocabulary
         ctx.save_for_backward(logits, labels, lse)
@@ -268,7 +280,9 @@ class _Head:
         return (range(at, min(at + step, count)) for at in range(0, count, step))
 
     def logits(self, made: Tensor) -> Tensor:
-        """Of products in their own format logits in a wide one."""
+        """Of products the logits, in a wide format where they are others."""
+        if self.scale == 1.0 and not self.softcap:
+            return made
         z = made.to(wide(made.dtype))
         z = z * self.scale if self.scale != 1.0 else z
         return (z / self.softcap).tanh_().mul_(self.softcap) if self.softcap else z

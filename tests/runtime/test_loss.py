@@ -138,6 +138,19 @@ def test_half_precision_is_summed_up_in_float32(
         assert error < 2 * torch.finfo(dtype).eps
 
 
+def test_classes_that_are_masked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of whole chunks among them."""
+    small_sizes(monkeypatch)
+    given = problem(300)
+    given["bias"][100:] = -torch.inf
+    given["labels"] %= 100
+    for got, want in zip(in_chunks(**given), whole(**given), strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+    logits = F.linear(given["x"], given["weight"], given["bias"])
+    want = F.cross_entropy(logits.flatten(0, 1), given["labels"].flatten())
+    torch.testing.assert_close(cross_entropy(logits, given["labels"]), want, **EXACT)
+
+
 def test_only_gradients_that_are_asked_for() -> None:
     given = problem(7)
     for name in ("x", "weight", "bias"):
