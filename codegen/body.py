@@ -22,6 +22,7 @@ from ..ir.graph.names import is_path
 from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
 from ..ir.ops.registry import is_view, local_of, operator_of, rule_of
+from ..ir.ops.views import Dim, reshaped
 from ..planner.plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
 from ..planner.strategies.conversion import Step
 from .classes import TorchModule
@@ -30,7 +31,6 @@ from .names import Base, Names, base_of
 from .nesting import Function, ModuleCall, makes_of, reads_of
 from .nesting import Step as Item
 from .source import WIDTH, number_text, statement
-from .views import Dim, reshaped
 
 
 def attribute(path: str) -> str:

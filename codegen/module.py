@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -14,7 +15,8 @@ from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
 from ..facts.users import Import
-from ..ir.graph import Param
+from ..ir.graph import Extent, Param
+from ..ir.graph import Input as GraphInput
 from ..ir.ops.attention import values_in_keys
 from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
 from ..ir.ops.indices import index_limits
@@ -438,17 +440,7 @@ class _Writer:
         for source, item in zip(self.program.graph.inputs, self.program.inputs, strict=True):
             kind = item.value.type
             args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
-            labels = source.labels or ("",) * len(kind.shape)
-            free = [
-                dim
-                for dim, label in enumerate(labels)  # one size of 1 looks like every other
-                if label and label not in self.baked and kind.shape[dim] > 1
-            ]
-            if free:
-                args.append(f"free={_tuple(free)}")
-                steps = [self._steps.get(label, 1) for label in labels]
-                if any(steps[dim] > 1 for dim in free):
-                    args.append(f"step={_tuple(steps)}")
+            args += self._free(source)
             limits, _ = index_limits(self.program.graph, item.value.name)
             if limits:
                 args.append(f"high={min(limits)}")
@@ -459,9 +451,37 @@ class _Writer:
         told = [
             *(["`free`: dims that may have other sizes"] if "free=" in text else []),
             *(["`step`: what those are multiples of"] if "step=" in text else []),
+            *(["`least`: the smallest that they may be"] if "least=" in text else []),
+            *(["`most`: the largest, 0 for any"] if "most=" in text else []),
             *(["`high`: numbers are below it"] if "high=" in text else []),
         ]
-        return ["    INPUTS = {", *comment_lines("; ".join(told), 2), *lines, "    }"]
+        bounds = [
+            f"        # {line}"
+            for bound in self.program.graph.bounds
+            for line in textwrap.wrap(bound, WIDTH - 10)
+        ]
+        return ["    INPUTS = {", *bounds, *comment_lines("; ".join(told), 2), *lines, "    }"]
+
+    def _free(self, source: GraphInput) -> list[str]:
+        """Arguments of the table that say which other sizes the dims of an input may have."""
+        extents = [
+            # one size of 1 looks like every other
+            None if label in self.baked or size == 1 else extent
+            for label, size, extent in zip(
+                source.labels, source.value.type.shape, source.extents, strict=False
+            )
+        ]
+        free = [dim for dim, extent in enumerate(extents) if extent]
+        known = [extent or Extent() for extent in extents]
+        steps = [
+            lcm(self._steps.get(label, 1), extent.step)
+            for label, extent in zip(source.labels, known, strict=False)
+        ]
+        args = [f"free={_tuple(free)}"] if free else []
+        args += [f"step={_tuple(steps)}"] if any(steps[dim] > 1 for dim in free) else []
+        least, most = [e.least for e in known], [e.most for e in known]
+        args += [f"least={_tuple(least)}"] if any(n > 1 for n in least) else []
+        return [*args, f"most={_tuple(most)}"] if any(most) else args
 
     @cached_property
     def _steps(self) -> dict[str, int]:

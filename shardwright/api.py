@@ -18,8 +18,9 @@ from .facts.mesh import Mesh
 from .facts.phases import find_phase
 from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
-from .ir.capture.capture import capture_folded
+from .ir.capture.capture import captured
 from .ir.graph import Graph
+from .ir.passes.extents import Again, extents_as_in, served_extents, with_extents
 from .ir.passes.returned import returning
 from .ir.passes.serving import (
     FEWEST,
@@ -34,6 +35,7 @@ from .loading import (
     Loaded,
     check_formats,
     load_target,
+    of_sizes,
     quiet_torch,
     takes_tensors_alone,
     tokens_of,
@@ -259,11 +261,17 @@ def plan_file(
     return _plan(loaded, job, outputs)
 
 
-def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> Graph:
-    """The folded graph of a loaded model, its inputs' dims labelled."""
+def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
+    """The folded graph of a loaded model, its inputs' dims labelled, with their extents."""
+    return with_extents(*_captured(loaded, training=training, serving=False))
+
+
+def _captured(loaded: Loaded, *, training: bool, serving: bool) -> tuple[Graph, Again]:
+    """The folded graph of a loaded model, its inputs' dims labelled, and how to get it for inputs
+    of other sizes."""
     _check_names(loaded.model)
     with quiet_torch():
-        graph = capture_folded(
+        found = captured(
             loaded.model,
             loaded.inputs,
             training=training,
@@ -271,11 +279,18 @@ def capture_graph(loaded: Loaded, *, training: bool, serving: bool = False) -> G
             rebuild=loaded.rebuild,
         )
     try:
-        check_tables(graph)
+        check_tables(found.graph)
     except ValueError as error:
         raise PlanError(str(error)) from error
-    inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in graph.inputs)
-    return replace(graph, inputs=inputs)
+
+    def again(sizes: Mapping[str, int]) -> Graph:
+        with quiet_torch():
+            other = found.again(of_sizes(loaded, sizes))
+        check_tables(other)
+        return other
+
+    inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in found.graph.inputs)
+    return replace(found.graph, inputs=inputs), again
 
 
 def _check_names(model: nn.Module) -> None:
@@ -301,8 +316,8 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     few = tokens_of(loaded) < FEWEST and takes_tensors_alone(loaded)
     telling = _telling_positions(_with_few(loaded, FEWEST) if few else loaded)
     if telling is not None:
-        if phase.needs_cache or is_decoder(telling):
-            served = _served(telling, 0 if few else context)
+        if phase.needs_cache or is_decoder(telling[0]):
+            served = _served(*telling, 0 if few else context)
             return _of_few_tokens(loaded, served, context) if few else served
     elif phase.needs_cache:
         raise PlanError(
@@ -313,29 +328,41 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
     return capture_graph(loaded, training=False)
 
 
-def _telling_positions(loaded: Loaded) -> Graph | None:
-    """The graph of a forward pass whose inputs tell where tokens stand; None if that is not told.
+def _telling_positions(loaded: Loaded) -> tuple[Graph, Again] | None:
+    """The graph of a forward pass whose inputs tell where tokens stand, and how to get it for other
+    sizes; None if that is not told.
 
     A model that takes no positions may do without, if its layers keep states: those of the graph
     then say what is padding.
     """
     served = with_positions(loaded)
     if served is not None:
-        return capture_graph(served, training=False, serving=True)
+        return _captured(served, training=False, serving=True)
     tokens = with_tokens_alone(loaded)
-    return tokens and with_own_positions(capture_graph(tokens, training=False, serving=True))
+    if tokens is None:
+        return None
+    graph, again = _captured(tokens, training=False, serving=True)
+    telling = with_own_positions(graph)
+
+    def again_telling(sizes: Mapping[str, int]) -> Graph:
+        other = with_own_positions(again(sizes))
+        if other is None:
+            raise ServingError("no layer shows a state of its own then")
+        return other
+
+    return telling and (telling, again_telling)
 
 
 def _of_few_tokens(loaded: Loaded, served: Graph, context: int) -> Graph:
     """As `served`, of as many tokens as `loaded` has, or as its recurrences show in."""
     tokens = max(tokens_of(loaded), fewest_tokens(served))
-    graph = _telling_positions(_with_few(loaded, tokens))
-    if graph is None:
+    telling = _telling_positions(_with_few(loaded, tokens))
+    if telling is None:
         raise PlanError(
             f"{type(loaded.model).__name__} shows no state of its layers when it is given {tokens}"
             " tokens alone, so that they cannot go on from one; write the same lines for any number"
         )
-    return _served(graph, context)
+    return extents_as_in(served, _serving(telling[0], context))
 
 
 def _with_few(loaded: Loaded, tokens: int) -> Loaded:
@@ -345,7 +372,16 @@ def _with_few(loaded: Loaded, tokens: int) -> Loaded:
     return with_tokens(loaded, tokens + (tokens == batch > 1))
 
 
-def _served(graph: Graph, context: int) -> Graph:
+def _served(graph: Graph, again: Again, context: int) -> Graph:
+    """The graph of serving, which must be that of any number of tokens."""
+    made = _serving(graph, context)
+    try:
+        return served_extents(made, lambda sizes: serving_graph(again(sizes), context))
+    except ServingError as error:
+        raise PlanError(str(error)) from error
+
+
+def _serving(graph: Graph, context: int) -> Graph:
     for output in graph.outputs:
         if name := updated_buffer(output.path):
             raise PlanError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from .facts.phases import find_phase
 from .facts.users import load_file
 from .ir.capture.arguments import Arguments
 from .ir.capture.errors import CaptureError
+from .ir.passes.extents import base_sizes, resized
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
 
@@ -213,6 +214,25 @@ def _check_tensors_alone(loaded: Loaded) -> None:
             f"{type(loaded.model).__name__} is given `{spelled(others[0])}`; to be served, a model "
             "takes tokens and positions alone, by name, so forward must do without the rest"
         )
+
+
+def of_sizes(loaded: Loaded, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Tensors like those of the inputs, by name, the least dim of each label of another size."""
+    tensors = loaded.tensors
+    labels = {name: loaded.labels.get(name, ()) for name in tensors}
+    base = base_sizes((labels[name], x.shape) for name, x in tensors.items())
+
+    def shape(name: str, x: Tensor) -> list[int]:
+        known = [*labels[name], *[""] * x.ndim][: x.ndim]
+        return [
+            resized(size, base[label], sizes[label]) if label in base and size > 1 else size
+            for label, size in zip(known, x.shape, strict=True)
+        ]
+
+    return {
+        name: torch.empty(shape(name, x), dtype=x.dtype, device="meta")
+        for name, x in tensors.items()
+    }
 
 
 def tokens_of(loaded: Loaded) -> int:

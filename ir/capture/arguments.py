@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -84,10 +84,14 @@ class Arguments:
         plain = not self.fixed and all(len(path) == 1 for path in self.paths.values())
         return None if plain else Signature(tuple(self.given), self.by_position, self.fixed)
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Arguments of the same form with other tensors."""
+        new = {self.paths[name]: tensor for name, tensor in tensors.items()}
+        return replace(self, given=with_leaves(self.given, new))
+
     def call(self, function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> Any:
         """`function` of arguments of the same form, with other tensors."""
-        new = {self.paths[name]: tensor for name, tensor in tensors.items()}
-        given: dict[str, object] = with_leaves(self.given, new)
+        given = self.with_tensors(tensors).given
         names = list(given)
         unnamed = [given[name] for name in names[: self.unnamed]]
         return function(*unnamed, **{name: given[name] for name in names[self.unnamed :]})

@@ -66,7 +66,7 @@ def capture(
     """
     arguments = Arguments.of(model, inputs)
     exported = export(model, arguments, training=training, serving=serving)
-    return _finish(model, arguments, *exported, rebuild)
+    return _finish(model, arguments, *exported, _rebuilding(model, rebuild))
 
 
 def capture_folded(
@@ -82,6 +82,29 @@ def capture_folded(
     Formulas that the model writes out are one operator each, and nothing is computed twice.
     Arguments and errors as `capture`.
     """
+    return captured(model, inputs, training=training, serving=serving, rebuild=rebuild).graph
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The folded graph of a model, and the way to it for other tensors by the names of its inputs.
+
+    `again` takes layers to repeat as they did, and raises CaptureError where they do not.
+    """
+
+    graph: Graph
+    again: Callable[[Mapping[str, Tensor]], Graph]
+
+
+def captured(
+    model: nn.Module,
+    inputs: object,
+    *,
+    training: bool,
+    serving: bool = False,
+    rebuild: Callable[[], nn.Module] | None = None,
+) -> Captured:
+    """As `capture_folded`, for models that are captured with several sizes."""
     if training:
         check_hooks(model)
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
@@ -89,18 +112,37 @@ def capture_folded(
     tensors = arguments.tensors
     with _mode(model, training), arguments.flat_forward(model):
         short = repeats(model, tensors, lambda: _on_meta(model, tensors, serving, training))
+    build = _rebuilding(model, rebuild)
+    once = build and functools.cache(build)
 
-    def whole() -> Graph:
-        flat = capture(model, arguments, training=training, serving=serving, rebuild=rebuild)
-        return fold(flat, classes)
+    def folded(given: Arguments, layers: Repeats | None) -> Graph | None:
+        with cut(model, layers.kept if layers else {}):
+            flat = capture(model, given, training=training, serving=serving, rebuild=once)
+            graph = fold(flat, classes)
+        whole = _extended(graph, layers) if layers else graph
+        return whole and computed_once(raised(whole))
 
-    if short is not None:
-        with cut(model, short.kept):
-            graph = whole()
-        extended = _extended(graph, short)
-        if extended is not None:
-            return computed_once(raised(extended))
-    return computed_once(raised(whole()))
+    made = short and folded(arguments, short)
+    layers = short if made else None
+    graph = made or folded(arguments, None)
+    assert graph is not None
+
+    def again(other: Mapping[str, Tensor]) -> Graph:
+        found = folded(arguments.with_tensors(other), layers)
+        if found is None:
+            raise CaptureError("the layers that repeat are others then")
+        return found
+
+    return Captured(graph, again)
+
+
+def _rebuilding(
+    model: nn.Module, rebuild: Callable[[], nn.Module] | None
+) -> Callable[[], nn.Module] | None:
+    """What makes the model anew, if anything does."""
+    if rebuild is None and is_pretrained(model):
+        return functools.partial(huggingface.rebuild, model)
+    return rebuild
 
 
 def _extended(graph: Graph, short: Repeats) -> Graph | None:
@@ -481,8 +523,6 @@ def _with_data(
     used |= {output.value.name for output in graph.outputs}
     needed = [p for p in graph.params if p.kind == "constant" and p.name in used]
     buffers = [p.name for p in needed if p.name in tensors.buffers]
-    if rebuild is None and is_pretrained(model):
-        rebuild = functools.partial(huggingface.rebuild, model)
     try:
         data: dict[str, Tensor] = recover(model, buffers, rebuild)
     except UnknownConstant as error:
@@ -539,4 +579,4 @@ def _explain(model: nn.Module, error: Exception) -> str:
     return f"{where}{type(model).__name__} cannot be traced: {kind}: {text}"
 
 
-__all__ = ["CaptureError", "capture", "capture_folded", "export"]
+__all__ = ["CaptureError", "Captured", "capture", "capture_folded", "captured", "export"]

@@ -4,6 +4,7 @@ from .nodes import (
     Arg,
     Block,
     Call,
+    Extent,
     Graph,
     Input,
     Loc,
@@ -20,6 +21,6 @@ from .nodes import (
 )
 
 __all__ = [
-    "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
-    "Signature", "TensorType", "Value", "originals", "values_in",
+    "Arg", "Block", "Call", "Extent", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param",
+    "Part", "Signature", "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

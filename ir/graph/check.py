@@ -29,6 +29,10 @@ def check_graph(graph: Graph) -> None:
             len(item.labels) in (0, len(item.value.type.shape)),
             f"input `{item.name}` has {len(item.value.type.shape)} dims and other labels",
         )
+        _check(
+            len(item.extents) in (0, len(item.value.type.shape)),
+            f"input `{item.name}` has {len(item.value.type.shape)} dims and other extents",
+        )
     _check_params(graph.params)
     for item in graph.body:
         if isinstance(item, Node):

@@ -240,17 +240,29 @@ class Loop:
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """Sizes that a dim may have besides the captured one: multiples of `step` from `least` to
+    `most`, which is 0 where there is no limit."""
+
+    least: int = 1
+    most: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Input:
     """A user input by its keyword; `labels` names its dims (`b`, `s`) where they are known.
 
     `path` says where in the arguments of `forward` it stands (`("batch", "ids")`); `()` is for the
-    argument `name` itself.
+    argument `name` itself.  `extents` has for each dim the sizes for which the graph holds, None
+    where that is only the captured one; `()` is for none but those.
     """
 
     name: str
     value: Value
     labels: tuple[str, ...] = ()
     path: Path = ()
+    extents: tuple[Extent | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +290,8 @@ class Signature:
 class Graph:
     """A captured model.  `body` is in topological order.
 
-    `signature` is None where `forward` takes `inputs` by name, and nothing else.
+    `signature` is None where `forward` takes `inputs` by name, and nothing else.  `bounds` say in
+    words why inputs may not have any size.
     """
 
     name: str  # class of the model: `LlamaForCausalLM`
@@ -287,6 +300,7 @@ class Graph:
     body: tuple[Node | Loop, ...]
     outputs: tuple[Output, ...]
     signature: Signature | None = None
+    bounds: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -306,6 +320,6 @@ class Graph:
 
 
 __all__ = [
-    "Arg", "Block", "Call", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param", "Part",
-    "Signature", "TensorType", "Value", "originals", "values_in",
+    "Arg", "Block", "Call", "Extent", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param",
+    "Part", "Signature", "TensorType", "Value", "originals", "values_in",
 ]  # fmt: skip

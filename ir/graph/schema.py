@@ -68,7 +68,16 @@ _CALL = Record(
         "targets": ListOf(LINE),
     }
 )
-_INPUT = Record({"name": WORD, "value": _VALUE, "labels": ListOf(LINE, 16), "path": _PATH})
+_EXTENT = Row(Whole(1, 2**62), _SIZE, Whole(1, 2**62))
+_INPUT = Record(
+    {
+        "name": WORD,
+        "value": _VALUE,
+        "labels": ListOf(LINE, 16),
+        "path": _PATH,
+        "extents": ListOf(Either(Null(), _EXTENT), 16),
+    }
+)
 _SIGNATURE = Record(
     {"names": ListOf(WORD), "by_position": _INDEX, "fixed": ListOf(Row(_PATH, _CONSTANT))}
 )
@@ -143,6 +152,7 @@ GRAPH = Named(
             "calls": ListOf(_CALL),
             "inputs": ListOf(_INPUT),
             "signature": Either(Null(), _SIGNATURE),
+            "bounds": ListOf(Text("one line of text"), 64),
             "params": ListOf(_PARAM),
             "body": ListOf(Either(_LOOP, _NODE)),
             "outputs": ListOf(Record({"path": _PATH, "value": LINE})),

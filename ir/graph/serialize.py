@@ -20,6 +20,7 @@ from .nodes import (
     Arg,
     Block,
     Call,
+    Extent,
     Graph,
     Input,
     Loc,
@@ -52,10 +53,12 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
                 "value": _value(i.value),
                 "labels": list(i.labels),
                 "path": list(i.path),
+                "extents": [e and [e.least, e.most, e.step] for e in i.extents],
             }
             for i in graph.inputs
         ],
         "signature": None if graph.signature is None else _signature(graph.signature),
+        "bounds": list(graph.bounds),
         "params": [_param(param) for param in graph.params],
         "body": [_node(i, calls) if isinstance(i, Node) else _loop(i, calls) for i in graph.body],
         "outputs": [{"path": list(o.path), "value": o.value.name} for o in graph.outputs],
@@ -191,10 +194,7 @@ class _Reader:
         """The whole graph."""
         scope: dict[str, Value] = {}
         self._calls = tuple(_read_call(call) for call in data["calls"])
-        inputs = tuple(
-            Input(i["name"], self._value(i["value"], scope), tuple(i["labels"]), tuple(i["path"]))
-            for i in data["inputs"]
-        )
+        inputs = tuple(self._input(item, scope) for item in data["inputs"])
         params = tuple(self._param(param, scope) for param in data["params"])
         body = tuple(
             self._loop(item, scope) if "loop" in item else self._node(item, scope)
@@ -204,7 +204,17 @@ class _Reader:
             Output(tuple(out["path"]), _known(out["value"], scope)) for out in data["outputs"]
         )
         signature = data["signature"] and _read_signature(data["signature"])
-        return Graph(data["name"], inputs, params, body, outputs, signature)
+        bounds = tuple(data["bounds"])
+        return Graph(data["name"], inputs, params, body, outputs, signature, bounds)
+
+    def _input(self, data: Any, scope: dict[str, Value]) -> Input:
+        return Input(
+            data["name"],
+            self._value(data["value"], scope),
+            tuple(data["labels"]),
+            tuple(data["path"]),
+            tuple(extent and Extent(*extent) for extent in data["extents"]),
+        )
 
     def _value(self, data: Any, scope: dict[str, Value]) -> Value:
         """A definition; it enters the scope."""

@@ -44,7 +44,7 @@ def format_plan(plan: PlanData) -> str:
 
 
 def _notes(plan: PlanData) -> str:
-    notes = [*plan.notes, *_changed_buffers(plan)]
+    notes = [*plan.notes, *plan.graph.bounds, *_changed_buffers(plan)]
     return "\n".join(["Notes", *(f"  {note}" for note in notes)]) if notes else ""
 
 

@@ -40,8 +40,9 @@ class Input:
     """A tensor that the original model's forward takes: planned full shape, how it is sharded.
 
     `path` says where in the arguments it stands; `()` is for an argument of the table's name.
-    Dims in `free` may have other sizes than planned: multiples of `step`, which has one number per
-    dim (default: 1).  Integers are below `high` where it is not 0: they are indices.
+    Dims in `free` may have other sizes than planned: multiples of `step`, from `least` to `most`
+    (0: no limit), each of one number per dim.  Integers are below `high` where it is not 0: they
+    are indices.
     """
 
     spec: str
@@ -51,6 +52,8 @@ class Input:
     high: int = 0
     step: tuple[int, ...] = ()
     path: Path = ()
+    least: tuple[int, ...] = ()
+    most: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,7 @@ def _check_planned(name: str, wanted: Input, x: Tensor) -> None:
     )
     if not fits or x.dtype != wanted.dtype:
         free = f" (dims {list(wanted.free)} may differ)" if wanted.free else ""
+        free = free or " (the comment at INPUTS says why no dim may differ)"
         raise ValueError(
             f"input `{name}` is {x.dtype} {shape}; the plan has {wanted.dtype} {wanted.shape}{free}"
         )
@@ -212,6 +216,14 @@ def _check_divides(name: str, wanted: Input, x: Tensor, dim: int, mesh: Mesh) ->
         raise ValueError(
             f"input `{name}` dim {dim} has size {size}; the plan cuts what is computed"
             f" from it, so it must be a multiple of {wanted.step[dim]}"
+        )
+    least = wanted.least[dim] if wanted.least else 0
+    most = wanted.most[dim] if wanted.most else 0
+    if (size < least or 0 < most < size) and size != wanted.shape[dim]:
+        raise ValueError(
+            f"input `{name}` dim {dim} has size {size}; the model computes with this size, and the"
+            f" module holds for {least} to {most or 'any'} (it was planned for"
+            f" {wanted.shape[dim]}): plan again for others"
         )
 
 

@@ -239,7 +239,7 @@ class Serving:
         """How many tokens of a sequence fit in one run; 0 is any number."""
         wanted = program.tokens
         if 1 in wanted.free and not self._caches.windowed:
-            return 0
+            return wanted.most[1] if wanted.most else 0
         step = 2 * ways(parse_spec(wanted.spec), self.mesh, 1)
         return wanted.shape[1] if step == 2 else max(wanted.shape[1] // step * step, 1)
 

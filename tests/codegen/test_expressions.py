@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shardwright.codegen.expressions import nested
-from shardwright.codegen.views import Dim, reshaped
+from shardwright.ir.ops.views import Dim, reshaped
 
 B, S = (2, (0,)), (9, ())  # a batch that axis 0 cuts, a whole sequence
 
