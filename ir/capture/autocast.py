@@ -157,28 +157,36 @@ def own_autocast() -> Generator[None]:
     """Inside, models turn autocast on for the CPU alone, where they are captured.
 
     Raises ForeignAutocast where autocast is on already, and inside for other devices, on which
-    torch turns it off without a word where there is none.
+    torch turns it off without a word where there is none: what was made before, as decorators are,
+    does not tell any more whether it was on.
     """
     if any(torch.is_autocast_enabled(device) for device in _devices()):
         raise ForeignAutocast(
             "`torch.autocast` is on around the planning: the plan would hold what it casts. Plan "
             "outside of the region; the generated module may run inside of one"
         )
-    before = torch.autocast.__init__
-    signature = inspect.signature(before)
+    make, begin = torch.autocast.__init__, torch.autocast.__enter__
+    signature = inspect.signature(make)
+    off = set[torch.autocast]()  # made inside, to turn autocast off
 
     def init(self: torch.autocast, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("enabled", True) and given["device_type"] != "cpu":
             raise ForeignAutocast(_elsewhere(given["device_type"]))
-        before(self, *args, **kwargs)
+        make(self, *args, **kwargs)
+        off.add(self)
+
+    def enter(self: torch.autocast) -> object:
+        if self.device != "cpu" and self not in off:
+            raise ForeignAutocast(_elsewhere(self.device, _decorated()))
+        return begin(self)
 
     changed: Any = torch.autocast
-    changed.__init__ = init
+    changed.__init__, changed.__enter__ = init, enter
     try:
         yield
     finally:
-        changed.__init__ = before
+        changed.__init__, changed.__enter__ = make, begin
 
 
 def _devices() -> Iterator[str]:
@@ -189,11 +197,22 @@ def _devices() -> Iterator[str]:
         yield found.type
 
 
-def _elsewhere(device: str) -> str:
-    where = place(*innermost_frame("".join(traceback.format_stack())))
+def _decorated() -> str:
+    """The place of the function that `torch.autocast` is a decorator of, if it is one now."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "decorate_autocast":
+        frame = frame.f_back
+    function = frame and inspect.unwrap(frame.f_locals["func"])
+    code = getattr(function, "__code__", None)
+    return place(code.co_filename, code.co_firstlineno) if code else ""
+
+
+def _elsewhere(device: str, where: str = "") -> str:
+    where = where or place(*innermost_frame("".join(traceback.format_stack())))
     return (
         f"{where}: the model turns autocast on for {device!r} alone, and is captured without one: "
-        "write `torch.autocast(x.device.type, ...)`, and the plan keeps what is cast on a CPU"
+        "write `with torch.autocast(x.device.type, ...)` in `forward`, and the plan keeps what is "
+        "cast on a CPU"
     )
 
 

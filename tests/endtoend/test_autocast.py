@@ -152,6 +152,27 @@ class Around(Calls):
             return F.linear(x, self.w)
 
 
+class Decorated(Calls):
+    @torch.autocast("cuda", dtype=BF16)  # pyright: ignore[reportUntypedFunctionDecorator]
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+class TurningOff(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            return F.linear(x, self.w)
+
+
+def test_decorators_for_another_device_are_refused_and_turning_off_is_not() -> None:
+    inputs = {"x": torch.randn(4, 6)}
+    for training in (True, False):
+        with pytest.raises(CaptureError, match=r"autocast\.py:\d+: .*alone.*in `forward`"):
+            capture(Decorated(F.linear), inputs, training=training)
+    (linear,) = capture(TurningOff(F.linear), inputs, training=True).nodes
+    assert linear.output.type.dtype == torch.float32
+
+
 def test_what_cannot_be_kept_is_refused_by_name() -> None:
     inputs = {"x": torch.randn(4, 6)}
     with pytest.raises(CaptureError, match=r"autocast\.py:\d+: .* for 'cuda' alone"):
