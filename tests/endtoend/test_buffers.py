@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shardwright.api import capture_graph
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.reference.interpret import interpret
+from shardwright.loading import Loaded
 from shardwright.runtime import RankPool
 from tests.sharded import (
     assert_close,
@@ -184,9 +185,8 @@ def test_batch_norms_count_the_batch_that_comes(pool: Pool) -> None:
     model = Norms().double()
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     batches = [torch.randn(rows, TOKENS, WIDTH, dtype=torch.float64) for rows in (4, 12, 8)]
-    graph = widened(capture_folded(model, {"x": batches[0]}, training=True))
-    labelled = tuple(replace(each, labels=("b", "s", "")) for each in graph.inputs)
-    builder = builder_of(replace(graph, inputs=labelled), mesh_of(2))
+    loaded = Loaded(model, {"x": batches[0]}, {"x": ("b", "s", "")}, None)
+    builder = builder_of(widened(capture_graph(loaded, training=True)), mesh_of(2))
     source = source_of(builder, random_decisions(builder, 0))
     model.load_state_dict(state)
     with torch.no_grad():
