@@ -31,6 +31,7 @@ from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, count_collectives
 from tests.ir import test_moe
 from tests.ir.models import VOCABULARY, huggingface_configs, huggingface_model
+from tests.runtime.test_decoding import no_host
 from tests.sharded import (
     assert_close,
     builder_of,
@@ -264,3 +265,14 @@ def test_generation_equals_transformers(pool: Pool, name: str) -> None:
         source = source_of(builder, random_decisions(builder, seed))
         for got in pool(4).run(generate_on_rank, source, state, ids, {"lengths": lengths}):
             assert torch.equal(got[:, PROMPT:], want), f"{name} seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_decode_step_asks_no_host(name: str) -> None:
+    """All of a generated module's step, of tokens and positions that are on the device."""
+    builder = builder_of(graph_of(name, 1), mesh_of(1), training=False)
+    source = source_of(builder, random_decisions(builder, 0))
+    ids, lengths = prompts()
+    with no_host() as seen:
+        got = generate_on_rank(source, model_of(name).state_dict(), ids, {"lengths": lengths})
+    assert torch.equal(got[:, PROMPT:], greedy(name, ids, lengths)) and len(seen) > 100

@@ -62,7 +62,8 @@ def weights() -> dict[str, Tensor]:
 
 
 def embed_positions(positions: Tensor) -> Tensor:
-    return torch.sin(positions[..., None] * torch.arange(1, WIDTH + 1, dtype=F64) / 5)
+    frequencies = torch.arange(1, WIDTH + 1, dtype=F64, device=positions.device) / 5
+    return torch.sin(positions[..., None] * frequencies)
 
 
 def toy(mesh: dict[str, int], algorithm: str = "local", window: int = 0, **changes: Any) -> type:
