@@ -31,13 +31,15 @@ class Graphs:
         self._on = device.type == "cuda" and capture is not False
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._seen: set[Hashable] = set()
+        self._moves = 0
         self._pool: Any = None  # memory that all share
 
-    def forget(self) -> None:
-        """Let go of all graphs, as what they use is no more."""
-        self._graphs.clear()
-        self._seen.clear()
-        self._pool = None
+    def keep(self, moves: int) -> None:
+        """Let go of all graphs if `moves` changed: what they use lies elsewhere now."""
+        if moves != self._moves:
+            self._graphs.clear()
+            self._seen.clear()
+            self._moves, self._pool = moves, None
 
     def give_up(self, why: str) -> None:
         """Steps are not captured from now on; raises RuntimeError where they had to be."""

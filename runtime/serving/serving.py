@@ -47,7 +47,7 @@ class Serving:
         graphs = Graphs(capture, served.mesh.device, *served.models)
         self._served, self._graphs = served, graphs
         self._caches = Caches(served, batch, tokens, total_tokens)
-        self._stepper = Stepper(served, served.programs[DECODE.name], self._caches, graphs)
+        self._steppers: dict[str, Stepper] = {}
         self._needs_host: dict[int, str] = {}  # by program, why the host must lead its steps
         self._in_use = torch.zeros(batch, dtype=torch.bool)
 
@@ -98,7 +98,9 @@ class Serving:
             self._in_use.fill_(True)
         if self.follows(DECODE):
             return self.step(DECODE, tokens[:, None].cpu(), self._in_use.to(torch.int64))
-        return self._stepper.logits(tokens, self._in_use)
+        counts = self._in_use.to(torch.int64)
+        self._caches.check_capacity(counts)
+        return self._stepper(DECODE).logits(tokens[:, None], counts)
 
     def append(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor:
         """Continue the sequences with several tokens (b, t); logits (b, v)."""
@@ -156,7 +158,7 @@ class Serving:
 
     def first(self, logits: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
         """The tokens (b,) that follow `logits` (b, v), on the CPU and the same on all ranks."""
-        return self._stepper.first(logits, choice, generator)
+        return self._stepper(DECODE).first(logits, choice, generator)
 
     def draw(
         self,
@@ -174,7 +176,7 @@ class Serving:
         if self.follows(DECODE):
             logits = self.step(DECODE, tokens[:, None], alive.to(torch.int64))
             return self.first(logits, choice, generator).where(alive, choice.pad)[None]
-        return self._stepper.draw(tokens, alive, most, choice, generator)
+        return self._stepper(DECODE).draw(tokens, alive, most, choice, generator)
 
     def follows(self, phase: Phase) -> bool:
         """Must the host lead the steps of a phase?  If not, the device does them alone.
@@ -202,7 +204,7 @@ class Serving:
         for start in range(0, max(int(counts.max()), 1), limit):
             stop = start + limit
             some = (counts - start).clamp(0, limit)
-            new = self._run(program, ids[:, start:stop], some)
+            new = self._run(phase, ids[:, start:stop], some)
             fresh = (some > 0).to(new.device)[:, None]
             logits = new if logits is None else torch.where(fresh, new, logits)
         assert logits is not None
@@ -243,9 +245,21 @@ class Serving:
         step = 2 * ways(parse_spec(wanted.spec), self.mesh, 1)
         return wanted.shape[1] if step == 2 else max(wanted.shape[1] // step * step, 1)
 
-    def _run(self, program: Program, ids: Tensor, counts: Tensor) -> Tensor:
-        """One run of a program on the first `counts[i]` of the tokens `ids[i]`; logits (b, v)."""
-        caches = self._caches
+    def _stepper(self, phase: Phase) -> Stepper:
+        """Steps of the program for `phase` that the device does alone."""
+        if phase.name not in self._steppers:
+            program = self._served.programs[phase.name]
+            made = Stepper(self._served, program, self._caches, self._graphs)
+            self._steppers[phase.name] = made
+        return self._steppers[phase.name]
+
+    def _run(self, phase: Phase, ids: Tensor, counts: Tensor) -> Tensor:
+        """One run for a phase on the first `counts[i]` of the tokens `ids[i]`; logits (b, v)."""
+        caches, program = self._caches, self._served.programs[phase.name]
+        if self._needs_host.get(id(program)) == "" and bool((counts > 0).any()):
+            stepper = self._stepper(phase)
+            if stepper.suits(counts):
+                return stepper.logits(ids, counts, capture=phase is not PREFILL)
         order = self._arranged(program, counts)  # (rows, columns): which new token, or -1
         starts = caches.of_rows(caches.lengths)[:, None]
         positions = (starts + order).masked_fill(order < 0, -1)

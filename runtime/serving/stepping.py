@@ -1,4 +1,4 @@
-"""Steps of one token of each sequence that the device does alone: forward pass, choice, stops.
+"""Steps that the device does alone: forward pass, choice of tokens, ends of sequences.
 
 The host gives the tokens of the first step and takes those of all steps after some of them; see
 `cache/device.py` for what is cached meanwhile.
@@ -21,6 +21,7 @@ from .captured import Graphs
 from .program import Program, Served
 from .sampling import Choice
 
+_FEW = 16  # so many tokens of a sequence at once make a step that is captured
 _LOOK = 8  # steps after which the host looks whether all sequences have ended
 _ROUND = 64  # steps for which it takes pages ahead, where nothing ends a sequence
 
@@ -41,21 +42,57 @@ class Stepper:
         self._tokens = torch.zeros(caches.rows, dtype=torch.int64, device=device)
         self._positions, self._rows = self._tokens.clone(), self._tokens.clone()
         self._alive = self._tokens > 0
+        self._inputs: dict[tuple[int, int, int], Tensor] = {}
         self._stops: dict[tuple[int, ...], Tensor] = {}
         self._numbers = torch.empty(0, device=device)
-        self._moves = caches.moves
 
-    def logits(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Logits (b, v) after one more token (b,) of each `active` (b,) sequence."""
-        caches = self._caches
-        caches.room_ahead(active, 1, self._spec)
-        rows = self._bucket(active)
-        with caches.round(rows, caches.ahead(active.long()), self._spec) as steps:
-            self._load(rows, tokens, active)
-            key = "logits", len(rows), steps.form
-            out = self._run(key, lambda: self._forward(len(rows), steps))
-            steps.got = active.long()
+    def suits(self, counts: Tensor) -> bool:
+        """Is this the way for `counts` (b,) new tokens: are they few, or of some sequences?"""
+        some = len(self._bucket(counts > 0)) < self._caches.rows
+        return some or int(counts.max()) <= _FEW
+
+    def logits(self, ids: Tensor, counts: Tensor, *, capture: bool = True) -> Tensor:
+        """Logits (b, v) after the first `counts` (b,) of the tokens `ids` (b, t) of each sequence.
+
+        `ids` may be on the device.  Captured, unless the tokens are many or `capture` is false.
+        """
+        caches, ahead = self._caches, self._caches.ahead(counts)
+        caches.check_room(ahead, self._spec, counts)
+        rows = self._bucket(counts > 0)
+        with caches.round(rows, ahead, self._spec) as steps:
+            given = self._given(rows, ids[:, : ahead.shape[1]], ahead)
+
+            def step() -> Tensor:
+                tokens, positions = given
+                steps.open(positions)
+                return self._program.next_logits_on_device(self._mesh, tokens, positions)
+
+            few = capture and given.shape[2] <= _FEW
+            out = self._run((tuple(given.shape), steps.form), step) if few else step()
+            steps.got = counts
         return self._in_order(out, rows)
+
+    def _given(self, rows: Sequence[int], ids: Tensor, ahead: Tensor) -> Tensor:
+        """Tokens and positions (2, size, t) of a step of `rows`, where it finds them each time."""
+        wanted, device = torch.tensor(rows), self._mesh.device
+        width = self._width(ids.shape[1])
+        shape = 2, len(rows), width
+        if shape not in self._inputs:
+            self._inputs[shape] = torch.empty(shape, dtype=torch.int64, device=device)
+        positions = ahead[wanted.clamp(min=0)].where(wanted[:, None] >= 0, -1)
+        index = wanted.clamp(0, len(ids) - 1).to(device)
+        padding = 0, width - ids.shape[1]
+        self._inputs[shape][0] = F.pad(ids.to(self._tokens)[index], padding)
+        self._inputs[shape][1] = F.pad(positions, padding, value=-1).to(device)
+        return self._inputs[shape]
+
+    def _width(self, columns: int) -> int:
+        """With how many columns, padding behind, the program takes so many tokens."""
+        wanted = self._program.tokens
+        if 1 not in wanted.free:
+            return wanted.shape[1]
+        step = wanted.step[1] if wanted.step else 1
+        return -(-columns // step) * step
 
     def first(self, logits: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
         """The tokens (b,) after `logits` (b, v), the same on all ranks; on the CPU."""
@@ -102,10 +139,8 @@ class Stepper:
         return len(drawn), got
 
     def _run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
-        if self._moves != self._caches.moves:  # captured steps read caches where they were
-            self._graphs.forget()
-            self._moves = self._caches.moves
-        return self._graphs.run(key, step)
+        self._graphs.keep(self._caches.moves)  # captured steps read caches where they were
+        return self._graphs.run((id(self), key), step)
 
     # --- a step, in operators on the device alone ------------------------------------------------
 
@@ -119,9 +154,7 @@ class Stepper:
 
     def _columns(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (size, t), with as many columns of padding behind as the program wants."""
-        wanted = self._program.tokens
-        least = wanted.step[1] if wanted.step else 1
-        padding = 0, (least if 1 in wanted.free else wanted.shape[1]) - 1
+        padding = 0, self._width(1) - 1
         if padding == (0, 0):
             return tokens[:, None], positions[:, None]
         return F.pad(tokens[:, None], padding), F.pad(positions[:, None], padding, value=-1)

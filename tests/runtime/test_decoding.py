@@ -14,14 +14,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.facts.phases import DECODE
-from shardwright.runtime import CacheFullError, KVCache, PageTable, RankPool
+from shardwright.runtime import CacheFullError, KVCache, Mesh, PageTable, RankPool
 from shardwright.runtime.attention.paged import paged_attention, partial_over_pages
 from shardwright.runtime.attention.scores import Scores
 from shardwright.runtime.cache.cache import PAGE
 from shardwright.runtime.cache.device import DeviceTable
 from shardwright.runtime.serving.buckets import bucket
 from shardwright.runtime.serving.captured import Graphs
-from tests.runtime.test_generate import BUILDS, PROMPTS, VOCAB, plain_generate, toy, weights
+from shardwright.runtime.serving.program import Program
+from tests.runtime.test_generate import (
+    BUILDS,
+    PROMPTS,
+    VOCAB,
+    plain_generate,
+    plain_logits,
+    toy,
+    weights,
+)
 
 Pool = Callable[[int], RankPool]
 F64 = torch.float64
@@ -311,6 +320,32 @@ def test_who_may_join_and_leave() -> None:
     assert model.cached_lengths.tolist() == [0, 3]
 
 
+def test_few_tokens_and_few_sequences_take_a_step_of_their_own() -> None:
+    """Appended tokens are stored by such a step, and who joins does not compute the others."""
+    model = toy({}).from_state_dict(weights())
+    model.new_cache(4, 80)
+    a, b = PROMPTS[0], PROMPTS[2]
+    model.admit(torch.tensor([a]))
+    sizes, run = list[tuple[int, ...]](), Program.next_logits_on_device
+
+    def watched(self: Program, mesh: Mesh, ids: Tensor, positions: Tensor) -> Tensor:
+        sizes.append(tuple(ids.shape))
+        return run(self, mesh, ids, positions)
+
+    with patch.object(Program, "next_logits_on_device", watched):
+        _, joined = model.admit(torch.tensor([b]))
+        with no_host() as seen:
+            added = model.append(torch.tensor([[1, 2], [3, 0], [0, 0], [0, 0]]), [2, 1, 0, 0])
+    assert sizes == [(1, len(b)), (2, 2)] and len(seen) > 50
+    torch.testing.assert_close(joined[0], plain_logits(b), **EXACT)
+    torch.testing.assert_close(added[0], plain_logits([*a, 1, 2]), **EXACT)
+    torch.testing.assert_close(added[1], plain_logits([*b, 3]), **EXACT)
+    long = torch.arange(40).repeat(4, 1) % VOCAB
+    logits = model.append(long, [40, 0, 40, 0])
+    torch.testing.assert_close(logits[0], plain_logits([*a, 1, 2, *long[0].tolist()]), **EXACT)
+    torch.testing.assert_close(logits[2], plain_logits(long[0].tolist()), **EXACT)
+
+
 def test_rows_of_a_step() -> None:
     assert bucket([0, 1, 2], 16, 1) == [0, 1, 2, -1]
     assert bucket([9], 16, 1) == [9]
@@ -407,7 +442,7 @@ def test_a_step_is_captured_once_and_replayed() -> None:
         out = [int(graphs.run("a", step)) for _ in range(4)]
         assert (out, len(runs), Recorded.replays) == ([1, 2, 2, 2], 2, 3)
         assert int(graphs.run("b", step)) == 3  # another form of the step is captured by itself
-        graphs.forget()
+        graphs.keep(1)  # caches lie elsewhere
         assert [int(graphs.run("a", step)) for _ in range(2)] == [4, 5]
     off = Graphs(False, torch.device("cuda"))
     with pretended():
