@@ -22,6 +22,7 @@ from .program import Program, Served
 from .sampling import Choice
 
 _FEW = 16  # so many tokens of a sequence at once make a step that is captured
+_MANY = 1024  # for more, a CPU computes padding rather than hold a mask of tokens x tokens
 _LOOK = 8  # steps after which the host looks whether all sequences have ended
 _ROUND = 64  # steps for which it takes pages ahead, where nothing ends a sequence
 
@@ -47,9 +48,10 @@ class Stepper:
         self._numbers = torch.empty(0, device=device)
 
     def suits(self, counts: Tensor) -> bool:
-        """Is this the way for `counts` (b,) new tokens: are they few, or of some sequences?"""
+        """Is this the way for `counts` (b,) new tokens: are they few, or of some sequences only?"""
         some = len(self._bucket(counts > 0)) < self._caches.rows
-        return some or int(counts.max()) <= _FEW
+        most = _MANY if some else _FEW
+        return int(counts.max()) <= most or (some and self._mesh.device.type == "cuda")
 
     def logits(self, ids: Tensor, counts: Tensor, *, capture: bool = True) -> Tensor:
         """Logits (b, v) after the first `counts` (b,) of the tokens `ids` (b, t) of each sequence.

@@ -5,16 +5,30 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.facts.phases import DECODE
-from shardwright.runtime import CacheFullError, KVCache, Mesh, PageTable, RankPool
+from shardwright.runtime import (
+    CacheFullError,
+    Input,
+    KVCache,
+    Mesh,
+    Output,
+    PageTable,
+    Param,
+    RankPool,
+    SequenceState,
+    ShardedModule,
+    ops,
+)
 from shardwright.runtime.attention.paged import paged_attention, partial_over_pages
 from shardwright.runtime.attention.scores import Scores
 from shardwright.runtime.cache.cache import PAGE
@@ -26,6 +40,7 @@ from tests.runtime.test_generate import (
     BUILDS,
     PROMPTS,
     VOCAB,
+    WIDTH,
     plain_generate,
     plain_logits,
     toy,
@@ -242,9 +257,12 @@ def test_no_step_asks_the_host(pool: Pool, name: str, options: dict[str, Any]) -
 # --- who joins and leaves ------------------------------------------------------------------------
 
 
-def converse(mesh: dict[str, int], algorithm: str, window: int, seed: int) -> list[list[int]]:
+def converse(build: tuple[Callable[..., type], Any], seed: int) -> list[list[int]]:
     """Sequences of random lengths join and leave a batch of 4 at random; the tokens of each."""
-    model = toy(mesh, algorithm, window).from_state_dict(weights())
+    made: Any = build[0](*build[1])
+    model = made.from_state_dict(
+        {name: x for name, x in weights().items() if name in made.PARAMETERS}
+    )
     model.new_cache(4, 60)
     rng, out = random.Random(seed), list[list[int]]()
     waiting, left, tokens = wishes(seed), dict[int, tuple[int, int]](), torch.zeros(4).long()
@@ -298,10 +316,47 @@ def wishes(seed: int) -> list[tuple[list[int], int]]:
 def test_sequences_join_and_leave(
     pool: Pool, mesh: dict[str, int], algorithm: str, window: int, seed: int
 ) -> None:
-    arguments = mesh, algorithm, window, seed
+    arguments = (toy, (mesh, algorithm, window)), seed
     results = pool(2).run(converse, *arguments) if mesh else [converse(*arguments)]
     want = [plain_generate([p], count, window=window)[0] for p, count in wishes(seed)]
     assert all(result == want for result in results)
+
+
+def remembering(mesh: dict[str, int]) -> type:
+    """A model whose only layer is a convolution over the last four tokens, its batch over dp."""
+    tokens = Input("S0", (4, 16), torch.int64, (0, 1), VOCAB)
+
+    class Remembering(ShardedModule):
+        MESH = {"dp": 1} | mesh
+        PARAMETERS = {name: Param((VOCAB, WIDTH), F64, "R") for name in ("embed", "head")}
+        INPUTS = {"input_ids": tokens, "position_ids": replace(tokens, high=0)}
+        OUTPUTS = (Output(("logits",), "S0", (4, 1, VOCAB)),)
+        CACHES = {"state": SequenceState((WIDTH, 3), F64, "S0")}
+
+        def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+            x = F.embedding(input_ids, self.embed).transpose(1, 2)  # pyright: ignore
+            kernel = self.head[:, None, :4][:WIDTH]  # pyright: ignore
+            mixed = ops.cached_convolution(x, kernel, self.state, position_ids)  # pyright: ignore
+            last = ops.last_token(mixed.transpose(1, 2), position_ids)
+            return self.pack(F.linear(last, self.head))  # pyright: ignore
+
+    return Remembering
+
+
+def remembered(prompt: list[int], count: int) -> list[int]:
+    w, tokens = weights(), list(prompt)
+    for _ in range(count):
+        last = F.pad(w["embed"][tokens].T, (4, 0))[:, -4:]
+        mixed = (last * w["head"][:WIDTH, :4]).sum(1)
+        tokens.append(int((w["head"] @ mixed).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("mesh", [{}, {"dp": 2}], ids=str)
+def test_sequences_with_a_state_join_and_leave(pool: Pool, mesh: dict[str, int]) -> None:
+    arguments = (remembering, (mesh,)), 3
+    results = pool(2).run(converse, *arguments) if mesh else [converse(*arguments)]
+    assert all(result == [remembered(*wish) for wish in wishes(3)] for result in results)
 
 
 def test_who_may_join_and_leave() -> None:
