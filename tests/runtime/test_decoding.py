@@ -27,12 +27,13 @@ from shardwright.runtime import (
     RankPool,
     SequenceState,
     ShardedModule,
+    StateTable,
     ops,
 )
 from shardwright.runtime.attention.paged import paged_attention, partial_over_pages
 from shardwright.runtime.attention.scores import Scores
 from shardwright.runtime.cache.cache import PAGE
-from shardwright.runtime.cache.device import DeviceTable
+from shardwright.runtime.cache.device import DeviceStates, DeviceTable
 from shardwright.runtime.serving.buckets import bucket
 from shardwright.runtime.serving.captured import Graphs
 from shardwright.runtime.serving.program import Program
@@ -357,6 +358,24 @@ def test_sequences_with_a_state_join_and_leave(pool: Pool, mesh: dict[str, int])
     arguments = (remembering, (mesh,)), 3
     results = pool(2).run(converse, *arguments) if mesh else [converse(*arguments)]
     assert all(result == [remembered(*wish) for wish in wishes(3)] for result in results)
+
+
+def test_a_state_is_fresh_until_its_first_token() -> None:
+    table = StateTable(3)
+    table.record(torch.tensor([0, 2, 0]))
+    twin = DeviceStates(table)
+    twin.upload([2, 1, -1])
+    seen: list[Any] = []
+    for positions in ([[-1], [2], [-1]], [[0], [-1], [-1]], [[1], [3], [-1]]):
+        twin.open(torch.tensor(positions))
+        turn = table.on_device
+        assert turn is not None and turn.rows is not None and turn.rows.tolist() == [2, 1, 3]
+        seen.append((turn.fresh.tolist()[:2], turn.counts.tolist()))
+    assert seen == [
+        ([True, False], [0, 1, 0]),
+        ([True, False], [1, 0, 0]),
+        ([False, False], [1, 1, 0]),
+    ]
 
 
 def test_who_may_join_and_leave() -> None:
