@@ -52,12 +52,12 @@ class DeviceTable:
         in_order = rows == list(range(len(rows))) and self._width <= table.home
         self._in_place = table.home * PAGE if in_order and table.in_place else 0
         filled = [own + [0] * (longest - len(own)) for own in pages]
-        _copy(self._blocks[: self._size, :longest], filled)
+        copy_in(self._blocks[: self._size, :longest], filled)
         held = [int(table.counts[row]) if row >= 0 else 0 for row in rows]
-        _copy(self._counts[: self._size], held)
+        copy_in(self._counts[: self._size], held)
         if self._known != (table.changes, rows):
             stored = table.positions[[max(row, 0) for row in rows]]
-            _copy(self._positions[: self._size, : stored.shape[1]], stored)
+            copy_in(self._positions[: self._size, : stored.shape[1]], stored)
             self._known = table.changes, rows
 
     def open(self, queries: Tensor) -> None:
@@ -106,8 +106,8 @@ class DeviceStates:
         """Begin a round: sequence i of a step is `rows[i]` of the table, or none for -1."""
         table, self._size = self._table, len(rows)
         self._in_order = rows == list(range(table.batch))
-        _copy(self._rows[: self._size], [row if row >= 0 else table.batch for row in rows])
-        _copy(self._seen[: self._size], [int(table.counts[row]) for row in rows])
+        copy_in(self._rows[: self._size], [row if row >= 0 else table.batch for row in rows])
+        copy_in(self._seen[: self._size], [int(table.counts[row]) for row in rows])
 
     def open(self, positions: Tensor) -> None:
         """Begin a step: new tokens at positions (b, t) int64, -1 for padding behind them."""
@@ -117,7 +117,7 @@ class DeviceStates:
         seen += new
 
 
-def _copy(into: Tensor, given: object) -> None:
+def copy_in(into: Tensor, given: object) -> None:
     """Numbers of the host to where they are used, without waiting for what is computed there."""
     numbers = torch.as_tensor(given, dtype=into.dtype)
     if into.is_cuda:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...facts.spec import parse_spec
+from ..cache.device import copy_in
 from ..mesh.mesh import Mesh
 from .buckets import bucket
 from .caches import Caches, Round
@@ -72,20 +73,20 @@ class Stepper:
             few = capture and given.shape[2] <= _FEW
             out = self._run((tuple(given.shape), steps.form), step) if few else step()
             steps.got = counts
-        return self._in_order(out, rows)
+        return self._in_order(out, len(rows))
 
     def _given(self, rows: Sequence[int], ids: Tensor, ahead: Tensor) -> Tensor:
         """Tokens and positions (2, size, t) of a step of `rows`, where it finds them each time."""
-        wanted, device = torch.tensor(rows), self._mesh.device
-        width = self._width(ids.shape[1])
-        shape = 2, len(rows), width
+        self._load_rows(rows)
+        shape = 2, len(rows), self._width(ids.shape[1])
         if shape not in self._inputs:
-            self._inputs[shape] = torch.empty(shape, dtype=torch.int64, device=device)
-        positions = ahead[wanted.clamp(min=0)].where(wanted[:, None] >= 0, -1)
-        index = wanted.clamp(0, len(ids) - 1).to(device)
-        padding = 0, width - ids.shape[1]
-        self._inputs[shape][0] = F.pad(ids.to(self._tokens)[index], padding)
-        self._inputs[shape][1] = F.pad(positions, padding, value=-1).to(device)
+            made = torch.zeros(shape, dtype=torch.int64, device=self._mesh.device)
+            self._inputs[shape] = made  # with any tokens where padding is
+        tokens, positions = self._inputs[shape]
+        self._take_rows(tokens[:, : ids.shape[1]], ids, rows)
+        wanted = torch.tensor(rows)
+        new = ahead[wanted.clamp(min=0)].where(wanted[:, None] >= 0, -1)
+        copy_in(positions, F.pad(new, (0, shape[2] - new.shape[1]), value=-1))
         return self._inputs[shape]
 
     def _width(self, columns: int) -> int:
@@ -126,7 +127,7 @@ class Stepper:
             for column in drawn:
                 self._draw_numbers(self._numbers, choice, generator)
                 column.copy_(self._run(key, lambda: self._drawn(len(rows), round, choice)))
-            out = self._in_order(drawn.cpu().T, rows, choice.pad).T
+            out = self._in_order(drawn.T, len(rows), choice.pad).T.cpu()
             taken, round.got = self._taken(out, alive, choice)
         return out[:taken]
 
@@ -166,7 +167,8 @@ class Stepper:
         logits = self._forward(size, steps)
         numbers = self._numbers
         if choice.sampling is not None:
-            numbers = numbers.index_select(0, self._rows[:size])
+            last = self._caches.batch - 1
+            numbers = numbers.index_select(0, self._rows[:size].clamp(max=last))
         alive, stops = self._alive[:size], self._stops_of(choice)
         chosen = agreed(choice.of(logits, numbers), self._mesh).where(alive, choice.pad)
         self._tokens[:size] = chosen
@@ -183,23 +185,31 @@ class Stepper:
 
     def _load(self, rows: Sequence[int], tokens: Tensor, alive: Tensor) -> None:
         """What the first step of the sequences `rows` reads; `tokens` (b,) may be on the device."""
-        caches, size = self._caches, len(rows)
-        wanted = torch.tensor(rows)
+        caches, size, wanted = self._caches, len(rows), torch.tensor(rows)
         index = wanted.clamp(0, caches.batch - 1)
-        given = torch.stack([caches.lengths[index], alive[index] & (wanted == index), index])
-        positions, goes_on, index = given.to(self._mesh.device)
-        self._positions[:size], self._alive[:size], self._rows[:size] = positions, goes_on, index
-        self._tokens[:size] = tokens.to(self._tokens)[index]
+        self._load_rows(rows)
+        self._take_rows(self._tokens[:size], tokens, rows)
+        copy_in(self._positions[:size], caches.lengths[index])
+        copy_in(self._alive[:size], alive[index] & (wanted == index))
 
-    def _in_order(self, x: Tensor, rows: Sequence[int], fill: int = 0) -> Tensor:
-        """What a step made of `rows` (size, n) by sequence (b, n), `fill` where it made nothing."""
-        batch = self._caches.batch
-        if rows == list(range(len(rows))) and len(rows) >= batch:
-            return x[:batch].clone()  # the step's own tensor is overwritten by the next
-        out = x.new_full((batch, x.shape[1]), fill)
-        at = [i for i, row in enumerate(rows) if 0 <= row < batch]
-        out[[rows[i] for i in at]] = x[at]
-        return out
+    def _load_rows(self, rows: Sequence[int]) -> None:
+        """Where the sequences of a step stand in a batch; padding behind all."""
+        batch, wanted = self._caches.batch, torch.tensor(rows)
+        real = (wanted >= 0) & (wanted < batch)
+        copy_in(self._rows[: len(rows)], wanted.where(real, batch))
+
+    def _take_rows(self, into: Tensor, x: Tensor, rows: Sequence[int]) -> None:
+        """`x` (b, ...) of the sequences of a step, any for padding; it may be on the device."""
+        last = self._caches.batch - 1
+        if x.device.type == "cpu":
+            copy_in(into, x[torch.tensor(rows).clamp(0, last)])
+        else:
+            into.copy_(x.index_select(0, self._rows[: len(rows)].clamp(max=last)))
+
+    def _in_order(self, x: Tensor, size: int, fill: int = 0) -> Tensor:
+        """What a step made (size, n), by sequence (b, n); `fill` where it made nothing."""
+        out = x.new_full((self._caches.batch + 1, x.shape[1]), fill)
+        return out.index_copy_(0, self._rows[:size], x)[:-1]
 
     def _draw_numbers(
         self, like: Tensor, choice: Choice, generator: torch.Generator | None
