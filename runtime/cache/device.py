@@ -36,9 +36,9 @@ class DeviceTable:
         self._size, self._width, self._in_place = rows, self._most, 0
 
     @property
-    def form(self) -> tuple[int, int]:
-        """(sequences, pages of each) that a step sees: a captured one fits no other."""
-        return self._size, self._width
+    def form(self) -> tuple[int, int, int]:
+        """(sequences, pages of each, `in_place`) of a step: a captured one fits no other."""
+        return self._size, self._width, self._in_place
 
     def upload(self, rows: list[int]) -> None:
         """Begin a round: sequence i of a step is `rows[i]` of the table, or none for -1.

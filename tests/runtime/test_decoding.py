@@ -523,6 +523,85 @@ def test_a_step_is_captured_once_and_replayed() -> None:
         assert [int(off.run("a", step)) for _ in range(3)] == [6, 7, 8] and not Recorded.replays
 
 
+class Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU: the operators of a step, run again on the very same memory."""
+
+    replays = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._first = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            self._calls.append((func, args, kwargs, tensors_in(out)))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        if self._first:  # what was captured here has run already
+            self._first = False
+            return
+        Tape.replays += 1
+        for func, args, kwargs, out in self._calls:
+            for old, new in zip(out, tensors_in(func(*args, **kwargs)), strict=True):
+                if new is not old:
+                    old.copy_(new)
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 1)
+
+
+def tensors_in(out: Any) -> list[Tensor]:
+    return [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]  # pyright: ignore
+
+
+def taped() -> ExitStack:
+    """Steps are captured on the CPU."""
+    stack, init = pretended(), Graphs.__init__
+
+    def on_cuda(self: Graphs, capture: bool | None, device: torch.device, *models: Any) -> None:
+        init(self, capture, torch.device("cuda"), *models)
+
+    stack.enter_context(patch("torch.cuda.CUDAGraph", Tape))
+    stack.enter_context(patch("torch.cuda.graph", lambda graph, **options: graph))  # pyright: ignore
+    stack.enter_context(patch.object(Graphs, "__init__", on_cuda))
+    Tape.replays = 0
+    return stack
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, SAMPLED, {"min_p": 0.3, "do_sample": True, "seed": 1}, {"eos_token_id": [4, 9]}],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [0, 5])
+def test_captured_steps_read_and_change_the_same_memory(
+    options: dict[str, Any], window: int
+) -> None:
+    ids, lengths = padded()
+    plain = toy({}, "local", window).from_state_dict(weights())
+    want = plain.generate(ids, 60, lengths=lengths, **options)
+    with taped():
+        model = toy({}, "local", window).from_state_dict(weights())
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, 60, lengths=lengths, **options), want)
+    assert Tape.replays > 20
+
+
+@pytest.mark.parametrize("build", [(toy, ({},)), (remembering, ({},))], ids=["cache", "state"])
+def test_sequences_join_and_leave_captured_steps(build: Any) -> None:
+    want = converse(build, 5)
+    with taped():
+        assert converse(build, 5) == want
+    assert Tape.replays > 20
+
+
 @pytest.mark.parametrize("capture", [None, True])
 def test_what_cannot_be_captured_is_named(capture: bool | None) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU()))
