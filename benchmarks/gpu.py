@@ -159,7 +159,7 @@ def measure(name: str, folder: Path) -> Measured:
     module = _load(own / "plan" / "sharded_model.py")
     mesh = module.ShardedModel.MESH
     _start(torch.Size(mesh.values()).numel())
-    model = module.ShardedModel(device=_device())
+    model = module.ShardedModel(device=_device(), compile=False)
     _random_weights(model)
     if case.phase == "train":
         return _training(model, own, case)

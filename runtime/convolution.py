@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cache.state import StateCache
+from .mesh.opaque import not_compiled
 
 
 def causal_convolution(
@@ -19,6 +20,7 @@ def causal_convolution(
     return out[..., : x.shape[2]]
 
 
+@not_compiled("states of earlier tokens")
 def cached_convolution(
     x: Tensor,
     weight: Tensor,

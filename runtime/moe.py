@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from .mesh import transport
 from .mesh.collectives import Axis
 from .mesh.counter import Phase
+from .mesh.opaque import not_compiled
 
 Gating: TypeAlias = Literal["none", "separate", "halves", "pairs"]
 
@@ -43,6 +44,7 @@ _GROUPED_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _GROUPED_CAPABILITY = (8, 0)
 
 
+@not_compiled("the routing of experts")
 def moe(
     x: Tensor,
     indices: Tensor,

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .cache.state import StateCache
+from .mesh.opaque import not_compiled
 
 
+@not_compiled("states of earlier tokens")
 def state_before(initial: Tensor, state: StateCache, positions: Tensor) -> Tensor:
     """The states (b, ...) before new tokens at `positions` (b, t); `initial` for new sequences."""
     turn = state.turn(positions)
@@ -22,6 +24,7 @@ def state_step(before: Tensor, after: Tensor, positions: Tensor, index: int) -> 
     return torch.where(_rows(positions[:, index] >= 0, after), after, before)
 
 
+@not_compiled("states of earlier tokens")
 def state_after(before: Tensor, after: Tensor, state: StateCache, positions: Tensor) -> Tensor:
     """Keep `after`, the states behind the new tokens, for sequences that have any."""
     kept = torch.where(_rows((positions >= 0).any(1), after), after, before)

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...compat.torch import flattened
 from .collectives import Axis
+from .opaque import not_compiled
 
 
 @dataclass(slots=True)
@@ -122,6 +123,7 @@ class Mesh:
             raise RuntimeError(f"axis `{name}` of mesh {self} has no process group any more")
         return group
 
+    @not_compiled("random draws that ranks agree on")
     def generator(self, sharded_axes: Sequence[str] = ()) -> torch.Generator:
         """Random numbers that differ along `sharded_axes` and agree along all others.
 

@@ -8,9 +8,9 @@ it is) and the dims in zigzag order.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from torch import Tensor
 from ...facts.blocks import Block
 from .counter import Phase
 from .move import Move
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+breaks: dict[str, str] = {}
+"""What no graph holds: names of functions, and for what they stand."""
 
 _numbers = count()
 _axes: weakref.WeakValueDictionary[str, Mover] = weakref.WeakValueDictionary()
@@ -55,6 +60,17 @@ def axis_known_as(name: str) -> Any:
 def move_opaquely(x: Tensor, axis: str, forward: Move, backward: Move) -> Tensor:
     """`forward` over the axis that is `known_as` this, whose gradient takes `backward`."""
     return _move(x, axis, _words(forward), _words(backward), False)
+
+
+def not_compiled(what: str) -> Callable[[_F], _F]:
+    """Of a function: compiled layers are cut in graphs where they call it, because of `what`."""
+
+    def mark(function: _F) -> _F:
+        breaks[function.__name__] = what
+        outside: Any = torch.compiler.disable(function, reason=what)
+        return outside
+
+    return mark
 
 
 def _words(move: Move) -> list[int]:
@@ -96,4 +112,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 _move.register_autograd(_gradient, setup_context=_keep)
 
 
-__all__ = ["axis_known_as", "known_as", "move_opaquely"]
+__all__ = ["axis_known_as", "breaks", "known_as", "move_opaquely", "not_compiled"]

@@ -1,7 +1,8 @@
 """Layers as compiled graphs: one for each class of layers, made when the first of them runs.
 
 Weights move outside of what is compiled, and so do all layers of a class run the same graph.
-Collectives of activations are inside.
+Collectives of activations are inside.  The routing of experts, random draws and states of earlier
+tokens are in no graph: a layer that has them is cut there, and what is between them compiled.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from ...compat.torch import compile_failures
+from ..mesh.opaque import breaks
 from .layers import Layer
 
 Backend: TypeAlias = str | Callable[..., Any]
@@ -30,8 +33,25 @@ def compile_layers(model: nn.Module, backend: Backend, *, fullgraph: bool) -> No
             " with `torch.compile`"
         )
     for path, layer in layers.items():
-        layer.compile_forward(backend=backend, fullgraph=fullgraph)
+        whole = fullgraph and not breaks_of(layer)
+        layer.compile_forward(backend=backend, fullgraph=whole)
         layer.explain_failures(_explained(path, type(layer).__name__))
+
+
+def by_default(device: torch.device) -> bool:
+    """Are layers compiled where nobody says whether they should be?"""
+    return device.type == "cuda"
+
+
+def breaks_of(layer: nn.Module) -> set[str]:
+    """For what a layer is cut in several graphs: what its modules call that no graph holds."""
+    called = {name for m in layer.modules() for name in _names(type(m).forward)}
+    return {breaks[name] for name in called & breaks.keys()}
+
+
+def _names(forward: Any) -> tuple[str, ...]:
+    code = getattr(forward, "__code__", None)  # what is written in C has none
+    return () if code is None else code.co_names
 
 
 def _explained(path: str, name: str) -> Callable[[], Any]:
@@ -42,10 +62,9 @@ def _explained(path: str, name: str) -> Callable[[], Any]:
         except compile_failures() as error:
             said = str(error).strip().splitlines()[0]
             raise RuntimeError(
-                f"the layer `{path}` ({name}) can't be compiled as one graph: it runs what"
-                " torch.compile can't look into (the routing of experts is such);"
-                " compile_layers(fullgraph=False) may compile a part of it,"
-                f" and without compile_layers it runs as it is. torch says: {said}"
+                f"the layer `{path}` ({name}) can't be compiled: {said}; with compile=False, where"
+                " the module is made, it runs as it is (--eager in a demonstration), and"
+                " compile_layers(fullgraph=False) compiles what can be"
             ) from error
 
     return around

@@ -71,6 +71,11 @@ def started_mesh(axes: Mapping[str, int]) -> Mesh:
         raise SystemExit(str(error) if first else 0) from None
 
 
+def compiled_unless_asked() -> bool | None:
+    """Whether layers are compiled: as by default, not with `--eager` on the command line."""
+    return False if "--eager" in sys.argv[1:] else None
+
+
 def demonstrate(
     model: nn.Module, program: Program, optimizer: OptimizerName | None, clock: Clock
 ) -> None:
@@ -168,7 +173,8 @@ def _make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimi
     trained = [param for param in model.parameters() if param.requires_grad]
     if kind == "none" or not trained:
         return None
-    return torch.optim.AdamW(trained) if kind == "adamw" else torch.optim.SGD(trained)
+    make = torch.optim.AdamW if kind == "adamw" else torch.optim.SGD
+    return make(trained, fused=all(x.is_cuda and x.is_floating_point() for x in trained))
 
 
 def _wait_for_all(mesh: Mesh) -> None:

@@ -40,8 +40,15 @@ from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
 from ..training.pieces import trained
 from .checkpoint import Experts, Safetensors, StateDict
-from .compiled import Backend, compile_layers
-from .demo import Clock, OptimizerName, demonstrate, demonstrate_serving, started_mesh
+from .compiled import Backend, by_default, compile_layers
+from .demo import (
+    Clock,
+    OptimizerName,
+    compiled_unless_asked,
+    demonstrate,
+    demonstrate_serving,
+    started_mesh,
+)
 from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
 from .nested import install_modules
@@ -87,8 +94,13 @@ class ShardedModule(nn.Module):
         device: torch.device | str | None = None,
         *,
         shared: ShardedModule | None = None,
+        compile: bool | None = None,
     ) -> None:
-        """On `mesh` (default: one over all ranks); with the parameters of `shared` if given."""
+        """On `mesh` (default: one over all ranks); with the parameters of `shared` if given.
+
+        `compile` as in `compile_layers`, by inductor.  None: on CUDA, but for the program for
+        decoding, whose steps are captured whole.
+        """
         super().__init__()
         self._serving: Serving | None = None
         self.mesh = Mesh.create(self.MESH, device) if mesh is None else mesh
@@ -105,7 +117,11 @@ class ShardedModule(nn.Module):
         self._updated: Mapping[str, Tensor] = {}  # whole new values of buffers, of this forward
         self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
         decode = self.DECODE  # in a tuple, because its parameters are this module's
-        self._decoding = () if decode is None else (decode(self.mesh, shared=self),)
+        self._decoding = () if decode is None else (decode(self.mesh, shared=self, compile=False),)
+        if compile:
+            self.compile_layers()
+        elif compile is None and self.LAYERS and by_default(self.device):
+            compile_layers(self, "inductor", fullgraph=True)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -157,12 +173,15 @@ class ShardedModule(nn.Module):
 
     def compile_layers(self, backend: Backend = "inductor", *, fullgraph: bool = True) -> None:
         """Run layers compiled, by a backend of `torch.compile`: one graph for each class of layers,
-        made when the first of them runs.
+        made when the first of them runs; those of the program for decoding, too.
 
-        A layer that can't be one graph raises RuntimeError then, which names it; `fullgraph=False`
-        compiles what can be.
+        Layers are cut in several graphs at the routing of experts, at random draws that ranks agree
+        on and at states of earlier tokens.  One that can't be compiled so raises RuntimeError,
+        which names it; `fullgraph=False` compiles what can be.  Raises ValueError if there are no
+        layers.
         """
-        compile_layers(self, backend, fullgraph=fullgraph)
+        for model in (self, *self._decoding):
+            compile_layers(model, backend, fullgraph=fullgraph)
 
     def local_part(self, whole: Tensor, spec: str) -> Tensor:
         """This rank's slice of a whole tensor in `spec`, such as the spec of an output."""
@@ -193,6 +212,8 @@ class ShardedModule(nn.Module):
         tensors: Mapping[str, Tensor],
         mesh: Mesh | None = None,
         device: torch.device | str | None = None,
+        *,
+        compile: bool | None = None,
     ) -> Self:
         """The module with this rank's slices of full `tensors`, as the original's `state_dict()`.
 
@@ -200,7 +221,7 @@ class ShardedModule(nn.Module):
         `checkpoint.py`).  Raises ValueError listing everything that is missing, unexpected, given
         twice or of the wrong shape.
         """
-        model = cls(mesh, device)
+        model = cls(mesh, device, compile=compile)
         model._state.load(StateDict(tensors))
         return model
 
@@ -210,6 +231,8 @@ class ShardedModule(nn.Module):
         path: str | Path,
         mesh: Mesh | None = None,
         device: torch.device | str | None = None,
+        *,
+        compile: bool | None = None,
     ) -> Self:
         """The module with weights from a safetensors file or a Hugging Face folder of them.
 
@@ -217,7 +240,7 @@ class ShardedModule(nn.Module):
         `from_state_dict`.
         """
         with Safetensors(path) as source:
-            model = cls(mesh, device)
+            model = cls(mesh, device, compile=compile)
             model._state.load(source)
         return model
 
@@ -522,11 +545,13 @@ class ShardedModule(nn.Module):
     def demo(cls, steps: int = 3) -> None:
         """Run `steps` steps on random weights and inputs; rank 0 prints time and peak memory.
 
+        On CUDA layers are compiled, unless the command line has `--eager`.
+
         A module with a KV cache runs its phase `steps` times over a cache as full as planned, of
         random keys and values; one with a program for decoding then runs that, too, and converts
         caches where the two lay them out differently.
         """
-        model = cls(started_mesh(cls.MESH))
+        model = cls(started_mesh(cls.MESH), compile=compiled_unless_asked())
         model.reset_parameters()
         clock, phase = Clock(model.mesh, steps), find_phase(cls.PHASE)
         if cls.CACHES:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import permutations, product
+from math import prod
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import Mesh, RankPool
 from shardwright.runtime.mesh.layout import pad_tail
+from tests.endtoend import test_moe
 from tests.endtoend.families import Case, case
 from tests.endtoend.test_families import builder, planned
 from tests.endtoend.test_serving import PROMPT, decided, model_of, prompts
@@ -36,6 +38,16 @@ def recording(graphs: list[Any]) -> Callable[[Any, Any], Any]:
         return aot_eager(graph, examples)
 
     return backend
+
+
+def run_with_experts(
+    source: str, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[Any, list[str]]:
+    """In one rank: as `run_compiled`, and why layers are cut into several graphs."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    return run_compiled(source, params, inputs, True), list(counters["graph_break"])
 
 
 def run_compiled(
@@ -74,7 +86,7 @@ def source(name: str, *roles: str) -> str:
     return source_of(made, planned(made, Cut(roles, made.graph, made.network.mesh)))
 
 
-def check(of: Case, results: list[Any]) -> None:
+def check(of: Case | test_moe.Case, results: list[Any]) -> None:
     for outputs, gradients, _, _ in results:
         for path, want in of.expected[0].items():
             assert_close(outputs[path], want, 1e-9, f"output {path}")
@@ -109,6 +121,20 @@ def test_each_class_of_layers_is_one_graph(pool: Pool, name: str, role: str) -> 
     check(of, results)
     for _, _, graphs, classes in results:
         assert graphs == classes
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("mixtral", "EP"), pytest.param("deepseek_v3", "EP x TP", marks=pytest.mark.slow)],
+)
+def test_layers_are_cut_at_the_routing_of_experts_alone(pool: Pool, family: str, way: str) -> None:
+    of, ways = test_moe.case_of(family), test_moe.WAYS_TO_RUN[way]
+    text = source_of(*test_moe.planned(of, ways))
+    results = pool(prod(ways.sizes)).run(run_with_experts, text, dict(of.params), dict(of.inputs))
+    check(of, [result for result, _ in results])
+    for (_, _, graphs, classes), reasons in results:
+        assert classes < graphs
+        assert reasons and all("the routing of experts" in reason for reason in reasons)
 
 
 def serve_compiled(
