@@ -9,11 +9,12 @@ BY_ALL = frozenset({
 })  # fmt: skip
 BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "FIXED", "INPUTS", "LAYERS", "MESH", "OPTIMIZER", "OUTPUTS",
-    "PARAMETERS", "PHASE", "admit", "append", "cached_lengths", "compile_layers", "decode", "demo",
-    "free", "from_checkpoint", "from_state_dict", "full_gradients", "full_state_dict",
-    "gather_outputs", "generate", "local", "local_part", "new_cache", "pack", "prefill",
-    "programs", "recompute", "reset_parameters", "serving", "set_cache", "shard_inputs",
-    "truncate", "unpack",
+    "PARAMETERS", "PHASE", "admit", "append", "cached_lengths", "clip_grad_norm_", "compile_layers",
+    "data_shard", "decode", "demo", "free", "from_checkpoint", "from_state_dict", "full_gradients",
+    "full_state_dict", "gather_outputs", "generate", "load_checkpoint", "local", "local_part",
+    "new_cache", "optimizer", "pack", "prefill", "programs", "recompute", "reset_parameters",
+    "save_checkpoint", "serving", "set_cache", "shard_inputs", "shard_rows", "truncate", "unpack",
+    "wait_for_checkpoint",
 })  # fmt: skip
 
 
