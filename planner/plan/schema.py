@@ -31,7 +31,7 @@ from ...facts.schema import (
 )
 from ...ir.graph.schema import DTYPES, GRAPH, LINE
 
-VERSION = "shardwright.plan/1"
+VERSION = "shardwright.plan/2"  # a new one whenever an older file can't be read
 ORDERS = ("contiguous", "zigzag")
 
 _AXIS = Whole(0, 2)

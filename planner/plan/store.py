@@ -5,6 +5,7 @@ What is written and what is read is held to the same: `schema` field by field, `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,6 +118,13 @@ def plan_from_json(data: object) -> PlanData:
 
 
 def _check_fields(data: object) -> None:
+    found = data.get("schema") if isinstance(data, dict) else None
+    family, _, number = VERSION.partition("/")
+    if found != VERSION and re.fullmatch(rf"{re.escape(family)}/\d{{1,6}}", str(found)):
+        raise PlanError(
+            f"the plan is of format {str(found).rpartition('/')[2]}, which another version of"
+            f" Shardwright wrote; this one reads format {number}: plan the model again"
+        )
     try:
         schema.check(PLAN, data, "plan")
     except schema.Mismatch as error:
