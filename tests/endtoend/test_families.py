@@ -23,8 +23,8 @@ Pool = Callable[[int], RankPool]
 MESHES = ((2,), (4,), (2, 2), (2, 2, 2))
 
 # Each family on one mesh; the slow tests run the rest, and the three whose problems take longest.
-ROTATED = [
-    (name, MESHES[i % len(MESHES)])
+ROTATED = [  # on three axes T5, whose biases are learned, takes half a minute
+    (name, (2, 2) if name == "t5" else MESHES[i % len(MESHES)])
     for i, name in enumerate(FAMILIES)
     if name not in ("gemma3", "mistral", "olmo2")
 ]

@@ -28,6 +28,7 @@ def figures(case: str, folder: Path) -> dict[str, Any]:
     return json.loads(benchmark("--one", *where).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_rank_among_pretended_ones_is_timed(tmp_path: Path) -> None:
     found = figures("70b decode on 8", tmp_path)
     assert found["eager"] > 0 and found["captured"] is None and not found["failed"]
