@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton", reason="`pip install triton` to run CUDA kernels in its interpreter")
 
-from shardwright.runtime.attention.paged_triton import attend_pages  # noqa: E402
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton reads this when it is imported, so that without a GPU a process of its own runs the cases.
+HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 PAGE, PAGES, B = 16, 24, 4
 TOKENS = (0, 5, 170, 380)  # that the sequences hold, at every other position
@@ -31,8 +32,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.skipif(HERE, reason="the cases run in this process")
+def test_the_cases_hold_in_tritons_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert f"{len(CASES)} passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not HERE, reason="they run in a process of their own, above")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_pages_give_what_whole_sequences_give(case: dict[str, Any]) -> None:
+    from shardwright.runtime.attention.paged_triton import attend_pages
+
     torch.manual_seed(0)
     case = {"t": 1, "dtype": torch.float32, "sinks": False, "in_keys": False} | case
     hq, hkv, d, dv, t, dtype = (case[key] for key in ("hq", "hkv", "d", "dv", "t", "dtype"))
