@@ -59,6 +59,7 @@ demo: $(READY) ## plan the Llama example for 2 CPU processes, check the plan, ru
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 plan_out/sharded_model.py
 
 train: $(READY) ## train the Llama example for 200 steps, on two ranks and in one process: losses.png
+	rm -rf run/alone run/sharded
 	$(BIN)/plan examples/llama.py --gpus 2 --cluster cpu --batch 4 --seq 128 --out plan_out
 	$(BIN)/python examples/train.py plan_out $(TEXT) --alone examples/llama.py --out run/alone
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train.py plan_out $(TEXT) \

@@ -125,14 +125,7 @@ def _attended(step: DeviceStep, scores: Scores) -> Tensor:
     """Which slots the queries attend (b, 1, t, s)."""
     queries, keys = step.queries[:, None, :, None], step.positions[:, None, None]
     column = torch.arange(keys.shape[3], device=keys.device)
-    attended = (column < step.counts[:, None, None, None]) & (queries >= 0)
-    if scores.causal:
-        attended &= keys <= queries
-    if scores.window:
-        attended &= keys > queries - scores.window
-    if scores.chunk:
-        attended &= keys // scores.chunk == queries // scores.chunk
-    return attended
+    return scores.attended(queries, keys) & (column < step.counts[:, None, None, None])
 
 
 def _mask(attended: Tensor, dtype: torch.dtype) -> Tensor:

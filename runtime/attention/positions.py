@@ -24,22 +24,10 @@ def work_at(queries: Tensor, keys: Tensor, scores: Scores, device: torch.device)
     """What to compute, in as few kernel calls as may be."""
     single = queries.shape[1] == 1 and len(queries) > _MANY
     if single and not (_all_rows_equal(queries) and _all_rows_equal(keys)):
-        attended = _attended(queries, keys, scores)
+        attended = scores.attended(queries, keys)
         if 2 * int(attended.sum()) >= attended.numel():
             return Work(attended=attended.to(device))
     return pieces_at(queries, keys, scores)
-
-
-def _attended(queries: Tensor, keys: Tensor, scores: Scores) -> Tensor:
-    """Which keys (b, s) the only query (b, 1) of each sequence attends."""
-    attended = (keys >= 0) & (queries >= 0)
-    if scores.causal:
-        attended &= keys <= queries
-    if scores.window:
-        attended &= keys > queries - scores.window
-    if scores.chunk:
-        attended &= keys // scores.chunk == queries // scores.chunk
-    return attended
 
 
 def pieces_at(queries: Tensor, keys: Tensor, scores: Scores) -> Work:

@@ -56,6 +56,18 @@ class Scores:
         mask = (self.bias, self.slopes, self.mask.keys, self.mask.documents)
         return not self.softcap and all(x is None for x in mask)
 
+    def attended(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which keys the queries attend by causal, window and chunk, from the positions of both,
+        which broadcast; -1 is padding."""
+        attended = (keys >= 0) & (queries >= 0)
+        if self.causal:
+            attended &= keys <= queries
+        if self.window:
+            attended &= keys > queries - self.window
+        if self.chunk:
+            attended &= keys // self.chunk == queries // self.chunk
+        return attended
+
     def pieces(self, queries: Layout, q_rank: int, keys: Layout, k_rank: int) -> tuple[Piece, ...]:
         """What the queries of one shard attend of the keys of another."""
         return self.pieces_of(queries.runs[q_rank], keys.runs[k_rank])

@@ -323,7 +323,8 @@ class ShardedModule(nn.Module):
         process that is killed at any time leaves them as they are.  `extra` is plain data and
         tensors, that of rank 0: where the data stands, a schedule's state.
 
-        Raises ValueError for states of an optimizer that is not elementwise.
+        Raises ValueError for states of an optimizer that is not elementwise, and where the folder
+        has a checkpoint of that step or a later one.
         """
         pieces = self._state.pieces()
         self._checkpoints.save(Path(folder), pieces, optimizer, step, extra, keep)

@@ -107,6 +107,11 @@ class Checkpoints:
         if step < 0 or keep < 1:
             raise ValueError(f"step is 0 or more and keep 1 or more, got {step} and {keep}")
         self.wait()
+        if later := [path for path in complete(folder) if _step(path) >= step]:
+            raise ValueError(
+                f"{folder} has a checkpoint of step {_step(later[-1])}, and this is step {step}:"
+                " go on from that one with load_checkpoint, or save in another folder"
+            )
         states = OptimizerStates.of(optimizer, pieces)
         slots = _slots(pieces, states.tensors)
         run = {"step": step, "extra": extra, "seed": self._mesh.seed}
@@ -177,7 +182,11 @@ def complete(folder: Path) -> list[Path]:
 
 def _checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -145,6 +145,8 @@ def test_the_last_complete_ones_stay(pool: Pool, tmp_path: Path) -> None:
     (torn / "__0_0.distcp").write_bytes(b"")
     for rank, names in enumerate(pool(4).run(save_often, tmp_path)):
         assert names == ["step-00000002", "step-00000003"] or rank
+    with pytest.raises(RankError, match="has a checkpoint of step 3, and this is step 1"):
+        pool(4).run(save_often, tmp_path)
 
 
 KILLED = """
