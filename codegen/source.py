@@ -12,6 +12,7 @@ from .allowed import check_module
 
 WIDTH = 100
 _METHOD = re.compile(r"(?<=\))\.\w+(\([^()]*\))?$")
+_CALLED = re.compile(r"[\w)\]]$")  # in front of a bracket: a call or a subscript, no tuple or list
 
 
 def statement(text: str, indent: int, comment: str = "") -> list[str]:
@@ -55,29 +56,65 @@ def _comment_lines(comment: str, width: int) -> list[str]:
 def _wrapped(text: str, indent: int, tail: str = "") -> list[str]:
     """`text` + `tail` in one line, else with the outermost last bracket opened, inside out.
 
-    The items of a bracket stand on one line if they fit, else each on its own with a comma.
-    What does not end in a bracket, such as `x = f(a) * b`, is put into one, an operand a line.
+    The arguments of a call stand on one line if they fit, else each on its own with a comma, as
+    the items of a tuple or list always do.  What does not end in a bracket, such as
+    `x = f(a) * b`, is put into one, an operand a line; so is what has several links,
+    `x = a[0].b[1].c(d)`.
     """
     pad, inner = "    " * indent, "    " * (indent + 1)
     if len(pad + text + tail) <= WIDTH:
         return [pad + text + tail]
+    begin, value = _taken(text)
+    if begin and len(links := _links(value)) > 2:
+        parts = [value] if len(inner + value) <= WIDTH else links
+        lines = [line for part in parts for line in _wrapped(part, indent + 1)]
+        return [f"{pad}{begin}(", *lines, f"{pad}){tail}"]
     bracket, method = _last_bracket(text), _METHOD.search(text)
     if method and (bracket is None or len(pad + text[: bracket[0] + 1]) > WIDTH):
         # `f(a, b).to(torch.float32)`: open the call before
         text, tail = text[: method.start()], method.group() + tail
         bracket = _last_bracket(text)
     if bracket is None or len(pad + text[: bracket[0] + 1]) > WIDTH:
-        name, equals, value = text.partition(" = ")
-        if not equals:
+        if not begin:
             return [pad + text + tail]
         parts = [value] if len(inner + value) <= WIDTH else _operands(value)
         lines = [line for part in parts for line in _wrapped(part, indent + 1)]
-        return [f"{pad}{name} = (", *lines, f"{pad}){tail}"]
+        return [f"{pad}{begin}(", *lines, f"{pad}){tail}"]
     start, items = bracket
     lines = [inner + ", ".join(items)]
-    if len(lines[0]) > WIDTH:
+    alone = len(items) == 1 and not text[:-1].endswith(",")
+    listed = not _CALLED.search(text[:start]) and not (text[start] == "(" and alone)
+    if listed or len(lines[0]) > WIDTH:
         lines = [line for item in items for line in _wrapped(item, indent + 1, ",")]
     return [pad + text[: start + 1], *lines, pad + text[-1] + tail]
+
+
+def _taken(text: str) -> tuple[str, str]:
+    """`x = f(a)` -> `x = `, `f(a)`; no beginning where the value goes nowhere."""
+    if text.startswith("return "):
+        return "return ", text.removeprefix("return ")
+    name, equals, value = text.partition(" = ")
+    return (name + equals, value) if equals else ("", text)
+
+
+def _links(text: str) -> list[str]:
+    """`a[0].b[1].c(d)` -> `a[0]`, `.b[1]`, `.c(d)`: apart where something of a bracket is taken.
+
+    A sum or product is one, since it is broken at its operators first.
+    """
+    if _operands(text) != [text]:
+        return [text]
+    depth, quote, cuts = 0, "", [0]
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        else:
+            depth += (char in "([{") - (char in ")]}")
+            if depth == 0 and char == "." and text[i - 1] in ")]":
+                cuts.append(i)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
 
 
 def _last_bracket(text: str) -> tuple[int, list[str]] | None:

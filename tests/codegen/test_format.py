@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shardwright.codegen.source import statement
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.graph import Graph
 from tests.ir.models import batch, huggingface_configs, huggingface_model
@@ -52,6 +53,30 @@ def test_the_formatter_changes_nothing(name: str) -> None:
     for source in sources(example(name), 2):
         assert formatted(source) == source
         assert "torch.ops." not in source
+
+
+LONG = "a_long_name_of_a_tensor_in_a_model"
+STATEMENTS = [  # each too long for a line
+    f"x = self.encoder.block[0].layer[0].attention.bias({LONG}{LONG})",
+    f"x = self.encoder.block[0].layer[0].SelfAttention.relative_bias({LONG}{LONG})",
+    f"x = self.encoder.block[0].layer.SelfAttention.relative_attention({LONG}{LONG})",
+    f"x = f({LONG})[0].b + g({LONG})[1].c({LONG})",
+    f'x = ("{LONG}", "{LONG}", "{LONG}")',
+    f'x = f(("{LONG}", "{LONG}", "{LONG}"))',
+    f'x = f(a, ["{LONG}", "{LONG}", "{LONG}"])',
+    f'x = ("{LONG}{LONG}{LONG}",)',
+    f'"{LONG}": Param((6,), torch.float64, "R", aliases=("{LONG}", "{LONG}")),',
+]
+
+
+def test_long_statements() -> None:
+    source = ""
+    for text in STATEMENTS:
+        row = text.endswith(",")  # of a table
+        lines = statement(text, 1)
+        assert len(lines) > 1, text
+        source += "\n".join(["x = {" if row else "if x:", *lines, *["}"] * row]) + "\n"
+    assert formatted(source) == source
 
 
 @pytest.mark.slow
