@@ -358,26 +358,31 @@ def whole_cross_entropy(graph: Graph) -> Graph:
                                       ignore_index=-100, label_smoothing=0.0)
 
     for class indices (not probabilities), without class weights, reduced to a mean or a sum.
-    2-D logits become `shardwright.cross_entropy` as they are.  reduction: 1 mean, 2 sum.
+    2-D logits become `shardwright.cross_entropy` as they are; others, with classes in dim 1, are
+    taken as they were before the model put them there.  reduction: 1 mean, 2 sum.
     """
     nodes = flat(graph)
     made = producers(nodes)
-    return with_body(graph, [_cross_entropy(node, made) for node in nodes], {})
+    return with_body(graph, [new for node in nodes for new in _cross_entropy(node, made)], {})
 
 
-def _cross_entropy(node: Node, made: dict[str, Node]) -> Node:
+def _cross_entropy(node: Node, made: dict[str, Node]) -> list[Node]:
     if node.op != "aten.cross_entropy_loss.default":
-        return node
+        return [node]
     logits, labels = node.arg("self"), node.arg("target")
     assert isinstance(logits, Value) and isinstance(labels, Value)
     reduction = node.arg("reduction")
     plain = node.arg("weight") is None and not labels.type.dtype.is_floating_point
-    if not plain or reduction not in (1, 2) or len(logits.type.shape) != 2:
-        return node
-    whole, whole_labels = (_before_reshape(value, made) for value in (logits, labels))
-    leading = whole.type.shape[:-1]
-    if leading == whole_labels.type.shape and whole.type.shape[-1] == logits.type.shape[-1]:
-        logits, labels = whole, whole_labels
+    if not plain or reduction not in (1, 2) or len(logits.type.shape) < 2:
+        return [node]
+    turned: list[Node] = []
+    if len(logits.type.shape) > 2:
+        logits, turned = _classes_last(logits, node, made)
+    else:
+        whole, whole_labels = (_before_reshape(value, made) for value in (logits, labels))
+        leading = whole.type.shape[:-1]
+        if leading == whole_labels.type.shape and whole.type.shape[-1] == logits.type.shape[-1]:
+            logits, labels = whole, whole_labels
     args: tuple[tuple[str, Arg], ...] = (
         ("logits", logits),
         ("labels", labels),
@@ -386,7 +391,35 @@ def _cross_entropy(node: Node, made: dict[str, Node]) -> Node:
         ("ignore_index", node.arg("ignore_index")),
         ("label_smoothing", node.arg("label_smoothing")),
     )
-    return replace(node, op="shardwright.cross_entropy", args=args)
+    return [*turned, replace(node, op="shardwright.cross_entropy", args=args)]
+
+
+def _classes_last(logits: Value, loss: Node, made: dict[str, Node]) -> tuple[Value, list[Node]]:
+    """(b, v, ...) as (b, ..., v), and the node that makes it, unless it was there before."""
+    dims = (0, *range(2, len(logits.type.shape)), 1)
+    node = made.get(logits.name)
+    if node is not None and (order := _order(node)) is not None:
+        if tuple(order[dim] for dim in dims) == tuple(range(len(dims))):
+            return node.operands[0], []
+    kind = replace(logits.type, shape=tuple(logits.type.shape[dim] for dim in dims))
+    last = replace(logits, name=f"{loss.name}_classes_last", type=kind)
+    args: tuple[tuple[str, Arg], ...] = (("self", logits), ("dims", dims))
+    loc = replace(loss.loc, targets=())
+    return last, [Node(last.name, "aten.permute.default", args, (last,), loc)]
+
+
+def _order(node: Node) -> tuple[int, ...] | None:
+    """Which dim of its operand each dim of a transpose or permute is; None for other nodes."""
+    order = list(range(len(node.output.type.shape)))
+    if node.op == "aten.permute.default":
+        dims = node.arg("dims")
+        assert isinstance(dims, tuple)
+        return tuple(dim % len(order) for dim in dims if isinstance(dim, int))
+    if node.op == "aten.transpose.int":
+        a, b = node.int_arg("dim0"), node.int_arg("dim1")
+        order[a], order[b] = order[b], order[a]
+        return tuple(order)
+    return None
 
 
 def _before_reshape(value: Value, made: dict[str, Node]) -> Value:

@@ -64,6 +64,19 @@ def transposed(m: Head, x: Tensor, y: Tensor) -> Tensor:
     return of(x @ m.head.weight.T, y)
 
 
+def classes_second(m: Head, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(x).transpose(1, 2), y)
+
+
+def permuted(m: Head, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(x).float().permute(0, 2, 1), y, reduction="sum")
+
+
+def of_rows_of_classes(m: Head, x: Tensor, y: Tensor) -> Tensor:
+    logits = torch.einsum("vh,bsh->bvs", m.head.weight, x)
+    return F.cross_entropy(logits, y)
+
+
 def with_logits(m: Head, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     logits = 30.0 * torch.tanh(m.head(x) / 30.0)
     return of(logits.float(), y), logits
@@ -97,11 +110,13 @@ def node_of(graph: Graph, op: str) -> Node:
     return node
 
 
-@pytest.mark.parametrize("loss", [plain, cast, capped, scaled, divided, transposed])
+@pytest.mark.parametrize(
+    "loss", [plain, cast, capped, scaled, divided, transposed, classes_second, permuted]
+)
 def test_the_layer_and_its_loss_are_one(loss: Loss) -> None:
     _, graph = graph_of(loss, torch.bfloat16)
     assert [node.op for node in graph.nodes] == [LINEAR]
-    wide = loss in (cast, capped, scaled)
+    wide = loss in (cast, capped, scaled, permuted)
     assert node_of(graph, LINEAR).output.type.dtype == (torch.float32 if wide else torch.bfloat16)
 
 
@@ -124,8 +139,11 @@ def test_wide_logits_that_are_returned_are_there() -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [plain, cast, capped, scaled, divided, transposed, with_logits, with_wide_logits, twice],
-)
+    [
+        plain, cast, capped, scaled, divided, transposed, with_logits, with_wide_logits, twice,
+        classes_second, permuted, of_rows_of_classes,
+    ],
+)  # fmt: skip
 def test_values_and_gradients_stay(loss: Loss) -> None:
     """To 1e-5 where the model itself computes in float32."""
     model, graph = graph_of(loss, torch.float64)
