@@ -9,7 +9,7 @@ records, also `aten._softmax`.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -85,6 +85,11 @@ def transient_buffers(module: nn.Module) -> set[str]:
 
 
 # -- autograd
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call it when the backward pass that is running has all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore
 
 
 def backward_number() -> int:
@@ -326,6 +331,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "as_if_exported",
+    "at_end_of_backward",
     "backward_number",
     "changes",
     "compile_failures",

@@ -24,6 +24,7 @@ from ..mesh.batches import (
     Input,
     Output,
     gather_outputs,
+    look_up,
     named_arguments,
     pack,
     shard_inputs,
@@ -38,7 +39,8 @@ from ..serving.serving import Serving
 from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
-from ..training.pieces import trained
+from ..training.pieces import Piece, trained
+from ..training.watch import Watch
 from .checkpoint import Experts, Safetensors, StateDict
 from .compiled import Backend, by_default, compile_layers
 from .demo import (
@@ -116,6 +118,8 @@ class ShardedModule(nn.Module):
         )
         self._updated: Mapping[str, Tensor] = {}  # whole new values of buffers, of this forward
         self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
+        watched = find_phase(self.PHASE).backward and self.mesh.size > 1
+        self._watch = Watch(self.mesh, self._pieces) if watched else None
         decode = self.DECODE  # in a tuple, because its parameters are this module's
         self._decoding = () if decode is None else (decode(self.mesh, shared=self, compile=False),)
         if compile:
@@ -140,8 +144,12 @@ class ShardedModule(nn.Module):
         if self._planned is not None:
             self._planned.refuse_changes(self)
             self._planned = None
+        if self._watch is not None:
+            self._watch.begin_forward()
         with self._schedule.model():
             out = super().__call__(*args, **kwargs)
+        if self._watch is not None:
+            self._watch.end_forward(look_up(out, output.path) for output in self._returned)
         self._state.update(self._updated)  # now that no weight on the move hides a buffer
         self._updated = {}
         return out
@@ -275,6 +283,9 @@ class ShardedModule(nn.Module):
 
     # --- training --------------------------------------------------------------------------------
 
+    def _pieces(self) -> list[Piece]:
+        return self._state.pieces()
+
     def optimizer(
         self,
         kind: OptimizerKind = "adamw",
@@ -326,6 +337,8 @@ class ShardedModule(nn.Module):
         Raises ValueError for states of an optimizer that is not elementwise, and where the folder
         has a checkpoint of that step or a later one.
         """
+        if self._watch is not None:
+            self._watch.at_checkpoint()
         pieces = self._state.pieces()
         self._checkpoints.save(Path(folder), pieces, optimizer, step, extra, keep)
 
@@ -382,7 +395,11 @@ class ShardedModule(nn.Module):
         return tuple(tensors_of(self.INPUTS, arguments, self.FIXED).values())
 
     def gather_outputs(self, out: Any) -> Any:
-        """What the original model would return: full tensors, without gradients."""
+        """What the original model would return: full tensors, the same on all ranks.
+
+        A loss that every rank computes of them, in the same way, gives each its own gradients;
+        `torch.no_grad()` around this saves the memory for that.
+        """
         return gather_outputs(self._returned, out, self.mesh)
 
     @property

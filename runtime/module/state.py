@@ -194,7 +194,10 @@ class State:
                 copy, copies = copy * size + index, copies * size
         offsets = tuple(rows.start for rows in own)
         sizes = tuple(rows.stop - rows.start for rows in own)
-        return Piece(name, self.local(part), original.shape, offsets, sizes, copies, copy)
+        axes = zip(self.mesh.names, spec, strict=True)
+        copied = tuple(axis for axis, state in axes if not is_shard(state))
+        tensor = self.local(part)
+        return Piece(name, tensor, original.shape, offsets, sizes, copies, copy, copied)
 
     @torch.no_grad()
     def full(self, experts: Experts) -> dict[str, Tensor]:
