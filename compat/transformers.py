@@ -140,8 +140,9 @@ def has_states(model: Any) -> bool:
     """Does the model's own cache hold something besides keys and values?"""
     from transformers import DynamicCache
 
-    linear = getattr(DynamicCache(config=model.config), "is_linear", ())
-    return any(linear)
+    cache: Any = DynamicCache(config=model.config)
+    kept = (hasattr(layer, "update_recurrent_state") for layer in getattr(cache, "layers", ()))
+    return any(kept) or any(getattr(cache, "is_linear", ()))
 
 
 def cache_of(given: Mapping[State, Tensor]) -> Any:

@@ -42,7 +42,7 @@ from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .hooks import DataDetached, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
-from .states import kept_states
+from .states import StartsAnew, kept_states
 
 # A constant with more elements than this would make the plan file unreadable.
 _CONSTANT_LIMIT = 2**22
@@ -65,8 +65,13 @@ def capture(
     called only if a non-persistent buffer has no value.  Raises CaptureError.
     """
     arguments = Arguments.of(model, inputs)
-    exported = export(model, arguments, training=training, serving=serving)
-    return _finish(model, arguments, *exported, _rebuilding(model, rebuild))
+    build = _rebuilding(model, rebuild)
+    try:
+        exported = export(model, arguments, training=training, serving=serving)
+        return _finish(model, arguments, *exported, build)
+    except StartsAnew:  # whose lines may show a recurrence even so
+        exported = export(model, arguments, training=training, serving=serving, states=False)
+        return _finish(model, arguments, *exported, build)
 
 
 def capture_folded(
@@ -184,9 +189,17 @@ class _Tensors:
 
 
 def export(
-    model: nn.Module, inputs: Arguments, *, training: bool, serving: bool = False
+    model: nn.Module,
+    inputs: Arguments,
+    *,
+    training: bool,
+    serving: bool = False,
+    states: bool = True,
 ) -> tuple[ExportedProgram, _Tensors]:
-    """Run `torch.export` on fake tensors.  Raises CaptureError for what it refuses."""
+    """Run `torch.export` on fake tensors; for serving with the `states` of layers as inputs.
+
+    Raises CaptureError for what it refuses, StartsAnew where a layer reads no state.
+    """
     if training:
         check_hooks(model)
     tensors = _Tensors.of(model)
@@ -205,12 +218,14 @@ def export(
             whole_stacks(),
             own_hooks(),
         ):
-            states = _states(model, arguments, fake) if serving else {}
-            given = arguments | {huggingface.state_name(state): x for state, x in states.items()}
-            with huggingface.states_given(model, tuple(arguments), tuple(states)):
+            kept = _states(model, arguments, fake) if serving and states else {}
+            given = arguments | {huggingface.state_name(state): x for state, x in kept.items()}
+            with huggingface.states_given(model, tuple(arguments), tuple(kept)):
                 program = torch.export.export(model, args=(), kwargs=given, strict=False)
     except (OwnBackward, ForeignAutocast) as error:
         raise CaptureError(str(error)) from error
+    except StartsAnew:
+        raise
     except Exception as error:  # `forward` is the user's code: it may raise anything
         raise CaptureError(_explain(model, error)) from error
     if random.getstate() != drawn:

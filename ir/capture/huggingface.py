@@ -24,6 +24,7 @@ from ..ops.attention import attention, mask_stand_in
 from .arguments import called_by_name
 from .huggingface_config import load_config, refusals
 from .huggingface_experts import shardwright_experts
+from .states import StartsAnew
 
 NAME = "shardwright"
 
@@ -131,7 +132,7 @@ def states_given(
 ) -> Generator[None]:
     """Inside, `forward` takes a tensor for each state besides, by `state_name`.
 
-    It then gives (what it gives, the new states by those names).  Raises ValueError for a state
+    It then gives (what it gives, the new states by those names).  Raises StartsAnew for a state
     that it makes of the tokens alone, and not of the one before.
     """
     if not states:
@@ -143,12 +144,8 @@ def states_given(
         before = {state: given.pop(state_name(state)) for state in states}
         cache = hf.cache_of(before)
         out = own(**given, **{name: cache})
-        forgotten = [state for state in states if state not in cache.read]
-        if forgotten:
-            raise ValueError(
-                f"layer {forgotten[0][0]} makes a new state of its tokens alone: it does not go on "
-                "from the state before, so that it cannot be served"
-            )
+        if forgotten := [state for state in states if state not in cache.read]:
+            raise StartsAnew(state_name(forgotten[0]))
         items = out.items() if isinstance(out, Mapping) else enumerate(out)
         results = {key: item for key, item in items if item is not cache}
         return results, {state_name(state): cache.held[state] for state in states}

@@ -8,6 +8,10 @@ from dataclasses import replace
 from ..graph import Arg, Input, Node, Output, Value
 
 
+class StartsAnew(ValueError):
+    """A layer makes its new state of its tokens alone, and not of the state before."""
+
+
 def kept_states(
     nodes: Sequence[Node],
     inputs: Sequence[Input],
@@ -17,7 +21,8 @@ def kept_states(
     """Body, inputs and outputs of a graph whose layers read and keep their states themselves.
 
     Inputs that are not `known` are states; there are outputs (0, ...), what the model gives, and
-    (1, name), its new states.  States are zeros at first.
+    (1, name), its new states.  States are zeros at first.  Raises StartsAnew for one that the new
+    one does not follow from.
     """
     given = {item.name: item.value for item in inputs if item.name not in known}
     if not given:
@@ -25,12 +30,23 @@ def kept_states(
     after = {out.path[1]: out.value for out in outputs if out.path[0] == 1}
     body = list(nodes)
     for name, before in given.items():
+        if not _follows(after[name], before, nodes):
+            raise StartsAnew(name)
         _keep(body, before, after[name])
     return (
         tuple(body),
         tuple(item for item in inputs if item.name in known),
         tuple(Output(out.path[1:], out.value) for out in outputs if out.path[0] == 0),
     )
+
+
+def _follows(after: Value, before: Value, nodes: Sequence[Node]) -> bool:
+    """Is `after` made of `before`, among other things?"""
+    made = {before.name}
+    for node in nodes:
+        if any(value.name in made for value in node.operands):
+            made |= {value.name for value in node.outputs}
+    return after.name in made
 
 
 def _keep(body: list[Node], before: Value, after: Value) -> None:
@@ -51,4 +67,4 @@ def _keep(body: list[Node], before: Value, after: Value) -> None:
     ]
 
 
-__all__ = ["kept_states"]
+__all__ = ["StartsAnew", "kept_states"]

@@ -123,8 +123,10 @@ class _Tokens:
             dim = self.known.picks.get(node.name, -1)
             if dim >= 0 and seen.of(node.operands[0]) != frozenset({dim}):
                 return node  # rows of something else than tokens
+            given = self.known.gives.get(node.name)
             for value in node.outputs:
-                seen.dims[value.name] = self._leaving(value)
+                found = self._leaving(value) if given is None else frozenset({given})
+                seen.dims[value.name] = found
             return None
         return self._enter_dims(node, seen)
 

@@ -23,18 +23,19 @@ from .steps import Stepped
 @dataclass(frozen=True, slots=True)
 class Recurrences:
     """Of all nodes of a graph, by name: those `inner` to a recurrence, which may mix tokens; those
-    of them that put zeros at the `ends` of tokens, and that pick rows of a dim of tokens; and the
-    values that are `leaving` it."""
+    of them that put zeros at the `ends` of tokens, that pick rows of a dim of tokens, and that give
+    all tokens along a dim; and the values that are `leaving` it."""
 
     inner: frozenset[str]
     ends: frozenset[str]
     leaving: frozenset[str]
     picks: Mapping[str, int]
+    gives: Mapping[str, int]
 
 
 def recurrences(stepped: Stepped) -> Recurrences:
     """Those whose states the graph keeps."""
-    inner, ends, leaving = set(stepped.inner), set[str](), set[str]()
+    inner, ends, leaving = set(stepped.inner), set(stepped.ends), set[str]()
     for nodes in _bodies(stepped.graph):
         own, closed = _in_body(nodes, stepped.inner)
         inner |= own
@@ -42,7 +43,9 @@ def recurrences(stepped: Stepped) -> Recurrences:
         read = {value.name for node in nodes if node.name not in inner for value in node.operands}
         made = {v.name for node in nodes if node.name in inner for v in node.outputs}
         leaving |= made & read
-    return Recurrences(frozenset(inner), frozenset(ends), frozenset(leaving), stepped.picks)
+    return Recurrences(
+        frozenset(inner), frozenset(ends), frozenset(leaving), stepped.picks, stepped.gives
+    )
 
 
 def _bodies(graph: Graph) -> Iterator[Sequence[Node]]:

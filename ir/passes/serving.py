@@ -27,6 +27,7 @@ from .convolutions import causal_convolutions
 from .mixing import Followed, follow, has_state
 from .recurrences import Zeros, home_of, recurrences
 from .steps import FEWEST, Stepped, by_steps, fewest_tokens
+from .sums import with_running_sums
 
 POSITIONS = ("position_ids", "positions")  # what models call the input
 
@@ -40,9 +41,14 @@ def is_decoder(graph: Graph) -> bool:
     nodes = causal_convolutions(graph).nodes
     attentions = [node for node in nodes if operator_of(node).attends]
     states = any(operator_of(node).continued_by for node in nodes)
-    positions = _positions(graph).type.shape
-    looks = bool(attentions) or states or bool(by_steps(graph, positions[1]).inner)
+    shape = _positions(graph).type.shape
+    looks = bool(attentions) or states or bool(_stepped(graph, shape).inner)
     return looks and all(_why_not(node) is None for node in attentions)
+
+
+def _stepped(graph: Graph, shape: tuple[int, ...]) -> Stepped:
+    """`graph` of inputs (b, t) of this shape, with states for recurrences and running sums."""
+    return with_running_sums(by_steps(graph, shape[1]), shape)
 
 
 def with_own_positions(graph: Graph) -> Graph | None:
@@ -53,7 +59,7 @@ def with_own_positions(graph: Graph) -> Graph | None:
     tokens = next((item for item in graph.inputs if len(item.value.type.shape) == 2), None)
     if tokens is None:
         return None
-    stepped = by_steps(causal_convolutions(graph), tokens.value.type.shape[1])
+    stepped = _stepped(causal_convolutions(graph), tokens.value.type.shape)
     if not any(operator_of(node).continued_by for node in stepped.graph.nodes):
         return None
     kind = TensorType(tokens.value.type.shape, torch.int64)
@@ -77,7 +83,7 @@ def serving_graph(graph: Graph, context: int) -> Graph:
     graph = causal_convolutions(graph)
     positions = _positions(graph)
     _check_length(graph, positions, context)
-    stepped = by_steps(graph, positions.type.shape[1])
+    stepped = _stepped(graph, positions.type.shape)
     graph = stepped.graph
     followed = _followed(stepped, positions)
     pass_ = _Pass(positions, context, followed.padded)

@@ -32,18 +32,22 @@ _Source: TypeAlias = tuple[str, str, int]  # how rows are picked, of which value
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A graph whose recurrences go by steps; the names of nodes that belong to these, and of those
-    of them that pick rows of tokens, with the dim of those."""
+    """A graph whose recurrences go by steps; the names of nodes that belong to these, of those of
+    them that pick rows of tokens or add them up, with the dim of those, of those at the `ends` of
+    tokens, for which padding must be zeros, and of those that give tokens, with their dim."""
 
     graph: Graph
     inner: frozenset[str]
     picks: Mapping[str, int]
+    ends: frozenset[str] = frozenset()
+    gives: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def by_steps(graph: Graph, tokens: int) -> Stepped:
     """`graph`, of so many tokens, with recurrences that are written out as steps over states."""
     inner: set[str] = set()
     picks: dict[str, int] = {}
+    gives: dict[str, int] = {}
     if tokens < FEWEST:
         return Stepped(graph, frozenset(), picks)
 
@@ -51,6 +55,7 @@ def by_steps(graph: Graph, tokens: int) -> Stepped:
         made = _rewritten(items, read, tokens)
         inner.update(made.inner)
         picks.update(made.picks)
+        gives.update(made.gives)
         return made.items
 
     def block(old: Block) -> Block:
@@ -62,7 +67,7 @@ def by_steps(graph: Graph, tokens: int) -> Stepped:
         for item in graph.body
     )
     body = rewritten(body, [output.value for output in graph.outputs])
-    return Stepped(replace(graph, body=body), frozenset(inner), picks)
+    return Stepped(replace(graph, body=body), frozenset(inner), picks, gives=gives)
 
 
 def fewest_tokens(graph: Graph) -> int:
@@ -77,6 +82,7 @@ class _Body:
     items: tuple[Node | Loop, ...]
     inner: frozenset[str] = frozenset()
     picks: Mapping[str, int] = field(default_factory=dict[str, int])
+    gives: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int) -> _Body:
@@ -84,12 +90,24 @@ def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int)
     given = tuple(items)
     made = producers([item for item in items if isinstance(item, Node)])
     items = [_plain(item, made) if isinstance(item, Node) else item for item in items]
-    rows = _Rows.of([item for item in items if isinstance(item, Node)], tokens)
-    gathered = [each for each in _gathered(items, tokens) if rows.are_steps(each.parts)]
-    found = _Matching(rows).steps([each.parts for each in gathered]) if gathered else None
-    if found is None:
-        return _Body(given)
-    writer = _Writer(rows, found, tokens)
+    for dims in (_Dims(tokens, 1), _Dims(tokens, 0)):  # dim 0 mostly counts sequences
+        rows = _Rows.of([item for item in items if isinstance(item, Node)], dims)
+        gathered = [each for each in _gathered(items, dims) if rows.are_steps(each.parts)]
+        found = _Matching(rows).steps([each.parts for each in gathered]) if gathered else None
+        if found is not None:
+            return _with_steps(given, items, read, rows, gathered, found)
+    return _Body(given)
+
+
+def _with_steps(
+    given: Sequence[Node | Loop],
+    items: Sequence[Node | Loop],
+    read: Sequence[Value],
+    rows: _Rows,
+    gathered: Sequence[_Gathered],
+    found: _Steps,
+) -> _Body:
+    writer = _Writer(rows, found, len(gathered[0].parts))
     parts = writer.write([each.parts[1] for each in gathered])
     replaced = {
         each.last.name: each.of(values) for each, values in zip(gathered, parts, strict=True)
@@ -100,7 +118,11 @@ def _rewritten(items: Sequence[Node | Loop], read: Sequence[Value], tokens: int)
     picks = dict(writer.picked.values())
     inner = {*replaced, *picks, *(node.name for node in writer.nodes)}
     live = live_items(_in_order(body), [value.name for value in read])
-    return _Body(live, frozenset(inner), picks)
+    gives = {
+        each.last.name: each.last.int_arg("dim") % len(each.last.output.type.shape)
+        for each in gathered
+    }
+    return _Body(live, frozenset(inner), picks, gives)
 
 
 def _plain(node: Node, made: Mapping[str, Node]) -> Node:
@@ -183,6 +205,33 @@ def _in_order(items: Sequence[Node | Loop]) -> list[Node | Loop]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Dims:
+    """Which dims may be those of tokens: as long as there are `tokens`, from `first` on."""
+
+    tokens: int
+    first: int
+
+    def has(self, shape: Sequence[int], dim: Arg) -> bool:
+        """May `dim` of a shape be one?"""
+        if not isinstance(dim, int) or not shape:
+            return False
+        return dim % len(shape) >= self.first and shape[dim % len(shape)] == self.tokens
+
+    def together(self, node: Node) -> bool:
+        """Does the node put one value for each token together, along such a dim?"""
+        if node.op not in _TOGETHER or len(node.operands) != self.tokens:
+            return False
+        rank = len(node.output.type.shape)
+        return node.int_arg("dim") % rank >= self.first
+
+    def written(self, node: Node) -> bool:
+        """Does it write the row of one token among those of others?"""
+        if node.op not in _WRITTEN or _row(node) is None:
+            return False
+        return self.has(node.operands[0].type.shape, node.arg("dim"))
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """Which values are rows of a token, and which are made of such of a token and those before it.
 
@@ -195,23 +244,23 @@ class _Rows:
     picks: dict[tuple[_Source, int], Value]
 
     @staticmethod
-    def of(nodes: Sequence[Node], tokens: int) -> _Rows:
+    def of(nodes: Sequence[Node], dims: _Dims) -> _Rows:
         """Of a body."""
         found: dict[str, tuple[_Source, int]] = {}
         picks: dict[tuple[_Source, int], Value] = {}
         for node in nodes:
-            for source, token, value in _picks(node, tokens):
+            for source, token, value in _picks(node, dims):
                 found[value.name] = source, token
                 picks[source, token] = value
         # what is read of the last one may be what nothing reads
-        whole = {s for s, _ in picks if all((s, t) in picks for t in range(tokens - 1))}
+        whole = {s for s, _ in picks if all((s, t) in picks for t in range(dims.tokens - 1))}
         found = {name: pick for name, pick in found.items() if pick[0] in whole}
         level = {name: token for name, (_, token) in found.items()}
         for node in nodes:
             if any(value.name in found for value in node.outputs):
                 continue
             levels = [level[value.name] for value in node.operands if value.name in level]
-            if levels and not _puts_together(node, tokens):
+            if levels and not (dims.together(node) or dims.written(node)):
                 level.update({value.name: max(levels) for value in node.outputs})
         return _Rows(producers(nodes), found, level, picks)
 
@@ -220,13 +269,13 @@ class _Rows:
         return [self.level.get(value.name) for value in parts] == list(range(len(parts)))
 
 
-def _picks(node: Node, tokens: int) -> Iterator[tuple[_Source, int, Value]]:
+def _picks(node: Node, dims: _Dims) -> Iterator[tuple[_Source, int, Value]]:
     """(source, token, value) of each row that the node picks of a dim of all tokens."""
     if not node.operands:
         return
-    shape, args = node.operands[0].type.shape, dict(node.args)
+    shape, args, tokens = node.operands[0].type.shape, dict(node.args), dims.tokens
     dim = args.get("dim")
-    if not isinstance(dim, int) or not shape or shape[dim % len(shape)] != tokens:
+    if not isinstance(dim, int) or not dims.has(shape, dim):
         return
     dim %= len(shape)
     source = (node.op, node.operands[0].name, dim)
@@ -245,15 +294,6 @@ _IN_ROWS = (
 )  # fmt: skip
 _TOGETHER = ("aten.stack.default", "aten.cat.default")
 _WRITTEN = ("aten.select_scatter.default", "aten.slice_scatter.default")
-
-
-def _puts_together(node: Node, tokens: int) -> bool:
-    """Does it put rows of all tokens together, or one among those of others?"""
-    if node.op in _TOGETHER:
-        return len(node.operands) == tokens
-    if node.op not in _WRITTEN:
-        return False
-    return node.operands[0].type.shape[node.int_arg("dim")] == tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,19 +321,19 @@ def _with(node: Node, **changes: Arg) -> Node:
     return replace(node, args=tuple((name, changes.get(name, arg)) for name, arg in node.args))
 
 
-def _gathered(items: Sequence[Node | Loop], tokens: int) -> Iterator[_Gathered]:
+def _gathered(items: Sequence[Node | Loop], dims: _Dims) -> Iterator[_Gathered]:
     """What is put together of as many values as there are tokens."""
     nodes = [item for item in items if isinstance(item, Node)]
     made = producers(nodes)
     followed = {node.operands[0].name for node in nodes if node.op in _WRITTEN}
     for node in nodes:
-        if node.op in _TOGETHER and len(node.operands) == tokens:
+        if dims.together(node):
             yield _Gathered((node,), node.operands)
-        elif node.op in _WRITTEN and node.output.name not in followed:
+        elif dims.written(node) and node.output.name not in followed:
             chain = [node]
             while (before := made.get(chain[0].operands[0].name)) and before.op == node.op:
                 chain.insert(0, before)
-            if [_row(each) for each in chain] == list(range(tokens)):
+            if [_row(each) for each in chain] == list(range(dims.tokens)):
                 yield _Gathered(tuple(chain), tuple(each.operands[1] for each in chain))
 
 

@@ -42,13 +42,7 @@ from shardwright.planner.strategies.conversion import Conversions as TypeConvers
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.lattice import spec_fits
 from shardwright.runtime import RankPool, count_collectives
-from tests.sharded import (
-    assert_close,
-    flatten,
-    mesh_of,
-    total,
-    weights_like,
-)
+from tests.sharded import assert_close, flatten, mesh_of, total, weights_like, whole_outputs
 
 
 class Draw:
@@ -766,7 +760,7 @@ def run_task(
             out = model(**model.shard_inputs(**inputs))
             _backward(model, out)
         counted = {(k.op, k.axis, str(k.phase)): c.bytes for k, c in counter.counts.items()}
-        whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
+        whole = {str(path): t for path, t in flatten(whole_outputs(model, out))}
         return whole, model.full_gradients(), counted
     except Exception as error:
         raise AssertionError(f"{name}\n{source}") from error

@@ -109,7 +109,7 @@ MIXING: list[Callable[[Tensor], Tensor]] = [
     both_ways,
     by_linear_attention,
     by_recurrence,
-    lambda x: x.cumsum(1),
+    lambda x: x.cumprod(1),
     lambda x: x.roll(1, 1),
     lambda x: x.flip(1),
     lambda x: x - x.mean(1, keepdim=True),

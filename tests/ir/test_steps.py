@@ -83,23 +83,55 @@ def shifted(x: Tensor, start: Tensor) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def served(mix: Mix, tokens: int = 5) -> tuple[Mixing, Graph]:
+def by_sequences(x: Tensor, start: Tensor) -> Tensor:
+    """Sequences one by one, too; rows are written into what all of them have."""
+    state, out = torch.zeros_like(x[:, 0]), torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        state = 0.5 * state + x[:, t]
+        out[:, t] = state
+    return torch.stack([row * 2.0 for row in out.unbind(0)])
+
+
+def added_up(x: Tensor, start: Tensor) -> Tensor:
+    """Running sums, of numbers and of how many are above 0; no step is written out."""
+    return x.cumsum(1) * start - (x > 0).cumsum(1) * 0.1
+
+
+def added_up_last(x: Tensor, start: Tensor) -> Tensor:
+    return torch.tanh(x.transpose(1, 2).cumsum(-1)).transpose(1, 2) + start
+
+
+def served(mix: Mix, tokens: int = 5, batch: int = BATCH) -> tuple[Mixing, Graph]:
     model = Mixing(mix)
-    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    ids = torch.zeros(batch, tokens, dtype=torch.long)
     graph = with_own_positions(capture(model, {"input_ids": ids}, training=False, serving=True))
     assert graph is not None
     return model, serving_graph(graph, 0)
 
 
-@pytest.mark.parametrize("mix", [decay, from_a_weight, read_before_written, by_pieces, shifted])
-def test_steps_go_on_where_they_ended(mix: Mix) -> None:
-    """Ragged runs of up to five tokens, some of them empty, against whole sequences at once."""
-    model, graph = served(mix)
-    ids = torch.randint(16, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    whole, caches, done = model(ids), Caches(), torch.zeros(BATCH, dtype=torch.long)
+@pytest.mark.parametrize("batch", [BATCH, 5])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        decay,
+        from_a_weight,
+        read_before_written,
+        by_pieces,
+        shifted,
+        by_sequences,
+        added_up,
+        added_up_last,
+    ],
+)
+def test_steps_go_on_where_they_ended(mix: Mix, batch: int) -> None:
+    """Ragged runs of up to five tokens, some of them empty, against whole sequences at once; also
+    of as many sequences as tokens."""
+    model, graph = served(mix, batch=batch)
+    ids = torch.randint(16, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
+    whole, caches, done = model(ids), Caches(), torch.zeros(batch, dtype=torch.long)
     columns = torch.arange(5)
     for counts in ([5, 2], [0, 3], [1, 1], [4, 5]):
-        count = torch.tensor(counts)
+        count = torch.tensor((counts * 3)[:batch])
         at = torch.where(columns < count[:, None], done[:, None] + columns, -1)
         inputs = {"input_ids": ids.gather(1, at.clamp(min=0)), "position_ids": at}
         (out,) = interpret(graph, model.state_dict(), inputs, caches).values()
@@ -107,7 +139,7 @@ def test_steps_go_on_where_they_ended(mix: Mix) -> None:
         for row in torch.nonzero(count).flatten().tolist():
             want = whole[row, int(done[row]) - 1]
             torch.testing.assert_close(out[row, 0], want, rtol=0, atol=1e-12)
-    assert done.tolist() == [10, 11]
+    assert done.tolist() == ([10, 11] * 3)[:batch]
 
 
 def ahead(x: Tensor, start: Tensor) -> Tensor:
