@@ -18,6 +18,7 @@ from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
 from ..planner.plan.program import Compute, LoopCall, Program, Sharded, Weight
+from ..planner.plan.returned import told_outputs
 from ..planner.strategies.conversion import Step
 
 _SHOWN = 8  # rows and columns of ranks
@@ -43,6 +44,7 @@ def docstring(plan: PlanData) -> str:
             "",
             *([*mesh_picture(plan.mesh), ""] if plan.mesh.ranks > 1 else []),
             *layout_sentences([each.program for each in plan.phases], plan.mesh),
+            *fill(told_outputs(plan), _WIDTH, break_on_hyphens=False).splitlines(),
             "",
             f"Made from {made}, {batch}.",
             f"Predicted: {format_seconds(plan.seconds)} per {unit}, "

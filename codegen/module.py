@@ -33,6 +33,7 @@ from ..planner.plan.program import (
     Statement,
     Weight,
 )
+from ..planner.plan.returned import spec_text
 from .body import Context, FunctionWriter, traffic_parts
 from .classes import RUNTIME, Classes, Modules, argument_names, names_of
 from .constants import Constants
@@ -573,10 +574,7 @@ class _Writer:
 
     def _spec_text(self, item: Sharded) -> str:
         """`S0,Z1` for a value in spec `S0,S1` whose dim 1 is cut in zigzag order."""
-        text = format_spec(item.spec)
-        for dim in self.program.zigzag.get(item.value.name, ()):
-            text = text.replace(f"S{dim}", f"Z{dim}")
-        return text
+        return spec_text(self.program, item.value.name, format_spec(item.spec))
 
 
 def _stored(weights: Sequence[Weight]) -> list[tuple[Param, Spec]]:

@@ -191,6 +191,7 @@ def plan(
     memory_bytes: int | None = None,
     optimizer: str | None = None,
     outputs: Sequence[str] = (),
+    output_layout: str = "sharded",
     solver: str = "highs",
     time_limit_s: float = 60.0,
     progress: Progress = silent,
@@ -210,13 +211,14 @@ def plan(
     (`"*.q_proj.weight=R,S0"`) are kept and priced.  `expert_imbalance` is the load of the busiest
     rank's experts over the mean (default: that of a power-law router).  `outputs` are those that
     training returns (default: all of them): with `["loss"]` the logits of a language model are
-    never there as a whole.
+    never there as a whole.  `output_layout` is `sharded`, each rank returns the part that it has,
+    or `replicated`, all of it.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout,
     )  # fmt: skip
     check_model(model)
     check_formats(model)
@@ -247,12 +249,13 @@ def plan_file(
     output_tokens: int | None = None,
     expert_imbalance: float | None = None,
     outputs: Sequence[str] = (),
+    output_layout: str = "sharded",
     progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout,
     )  # fmt: skip
     job = asked.job(target, batch, seq, dtype)
     progress("build the model")

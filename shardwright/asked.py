@@ -24,7 +24,7 @@ from .ir.capture.arguments import Arguments
 from .loading import DTYPES
 from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
-from .planner.plan.plan import Request
+from .planner.plan.plan import OUTPUT_LAYOUTS, Request
 from .planner.search.search import Clock, Job
 from .planner.strategies.roles import pinned
 
@@ -62,6 +62,7 @@ class Asked:
     time_limit_s: float
     progress: Progress
     outputs: Sequence[str]
+    output_layout: str = "sharded"
 
     def __post_init__(self) -> None:
         with _as_plan_errors():
@@ -88,6 +89,11 @@ class Asked:
             raise PlanError(f"the time limit must be above 0 s, got {self.time_limit_s:g} s")
         _texts("pins", self.pins, "'*.q_proj.weight=R,S0'")
         _texts("outputs", self.outputs, "'loss'")
+        if self.output_layout not in OUTPUT_LAYOUTS:
+            raise PlanError(
+                f"unknown output layout {shown(self.output_layout)}; expected one of"
+                f" {', '.join(OUTPUT_LAYOUTS)}"
+            )
         if self.solver not in SOLVERS:
             raise PlanError(f"unknown solver `{self.solver}`; expected one of {', '.join(SOLVERS)}")
         if not callable(self.progress):
@@ -104,6 +110,11 @@ class Asked:
             raise PlanError(
                 f"--outputs is for training: phase {self.phase} returns what is asked for"
             )
+        if self.output_layout != "sharded" and not kind.backward:
+            raise PlanError(
+                f"--output-layout is for training: phase {self.phase} returns whole logits, or what"
+                " model.gather_outputs makes whole"
+            )
         if dtype not in DTYPES:
             raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
         if self.pins and self.mesh is None:
@@ -115,6 +126,7 @@ class Asked:
             self.optimizer or kind.optimizer, float(self.memory_bytes or machine.memory_bytes),
             tuple(self.pins), kind.context if self.context is None else int(self.context),
             int(self.output_tokens or kind.answer), float(self.expert_imbalance or 0.0),
+            self.output_layout,
         )  # fmt: skip
         return Job(
             machine,

@@ -60,6 +60,13 @@ class Optimizer(StrEnum):
     NONE = "none"
 
 
+class OutputLayout(StrEnum):
+    """What each rank returns of the outputs."""
+
+    SHARDED = "sharded"
+    REPLICATED = "replicated"
+
+
 class Stage(StrEnum):
     """What planning goes through, one made of the other."""
 
@@ -289,6 +296,13 @@ _Outputs: TypeAlias = Annotated[
         "there as a whole; may be repeated",
     ),
 ]
+_OutputLayout: TypeAlias = Annotated[
+    OutputLayout,
+    typer.Option(
+        help="whether each rank returns its part of what training returns, or all of it, e.g. "
+        "--output-layout replicated for a loss outside of the module",
+    ),
+]
 _Optimizer: TypeAlias = Annotated[
     Optimizer | None,
     typer.Option(
@@ -363,6 +377,7 @@ def plan(
     pin: _Pin = None,
     optimizer: _Optimizer = None,
     outputs: _Outputs = None,
+    output_layout: _OutputLayout = OutputLayout.SHARDED,
     solver: _Solver = Solver.HIGHS,
     time_limit: _TimeLimit = 60.0,
     out: _Out = Path("plan_out"),
@@ -404,6 +419,7 @@ def plan(
                 solver=solver.value,
                 time_limit_s=time_limit,
                 outputs=tuple(outputs or ()),
+                output_layout=output_layout.value,
                 progress=progress,
             )
             progress("write the module")

@@ -752,7 +752,8 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
             out = model(**local)
         if training:
             _local_loss(model, out).backward()
-        outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
+        with torch.no_grad():
+            outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
         state = model.full_state_dict() if _updates(model) else {}
         outputs |= {str(updated_path(name)): state[name] for name in _updates(model)}
     gradients = model.full_gradients() if training else {}

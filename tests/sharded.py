@@ -133,6 +133,12 @@ def reference(
     )
 
 
+@torch.no_grad()
+def whole_outputs(model: Any, out: Any) -> Any:
+    """What a model returned on all ranks, as one process would, without gradients."""
+    return model.gather_outputs(out)
+
+
 def flatten(outputs: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Tensor]]:
     """(path, tensor) pairs of a nested structure of outputs."""
     if isinstance(outputs, Tensor):
@@ -184,7 +190,7 @@ def run_module(
     counted = {
         (k.op, k.axis, str(k.phase)): (c.bytes, c.messages) for k, c in counter.counts.items()
     }
-    whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
+    whole = {str(path): t for path, t in flatten(whole_outputs(model, out))}
     return whole, model.full_gradients(), counted
 
 

@@ -14,6 +14,8 @@ from ..strategies.build import Decisions
 from ..strategies.pricing import Work
 from .program import PricedStep, Program, lower
 
+OUTPUT_LAYOUTS = ("sharded", "replicated")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -32,6 +34,7 @@ class Request:
     context: int = 0  # tokens of each sequence that are cached before
     output_tokens: int = 0  # of each answer, in phase `serve`
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
+    output_layout: str = "sharded"  # of what training returns; or `replicated`
 
     @property
     def decode_steps(self) -> int:

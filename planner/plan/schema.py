@@ -30,6 +30,7 @@ from ...facts.schema import (
     published,
 )
 from ...ir.graph.schema import DTYPES, GRAPH, LINE
+from .plan import OUTPUT_LAYOUTS
 
 VERSION = "shardwright.plan/2"  # a new one whenever an older file can't be read
 ORDERS = ("contiguous", "zigzag")
@@ -60,6 +61,7 @@ _REQUEST = Record(
         "context": Whole(0, 2**40),
         "output_tokens": Whole(0, 2**40),
         "expert_imbalance": Number(0, 2.0**31),
+        "output_layout": OneOf(OUTPUT_LAYOUTS),
     }
 )
 _MEMORY = Record(

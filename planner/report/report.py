@@ -8,7 +8,7 @@ from itertools import groupby
 from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.spec import S, Spec, format_spec, is_shard
+from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
 from ...ir.graph import Node
@@ -18,6 +18,7 @@ from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes, state_bytes
+from ..plan.returned import told_outputs
 from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.params import all_params
@@ -233,16 +234,7 @@ def _moved(plan: PlanData, unit: str) -> list[str]:
 
 def _outputs(plan: PlanData) -> list[str]:
     """Which outputs a rank returns its part of."""
-    specs = plan.decisions.outputs
-    cut = [out for out in plan.graph.outputs if any(map(is_shard, specs[out.value.name]))]
-    if not cut or not plan.training:
-        return []
-    named = [(".".join(map(str, out.path)) or "its result", specs[out.value.name]) for out in cut]
-    parts = ", ".join(f"{name} ({format_spec(spec)})" for name, spec in named)
-    return [
-        f"Each rank returns its part of {parts}, all that a loss outside of the module sees; "
-        "`model.gather_outputs(out)` gives the whole, without gradients."
-    ]
+    return [text] if (text := told_outputs(plan)) else []
 
 
 def _received(moved: Mapping[Moved, float], mesh: Mesh) -> str:

@@ -224,6 +224,7 @@ def setting_of(request: Request) -> Setting:
         request.memory_bytes,
         expert_imbalance=request.expert_imbalance,
         longest_run=request.seq if phase.answer else 0,
+        whole_outputs=request.output_layout == "replicated",
     )
 
 

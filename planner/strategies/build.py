@@ -373,7 +373,8 @@ class _Building:
             index = len(self.nodes)
             flow = self.flow(out.value.name)
             specs = self._storage(out.value, flow.specs)
-            if updated_buffer(out.path):  # of which each rank then keeps what it stores
+            if updated_buffer(out.path) or self.builder.setting.whole_outputs:
+                # of a buffer each rank then keeps what it stores
                 specs = [(R,) * len(self.builder.sizes)]
             self.output_nodes[out.value.name] = Flow(index, tuple(specs))
             self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))

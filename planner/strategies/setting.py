@@ -17,6 +17,7 @@ class Setting:
     `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
     `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
     `longest_run`: new tokens of another phase that shares the KV caches.
+    `whole_outputs`: every rank returns all of each output, and not its part.
     """
 
     training: bool
@@ -26,6 +27,7 @@ class Setting:
     order: str = "contiguous"
     expert_imbalance: float = 0.0
     longest_run: int = 0
+    whole_outputs: bool = False
 
     @property
     def alone(self) -> bool:

@@ -260,16 +260,14 @@ def look_up(out: Any, path: Path) -> Tensor:
     return out
 
 
-@torch.no_grad()
 def gather_outputs(outputs: Sequence[Output], out: Any, mesh: Mesh) -> Any:
-    """What the original model would return: full tensors, without gradients."""
+    """What the original model would return: full tensors, with gradients."""
     return _rebuild({output.path: gather_output(output, out, mesh) for output in outputs})
 
 
-@torch.no_grad()
 def gather_output(output: Output, out: Any, mesh: Mesh) -> Tensor:
     """One full tensor of what a program returned on all ranks."""
-    local, spec = look_up(out, output.path).detach(), parse_spec(output.spec)
+    local, spec = look_up(out, output.path), parse_spec(output.spec)
     if mesh.size == 1:
         return local
     shape = _true_shape(local, spec, mesh, output.shape)

@@ -11,7 +11,6 @@ from ...facts.blocks import block, blocks
 from ...facts.spec import R, Spec
 from .layout import to_zigzag
 from .mesh import Mesh
-from .move import Move
 
 
 def cuts(spec: Spec, mesh: Mesh, dim: int) -> list[int]:
@@ -43,15 +42,17 @@ def gather_whole(
 ) -> Tensor:
     """The whole tensor of `shape` from this rank's part in `spec` (states R, V and S).
 
-    `zigzag` names the dims that are cut in zigzag order.
+    Every rank has it, and must give it the same gradient: of that its part gets its own.  `zigzag`
+    names the dims that are cut in zigzag order.
     """
     states = list(zip(spec, mesh.sizes, strict=True))
     for number in reversed(range(len(states))):  # the minor-most axis on a dim goes first
         dim, _ = states[number]
         axis = mesh.axes[number]
-        if dim < 0 or axis.size == 1:
+        if dim < 0:
+            x = axis.convert(x, dim, R)
             continue
         majors = [(size, 0) for state, size in states[:number] if state == dim]
         rows = block(shape[dim], majors).rows
-        x = axis.move(x, Move(dim, R, rows, zigzag), "forward")
+        x = axis.convert(x, dim, R, rows, zigzag)
     return x

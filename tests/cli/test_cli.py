@@ -66,7 +66,7 @@ def test_help_of_further_commands(
 def test_every_option_is_shown_by_an_example(run: Run) -> None:
     words = run("--help").out.replace("`", " ").split()
     options = {word for word in words if word.startswith("--")} - {"--help", "--version", "--json"}
-    assert len(options) == 19  # a new option is a decision: few options, the rest in files
+    assert len(options) == 20  # a new option is a decision: few options, the rest in files
     for option in options:
         assert words.count(option) >= 2, f"{option} has no example"
 
@@ -145,6 +145,7 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "solver": "highs",
         "time_limit_s": 60.0,
         "outputs": (),
+        "output_layout": "sharded",
     }
     assert api.calls == [("model.py", defaults)]
 
@@ -160,6 +161,7 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         ("--mesh dp=2,tp=4", {"mesh": "dp=2,tp=4"}),
         ("--pin a=R --pin *.b=S0,R", {"pins": ("a=R", "*.b=S0,R")}),
         ("--optimizer sgd", {"optimizer": "sgd"}),
+        ("--output-layout replicated", {"output_layout": "replicated"}),
         ("--solver cp-sat", {"solver": "cp-sat"}),
         ("--time-limit 10", {"time_limit_s": 10.0}),
         ("--phase prefill", {"phase": "prefill", "optimizer": "none"}),

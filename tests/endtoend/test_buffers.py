@@ -24,6 +24,7 @@ from tests.sharded import (
     mesh_of,
     random_decisions,
     source_of,
+    whole_outputs,
     widened,
 )
 
@@ -119,7 +120,7 @@ def train(
         local = flatten(out)[0][1]
         local.square().sum().backward()
         optimizer.step()
-        outputs.append(flatten(model.gather_outputs(out))[0][1])
+        outputs.append(flatten(whole_outputs(model, out))[0][1])
     return outputs, model.full_state_dict()
 
 

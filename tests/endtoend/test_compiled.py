@@ -24,7 +24,15 @@ from tests.endtoend import test_moe
 from tests.endtoend.families import Case, case
 from tests.endtoend.test_families import builder, planned
 from tests.endtoend.test_serving import PROMPT, decided, model_of, prompts
-from tests.sharded import assert_close, combined, flatten, import_source, source_of, weights_like
+from tests.sharded import (
+    assert_close,
+    combined,
+    flatten,
+    import_source,
+    source_of,
+    weights_like,
+    whole_outputs,
+)
 
 Pool = Callable[[int], RankPool]
 
@@ -63,7 +71,7 @@ def run_compiled(
         model.zero_grad()
         out = model(**model.shard_inputs(**inputs))
         combined(model, {str(path): t for path, t in flatten(out)}).backward()
-    whole = {str(path): t for path, t in flatten(model.gather_outputs(out))}
+    whole = {str(path): t for path, t in flatten(whole_outputs(model, out))}
     classes = {layer for layers in model.LAYERS.values() for layer in layers}
     return whole, model.full_gradients(), len(graphs), len(classes)
 

@@ -29,6 +29,7 @@ from tests.sharded import (
     mesh_of,
     random_decisions,
     source_of,
+    whole_outputs,
 )
 
 Pool = Callable[[int], RankPool]
@@ -132,7 +133,7 @@ def outputs_and_gradients(
     """In a rank: the output whole, and gradients of the sum of its squares."""
     model = import_source(source).ShardedModel.from_state_dict(state)
     out = model(**apply(model.shard_inputs, inputs))
-    ((path, whole),) = flatten(model.gather_outputs(out))
+    ((path, whole),) = flatten(whole_outputs(model, out))
     ((_, local),) = flatten(out)
     (output,) = model.OUTPUTS
     own = model.local_part(2 * whole, output.spec)

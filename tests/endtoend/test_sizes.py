@@ -24,6 +24,7 @@ from tests.sharded import (
     mesh_of,
     random_decisions,
     source_of,
+    whole_outputs,
 )
 
 Pool = Callable[[int], RankPool]
@@ -201,7 +202,7 @@ def answers(
             found.append(str(error))
             continue
         out = model(**inputs)
-        whole = model.gather_outputs(out)
+        whole = whole_outputs(model, out)
         model.zero_grad()
         out.backward(model.local_part(2 * whole, model.OUTPUTS[0].spec))
         found.append((whole, model.full_gradients()))

@@ -25,6 +25,7 @@ from tests.sharded import (
     mesh_of,
     random_decisions,
     source_of,
+    whole_outputs,
 )
 
 Pool = Callable[[int], RankPool]
@@ -44,7 +45,7 @@ def outputs(source: str, state: dict[str, Tensor], inputs: dict[str, Tensor]) ->
     results: list[Tensor] = []
     for training in (True, True, False):
         out = model.train(training)(**model.shard_inputs(**inputs))
-        results.append(flatten(model.gather_outputs(out))[-1][1])
+        results.append(flatten(whole_outputs(model, out))[-1][1])
     return results
 
 

@@ -7,6 +7,8 @@ tp cuts the parameters of o_proj (FSDP: gathered for use), attention by heads, m
 by columns (q_proj, k_proj, v_proj, gate_proj, up_proj) and rows (down_proj) and the sequence
 between them. Around the layers it cuts embedding by hidden, head by columns and loss by
 vocabulary.
+Each rank returns all of loss, and its part of logits (S2); `model.gather_outputs(out)` makes
+all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 2 x 4096 tokens, bfloat16.
 Predicted: 6.39 ms per step, 1.37 GB per GPU.

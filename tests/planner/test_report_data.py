@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import shardwright
+from shardwright.planner.errors import PlanError
 
 
 class Layer(nn.Module):
@@ -54,6 +56,20 @@ def test_outputs_that_are_cut_are_named() -> None:
         model, x = Net(), torch.zeros(8, 16, 64)
     asked: dict[str, Any] = {"gpus": 2, "cluster": "cpu", "mesh": "2", "optimizer": "none"}
     cut = shardwright.plan(model, {"x": x}, pins=["head=S0"], **asked)
-    assert re.search("Each rank returns its part of .* .S0., all that a loss outside", str(cut))
+    assert re.search("Each rank returns .*its part of .* .S0.; .model.gather_outputs", str(cut))
     whole = shardwright.plan(model, {"x": x}, pins=["head=R"], **asked)
-    assert "Each rank returns its part" not in str(whole)
+    assert "Each rank returns all of" in str(whole) and "its part of" not in str(whole)
+
+
+def test_outputs_that_shall_be_whole_are() -> None:
+    with torch.device("meta"):
+        model, x = Net(), torch.zeros(8, 16, 64)
+    asked: dict[str, Any] = {"gpus": 2, "cluster": "cpu", "mesh": "2", "pins": ["head=S0"]}
+    made = shardwright.plan(model, {"x": x}, output_layout="replicated", **asked)
+    assert made.request.output_layout == "replicated"
+    assert 'OUTPUTS = (Output((), "R", (8, 16, 8)),)' in made.module_source()
+    assert "Each rank returns all of its result." in made.module_source()
+    with pytest.raises(PlanError, match="expected one of sharded, replicated"):
+        shardwright.plan(model, {"x": x}, output_layout="whole", **asked)
+    with pytest.raises(PlanError, match="--output-layout is for training"):
+        shardwright.plan(model, {"x": x}, output_layout="replicated", phase="prefill", **asked)

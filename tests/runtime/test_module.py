@@ -112,7 +112,8 @@ def train(source: dict[str, Tensor] | Path, data: dict[str, Tensor]) -> dict[str
         model = ShardedTied.from_state_dict(source)
     out = model(**model.shard_inputs(**data))
     out.loss.backward()
-    full = model.gather_outputs(out)
+    with torch.no_grad():
+        full = model.gather_outputs(out)
     return {
         "type": type(full) is Outputs and not full.logits.requires_grad,
         "outputs": dict(full),
@@ -399,3 +400,23 @@ def test_names_that_a_module_has_for_itself() -> None:
     assert own(ShardedModule) - held.BY_ALL == held.BY_MODEL
     result = doctest.testmod(held)
     assert result.attempted and not result.failed
+
+
+def with_loss_outside(data: dict[str, Tensor]) -> tuple[float, dict[str, Tensor | None]]:
+    model = ShardedTied.from_state_dict(original().state_dict())
+    out = model.gather_outputs(model(**model.shard_inputs(**data)))
+    loss = F.cross_entropy(out.logits.transpose(1, 2), data["labels"]) + out.logits.square().mean()
+    loss.backward()
+    return loss.item(), model.full_gradients()
+
+
+def test_a_loss_outside_of_the_module(pool: Pool) -> None:
+    """Of logits whose vocabulary, of 11, is cut over tp, and whose rows are cut over dp."""
+    model, data = original(), batch()
+    logits = model(**data)["logits"]
+    loss = F.cross_entropy(logits.transpose(1, 2), data["labels"]) + logits.square().mean()
+    loss.backward()
+    for got, gradients in pool(4).run(with_loss_outside, data):
+        assert got == pytest.approx(loss.item(), rel=1e-12)
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-13)
