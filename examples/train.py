@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 examples/train.py plan_out --text README.md --steps 400 --resume
 
 A token is a byte; `--tokens FILE` takes a file of uint16 tokens instead, which is mapped into
-memory. Every step draws `--accumulate` batches of the planned size from the step's number alone, so
-that a run that goes on sees what it would have seen, on any number of ranks. Rank 0 writes a line
-for each step to `OUT/losses.csv`. `--alone MODEL.py` trains the model itself in one process, and
-leaves the weights that it began with in `OUT/initial.safetensors`, for `--weights`.
+memory. Every step draws `--accumulate` micro-batches of the planned size from the step's number
+alone, so that a run that goes on sees what it would have seen, on any number of ranks. Rank 0
+writes a line for each step to `OUT/losses.csv`. `--alone MODEL.py` trains the model itself in one
+process, and leaves the weights that it began with in `OUT/initial.safetensors`, for `--weights`.
 
 The labels of a row are the tokens after it; `--labels same` is for models that shift by themselves,
 as those of transformers do.
@@ -24,12 +24,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+Batch: TypeAlias = tuple[Tensor, Tensor]  # tokens and labels
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, help="a file of uint16 tokens")
     parser.add_argument("--labels", choices=("next", "same"), default="next")
     parser.add_argument("--steps", type=int, default=200, help="in all, earlier runs included")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
+    parser.add_argument("--accumulate", type=int, help="micro-batches of a step, as planned")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=20, help="steps until the full rate")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -70,7 +72,7 @@ class Data:
         self.numbers = rows * length  # tokens of a batch
         self.seed = asked.seed
 
-    def batch(self, part: str, number: int) -> tuple[Tensor, Tensor]:
+    def batch(self, part: str, number: int) -> Batch:
         """(tokens, labels) of the `number`-th batch: the same wherever it is drawn."""
         tokens = self.parts[part]
         draw = np.random.default_rng((self.seed, number))
@@ -102,15 +104,27 @@ class Sharded:
             self.model.reset_parameters(asked.seed)
         self.names = input_names(list(self.model.INPUTS))
         self.rows, self.length = self.model.INPUTS[self.names[0]].shape
+        self.batches = asked.accumulate or self.model.MICRO_BATCHES
         self.ranks, self.first = self.model.mesh.size, self.model.mesh.rank == 0
 
     def optimizer(self, asked: argparse.Namespace) -> torch.optim.Optimizer:
         undecayed = {"*norm*": {"weight_decay": 0.0}}
         return self.model.optimizer(lr=asked.lr, weight_decay=asked.weight_decay, groups=undecayed)
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        own = [self.model.data_shard.of(x) for x in batch]  # a loader would read these rows alone
-        return self.model(**self.model.shard_rows(**dict(zip(self.names, own, strict=True)))).loss
+    def own(self, batch: Batch) -> Batch:
+        """This rank's rows; a loader would read these alone."""
+        tokens, labels = (self.model.data_shard.of(x) for x in batch)
+        return tokens, labels
+
+    def loss(self, batch: Batch) -> Tensor:
+        rows = dict(zip(self.names, self.own(batch), strict=True))
+        return self.model(**self.model.shard_rows(**rows)).loss
+
+    def step(self, batches: list[Batch]) -> Tensor:
+        """The loss of all batches; their gradients are then there."""
+        rows = [torch.cat(parts) for parts in zip(*map(self.own, batches), strict=True)]
+        named = dict(zip(self.names, rows, strict=True))
+        return self.model.step(**named, micro_batches=len(batches))
 
     def clip(self, most: float) -> Tensor:
         return self.model.clip_grad_norm_(most, error_if_nonfinite=True)
@@ -126,9 +140,10 @@ class Alone:
             self.model.load_state_dict(load_file(asked.weights))
         asked.out.mkdir(parents=True, exist_ok=True)
         save_file(self.model.state_dict(), asked.out / "initial.safetensors")
-        inputs = load(asked.plan / "sharded_model.py").ShardedModel.INPUTS
-        self.names = input_names(list(inputs))
-        self.rows, self.length = inputs[self.names[0]].shape
+        planned = load(asked.plan / "sharded_model.py").ShardedModel
+        self.names = input_names(list(planned.INPUTS))
+        self.rows, self.length = planned.INPUTS[self.names[0]].shape
+        self.batches = asked.accumulate or planned.MICRO_BATCHES
         self.ranks, self.first = 1, True
 
     def optimizer(self, asked: argparse.Namespace) -> torch.optim.Optimizer:
@@ -138,8 +153,16 @@ class Alone:
         groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=asked.lr, weight_decay=asked.weight_decay)
 
-    def loss(self, *batch: Tensor) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         return self.model(**dict(zip(self.names, batch, strict=True)))["loss"]
+
+    def step(self, batches: list[Batch]) -> Tensor:
+        total = torch.zeros(())
+        for batch in batches:  # all have as many labels
+            loss = self.loss(batch) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def clip(self, most: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(
@@ -166,7 +189,7 @@ def input_names(names: list[str]) -> tuple[str, str]:
 @torch.no_grad()
 def evaluate(side: Sharded | Alone, data: Data, batches: int = 4) -> float:
     """Mean loss of held out batches."""
-    return sum(side.loss(*data.batch("held out", n)).item() for n in range(batches)) / batches
+    return sum(side.loss(data.batch("held out", n)).item() for n in range(batches)) / batches
 
 
 def main() -> None:
@@ -184,16 +207,14 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     log = (asked.out / "losses.csv" if side.first else Path(os.devnull)).open("a" if begin else "w")
     for step in range(begin, asked.steps):
-        start, total = time.perf_counter(), 0.0
-        for part in range(asked.accumulate):
-            loss = side.loss(*data.batch("train", step * asked.accumulate + part))
-            (loss / asked.accumulate).backward()
-            total += loss.item() / asked.accumulate
+        start, first = time.perf_counter(), step * side.batches
+        batches = [data.batch("train", first + number) for number in range(side.batches)]
+        total = side.step(batches).item()
         norm = side.clip(asked.clip).item()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        speed = data.numbers * asked.accumulate / (time.perf_counter() - start) / side.ranks
+        speed = data.numbers * side.batches / (time.perf_counter() - start) / side.ranks
         say(f"step {step}: loss {total:.4f}, norm {norm:.3f}, {speed:,.0f} tokens/s/rank")
         print(f"{step},{total:.9f},{norm:.9f}", file=log, flush=True)
         if (step + 1) % asked.evaluate_every == 0:

@@ -18,7 +18,7 @@ from .attention import (
 from .cache.cache import CacheFullError, KVCache, PageTable
 from .cache.declared import Cache, SequenceState
 from .cache.state import StateCache, StateTable
-from .gathering.weights import Weight
+from .gathering.weights import Home, Weight
 from .launch import RankError, RankPool, run_ranks
 from .mesh.batches import Input, Output, Outputs
 from .mesh.collectives import Axis
@@ -40,14 +40,15 @@ from .ops import (
     softcap,
     vocab_embedding,
 )
+from .training.step import Labels
 
 __all__ = [
-    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Input", "KVCache", "Layer",
-    "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param", "Part",
-    "Partial", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule",
-    "StateCache", "StateTable", "Weight", "attention", "cached_attention", "count_collectives",
-    "cross_entropy", "dropout", "gather_kv_attention", "last_token", "linear_cross_entropy",
-    "merge", "moe", "ops", "pass_q_attention", "per_layer", "ring_attention", "run_ranks",
-    "shared_prefix_attention", "softcap", "tree_attention", "ulysses_attention",
-    "usp_attention", "vocab_embedding", "window_attention",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Home", "Input", "KVCache",
+    "Labels", "Layer", "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable",
+    "Param", "Part", "Partial", "RankError", "RankPool", "SequenceState", "Sharded",
+    "ShardedModule", "StateCache", "StateTable", "Weight", "attention", "cached_attention",
+    "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token",
+    "linear_cross_entropy", "merge", "moe", "ops", "pass_q_attention", "per_layer",
+    "ring_attention", "run_ranks", "shared_prefix_attention", "softcap", "tree_attention",
+    "ulysses_attention", "usp_attention", "vocab_embedding", "window_attention",
 ]  # fmt: skip

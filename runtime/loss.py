@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..facts.logits import block_rows, chunk_columns
 from .mesh.collectives import Axis
+from .training.shares import mean_loss
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -46,12 +47,13 @@ def cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy` of logits (..., v) and class labels (...), the classes last.
 
-    With `vocab_axis`, `logits` holds this rank's columns of `vocab_size` (default: v times the
-    axis size); only three numbers per token are communicated (four with label smoothing), and
-    the result is the same on all ranks of the axis.  With `token_axes`, the tokens are sharded
-    over them; a mean divides by the number of labels on all of them that are not ignored, so that
-    a mean or sum is partial (`P`) over these axes.  Half-precision logits are computed in float32
-    and the loss is rounded once, to `dtype` (default: that of the logits).
+    With `vocab_axis`, `logits` holds this rank's columns of `vocab_size` (default: v times the axis
+    size); only three numbers per token are communicated (four with label smoothing), and the result
+    is the same on all ranks of the axis.  With `token_axes`, the tokens are sharded over them; a
+    mean divides by the number of labels on all of them that are not ignored, so that a mean or sum
+    is partial (`P`) over these axes.  In a step of several micro-batches a mean is multiplied by
+    its share of the step's labels (`training/shares.py`).  Half-precision logits are computed in
+    float32 and the loss is rounded once, to `dtype` (default: that of the logits).
     """
     _check_shapes(logits, labels, reduction)
     vocabulary = _Vocabulary.of(
@@ -124,7 +126,7 @@ def _reduced(
     count = (labels != ignore_index).sum()
     for tokens in token_axes:
         count = tokens.reduce(count)
-    return loss.sum() / count
+    return mean_loss(loss.sum(), count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ ARROWS: dict[str, str] = {
     "runtime.cache": "runtime.mesh facts",
     "runtime.attention": "runtime.cache runtime.mesh facts compat",
     "runtime.serving": "runtime.cache runtime.mesh facts",
-    "runtime.training": "runtime.mesh compat",
+    "runtime.training": "runtime.mesh facts compat",
     "runtime.module": (
         "runtime.training runtime.serving runtime.cache runtime.gathering runtime.mesh facts compat"
     ),

@@ -1,10 +1,11 @@
 """Weights that were moved for a block are not kept for backward: they are moved again.
 
 Autograd saves the weight of every matmul.  Of a weight that was gathered from shards that is the
-whole weight, and sharding it would have saved nothing.  `Recipes` swaps such saved tensors for the
-way in which the weights of their block came (see `weights.py`); when backward asks for the first of
-them, those of the block that it will ask for come again together, and each stays until its last
-use.  The block that backward needs next is on its way meanwhile.
+whole weight, and sharding it would have saved nothing; of one that was cast, a second copy.
+`Recipes` swaps such saved tensors for the way in which the weights of their block came (see
+`weights.py`); when backward asks for the first of them, those of the block that it will ask for
+come again together, and each stays until its last use.  The block that backward needs next is on
+its way meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ...compat.torch import backward_number, changes, storage_key, will_run
-from .chains import Chain, Flight
+from .chains import Flight, Way
 
 
 def in_backward() -> bool:
@@ -36,13 +37,13 @@ class Borrowed:
 
     def __init__(
         self,
-        stored: Sequence[Tensor],
-        ways: Sequence[Chain],
+        starts: Sequence[Tensor],
+        ways: Sequence[Way],
         before: Borrowed | None,
         node: Node | None,
     ) -> None:
         self.before = before
-        self._stored = stored
+        self._starts = starts
         self._ways = ways
         self._node = node
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # while anything uses it
@@ -93,7 +94,7 @@ class Borrowed:
         """Start to bring the weights that backward still asks for and are gone, and `besides`."""
         numbers = sorted({i for i, left in enumerate(self._left) if left > 0} | besides)
         numbers = [i for i in numbers if self._made[i]() is None]
-        tensors, ways = [self._stored[i] for i in numbers], [self._ways[i] for i in numbers]
+        tensors, ways = [self._starts[i] for i in numbers], [self._ways[i] for i in numbers]
         self._under_way = numbers, Flight(tensors, ways, "backward")
 
     def _start_before(self) -> None:
@@ -158,14 +159,14 @@ class Recipes:
     def remember(
         self,
         wholes: Sequence[Tensor],
-        stored: Sequence[Tensor],
-        ways: Sequence[Chain],
+        starts: Sequence[Tensor],
+        ways: Sequence[Way],
         node: Node | None,
     ) -> None:
-        """`wholes` came from `stored` along `ways`, and are used by one block."""
+        """`wholes` came from `starts` along `ways`, and are used by one block."""
         if not wholes:
             return
-        self._last = borrowed = Borrowed(stored, ways, self._last, node)
+        self._last = borrowed = Borrowed(starts, ways, self._last, node)
         known = self._known
         for number, whole in enumerate(wholes):
             storage = whole.untyped_storage()

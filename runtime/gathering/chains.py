@@ -6,7 +6,7 @@ the same dtype is one message (see `facts/together.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -42,6 +42,8 @@ class Leg:
 
 
 Chain: TypeAlias = tuple[Leg, ...]
+# A chain with what else is done on the way, on this rank alone, such as a cast
+Way: TypeAlias = Sequence[Leg | Callable[[Tensor], Tensor]]
 _Key: TypeAlias = tuple[str, str, torch.dtype]
 
 
@@ -51,9 +53,10 @@ def chains(
     dtype: torch.dtype,
     mesh: Mesh,
     by: Sequence[str] = (),
+    back_dtype: torch.dtype | None = None,
 ) -> tuple[Chain, Chain]:
     """The chain of a tensor of full `shape` from the first spec of `path` to the last, and that of
-    its gradient back.
+    its gradient back, in `back_dtype` (default: `dtype`).
 
     From one spec to the next the axes that differ move as one, from one state to one other; `by`
     has for each step the collective that it goes by otherwise than is usual, or "".
@@ -63,6 +66,8 @@ def chains(
     steps = zip(path[:-1], path[1:], by or [""] * (len(path) - 1), strict=True)
     for a, b, collective in steps:
         axes = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+        if not axes:
+            continue
         states = a[axes[0]], b[axes[0]]
         names = tuple(mesh.names[i] for i in axes)
         axis = mesh[names[0] if len(names) == 1 else names]
@@ -74,10 +79,11 @@ def chains(
         )
         here = tuple(R if i in axes else state for i, state in enumerate(a))
         gathered = local_shape(shape, here, mesh.sizes)
-        nbytes = moved_numel(gathered, states, axis.size) * dtype.itemsize
+        numel = moved_numel(gathered, states, axis.size)
         if axis.size > 1:
-            forward.append(Leg(axis, there, dtype, nbytes))
-            backward.insert(0, Leg(axis, back, dtype, nbytes))
+            forward.append(Leg(axis, there, dtype, numel * dtype.itemsize))
+            reduced = back_dtype or dtype
+            backward.insert(0, Leg(axis, back, reduced, numel * reduced.itemsize))
     return tuple(forward), tuple(backward)
 
 
@@ -92,12 +98,12 @@ def _rows(
 
 
 class Flight:
-    """Tensors on their way along chains; the first collectives are under way when it is made.
+    """Tensors on their ways; the first collectives are under way when it is made.
 
     All ranks start and finish their flights in the same order.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], ways: Sequence[Chain], phase: Phase) -> None:
+    def __init__(self, tensors: Sequence[Tensor], ways: Sequence[Way], phase: Phase) -> None:
         self._tensors = list(tensors)
         self._phase: Phase = phase
         self._left = [list(way) for way in ways]
@@ -117,28 +123,37 @@ class Flight:
     def _go_on(self, free: Sequence[int]) -> None:
         """Bring `free` tensors to their next message; start those that have all of theirs."""
         for i in free:
-            while self._left[i] and self._left[i][0].collective is None:
-                leg = self._left[i].pop(0)
-                self._tensors[i] = leg.axis.move(self._tensors[i], leg.move, self._phase)
+            while self._left[i] and not _is_collective(self._left[i][0]):
+                self._tensors[i] = self._done_here(self._left[i].pop(0), self._tensors[i])
         busy = {i for members, _ in self._started for i in members}
         for members in list(self._coming):
             if busy.isdisjoint(members):
                 self._coming.remove(members)
-                legs = [self._left[i].pop(0) for i in members]
+                steps = [self._left[i].pop(0) for i in members]
+                legs = [step for step in steps if isinstance(step, Leg)]
                 tensors, moves = [self._tensors[i] for i in members], [leg.move for leg in legs]
                 together = start_together(legs[0].axis, tensors, moves, self._phase)
                 self._started.append((members, together))
             busy.update(members)
 
+    def _done_here(self, step: Leg | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if isinstance(step, Leg):
+            return step.axis.move(x, step.move, self._phase)
+        return step(x)
 
-def _rounds(ways: Sequence[Chain]) -> tuple[tuple[int, ...], ...]:
+
+def _is_collective(step: Leg | Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(step, Leg) and step.collective is not None
+
+
+def _rounds(ways: Sequence[Way]) -> tuple[tuple[int, ...], ...]:
     """The collectives that take tensors along `ways`: which tensors each of them moves."""
     return _members(
         tuple(
             tuple(
                 ((leg.collective, leg.axis.name, leg.dtype), leg.nbytes)
                 for leg in way
-                if leg.collective
+                if isinstance(leg, Leg) and leg.collective
             )
             for way in ways
         )

@@ -8,7 +8,7 @@ that are recomputed in backward go the other way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,7 +16,9 @@ from torch.autograd.graph import Node
 
 from ...compat.torch import will_run
 from .again import Recipes, in_backward
-from .weights import Coming, Item, Unit
+from .chains import Flight
+from .coming import Coming
+from .weights import Item, Unit
 
 
 class Schedule:
@@ -40,13 +42,49 @@ class Schedule:
         self._stage: int | None = None  # which one runs; None while the model does not
         self._shown: list[Item] = []  # of this stage and earlier ones
         self._recipes: Recipes | None = None
+        self._first = self._last = True  # of the micro-batches of a step
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Around the micro-batches of a step, of which each is in `micro_batch`."""
+        try:
+            yield
+            self._reduce_totals()
+        finally:
+            self._first = self._last = True
+            for item in self._items():
+                item.held.total = None
+
+    def micro_batch(self, *, first: bool, last: bool) -> None:
+        """The first or last one of a step begins, or one between.
+
+        Copies at home are made by the first; the last sends sums of gradients off.
+        """
+        self._first, self._last = first, last
+
+    @torch.no_grad()
+    def _reduce_totals(self) -> None:
+        """Reduce the sums that the last backward pass did not reach."""
+        for unit in self._units:
+            left = [item for item in unit if item.held.total is not None]
+            begun = [item.take_total() for item in left]
+            flight = Flight([x for x, _ in begun], [way for _, way in begun], "backward")
+            for item, gradient in zip(left, flight.finish(), strict=True):
+                source = item.source()
+                source.grad = gradient if source.grad is None else source.grad + gradient
+
+    def _items(self) -> Iterator[Item]:
+        return (item for unit in self._units for item in unit)
 
     @contextmanager
     def model(self) -> Generator[None]:
         """Around the model's forward."""
         self._stop()
+        if self._first:  # parameters may have changed
+            for item in self._items():
+                item.held.copy = None
         with ExitStack() as stack:
-            if torch.is_grad_enabled() and any(item.is_moved for u in self._units for item in u):
+            if torch.is_grad_enabled() and any(item.is_moved for item in self._items()):
                 self._recipes = Recipes()
                 stack.enter_context(self._recipes.hooks())
             stack.callback(self._stop)
@@ -101,8 +139,11 @@ class Schedule:
         unit = self._units[at]
         if not unit:
             return None
-        coming = self._sent.pop(at, None) or Coming(unit)
+        coming = self._sent.pop(at, None) or self._coming(unit)
         return coming.arrive(self._recipes)
+
+    def _coming(self, unit: Unit) -> Coming:
+        return Coming(unit, more=not self._last)
 
     def _send_next(self, at: int, loop: int) -> None:
         """Send for the unit that will be used after that at `at`."""
@@ -112,7 +153,7 @@ class Schedule:
             coming = (i for i in range(at - 1, self._start_of[loop], -1) if self._is_awaited(i))
         following = next((i for i in coming if self._units[i]), None)
         if following is not None and following not in self._sent:
-            self._sent[following] = Coming(self._units[following])
+            self._sent[following] = self._coming(self._units[following])
 
     def _is_awaited(self, at: int) -> bool:
         node = self._nodes[at]() if at in self._nodes else None

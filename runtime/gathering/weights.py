@@ -1,36 +1,60 @@
-"""The weights of a block move together, before it runs; their gradients when it has run backward.
+"""How the weights of a block are stored and used, and the ways between: of values and gradients.
 
-A `Unit` has the weights of one block.  Before the block runs they are taken from the specs in which
-they are stored to those in which it uses them, and stand in the `__dict__` of the modules that own
-them, where they hide the parameters: `parameters()` and state dicts have the shards.
+A `Unit` has the weights of one block, which move together (see `coming.py`).  While the block runs
+they stand in the `__dict__` of the modules that own them, where they hide the parameters:
+`parameters()` and state dicts have the shards.
 
-Gradients leave when the last of a unit's is there, and are waited for when the unit before has run
-backward.  Autograd runs nodes in the reverse of the order in which they were made; the node that
-waits is made where the unit is sent for, which is when the unit before begins (`schedule.py`).
+    value      stored --cast--> home --> used
+    gradient   stored <-------- home <-- used
+
+Where a weight has a home, a copy may be kept there from step to step, made anew once per step, and
+gradients may be summed up there over the micro-batches of a step:
+
+    home kept, gradients late     ZeRO-1: a gather and a reduce-scatter per step
+    home kept                     ZeRO-2: a gather per step, a reduce-scatter per micro-batch
+    home not kept, late           DDP that accumulates
+    no home                       FSDP, or DDP that does not: all of it at each use
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from ...compat.torch import registered
-from .again import Recipes
-from .chains import Chain, Flight
+from .chains import Chain, Way
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a weight is between its uses, if that is not as its parameter is stored.
+
+    `spec` is on each axis as `stored`, or V; `via` and `by` are of the way from `stored` there.
+    """
+
+    spec: str
+    via: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
+    # A copy lies there in the dtype of use, made once per step.  False only where the way moves
+    # nothing between ranks: then it is made of the parameter at each use
+    kept: bool = True
+    # Gradients are summed there over the micro-batches of a step, in float32 or wider, and reduced
+    # to `stored` once; else each backward reduces them all the way
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """How a parameter or buffer is stored, and how a block uses it.
 
-    `via` are the specs between, where the way from `stored` to `used` is not one step.  One that
-    is used in several ways has a row for each: `of` is the name that it is stored under.  `by` has
-    for each step the collective that it goes by otherwise than is usual, or "".
+    `stored` is also how its gradient and its optimizer's states lie.  `dtype` is that of its use
+    (None: as it is stored).  `via` are the specs between, where the way to `used`, from `home` if
+    there is one, is not one step; `by` has for each step the collective that it goes by otherwise
+    than is usual, or "".  One that is used in several ways has a row for each: `of` is the name
+    that it is stored under.
 
     `stages` is for weights that are no layer's: stage n of a model's forward is what it does after
     n of its loops over layers.  A weight is there from the first of the two stages to the last.
@@ -42,17 +66,54 @@ class Weight:
     by: tuple[str, ...] = ()
     of: str = ""
     stages: tuple[int, int] = (0, 0)
+    dtype: torch.dtype | None = None
+    home: Home | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """What there is of a weight at home: the copy, and the sum of gradients of this step."""
+
+    copy: Tensor | None = None
+    total: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The chains of a weight, there and back: between `stored` and home, and between home and use.
+
+    The value goes in `dtype`, its gradient in `reduced`; None: in that in which it comes.
+    """
+
+    to_home: Chain
+    to_use: Chain
+    from_use: Chain
+    from_home: Chain
+    dtype: torch.dtype | None = None
+    reduced: torch.dtype | None = None
+
+    @property
+    def there(self) -> Chain:
+        """All of the value's way."""
+        return (*self.to_home, *self.to_use)
+
+    @property
+    def back(self) -> Chain:
+        """All of the gradient's way."""
+        return (*self.from_use, *self.from_home)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """A weight of a unit: the module and name that it is stored under, those that its users know,
-    and the chains of the weight there and of its gradient back."""
+    and its ways."""
 
     stored: tuple[nn.Module, str]
     used: tuple[nn.Module, str]
-    forward: Chain
-    backward: Chain
+    ways: Ways
+    kept: bool = False
+    late: bool = False
+    held: Held = field(default_factory=Held)
 
     def source(self) -> Tensor:
         """The tensor as it is stored, also while `used` hides it."""
@@ -70,114 +131,70 @@ class Item:
 
     @property
     def is_moved(self) -> bool:
-        """Is it brought by a collective, so that it is not kept for backward?"""
-        return any(leg.collective is not None for leg in self.forward)
+        """Is it brought by a collective, or cast, for each use, so that backward makes it again?"""
+        cast = self.ways.dtype not in (None, self.source().dtype)
+        if self.kept:
+            return _communicates(self.ways.to_use)
+        return cast or _communicates(self.ways.there)
+
+    def way_there(self) -> tuple[Tensor, Way]:
+        """What its way to its use begins with now; a copy that is to be kept is made on it."""
+        if self.held.copy is not None:
+            return self.held.copy, self.ways.to_use
+        cast = _cast(self.ways.dtype)
+        keep = (self._keep,) if self.kept else ()
+        return self.source().detach(), (*cast, *self.ways.to_home, *keep, *self.ways.to_use)
+
+    def way_back(self, *, more: bool) -> Way:
+        """The way of a gradient as it is used: to one as it is stored, or, where `more` gradients
+        of a step are to come and it is late, into the sum at home."""
+        ways = self.ways
+        if not self.late:
+            return (*_reduced(ways.back, ways.reduced), *_cast(self.source().dtype))
+        home = _reduced(ways.from_use, ways.reduced)
+        return (*home, self._add) if more else (*home, self._with_total, *self._rest)
+
+    def take_total(self) -> tuple[Tensor, Way]:
+        """The sum of this step's gradients, which must be there, and its way to the shard."""
+        total, self.held.total = self.held.total, None
+        assert total is not None
+        return total, self._rest
+
+    @property
+    def _rest(self) -> Way:
+        """The way of a gradient, or of the wider sum of some, from home."""
+        stored = self.source().dtype
+        reduced = self.ways.reduced or self.ways.dtype or stored
+        return (*_reduced(self.ways.from_home, reduced), *_cast(stored))
+
+    def _keep(self, x: Tensor) -> Tensor:
+        self.held.copy = x
+        return x
+
+    def _add(self, x: Tensor) -> Tensor:
+        if self.held.total is None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            self.held.total = x.to(wide, copy=True)
+        else:
+            self.held.total.add_(x)
+        return x
+
+    def _with_total(self, x: Tensor) -> Tensor:
+        total, self.held.total = self.held.total, None
+        return x if total is None else total.add_(x)
 
 
 Unit: TypeAlias = tuple[Item, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Reduced:
-    """Gradients on their way to the shards of the trained weights `numbers`."""
-
-    numbers: tuple[int, ...]
-    flight: Flight
+def _communicates(chain: Chain) -> bool:
+    return any(leg.collective is not None for leg in chain)
 
 
-class Coming:
-    """A unit's weights on their way to one run of its block."""
-
-    def __init__(self, unit: Unit) -> None:
-        self._unit = unit
-        sources = [item.source() for item in unit]
-        training = torch.is_grad_enabled()
-        self._trained = [i for i, x in enumerate(sources) if training and x.requires_grad]
-        self._reduced: list[_Reduced] = []  # what backward puts there for the node that waits
-        self._sources: tuple[Tensor, ...] = ()
-        if self._trained:
-            self._sources = _Await.apply(self._reduced, *(sources[i] for i in self._trained))
-        self._stored = [x.detach() for x in sources]
-        self._flight = Flight(self._stored, [item.forward for item in unit], "forward")
-
-    def arrive(self, recipes: Recipes | None) -> Node | None:
-        """Show the weights to the block; the node that their gradients reach."""
-        used = self._flight.finish()
-        node = None
-        if self._trained:
-            items = [self._unit[i] for i in self._trained]
-            wholes = [used[i] for i in self._trained]
-            shown = _Arrive.apply(self._reduced, items, wholes, *self._sources)
-            node = shown[0].grad_fn
-            for i, x in zip(self._trained, shown, strict=True):
-                used[i] = x
-        for item, x in zip(self._unit, used, strict=True):
-            item.show(x)
-        if recipes is not None:
-            moved = [i for i, item in enumerate(self._unit) if item.is_moved]
-            stored, ways = [self._stored[i] for i in moved], [self._unit[i].forward for i in moved]
-            recipes.remember([used[i] for i in moved], stored, ways, node)
-        return node
-
-    def cancel(self) -> None:
-        """Wait for what nobody uses: the other ranks have sent it."""
-        self._flight.finish()
+def _reduced(chain: Chain, dtype: torch.dtype | None) -> Way:
+    """The chain, in a dtype of its own where ranks exchange anything along it."""
+    return (*_cast(dtype), *chain) if _communicates(chain) else chain
 
 
-class _Await(torch.autograd.Function):
-    """The stored tensors themselves; backward waits for their gradients, where they are coming."""
-
-    @staticmethod
-    def forward(ctx: Any, reduced: list[_Reduced], *sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.reduced = reduced
-        return tuple(x.view_as(x) for x in sources)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = list(gradients)
-        while ctx.reduced:
-            reduced: _Reduced = ctx.reduced.pop()
-            for i, gradient in zip(reduced.numbers, reduced.flight.finish(), strict=True):
-                found[i] = gradient
-        return None, *found
-
-
-class _Arrive(torch.autograd.Function):
-    """The weights as they are used, of the tensors stored; backward sends their gradients off.
-
-    What it hands on in their place has their shape and no memory: `_Await`, alone, replaces it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        reduced: list[_Reduced],
-        items: Sequence[Item],
-        wholes: Sequence[Tensor],
-        *sources: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.reduced, ctx.items = reduced, items
-        ctx.shapes = [x.shape for x in sources]
-        return tuple(x.detach() for x in wholes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        items: Sequence[Item] = ctx.items
-        there = {i: x for i, x in enumerate(gradients) if x is not None}
-        if torch.is_grad_enabled() and any(x.requires_grad for x in there.values()):
-            given = {i: _sent_back(x, items[i]) for i, x in there.items()}  # create_graph=True
-        else:
-            ways = [items[i].backward for i in there]
-            flight = Flight(list(there.values()), ways, "backward")
-            ctx.reduced.append(_Reduced(tuple(there), flight))
-            given = {i: x.new_zeros(()).expand(ctx.shapes[i]) for i, x in there.items()}
-        return None, None, None, *(given.get(i) for i in range(len(gradients)))
-
-
-def _sent_back(gradient: Tensor, item: Item) -> Tensor:
-    """A gradient as the shard's, such that it can be differentiated again."""
-    for back, there in zip(item.backward, reversed(item.forward), strict=True):
-        gradient = back.axis.move_with_gradient(gradient, back.move, there.move)
-    return gradient
+def _cast(dtype: torch.dtype | None) -> Way:
+    return () if dtype is None else (lambda x: x.to(dtype),)

@@ -90,7 +90,7 @@ def shard_inputs(
     """
     tensors = tensors_of(inputs, batch, fixed)
     local = {
-        _path(name, wanted): _shard(spelled(_path(name, wanted)), wanted, tensors[name], mesh)
+        path_of(name, wanted): _shard(spelled(path_of(name, wanted)), wanted, tensors[name], mesh)
         for name, wanted in inputs.items()
     }
     return with_leaves(dict(batch), local)
@@ -103,7 +103,7 @@ def tensors_of(
 
     Raises ValueError for what is missing, unknown or no tensor, and for other values than `fixed`.
     """
-    paths = {name: _path(name, wanted) for name, wanted in inputs.items()}
+    paths = {name: path_of(name, wanted) for name, wanted in inputs.items()}
     found = dict(leaves(arguments))
     _check_paths([*paths.values(), *fixed], found)
     for path, planned in fixed.items():
@@ -126,11 +126,12 @@ def arguments_of(
     inputs: Mapping[str, Input], tensors: Mapping[str, Tensor], fixed: Fixed = _NONE_FIXED
 ) -> dict[str, Any]:
     """Arguments that have the tensors of these names, and what is fixed; dicts for containers."""
-    entries = {_path(name, inputs[name]): tensor for name, tensor in tensors.items()}
+    entries = {path_of(name, inputs[name]): tensor for name, tensor in tensors.items()}
     return nested({**entries, **fixed})
 
 
-def _path(name: str, wanted: Input) -> Path:
+def path_of(name: str, wanted: Input) -> Path:
+    """Where in the arguments an input of the table stands."""
     return wanted.path or (name,)
 
 

@@ -51,6 +51,12 @@ def shard_rows(
     return shard_inputs(own, rows, mesh, fixed)
 
 
+def add_over_shards(x: Tensor, inputs: Mapping[str, Input], mesh: Mesh) -> Tensor:
+    """The sum of what each data shard has of `x`; all ranks of a shard have the same."""
+    names = tuple(mesh.names[number] for number in _data_axes(inputs))
+    return mesh[names].reduce(x) if names else x
+
+
 def _of_rows(wanted: Input, axes: Sequence[int], ways: int) -> Input:
     """An input whose rows `axes` have cut already, into `ways`."""
     states = wanted.spec.split(",")
@@ -74,4 +80,4 @@ def _data_axes(inputs: Mapping[str, Input]) -> list[int]:
     return list(commonprefix(cut))
 
 
-__all__ = ["DataShard", "data_shard", "shard_rows"]
+__all__ = ["DataShard", "add_over_shards", "data_shard", "shard_rows"]

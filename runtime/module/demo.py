@@ -19,8 +19,10 @@ from ...facts.phases import DECODE, Phase
 from ..cache.declared import specs_of
 from ..mesh.batches import arguments_of, look_up, random_batch, shard_inputs
 from ..mesh.mesh import Mesh, WrongRanks
+from ..mesh.rows import data_shard
 from ..serving.program import Program
 from ..serving.serving import Serving
+from ..training.step import scalar_loss
 
 OptimizerName: TypeAlias = Literal["adamw", "sgd", "none"]
 
@@ -77,13 +79,24 @@ def compiled_unless_asked() -> bool | None:
 
 
 def demonstrate(
-    model: nn.Module, program: Program, optimizer: OptimizerName | None, clock: Clock
+    model: nn.Module,
+    program: Program,
+    optimizer: OptimizerName | None,
+    clock: Clock,
+    take_step: Callable[..., Tensor],
+    micro_batches: int,
 ) -> None:
-    """Steps of training, or, where `optimizer` is None, forward passes of `model`."""
+    """Steps of training, or, where `optimizer` is None, forward passes of `model`.
+
+    Steps of several `micro_batches` are those of `take_step`, which takes rows.
+    """
     whole = arguments_of(program.inputs, random_batch(program.inputs), program.fixed)
     batch = shard_inputs(program.inputs, whole, clock.mesh, program.fixed)
     if optimizer is None:
         step = partial(_forward, program, batch)
+    elif micro_batches > 1:
+        rows = _rows(program, clock.mesh, micro_batches)
+        step = partial(_step, model, take_step, rows, _make_optimizer(optimizer, model))
     else:
         step = partial(_train, model, program, batch, _make_optimizer(optimizer, model))
     best = clock.best("step", step)
@@ -158,15 +171,40 @@ def _train(
 ) -> str:
     """One step on the scalar output if there is one, else on the sum of all that are trained."""
     out = program.run(**batch)
-    results = [look_up(out, output.path) for output in program.outputs]
-    trained = [result for result in results if result.requires_grad]
-    scalars = [result for result in trained if result.ndim == 0]
-    loss = scalars[0] if scalars else torch.stack([r.float().sum() for r in trained]).sum()
+    loss = scalar = scalar_loss(program.outputs, out)
+    if loss is None:
+        results = [look_up(out, output.path) for output in program.outputs]
+        loss = torch.stack([x.float().sum() for x in results if x.requires_grad]).sum()
     loss.backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    return f", loss {loss.item():.4f}" if scalars else ""
+    return "" if scalar is None else f", loss {loss.item():.4f}"
+
+
+def _rows(program: Program, mesh: Mesh, micro_batches: int) -> dict[str, Any]:
+    """This rank's rows of one random batch, once for each micro-batch."""
+    shard = data_shard(program.inputs, mesh)
+    rows: dict[str, Tensor] = {}
+    for name, x in random_batch(program.inputs).items():
+        free = 0 in program.inputs[name].free
+        own = shard.of(x) if free else x
+        shared = not free and (x.ndim == 0 or x.shape[0] == 1)  # positions of all rows
+        rows[name] = own if shared else torch.cat([own] * micro_batches)
+    return arguments_of(program.inputs, rows, program.fixed)
+
+
+def _step(
+    model: nn.Module,
+    take_step: Callable[..., Tensor],
+    rows: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None,
+) -> str:
+    loss = take_step(**rows)
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return f", loss {loss.item():.4f}"
 
 
 def _make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:

@@ -40,6 +40,7 @@ from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
 from ..training.pieces import Piece, trained
+from ..training.step import Labels, Trained
 from ..training.watch import Watch
 from .checkpoint import Experts, Safetensors, StateDict
 from .compiled import Backend, by_default, compile_layers
@@ -69,9 +70,11 @@ class ShardedModule(nn.Module):
     parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
     `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its
     dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
-    called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout.  `FIXED`
-    are inputs that are no tensors, by path: they must be as they were planned.  `PHASE` and
-    `OPTIMIZER` serve `demo`.
+    called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout or dtype;
+    gradients go between ranks in dtype `REDUCE` (None: that in which they come).  `MICRO_BATCHES`
+    and `LABELS` serve `step`; the labels are an input, or None where every row has as many, or a
+    sentence that says why it is not known which count.  `FIXED` are inputs that are no tensors, by
+    path: they must be as they were planned.  `PHASE` and `OPTIMIZER` serve `demo`.
     """
 
     MESH: ClassVar[Mapping[str, int]]
@@ -84,6 +87,9 @@ class ShardedModule(nn.Module):
     MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
     OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
+    REDUCE: ClassVar[torch.dtype | None] = None
+    MICRO_BATCHES: ClassVar[int] = 1
+    LABELS: ClassVar[Labels | str | None] = None
     PHASE: ClassVar[str] = TRAIN.name
     CONTEXT: ClassVar[int] = 0  # tokens of each sequence that are cached before, as planned
     OPTIMIZER: ClassVar[OptimizerName] = "none"
@@ -114,7 +120,7 @@ class ShardedModule(nn.Module):
         self._state.register(None if shared is None else shared._state)
         self._run: Checkpoints | None = None
         self._schedule = make_schedule(
-            self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS)
+            self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS), self.REDUCE
         )
         self._updated: Mapping[str, Tensor] = {}  # whole new values of buffers, of this forward
         self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
@@ -302,6 +308,45 @@ class ShardedModule(nn.Module):
         ValueError for a pattern that matches nothing.
         """
         return make_optimizer(self._state.pieces(), kind, lr, groups or {}, options)
+
+    def step(
+        self,
+        /,
+        *args: Any,
+        micro_batches: int | None = None,
+        error_if_nonfinite: bool = False,
+        **rows: Any,
+    ) -> Tensor:
+        """The loss () of a step, whose gradients are then in `.grad`; the same on all ranks.
+
+        Takes this rank's rows, as `shard_rows`, of all `micro_batches` (default: as planned)
+        together, the first rows first.  The loss is the first output that is one number: cross
+        entropies are means over all labels of the step that count, on all ranks and in all
+        micro-batches; its other terms are means over micro-batches.
+
+        Gradients of several micro-batches are summed in float32 or wider, and go between ranks as
+        often as planned.  Raises ValueError where rows do not divide or it is not known which
+        labels count, RuntimeError with `error_if_nonfinite` on every rank if the loss is NaN or
+        infinite.
+        """
+        if not find_phase(self.PHASE).backward:
+            raise RuntimeError(
+                f"this module was planned for {self.PHASE}, which has no backward pass; plan with"
+                " --phase train to take steps"
+            )
+        named = named_arguments(self.forward, args, rows)
+        trained = Trained(
+            self.mesh, self.INPUTS, self.FIXED, self._returned, self.LABELS, self, self._schedule,
+            tuple(self.parameters()),
+        )  # fmt: skip
+        count = self.MICRO_BATCHES if micro_batches is None else micro_batches
+        loss = trained.take_step(named, count)
+        if error_if_nonfinite and not bool(loss.isfinite()):
+            raise RuntimeError(
+                f"the loss of this step is {loss.item()}; do not use its gradients: skip the step,"
+                " or go on from the last checkpoint with a lower learning rate"
+            )
+        return loss
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -579,4 +624,4 @@ class ShardedModule(nn.Module):
             demonstrate_serving(model._room, planned, clock)
         else:
             optimizer = cls.OPTIMIZER if phase.backward else None
-            demonstrate(model, model._program, optimizer, clock)
+            demonstrate(model, model._program, optimizer, clock, model.step, cls.MICRO_BATCHES)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import nn
 
-from ...facts.spec import P, parse_spec
+from ...facts.spec import P, Spec, V, parse_spec
 from ..gathering.chains import chains
 from ..gathering.schedule import Schedule
-from ..gathering.weights import Item, Unit, Weight
+from ..gathering.weights import Home, Item, Unit, Ways, Weight
 from ..mesh.mesh import Mesh
 from .layers import Layer
 from .parameters import Param
@@ -23,16 +24,19 @@ def make_schedule(
     parameters: Mapping[str, Param],
     weights: Mapping[str, Weight],
     paths: Iterable[str],
+    reduced: torch.dtype | None = None,
 ) -> Schedule:
     """The units of a model whose loops run the layers under `paths`; its layers bring theirs.
 
-    `parameters` is the table of the whole model, `weights` that of what is in no layer.
+    `parameters` is the table of the whole model, `weights` that of what is in no layer; gradients
+    are reduced in dtype `reduced` (None: that in which they come).
     """
+    item = partial(_item, parameters=parameters, mesh=mesh, reduced=reduced)
     loops = [list(model.get_submodule(path).children()) for path in paths]
     stages: list[list[tuple[Item, int]]] = [[] for _ in range(len(loops) + 1)]
     for name, weight in weights.items():
         first, last = weight.stages
-        stages[first].append((_item(model, "", name, weight, parameters, mesh), last))
+        stages[first].append((item(model, "", name, weight), last))
     units: list[list[Unit]] = []
     for path, layers in zip(paths, loops, strict=True):
         units.append([])
@@ -40,10 +44,7 @@ def make_schedule(
             assert isinstance(layer, Layer)
             rows = layer.WEIGHTS.items()
             units[-1].append(
-                tuple(
-                    _item(layer, f"{path}.{index}.", name, weight, parameters, mesh)
-                    for name, weight in rows
-                )
+                tuple(item(layer, f"{path}.{index}.", name, weight) for name, weight in rows)
             )
     if not any((*stages, *(unit for loop in units for unit in loop))):
         return Schedule([[]], [])  # nothing comes or goes, so no layer need say when it runs
@@ -60,8 +61,10 @@ def _item(
     prefix: str,
     name: str,
     weight: Weight,
+    *,
     parameters: Mapping[str, Param],
     mesh: Mesh,
+    reduced: torch.dtype | None,
 ) -> Item:
     """A row of the table of `root`, whose own name in the model is `prefix`."""
     stored = weight.of or name
@@ -71,12 +74,33 @@ def _item(
             f"`{prefix}{stored}` is stored as {param.spec} in PARAMETERS but as {weight.stored} in"
             " WEIGHTS"
         )
-    path = [parse_spec(spec) for spec in (weight.stored, *weight.via, weight.used)]
-    steps = [states for step in pairwise(path) for states in zip(*step, strict=True)]
+    home = weight.home or Home(weight.stored, kept=False)
+    to_home = _path(weight.stored, home.via, home.spec)
+    to_use = _path(home.spec, weight.via, weight.used)
+    steps = [states for step in pairwise([*to_home, *to_use]) for states in zip(*step, strict=True)]
     if any(a == P != b for a, b in steps):  # sums of several weights would lie in one storage
         raise ValueError(f"`{prefix}{name}` comes by way of partial sums: {weight}")
-    forward, backward = chains(path, param.shape, param.dtype, mesh, weight.by)
-    return Item(_place(root, stored), _place(root, name), forward, backward)
+    if any(b not in (a, V) for a, b in zip(to_home[0], to_home[-1], strict=True)):
+        raise ValueError(
+            f"`{prefix}{name}` is at home as {home.spec}, stored as {weight.stored}: a home is on"
+            " each axis as the parameter is stored, or V"
+        )
+    used = weight.dtype or param.dtype
+    back = used if used.is_complex else reduced
+    shape = param.shape
+    there, from_home = chains(to_home, shape, used, mesh, home.by, back)
+    onward, from_use = chains(to_use, shape, used, mesh, weight.by, back)
+    if weight.home is not None and not home.kept and any(leg.collective for leg in there):
+        raise ValueError(
+            f"`{prefix}{name}` is made at each use of what is stored as {weight.stored}, but ranks"
+            f" exchange it on the way home to {home.spec}: keep it there, or give it no home"
+        )
+    ways = Ways(there, onward, from_use, from_home, weight.dtype, back)
+    return Item(_place(root, stored), _place(root, name), ways, home.kept, home.late)
+
+
+def _path(first: str, via: Sequence[str], last: str) -> list[Spec]:
+    return [parse_spec(spec) for spec in (first, *via, last)]
 
 
 def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:

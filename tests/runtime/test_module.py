@@ -48,13 +48,13 @@ class Tied(nn.Module):
         self.embed = nn.Embedding(VOCAB, WIDTH, dtype=F64)
         self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, dtype=F64)])
         self.register_buffer("shift", torch.randn(WIDTH, dtype=F64))
-        self.register_buffer("step", torch.arange(1.0, 1.0 + WIDTH, dtype=F64), persistent=False)
+        self.register_buffer("ramp", torch.arange(1.0, 1.0 + WIDTH, dtype=F64), persistent=False)
         self.unused = nn.Parameter(torch.randn(3, dtype=F64))
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False, dtype=F64)
         self.lm_head.weight = self.embed.weight
 
     def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        h = torch.tanh(self.layers[0](self.embed(ids))) * self.step + self.shift
+        h = torch.tanh(self.layers[0](self.embed(ids))) * self.ramp + self.shift
         logits = self.lm_head(h)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
@@ -68,7 +68,7 @@ class ShardedTied(ShardedModule):
         "layers.0.weight": Param((WIDTH, WIDTH), F64, "S0,S0"),
         "layers.0.bias": Param((WIDTH,), F64, "R,R"),
         "shift": Param((WIDTH,), F64, "R,S0", kind="buffer"),
-        "step": Param((WIDTH,), F64, "R,R", kind="constant", data=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
+        "ramp": Param((WIDTH,), F64, "R,R", kind="constant", data=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
         "unused": Param((3,), F64, "S0,R"),
     }
     WEIGHTS = {
@@ -87,7 +87,7 @@ class ShardedTied(ShardedModule):
         dp, tp = self.mesh.axes
         h = tp.all_reduce(ops.vocab_embedding(ids, self.embed.weight, tp, VOCAB))
         h = F.linear(h, self.layers[0].weight, self.layers[0].bias)
-        h = torch.tanh(h) * self.step + self.shift
+        h = torch.tanh(h) * self.ramp + self.shift
         logits = F.linear(tp.copy(h), self.embed.weight)
         loss = ops.cross_entropy(logits, labels, vocab_axis=tp, vocab_size=VOCAB, token_axes=(dp,))
         return self.pack(dp.all_reduce(loss), logits)
@@ -188,7 +188,7 @@ def test_everything_wrong_with_a_state_dict_is_told_at_once(pool: Pool) -> None:
     state = dict(original().state_dict())
     del state["layers.0.bias"]
     state["layers.0.weight"] = torch.ones(WIDTH, 2)
-    state["step"] = torch.ones(WIDTH)
+    state["ramp"] = torch.ones(WIDTH)
     state["extra"] = torch.ones(1)
     with pytest.raises(RankError) as caught:
         pool(4).run(load, state)
@@ -196,7 +196,7 @@ def test_everything_wrong_with_a_state_dict_is_told_at_once(pool: Pool) -> None:
         "ValueError: the state dict does not fit this module (4 problems):\n"
         "  missing: layers.0.bias\n"
         "  unexpected: extra\n"
-        "  unexpected: step (the plan holds its values; leave it out)\n"
+        "  unexpected: ramp (the plan holds its values; leave it out)\n"
         "  wrong shape: layers.0.weight is (6, 2), the plan has (6, 6)"
     )
 
