@@ -8,6 +8,7 @@ transformers is imported where a function needs it: plans of other models do wit
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -118,6 +119,22 @@ def _set_in(configs: Iterable[Any], attribute: str, value: object) -> Generator[
     finally:
         for config, was in before:
             setattr(config, attribute, was)
+
+
+@contextmanager
+def without_value_checks() -> Generator[None]:
+    """Inside, models do not compare numbers that they read out of tensors, such as how many tokens
+    stand for images, and how many images there are."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 # -- states of layers, which models keep in a cache that is given to them
@@ -332,4 +349,5 @@ __all__ = [
     "use_own_loops",
     "version",
     "whole_mask",
+    "without_value_checks",
 ]

@@ -23,11 +23,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..facts.logits import block_rows, chunk_columns
 from .mesh.collectives import Axis
+from .mesh.derivatives import first_order
 from .training.shares import mean_loss
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -245,7 +245,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss.view(labels.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order("the cross entropy")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None, None]:
@@ -320,7 +320,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss.view(labels.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order("the cross entropy of a linear layer")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -373,7 +373,7 @@ class _Softcap(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("the softcap")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:

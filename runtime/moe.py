@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from .mesh import transport
 from .mesh.collectives import Axis
 from .mesh.counter import Phase
+from .mesh.derivatives import first_order
 from .mesh.opaque import not_compiled
 
 Gating: TypeAlias = Literal["none", "separate", "halves", "pairs"]
@@ -262,6 +263,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order("a product of experts")
     def backward(
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -399,6 +401,7 @@ class _Exchange(torch.autograd.Function):
         return tuple(_exchange_rows(axis, x, sent, received, "forward") for x in tensors)
 
     @staticmethod
+    @first_order("an exchange of tokens between experts")
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             _exchange_rows(ctx.axis, grad, ctx.received, ctx.sent, "backward") if needed else None

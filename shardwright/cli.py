@@ -36,7 +36,7 @@ from .folder import (
     module_is_the_plans,
     write_folder,
 )
-from .terminal import print_everywhere, printable, say
+from .terminal import print_everywhere, printable, say, say_report
 
 if TYPE_CHECKING:
     from .api import Plan
@@ -332,6 +332,13 @@ _Out: TypeAlias = Annotated[
 _AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="print the plan as JSON instead of the report")
 ]
+_Full: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        help="print each row of a table on one line, however long, e.g. `--full | less -S`",
+    ),
+]
 _DumpProblem: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -382,6 +389,7 @@ def plan(
     time_limit: _TimeLimit = 60.0,
     out: _Out = Path("plan_out"),
     as_json: _AsJson = False,
+    full: _Full = False,
     dump: _Dump = None,
     dump_problem: _DumpProblem = None,
     version: _Version = False,
@@ -426,13 +434,14 @@ def plan(
             written = write_folder(made, out, dump_problem)
         if note := untried(versions_in_use()):
             say(f"plan: {note}", file=sys.stderr)
-        _report(made, out, written, as_json=as_json, dump=dump)
+        _report(made, out, written, as_json=as_json, full=full, dump=dump)
 
 
 @tools.command("show")
 def show(
     folder: _Folder,
     as_json: _AsJson = False,
+    full: _Full = False,
     module: Annotated[
         bool, typer.Option("--module", help="print the generated module instead of the report")
     ] = False,
@@ -446,7 +455,10 @@ def show(
         from .api import load_plan
 
         saved = load_plan(path)
-        say(json.dumps(saved.to_json(), indent=2) if as_json else saved)
+        if as_json:
+            say(json.dumps(saved.to_json(), indent=2))
+        else:
+            say_report(saved, full=full)
         if not module_is_the_plans(folder) and (folder / MODULE_FILE).exists():
             say(f"plan: {folder / MODULE_FILE} is not as it was written", file=sys.stderr)
 
@@ -559,13 +571,21 @@ def _errors_as_exit_codes() -> Generator[None, None, None]:
 
 
 def _report(
-    made: Plan, out: Path, written: tuple[Path, ...], *, as_json: bool, dump: Stage | None
+    made: Plan,
+    out: Path,
+    written: tuple[Path, ...],
+    *,
+    as_json: bool,
+    full: bool,
+    dump: Stage | None,
 ) -> None:
     """The report, the files and the next commands; JSON or a dump have stdout for themselves."""
     if dump is not None:
         say(made.dump(dump.value))
+    elif as_json:
+        say(json.dumps(made.to_json(), indent=2))
     else:
-        say(json.dumps(made.to_json(), indent=2) if as_json else made)
+        say_report(made, full=full)
     notes = [
         "Written",
         *(f"  {path}" for path in written),

@@ -290,6 +290,15 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, train
     return Loaded(model, inputs, labels, rebuild)
 
 
+def given_inputs(target: str, model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:
+    """The tensors that `example_inputs` of a model's file gives, with values, by name."""
+    path = Path(target.partition(":")[0])
+    example = function_of(import_model(path), "example_inputs", path)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        return _examples(path, example, model, batch, seq).tensors
+
+
 def import_model(path: Path) -> ModuleType:
     """The user's file as a module.  Raises PlanError with the line where that fails."""
     if not path.is_file():

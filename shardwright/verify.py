@@ -51,7 +51,7 @@ from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
 from .ir.reference.widen import wide, widened, without_dropout
-from .loading import Loaded, load_target, with_positions, with_tokens_alone
+from .loading import Loaded, given_inputs, load_target, with_positions, with_tokens_alone
 from .original import build_original
 from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
@@ -385,7 +385,6 @@ def _widened_source(text: str) -> str:
 def _run(case: _Case) -> Verification:
     state, steps = _random_state(case), _steps(case)
     inputs = _random_tokens(case.graph, steps) if steps else _random_inputs(case.graph)
-    content: dict[str, Any] = {"state": state, "inputs": inputs, "steps": list(map(tuple, steps))}
     if steps and case.draws:
         raise PlanError(
             f"{case.plan.graph.name} draws random numbers while it answers; the answers of a "
@@ -397,16 +396,13 @@ def _run(case: _Case) -> Verification:
         tempfile.TemporaryDirectory(prefix="shardwright-verify-") as folder,
         RankPool(case.mesh.ranks) as pool,
     ):
-        torch.save(content, Path(folder) / "case.pt")
         (Path(folder) / "generated.py").write_text(case.source, encoding="utf-8")
         try:
-            draws: list[Tensor] = []
-            if case.draws:
-                args = (folder, case.draws)
-                draws = pool.run(draw_on_rank, *args, timeout_s=_TIMEOUT_S)[0]
-            references = [_captured(case, state, inputs, steps, draws)]
-            if case.real and case.plan.request.target:
-                references.append(_original(case, state, inputs, steps, draws))
+            try:
+                references = _references(case, pool, folder, state, inputs, steps)
+            except _OtherInputs:
+                inputs = _own_inputs(case)
+                references = _references(case, pool, folder, state, inputs, steps, " of its own")
             torch.save([r.expected for r in references], Path(folder) / "expected.pt")
             found = pool.run(compare_on_rank, folder, training, timeout_s=_TIMEOUT_S)
         except (RankError, TimeoutError) as error:
@@ -452,6 +448,50 @@ class _OtherFormats(Exception):
     """The plan stores something in another dtype than the original has it in."""
 
 
+class _OtherInputs(Exception):
+    """The original does not take random inputs."""
+
+
+def _references(
+    case: _Case,
+    pool: RankPool,
+    folder: str,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    steps: Sequence[Step],
+    told: str = "",
+) -> list[_Reference]:
+    """What the module is compared with; the case is in `folder` then.
+
+    Raises _OtherInputs where the original refuses the inputs, and its file may have some.
+    """
+    content = {"state": state, "inputs": dict(inputs), "steps": list(map(tuple, steps))}
+    torch.save(content, Path(folder) / "case.pt")
+    draws: list[Tensor] = []
+    if case.draws:
+        draws = pool.run(draw_on_rank, folder, case.draws, timeout_s=_TIMEOUT_S)[0]
+    references = [_captured(case, state, inputs, steps, draws)]
+    if case.real and case.plan.request.target:
+        references.append(_original(case, state, inputs, steps, draws, told))
+    return references
+
+
+def _own_inputs(case: _Case) -> dict[str, Tensor]:
+    """The example inputs of the model's file, in the formats of the graph."""
+    request = case.plan.request
+    given = given_inputs(request.target, _loaded(case.plan).model, request.batch, request.seq)
+    found: dict[str, Tensor] = {}
+    for item in case.graph.inputs:
+        x, kind = given[item.name], item.value.type
+        if tuple(x.shape) != kind.shape:
+            raise PlanError(
+                f"`{request.target}` has other example inputs than when it was planned:"
+                f" `{item.name}` is {tuple(x.shape)}, planned {kind.shape}; plan it again"
+            )
+        found[item.name] = x.detach().to("cpu", kind.dtype)
+    return found
+
+
 def _captured(
     case: _Case,
     state: Mapping[str, Tensor],
@@ -478,10 +518,12 @@ def _original(
     inputs: Mapping[str, Tensor],
     steps: Sequence[Step],
     draws: Sequence[Tensor],
+    told: str,
 ) -> _Reference:
     """The user's own model in float64, as it trains but for dropout, with what ranks drew.
 
-    A served one gets whole sequences at once.
+    A served one gets whole sequences at once.  Where it refuses inputs that were drawn, and its
+    file may have others, raises _OtherInputs; `told` says that these are such.
     """
     model = build_original(case.plan.request.target, case.plan.request.dtype)
     model.train(case.plan.training)
@@ -506,7 +548,15 @@ def _original(
         WithoutDropout(),
         written_out_flex() as written_out,
     ):
-        out = call(model)
+        try:
+            out = call(model)
+        except Exception as error:
+            if told or steps or not _file_of(case.plan):
+                raise PlanError(
+                    f"{type(model).__name__} from {case.plan.request.target} does not run on"
+                    f" inputs{told or ' drawn at random'}: {type(error).__name__}: {error}"
+                ) from error
+            raise _OtherInputs from error
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
     buffers = dict(model.named_buffers())
@@ -516,6 +566,7 @@ def _original(
     entries = {path: found[path] for path in paths if path in found}
     at_once = ", whole sequences at once" if steps else ""
     at_once += ", `flex_attention` replaced by its formula" if written_out else ""
+    at_once += f", on example inputs{told}" if told else ""
     title = f"{type(model).__name__} itself from {case.plan.request.target}{at_once}, float64"
     if steps:
         expected = by_whole(entries[paths[0]], steps), {}
@@ -548,6 +599,11 @@ def _call_of(
             "it again"
         )
     return lambda model: arguments.call(model, inputs)
+
+
+def _file_of(plan: PlanData) -> bool:
+    """Is the model from a Python file, which has example inputs?"""
+    return plan.request.target.partition(":")[0].endswith(".py")
 
 
 def _loaded(plan: PlanData) -> Loaded:

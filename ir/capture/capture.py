@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -573,6 +574,16 @@ def _nested(value: Any) -> Any:
 # ---- what went wrong ---------------------------------------------------------------------------
 
 
+def _embedded(model: nn.Module) -> str:
+    """What to pass to a model that may be given its tokens as vectors."""
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return ""
+    return (
+        "If it decides by sizes of images or sounds, plan it without them: let a model file give"
+        " `inputs_embeds`, with theirs in place, and `position_ids`. "
+    )
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     """A failed export in words: the user's line, and what its kind of failure means."""
     where, current = "", error.__traceback__
@@ -589,7 +600,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
         return (
             f"{where}{type(model).__name__} decides by the values of a tensor (an `if`, a "
             "`.item()`, or a shape that depends on the data); a plan must hold for all inputs. "
-            f"Use `torch.where`, or move the decision out of `forward`. {EXPERTS_HINT}"
+            f"Use `torch.where`, or move the decision out of `forward`. {_embedded(model)}"
+            f"{EXPERTS_HINT}"
         )
     return f"{where}{type(model).__name__} cannot be traced: {kind}: {text}"
 

@@ -103,7 +103,11 @@ def shardwright_attention(
     try:
         for config, _ in caching:
             config.use_cache = False
-        with hf.attention_by(NAME, switched.values()), shardwright_experts(model):
+        with (
+            hf.attention_by(NAME, switched.values()),
+            shardwright_experts(model),
+            hf.without_value_checks(),
+        ):
             yield
     finally:
         _trace.reset(token)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..graph import Node, Value
-from .forms import broadcasting, call, optional
-from .operator import Family, Light, Render
+from .forms import broadcasting, call, factors, optional
+from .operator import Family, Light, Render, opaque
 from .rule import Rule
 
 FAMILY = Family()
@@ -375,7 +375,27 @@ FAMILY.called("filled", "full_like")
 FAMILY.called("scaled", "mul")
 FAMILY.called("negative", "neg")
 FAMILY.called("chosen", "where")
-FAMILY.called("masked", "masked_fill")
+
+
+def _masked_scatter_rule(node: Node) -> Rule:
+    """Rows of the source in their order; columns can be cut where a mask is of whole rows."""
+    x, mask, source = (value.type.shape for value in node.operands)
+    rows = len(x) == len(mask) > 1 and mask[-1] == 1 and source[-1:] == x[-1:] != (1,)
+    if not rows:
+        return opaque(node)
+    lead = [f"[x{i}]" if size > 1 else "1" for i, size in enumerate(x[:-1])]
+    masked = [name if size > 1 else "1" for name, size in zip(lead, mask[:-1], strict=True)]
+    taken = [f"[n{i}]" if size > 1 else "1" for i, size in enumerate(source[:-1])]
+    text = f"{' '.join(lead)} h, {' '.join(masked)} 1, {' '.join(taken)} h -> {' '.join(lead)} h"
+    return factors(text)(node)
+
+
+FAMILY.add(
+    "aten.masked_scatter.default",
+    Light(_masked_scatter_rule, "{self}.masked_scatter({mask}, {source})", saves=("mask",)),
+)
+
+FAMILY.called("masked", "masked_fill masked_scatter")
 FAMILY.called("gate", "sigmoid")
 FAMILY.called("conjugate", "_conj conj_physical")
 FAMILY.called("inverse_root", "rsqrt")

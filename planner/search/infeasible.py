@@ -37,20 +37,29 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
         f"{format_bytes(share)} per GPU even when sharded over all of them"
     )
     if share >= 0.9 * limit:
-        grown = max(needed, request.gpus + 1)
-        return f"{text}; at least {grown} GPUs of this size are needed (--gpus {grown})"
+        least = max(needed, request.gpus + 1)
+        return f"{text}; at least {least} GPUs of this size are needed{_more(request, least)}"
     text += _without_outputs(graph, request)
     if request.batch > 1:
         return (
             f"{text}, and the activations of batch {request.batch} do not fit in the rest; try a "
-            f"smaller batch (--batch {max(1, request.batch // 2)}) or more GPUs "
-            f"(--gpus {2 * request.gpus})"
+            f"smaller batch (--batch {max(1, request.batch // 2)}) or more GPUs"
+            f"{_more(request, 2 * request.gpus)}"
         )
     return (
         f"{text}, and the activations of one sequence of {request.seq} tokens do not fit in the "
-        f"rest; try a shorter sequence (--seq {max(1, request.seq // 2)}) or more GPUs "
-        f"(--gpus {2 * request.gpus})"
+        f"rest; try a shorter sequence (--seq {max(1, request.seq // 2)}) or more GPUs"
+        f"{_more(request, 2 * request.gpus)}"
     )
+
+
+def _more(request: Request, least: int) -> str:
+    """Options for as many GPUs or more: twice as many again and again, by which sizes of models
+    divide, and the same batch, which would grow with them."""
+    gpus = request.gpus
+    while gpus < least:
+        gpus *= 2
+    return f" (--gpus {gpus} --batch {request.batch})"
 
 
 def _without_outputs(graph: Graph, request: Request) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from ..mesh.derivatives import first_order
 from .held import Held
 from .kernels import Queries, sinks_gradient
 from .partial import Partial
@@ -94,7 +94,7 @@ class _Differentiable(Function):
         return ctx.way.forward(ctx, Given(*given))
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention over shards")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:

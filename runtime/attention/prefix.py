@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..mesh.derivatives import first_order
 from .algorithm import save, saved, saved_more, start
 from .kernels import attend, attend_backward
 from .options import Options
@@ -78,7 +78,7 @@ class _SharedPrefix(torch.autograd.Function):
         return save(ctx, (q, k, v, sinks), into, prefix_k, prefix_v)
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention over a shared prefix")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -260,6 +260,12 @@ example(
     "aten.masked_fill.Tensor",
     lambda d: {"self": d.x(4, 6), "mask": d.bools(6), "value": d.scalar()},
 )
+example(
+    "aten.masked_scatter.default",
+    lambda d: {"self": d.x(2, 5, 8), "mask": d.bools(2, 5, 1), "source": d.x(10, 8)},
+    lambda d: {"self": d.x(2, 5, 4), "mask": d.bools(2, 5, 4), "source": d.x(40)},
+    lambda d: {"self": d.x(4, 6), "mask": d.bools(6), "source": d.x(4, 6)},
+)
 example("aten.to.dtype", lambda d: {"self": d.ints(9, 4, 6), "dtype": torch.float64})
 example("aten._to_copy.default", lambda d: {"self": d.ints(9, 4, 6), "dtype": torch.float64})
 example("aten.to.device", lambda d: {"self": d.x(), "device": "cpu", "dtype": torch.float64})

@@ -227,3 +227,11 @@ def test_refusals() -> None:
         linear_cross_entropy(given["x"], given["weight"].T, given["labels"])
     with pytest.raises(IndexError, match="label 7 is outside the vocabulary of 7"):
         linear_cross_entropy(given["x"], given["weight"], torch.full(TOKENS, 7))
+
+
+def test_there_is_no_second_derivative() -> None:
+    logits, labels = torch.randn(4, 7, requires_grad=True), torch.arange(4)
+    loss = cross_entropy(logits, labels)
+    with pytest.raises(RuntimeError, match="the cross entropy has no second derivative .*create_g"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    assert torch.autograd.grad(cross_entropy(logits, labels), logits)[0].shape == (4, 7)
