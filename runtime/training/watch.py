@@ -152,14 +152,20 @@ class Watch:
             )
 
     def _refuse_drift(self, *, gradients: bool) -> None:
-        """Raise RuntimeError on every rank, naming parameters whose copies differ."""
-        own = trained(self._pieces())
-        kinds = {"parameters": [piece.tensor.detach() for piece in own]}
+        """Raise RuntimeError on every rank, naming parameters and buffers whose copies differ."""
+        sizes = dict(zip(self._mesh.names, self._mesh.sizes, strict=True))
+        held = [
+            piece
+            for piece in self._pieces()
+            if any(sizes[axis] > 1 for axis in piece.copied)
+            and (piece.tensor.is_floating_point() or piece.tensor.is_complex())
+        ]
+        kinds = {"parameters and buffers": [(piece, piece.tensor.detach()) for piece in held]}
         if gradients:
-            kinds["gradients"] = [_gradient(piece) for piece in own]
+            kinds["gradients"] = [(piece, _gradient(piece)) for piece in trained(held)]
         for kind, tensors in kinds.items():
-            rows = [_real(piece.rows(x)) for piece, x in zip(own, tensors, strict=True)]
-            apart = self._apart(own, rows)
+            own = [piece for piece, _ in tensors]
+            apart = self._apart(own, [_real(piece.rows(x)) for piece, x in tensors])
             names = [piece.original for piece, bad in zip(own, apart, strict=True) if bad]
             if names:
                 shown = ", ".join(dict.fromkeys(names[:_SHOWN]))

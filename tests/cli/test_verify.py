@@ -253,3 +253,38 @@ def test_changed_buffers_are_compared(run: Run) -> None:
     ran = run("verify", "out")
     assert ran.code == 1, ran.out
     assert re.search(r"buffers +\S+ +\('updated buffer', 'norm.running_\w+'\) +TOO LARGE", ran.out)
+
+
+IMAGES = """import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 32), nn.Linear(32, 50)
+        self.project = nn.Linear(12, 32)
+
+    def forward(self, tokens, images):
+        places = tokens == 49
+        if not torch.compiler.is_compiling() and places.sum() != images.shape[0] * images.shape[1]:
+            raise ValueError("places and images do not match")
+        x = self.table(tokens).masked_scatter(places[..., None], self.project(images).flatten(0, 1))
+        return self.head(torch.tanh(x))
+
+def build_model():
+    return Net()
+
+def example_inputs(batch, seq):
+    tokens = torch.randint(0, 49, (batch, seq))
+    tokens[:, 1:4] = 49
+    return {"tokens": tokens, "images": torch.randn(batch, 3, 12)}
+"""
+
+
+def test_inputs_of_its_own_where_a_model_refuses_others(run: Run) -> None:
+    Path("images.py").write_text(IMAGES)
+    words = "images.py --gpus 2 --cluster cpu --batch 4 --seq 8 --mesh 2 --pin project.weight=S0"
+    ran = run(*words.split(), "--out", "out")
+    assert ran.code == 0, ran.err
+    assert ".masked_scatter(" in Path("out/sharded_model.py").read_text()
+    passed(run("verify", "out"), "Net itself from images.py, on example inputs of its own")

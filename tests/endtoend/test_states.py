@@ -59,6 +59,14 @@ def config_of(name: str) -> Any:
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16,
             state_size=8, n_groups=2, chunk_size=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
+        "mamba": lambda: t.MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        "falcon_h1": lambda: t.FalconH1Config(
+            **common, num_hidden_layers=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+            mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4,
+        ),
         "recurrent_gemma": lambda: t.RecurrentGemmaConfig(
             **common | {"num_key_value_heads": 1}, num_hidden_layers=3, head_dim=8, lru_width=32,
             attention_window_size=6,
@@ -192,6 +200,7 @@ def source_with(graph: Graph, sizes: tuple[int, ...], spec: str) -> str:
 
 QUICK = [("lfm2", "S0,S1"), ("mamba2", "S0,S1"), ("recurrent_gemma", "S1,S0"), ("own", "S0,S1")]
 SLOW = [
+    *((name, spec) for name in ("mamba", "falcon_h1") for spec in ("S0,S1", "S0", "S1")),
     *(("qwen3_next", spec) for spec in ("S1,S0", "S0", "S1")),
     *((name, spec) for name, _ in QUICK for spec in ("S0", "S1", "R,S1", "S0,S0")),
 ]

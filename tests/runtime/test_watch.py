@@ -67,6 +67,9 @@ def loop(kind: type[ShardedModule], what: str, steps: int = 4) -> list[float]:
             case "own weight" if rank == 2 and step == 1:
                 with torch.no_grad():
                     model.layers[0].bias.add_(0.01)
+            case "own buffer" if rank % 2 == 1 and step == 0:
+                model.step.add_(0.01)  # pyright: ignore
+                model.shift.add_(0.01)  # pyright: ignore
             case "skips" if rank == 1 and step == 1:
                 continue
             case _:
@@ -125,8 +128,9 @@ class Orthogonal(torch.optim.Optimizer):
     (ShardedTied, "torch's clip", r"gradients that ranks hold copies of .*bias.*model.cli"),
     (AllCut, "torch's clip", r"multiplied their gradients by different numbers.*model\.clip_grad"),
     (ShardedTied, "own data", r"gradients that ranks hold copies of differ.*: layers\.0\.bias\."),
-    (ShardedTied, "own weight", r"parameters that ranks hold copies of .*: layers\.0\.bias\."),
-    (ShardedTied, "late", r"parameters that ranks hold copies of .*: layers\.0\.bias\."),
+    (ShardedTied, "own weight", r"parameters and buffers that ranks .*: layers\.0\.bias\."),
+    (ShardedTied, "late", r"parameters and buffers that ranks .*: layers\.0\.bias\."),
+    (Whole, "own buffer", r"parameters and buffers that ranks hold copies of .*: shift\."),
     (ShardedTied, "skips", "some ranks step their optimizer and others do not"),
     (ShardedTied, "adafactor", r"Adafactor can't step `unused`.*model\.optimizer\(\)"),
     (ShardedTied, "muon", r"Orthogonal can't step `unused`, of which each rank holds a part"),
