@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from ..ir.graph import Extent, Param
 from ..ir.graph import Input as GraphInput
 from ..ir.ops.attention import values_in_keys
 from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
+from ..ir.ops.counted import Counted, counted_labels
 from ..ir.ops.indices import index_limits
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of
@@ -342,6 +344,7 @@ class _Writer:
             *self._weights_table(program.weights, program.stages()),
             *self._inputs_table(),
             *fixed_table(program.graph),
+            *self._labels_line(),
             *self._outputs_table(),
             *self._caches_table(),
             *([f"    DECODE = {_DECODING}"] if self.second else []),
@@ -462,6 +465,19 @@ class _Writer:
             for line in textwrap.wrap(bound, WIDTH - 10)
         ]
         return ["    INPUTS = {", *bounds, *comment_lines("; ".join(told), 2), *lines, "    }"]
+
+    def _labels_line(self) -> list[str]:
+        """Which labels count in the mean that is the loss, for steps of several micro-batches."""
+        found = counted_labels(self.program.graph) if self.program.training else None
+        if isinstance(found, Counted):
+            args = [f'"{found.input}"']
+            args += [f"first={found.first}"] if found.first else []
+            args += [f"ignore={found.ignored}"] if found.ignored != -100 else []
+            return statement(f"LABELS = Labels({', '.join(args)})", 1, "those that count in a mean")
+        if found is None:
+            return []
+        told = [f"        {json.dumps(line)}" for line in _words(found, WIDTH - 12)]
+        return ["    LABELS = (", *told, "    )"]
 
     def _free(self, source: GraphInput) -> list[str]:
         """Arguments of the table that say which other sizes the dims of an input may have."""
@@ -620,6 +636,12 @@ def _one_per_line(head: str, args: list[str], comment: str) -> list[str]:
 
 def _tuple(items: Sequence[int]) -> str:
     return f"({', '.join(map(str, items))}{',' if len(items) == 1 else ''})"
+
+
+def _words(text: str, width: int) -> list[str]:
+    """Pieces of a sentence, of which each but the last ends with a space."""
+    *lines, last = textwrap.wrap(text, width, break_long_words=False)
+    return [*(f"{line} " for line in lines), last]
 
 
 def _strings(items: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ class CrossEntropy(Operator):
         """Labels are numbers of the vocabulary, or that which does not count."""
         logits = node.operands[0]
         last = len(logits.type.shape) - 1
-        return {"labels": Limit(logits, last, ignored=node.int_arg("ignore_index"))}
+        return {"labels": _label_limit(node, logits, last)}
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """Cross entropy over the last dim of the logits, any number of leading dims."""
@@ -125,7 +125,7 @@ class LinearCrossEntropy(CrossEntropy):
     def limits(self, node: Node) -> Mapping[str, Limit]:
         """Labels are rows of the weight, or that number which does not count."""
         weight = node.operands[1]
-        return {"labels": Limit(weight, 0, ignored=node.int_arg("ignore_index"))}
+        return {"labels": _label_limit(node, weight, 0)}
 
     def evaluate(self, name: str, args: Mapping[str, Any]) -> Tensor:
         """The logits of all tokens, and their cross entropy."""
@@ -146,6 +146,11 @@ class LinearCrossEntropy(CrossEntropy):
 
 FAMILY.add("shardwright.cross_entropy", CrossEntropy())
 FAMILY.add("shardwright.linear_cross_entropy", LinearCrossEntropy())
+
+
+def _label_limit(node: Node, table: Value, dim: int) -> Limit:
+    mean = _REDUCTIONS.get(node.int_arg("reduction")) == "mean"
+    return Limit(table, dim, ignored=node.int_arg("ignore_index"), averaged=mean)
 
 
 def _token_factors(local: Local) -> list[str]:

@@ -74,13 +74,14 @@ class Limit:
     """Whole numbers below the size of one dim of `table`.
 
     `read`: they say which rows are read, so that the rows must be there.  `ignored`: a number
-    outside that means none of them.
+    outside that means none of them.  `averaged`: the result is a mean over those that are not.
     """
 
     table: Value
     dim: int
     read: bool = False
     ignored: int | None = None
+    averaged: bool = False
 
     @property
     def rows(self) -> int:

@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.runtime import Input, Layer, Output, Param, Sharded, ShardedModule, Weight, ops
+from shardwright.runtime import (
+    Input,
+    Labels,
+    Layer,
+    Output,
+    Param,
+    Sharded,
+    ShardedModule,
+    Weight,
+    ops,
+)
 
 
 class Attention(Sharded):
@@ -128,6 +138,7 @@ class ShardedModel(ShardedModule):
         "tokens": Input("R", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
         "labels": Input("S0", (16, 2048), torch.int64, free=(0, 1), step=(4, 1), high=32000),
     }
+    LABELS = Labels("labels")  # those that count in a mean
     OUTPUTS = (
         Output(("loss",), "R", ()),
         Output(("logits",), "S0", (16, 2048, 32000)),

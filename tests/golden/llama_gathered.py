@@ -30,7 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.runtime import Input, Layer, Output, Param, Sharded, ShardedModule, Weight, ops
+from shardwright.runtime import (
+    Input,
+    Labels,
+    Layer,
+    Output,
+    Param,
+    Sharded,
+    ShardedModule,
+    Weight,
+    ops,
+)
 
 
 class Attention(Sharded):
@@ -132,6 +142,7 @@ class ShardedModel(ShardedModule):
         "tokens": Input("R", (1, 131072), torch.int64, free=(1,), step=(1, 8), high=32000),
         "labels": Input("Z1", (1, 131072), torch.int64, free=(1,), step=(1, 8), high=32000),
     }
+    LABELS = Labels("labels")  # those that count in a mean
     OUTPUTS = (
         Output(("loss",), "R", ()),
         Output(("logits",), "Z1", (1, 131072, 32000)),

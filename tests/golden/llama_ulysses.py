@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.runtime import Input, Layer, Output, Param, Sharded, ShardedModule, Weight, ops
+from shardwright.runtime import (
+    Input,
+    Labels,
+    Layer,
+    Output,
+    Param,
+    Sharded,
+    ShardedModule,
+    Weight,
+    ops,
+)
 
 
 class Attention(Sharded):
@@ -129,6 +139,7 @@ class ShardedModel(ShardedModule):
         "tokens": Input("R", (1, 16384), torch.int64, free=(1,), step=(1, 4), high=32000),
         "labels": Input("R", (1, 16384), torch.int64, free=(1,), step=(1, 4), high=32000),
     }
+    LABELS = Labels("labels")  # those that count in a mean
     OUTPUTS = (
         Output(("loss",), "R", ()),
         Output(("logits",), "S2", (1, 16384, 32000)),
