@@ -40,14 +40,15 @@ from .ops import (
     softcap,
     vocab_embedding,
 )
+from .outside import cross_entropy_of
 from .training.step import Labels
 
 __all__ = [
-    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Home", "Input", "KVCache",
-    "Labels", "Layer", "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable",
-    "Param", "Part", "Partial", "RankError", "RankPool", "SequenceState", "Sharded",
-    "ShardedModule", "StateCache", "StateTable", "Weight", "attention", "cached_attention",
-    "count_collectives", "cross_entropy", "dropout", "gather_kv_attention", "last_token",
+    "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Home", "Input", "KVCache", "Labels",
+    "Layer", "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param",
+    "Part", "Partial", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule",
+    "StateCache", "StateTable", "Weight", "attention", "cached_attention", "count_collectives",
+    "cross_entropy", "cross_entropy_of", "dropout", "gather_kv_attention", "last_token",
     "linear_cross_entropy", "merge", "moe", "ops", "pass_q_attention", "per_layer",
     "ring_attention", "run_ranks", "shared_prefix_attention", "softcap", "tree_attention",
     "ulysses_attention", "usp_attention", "vocab_embedding", "window_attention",

@@ -10,10 +10,12 @@ So is what padding may have changed: none of it may reach a state (see `recurren
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..graph import Graph, Loop, Node, Value
 from ..ops.registry import operator_of, rule_of
+from ..ops.rule import Dims, Rule
 from .recurrences import Recurrences
 
 _TOKENS = 1  # the dim of tokens in inputs (b, t)
@@ -59,10 +61,25 @@ def follow(graph: Graph, shape: tuple[int, ...], known: Recurrences) -> Followed
 
 @dataclass(slots=True)
 class _Seen:
-    """Of the values of a body: which dims count tokens, and what padding may have changed."""
+    """Of the values of a body: which dims count tokens, and what padding may have changed.
+
+    `merged` is for dims that count other things, too: whether tokens are the minor (-1) or the
+    major (0) part of them, where that is known.
+    """
 
     dims: dict[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     padding: set[str] = field(default_factory=set[str])
+    merged: dict[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+
+    def factors(self, value: Value, dims: Dims, sizes: Mapping[str, int]) -> set[str]:
+        """Of the factors of a value's dims those that count tokens, and what is merged with them
+        where it is not known which part they are."""
+        found: set[str] = set()
+        for dim in self.of(value):
+            several = [factor for factor in dims[dim] if sizes[factor] > 1]
+            part = self.merged.get((value.name, dim))
+            found |= set(dims[dim]) if part is None or not several else {several[part]}
+        return found
 
     def of(self, value: Value) -> frozenset[int]:
         """The dims of a value that count tokens."""
@@ -149,8 +166,8 @@ class _Tokens:
     def _enter_dims(self, node: Node, seen: _Seen) -> Node | None:
         rule = rule_of(node)
         used = [
-            {factor for dim in seen.of(value) for factor in places[dim]}
-            for value, places in zip(node.operands, rule.operands, strict=True)
+            seen.factors(value, dims, rule.sizes)
+            for value, dims in zip(node.operands, rule.operands, strict=True)
         ]
         tokens = {name for names in used for name in names if rule.sizes[name] > 1}
         mixed = tokens
@@ -167,6 +184,11 @@ class _Tokens:
             if self.shape[0] != self.shape[1] and value.type.shape[:2] == self.shape:
                 found -= {0} if 1 in found else set()  # sequences and tokens that were merged
             seen.dims[value.name] = frozenset(found)
+            for dim in found:
+                several = [factor for factor in places[dim] if rule.sizes[factor] > 1]
+                part = _part(several, tokens, node, rule, seen)
+                if part is not None:
+                    seen.merged[value.name, dim] = part
         return None
 
     def _leaving(self, value: Value) -> frozenset[int]:
@@ -182,6 +204,21 @@ class _Tokens:
         if shape and shape[0] % (batch * count) == 0:
             return frozenset({0})
         return alike or frozenset(dim for dim, size in enumerate(shape) if size > 1)
+
+
+def _part(
+    several: Sequence[str], tokens: set[str], node: Node, rule: Rule, seen: _Seen
+) -> int | None:
+    """Which part of the factors of a dim counts tokens, as `_Seen.merged` has it."""
+    if len(several) > 1:
+        counted = [i for i, factor in enumerate(several) if factor in tokens]
+        return {0: 0, len(several) - 1: -1}.get(counted[0]) if len(counted) == 1 else None
+    for value, places in zip(node.operands, rule.operands, strict=True):
+        for dim, factors in enumerate(places):
+            if several and [f for f in factors if rule.sizes[f] > 1] == list(several):
+                if (part := seen.merged.get((value.name, dim))) is not None:
+                    return part
+    return None
 
 
 __all__ = ["Followed", "follow", "has_state"]

@@ -60,10 +60,14 @@ class Watch:
 
     def begin_forward(self) -> None:
         """Before a forward pass; meets ranks that step where this one did not."""
+        if _is_recorded():
+            return
         self._meet(stepping=False)
 
     def end_forward(self, outputs: Iterable[Tensor]) -> None:
         """After it, with the tensors that it returned."""
+        if _is_recorded():
+            return
         self._due = torch.is_grad_enabled() and self._steps_left > 0 and self._forwards_left > 0
         if not self._due:
             return
@@ -257,13 +261,20 @@ _CLIP = (
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for watch in tuple(_watches):
+    for watch in () if _is_recorded() else tuple(_watches):
         watch.before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for watch in tuple(_watches):
+    for watch in () if _is_recorded() else tuple(_watches):
         watch.after_step(optimizer)
+
+
+def _is_recorded() -> bool:
+    """Is a step compiled or captured as a CUDA graph now, where the host can't look at numbers?"""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _real(x: Tensor) -> Tensor:

@@ -197,3 +197,27 @@ def test_what_is_no_step_keeps_no_state(mix: Mix) -> None:
 def test_what_mixes_tokens_besides_is_refused(mix: Mix, tokens: int, op: str) -> None:
     with pytest.raises(ServingError, match=rf"test_steps.py:\d+: `aten.{op}.* mixes the tokens"):
         served(mix, tokens)
+
+
+def by_heads(x: Tensor, start: Tensor) -> Tensor:
+    """Sequences and tokens are one dim for a while, in front of the recurrence and behind it."""
+    b, t, h = x.shape
+    rows = torch.tanh(x.reshape(b * t, 2, h // 2)) * 2.0
+    return torch.sin(decay(rows.reshape(b, t, h), start).flatten(0, 1)).view(b, t, h)
+
+
+def by_tokens_first(x: Tensor, start: Tensor) -> Tensor:
+    """Merged the other way round: what is dim 0 then are tokens."""
+    t, b, h = len(x[0]), len(x), x.shape[2]
+    rows = torch.tanh(x.transpose(0, 1).reshape(t * b, h)).view(t, b, h)
+    return decay(rows.transpose(0, 1), start)
+
+
+@pytest.mark.parametrize("mix", [by_heads, by_tokens_first])
+def test_tokens_are_told_from_as_many_sequences(mix: Mix) -> None:
+    model, graph = served(mix, batch=5)
+    assert any(node.op == "shardwright.state_after" for node in graph.nodes)
+    ids = torch.randint(16, (5, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(5).expand(5, 5)}
+    (out,) = interpret(graph, model.state_dict(), inputs, Caches()).values()
+    torch.testing.assert_close(out[:, 0], model(ids)[:, -1], rtol=0, atol=1e-12)

@@ -31,6 +31,7 @@ from shardwright.runtime import (
     ShardedModule,
     Weight,
     count_collectives,
+    cross_entropy_of,
     ops,
 )
 from shardwright.runtime.module.parameters import originals
@@ -418,5 +419,30 @@ def test_a_loss_outside_of_the_module(pool: Pool) -> None:
     loss.backward()
     for got, gradients in pool(4).run(with_loss_outside, data):
         assert got == pytest.approx(loss.item(), rel=1e-12)
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-13)
+
+
+def without_gathering(
+    data: dict[str, Tensor], reduction: Any
+) -> tuple[float, dict[str, Tensor | None], float]:
+    model = ShardedTied.from_state_dict(original().state_dict())
+    out = model(**model.shard_inputs(**data))
+    with count_collectives() as counter:
+        loss = cross_entropy_of(model, out, data["labels"], reduction=reduction)
+    loss.backward()
+    with pytest.raises(ValueError, match="returns no `scores`; it returns loss, logits"):
+        cross_entropy_of(model, out, data["labels"], output="scores")
+    return loss.item(), model.full_gradients(), counter.bytes("all_gather")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_cross_entropy_outside_gathers_no_logits(pool: Pool, reduction: str) -> None:
+    model, data = original(), batch(8)
+    logits = model(**data)["logits"]
+    loss = F.cross_entropy(logits.transpose(1, 2), data["labels"], reduction=reduction)
+    loss.backward()
+    for got, gradients, gathered in pool(4).run(without_gathering, data, reduction):
+        assert got == pytest.approx(loss.item(), rel=1e-12) and gathered == 0
         for name, param in model.named_parameters():
             torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-13)
