@@ -95,8 +95,9 @@ def serving_graph(graph: Graph, context: int) -> Graph:
         if isinstance(item, Loop):
             counted.check(item)
             body.append(pass_.loop(item, known))
-        elif told := counted.told(with_operands(item, {positions.name: known})):
-            body += pass_.nodes(told, positions)
+        else:
+            for node in counted.told(with_operands(item, {positions.name: known})):
+                body += pass_.nodes(node, positions)
     cached = _without_unread(replace(graph, body=tuple(body)), clamp)
     served = _named_inputs(_last_logits(cached, positions), positions)
     _check_mixing(graph, followed)
@@ -247,7 +248,7 @@ class _Pass:
             new = self.keeps(node) and not (operator.acts or operator.keeps_out_padding)
             cache = _cache_name(node, block, path, caches) if new else ""
             caches.add(cache)
-            if told := counted.told(node):
+            for told in counted.told(node):
                 nodes += self.nodes(told, inner, cache)
         counted.check(*block.outputs)
         if counted.used:
@@ -300,26 +301,42 @@ class _Counted:
         """Was anything counted?"""
         return bool(self._by)
 
-    def told(self, node: Node) -> Node | None:
-        """The node for known positions; None for the one that counts."""
+    def told(self, node: Node) -> list[Node]:
+        """The node for known positions, and what it then takes; nothing for one that counts."""
         lead = self.known.type.shape
-        if _counts(node, lead[1]):
-            self._by[node.output.name] = self.known
-            return None
+        if (start := _counts_from(node, lead[1])) is not None:
+            return self._counting(node, start)
         counted = [value for value in node.operands if value.name in self._by]
         if not counted:
-            return node
+            return [node]
         new, (old,) = with_operands(node, self._by), node.outputs
         if any(len(value.type.shape) == len(old.type.shape) for value in counted):
             if old.type.shape[:2] == lead and len(lead) <= len(old.type.shape):
-                return new
+                return [new]
             if old.type.shape == counted[0].type.shape and _is_pointwise(node):
-                return self._like(new, self._by[counted[0].name].type.shape)
+                return [self._like(new, self._by[counted[0].name].type.shape)]
         elif node.op in ("aten.reshape.default", "aten.unsqueeze.default"):
             shape = old.type.shape
             if shape[:2] == (1, lead[1]) and set(shape[2:]) <= {1}:
-                return self._like(_reshape(new, (*lead, *shape[2:])), (*lead, *shape[2:]))
+                return [self._like(_reshape(new, (*lead, *shape[2:])), (*lead, *shape[2:]))]
         raise _counts_itself(node.loc)
+
+    def _counting(self, node: Node, start: int) -> list[Node]:
+        """Nodes that make what a count from `start` on is of the known positions."""
+        old, lead = node.output, self.known.type.shape
+        nodes: list[Node] = []
+        value = self.known
+        args: tuple[tuple[str, Arg], ...]
+        if old.type.dtype != value.type.dtype:
+            value = Value(f"{old.name}_known", TensorType(lead, old.type.dtype))
+            args = (("self", self.known), ("dtype", old.type.dtype))
+            args = (*args, ("non_blocking", False), ("copy", False))
+            nodes.append(Node(value.name, "aten.to.dtype", args, (value,), node.loc))
+        if start:
+            args = (("self", value), ("other", start), ("alpha", 1))
+            return [*nodes, self._like(replace(node, op="aten.add.Tensor", args=args), lead)]
+        self._by[old.name] = value
+        return nodes
 
     def _like(self, node: Node, shape: tuple[int, ...]) -> Node:
         """The node with a result of `shape`, which is counted too."""
@@ -336,14 +353,13 @@ class _Counted:
                 raise _counts_itself(Loc())
 
 
-def _counts(node: Node, tokens: int) -> bool:
-    """Does it number the tokens, 0 to `tokens` - 1?"""
+def _counts_from(node: Node, tokens: int) -> int | None:
+    """From which number on it numbers the tokens one by one; None if it does not."""
+    if not node.op.startswith("aten.arange.") or node.output.type.shape != (tokens,):
+        return None
     args = dict(node.args)
-    return (
-        node.op.startswith("aten.arange.")
-        and (args.get("start", 0), args["end"], args.get("step", 1)) == (0, tokens, 1)
-        and not node.output.type.dtype.is_floating_point
-    )
+    start, step = args.get("start", 0), args.get("step", 1)
+    return int(start) if isinstance(start, int | float) and step == 1 == start % 1 + 1 else None
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -101,6 +101,16 @@ def added_up_last(x: Tensor, start: Tensor) -> Tensor:
     return torch.tanh(x.transpose(1, 2).cumsum(-1)).transpose(1, 2) + start
 
 
+def averaged(x: Tensor, start: Tensor) -> Tensor:
+    """Over the tokens so far, which are counted from 1."""
+    return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None] + start
+
+
+def averaged_by_fractions(x: Tensor, start: Tensor) -> Tensor:
+    """The count is no whole number."""
+    return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None] + start
+
+
 def served(mix: Mix, tokens: int = 5, batch: int = BATCH) -> tuple[Mixing, Graph]:
     model = Mixing(mix)
     ids = torch.zeros(batch, tokens, dtype=torch.long)
@@ -121,6 +131,8 @@ def served(mix: Mix, tokens: int = 5, batch: int = BATCH) -> tuple[Mixing, Graph
         by_sequences,
         added_up,
         added_up_last,
+        averaged,
+        averaged_by_fractions,
     ],
 )
 def test_steps_go_on_where_they_ended(mix: Mix, batch: int) -> None:
