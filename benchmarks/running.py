@@ -43,8 +43,7 @@ from shardwright.api import capture_graph
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
-from shardwright.facts.spec import S, Spec
-from shardwright.ir.graph import Graph, Param, Value
+from shardwright.ir.graph import Graph, Value
 from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
@@ -52,7 +51,6 @@ from shardwright.planner.plan.program import PricedStep, lower
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.params import all_params
-from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
@@ -397,33 +395,11 @@ def _graph(size: Size) -> Graph:
     return capture_graph(Loaded(model, inputs, labels, None), training=True)
 
 
-class _Fixed(Roles):
-    """The role of the layout, as it is written by hand.
-
-    Tensor parallelism cuts the embedding by vocabulary, and the sequence only where asked to.
-    """
-
-    def __init__(self, layout: Layout, graph: Graph, mesh: Mesh) -> None:
-        super().__init__(["fsdp" if layout == "fsdp" else "tp"], graph, mesh)
-        self.sequence = layout != "tp"
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        """As the roles; and no sequence is cut if none is to be."""
-        whole = self.sequence or "s" not in self._cuts(region, strategy, 0)
-        return whole and super().allows(region, strategy)
-
-    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """As the roles; and the rows of the embedding are cut."""
-        if name.startswith("embedding") and spec != (S(0),):
-            return False
-        return super().allows_storage(param, name, spec)
-
-
 def planned(layout: Layout, ranks: int, size: Size) -> tuple[str, float]:
     """Source of the generated module for a layout, and its predicted peak in bytes."""
     graph, mesh = _graph(size), Mesh((("x", ranks),))
     builder = Builder(graph, Network(mesh, load_cluster("cpu")), Setting(True, "none", None))
-    built = builder.build(_Fixed(layout, graph, mesh))
+    built = builder.build(Roles([layout], graph, mesh))
     problem = built.problem()
     solution = solve(problem)
     if solution.assignment is None:

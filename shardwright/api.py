@@ -58,7 +58,7 @@ from .planner.search.serving import make_serving_plan
 from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
 from .planner.strategies.conversion import Network
-from .planner.strategies.roles import pinned
+from .planner.strategies.layout import limited
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -163,7 +163,7 @@ class Plan(PlanData):
         raise PlanError(f"unknown stage `{stage}`; expected one of {', '.join(STAGES)}")
 
     def _problem(self) -> ShardingProblem:
-        limit = pinned(self.request.pins)(self.graph, self.mesh)
+        limit = limited(self.request.pins, self.request.layout)(self.graph, self.mesh)
         return self._builder().build(limit).problem()
 
     def _builder(self) -> Builder:
@@ -180,7 +180,7 @@ def plan(
     model: nn.Module,
     inputs: Mapping[str, Any] | Sequence[Any],
     *,
-    gpus: int,
+    gpus: int | None = None,
     cluster: str = "h100",
     phase: str = "train",
     context: int | None = None,
@@ -192,6 +192,7 @@ def plan(
     optimizer: str | None = None,
     outputs: Sequence[str] = (),
     output_layout: str = "sharded",
+    layout: str | None = None,
     solver: str = "highs",
     time_limit_s: float = 60.0,
     progress: Progress = silent,
@@ -212,13 +213,14 @@ def plan(
     rank's experts over the mean (default: that of a power-law router).  `outputs` are those that
     training returns (default: all of them): with `["loss"]` the logits of a language model are
     never there as a whole.  `output_layout` is `sharded`, each rank returns the part that it has,
-    or `replicated`, all of it.
+    or `replicated`, all of it.  `layout` (`"ddp=4,fsdp=8"`) asks for an ordinary plan, on a mesh of
+    its own, innermost axis last; `gpus` may then be left out.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs, output_layout,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout,
     )  # fmt: skip
     check_model(model)
     check_formats(model)
@@ -233,10 +235,10 @@ def plan(
 def plan_file(
     target: str,
     *,
-    gpus: int,
+    gpus: int | None,
     cluster: str,
     phase: str,
-    batch: int,
+    batch: int | None,
     seq: int,
     dtype: str,
     memory_bytes: int | None,
@@ -250,13 +252,18 @@ def plan_file(
     expert_imbalance: float | None = None,
     outputs: Sequence[str] = (),
     output_layout: str = "sharded",
+    layout: str | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Like `plan`, for a model named as on the command line (`model.py`, `config.json`)."""
+    """Like `plan`, for a model named as on the command line (`model.py`, `config.json`).
+
+    `batch` is one sequence for each GPU where it is None.
+    """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs, output_layout,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout,
     )  # fmt: skip
+    batch = asked.ranks if batch is None else batch
     job = asked.job(target, batch, seq, dtype)
     progress("build the model")
     with job.clock.step("model"):
@@ -398,17 +405,28 @@ def _serving(graph: Graph, context: int) -> Graph:
 
 
 def _plan(loaded: Loaded, job: Job, outputs: Sequence[str]) -> Plan:
+    return planned(graphs_of(loaded, job, outputs), job)
+
+
+def graphs_of(loaded: Loaded, job: Job, outputs: Sequence[str]) -> tuple[Graph, ...]:
+    """The graph of a request, and in phase `serve` that of one output token besides."""
     request = job.request
     job.progress("capture the graph")
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
         graph = _returning(graph, outputs) if outputs else graph
-    if not find_phase(request.phase).answer:
-        return Plan.of(_with_names(make_plan(graph, job), job.mesh))
-    with job.clock.step("capture"):
+        if not find_phase(request.phase).answer:
+            return (graph,)
         longest = request.seq + request.decode_steps - 1
-        decode = _of_few_tokens(with_tokens(loaded, 1), graph, longest)
-    return Plan.of(_with_names(make_serving_plan(graph, decode, job), job.mesh))
+        return graph, _of_few_tokens(with_tokens(loaded, 1), graph, longest)
+
+
+def planned(graphs: tuple[Graph, ...], job: Job) -> Plan:
+    """The plan of the graphs of a request."""
+    if len(graphs) == 1:
+        return Plan.of(_with_names(make_plan(graphs[0], job), job.mesh))
+    prefill, decode = graphs
+    return Plan.of(_with_names(make_serving_plan(prefill, decode, job), job.mesh))
 
 
 def _returning(graph: Graph, outputs: Sequence[str]) -> Graph:
@@ -455,4 +473,6 @@ def verify(
     return run(Path(folder), ranks, model)
 
 
-__all__ = ["Plan", "capture_graph", "load_plan", "plan", "plan_file", "verify"]
+__all__ = [
+    "Plan", "capture_graph", "graphs_of", "load_plan", "plan", "plan_file", "planned", "verify",
+]  # fmt: skip

@@ -26,7 +26,7 @@ from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
 from .planner.plan.plan import OUTPUT_LAYOUTS, Request
 from .planner.search.search import Clock, Job
-from .planner.strategies.roles import pinned
+from .planner.strategies.layout import Layout, limited
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
 _AXIS = re.compile("[a-z][a-z0-9_]{0,15}")
@@ -48,7 +48,7 @@ def silent(step: str, done: float | None = None) -> None:
 class Asked:
     """The options of `shardwright.plan`.  Raises TypeError and PlanError; see there."""
 
-    gpus: int
+    gpus: int | None
     cluster: str
     phase: str
     context: int | None
@@ -63,13 +63,17 @@ class Asked:
     progress: Progress
     outputs: Sequence[str]
     output_layout: str = "sharded"
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         with _as_plan_errors():
             self._check()
 
     def _check(self) -> None:
-        whole("gpus", self.gpus, 1, MOST_RANKS)
+        if self.gpus is not None or self.layout is None:
+            whole("gpus", self.gpus, 1, MOST_RANKS)
+        if self.layout is not None:
+            self._check_layout(text("layout", self.layout, " such as 'fsdp=32' or 'ddp=4,tp=8,sp'"))
         for name in ("cluster", "phase", "solver"):
             text(name, getattr(self, name))
         if self.mesh is not None:
@@ -99,6 +103,26 @@ class Asked:
         if not callable(self.progress):
             raise TypeError(f"`progress` must be a function, got {self.progress!r}")
 
+    def _check_layout(self, layout: str) -> None:
+        """Raises PlanError where a layout contradicts the GPUs, or what is asked for besides."""
+        gpus = Layout.parse(layout).mesh.ranks
+        if self.gpus is not None and self.gpus != gpus:
+            raise PlanError(
+                f"--layout {layout} is for {gpus} GPUs, --gpus says {self.gpus}; they must agree"
+            )
+        if self.mesh is not None:
+            raise PlanError(
+                f"--layout {layout} has its own mesh, outermost axis first; leave out --mesh "
+                f"{self.mesh}"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """How many GPUs there are, by the layout where their number was not given."""
+        if self.gpus is None:
+            return Layout.parse(self.layout or "").mesh.ranks
+        return int(self.gpus)  # numbers of numpy are no JSON
+
     def job(self, target: str, batch: int, seq: int, dtype: str) -> Job:
         """What is to be planned, for a model that `target` names ("": a module) in `dtype`."""
         with _as_plan_errors():
@@ -117,9 +141,12 @@ class Asked:
             )
         if dtype not in DTYPES:
             raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
-        if self.pins and self.mesh is None:
+        layout = None if self.layout is None else Layout.parse(self.layout)
+        if layout is not None and layout.recompute and not kind.backward:
+            raise PlanError(f"--layout {layout.text}: phase {self.phase} has no backward pass")
+        if self.pins and self.mesh is None and layout is None:
             raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
-        gpus = int(self.gpus)  # numbers of numpy are no JSON
+        gpus = self.ranks
         machine = load_cluster(self.cluster, gpus)
         request = Request(
             target, gpus, self.cluster, self.phase, batch, seq, dtype,
@@ -127,16 +154,19 @@ class Asked:
             tuple(self.pins), kind.context if self.context is None else int(self.context),
             int(self.output_tokens or kind.answer), float(self.expert_imbalance or 0.0),
             self.output_layout,
+            self.layout or "",
         )  # fmt: skip
+        mesh = parse_mesh(self.mesh, gpus) if self.mesh else None
         return Job(
             machine,
             request,
-            parse_mesh(self.mesh, gpus) if self.mesh else None,
-            pinned(request.pins),
+            mesh if layout is None else layout.mesh,
+            limited(request.pins, request.layout),
             self.solver,
             self.time_limit_s,
             Clock(),
             self.progress,
+            layout,
         )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
@@ -98,6 +98,7 @@ More commands (`plan COMMAND --help` explains each):
 Examples:
   plan examples/llama.py --gpus 2 --cluster cpu
   plan examples/configs/llama3-8b --gpus 64 --seq 8192 --batch 64
+  plan examples/configs/llama3-8b --layout fsdp=64 --layout ddp=8,tp=8,sp --seq 8192
   plan model.py:build_large --gpus 8 --memory 40GB --pin '*.q_proj.weight=R,S0' --mesh dp=4,tp=2
 
 Exit codes: 0 a plan was found, 1 no plan fits, 2 something is wrong with the command line or with
@@ -190,7 +191,13 @@ _Model: TypeAlias = Annotated[
     ),
 ]
 _Gpus: TypeAlias = Annotated[
-    int, typer.Option(metavar="N", min=1, help="GPUs to use in all, e.g. --gpus 8")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default="those of --layout",
+        help="GPUs to use in all, e.g. --gpus 8",
+    ),
 ]
 _Phase: TypeAlias = Annotated[
     str,
@@ -275,6 +282,26 @@ _Mesh: TypeAlias = Annotated[
         metavar="SIZES",
         show_default="searched",
         help="the grid of GPUs, slowest links first, e.g. --mesh 2x4 or --mesh dp=2,tp=4",
+    ),
+]
+_Layout: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORDS",
+        show_default=False,
+        help="an ordinary plan instead of the best one: ddp (or dp), fsdp, tp, cp, ulysses and ep, "
+        "each with a number of GPUs, outermost first; sp: the GPUs of tp share the sequence "
+        "between the blocks; recompute=none or full; e.g. --layout fsdp=32 or --layout "
+        "ddp=4,tp=8,sp. Repeated: a table of all, beside the best plan",
+    ),
+]
+_Write: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        show_default=False,
+        help="with several --layout, the row of the table to write the module of, e.g. --write 1",
     ),
 ]
 _Pin: TypeAlias = Annotated[
@@ -370,7 +397,7 @@ _Folder: TypeAlias = Annotated[
 @app.command(epilog=_EPILOG)
 def plan(
     model: _Model,
-    gpus: _Gpus,
+    gpus: _Gpus = None,
     phase: _Phase = TRAIN.name,
     batch: _Batch = None,
     seq: _Seq = None,
@@ -381,6 +408,8 @@ def plan(
     cluster: _Cluster = "h100",
     memory: _Memory = None,
     mesh: _Mesh = None,
+    layout: _Layout = None,
+    write: _Write = None,
     pin: _Pin = None,
     optimizer: _Optimizer = None,
     outputs: _Outputs = None,
@@ -405,36 +434,65 @@ def plan(
             raise ValueError("--dump and --json both print to stdout; give one of them")
         if dump_problem is not None:
             check_problem_file(dump_problem)
+        layouts = tuple(layout or ())
+        if gpus is None and not layouts:
+            raise ValueError("how many GPUs? Give --gpus N, e.g. --gpus 8, or a --layout")
+        if write is not None and len(layouts) < 2:
+            raise ValueError("--write chooses among several --layout; give at least two")
+        options = {
+            "gpus": gpus,
+            "cluster": cluster,
+            "phase": phase,
+            "context": context,
+            "output_tokens": output_tokens,
+            "expert_imbalance": expert_imbalance,
+            "memory_bytes": memory,
+            "mesh": mesh,
+            "pins": tuple(pin or ()),
+            "optimizer": optimizer.value if optimizer else PHASES[phase].optimizer,
+            "solver": solver.value,
+            "time_limit_s": time_limit,
+            "outputs": tuple(outputs or ()),
+            "output_layout": output_layout.value,
+        }
         with _Progress() as progress:
             progress("load PyTorch")
-            from .api import plan_file
-
-            made = plan_file(
-                model,
-                gpus=gpus,
-                cluster=cluster,
-                phase=phase,
-                batch=gpus if batch is None else batch,
-                seq=seq or PHASES[phase].tokens,
-                context=context,
-                output_tokens=output_tokens,
-                expert_imbalance=expert_imbalance,
-                dtype=dtype.value,
-                memory_bytes=memory,
-                mesh=mesh,
-                pins=tuple(pin or ()),
-                optimizer=optimizer.value if optimizer else PHASES[phase].optimizer,
-                solver=solver.value,
-                time_limit_s=time_limit,
-                outputs=tuple(outputs or ()),
-                output_layout=output_layout.value,
-                progress=progress,
-            )
+            tokens = seq or PHASES[phase].tokens
+            made = _made(model, layouts, write, batch, tokens, dtype.value, options, progress)
+            if made is None:
+                return
             progress("write the module")
             written = write_folder(made, out, dump_problem)
         if note := untried(versions_in_use()):
             say(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json, full=full, dump=dump)
+
+
+def _made(
+    model: str,
+    layouts: tuple[str, ...],
+    write: int | None,
+    batch: int | None,
+    seq: int,
+    dtype: str,
+    options: dict[str, Any],
+    progress: _Progress,
+) -> Plan | None:
+    """The plan to write; with several layouts their table is printed, and there may be none."""
+    if len(layouts) > 1:
+        from .compared import compare_file
+
+        compared = compare_file(
+            model, layouts, batch=batch, seq=seq, dtype=dtype, options=options, progress=progress
+        )
+        say(compared)
+        return None if write is None else compared.plan(write)
+    from .api import plan_file
+
+    layout = layouts[0] if layouts else None
+    return plan_file(
+        model, batch=batch, seq=seq, dtype=dtype, layout=layout, progress=progress, **options
+    )
 
 
 @tools.command("show")

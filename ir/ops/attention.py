@@ -268,7 +268,7 @@ def choice_of(
     """An algorithm as a choice of a rule."""
     return Algorithm(
         cuts, operands, results, declared.fits, label, words=declared.words,
-        orders=declared.orders, balanced=declared.balanced,
+        orders=declared.orders, balanced=declared.balanced, by_heads=declared.by_heads,
     )  # fmt: skip
 
 
@@ -373,7 +373,9 @@ def decompressed(latents: Tensor, up: Tensor, key_dim: int) -> tuple[Tensor, Ten
 
 
 # what cutting a factor is called in reports
-WORDS: Mapping[str, str] = MappingProxyType({"n": "heads", "q": "queries, K/V gathered"})
+WORDS: Mapping[str, str] = MappingProxyType(
+    {"n": "heads", "g": "query heads of each", "q": "queries, K/V gathered"}
+)
 
 
 def tie_latents(sizes: Sizes, node: Node) -> bool:

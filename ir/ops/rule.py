@@ -69,6 +69,7 @@ class Algorithm:
     # order gives ranks equal shares of a causal mask
     orders: tuple[str, ...] = ("contiguous", "zigzag")
     balanced: bool = False
+    by_heads: bool = False  # of attention: does each rank attend whole sequences, of some heads?
 
 
 @dataclass(frozen=True, slots=True)

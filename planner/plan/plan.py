@@ -35,6 +35,7 @@ class Request:
     output_tokens: int = 0  # of each answer, in phase `serve`
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
     output_layout: str = "sharded"  # of what training returns; or `replicated`
+    layout: str = ""  # the ordinary plan that was asked for, such as `ddp=4,fsdp=8`
 
     @property
     def decode_steps(self) -> int:
@@ -65,7 +66,9 @@ class Baseline:
     """An ordinary plan priced by the same model.
 
     If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
-    what the seconds go into, as `planner.split` has it.
+    what the seconds go into, as `planner.split` has it; `recompute`, whether layers run forward
+    again in backward; `whole`, which weights stay whole where FSDP's axes do not divide them.
+    `refused`: there is no such plan, and why; then `peak_bytes` is 0.
     """
 
     name: str
@@ -73,6 +76,9 @@ class Baseline:
     seconds: float | None
     peak_bytes: float
     spent: tuple[tuple[str, float], ...] = ()
+    recompute: bool = False
+    whole: tuple[str, ...] = ()
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)

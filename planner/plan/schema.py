@@ -62,7 +62,8 @@ _REQUEST = Record(
         "output_tokens": Whole(0, 2**40),
         "expert_imbalance": Number(0, 2.0**31),
         "output_layout": OneOf(OUTPUT_LAYOUTS),
-    }
+    },
+    optional={"layout": LINE},
 )
 _MEMORY = Record(
     {
@@ -80,7 +81,8 @@ _BASELINE = Record(
         "seconds": Either(Null(), _TIME),
         "peak_bytes": _BYTES,
         "spent": _SPENT,
-    }
+    },
+    optional={"recompute": Flag(), "whole": ListOf(LINE), "refused": LINE},
 )
 _SEARCH = Record(
     {

@@ -154,7 +154,8 @@ def _read_plan(data: Any) -> PlanData:
         optimizer_s=data["optimizer_s"],
         memory=_made(Memory, data["memory"]),
         baselines=tuple(
-            _made(Baseline, row, spent=_rows(row["spent"])) for row in data["baselines"]
+            _made(Baseline, row, spent=_rows(row["spent"]), whole=tuple(row.get("whole", ())))
+            for row in data["baselines"]
         ),
         search=_made(Search, search, seconds=_rows(search["seconds"])),
         notes=tuple(data["notes"]),

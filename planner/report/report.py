@@ -136,6 +136,10 @@ def _winner(plan: PlanData) -> str:
 
 def _versus(plan: PlanData, seconds: float) -> str:
     """How the plan, which takes `seconds`, stands beside the best ordinary one."""
+    if plan.request.layout:
+        return f", as --layout {plan.request.layout} has it."
+    if not plan.baselines:
+        return "."  # one GPU: there is nothing to cut
     fitting = [b for b in plan.baselines if b.seconds is not None]
     if not fitting:
         return "; no ordinary plan fits the memory."
@@ -170,17 +174,32 @@ def _rate(plan: PlanData) -> str:
 
 
 def _ordinary(plan: PlanData) -> str:
-    if not plan.baselines:
-        return ""
-    rows: list[tuple[str, ...]] = [("ordinary plan", "mesh", "time", "memory per GPU")]
-    rows += [_baseline_row(plan, b) for b in plan.baselines]
-    return table(rows)
+    possible = [b for b in plan.baselines if not b.refused]
+    refused = [b for b in plan.baselines if b.refused]
+    lines: list[str] = []
+    if possible:
+        head = ("ordinary plan", "mesh", "time", "memory per GPU", "layers")
+        rows: list[tuple[str, ...]] = [head]
+        rows += [(*_baseline_row(b), _layers(b)) for b in possible]
+        columns = 5 if any(b.recompute for b in possible) else 4
+        lines.append(table([row[:columns] for row in rows]))
+    for why, group in groupby(sorted(refused, key=lambda b: b.refused), key=lambda b: b.refused):
+        lines.append(f"Not possible: {', '.join(f'{b.name} on {b.mesh}' for b in group)}: {why}.")
+    for b in possible:
+        for first in b.whole[:1]:
+            more = f" and {len(b.whole) - 1} more" if len(b.whole) > 1 else ""
+            lines.append(f"{b.name} on {b.mesh}: GPUs divide no dim of {first}{more}: not sharded.")
+    return "\n".join(lines)
 
 
-def _baseline_row(plan: PlanData, b: Baseline) -> tuple[str, ...]:
+def _baseline_row(b: Baseline) -> tuple[str, str, str, str]:
     if b.seconds is None:
         return (b.name, b.mesh, "does not fit", f"at least {format_bytes(b.peak_bytes)}")
     return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
+
+
+def _layers(b: Baseline) -> str:
+    return "" if b.seconds is None else "recomputed" if b.recompute else "kept"
 
 
 def _differences(plan: PlanData) -> str:

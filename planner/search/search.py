@@ -16,15 +16,17 @@ from ...facts.phases import find_phase
 from ...ir.graph import Graph
 from ...ir.ops.order import token_dims
 from ...ir.ops.registry import operator_of
-from ..errors import PlanError
+from ...ir.passes.unfuse import unfuse
+from ..errors import LayoutError, PlanError
 from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
 from ..plan.decide import Solved, decide, plan_of, spent
 from ..plan.plan import Baseline, PlanData, Request, Search
 from ..strategies.build import Builder, Built
 from ..strategies.conversion import Network
+from ..strategies.layout import Layout
 from ..strategies.regions import scopes
-from ..strategies.roles import Roles, name_of, ordinary_roles
+from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
 from ..strategies.setting import Restriction, Setting
 
 Progress = Callable[[str], None]
@@ -63,7 +65,8 @@ class Builders:
 class Job:
     """A request, and how its plan is searched for.
 
-    `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph.
+    `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph, also
+    by the `layout` that was asked for, if one was.
     """
 
     cluster: Cluster
@@ -74,12 +77,26 @@ class Job:
     time_limit_s: float
     clock: Clock
     progress: Progress
+    layout: Layout | None = None
     builders: Builders = field(default_factory=Builders)
 
     @property
     def setting(self) -> Setting:
         """What the problem builder needs to know of the request."""
         return setting_of(self.request)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Those to try, the later only where memory is short: layers kept, layers recomputed."""
+        kept, again = self.setting, replace(self.setting, recompute=True)
+        if self.layout is not None and self.layout.recompute is not None:
+            return (again,) if self.layout.recompute else (kept,)
+        return kept, again
+
+    def check(self, graph: Graph) -> None:
+        """Raises LayoutError where a layout cannot be that of the graph, whatever the sizes."""
+        if self.layout is not None and cuts_weights(self.layout.roles) and is_fused(graph):
+            raise LayoutError(f"--layout {self.layout.text}: {_FUSED}")
 
     @property
     def meshes(self) -> list[Mesh]:
@@ -121,6 +138,14 @@ class Job:
         return solution
 
 
+_FUSED = "fused projections are whole here, and an axis does not cut them by heads"
+
+
+def is_fused(graph: Graph) -> bool:
+    """Has the graph projections that could be in parts?"""
+    return unfuse(graph) is not graph
+
+
 class Timed(Protocol):
     """A plan, or what one is made of."""
 
@@ -140,17 +165,15 @@ Found = TypeVar("Found", bound=Timed)
 
 def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
     """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    job.check(graph)
     searched = Searched[Solved].against(rival)
-
-    def attempt(setting: Setting) -> None:
+    for n, setting in enumerate(job.settings):
+        if n and not _short_of_memory(searched.best or rival, setting):
+            break
         for mesh in job.meshes:
             for order in token_orders(graph, mesh):
                 built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
                 searched.add(*_solve(built, job, searched.ceiling))
-
-    attempt(job.setting)
-    if _short_of_memory(searched.best or rival, job.setting):
-        attempt(replace(job.setting, recompute=True))
     return searched
 
 
@@ -273,42 +296,73 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]
     def price(mesh: Mesh, limit: Limit) -> Price:
         """As the plan itself is searched: layers are recomputed where memory is short."""
         searched, least = Searched[Solved](), inf
-        for setting in (job.setting, replace(job.setting, recompute=True)):
-            if setting.recompute and not _short_of_memory(searched.best, job.setting):
+        for n, setting in enumerate(job.settings):
+            if n and not _short_of_memory(searched.best, setting):
                 break
             for order in token_orders(graph, mesh):
                 built = _built(graph, mesh, replace(setting, order=order), aside, limit)
                 searched.add(*_solve(built, aside))
                 least = min(least, built.least_memory())
         if (solved := searched.best) is not None:
-            return solved.seconds, solved.peak_bytes, spent(solved)
-        return None, least, ()
+            again = solved.builder.setting.recompute
+            return Price(solved.seconds, solved.peak_bytes, spent(solved), again)
+        return Price(None, least)
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
 
 
-# Seconds of the cheapest plan within a limit, its peak bytes, and what the seconds go into; where
-# none fits, None, the least bytes that one would need, and nothing.
-Price = tuple[float | None, float, tuple[tuple[str, float], ...]]
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Seconds of the cheapest plan within a limit, its peak bytes, what the seconds go into, and
+    whether it recomputes layers; where none fits, None and the least bytes that one would need."""
+
+    seconds: float | None
+    peak_bytes: float
+    spent: tuple[tuple[str, float], ...] = ()
+    recompute: bool = False
 
 
 def price_ordinary(
     graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price]
 ) -> tuple[Baseline, ...]:
-    """The rows of the ordinary plans, on meshes that were searched, the winner's among them."""
+    """The rows of the ordinary plans, on meshes that were searched, the winner's among them.
+
+    There are none beside a layout that was asked for.
+    """
+    if job.layout is not None:
+        return ()
     job.progress("pricing the ordinary plans")
     meshes = job.meshes
     rows: list[Baseline] = []
     with job.clock.step("baselines"):
+        fused = is_fused(graph)
         for mesh in _baseline_meshes(meshes, best, job.cluster):
             searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans: priced on one axis
             for roles in ordinary_roles(mesh, graph):
-                if searched and len(set(roles)) == 1:
-                    continue
-                size = "x".join(map(str, mesh.sizes))
-                row = price(mesh, partial(Roles, roles))
-                rows.append(Baseline(name_of(roles, mesh), size, *row))
+                if not (searched and len(set(roles)) == 1):
+                    rows.append(_baseline(graph, mesh, roles, price, fused))
     return tuple(rows)
+
+
+def _baseline(
+    graph: Graph,
+    mesh: Mesh,
+    roles: Sequence[str],
+    price: Callable[[Mesh, Limit], Price],
+    fused: bool,
+) -> Baseline:
+    """The row of one ordinary plan; where sizes do not allow it, the row says why."""
+    name, size = name_of(roles, mesh), "x".join(map(str, mesh.sizes))
+    try:
+        if fused and cuts_weights(roles):
+            raise LayoutError(_FUSED)
+        whole = Roles(roles, graph, mesh).left_whole(graph)
+        found = price(mesh, partial(Roles, roles))
+    except LayoutError as error:
+        return Baseline(name, size, None, 0.0, refused=str(error))
+    return Baseline(
+        name, size, found.seconds, found.peak_bytes, found.spent, found.recompute, tuple(whole)
+    )
 
 
 def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:

@@ -95,6 +95,8 @@ def _graphs(variant: Variant) -> _Graphs:
 
 def _search(graphs: _Graphs, job: Job, rival: _Served | None) -> Searched[_Served]:
     """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    for graph in graphs:
+        job.check(graph)
     searched = Searched[_Served].against(rival)
     for mesh in job.meshes:
         job.progress(f"solving {mesh}")
@@ -139,9 +141,9 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]
         builders = _builders(graphs, mesh, aside)
         served, _ = _attempt(builders, limit, aside)
         if served is not None:
-            return served.seconds, served.prefill.peak_bytes, ()
+            return Price(served.seconds, served.prefill.peak_bytes)
         needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders]
-        return None, max(needed), ()
+        return Price(None, max(needed))
 
     return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)
 

@@ -24,7 +24,7 @@ from ..errors import InfeasibleError, PlanError
 from ..plan.decide import Solved
 from ..plan.plan import Baseline, PlanData
 from ..strategies.params import all_params
-from ..strategies.roles import Pin, Pins
+from ..strategies.pins import Pin, Pins
 from .infeasible import explain
 from .search import Found, Job, Searched, assemble, ordinary_plans, search_meshes
 
@@ -230,13 +230,13 @@ def _better(rows: Sequence[Sequence[Baseline]]) -> tuple[Baseline, ...]:
     kept: dict[tuple[str, str], Baseline] = {}
     for row in (row for each in rows for row in each):
         other = kept.setdefault((row.name, row.mesh), row)
-        if _rank(row) < _rank(other):
+        if _rank(row) < _rank(other) or (row.refused and other.refused):  # the later is in parts
             kept[row.name, row.mesh] = row
     return tuple(sorted(kept.values(), key=lambda row: row.mesh.count("x")))
 
 
-def _rank(row: Baseline) -> tuple[bool, float, float]:
-    return (row.seconds is None, row.seconds or 0.0, row.peak_bytes)
+def _rank(row: Baseline) -> tuple[bool, bool, float, float]:
+    return (bool(row.refused), row.seconds is None, row.seconds or 0.0, row.peak_bytes)
 
 
 __all__ = ["Form", "Variant", "Way", "forms", "make_plan", "plan_variants"]

@@ -424,8 +424,8 @@ class _Building:
                     rule = np.where(uses[:, None] & np.array([True, False])[None], np.inf, 0.0)
                     self.edges.append(Edge(user.node, index, rule))
         for user in users:
-            targets = list(dict.fromkeys(t for needs in user.needs for t in needs))
-            own = [t for t in targets if t not in shared]
+            mine = dict.fromkeys(t for needs in user.needs for t in needs)
+            own = [t for t in mine if t not in shared]
             if not own:
                 continue
             matrix = np.zeros((len(row_of), len(user.needs)))

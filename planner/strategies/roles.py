@@ -1,4 +1,4 @@
-"""Ordinary plans as restrictions: DDP, FSDP, Megatron TP+SP, and what a user pins.
+"""Ordinary plans as restrictions: DDP, FSDP, Megatron TP+SP, and what else layouts are made of.
 
 A baseline gives every mesh axis a role and lets the solver find the cheapest plan within it, so
 that it is priced by the same model as the winner, and can never beat it.
@@ -6,230 +6,292 @@ that it is priced by the same model as the winner, and can never beat it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import product
 from math import prod
 
 from ...facts.mesh import Mesh
-from ...facts.spec import S, Spec, format_spec, is_shard, parse_spec
+from ...facts.spec import R, S, Spec, State, is_shard
 from ...ir.graph import Graph, Node, Param
 from ...ir.ops.labels import factor_labels, label_dims
-from ...ir.ops.registry import operator_of, rule_of
-from ..errors import PlanError
+from ...ir.ops.registry import operator_of, rule_of, words_of
+from ...ir.ops.rule import Choice
+from ..errors import LayoutError
 from .params import all_params
+from .pins import module_of
 from .regions import Region, Strategy, scopes
 from .setting import Restriction
-
-ROLES = {"ddp": "DDP", "fsdp": "FSDP", "tp": "TP+SP", "cp": "CP"}
-_SPREAD = "+ep"  # on an axis whose ranks have different experts
-_DATA = {"ddp": "b", "fsdp": "b", "cp": "s"}  # roles that cut one dim of the data wherever it is
+from .sides import Sides
 
 
 @dataclass(frozen=True, slots=True)
-class Pin:
-    """A user's own decision: parameters or modules that match `pattern` take `spec`."""
+class Role:
+    """What one mesh axis does.
 
-    pattern: str
-    spec: Spec
+    `cuts`: the `batch`, the `sequence`, the sequence with attention by `heads` in between
+    (Ulysses), or the `weights` (Megatron's tensor parallelism).  `shards`: a data axis over which
+    weights are sharded, and gathered for use.  `between`: a tensor axis that cuts the sequence
+    between the blocks.  `spread`: its ranks have different experts, and send them their tokens.
+    """
+
+    cuts: str
+    shards: bool = False
+    between: bool = False
+    spread: bool = False
 
     @staticmethod
-    def parse(text: str, mesh_axes: int | None = None) -> Pin:
-        """`*.q_proj.weight=R,S0`: one state per mesh axis, outermost axis first."""
-        pattern, sign, spec = text.partition("=")
-        if not sign or not pattern:
-            raise PlanError(f"--pin {text}: expected PATTERN=SPEC, such as '*.q_proj.weight=R,S0'")
-        try:
-            states = parse_spec(spec)
-        except ValueError as error:
-            raise PlanError(f"--pin {text}: {error}") from error
-        if mesh_axes is not None and len(states) != mesh_axes:
-            raise PlanError(
-                f"--pin {text}: {len(states)} states for a mesh of {mesh_axes} axes; give one "
-                "state per axis, and the mesh itself with --mesh"
-            )
-        return Pin(pattern, states)
+    def parse(text: str) -> Role:
+        """`ddp`, `fsdp`, `tp`, `tp+sp`, `cp`, `ulysses`; `fsdp+cp`: a sequence axis that shards
+        weights, too; `+ep`: with experts spread over the axis."""
+        words = text.split("+")
+        (cuts,) = {_CUTS[word] for word in words if word in _CUTS} or {"batch"}
+        return Role(cuts, "fsdp" in words, "sp" in words, "ep" in words)
+
+    @property
+    def name(self) -> str:
+        """What reports call it, but for experts: `TP+SP`."""
+        if self.cuts == "weights":
+            return "TP+SP" if self.between else "TP"
+        plain = {"batch": "", "sequence": "CP", "heads": "Ulysses"}[self.cuts]
+        words = ["FSDP"] if self.shards else [] if plain else ["DDP"]
+        return "+".join(filter(None, (*words, plain)))
+
+    @property
+    def label(self) -> str:
+        """The label of the data's dim that it cuts wherever an op has one; "" if it cuts none."""
+        return {"batch": "b", "weights": ""}.get(self.cuts, "s")
 
 
-class Pins(Restriction):
-    """Keeps the user's pins.  A pin that matches nothing, or cannot be kept, is an error."""
-
-    def __init__(self, pins: Sequence[Pin], graph: Graph) -> None:
-        self.pins = pins
-        names = [name for ref in all_params(graph) for name in _known_as(ref.param, ref.name)]
-        modules = {_module(node.loc.module) for scope in scopes(graph) for node in scope.nodes}
-        for pin in pins:
-            if not any(fnmatchcase(name, pin.pattern) for name in (*names, *modules)):
-                some = ", ".join(names[:4])
-                raise PlanError(
-                    f"--pin {pin.pattern}: no parameter or module has such a name; parameters are "
-                    f"named like {some}"
-                )
-
-    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """Only the pinned spec for a parameter that is pinned by name."""
-        return all(spec == pin.spec for pin in self._of(param, name))
-
-    def _of(self, param: Param, name: str) -> list[Pin]:
-        """The pins of a parameter."""
-        names = _known_as(param, name)
-        return [pin for pin in self.pins if any(fnmatchcase(n, pin.pattern) for n in names)]
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        """A pinned module's last node must give its result in the pinned spec."""
-        for pin in self.pins:
-            matching = [n for n in region.nodes if fnmatchcase(_module(n.loc.module), pin.pattern)]
-            if not matching:
-                continue
-            last = matching[-1].output.name
-            made = {v.name: s for v, s in zip(region.values, strategy.produces, strict=True)}
-            if made[last] != pin.spec:
-                return False
-        return True
-
-    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
-        """A pin that its parameter cannot have is refused."""
-        pins = self._of(param, name)
-        if len({pin.spec for pin in pins}) > 1:
-            texts = " and ".join(f"{pin.pattern}={format_spec(pin.spec)}" for pin in pins)
-            raise PlanError(f"--pin {texts}: `{name}` cannot be both; keep one")
-        pin = pins[0]
-        shape = list(param.value.type.shape)
-        reason = "a parameter is stored whole (R) or sharded (S0, S1, ...)"
-        for dim in {state for state in pin.spec if is_shard(state)}:
-            ways = prod(n for n, s in zip(sizes, pin.spec, strict=True) if s == dim)
-            if dim >= len(shape):
-                reason = f"it has no dim {dim}, dims count from 0"
-            elif shape[dim] % ways:
-                reason = f"{ways} ranks do not divide its dim {dim} of size {shape[dim]}"
-        raise PlanError(
-            f"--pin {pin.pattern}={format_spec(pin.spec)}: `{name}` of shape {shape} cannot be "
-            f"kept so on a mesh of {' x '.join(map(str, sizes))}: {reason}"
-        )
-
-    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
-        """A pin that its module's result cannot have is refused."""
-        for pin in self.pins:
-            nodes = [n for n in region.nodes if fnmatchcase(_module(n.loc.module), pin.pattern)]
-            if nodes:
-                last = nodes[-1]
-                raise PlanError(
-                    f"--pin {pin.pattern}={format_spec(pin.spec)}: no way to run "
-                    f"`{last.loc.module}` leaves its result of shape "
-                    f"{list(last.output.type.shape)} so on a mesh of "
-                    f"{' x '.join(map(str, sizes))}; the sizes must divide, and the op must be "
-                    "able to give it"
-                )
-
-
-def pinned(texts: Sequence[str]) -> Callable[[Graph, Mesh], Restriction]:
-    """What the pins of a request leave of a graph on a mesh."""
-
-    def limit(graph: Graph, mesh: Mesh) -> Restriction:
-        pins = [Pin.parse(text, len(mesh.axes)) for text in texts]
-        return Pins(pins, graph) if pins else Restriction()
-
-    return limit
-
-
-def _known_as(param: Param, name: str) -> tuple[str, ...]:
-    """The names that a pin may use: a part of a fused weight is known by the weight's name too."""
-    if param.part is None:
-        return (name,)
-    return (name, name.removesuffix(param.name) + param.part.name)
-
-
-def _module(path: str) -> str:
-    """A module's path with layer numbers as `*`."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+_CUTS = {"tp": "weights", "cp": "sequence", "ulysses": "heads"}
 
 
 class Roles(Restriction):
-    """One role per mesh axis: `ddp`, `fsdp`, `cp` or `tp`.
+    """One role per mesh axis, as `Role.parse` reads it.
 
-    A data axis cuts the batch (`cp`: the sequence) wherever an op has one; a tensor axis cuts
-    anything else, but never the sequence of attention, and its parameters are never gathered.
-    `tp+ep` and the like spread experts over the axis, and send them their tokens, which no other
-    role does; all else keeps to the role.
+    A data axis cuts the batch (or the sequence) wherever an op has one.  A tensor axis cuts the
+    inner dims of products and attention (`sides.py`): columns of q, k, v, gate and up, rows of
+    o and down, the vocabulary; weights lie as they are used and are never gathered; between the
+    blocks values are whole, or cut by sequence.  What cannot be so is refused, and says why.
     """
 
-    def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh) -> None:
-        self.roles = tuple(role.removesuffix(_SPREAD) for role in roles)
-        self.spread = tuple(axis for axis, role in enumerate(roles) if role.endswith(_SPREAD))
+    def __init__(self, roles: Sequence[str], graph: Graph, mesh: Mesh, asked: str = "") -> None:
+        """`asked`: what errors begin with."""
+        self._asked = asked
+        self.roles = tuple(map(Role.parse, roles))
         self._of_experts = {value.name for node in _experts(graph) for value in node.operands}
         self.mesh = mesh
+        self.sides = Sides(graph)
         labels = label_dims(graph)
         self._labels = {
             node.name: factor_labels(node, labels) for s in scopes(graph) for node in s.nodes
         }
-        self._cuttable: dict[tuple[int, int], bool] = {}
+        self._all_cuts: dict[int, list[list[set[str]]]] = {}
+        self._kinds: dict[tuple[str, Choice], str] = {}
+        self._stored: dict[str, frozenset[Spec]] = {}
+        self._check_data(graph)
+        if any(role.spread for role in self.roles) and not self._of_experts:
+            raise LayoutError(f"{asked}there are no experts to spread over `ep`")
+
+    def _check_data(self, graph: Graph) -> None:
+        """Raises PlanError where axes do not divide the batch or the sequence."""
+        for label, words in (("b", "batch"), ("s", "sequence")):
+            axes = [i for i, role in enumerate(self.roles) if role.label == label]
+            axes += [i for i, role in enumerate(self.roles) if role.between and label == "s"]
+            ways = prod(self.mesh.sizes[i] for i in axes)
+            sizes = {
+                size
+                for item in graph.inputs
+                for size, name in zip(item.value.type.shape, item.labels, strict=False)
+                if name == label
+            }
+            for size in sizes:
+                cached = label == "s" and size == 1 and _has_cache(graph)  # whose tokens are cut
+                if size % ways and not cached:
+                    raise LayoutError(
+                        f"{self._asked}{ways} GPUs do not divide the {words} of {size}"
+                    )
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
         routed = any(operator_of(node).experts for node in region.nodes)
         for axis, role in enumerate(self.roles):
-            cuts = self._cuts(region, strategy, axis)
-            if routed and _sends(region, strategy, axis) != (axis in self.spread):
+            if routed and _sends(region, strategy, axis) != role.spread:
                 return False
-            if routed and axis in self.spread:
+            if routed and role.spread:
                 continue
-            elif role == "tp":
-                sequence = any(operator_of(n).attends for n in region.nodes) and "s" in cuts
-                if "b" in cuts or sequence:
+            if role.cuts == "weights":
+                if not self._cuts_weights(region, strategy, axis):
                     return False
-            elif self._can_cut(region, axis, _DATA[role]):
-                if _DATA[role] not in cuts:
-                    return False
-            elif cuts:
+            elif not self._cuts_data(region, strategy, axis):
                 return False
         return True
 
-    def _can_cut(self, region: Region, axis: int, label: str) -> bool:
-        key = (id(region), axis)
-        if key not in self._cuttable:
-            self._cuttable[key] = any(
-                label in self._cuts(region, s, axis) for s in region.strategies
-            )
-        return self._cuttable[key]
+    def _cuts_data(self, region: Region, strategy: Strategy, axis: int) -> bool:
+        """Is the batch or the sequence cut, if the region has one, and nothing else?"""
+        role = self.roles[axis]
+        cuts = self._cuts(region, strategy, axis)
+        if role.label == "s" and any(operator_of(node).attends for node in region.nodes):
+            by_heads = self._by_heads(region, strategy, axis)
+            return by_heads == (role.cuts == "heads") and (by_heads or "s" in cuts)
+        if self._offers(region, strategy, axis, role.label):
+            return role.label in cuts
+        return not cuts
+
+    def _by_heads(self, region: Region, strategy: Strategy, axis: int) -> bool:
+        """Does attention run by heads, which tokens are exchanged for?"""
+        return any(
+            self.sides.cuts_inner(node, choices[axis])
+            or (way := rule_of(node).algorithms.get(choices[axis])) is not None
+            and way.by_heads
+            for node, choices in zip(region.nodes, strategy.choices, strict=True)
+            if operator_of(node).attends
+        )
+
+    def _cuts_weights(self, region: Region, strategy: Strategy, axis: int) -> bool:
+        """Is an inner dim cut, if the region has one; else the sequence between the blocks?"""
+        cuts = self._cuts(region, strategy, axis)
+        if not self.roles[axis].between and "s" in cuts:
+            return False
+        if cuts - {"inner", "s"}:
+            return False
+        must = any(operator_of(n).heavy and self.sides.inner_choices(n) for n in region.nodes)
+        if must or self._offers(region, strategy, axis, "inner"):
+            return cuts == {"inner"}
+        if self.roles[axis].between and any(map(self._is_between, region.nodes)):
+            return cuts == {"s"} or not self._offers(region, strategy, axis, "s")
+        return True
+
+    def _is_between(self, node: Node) -> bool:
+        return not operator_of(node).heavy and self.sides.is_between(node)
+
+    def _offers(self, region: Region, strategy: Strategy, axis: int, cut: str) -> bool:
+        """Does a strategy that is like this one over the other axes cut that over `axis`?"""
+        every, axes = self._all_cuts.get(id(region)), range(len(self.roles))
+        if every is None:
+            every = [[self._cuts(region, s, i) for i in axes] for s in region.strategies]
+            self._all_cuts[id(region)] = every
+        mine = [self._cuts(region, strategy, i) for i in axes]
+        return any(
+            cut in cuts[axis] and all(cuts[i] == mine[i] for i in axes if i != axis)
+            for cuts in every
+        )
 
     def _cuts(self, region: Region, strategy: Strategy, axis: int) -> set[str]:
-        """Labels of the factors that are cut over `axis`; `?` for one without a label."""
-        found: set[str] = set()
-        for node, choices in zip(region.nodes, strategy.choices, strict=True):
-            choice = choices[axis]
-            if choice not in ("R", "V") and not choice.startswith("P"):
-                found.add(self._labels[node.name].get(choice, "?"))
-        return found
+        """What is cut over `axis`: labels of factors, `inner` dims, `?` for all others."""
+        pairs = zip(region.nodes, strategy.choices, strict=True)
+        return {self._kind(node, choices[axis]) for node, choices in pairs} - {""}
+
+    def _kind(self, node: Node, choice: Choice) -> str:
+        key = (node.name, choice)
+        if key not in self._kinds:
+            whole = choice in ("R", "V") or choice.startswith("P")
+            label = "" if whole else self._labels[node.name].get(choice, "?")
+            self._kinds[key] = "inner" if self.sides.cuts_inner(node, choice) else label
+        return self._kinds[key]
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """DDP replicates parameters; FSDP shards those that some dim of divides.  Experts lie on
-        the axes that they are spread over."""
-        routed = param.value.name in self._of_experts
-        for axis, (role, state) in enumerate(zip(self.roles, spec, strict=True)):
-            if routed and axis in self.spread:
-                if state != S(0):
-                    return False
-                continue
-            if role == "ddp" and is_shard(state):
-                return False
-            if role == "fsdp" and not is_shard(state) and self._divides(param, axis):
-                return False
-        return True
+        """Weights are whole over DDP's axes, sharded over those of FSDP, as far as these divide
+        them; over a tensor axis they lie as they are used, experts over those that spread them."""
+        if param.value.name not in self._stored:
+            self._stored[param.value.name] = frozenset(self._storages(param))
+        return spec in self._stored[param.value.name]
 
-    def _divides(self, param: Param, axis: int) -> bool:
-        return any(size % self.mesh.sizes[axis] == 0 for size in param.value.type.shape)
+    def _storages(self, param: Param) -> list[Spec]:
+        """The specs that a parameter may be stored in: of those sharded over most ranks, all."""
+        shape, sizes = param.value.type.shape, self.mesh.sizes
+        states: list[list[State]] = []
+        for role in self.roles:
+            inner = self.sides.inner_dim(param.value)
+            if role.spread and param.value.name in self._of_experts:
+                states.append([S(0)])
+            elif role.cuts == "weights":
+                states.append([R if inner is None else S(inner)])
+            else:
+                states.append([R, *map(S, range(len(shape)))] if role.shards else [R])
+        sharding = [i for i, role in enumerate(self.roles) if role.shards]
+
+        def ranks(spec: Spec) -> int:
+            return prod(sizes[i] for i in sharding if is_shard(spec[i]))
+
+        def divides(spec: Spec) -> bool:
+            dims = {spec[i] for i in sharding if is_shard(spec[i])}
+            ways = {d: prod(n for n, s in zip(sizes, spec, strict=True) if s == d) for d in dims}
+            return all(shape[d] % n == 0 for d, n in ways.items())
+
+        possible = [spec for spec in product(*states) if divides(spec)]
+        most = max(map(ranks, possible))
+        return [spec for spec in possible if ranks(spec) == most]
+
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
+        """A weight that an axis must cut and does not divide is refused."""
+        inner = self.sides.inner_dim(param.value)
+        dim = 0 if inner is None else inner
+        axes = [i for i, r in enumerate(self.roles) if r.cuts == "weights" or r.spread]
+        ranks = prod(sizes[i] for i in axes)
+        raise LayoutError(
+            f"{self._asked}{ranks} GPUs do not divide dim {dim} of `{name}`, "
+            f"{param.value.type.shape[dim]}, which they have to share"
+        )
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """An operator that cannot keep to the roles is refused, with the size in the way."""
+        axes = [i for i, role in enumerate(self.roles) if role.cuts in ("weights", "heads")]
+        ranks = prod(sizes[i] for i in axes)
+        for node in region.nodes:
+            choices = self.sides.inner_choices(node)
+            if operator_of(node).heavy and choices and axes:
+                sizes_of = rule_of(node).sizes
+                named = (f"{sizes_of[c]} {words_of(node, c) or c}" for c in choices)
+                raise LayoutError(
+                    f"{self._asked}{ranks} GPUs do not divide `{module_of(node.loc.module)}` "
+                    f"({operator_of(node).title(node).split('.')[-1]}), which is cut by its "
+                    f"{' and '.join(named)}"
+                )
+        roles = " x ".join(role.name for role in self.roles)
+        node = region.nodes[0]
+        raise LayoutError(
+            f"{self._asked}`{region.name}` ({node.loc}) cannot run as {roles} on a mesh of "
+            f"{' x '.join(map(str, sizes))}"
+        )
 
     def allows_gather(self, axis: int) -> bool:
         """Tensor parallelism never gathers a parameter."""
-        return self.roles[axis] != "tp"
+        return self.roles[axis].cuts != "weights"
+
+    def left_whole(self, graph: Graph) -> list[str]:
+        """Names of the weights that FSDP's axes do not divide, and that are not sharded over all
+        of them."""
+        axes = [i for i, role in enumerate(self.roles) if role.shards]
+        return [
+            ref.name
+            for ref in all_params(graph)
+            if ref.trainable and len(ref.param.value.type.shape) > 0
+            for spec in self._storages(ref.param)[:1]
+            if any(not is_shard(spec[i]) for i in axes)
+        ]
+
+
+def cuts_weights(roles: Sequence[str]) -> bool:
+    """Is there tensor parallelism among them?"""
+    return any(Role.parse(role).cuts == "weights" for role in roles)
 
 
 def name_of(roles: Sequence[str], mesh: Mesh) -> str:
-    """`FSDP x TP+SP, EP64`; axes with the same role count as one."""
-    name = " x ".join(dict.fromkeys(ROLES[role.removesuffix(_SPREAD)] for role in roles))
-    spread = [axis for axis, role in enumerate(roles) if role.endswith(_SPREAD)]
-    ranks = prod(mesh.sizes[axis] for axis in spread)
-    return f"{name}, EP{ranks}" if spread else name
+    """`FSDP x TP+SP, EP64`; axes with the same role count as one, DDP x FSDP is HSDP."""
+    parsed = [Role.parse(role) for role in roles]
+    names = list(dict.fromkeys(role.name for role in parsed))
+    if names[:2] == ["DDP", "FSDP"]:
+        names[:2] = ["HSDP"]
+    name = " x ".join(names)
+    ranks = prod(n for n, role in zip(mesh.sizes, parsed, strict=True) if role.spread)
+    return f"{name}, EP{ranks}" if any(role.spread for role in parsed) else name
+
+
+def _has_cache(graph: Graph) -> bool:
+    """Does attention look back at cached tokens?"""
+    nodes = (node for scope in scopes(graph) for node in scope.nodes)
+    return any(operator_of(node).attends and operator_of(node).remembers for node in nodes)
 
 
 def _experts(graph: Graph) -> list[Node]:
@@ -248,19 +310,43 @@ def _sends(region: Region, strategy: Strategy, axis: int) -> bool:
 
 
 def ordinary_roles(mesh: Mesh, graph: Graph) -> list[tuple[str, ...]]:
-    """The ordinary plans on a mesh: one role on all axes, and data outside with tensor inside.
+    """The ordinary plans on a mesh: one role on all axes, and data outside with others inside.
 
-    With experts also those that spread them over the innermost axes, as many as divide them.
+    With experts also those that spread them over the innermost axes, as many as divide them.  On
+    one GPU there is none.
     """
+    if mesh.ranks == 1:
+        return []
     n = len(mesh.axes)
-    mixed = [(role,) * (n - 1) + ("tp",) for role in ("ddp", "fsdp")] if n > 1 else []
-    inner = _axes_for_experts(mesh, graph)
-    spread = [
-        tuple(role + _SPREAD if axis >= n - inner else role for axis, role in enumerate(roles))
+    has_sequence = any(
+        size > 1
+        for item in graph.inputs
+        for size, label in zip(item.value.type.shape, item.labels, strict=False)
+        if label == "s"
+    )
+    attends = any(operator_of(node).attends for scope in scopes(graph) for node in scope.nodes)
+    tensor = "tp+sp" if has_sequence else "tp"
+    shared = attends and (has_sequence or _has_cache(graph))
+    roles = [(role,) * n for role in ("ddp", "fsdp", tensor)]
+    if n == 1:
+        by_heads = ("ulysses", "fsdp+ulysses") if has_sequence else ()
+        sequence = ("cp", "fsdp+cp", *by_heads) if shared else ()
+        return [*roles, *((role,) for role in sequence), *_with_experts(mesh, graph, tensor)]
+    inside = [("ddp", "fsdp"), ("ddp", tensor), ("fsdp", tensor)]
+    inside += [("fsdp", "fsdp+cp")] if shared else []
+    roles += [(outer,) * (n - 1) + (inner,) for outer, inner in inside]
+    return [*roles, *_with_experts(mesh, graph, tensor)]
+
+
+def _with_experts(mesh: Mesh, graph: Graph, tensor: str) -> list[tuple[str, ...]]:
+    """The ordinary plans that spread experts over inner axes."""
+    n, inner = len(mesh.axes), _axes_for_experts(mesh, graph)
+    mixed = [(role,) * (n - 1) + (tensor,) for role in ("ddp", "fsdp") if n > 1]
+    return [
+        tuple(f"{role}+ep" if axis >= n - inner else role for axis, role in enumerate(roles))
         for roles in (("ddp",) * n, ("fsdp",) * n, *mixed)
         if inner
     ]
-    return [*((role,) * n for role in ROLES), *mixed, *spread]
 
 
 def _axes_for_experts(mesh: Mesh, graph: Graph) -> int:
@@ -274,4 +360,4 @@ def _axes_for_experts(mesh: Mesh, graph: Graph) -> int:
     return max(fitting, default=0) if numbers else 0
 
 
-__all__ = ["Pin", "Pins", "Roles", "name_of", "ordinary_roles", "pinned"]
+__all__ = ["Role", "Roles", "cuts_weights", "name_of", "ordinary_roles"]

@@ -225,15 +225,8 @@ def test_fused_projections_whole(pool: Pool, name: str, sizes: tuple[int, ...]) 
         run(pool, made, decisions, of)
 
 
-class Megatron(Roles):
-    """Tensor parallelism alone: no sequence is cut, so no all-to-all can stand in for heads."""
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        return "s" not in self._cuts(region, strategy, 0) and super().allows(region, strategy)
-
-
-class Column(Megatron):
-    """And every matrix product and attention takes part."""
+class Column(Roles):
+    """Tensor parallelism in which every matrix product and attention takes part."""
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         return Parallel().allows(region, strategy) and super().allows(region, strategy)

@@ -26,8 +26,8 @@ from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.search.serving import make_serving_plan
 from shardwright.planner.strategies.build import Builder, Decisions
+from shardwright.planner.strategies.pins import pinned
 from shardwright.planner.strategies.regions import Region, Strategy
-from shardwright.planner.strategies.roles import pinned
 from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.cache.cache import KVCache

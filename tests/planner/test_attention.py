@@ -29,7 +29,6 @@ from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.conversion import Network
-from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import Layout
@@ -312,19 +311,6 @@ def test_a_window_leaves_a_ring_its_hops(zigzag: bool) -> None:
 # --- whole plans ---------------------------------------------------------------------------------
 
 
-class Megatron(Roles):
-    """Roles in which tensor axes cut weights and heads, never only the tokens of a product."""
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        if not super().allows(region, strategy):
-            return False
-        spent = {operator_of(node).spent_on for node in region.nodes}
-        heavy = spent & {"matrix products", "attention"}
-        tensor = [axis for axis, role in enumerate(self.roles) if role == "tp"]
-        cuts = [self._cuts(region, strategy, axis) for axis in tensor]
-        return not heavy or all(found and "s" not in found for found in cuts)
-
-
 def best(
     graph: Graph,
     mesh: Mesh,
@@ -367,7 +353,7 @@ def test_the_405b_on_32_gpus(phase: str, measured_cp: float, measured_tp: float)
     priced: list[float] = []
     for sizes, roles in (((4, 8), ("cp", "tp")), ((8, 4), ("tp", "tp"))):
         mesh = mesh_of(*sizes)
-        priced.append(best(graph, mesh, Megatron(roles, graph, mesh))[0])
+        priced.append(best(graph, mesh, Roles(roles, graph, mesh))[0])
     assert priced == pytest.approx([measured_cp, measured_tp], rel=0.33)
     assert priced[0] / priced[1] == pytest.approx(measured_cp / measured_tp, rel=0.25)
 

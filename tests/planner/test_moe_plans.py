@@ -134,7 +134,7 @@ def sent(graph: Graph) -> Restriction:
 
 def megatron(mesh: Mesh) -> Callable[[Graph], Restriction]:
     """Tensor parallelism on the innermost axis, parameters of data-parallel ranks sharded."""
-    roles = ("fsdp", "tp")[-len(mesh.axes) :]
+    roles = ("fsdp", "tp+sp")[-len(mesh.axes) :]
     return lambda graph: Roles(roles, graph, mesh)
 
 

@@ -42,6 +42,7 @@ class AttentionAlgorithm:
     whole = False
     tells = "nothing"  # over a cache, of what ranks tell each other positions: `keys`, `queries`
     orders: tuple[str, ...] = ("contiguous", "zigzag")  # of the tokens that ranks may hold
+    by_heads = False  # does each rank attend whole sequences, of some heads?
     balanced = False  # does zigzag order give the ranks equal shares of a causal mask?
 
     def suits(self, whole: Part) -> bool:

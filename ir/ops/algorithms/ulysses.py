@@ -17,7 +17,7 @@ class Ulysses(AttentionAlgorithm):
 
     name = "ulysses"
     words = "sequence, exchanged for heads"
-    over_shards = True
+    over_shards = by_heads = True
 
     def suits(self, whole: Part) -> bool:
         """Latents are one key head, and are only sent whole."""

@@ -1,0 +1,179 @@
+"""Layouts in words: `ddp=4,fsdp=8`, and what they leave of a graph.
+
+Each word with a size is a mesh axis, the innermost last.  It gives that axis a role (`roles.py`),
+so that a layout is priced as the ordinary plan of that name is; `recompute` says whether layers run
+forward again in backward.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ...facts.mesh import MOST_RANKS, Mesh
+from ...ir.graph import Graph, Param
+from ..errors import PlanError
+from .pins import pinned
+from .regions import Region, Strategy
+from .roles import Roles, name_of
+from .setting import Restriction
+
+_NAMES = ("x", "y", "z")  # of axes; a plan names them by their use
+_ROLES = {
+    "ddp": "ddp",
+    "dp": "ddp",
+    "fsdp": "fsdp",
+    "tp": "tp",
+    "cp": "cp",
+    "ulysses": "ulysses",
+    "ep": "ddp+ep",
+}
+_BETWEEN = "sp"  # without a size: the ranks of tp share the sequence between the blocks
+_RECOMPUTE = {"none": False, "full": True}
+# What has a name and cannot be planned yet, and why: an entry goes when there is what it names.
+_NOT_YET = {
+    "zero1": "optimizer states lie as their weights do; fsdp shards both",
+    "zero2": "gradients lie as their weights do; fsdp shards both",
+    "pp": "there are no pipelines",
+    "vpp": "there are no pipelines",
+    "recompute=selective": "a layer is recomputed whole; recompute=full does that",
+}
+_WORDS = (*_ROLES, _BETWEEN, "recompute")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A role for each mesh axis, as `Role.parse` reads it; `text` is what the user wrote.
+
+    `recompute`: are layers run forward again in backward?  None: where memory is short.
+    """
+
+    text: str
+    roles: tuple[str, ...]
+    mesh: Mesh
+    recompute: bool | None = None
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """`fsdp=32`, `ddp=4,tp=8,sp`, `fsdp=4,ep=8,recompute=full`.  Raises PlanError."""
+        axes: list[tuple[str, int]] = []
+        between, recompute = False, None
+        for part in text.split(","):
+            word, sign, value = (piece.strip() for piece in part.partition("="))
+            for name in (word, f"{word}={value}"):
+                if name in _NOT_YET:
+                    _refuse(text, f"`{name}` is not there yet: {_NOT_YET[name]}")
+            if word == "recompute":
+                recompute = _read_recompute(text, value)
+            elif word == _BETWEEN:
+                if sign:
+                    _refuse(text, "`sp` shares the GPUs of tp and has no size: tp=8,sp")
+                between = True
+            elif word in _ROLES:
+                axes.append((word, _read_size(text, word, value)))
+            else:
+                near = difflib.get_close_matches(word, _WORDS, n=1)
+                hint = f", did you mean `{near[0]}`?" if near else ";"
+                _refuse(text, f"unknown word `{word}`{hint} There are {', '.join(_WORDS)}")
+        return _layout(text, axes, between, recompute)
+
+    @property
+    def name(self) -> str:
+        """As rows of ordinary plans are named: `DDP x TP+SP`."""
+        return name_of(self.roles, self.mesh)
+
+    def limit(self, graph: Graph, mesh: Mesh) -> Restriction:
+        """What it leaves of a graph.  Raises LayoutError where a size does not divide."""
+        return Roles(self.roles, graph, mesh, f"--layout {self.text}: ")
+
+
+def _layout(
+    text: str, axes: Sequence[tuple[str, int]], between: bool, recompute: bool | None
+) -> Layout:
+    """The layout of these words; axes of one rank are none."""
+    words = [word for word, _ in axes]
+    if not words:
+        _refuse(text, "expected words with numbers of GPUs, such as fsdp=32 or ddp=4,tp=8,sp")
+    if between and "tp" not in words:
+        _refuse(text, "`sp` is what the ranks of tp do between the blocks: tp=8,sp")
+    shards = "fsdp" in words
+    roles: list[str] = []
+    for word in words:
+        role = _ROLES[word]
+        if shards and word != "ddp" and word != "dp":  # FSDP's group spans all axes of data
+            role = {"cp": "fsdp+cp", "ulysses": "fsdp+ulysses", "ddp+ep": "fsdp+ep"}.get(role, role)
+        roles.append("tp+sp" if role == "tp" and between else role)
+    real = [(role, size) for role, (_, size) in zip(roles, axes, strict=True) if size > 1]
+    real = real or [(roles[0], 1)]
+    if len(real) > len(_NAMES):
+        _refuse(text, f"a mesh has at most {len(_NAMES)} axes, these are {len(real)}")
+    mesh = Mesh(tuple(zip(_NAMES, (size for _, size in real), strict=False)))
+    return Layout(text, tuple(role for role, _ in real), mesh, recompute)
+
+
+def _read_size(text: str, word: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit() and 0 < int(value) <= MOST_RANKS):
+        _refuse(text, f"`{word}` is followed by a number of GPUs, such as {word}=8")
+    return int(value)
+
+
+def _read_recompute(text: str, value: str) -> bool:
+    if value not in _RECOMPUTE:
+        _refuse(text, f"recompute is one of {', '.join(_RECOMPUTE)}, not `{value}`")
+    return _RECOMPUTE[value]
+
+
+def _refuse(text: str, why: str) -> NoReturn:
+    raise PlanError(f"--layout {text}: {why}")
+
+
+class _Both(Restriction):
+    """What a layout and pins both allow."""
+
+    def __init__(self, pins: Restriction, layout: Restriction) -> None:
+        self._pins, self._layout = pins, layout
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """May `region` run so?"""
+        return all(one.allows(region, strategy) for one in (self._pins, self._layout))
+
+    def allows_storage(self, param: Param, name: str, spec: tuple[int, ...]) -> bool:
+        """May the parameter be stored so?"""
+        return all(one.allows_storage(param, name, spec) for one in (self._pins, self._layout))
+
+    def allows_gather(self, axis: int) -> bool:
+        """May a parameter be gathered over it?"""
+        return self._layout.allows_gather(axis)
+
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
+        """Each says what is in the way, if it alone is."""
+        raise PlanError(
+            f"--pin and --layout leave no way to store `{name}`; the layout decides on every "
+            "weight, so drop the pin"
+        )
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """Each says what is in the way, if it alone is."""
+        for one in (self._layout, self._pins):
+            if not any(one.allows(region, strategy) for strategy in region.strategies):
+                one.no_strategy(region, sizes)
+        raise PlanError(
+            f"--pin and --layout leave no way to run `{region.nodes[0].loc.module or region.name}`"
+            "; drop one of them"
+        )
+
+
+def limited(pins: Sequence[str], layout: str) -> Callable[[Graph, Mesh], Restriction]:
+    """What the pins and the layout ("": none) of a request leave of a graph on a mesh."""
+    by_pins = pinned(pins)
+    if not layout:
+        return by_pins
+    by_layout = Layout.parse(layout).limit
+    if not pins:
+        return by_layout
+    return lambda graph, mesh: _Both(by_pins(graph, mesh), by_layout(graph, mesh))
+
+
+__all__ = ["Layout", "limited"]

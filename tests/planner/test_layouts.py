@@ -1,0 +1,238 @@
+"""Layouts and ordinary plans are what their names say: what each weight and each product does."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+import shardwright as sw
+from shardwright.api import phase_graph
+from shardwright.asked import Asked, silent
+from shardwright.facts.spec import format_spec, is_shard
+from shardwright.ir.graph import Graph
+from shardwright.ir.ops.registry import operator_of
+from shardwright.loading import load_target
+from shardwright.planner.errors import PlanError
+from shardwright.planner.report.report import split_seconds
+from shardwright.planner.search.variants import make_plan
+from shardwright.planner.strategies.layout import Layout
+from shardwright.planner.strategies.params import all_params
+from shardwright.planner.strategies.regions import scopes
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SMALL = {
+    "llama3-8b": {
+        "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 16,
+    },
+    "gpt2": {"n_embd": 256, "n_head": 8, "n_layer": 2, "vocab_size": 1024},
+    "qwen3-30b-a3b": {
+        "hidden_size": 256, "moe_intermediate_size": 64, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 16,
+        "num_experts": 16, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+@cache
+def graph(model: str) -> Graph:
+    """A small model, eight sequences a step."""
+    config = json.loads((CONFIGS / model / "config.json").read_text()) | SMALL[model]
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        loaded = load_target(folder, batch=8, seq=64, phase="train", dtype="bfloat16")
+        return phase_graph(loaded, "train", 0)
+
+
+@cache
+def planned(model: str, layout: str) -> sw.Plan:
+    """The layout of a small model."""
+    asked = Asked(
+        gpus=None, cluster="h100", phase="train", context=None, output_tokens=None,
+        expert_imbalance=None, mesh=None, pins=(), memory_bytes=None, optimizer=None,
+        solver="highs", time_limit_s=60.0, progress=silent, outputs=(), layout=layout,
+    )  # fmt: skip
+    job = asked.job("", 8, 64, "bfloat16")
+    return sw.Plan.of(make_plan(graph(model), job))
+
+
+def weights(plan: sw.Plan) -> dict[str, str]:
+    """The spec of every weight matrix, by the last parts of its name without `weight`."""
+    return {
+        ref.name.removesuffix(".weight").rsplit(".", 1)[-1]: format_spec(
+            plan.decisions.specs[ref.param.value.name]
+        )
+        for ref in all_params(plan.graph)
+        if ref.trainable and len(ref.param.value.type.shape) > 1
+    }
+
+
+def products(plan: sw.Plan) -> dict[str, str]:
+    """What is cut in every heavy operator, by the name of its module."""
+    return {op.name: op.strategy for op in plan.ops}
+
+
+def choices(plan: sw.Plan, *modules: str) -> set[tuple[str, ...]]:
+    """The choices of light operators in modules of these names."""
+    return {
+        plan.decisions.choices[node.name]
+        for scope in scopes(plan.graph)
+        for node in scope.nodes
+        if node.loc.module.rsplit(".", 1)[-1] in modules and not operator_of(node).heavy
+    }
+
+
+# -- tensor parallelism ---------------------------------------------------------------------------
+
+COLUMNS, ROWS, VOCABULARY = "tp: columns", "tp: rows", "tp: vocabulary"
+TP = {
+    "llama3-8b": {
+        "embed_tokens": VOCABULARY, "q_proj": COLUMNS, "k_proj": COLUMNS, "v_proj": COLUMNS,
+        "attention": "tp: heads", "o_proj": ROWS, "gate_proj": COLUMNS, "up_proj": COLUMNS,
+        "down_proj": ROWS, "lm_head": COLUMNS, "cross_entropy": VOCABULARY,
+    },
+    "gpt2": {
+        "wte": VOCABULARY, "wpe": VOCABULARY, "attention": "tp: heads", "c_fc": COLUMNS,
+        "c_proj": ROWS, "lm_head": COLUMNS, "cross_entropy": VOCABULARY,
+        **{f"c_attn.weight_{part}_states": COLUMNS for part in ("query", "key", "value")},
+    },
+    "qwen3-30b-a3b": {
+        "embed_tokens": VOCABULARY, "q_proj": COLUMNS, "k_proj": COLUMNS, "v_proj": COLUMNS,
+        "attention": "tp: heads", "o_proj": ROWS, "experts": "tp: intermediate size",
+        "lm_head": COLUMNS, "cross_entropy": VOCABULARY,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["tp=4", "tp=4,sp"])
+@pytest.mark.parametrize("model", SMALL)
+def test_tensor_parallelism(model: str, layout: str) -> None:
+    """Columns, then rows; weights lie as they are used; between them all is whole, or sequence."""
+    plan = planned(model, layout)
+    found = products(plan)
+    assert {name: found[name] for name in TP[model]} == TP[model]
+    rest = {cut for name, cut in found.items() if name not in TP[model]}
+    assert rest <= {"replicated", "tp: sequence"}  # a router
+    stored = weights(plan)
+    turned = {ROWS: "S0", COLUMNS: "S1"} if model == "gpt2" else {ROWS: "S1", COLUMNS: "S0"}
+    for name, cut in TP[model].items():
+        if (weight := name.rsplit(".", 1)[-1]) in stored:
+            assert stored[weight] == turned.get(cut, "S0"), name
+    assert all(w.stored == w.used for w, _ in plan.program.brought() if is_shard(w.stored[0]))
+    norms = choices(plan, "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f")
+    assert norms == ({("i1",)} if layout.endswith("sp") else norms & {("V",), ("R",)})
+
+
+def test_more_ranks_than_key_heads_take_two_axes() -> None:
+    """Eight key heads on sixteen GPUs: two GPUs share each, with half of its query heads."""
+    found = products(planned("llama3-8b", "tp=8,tp=2"))
+    assert found["attention"] == "tp1: heads, tp2: query heads of each"
+    assert found["q_proj"] == "tp1: columns, tp2: columns"
+
+
+# -- data parallelism -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize(
+    ("layout", "axes", "sharded"),
+    [
+        ("ddp=8", "dp: batch", [False]),
+        ("fsdp=8", "dp: batch", [True]),
+        ("dp=2,fsdp=4", "dp1: batch, dp2: batch", [False, True]),
+    ],
+)
+def test_data_parallelism(model: str, layout: str, axes: str, sharded: list[bool]) -> None:
+    """Every operator cuts the batch alone; weights are whole, or sharded and gathered for use."""
+    plan = planned(model, layout)
+    assert set(products(plan).values()) <= {axes, "replicated"}  # positions have no batch
+    assert products(plan)["attention"] == axes
+    for ref in all_params(plan.graph):
+        if ref.trainable:
+            spec = plan.decisions.specs[ref.param.value.name]
+            assert [is_shard(state) for state in spec] == sharded, ref.name
+    used = {w.used for w, _ in plan.program.brought() if any(map(is_shard, w.stored))}
+    assert not any(is_shard(state) for spec in used for state in spec)
+    assert bool(used) == any(sharded)
+
+
+@pytest.mark.parametrize(
+    ("layout", "attention", "others", "sharded"),
+    [
+        ("cp=4", ("ring", "gather"), "i1", False),
+        ("fsdp=2,cp=4", ("ring", "gather"), "i1", True),
+        ("ulysses=4", ("ulysses",), "i1", False),
+    ],
+)
+def test_sequence_parallelism(
+    layout: str, attention: tuple[str, ...], others: str, sharded: bool
+) -> None:
+    """Tokens are cut in every product, and attention is a ring, or exchanges them for heads."""
+    plan = planned("llama3-8b", layout)
+    taken: dict[bool, set[str]] = {True: set(), False: set()}
+    for scope in scopes(plan.graph):
+        for node in scope.nodes:
+            if operator_of(node).spent_on in ("matrix products", "attention"):
+                taken[operator_of(node).attends].add(plan.decisions.choices[node.name][-1])
+    assert taken[True] <= set(attention) and taken[False] == {others}
+    assert all(("S" in spec) == sharded for spec in weights(plan).values())
+
+
+def test_experts_are_spread() -> None:
+    plan = planned("qwen3-30b-a3b", "fsdp=2,ep=4")
+    assert "expert, EP with all-to-all" in products(plan)["experts"]
+    stored = weights(plan)
+    assert stored["gate_up_proj"].endswith(",S0") and stored["q_proj"] in ("S0,S0", "S1,S1")
+
+
+@pytest.mark.parametrize("layout", ["fsdp=8", "tp=4,sp,recompute=full", "ddp=2,cp=4", "ulysses=8"])
+def test_the_price_is_that_of_what_runs(layout: str) -> None:
+    plan = planned("llama3-8b", layout)
+    compute, moving = split_seconds(plan)
+    assert plan.decisions.recompute == ("full" in layout)
+    assert plan.seconds == pytest.approx(compute + sum(moving.values()) + plan.optimizer_s, 1e-6)
+    assert f"as --layout {layout} has it" in str(plan) and plan.baselines == ()
+    assert sw.Plan.of(plan) == plan and plan.to_json()["request"]["layout"] == layout
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("fsdp=16", "16 GPUs do not divide the batch of 8"),
+        ("cp=48", "48 GPUs do not divide the sequence of 64"),
+        ("tp=16", r"16 GPUs do not divide `model.layers.\*.self_attn` \(attention\).*8 heads"),
+        ("ep=4", "there are no experts to spread"),
+        ("zero1=8", "`zero1` is not there yet: optimizer states lie as their weights do"),
+        ("zero2=8", "`zero2` is not there yet"),
+        ("pp=2,ddp=4", "`pp` is not there yet: there are no pipelines"),
+        ("vpp=2", "`vpp` is not there yet"),
+        ("ddp=8,recompute=selective", "`recompute=selective` is not there yet"),
+        ("ddp=8,recompute=some", "recompute is one of none, full, not `some`"),
+        ("fdsp=8", r"unknown word `fdsp`, did you mean `fsdp`\?"),
+        ("sp=8", "`sp` shares the GPUs of tp and has no size"),
+        ("ddp=8,sp", "`sp` is what the ranks of tp do between the blocks"),
+        ("tp", "`tp` is followed by a number of GPUs, such as tp=8"),
+        ("tp=0", "`tp` is followed by a number of GPUs"),
+        ("recompute=full", "expected words with numbers of GPUs"),
+        ("ddp=2,fsdp=2,cp=2,tp=2", "at most 3 axes, these are 4"),
+    ],
+)
+def test_impossible_layouts_say_why(layout: str, said: str) -> None:
+    with pytest.raises(PlanError, match=f"^--layout {layout}: .*{said}"):
+        planned("llama3-8b", layout)
+
+
+def test_words() -> None:
+    """Outermost first; axes of one rank are none; FSDP's group spans the axes of the sequence."""
+    layout = Layout.parse("dp=2, fsdp=4,cp=1,tp=8,sp,recompute=none")
+    assert layout.roles == ("ddp", "fsdp", "tp+sp") and layout.mesh.sizes == (2, 4, 8)
+    assert layout.recompute is False and layout.name == "HSDP x TP+SP"
+    assert Layout.parse("fsdp=2,cp=4,ep=2").roles == ("fsdp", "fsdp+cp", "fsdp+ep")
+    assert Layout.parse("ep=8").roles == ("ddp+ep",) and Layout.parse("ddp=1").mesh.ranks == 1
