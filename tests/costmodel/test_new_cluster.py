@@ -21,7 +21,7 @@ assert cluster.load_cluster("pcie", gpus=4).inter_node.bytes_per_s == 50e9
 try:
     cluster.load_cluster("pci")
 except cluster.ClusterError as error:
-    assert "did you mean `pcie`?" in str(error) and "mi300x, pcie, rtx4090" in str(error)
+    assert "did you mean `pcie`?" in str(error) and "mi355x, pcie, rtx4090" in str(error)
 main(["--help"])
 """
 
