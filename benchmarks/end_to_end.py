@@ -3,10 +3,10 @@
     python -m benchmarks.end_to_end [--data FILE] [--source WORDS] [--every N] [--kind train|infer]
 
 Every row is planned as it was run, with `--layout`; memory is no limit, since the runs did fit.
-What cannot be asked for (pipelines, FP8, ...) is counted with the reason.  Where a word is not there
-yet, the nearest is taken and the row is marked: `~` for ZeRO-1 and ZeRO-2 as DDP and FSDP, `*` for
-other recomputation than was run.  FILE is `published.csv`, by default that in `shared/data/e2e`
-beside the repository; without it there is nothing to print.
+What cannot be asked for (pipelines, FP8, ...) is counted with the reason.  Where a word is not
+there yet, the nearest is taken and the row is marked: `~` for ZeRO-1 and ZeRO-2 as DDP and
+FSDP, `*` for other recomputation than was run.  FILE is `published.csv`, by default that in
+`shared/data/e2e` beside the repository; without it there is nothing to print.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 from .asked import AXES, Asked, Progress, check_inputs, check_model, silent
 from .codegen.write import module_source
-from .costmodel.machines.cluster import load_cluster
+from .costmodel.machines.cluster import ClusterError, load_cluster
 from .facts.held import taken
 from .facts.mesh import Mesh
 from .facts.phases import find_phase
@@ -53,6 +53,7 @@ from .planner.plan.store import checked_json, read_plan
 from .planner.report.model_graph import PlannedGraph
 from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
+from .planner.report.throughput import throughput
 from .planner.search.search import Job, setting_of
 from .planner.search.serving import make_serving_plan
 from .planner.search.variants import make_plan
@@ -93,7 +94,15 @@ class Plan(PlanData):
         return Plan.of(read_plan(Path(path)))
 
     def __str__(self) -> str:
-        return format_plan(self)
+        return format_plan(self, self._throughput())
+
+    def _throughput(self) -> str:
+        """Tokens per second, MFU and costs; "" where the cluster's file is not here."""
+        try:
+            cluster = load_cluster(self.request.cluster, self.request.gpus)
+            return throughput(self, cluster.peak, cluster.price_per_gpu_hour)
+        except ClusterError:
+            return ""
 
     @property
     def ops(self) -> tuple[PlannedOp, ...]:

@@ -195,7 +195,7 @@ _Gpus: TypeAlias = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        show_default="those of --layout",
+        show_default="by the layout",
         help="GPUs to use in all, e.g. --gpus 8",
     ),
 ]
@@ -301,7 +301,7 @@ _Write: TypeAlias = Annotated[
         metavar="N",
         min=0,
         show_default=False,
-        help="with several --layout, the row of the table to write the module of, e.g. --write 1",
+        help="with several layouts, the row of the table to write the module of, e.g. --write 1",
     ),
 ]
 _Pin: TypeAlias = Annotated[

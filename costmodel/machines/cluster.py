@@ -109,6 +109,7 @@ class Cluster:
     `memory_bytes` is what a plan may fill: capacity less what driver, context and communication
     buffers take.  `flops` pairs a dtype (`bf16`, `fp16`, `fp32`, `fp64`, `fp8`) with dense FLOP/s.
     Without `tiles`, `compute.matmul_s` is the plain roofline of the `matmul` kernel.
+    `price_per_gpu_hour` is in any currency; 0: not known.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Cluster:
     tiles: Tiles | None
     intra_node: Link
     inter_node: Link
+    price_per_gpu_hour: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of one GPU for `bf16`, `bfloat16`, `torch.bfloat16`, ...
@@ -196,6 +198,8 @@ _TOP_RULES = {
     "small_head_cost": _Rule("a factor, at least 1", low=1.0, strict=False),
     "decode_pass_s": _SECONDS,
 }
+_PRICE = "price_per_gpu_hour"  # which a file may leave out
+_PRICES = {_PRICE: _Rule("a price above 0")}
 _WHOLE = ("gpus_per_node", "processors")
 _TEXT = ("base", "device")
 _TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
@@ -270,7 +274,7 @@ def _built_in(name: str) -> dict[str, Any]:
 
 def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
     """`table` over the tables of its `base`, field by field."""
-    _refuse_unknown(table, (*_TEXT, *_TOP_RULES, *_TABLES), where, "")
+    _refuse_unknown(table, (*_TEXT, *_TOP_RULES, *_PRICES, *_TABLES), where, "")
     base = table.get("base")
     if base is None:
         return table
@@ -323,6 +327,8 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
     for key in _WHOLE:
         if top[key] != int(top[key]):
             raise ClusterError(f"{where}: {key}: expected a whole number, got {top[key]}")
+    priced = _PRICE in table
+    price = _number(table, _PRICE, _PRICES[_PRICE], where, "") if priced else 0.0
     device = table.get("device")
     if not isinstance(device, str):
         raise ClusterError(f"{where}: device: expected the device's name in quotes, got {device!r}")
@@ -342,6 +348,7 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
         inter_node=_link(table, "inter_node", where),
         matmul=parts["matmul"],
         attention=parts["attention"],
+        price_per_gpu_hour=price,
         decode=parts["decode"],
         memory=parts["memory"],
     )

@@ -27,15 +27,22 @@ _LABELS = {"b": "batch", "s": "sequence"}
 _SMALL = 0.002  # differences below this share of the time are not worth telling
 
 
-def format_plan(plan: PlanData) -> str:
-    """The whole report, as `plan` prints it."""
+def format_plan(plan: PlanData, throughput: str = "") -> str:
+    """The whole report, as `plan` prints it; `throughput` is a line of it."""
     if plan.decode is not None:
         return _format_serving(plan, plan.decode)
     parts = [
         _winner(plan),
         _ordinary(plan),
         _differences(plan),
-        "\n".join([_binding(plan), *_moved(plan, _unit(plan)), *_outputs(plan)]),
+        "\n".join(
+            [
+                _binding(plan),
+                *([throughput] if throughput else []),
+                *_moved(plan, _unit(plan)),
+                *_outputs(plan),
+            ]
+        ),
         *_tables(plan),
         _memory(plan),
         _search(plan),

@@ -66,7 +66,7 @@ def test_help_of_further_commands(
 def test_every_option_is_shown_by_an_example(run: Run) -> None:
     words = run("--help").out.replace("`", " ").split()
     options = {word for word in words if word.startswith("--")} - {"--help", "--version", "--json"}
-    assert len(options) == 21  # a new option is a decision: few options, the rest in files
+    assert len(options) == 23  # a new option is a decision: few options, the rest in files
     for option in options:
         assert words.count(option) >= 2, f"{option} has no example"
 
@@ -132,7 +132,7 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "gpus": 8,
         "cluster": "h100",
         "phase": "train",
-        "batch": 8,
+        "batch": None,
         "seq": 1024,
         "context": None,
         "output_tokens": None,
@@ -146,6 +146,7 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "time_limit_s": 60.0,
         "outputs": (),
         "output_layout": "sharded",
+        "layout": None,
     }
     assert api.calls == [("model.py", defaults)]
 
@@ -374,7 +375,8 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(api: FakeApi) -> None:
     "words, message",
     [
         ("", "Missing argument 'MODEL'"),
-        ("model.py", "Missing option '--gpus'"),
+        ("model.py", "how many GPUs? Give --gpus N, e.g. --gpus 8, or a --layout"),
+        ("model.py --gpus 8 --layout fsdp=8 --write 1", "--write chooses among several --layout"),
         ("model.py --gpu 8", "--gpus"),
         ("model.py --gpus 8 --optimiser sgd", "--optimizer"),
         ("model.py --gpus 8 --memroy 3GB", "--memory"),

@@ -30,7 +30,7 @@ ROTATED = [  # on three axes T5, whose biases are learned, takes half a minute
 ]
 OTHERS = [(name, sizes) for name in FAMILIES for sizes in MESHES if (name, sizes) not in ROTATED]
 ROLES = (
-    (("ddp",), (2,)), (("fsdp",), (2,)), (("tp",), (4,)), (("cp",), (4,)),
+    (("ddp",), (2,)), (("fsdp",), (2,)), (("tp",), (2,)), (("cp",), (4,)),
     (("ddp", "tp"), (2, 2)), (("fsdp", "tp"), (2, 2)), (("fsdp", "cp"), (2, 2)),
     (("fsdp", "cp", "tp"), (2, 2, 2)),
 )  # fmt: skip
@@ -144,8 +144,8 @@ def assert_attention_is_cut(made: Builder, decisions: Decisions, roles: tuple[st
     ways = {
         "ddp": ("b",),
         "fsdp": ("b",),
-        "cp": ("q", "ring", "gather", "ulysses", "window"),
-        "tp": ("n", "R", "V"),
+        "cp": ("q", "ring", "gather", "window"),
+        "tp": ("n",),
     }
     nodes = [n for region in made.regions for n in region.nodes if operator_of(n).attends]
     assert nodes
@@ -260,7 +260,7 @@ def test_parallel_roles_differ_in_what_they_move(pool: Pool) -> None:
     """A guard on the tests above: roles are not just other names for the same plan."""
     seen: set[frozenset[object]] = set()
     for role in ("ddp", "fsdp", "tp", "cp"):
-        made = builder("llama", (4,))
+        made = builder("llama", (2,))
         decisions = planned(made, Roles((role,), made.graph, made.network.mesh))
         moved = predicted_bytes(program_of(made, decisions), made.network.mesh)
         seen.add(frozenset(moved.items()))
