@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
 from .ir.capture.capture import captured
 from .ir.graph import Graph
+from .ir.ops.registry import operator_of
 from .ir.passes.extents import Again, extents_as_in, served_extents, with_extents
 from .ir.passes.returned import returning
 from .ir.passes.serving import (
@@ -60,6 +62,7 @@ from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
 from .planner.strategies.conversion import Network
 from .planner.strategies.layout import limited
+from .planner.strategies.pins import module_of
 
 if TYPE_CHECKING:
     from .verify import Verification
@@ -170,6 +173,30 @@ class Plan(PlanData):
         if stage == "plan":
             return str(self.decisions)
         raise PlanError(f"unknown stage `{stage}`; expected one of {', '.join(STAGES)}")
+
+    def strategies_of(self, pattern: str) -> str:
+        """All ways to run the operators of modules that match `pattern`, that of the plan marked.
+
+        Raises PlanError where no module matches.
+        """
+        regions = [
+            region
+            for region in self._builder().regions
+            if any(fnmatchcase(module_of(node.loc.module), pattern) for node in region.nodes)
+        ]
+        if not regions:
+            raise PlanError(f"--ops {pattern}: no module has such a name, as in '*.q_proj'")
+        axes = ", ".join(self.mesh.names)
+        lines = [f"What is cut over {axes}: states needed -> states made; * is the plan's."]
+        for region in regions:
+            values = ", ".join(value.name for value in region.operands)
+            module = module_of(region.nodes[0].loc.module) or region.name
+            lines.append(f"{module}: {values} -> {region.values[-1].name}")
+            taken = tuple(self.decisions.choices[node.name] for node in region.nodes)
+            head = next((i for i, n in enumerate(region.nodes) if operator_of(n).heavy), 0)
+            for way in region.strategies:
+                lines.append(f"  {'*' if way.choices == taken else ' '} {way.line(head)}")
+        return "\n".join(lines)
 
     def _problem(self) -> ShardingProblem:
         limit = limited(self.request.pins, self.request.layout)(self.graph, self.mesh)

@@ -311,7 +311,8 @@ _Pin: TypeAlias = Annotated[
         show_default=False,
         help="a decision of your own, kept and priced: a glob of tensor names and a state per "
         "mesh axis (R replicated, S0, S1, ... sharded along that dim), e.g. "
-        "--pin '*.q_proj.weight=R,S0'; may be repeated",
+        "--pin '*.q_proj.weight=R,S0'; or what an axis cuts in operators (`plan show --help` "
+        "says how to list it), e.g. --pin '*.q_proj=tp:out'; may be repeated",
     ),
 ]
 _Outputs: TypeAlias = Annotated[
@@ -503,6 +504,15 @@ def show(
     module: Annotated[
         bool, typer.Option("--module", help="print the generated module instead of the report")
     ] = False,
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            show_default=False,
+            help="print all ways to run the operators of these modules instead, e.g. --ops "
+            "'*.q_proj'; --pin takes them",
+        ),
+    ] = None,
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
@@ -513,7 +523,9 @@ def show(
         from .api import load_plan
 
         saved = load_plan(path)
-        if as_json:
+        if ops is not None:
+            say(saved.strategies_of(ops))
+        elif as_json:
             say(json.dumps(saved.to_json(), indent=2))
         else:
             say_report(saved, full=full)

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from ..graph import Graph, Loop, Node, Value
 from .registry import rule_of
 
+LABELS = {"b": "batch", "s": "sequence"}  # in words
 DimLabels: TypeAlias = tuple[tuple[str, ...], ...]  # per dim the labels of its factors
 
 

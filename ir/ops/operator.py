@@ -115,6 +115,8 @@ class Operator:
     aliases: bool = False
     # what cutting a factor, or running an algorithm, is called in reports
     words: Mapping[str, str] = MappingProxyType({})
+    # other names of factors, which pins may use
+    also: Mapping[str, str] = MappingProxyType({})
     # do queries, its first operand (b, h, t, d), attend keys, its second (b, h, t, d)?
     attends: bool = False
     # the factor that counts experts, each of which computes some of the tokens; "" without any

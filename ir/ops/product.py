@@ -25,6 +25,7 @@ class Product(Light):
 
     heavy = True
     words: Mapping[str, str] = MappingProxyType({"o": "columns", "k": "rows"})
+    also: Mapping[str, str] = MappingProxyType({"out": "o", "in": "k"})
     spent_on = "matrix products"
     names_module = True
 

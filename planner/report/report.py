@@ -12,7 +12,7 @@ from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
 from ...ir.graph import Node
-from ...ir.ops.labels import DimLabels, factor_labels, label_dims
+from ...ir.ops.labels import LABELS, DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..plan.plan import Baseline, PlanData
@@ -23,7 +23,6 @@ from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.params import all_params
 
-_LABELS = {"b": "batch", "s": "sequence"}
 _SMALL = 0.002  # differences below this share of the time are not worth telling
 
 
@@ -404,7 +403,7 @@ def _choice_text(node: Node, choice: Choice, known: dict[str, str]) -> str:
     if words := words_of(node, choice):
         return words
     if choice in known:
-        return _LABELS.get(known[choice], known[choice])
+        return LABELS.get(known[choice], known[choice])
     rule = rule_of(node)
     if choice not in rule.sizes:
         return "partial sums" if choice.startswith("P") else choice

@@ -1,15 +1,18 @@
-"""What a user pins: parameters and results of modules, by names."""
+"""What a user pins: how parameters and results of modules lie, and what axes cut in operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, format_spec, is_shard, parse_spec
-from ...ir.graph import Graph, Param
+from ...ir.graph import Graph, Node, Param
+from ...ir.ops.labels import LABELS, DimLabels, factor_labels, label_dims
+from ...ir.ops.registry import operator_of, rule_of, words_of
+from ...ir.ops.rule import Choice
 from ..errors import PlanError
 from .params import all_params
 from .regions import Region, Strategy, scopes
@@ -18,17 +21,29 @@ from .setting import Restriction
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A user's own decision: parameters or modules that match `pattern` take `spec`."""
+    """A user's own decision: parameters or modules that match `pattern` take `spec`.
+
+    With `cuts`, pairs (axis, what is cut), it is one on the operators of modules instead.
+    """
 
     pattern: str
     spec: Spec
+    cuts: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def parse(text: str, mesh_axes: int | None = None) -> Pin:
-        """`*.q_proj.weight=R,S0`: one state per mesh axis, outermost axis first."""
+        """`*.q_proj.weight=R,S0`: one state per mesh axis, outermost axis first.
+
+        `*.q_proj=tp:out`: what the axis `tp` cuts in the operators there.
+        """
         pattern, sign, spec = text.partition("=")
         if not sign or not pattern:
             raise PlanError(f"--pin {text}: expected PATTERN=SPEC, such as '*.q_proj.weight=R,S0'")
+        if ":" in spec:
+            parts = [part.partition(":") for part in spec.split(",")]
+            if not all(axis and what for axis, _, what in parts):
+                raise PlanError(f"--pin {text}: expected AXIS:WHAT, such as '*.q_proj=tp:out'")
+            return Pin(pattern, (), tuple((axis, what) for axis, _, what in parts))
         try:
             states = parse_spec(spec)
         except ValueError as error:
@@ -42,13 +57,20 @@ class Pin:
 
 
 class Pins(Restriction):
-    """Keeps the user's pins.  A pin that matches nothing, or cannot be kept, is an error."""
+    """Keeps the user's pins.  A pin that matches nothing, or cannot be kept, is an error.
 
-    def __init__(self, pins: Sequence[Pin], graph: Graph) -> None:
-        self.pins = pins
+    `axes` are the names of the mesh's.
+    """
+
+    def __init__(self, pins: Sequence[Pin], graph: Graph, axes: Sequence[str] = ()) -> None:
+        self.pins = [pin for pin in pins if not pin.cuts]
+        self._cut: dict[str, list[_Cuts]] = {}
+        for asked in (_Cuts(pin, graph, axes) for pin in pins if pin.cuts):
+            for node in asked.nodes:
+                self._cut.setdefault(node.name, []).append(asked)
         names = [name for ref in all_params(graph) for name in _known_as(ref.param, ref.name)]
         modules = {module_of(node.loc.module) for scope in scopes(graph) for node in scope.nodes}
-        for pin in pins:
+        for pin in self.pins:
             if not any(fnmatchcase(name, pin.pattern) for name in (*names, *modules)):
                 some = ", ".join(names[:4])
                 raise PlanError(
@@ -66,7 +88,11 @@ class Pins(Restriction):
         return [pin for pin in self.pins if any(fnmatchcase(n, pin.pattern) for n in names)]
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
-        """A pinned module's last node must give its result in the pinned spec."""
+        """A pinned module's last node must give its result in the pinned spec, and a pinned
+        operator be cut as it says."""
+        for node, choices in zip(region.nodes, strategy.choices, strict=True):
+            if not all(asked.allows(node, choices) for asked in self._cut.get(node.name, ())):
+                return False
         for pin in self.pins:
             matching = [
                 n for n in region.nodes if fnmatchcase(module_of(n.loc.module), pin.pattern)
@@ -82,6 +108,8 @@ class Pins(Restriction):
     def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
         """A pin that its parameter cannot have is refused."""
         pins = self._of(param, name)
+        if not pins:
+            return
         if len({pin.spec for pin in pins}) > 1:
             texts = " and ".join(f"{pin.pattern}={format_spec(pin.spec)}" for pin in pins)
             raise PlanError(f"--pin {texts}: `{name}` cannot be both; keep one")
@@ -101,6 +129,13 @@ class Pins(Restriction):
 
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
         """A pin that its module's result cannot have is refused."""
+        for node in region.nodes:
+            if node.name in self._cut:
+                raise PlanError(
+                    f"{' and '.join(map(str, self._cut[node.name]))}: no way to run "
+                    f"`{module_of(node.loc.module)}` on a mesh of {' x '.join(map(str, sizes))} "
+                    "cuts that; the sizes must divide"
+                )
         for pin in self.pins:
             nodes = [n for n in region.nodes if fnmatchcase(module_of(n.loc.module), pin.pattern)]
             if nodes:
@@ -114,12 +149,66 @@ class Pins(Restriction):
                 )
 
 
+class _Cuts:
+    """A pin on operators: which of them it is for, and the choices that it leaves on its axes."""
+
+    def __init__(self, pin: Pin, graph: Graph, axes: Sequence[str]) -> None:
+        self._pin = pin
+        self._axes = [(_axis(name, axes), what) for name, what in pin.cuts]
+        if axes and any(not 0 <= axis < len(axes) for axis, _ in self._axes):
+            raise PlanError(f"{self}: the mesh has the axes {', '.join(axes)}")
+        labels = label_dims(graph)
+        heavy = [
+            node
+            for scope in scopes(graph)
+            for node in scope.nodes
+            if operator_of(node).heavy and fnmatchcase(module_of(node.loc.module), pin.pattern)
+        ]
+        self._names = {node.name: _names(node, labels) for node in heavy}
+        wanted = {what for _, what in self._axes}
+        self.nodes = [n for n in heavy if wanted <= self._names[n.name].keys()]
+        if not self.nodes:
+            known = sorted({word for words in self._names.values() for word in words})
+            there = f"what can be cut there: {', '.join(known)}" if known else "no module matches"
+            raise PlanError(f"{self}: {there}; `plan show DIR --ops PATTERN` lists it")
+
+    def __str__(self) -> str:
+        cuts = ",".join(f"{axis}:{what}" for axis, what in self._pin.cuts)
+        return f"--pin {self._pin.pattern}={cuts}"
+
+    def allows(self, node: Node, choices: Sequence[Choice]) -> bool:
+        """Does a node cut what is asked for, over each axis that is spoken of?"""
+        known = self._names[node.name]
+        return all(choices[axis] in known[what] for axis, what in self._axes)
+
+
+def _axis(name: str, axes: Sequence[str]) -> int:
+    """The number of an axis, by its name or, where none was given, by x, y, z; -1: none."""
+    places = {**{letter: i for i, letter in enumerate("xyz")}, **{n: i for i, n in enumerate(axes)}}
+    return places.get(name, -1)
+
+
+def _names(node: Node, labels: Mapping[str, DimLabels]) -> dict[str, set[Choice]]:
+    """What a pin may call the cuts of a node, and the choices that are meant: the factor, its
+    words in reports, other names of it, `batch` and `sequence`, and `whole`."""
+    found: dict[str, set[Choice]] = {"whole": {"R", "V"}}
+    operator, known = operator_of(node), factor_labels(node, dict(labels))
+    for choice in rule_of(node).choices():
+        if choice in ("R", "V") or choice.startswith("P"):
+            continue
+        words = {choice, words_of(node, choice), LABELS.get(known.get(choice, ""), "")}
+        words |= {name for name, factor in operator.also.items() if factor == choice}
+        for word in words - {""}:
+            found.setdefault(word, set()).add(choice)
+    return found
+
+
 def pinned(texts: Sequence[str]) -> Callable[[Graph, Mesh], Restriction]:
     """What the pins of a request leave of a graph on a mesh."""
 
     def limit(graph: Graph, mesh: Mesh) -> Restriction:
         pins = [Pin.parse(text, len(mesh.axes)) for text in texts]
-        return Pins(pins, graph) if pins else Restriction()
+        return Pins(pins, graph, mesh.names) if pins else Restriction()
 
     return limit
 

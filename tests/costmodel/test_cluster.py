@@ -200,3 +200,13 @@ def test_import_is_light() -> None:
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"shardwright.costmodel.{module}"))
     assert result.attempted and not result.failed
+
+
+def test_a_price_may_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "h100"\nprice_per_gpu_hour = 2.5\n')
+    assert load_cluster(path).price_per_gpu_hour == 2.5
+    assert load_cluster("h100").price_per_gpu_hour == 0.0
+    path.write_text('base = "h100"\nprice_per_gpu_hour = -1\n')
+    with pytest.raises(ClusterError, match="price_per_gpu_hour: expected a price above 0, got -1"):
+        load_cluster(path)

@@ -6,6 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from shardwright.ir.ops.registry import operator_of
 from shardwright.loading import load_target
 from shardwright.planner.errors import PlanError
 from shardwright.planner.report.report import split_seconds
+from shardwright.planner.report.throughput import mfu, throughput
 from shardwright.planner.search.variants import make_plan
 from shardwright.planner.strategies.layout import Layout
 from shardwright.planner.strategies.params import all_params
@@ -48,16 +50,23 @@ def graph(model: str) -> Graph:
         return phase_graph(loaded, "train", 0)
 
 
+OPTIONS: dict[str, Any] = {
+    "gpus": None, "cluster": "h100", "phase": "train", "context": None, "output_tokens": None,
+    "expert_imbalance": None, "mesh": None, "pins": (), "memory_bytes": None, "optimizer": None,
+    "solver": "highs", "time_limit_s": 60.0, "progress": silent, "outputs": (),
+}  # fmt: skip
+
+
+def made(model: str, **given: Any) -> sw.Plan:
+    """A plan of a small model."""
+    job = Asked(**{**OPTIONS, **given}).job("", 8, 64, "bfloat16")
+    return sw.Plan.of(make_plan(graph(model), job))
+
+
 @cache
 def planned(model: str, layout: str) -> sw.Plan:
     """The layout of a small model."""
-    asked = Asked(
-        gpus=None, cluster="h100", phase="train", context=None, output_tokens=None,
-        expert_imbalance=None, mesh=None, pins=(), memory_bytes=None, optimizer=None,
-        solver="highs", time_limit_s=60.0, progress=silent, outputs=(), layout=layout,
-    )  # fmt: skip
-    job = asked.job("", 8, 64, "bfloat16")
-    return sw.Plan.of(make_plan(graph(model), job))
+    return made(model, layout=layout)
 
 
 def weights(plan: sw.Plan) -> dict[str, str]:
@@ -236,3 +245,51 @@ def test_words() -> None:
     assert layout.recompute is False and layout.name == "HSDP x TP+SP"
     assert Layout.parse("fsdp=2,cp=4,ep=2").roles == ("fsdp", "fsdp+cp", "fsdp+ep")
     assert Layout.parse("ep=8").roles == ("ddp+ep",) and Layout.parse("ddp=1").mesh.ranks == 1
+
+
+# -- pins by factor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["tp", "z"])
+def test_a_pin_says_what_an_axis_cuts(axis: str) -> None:
+    """Weights that are pinned in slices may be gathered; operators that are cut are not."""
+    mesh = "dp=2,tp=4" if axis == "tp" else "2x4"
+    name = "tp" if axis == "tp" else "y"
+    pins = (f"*.q_proj={name}:out", f"*.o_proj={name}:in,{'dp' if axis == 'tp' else 'x'}:batch")
+    plan = made("llama3-8b", gpus=8, mesh=mesh, pins=pins)
+    taken = {
+        node.loc.module.rsplit(".", 1)[-1]: plan.decisions.choices[node.name]
+        for scope in scopes(plan.graph)
+        for node in scope.nodes
+        if operator_of(node).spent_on == "matrix products"
+    }
+    assert taken["q_proj"][1] == "o" and taken["o_proj"] == ("i0", "k")
+    ways = plan.strategies_of("*.q_proj").splitlines()
+    assert sum(line.startswith("  * ") for line in ways) == 1 and len(ways) > 10
+    plan.dump("problem")  # the pins are understood again
+
+
+@pytest.mark.parametrize(
+    ("pin", "said"),
+    [
+        ("*.q_proj=up:out", "the mesh has the axes dp, tp"),
+        ("*.q_proj=tp:heads", "what can be cut there: batch, columns, .*out.*rows"),
+        ("*.x_proj=tp:out", "no module matches"),
+        ("*.q_proj=tp:", "expected AXIS:WHAT, such as"),
+    ],
+)
+def test_pins_that_cannot_be(pin: str, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        made("llama3-8b", gpus=8, mesh="dp=2,tp=4", pins=(pin,))
+
+
+def test_mfu_counts_products_and_attention_three_times() -> None:
+    """By hand: 2 FLOPs for each weight and token, 4 for each score and number of a head."""
+    plan, tokens, layers, width = planned("llama3-8b", "fsdp=8"), 8 * 64, 2, 256
+    matrices = layers * width * (256 + 2 * 128 + 256 + 3 * 512) + width * 1024
+    forward = 2 * tokens * matrices + layers * 4 * tokens * 64 * width
+    assert mfu(plan, lambda _: 1e12) == pytest.approx(3 * forward / (plan.seconds * 8 * 1e12))
+    line = throughput(plan, lambda _: 1e12, price=3.0)
+    cost = plan.seconds / 3600 * 8 * 3.0
+    assert f"A step costs {cost:.3g}, a million tokens {cost / tokens * 1e6:.3g}." in line
+    assert "costs" not in throughput(plan, lambda _: 1e12, price=0.0)
