@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -123,12 +121,6 @@ def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     return ",".join(words), marks
 
 
-@cache
-def options() -> set[str]:
-    """What planning can be told."""
-    return set(inspect.signature(plan_file).parameters)
-
-
 def plan_row(row: Mapping[str, str], layout: str, batch: int, micro: int, context: int) -> Plan:
     """The plan of a row.  Raises PlanError for what cannot be planned."""
     train = row["kind"] == "train"
@@ -137,16 +129,18 @@ def plan_row(row: Mapping[str, str], layout: str, batch: int, micro: int, contex
         raise Unpriced(f"no cluster file for {row['gpu']}")
     seq = number(row, "seq_len") if train else 1
     more: dict[str, Any] = {}
-    if train and "precision" in options():
-        more["precision"] = "own" if row["precision"] == "bf16 pure" else "mixed"
-    if train and micro > 1 and "micro_batches" in options():
+    mixed = train and row["precision"] != "bf16 pure"
+    if mixed:
+        more["precision"] = "mixed"
+    if train and micro > 1:
         more["micro_batches"] = micro
     with TemporaryDirectory() as folder:
         config = config_of(row["model"], max(seq, context + 2))
         (Path(folder) / "config.json").write_text(json.dumps(config))
         return plan_file(
             folder, gpus=None, cluster=cluster, phase="train" if train else "decode",
-            batch=batch, seq=seq, dtype="bfloat16", memory_bytes=2**62, mesh=None, pins=(),
+            batch=batch, seq=seq, dtype=None if mixed else "bfloat16", memory_bytes=2**62,
+            mesh=None, pins=(),
             optimizer="adamw" if train else "none", solver="highs", time_limit_s=120.0,
             context=context or None, outputs=("loss",) if train else (), layout=layout, **more,
         )  # fmt: skip
@@ -159,15 +153,12 @@ def train_row(row: Mapping[str, str]) -> Priced:
     layout, marks = layout_of(row)
     batch, dp = number(row, "global_batch"), number(row, "DP")
     passes = number(row, "grad_accum", max(1, batch // (dp * number(row, "micro_batch"))))
-    whole = passes == 1 or "micro_batches" in options()
-    plan = plan_row(row, layout, batch if whole else batch // passes, passes, 0)
-    times = 1 if whole else passes
+    plan = plan_row(row, layout, batch, passes, 0)
     compute, _ = split_seconds(plan)
-    seconds = times * (plan.seconds - plan.optimizer_s) + plan.optimizer_s
     published = float(row["mem_gib"] or "nan") * 2**30
     return Priced(
-        row["source"], f"{name_of(row)} {layout}{marks}", measured_step_s(row, plan), seconds,
-        times * compute + plan.optimizer_s, plan.memory.total / published,
+        row["source"], f"{name_of(row)} {layout}{marks}", measured_step_s(row, plan), plan.seconds,
+        compute + plan.casts_s + plan.optimizer_s, plan.memory.total / published,
     )  # fmt: skip
 
 

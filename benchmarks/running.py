@@ -43,14 +43,13 @@ from shardwright.api import capture_graph
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
-from shardwright.ir.graph import Graph, Value
+from shardwright.ir.graph import Graph
 from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
-from shardwright.planner.plan.program import PricedStep, lower
+from shardwright.planner.plan.decide import program_of
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.conversion import Network
-from shardwright.planner.strategies.params import all_params
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
@@ -404,16 +403,7 @@ def planned(layout: Layout, ranks: int, size: Size) -> tuple[str, float]:
     solution = solve(problem)
     if solution.assignment is None:
         raise RuntimeError(f"no plan for {layout} on {ranks} ranks: {solution.status}")
-    params = {ref.param.value.name for ref in all_params(graph)}
-
-    def paths(value: Value, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[PricedStep, ...]:
-        conversions = builder.conversions(value, param=value.name in params)
-        return tuple(
-            PricedStep(step, conversions.step_seconds(step, a), conversions.step_traffic(step, a))
-            for step in conversions.path(a, b)
-        )
-
-    program = lower(graph, built.read(solution.assignment), paths, training=True)
+    program = program_of(builder, built.read(solution.assignment), {})
     source = write_source(
         program, mesh, summary=f"{layout} on {ranks}.", phase="train", optimizer="none"
     )

@@ -13,7 +13,8 @@ from .source import WIDTH, statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
 RUNTIME = (
-    "Cache", "Input", "Labels", "Layer", "Output", "Param", "Part", "SequenceState", "Sharded",
+    "Cache", "Home", "Input", "Labels", "Layer", "Output", "Param", "Part", "SequenceState",
+    "Sharded",
     "ShardedModule", "Weight",
     "ops",
 )  # fmt: skip

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
+
+import torch
 
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.phases import find_phase
 from ..facts.spec import R, V
 from ..facts.units import format_bytes, format_seconds
-from ..ir.graph import Graph
+from ..ir.graph import Graph, Param
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import PlanData
@@ -35,7 +37,7 @@ def docstring(plan: PlanData) -> str:
     if plan.decode is not None:
         unit = f"{unit}, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
-    batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan.graph)}"
+    batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan)}"
     conversion = sum(recache.seconds for recache in plan.recached)
     converted = f"KV caches are converted between the two in {format_seconds(conversion)}."
     return "\n".join(
@@ -46,7 +48,7 @@ def docstring(plan: PlanData) -> str:
             *layout_sentences([each.program for each in plan.phases], plan.mesh),
             *fill(told_outputs(plan), _WIDTH, break_on_hyphens=False).splitlines(),
             "",
-            f"Made from {made}, {batch}.",
+            fill(f"Made from {made}, {batch}.", _WIDTH),
             f"Predicted: {format_seconds(plan.seconds)} per {unit}, "
             f"{format_bytes(plan.memory.total)} per GPU.",
             *([converted] if plan.recached else []),
@@ -56,8 +58,14 @@ def docstring(plan: PlanData) -> str:
     )
 
 
-def _formats(graph: Graph) -> str:
-    """In which dtypes numbers are stored, that of most of them first."""
+def _formats(plan: PlanData) -> str:
+    """In which dtypes numbers are stored, that of most of them first, and used if in others."""
+    params = _parameter_formats(plan.graph, lambda param: param.dtype)
+    used = _parameter_formats(plan.graph, lambda param: param.value.type.dtype)
+    return params if params == used else f"parameters in {params}, used in {used}"
+
+
+def _parameter_formats(graph: Graph, dtype: Callable[[Param], torch.dtype]) -> str:
     blocks = [
         (block.params, loop.order.count(kind))
         for loop in graph.loops
@@ -65,9 +73,10 @@ def _formats(graph: Graph) -> str:
     ]
     elements: Counter[str] = Counter()
     for params, times in [(graph.params, 1), *blocks]:
-        for kind in (p.value.type for p in params if p.kind != "constant"):
-            if kind.continuous:
-                elements[str(kind.dtype).removeprefix("torch.")] += times * kind.numel
+        for param in (param for param in params if param.kind != "constant"):
+            if param.value.type.continuous:
+                name = str(dtype(param)).removeprefix("torch.")
+                elements[name] += times * param.value.type.numel
     return " and ".join(name for name, _ in elements.most_common()) or "no parameters"
 
 
@@ -97,6 +106,8 @@ def legend(plan: PlanData, text: str) -> Iterator[str]:
         (r"\bZ\d", "Z1", zigzag),
         (r'"[^"]*\bV\b', "V", "whole, while each rank has a summand of its gradient"),
         (r"\bWeight\(", "Weight(stored, used)", together + through),
+        (r"\bHome\(", "Home(spec)", "a copy is there for all uses, made once a step"),
+        (r"\blate=True", "late=True", "gradients are summed at home, and reduced once a step"),
     )
     signs = {sign: meaning for pattern, sign, meaning in known if re.search(pattern, text)}
     width = max(map(len, signs))
@@ -114,6 +125,8 @@ def _usage(plan: PlanData) -> Iterator[str]:
     yield '    model = ShardedModel.from_checkpoint("folder with .safetensors")'
     if any(operator_of(node).remembers for node in plan.graph.nodes):
         yield "    model.generate(input_ids, max_new_tokens=256)"
+    elif plan.request.micro_batches > 1:
+        yield "    loss = model.step(**rows)    forward and backward of all micro-batches"
     elif plan.training and any(out.path == ("loss",) for out in plan.graph.outputs):
         yield "    model(**model.shard_inputs(**batch)).loss.backward()"
     else:
@@ -224,7 +237,7 @@ def _cuts(program: Program, axis: int) -> Iterator[str]:
 def _steps_of(weights: Sequence[Weight], axis: int) -> dict[str, list[Step]]:
     """By the name of a matrix the steps over an axis from how it is stored to how it is used."""
     matrices = [weight for weight in weights if len(weight.param.value.type.shape) > 1]
-    return {w.name: [p.step for p in w.steps if axis in p.step.axes] for w in matrices}
+    return {w.name: [p.step for p in w.way if axis in p.step.axes] for w in matrices}
 
 
 def _parameters(weights: Sequence[Weight], axis: int) -> str:
@@ -237,10 +250,21 @@ def _parameters(weights: Sequence[Weight], axis: int) -> str:
     ]
     if not gathered:
         return ""
+    known = _known_as(weights, gathered)
     if len(gathered) == len(steps):
-        return "all matrices (FSDP: gathered for use)"
+        return f"all matrices ({known})"
     names = dict.fromkeys(weight.removesuffix(".weight").rpartition(".")[2] for weight in gathered)
-    return f"the parameters of {_listed([*names])} (FSDP: gathered for use)"
+    return f"the parameters of {_listed([*names])} ({known})"
+
+
+def _known_as(weights: Sequence[Weight], gathered: Sequence[str]) -> str:
+    """What people call the way in which the weights `gathered` are kept."""
+    kept = [w.kept for w in weights if w.name in gathered]
+    if not all(each.gathered for each in kept):
+        return "FSDP: gathered for use"
+    if all(each.late for each in kept):
+        return "ZeRO-1: gathered, and gradients reduced, once a step"
+    return "ZeRO-2: gathered once a step, gradients reduced in each backward"
 
 
 def _summed(weights: Sequence[Weight], axis: int) -> str:

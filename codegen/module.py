@@ -30,6 +30,7 @@ from ..planner.plan.program import (
     Compute,
     Convert,
     LoopCall,
+    PricedStep,
     Program,
     Sharded,
     Statement,
@@ -339,6 +340,7 @@ class _Writer:
             f'    PHASE = "{self.phase}"',
             f'    OPTIMIZER = "{self.optimizer}"',
             *self._context_line(),
+            *self._step_lines(),
             *self._layers_table(),
             *self._parameters_table(),
             *self._weights_table(program.weights, program.stages()),
@@ -354,6 +356,16 @@ class _Writer:
             *self._axes_line(writer.axes_used),
             *lines,
         ]
+
+    def _step_lines(self) -> list[str]:
+        """What a step of training does besides."""
+        program, lines = self.program, list[str]()
+        if program.micro_batches > 1:
+            lines.append(f"    MICRO_BATCHES = {program.micro_batches}")
+        if program.reduced is not None:
+            told = "  # of gradients on their way between ranks"
+            lines.append(f"    REDUCE = {program.reduced}{told}")
+        return lines
 
     def _context_line(self) -> list[str]:
         nodes = [n for n in self.program.graph.nodes if keeps_tokens(n)]
@@ -391,8 +403,7 @@ class _Writer:
 
     def _param_line(self, prefix: str, param: Param, spec: Spec) -> list[str]:
         name = prefix + param.name
-        dtype = str(param.value.type.dtype)
-        args = [_tuple(param.value.type.shape), dtype, f'"{format_spec(spec)}"']
+        args = [_tuple(param.value.type.shape), str(param.dtype), f'"{format_spec(spec)}"']
         if param.kind != "parameter":
             args.append(f'kind="{param.kind}"')
         elif not param.value.differentiable:
@@ -415,27 +426,24 @@ class _Writer:
         weights: Sequence[Weight],
         stages: Mapping[Sharded, tuple[int, int]] = MappingProxyType({}),
     ) -> list[str]:
-        """The weights that a class uses in another layout than they are stored in."""
+        """The weights that a class uses in another layout or dtype than they are stored in."""
         lines: list[str] = []
-        if any(stages.get(w.item, (0, 0)) != (0, 0) for w in weights if w.used != w.stored):
+        if any(stages.get(w.item, (0, 0)) != (0, 0) for w in weights if not w.plain):
             told = "loops over layers that run before its first use and its last"
             lines.append(f"        # `stages`: {told}")
         for weight in weights:
-            if weight.used == weight.stored:
+            if weight.plain:
                 continue
-            specs = [weight.stored, *_between(weight), weight.used]
-            first, *via, last = map(format_spec, specs)
-            args = [f'"{first}"', f'"{last}"']
-            if via:
-                args.append(f"via={_strings(via)}")
-            by = [priced.step.by for priced in weight.steps]
-            if any(by):
-                args.append(f"by={_strings(by)}")
+            args = [f'"{format_spec(weight.stored)}"', f'"{format_spec(weight.used)}"']
+            args += _through(weight.kept.spec, weight.steps)
             if weight.name != weight.param.name:
                 args.append(f'of="{weight.param.name}"')
             if stages.get(weight.item, (0, 0)) != (0, 0):
                 args.append(f"stages={_tuple(stages[weight.item])}")
-            comment = "; ".join(traffic_parts(weight.steps))
+            if weight.param.dtype != weight.param.value.type.dtype:
+                args.append(f"dtype={weight.param.value.type.dtype}")
+            args += _home(weight)
+            comment = "; ".join(traffic_parts(weight.way))
             lines += statement(f'"{weight.name}": Weight({", ".join(args)}),', 2, comment)
         return ["    WEIGHTS = {", *lines, "    }"] if lines else []
 
@@ -599,13 +607,26 @@ def _stored(weights: Sequence[Weight]) -> list[tuple[Param, Spec]]:
     return list(found.values())
 
 
-def _between(weight: Weight) -> list[Spec]:
-    """The specs between those in which a weight is stored and used."""
-    specs = [weight.stored]
-    for priced in weight.steps[:-1]:
+def _through(start: Spec, steps: Sequence[PricedStep]) -> list[str]:
+    """The arguments that say how a weight goes from one spec to another, where it is not told by
+    these two."""
+    specs = [start]
+    for priced in steps[:-1]:
         step = priced.step
         specs.append(tuple(step.b if i in step.axes else s for i, s in enumerate(specs[-1])))
-    return specs[1:]
+    by = [priced.step.by for priced in steps]
+    via = [f"via={_strings([*map(format_spec, specs[1:])])}"] if specs[1:] else []
+    return via + ([f"by={_strings(by)}"] if any(by) else [])
+
+
+def _home(weight: Weight) -> list[str]:
+    """The argument that says where a weight is between its uses, if it has a home."""
+    home = weight.kept.home
+    if home is None:
+        return []
+    args = [f'"{format_spec(home.spec)}"', *_through(weight.stored, weight.homecoming)]
+    args += ["kept=False"] * (not weight.kept.kept) + ["late=True"] * home.late
+    return [f"home=Home({', '.join(args)})"]
 
 
 def _import_order(name: str) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,10 +20,12 @@ from .facts.mesh import Mesh
 from .facts.phases import find_phase
 from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
+from .formats import MIXED
 from .ir.capture.capture import captured
 from .ir.graph import Graph
 from .ir.ops.registry import operator_of
 from .ir.passes.extents import Again, extents_as_in, served_extents, with_extents
+from .ir.passes.masters import with_masters
 from .ir.passes.returned import returning
 from .ir.passes.serving import (
     FEWEST,
@@ -36,16 +39,18 @@ from .ir.reference.tables import check_tables
 from .loading import (
     Loaded,
     check_formats,
+    in_formats_apart,
     load_target,
     of_sizes,
     quiet_torch,
     takes_tensors_alone,
     tokens_of,
     with_positions,
+    with_rows,
     with_tokens,
     with_tokens_alone,
 )
-from .planner.errors import PlanError
+from .planner.errors import InfeasibleError, PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.check import check_plan
@@ -56,7 +61,7 @@ from .planner.report.model_graph import PlannedGraph
 from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
 from .planner.report.throughput import throughput
-from .planner.search.search import Job, setting_of
+from .planner.search.search import Builders, Job, setting_of
 from .planner.search.serving import make_serving_plan
 from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
@@ -229,6 +234,9 @@ def plan(
     outputs: Sequence[str] = (),
     output_layout: str = "sharded",
     layout: str | None = None,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
+    micro_batches: int | None = None,
     solver: str = "highs",
     time_limit_s: float = 60.0,
     progress: Progress = silent,
@@ -252,11 +260,19 @@ def plan(
     or `replicated`, all of it.  `layout` (`"ddp=4,fsdp=8"`) asks for an ordinary plan, on a mesh of
     its own, innermost axis last; `gpus` may then be left out.
 
+    `precision`: `mixed`, the default for training where products in bfloat16 are faster, stores
+    trained parameters in float32 and computes in bfloat16 (a model all of whose parameters are
+    float32 is cast, as are its buffers; another computes as it is); `own` stores and computes as
+    the model has it.  `reduce_dtype` (`float32`, `bfloat16`) is that of gradients between ranks;
+    by default float32 in mixed precision.  `micro_batches` of a step are computed one after another
+    (default: one, or as few as fit), and their gradients added up; the inputs are those of all.
+
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout, None,
+        precision, reduce_dtype, micro_batches,
     )  # fmt: skip
     check_model(model)
     check_formats(model)
@@ -264,8 +280,9 @@ def plan(
     labels = {name: ("b", "s", *[""] * x.ndim)[: x.ndim] for name, x in tensors.items()}
     first = next(iter(tensors.values()))
     batch, seq = (*first.shape[:2], 1, 1)[:2]
-    job = asked.job("", batch, seq, "own")
-    return _plan(Loaded(model, inputs, labels, None), job, outputs)
+    job = asked.job("", batch, seq)
+    loaded = in_formats_apart(Loaded(model, inputs, labels, None), job.request.formats)
+    return _plan_steps(loaded, job, outputs, several=micro_batches is None)
 
 
 def plan_file(
@@ -276,7 +293,7 @@ def plan_file(
     phase: str,
     batch: int | None,
     seq: int,
-    dtype: str,
+    dtype: str | None,
     memory_bytes: int | None,
     mesh: str | None,
     pins: Sequence[str],
@@ -289,6 +306,9 @@ def plan_file(
     outputs: Sequence[str] = (),
     output_layout: str = "sharded",
     layout: str | None = None,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
+    micro_batches: int | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`).
@@ -297,14 +317,15 @@ def plan_file(
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
-        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout,
+        optimizer, solver, time_limit_s, progress, outputs, output_layout, layout, dtype,
+        precision, reduce_dtype, micro_batches,
     )  # fmt: skip
     batch = asked.ranks if batch is None else batch
-    job = asked.job(target, batch, seq, dtype)
+    job = asked.job(target, batch, seq)
     progress("build the model")
     with job.clock.step("model"):
-        loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype=dtype)
-    return _plan(loaded, job, outputs)
+        loaded = load_target(target, batch=batch, seq=seq, phase=phase, formats=job.request.formats)
+    return _plan_steps(loaded, job, outputs, several=micro_batches is None)
 
 
 def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
@@ -440,6 +461,33 @@ def _serving(graph: Graph, context: int) -> Graph:
         raise PlanError(str(error)) from error
 
 
+def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bool) -> Plan:
+    """The plan of a step; of as few micro-batches as fit, if there may be `several`."""
+    request = job.request
+    try:
+        return _plan(loaded, job, outputs)
+    except InfeasibleError:
+        counts = [n for n in _powers(request.batch) if request.batch % n == 0]
+        if not (several and find_phase(request.phase).backward):
+            raise
+        for count in counts:
+            fewer = replace(request, micro_batches=count)
+            tried = replace(job, request=fewer, builders=Builders()).saying(
+                f", {count} micro-batches"
+            )
+            with suppress(InfeasibleError):
+                plan = _plan(loaded, tried, outputs)
+                whole = f"{request.batch} sequences at once do not fit"
+                note = f"{whole}: a step adds up the gradients of {count} micro-batches"
+                return replace(plan, notes=(*plan.notes, note))
+        raise
+
+
+def _powers(most: int) -> list[int]:
+    """2, 4, 8, ... up to `most`."""
+    return [2**n for n in range(1, most.bit_length())]
+
+
 def _plan(loaded: Loaded, job: Job, outputs: Sequence[str]) -> Plan:
     return planned(graphs_of(loaded, job, outputs), job)
 
@@ -447,10 +495,12 @@ def _plan(loaded: Loaded, job: Job, outputs: Sequence[str]) -> Plan:
 def graphs_of(loaded: Loaded, job: Job, outputs: Sequence[str]) -> tuple[Graph, ...]:
     """The graph of a request, and in phase `serve` that of one output token besides."""
     request = job.request
+    loaded = with_rows(loaded, request.rows)
     job.progress("capture the graph")
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
         graph = _returning(graph, outputs) if outputs else graph
+        graph = with_masters(graph) if request.precision == MIXED else graph
         if not find_phase(request.phase).answer:
             return (graph,)
         longest = request.seq + request.decode_steps - 1

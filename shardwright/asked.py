@@ -15,13 +15,13 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from .codegen.names import may_be_an_axis
-from .costmodel.machines.cluster import load_cluster
+from .costmodel.machines.cluster import Cluster, load_cluster
 from .facts.given import finite, shown, text, whole
 from .facts.mesh import MOST_RANKS, Mesh
 from .facts.nested import spelled
 from .facts.phases import find_phase
+from .formats import formats_of
 from .ir.capture.arguments import Arguments
-from .loading import DTYPES
 from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
 from .planner.plan.plan import OUTPUT_LAYOUTS, Request
@@ -64,6 +64,10 @@ class Asked:
     outputs: Sequence[str]
     output_layout: str = "sharded"
     layout: str | None = None
+    dtype: str | None = None
+    precision: str | None = None
+    reduce_dtype: str | None = None
+    micro_batches: int | None = None
 
     def __post_init__(self) -> None:
         with _as_plan_errors():
@@ -80,7 +84,11 @@ class Asked:
             text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
         if self.optimizer is not None:
             text("optimizer", self.optimizer)
-        for name, least in (("context", 0), ("output_tokens", 1), ("memory_bytes", 1)):
+        for name in ("dtype", "precision", "reduce_dtype"):
+            if getattr(self, name) is not None:
+                text(name, getattr(self, name))
+        wholes = (("context", 0), ("output_tokens", 1), ("memory_bytes", 1), ("micro_batches", 1))
+        for name, least in wholes:
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least)
         if self.expert_imbalance is not None:
@@ -123,8 +131,8 @@ class Asked:
             return Layout.parse(self.layout or "").mesh.ranks
         return int(self.gpus)  # numbers of numpy are no JSON
 
-    def job(self, target: str, batch: int, seq: int, dtype: str) -> Job:
-        """What is to be planned, for a model that `target` names ("": a module) in `dtype`."""
+    def job(self, target: str, batch: int, seq: int) -> Job:
+        """What is to be planned, for a model that `target` names ("": a module)."""
         with _as_plan_errors():
             batch, seq = whole("batch", batch, 1, 2**31), whole("seq", seq, 1, 2**40)
             kind = find_phase(self.phase)
@@ -139,8 +147,6 @@ class Asked:
                 f"--output-layout is for training: phase {self.phase} returns whole logits, or what"
                 " model.gather_outputs makes whole"
             )
-        if dtype not in DTYPES:
-            raise PlanError(f"unknown dtype `{dtype}`; expected one of {', '.join(DTYPES)}")
         layout = None if self.layout is None else Layout.parse(self.layout)
         if layout is not None and layout.recompute and not kind.backward:
             raise PlanError(f"--layout {layout.text}: phase {self.phase} has no backward pass")
@@ -148,13 +154,26 @@ class Asked:
             raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
         gpus = self.ranks
         machine = load_cluster(self.cluster, gpus)
+        passes = 1 if self.micro_batches is None else int(self.micro_batches)
+        if passes > 1 and not kind.backward:
+            raise PlanError(
+                f"--micro-batches is for training: phase {self.phase} adds up no gradients"
+            )
+        if batch % passes:
+            raise PlanError(
+                f"--micro-batches {passes} does not divide the batch of {batch} sequences; take a "
+                f"divisor of {batch}, or another --batch"
+            )
+        formats = formats_of(
+            self.dtype, self.precision, self.reduce_dtype, kind, faster=_faster(machine)
+        )
         request = Request(
-            target, gpus, self.cluster, self.phase, batch, seq, dtype,
+            target, gpus, self.cluster, self.phase, batch, seq, formats.dtype,
             self.optimizer or kind.optimizer, float(self.memory_bytes or machine.memory_bytes),
             tuple(self.pins), kind.context if self.context is None else int(self.context),
             int(self.output_tokens or kind.answer), float(self.expert_imbalance or 0.0),
-            self.output_layout,
-            self.layout or "",
+            self.output_layout, self.layout or "",
+            formats.precision, formats.reduce_dtype, passes,
         )  # fmt: skip
         mesh = parse_mesh(self.mesh, gpus) if self.mesh else None
         return Job(
@@ -168,6 +187,12 @@ class Asked:
             self.progress,
             layout,
         )
+
+
+def _faster(machine: Cluster) -> bool:
+    """Are products in bfloat16 faster than those in float32?"""
+    rates = dict(machine.flops)
+    return rates.get("bf16", 0.0) > rates.get("fp32", 0.0)
 
 
 def _texts(name: str, given: object, such: str) -> None:

@@ -42,6 +42,22 @@ if TYPE_CHECKING:
     from .api import Plan
 
 
+class Precision(StrEnum):
+    """In which products run."""
+
+    MIXED = "mixed"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    OWN = "own"
+
+
+class ReduceDtype(StrEnum):
+    """Number format of gradients between ranks."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class Dtype(StrEnum):
     """Number format of the parameters."""
 
@@ -253,10 +269,36 @@ _ExpertImbalance: TypeAlias = Annotated[
     ),
 ]
 _Dtype: TypeAlias = Annotated[
-    Dtype,
+    Dtype | None,
     typer.Option(
+        show_default="own",
         help="number format in which parameters and buffers are stored, complex ones apart; own: "
-        "as the model has them, each in its own, e.g. --dtype bfloat16"
+        "as the model has them, each in its own, e.g. --dtype bfloat16",
+    ),
+]
+_Precision: TypeAlias = Annotated[
+    Precision | None,
+    typer.Option(
+        show_default="mixed for training on GPUs, unless --dtype is given; else own",
+        help="what products run in; mixed: bfloat16, with trained parameters, their gradients and "
+        "optimizer states in float32; own: what parameters are stored in, e.g. --precision own",
+    ),
+]
+_ReduceDtype: TypeAlias = Annotated[
+    ReduceDtype | None,
+    typer.Option(
+        show_default="float32 with mixed precision, else that of parameters",
+        help="number format in which ranks add up gradients, e.g. --reduce-dtype bfloat16",
+    ),
+]
+_MicroBatches: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        show_default="1, or as few as fit",
+        help="parts of the batch that a step computes one after another, adding up gradients, e.g. "
+        "--micro-batches 4",
     ),
 ]
 _Cluster: TypeAlias = Annotated[
@@ -405,7 +447,10 @@ def plan(
     context: _Context = None,
     output_tokens: _OutputTokens = None,
     expert_imbalance: _ExpertImbalance = None,
-    dtype: _Dtype = Dtype.OWN,
+    dtype: _Dtype = None,
+    precision: _Precision = None,
+    reduce_dtype: _ReduceDtype = None,
+    micro_batches: _MicroBatches = None,
     cluster: _Cluster = "h100",
     memory: _Memory = None,
     mesh: _Mesh = None,
@@ -455,11 +500,15 @@ def plan(
             "time_limit_s": time_limit,
             "outputs": tuple(outputs or ()),
             "output_layout": output_layout.value,
+            "dtype": dtype and dtype.value,
+            "precision": precision and precision.value,
+            "reduce_dtype": reduce_dtype and reduce_dtype.value,
+            "micro_batches": micro_batches,
         }
         with _Progress() as progress:
             progress("load PyTorch")
             tokens = seq or PHASES[phase].tokens
-            made = _made(model, layouts, write, batch, tokens, dtype.value, options, progress)
+            made = _made(model, layouts, write, batch, tokens, options, progress)
             if made is None:
                 return
             progress("write the module")
@@ -475,7 +524,6 @@ def _made(
     write: int | None,
     batch: int | None,
     seq: int,
-    dtype: str,
     options: dict[str, Any],
     progress: _Progress,
 ) -> Plan | None:
@@ -484,16 +532,14 @@ def _made(
         from .compared import compare_file
 
         compared = compare_file(
-            model, layouts, batch=batch, seq=seq, dtype=dtype, options=options, progress=progress
+            model, layouts, batch=batch, seq=seq, options=options, progress=progress
         )
         say(compared)
         return None if write is None else compared.plan(write)
     from .api import plan_file
 
     layout = layouts[0] if layouts else None
-    return plan_file(
-        model, batch=batch, seq=seq, dtype=dtype, layout=layout, progress=progress, **options
-    )
+    return plan_file(model, batch=batch, seq=seq, layout=layout, progress=progress, **options)
 
 
 @tools.command("show")

@@ -52,7 +52,6 @@ def compare_file(
     *,
     batch: int | None,
     seq: int,
-    dtype: str,
     options: Mapping[str, Any],
     progress: Progress = silent,
 ) -> Comparison:
@@ -63,10 +62,10 @@ def compare_file(
     gpus = options["gpus"] or Layout.parse(layouts[0]).mesh.ranks
     given: dict[str, Any] = {**options, "gpus": gpus, "progress": progress}
     requests = [Asked(**given, layout=layout) for layout in (None, *layouts)]
-    jobs = [asked.job(target, batch or gpus, seq, dtype) for asked in requests]
+    jobs = [asked.job(target, batch or gpus, seq) for asked in requests]
     progress("build the model")
-    phase, outputs = options["phase"], options["outputs"]
-    loaded = load_target(target, batch=batch or gpus, seq=seq, phase=phase, dtype=dtype)
+    phase, outputs, formats = options["phase"], options["outputs"], jobs[0].request.formats
+    loaded = load_target(target, batch=batch or gpus, seq=seq, phase=phase, formats=formats)
     graphs = graphs_of(loaded, jobs[0], outputs)
     rows: list[Compared] = []
     for layout, job in zip(("", *layouts), jobs, strict=True):

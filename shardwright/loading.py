@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,23 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from .compat.torch import EXPORT_PRINTS, is_traceable_wrapper_subclass
-from .facts.nested import spelled
+from .facts.nested import leaves, spelled, with_leaves
 from .facts.phases import find_phase
 from .facts.users import load_file
+from .formats import MIXED, casts, computed_in
 from .ir.capture.arguments import Arguments
 from .ir.capture.errors import CaptureError
 from .ir.passes.extents import base_sizes, resized
 from .ir.passes.serving import POSITIONS
 from .planner.errors import PlanError
-
-# what `--dtype` may say; None: the formats that the model itself has
-DTYPES: dict[str, torch.dtype | None] = {
-    "own": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +53,23 @@ class Loaded:
         return self.arguments.tensors
 
 
-def load_target(target: str, *, batch: int, seq: int, phase: str, dtype: str) -> Loaded:
+def load_target(target: str, *, batch: int, seq: int, phase: str, formats: str) -> Loaded:
     """The model that `target` names: `model.py`, `model.py:builder`, `config.json` or its folder.
+
+    `formats`: the dtype that it runs in, `own`, or `mixed` (see `in_formats`).
 
     Raises PlanError for a target that is missing or does not define what it must.
     """
     path, _, builder = target.partition(":")
     trains = find_phase(phase).backward
     if Path(path).is_dir() or path.endswith(".json"):
-        return _load_config(Path(path), batch, seq, dtype, trains)
+        return _load_config(Path(path), batch, seq, formats, trains)
     if not path.endswith(".py"):
         raise PlanError(
             f"`{target}` is not a model: give a Python file (`model.py`, `model.py:builder`), a "
             "Hugging Face config.json, or a folder with one"
         )
-    return _load_file(Path(path), builder or "build_model", batch, seq, dtype, trains)
+    return _load_file(Path(path), builder or "build_model", batch, seq, formats, trains)
 
 
 @contextmanager
@@ -110,15 +105,46 @@ class _WithoutExport:
         return getattr(self._stream, name)
 
 
-def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """`model` itself, its real parameters and buffers in `dtype`; as it is where that is None.
+def in_formats(model: nn.Module, formats: str) -> nn.Module:
+    """`model` itself, its real parameters and buffers in a dtype; as it is where that is `own`.
 
-    Complex numbers stay, unlike under `nn.Module.to`, which keeps only their real parts.
+    `mixed`: a model whose parameters are all float32 is computed in bfloat16; in any other, what is
+    float32 is so on purpose.  Complex numbers stay, unlike under `nn.Module.to`, which keeps only
+    their real parts.
     """
+    change = casts(formats, (p.dtype for p in model.parameters()))
     for tensor in (*model.parameters(), *model.buffers()):
-        if dtype is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+        if tensor.dtype in change:
+            tensor.data = tensor.data.to(change[tensor.dtype])
     return model
+
+
+def in_formats_apart(loaded: Loaded, formats: str) -> Loaded:
+    """The same in other formats, the user's own model left as it is.
+
+    Parameters are then on the meta device, where nothing is allocated; real example inputs are cast
+    with them.
+    """
+    model = loaded.model
+    change = casts(formats, (p.dtype for p in model.parameters()))
+    if not change:
+        return loaded
+    known: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    apart = in_formats(deepcopy(model, known), formats)
+    return replace(loaded, model=apart, inputs=_cast(loaded.inputs, change))
+
+
+def _cast(inputs: object, change: Mapping[torch.dtype, torch.dtype]) -> Any:
+    """The inputs, in any form, with their tensors in other dtypes."""
+    found = {
+        path: x.to(change[x.dtype])
+        for path, x in leaves(inputs)
+        if isinstance(x, Tensor) and x.dtype in change
+    }
+    return with_leaves(inputs, found)
 
 
 def check_formats(model: nn.Module) -> None:
@@ -138,13 +164,13 @@ def check_formats(model: nn.Module) -> None:
         )
 
 
-def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
+def _load_config(path: Path, batch: int, seq: int, formats: str, trains: bool) -> Loaded:
     from .ir.capture.huggingface import from_config
     from .ir.capture.huggingface_inputs import example_inputs
 
     if not path.exists():
         raise PlanError(f"`{path}` does not exist")
-    model = from_config(path, dtype=DTYPES[dtype])
+    model = from_config(path, dtype=computed_in(formats))
     longest = getattr(model.config, "max_position_embeddings", None)
     learned = getattr(model.config, "position_embedding_type", "absolute") == "absolute"
     if isinstance(longest, int) and seq > longest and learned and _has_position_table(model):
@@ -153,8 +179,11 @@ def _load_config(path: Path, batch: int, seq: int, dtype: str, trains: bool) -> 
             f"--seq {longest} or less"
         )
 
+    change = casts(formats, [torch.float32]) if formats == MIXED else {}
+
     def inputs(batch: int, seq: int) -> Arguments:
-        return Arguments.of(model, example_inputs(model, batch, seq, labels=trains))
+        given = example_inputs(model, batch, seq, labels=trains)
+        return Arguments.of(model, _cast(given, change))
 
     labels = _labels(inputs(batch, seq), inputs(2 * batch, seq), inputs(batch, 2 * seq))
     return Loaded(model, inputs(batch, seq), labels, None)
@@ -235,6 +264,22 @@ def of_sizes(loaded: Loaded, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     }
 
 
+def with_rows(loaded: Loaded, rows: int) -> Loaded:
+    """The same model with so many sequences as its inputs, or multiples where they have those."""
+    arguments = loaded.arguments
+    tensors = arguments.tensors
+    labels = {name: loaded.labels.get(name, ()) for name in tensors}
+    base = base_sizes((labels[name], x.shape) for name, x in tensors.items()).get("b", rows)
+    found = {
+        arguments.paths[name]: x.narrow(dim, 0, resized(x.shape[dim], base, rows))
+        for name, x in tensors.items()
+        if "b" in labels[name] and x.shape[dim := labels[name].index("b")] > 1
+    }
+    if rows == base or not found:
+        return loaded
+    return replace(loaded, inputs=replace(arguments, given=with_leaves(arguments.given, found)))
+
+
 def tokens_of(loaded: Loaded) -> int:
     """Tokens of each sequence in the inputs; 0 if none has such a dim."""
     dims = [(x, _token_dim(loaded.labels.get(name, ()))) for name, x in loaded.tensors.items()]
@@ -262,7 +307,9 @@ def _has_position_table(model: nn.Module) -> bool:
     )
 
 
-def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, trains: bool) -> Loaded:
+def _load_file(
+    path: Path, builder: str, batch: int, seq: int, formats: str, trains: bool
+) -> Loaded:
     module = import_model(path)
     build = function_of(module, builder, path)
     example = function_of(module, "example_inputs", path)
@@ -273,19 +320,21 @@ def _load_file(path: Path, builder: str, batch: int, seq: int, dtype: str, train
                 f"{path}: `{builder}` must return an nn.Module, got {type(model).__name__}"
             )
         check_formats(model)
-        model = in_dtype(model, DTYPES[dtype])
-        inputs = _examples(path, example, model, batch, seq)
-        labels = _labels(
-            inputs,
-            _examples(path, example, model, 2 * batch, seq),
-            _examples(path, example, model, batch, 2 * seq),
-        )
+        change = casts(formats, [p.dtype for p in model.parameters()]) if formats == MIXED else {}
+        model = in_formats(model, formats)
+
+        def examples(batch: int, seq: int) -> Arguments:
+            found = _examples(path, example, model, batch, seq)
+            return replace(found, given=_cast(found.given, change))
+
+        inputs = examples(batch, seq)
+        labels = _labels(inputs, examples(2 * batch, seq), examples(batch, 2 * seq))
     if not trains and "labels" in inputs.given:
         given = {name: x for name, x in inputs.given.items() if name != "labels"}
         inputs = Arguments.of(model, given)
 
     def rebuild() -> nn.Module:
-        return in_dtype(_call(path, builder, build), DTYPES[dtype])
+        return in_formats(_call(path, builder, build), formats)
 
     return Loaded(model, inputs, labels, rebuild)
 

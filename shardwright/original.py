@@ -1,7 +1,7 @@
 """The user's own model with real weights: what `plan verify` compares with.
 
 Built as the user's code builds it and cast only where a dtype was asked for, by torch itself: a
-mistake in how planning casts a model (`loading.in_dtype`) must not be repeated here.
+mistake in how planning casts a model (`loading.in_formats`) must not be repeated here.
 """
 
 from __future__ import annotations
@@ -11,20 +11,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .formats import MIXED, computed_in
 from .ir.capture import huggingface
-from .loading import DTYPES, function_of, import_model
+from .loading import function_of, import_model
 
 
-def build_original(target: str, dtype: str) -> nn.Module:
-    """The model that `target` names, its weights as its own code draws them, on the CPU."""
+def build_original(target: str, formats: str) -> nn.Module:
+    """The model that `target` names, its weights as its own code draws them, on the CPU.
+
+    `formats` as in `load_target`.
+    """
     path, _, builder = target.partition(":")
     if not path.endswith(".py"):
-        return huggingface.with_weights(Path(path), DTYPES[dtype])
+        return huggingface.with_weights(Path(path), computed_in(formats))
     build = function_of(import_model(Path(path)), builder or "build_model", Path(path))
     with torch.device("cpu"):
         model: nn.Module = build()
-    asked = DTYPES[dtype]
-    return model if asked is None else _to(model, asked)
+    asked = computed_in(formats)
+    plain = {p.dtype for p in model.parameters()} == {torch.float32}
+    if asked is None or (formats == MIXED and not plain):
+        return model
+    return _to(model, asked)
 
 
 def _to(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -525,7 +525,7 @@ def _original(
     A served one gets whole sequences at once.  Where it refuses inputs that were drawn, and its
     file may have others, raises _OtherInputs; `told` says that these are such.
     """
-    model = build_original(case.plan.request.target, case.plan.request.dtype)
+    model = build_original(case.plan.request.target, case.plan.request.formats)
     model.train(case.plan.training)
     experts_in_loops(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -611,10 +611,10 @@ def _loaded(plan: PlanData) -> Loaded:
     request = plan.request
     return load_target(
         request.target,
-        batch=request.batch,
+        batch=request.rows,
         seq=request.seq,
         phase=request.phase,
-        dtype=request.dtype,
+        formats=request.formats,
     )
 
 
@@ -714,7 +714,7 @@ def _random_state(case: _Case) -> dict[str, Tensor]:
     buffers: Mapping[str, Tensor] = {}
     if case.real and case.plan.request.target and kept:
         buffers = dict(
-            build_original(case.plan.request.target, case.plan.request.dtype).named_buffers()
+            build_original(case.plan.request.target, case.plan.request.formats).named_buffers()
         )
     state: dict[str, Tensor] = {}
     for name, value in state_of(case.graph).items():

@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,19 @@ from shardwright.codegen.module import write_source
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.facts.spec import parse_spec
-from shardwright.ir.graph import Graph, Node, Value
+from shardwright.ir.graph import Graph, Node
 from shardwright.ir.ops.caches import cache_spec
 from shardwright.ir.reference.interpret import interpret
 from shardwright.ir.reference.widen import (
     widened as widened,  # for the tests that import it from here
 )
+from shardwright.planner.plan import decide
 from shardwright.planner.plan.plan import Request
-from shardwright.planner.plan.program import PricedStep, Program, lower, priced_path
+from shardwright.planner.plan.program import Program
 from shardwright.planner.plan.traffic import predicted_bytes, predicted_messages
 from shardwright.planner.search.search import Clock, Job, Limit
 from shardwright.planner.strategies.build import Builder, Decisions
 from shardwright.planner.strategies.conversion import Network
-from shardwright.planner.strategies.params import all_params
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import RankPool, count_collectives
@@ -59,9 +60,10 @@ def builder_of(
     training: bool = True,
     recompute: bool = False,
     order: str = "contiguous",
+    micro_batches: int = 1,
 ) -> Builder:
     """The problem builder on the gloo cluster, without a memory limit."""
-    setting = Setting(training, "none", None, recompute, order)
+    setting = Setting(training, "none", None, recompute, order, micro_batches=micro_batches)
     return Builder(graph, Network(mesh, load_cluster("cpu")), setting)
 
 
@@ -91,18 +93,17 @@ def random_decisions(builder: Builder, seed: int) -> Decisions:
     """Any strategy for every region, any storage for every parameter: mostly very bad ones."""
     rng = random.Random(seed)
     built = builder.build(Restriction())
-    return built.read([rng.randrange(node.costs.size) for node in built.nodes])
+    decisions = built.read([rng.randrange(node.costs.size) for node in built.nodes])
+    homes = dict(decisions.homes)
+    for weight, _ in decide.program_of(builder, decisions, {}).brought():
+        if weight.is_astray:  # its uses were drawn apart from it
+            homes.pop(weight.param.value.name, None)
+    return replace(decisions, homes=homes)
 
 
 def program_of(builder: Builder, decisions: Decisions) -> Program:
     """The program of one rank under `decisions`."""
-    params = {ref.param.value.name for ref in all_params(builder.graph)}
-
-    def paths(value: Value, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[PricedStep, ...]:
-        conversions = builder.conversions(value, param=value.name in params)
-        return priced_path(conversions, a, b)
-
-    return lower(builder.graph, decisions, paths, training=builder.setting.training)
+    return decide.program_of(builder, decisions, {})
 
 
 def source_of(builder: Builder, decisions: Decisions) -> str:

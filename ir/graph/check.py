@@ -66,6 +66,8 @@ def _check_params(params: Iterable[Param]) -> None:
         _check_size(param.value)
         shape, part = param.value.type.shape, param.part
         _check(part is None or part.dim < len(shape), f"`{param.name}` is a part along no dim")
+        cast = param.stored is None or (param.kind == "parameter" and _is_real(param))
+        _check(cast, f"`{param.name}` is stored in another dtype, and is no real parameter")
         held = (param.kind == "constant") == (param.data is not None)
         held = held and (param.data is None or _is_of_shape(param.data, shape))
         _check(held, f"the data of `{param.name}` is not of shape {list(shape)}")
@@ -107,6 +109,12 @@ def _check_block(block: Block) -> None:
 
 def _types(values: Iterable[Value]) -> list[object]:
     return [value.type for value in values]
+
+
+def _is_real(param: Param) -> bool:
+    stored = param.stored
+    used = param.value.type.dtype
+    return stored is not None and stored.is_floating_point and used.is_floating_point
 
 
 def _is_of_shape(data: object, shape: tuple[int, ...]) -> bool:

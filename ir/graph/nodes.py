@@ -180,6 +180,9 @@ class Param:
 
     A fused weight that was taken apart is several parameters, whose `part` says which slice of
     the original each is; `aliases` are then names of the whole original.
+
+    A parameter may be stored in another dtype, `stored`, than that of its value, in which it is
+    used: float32 for products in bfloat16, say.
     """
 
     name: str
@@ -188,6 +191,12 @@ class Param:
     aliases: tuple[str, ...] = ()
     data: tuple[object, ...] | float | int | bool | None = None
     part: Part | None = None
+    stored: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it is stored."""
+        return self.stored or self.value.type.dtype
 
 
 def originals(params: Iterable[Param]) -> tuple[Param, ...]:
@@ -203,7 +212,7 @@ def originals(params: Iterable[Param]) -> tuple[Param, ...]:
             shape[dim] += found[name].value.type.shape[dim]
         whole = TensorType(tuple(shape), param.value.type.dtype)
         value = Value(name, whole, param.value.differentiable)
-        found[name] = Param(name, value, param.kind, param.aliases)
+        found[name] = Param(name, value, param.kind, param.aliases, stored=param.stored)
     return tuple(found.values())
 
 

@@ -100,6 +100,7 @@ _PARAM = Named(
             "aliases": ListOf(LINE),
             "data": nesting("data", _numbers(None), _numbers, _DEPTH),
             "part": Either(Null(), _PART),
+            "stored": Either(Null(), _DTYPE),
         }
     ),
 )

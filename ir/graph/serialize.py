@@ -94,6 +94,7 @@ def _param(param: Param) -> dict[str, Any]:
         "aliases": list(param.aliases),
         "data": _data(param.data),
         "part": None if param.part is None else _part(param.part),
+        "stored": param.stored and _dtype_name(param.stored),
     }
 
 
@@ -235,6 +236,7 @@ class _Reader:
             tuple(data["aliases"]),
             _read_data(data["data"]),
             part and Part(part["name"], part["dim"], part["start"]),
+            data["stored"] and DTYPES[data["stored"]],
         )
 
     def _node(self, data: Any, scope: dict[str, Value]) -> Node:

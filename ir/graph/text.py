@@ -42,7 +42,8 @@ def format_param(param: Param) -> str:
         bounds = f"{part.start}:{part.start + param.value.type.shape[part.dim]}"
         slices = f"[{', '.join([':'] * part.dim + [bounds])}]"
     names = param.aliases if part is None else (part.name, *param.aliases)
-    return f"{param.kind} {param.name}: {param.value.type}" + "".join(
+    stored = f" of {str(param.stored).removeprefix('torch.')}" if param.stored else ""
+    return f"{param.kind} {param.name}: {param.value.type}{stored}" + "".join(
         f" = {name}{slices}" for name in names
     )
 

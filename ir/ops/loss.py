@@ -200,7 +200,7 @@ def _options(node: Node, render: Render, classes: int) -> dict[str, str]:
         else render.arg("label_smoothing"),
         "vocab_axis": vocab,
         "vocab_size": str(classes) if vocab else "",
-        "token_axes": f"({', '.join(tokens)},)" if tokens else "",
+        "token_axes": f"({', '.join(tokens)}{',' * (len(tokens) == 1)})" if tokens else "",
     }
 
 

@@ -93,7 +93,10 @@ def widened(graph: Graph) -> Graph:
             args = tuple((name, torch.float64 if name == "dtype" else a) for name, a in args)
         return replace(old, args=args)
 
-    return rebuilt(graph, value=value, node=node)
+    def param(old: Param) -> Param:
+        return replace(old, stored=old.stored and wide(old.stored))
+
+    return rebuilt(graph, value=value, node=node, param=param)
 
 
 def without_dropout(graph: Graph) -> Graph:

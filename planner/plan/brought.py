@@ -18,7 +18,7 @@ def brought_steps(
     program: Program, mesh: Mesh, prices: Prices
 ) -> dict[Sharded, tuple[PricedStep, ...]]:
     """The steps of every weight that moves, each with its share, by bytes, of the seconds of the
-    collectives that take it: per layer, on average."""
+    collectives that take it in a step of training: per layer, on average."""
     spent: dict[tuple[Sharded, int], float] = {}
     for each in brought_together(program, mesh):
         traffic = each.traffic
@@ -29,20 +29,23 @@ def brought_steps(
     return {
         weight.item: tuple(
             replace(step, seconds=alone + spent.get((weight.item, i), 0.0) / layers)
-            for i, (step, alone) in enumerate(_local(weight, prices))
+            for i, (step, alone) in enumerate(_local(weight, prices, program.micro_batches))
         )
         for weight, layers in program.brought()
-        if weight.steps
+        if weight.way
     }
 
 
-def _local(weight: Weight, prices: Prices) -> list[tuple[PricedStep, float]]:
-    """The steps of a weight, and the seconds that each takes on a rank alone."""
+def _local(weight: Weight, prices: Prices, times: int) -> list[tuple[PricedStep, float]]:
+    """The steps of a weight, and the seconds that each takes on a rank alone, `times` in a step.
+
+    Those on the way home are collectives alone.
+    """
     conversions = prices.conversions(weight.param.value, param=True)
-    found: list[tuple[PricedStep, float]] = []
-    at = weight.stored
+    found = [(priced, 0.0) for priced in weight.homecoming]
+    at = weight.kept.spec
     for priced in weight.steps:
-        found.append((priced, conversions.local_seconds(priced.step, at)))
+        found.append((priced, times * conversions.local_seconds(priced.step, at)))
         at = tuple(priced.step.b if i in priced.step.axes else s for i, s in enumerate(at))
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.spec import Spec, format_spec
+from ...facts.spec import Spec, V, format_spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.graph.check import GraphError, check_graph
 from ...ir.ops.caches import cache_spec, keeps_tokens
@@ -17,6 +17,8 @@ from ...ir.ops.registry import local_of, rule_of
 from ...ir.ops.typed import check_nodes
 from ..errors import PlanError
 from ..strategies.lattice import spec_fits
+from ..strategies.params import all_params
+from ..strategies.storage import Storage
 from .plan import PlanData
 from .program import PricedStep
 from .recache import all_cached
@@ -37,7 +39,9 @@ def check_plan(plan: PlanData) -> None:
         _check(not 0 < each.memory.cache < 1, "plan field `memory.cache` is less than a byte")
         _check_decisions(each)
         _check_paths(each)
-        _ = each.program  # raises PlanError for a conversion that is not there
+        for weight, _ in each.program.brought():  # PlanError for a conversion that is not there
+            field = f"plan field `homes.{weight.param.value.name}`"
+            _check(not weight.is_astray, f"{field}: it is used otherwise than it is there")
     _check_recached(plan)
 
 
@@ -54,9 +58,34 @@ def _check_decisions(plan: PlanData) -> None:
     held = _held(graph)
     _same("specs", made.specs, held)
     _check_specs("specs", made.specs, held, mesh)
+    _check_homes(plan)
     outputs = {out.value.name: out.value for out in graph.outputs}
     _same("outputs", made.outputs, outputs)
     _check_specs("outputs", made.outputs, outputs, mesh)
+
+
+def _check_homes(plan: PlanData) -> None:
+    """Homes are of trained parameters; each is on every axis as it is stored, or whole with
+    summands of the gradient, and its uses take it as it is there."""
+    trained = {
+        ref.param.value.name: ref.param
+        for ref in all_params(plan.graph)
+        if ref.trainable and plan.training
+    }
+    several = plan.request.micro_batches > 1
+    for name, home in plan.decisions.homes.items():
+        field = f"plan field `homes.{name}`"
+        _check(name in trained, f"{field}: it is no parameter that is trained")
+        stored = plan.decisions.specs[name]
+        fits = len(home.spec) == len(stored)
+        fits = fits and all(b in (a, V) for a, b in zip(stored, home.spec, strict=True))
+        _check(
+            fits, f"{field}: from {format_spec(stored)} nothing comes to {format_spec(home.spec)}"
+        )
+        _check(several or not home.late, f"{field}: one micro-batch has no late gradients")
+        kept = Storage(stored, home)
+        useful = kept.kept or (home.late and bool(kept.homebound))
+        _check(useful, f"{field}: it has no use")
 
 
 def _held(graph: Graph) -> dict[str, Value]:

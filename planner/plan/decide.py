@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...costmodel.memory import parameter_state_bytes
+import numpy as np
+
 from ...facts.mesh import Mesh
 from ...facts.nested import dotted
 from ...facts.spec import Spec
@@ -17,13 +18,14 @@ from ...ir.ops.registry import is_ruled, local_of, operator_of, rule_of
 from ...ir.ops.users import is_users
 from ..ilp.problem import ShardingProblem, evaluate
 from ..ilp.solve import Solution
+from ..strategies.bringing import Use
 from ..strategies.build import Builder, Built, Decisions
-from ..strategies.params import all_params
+from ..strategies.params import ParamRef, all_params
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
 from .brought import brought_steps
 from .plan import Baseline, Memory, PlanData, Request, Search
-from .program import PricedStep, lower, priced_path
+from .program import PricedStep, Program, Weight, lower, priced_path
 from .split import spent_in_ops
 
 REPLICAS = "replicas"  # an axis over which no work is cut
@@ -36,7 +38,8 @@ class Solved:
 
     `cost` are the seconds that the problem counts; in `seconds` collectives of weights have the
     price of what they take together.  `paths` holds every conversion that is run.
-    `activations` are what is kept for backward, or the KV caches; `transient` is what runs then.
+    `casts_s` are those of them that casts of weights and gradients take, and sums of the latter.
+    `live` says what the bytes at the peak are for.
     `solution` is the solver's answer that it is taken from.
     """
 
@@ -46,10 +49,9 @@ class Solved:
     paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]]
     cost: float
     seconds: float
+    casts_s: float
     peak_bytes: float
-    gradients: float
-    activations: float
-    transient: float
+    live: dict[Use, float]
 
 
 def decide(
@@ -61,44 +63,78 @@ def decide(
     """
     builder = built.builder
     evaluation = evaluate(problem, assignment)
-    gradients, activations, transient = built.memory_at(assignment, evaluation.peak_time)
     decisions = _plain_order(builder.graph, built.read(assignment))
-    paths, brought = _paths(builder, decisions)
+    paths, brought, casts_s = _paths(builder, decisions)
     return Solved(
         builder,
         decisions,
         solution,
         paths,
         evaluation.cost,
-        evaluation.cost - built.bringing_s(assignment) + brought,
+        evaluation.cost - built.bringing_s(assignment) + brought + casts_s,
+        casts_s,
         evaluation.peak_usage,
-        gradients,
-        activations,
-        transient,
+        built.memory_at(assignment, evaluation.peak_time),
     )
 
 
 def _paths(
     builder: Builder, decisions: Decisions
-) -> tuple[dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]], float]:
-    """Every conversion that the program runs, and the seconds of those of weights."""
+) -> tuple[dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]], float, float]:
+    """Every conversion that the program runs, and the seconds of those of weights and of casts."""
     paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
+    refs = {ref.param.value.name: ref for ref in all_params(builder.graph)}
+    setting, program = builder.setting, program_of(builder, decisions, paths)
+    brought = brought_steps(program, builder.network.mesh, builder)
+    seconds = casts_s = 0.0
+    for weight, layers in program.brought():
+        name, kept = weight.param.value.name, weight.kept
+        if weight.way:
+            steps, ends = brought[weight.item], len(weight.homecoming)
+            if weight.homecoming:
+                paths[name, kept.stored, kept.spec] = steps[:ends]
+            if weight.steps:
+                paths[name, kept.spec, weight.used] = steps[ends:]
+            seconds += layers * sum(step.seconds for step in steps)
+        if setting.training:
+            casts_s += layers * _casts_s(builder, refs[name], weight)
+    return paths, seconds, casts_s
+
+
+def program_of(
+    builder: Builder,
+    decisions: Decisions,
+    paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]],
+) -> Program:
+    """What one rank runs; every conversion that it takes is added to `paths`."""
+    refs = {ref.param.value.name: ref for ref in all_params(builder.graph)}
 
     def price_path(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
-        conversions = builder.conversions(value, param=value.name in builder.params)
-        paths[value.name, a, b] = priced_path(conversions, a, b)
-        return paths[value.name, a, b]
+        home, name = decisions.homes.get(value.name), value.name
+        if home is not None and (a, b) == (decisions.specs[name], home.spec):
+            conversions = builder.home_conversions(refs[name])
+        else:
+            conversions = builder.conversions(value, param=name in builder.params)
+        paths[name, a, b] = priced_path(conversions, a, b)
+        return paths[name, a, b]
 
-    training = builder.setting.training
-    program = lower(builder.graph, decisions, price_path, training=training)
-    brought = brought_steps(program, builder.network.mesh, builder)
-    seconds = 0.0
-    for weight, layers in program.brought():
-        if weight.steps:
-            steps = brought[weight.item]
-            paths[weight.param.value.name, weight.stored, weight.used] = steps
-            seconds += layers * sum(step.seconds for step in steps)
-    return paths, seconds
+    setting = builder.setting
+    return lower(
+        builder.graph,
+        decisions,
+        price_path,
+        training=setting.training,
+        micro_batches=setting.micro_batches,
+        reduced=setting.reduced,
+    )
+
+
+def _casts_s(builder: Builder, ref: ParamRef, weight: Weight) -> float:
+    """Seconds of a step's casts of one weight."""
+    first = np.zeros(1, dtype=np.int64)
+    held = builder.held(ref, [weight.kept], [weight.used])(first, first)
+    again = builder.comes_again(ref.param.value, inside=False)
+    return float(builder.casting_s(ref, held, again=again)[0])
 
 
 def _plain_order(graph: Graph, decisions: Decisions) -> Decisions:
@@ -117,8 +153,9 @@ def spent(solved: Solved) -> tuple[tuple[str, float], ...]:
     """What the seconds of a solution go into."""
     builder, decided = solved.builder, solved.decisions
     work = _work(builder, decided)
-    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute)
-    return ops.rows(solved.seconds, _optimizer_s(builder, decided))
+    times = builder.setting.micro_batches
+    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute, times=times)
+    return ops.rows(solved.seconds, _optimizer_s(builder, decided), solved.casts_s)
 
 
 def plan_of(
@@ -130,7 +167,7 @@ def plan_of(
     mesh = name_axes(graph, builder.network.mesh, decisions)
     work, optimizer_s = _work(builder, decisions), _optimizer_s(builder, decisions)
     return PlanData(
-        request, graph, mesh, decisions, best.paths, work, best.seconds, optimizer_s,
+        request, graph, mesh, decisions, best.paths, work, best.seconds, optimizer_s, best.casts_s,
         _memory(graph, best), baselines, search, (*_notes(graph), *_large_outputs(best)),
     )  # fmt: skip
 
@@ -154,20 +191,14 @@ def _optimizer_s(builder: Builder, decisions: Decisions) -> float:
 
 def _memory(graph: Graph, best: Solved) -> Memory:
     """Peak bytes by kind."""
-    builder, sizes = best.builder, best.builder.sizes
-    setting = builder.setting
-    parameters = states = 0.0
+    builder, live = best.builder, best.live
+    parameters, states = live["copy"], 0.0
     for ref in all_params(graph):
-        value = ref.param.value
-        n = local_bytes(value, best.decisions.specs[value.name], sizes)
-        itemsize = value.type.dtype.itemsize
-        state = parameter_state_bytes(
-            n // itemsize, itemsize, setting.optimizer, ref.trainable and setting.training
-        )
+        state = builder.state_bytes(ref, best.decisions.specs[ref.param.value.name])
         parameters += ref.weight * state.parameter
         states += ref.weight * state.optimizer
-    kept = (best.activations, 0.0) if setting.training else (0.0, best.activations)
-    return Memory(parameters, best.gradients, states, kept[0], best.transient, kept[1])
+    kept = (live["kept"], 0.0) if builder.setting.training else (0.0, live["kept"])
+    return Memory(parameters, live["gradient"], states, kept[0], live["running"], kept[1])
 
 
 def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
@@ -237,4 +268,4 @@ def _large_outputs(best: Solved) -> Iterator[str]:
             )
 
 
-__all__ = ["REPLICAS", "Solved", "decide", "name_axes", "plan_of", "spent"]
+__all__ = ["REPLICAS", "Solved", "decide", "name_axes", "plan_of", "program_of", "spent"]

@@ -9,12 +9,15 @@ from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.spec import Spec, format_spec
 from ...ir.graph import Graph, Value
+from ...ir.graph.schema import DTYPES
 from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.pricing import Work
 from .program import PricedStep, Program, lower
+from .split import Spent, spent_in_ops
 
 OUTPUT_LAYOUTS = ("sharded", "replicated")
+MIXED = "mixed"  # trained parameters in float32, products in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,19 @@ class Request:
     expert_imbalance: float = 0.0  # load of the busiest rank's experts over the mean; 0: usual
     output_layout: str = "sharded"  # of what training returns; or `replicated`
     layout: str = ""  # the ordinary plan that was asked for, such as `ddp=4,fsdp=8`
+    precision: str = "own"  # of products: `mixed` has parameters in float32, products in bfloat16
+    reduce_dtype: str = "own"  # of gradients between ranks; `own`: as products give them
+    micro_batches: int = 1  # of a step, one after another; `batch` is that of all together
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one micro-batch, on all ranks together."""
+        return self.batch // self.micro_batches
+
+    @property
+    def formats(self) -> str:
+        """The formats in which the model is run: a dtype, `own`, or `mixed`."""
+        return self.dtype if self.precision == "own" else self.precision
 
     @property
     def decode_steps(self) -> int:
@@ -125,7 +141,7 @@ class PlanData:
     It is data alone.  `report` prints it, `store` writes and reads it, `codegen` makes a module of
     it; `shardwright.Plan` is this with all of that as methods.
     `seconds` is one step (training) or one forward pass (other phases), as the cost model prices
-    it.
+    it; `graph` and `work` are those of one micro-batch.
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
     In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
     same mesh and parameters; `recached` are the caches that decode wants laid out otherwise.
@@ -139,6 +155,7 @@ class PlanData:
     work: dict[str, Work]
     seconds: float
     optimizer_s: float
+    casts_s: float
     memory: Memory
     baselines: tuple[Baseline, ...]
     search: Search
@@ -165,6 +182,16 @@ class PlanData:
         """Is this a plan for training steps?"""
         return find_phase(self.request.phase).backward
 
+    @property
+    def spent(self) -> Spent:
+        """What the seconds of a step go into, but for conversions and the optimizer."""
+        return spent_in_ops(
+            self.graph,
+            self.work,
+            recompute=self.decisions.recompute,
+            times=self.request.micro_batches,
+        )
+
     @cached_property
     def program(self) -> Program:
         """The statements that one rank runs.  Raises PlanError for a conversion without steps."""
@@ -175,4 +202,11 @@ class PlanData:
                 raise PlanError(f"the plan has no conversion of `{value.name}` from {way}")
             return self.paths[value.name, a, b]
 
-        return lower(self.graph, self.decisions, paths, training=self.training)
+        return lower(
+            self.graph,
+            self.decisions,
+            paths,
+            training=self.training,
+            micro_batches=self.request.micro_batches,
+            reduced=DTYPES.get(self.request.reduce_dtype),
+        )

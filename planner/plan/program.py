@@ -10,10 +10,12 @@ Parameters and buffers are converted by no statement: each block says in which s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
+
+import torch
 
 from ...facts.collectives import collective_for
 from ...facts.moves import backward_primitive, primitive
@@ -26,6 +28,7 @@ from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Step
+from ..strategies.storage import Storage
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
 
@@ -95,7 +98,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A collective on the way of a weight, for the step of this number."""
+    """A collective on the way of a weight, for the step of this number on it."""
 
     step: int
     traffic: Traffic
@@ -103,17 +106,30 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter of a block: how it is stored, how the block uses it, and the steps between.
+    """A parameter of a block: how it is kept, how the block uses it, and the steps between.
 
     One that is used in several specs has a `Weight` for each.  `name` is what statements call it:
-    the parameter's own name, or another for each further spec.
+    the parameter's own name, or another for each further spec.  The traffic of steps says what
+    forward and backward do; seconds are those of a step of training.
     """
 
     param: Param
     name: str
-    stored: Spec
+    kept: Storage
     used: Spec
-    steps: tuple[PricedStep, ...]  # stored -> used, forward; their traffic says what backward does
+    homecoming: tuple[PricedStep, ...]  # stored -> home
+    steps: tuple[PricedStep, ...]  # home -> used
+
+    @property
+    def stored(self) -> Spec:
+        """The spec of the parameter."""
+        return self.kept.stored
+
+    @property
+    def plain(self) -> bool:
+        """Is it used as it is stored?"""
+        cast = self.param.stored not in (None, self.param.value.type.dtype)
+        return self.kept.home is None and self.used == self.stored and not cast
 
     @property
     def item(self) -> Sharded:
@@ -121,15 +137,34 @@ class Weight:
         return Sharded(self.param.value, self.used)
 
     @property
-    def forward(self) -> tuple[Leg, ...]:
-        """The collectives that bring it; if there are any, it is not kept for backward."""
-        found = [(i, step.forward) for i, step in enumerate(self.steps)]
-        return tuple(Leg(i, traffic) for i, traffic in found if traffic is not None)
+    def is_astray(self) -> bool:
+        """Is it used otherwise than it is at home, where it has one?  No plan may have that."""
+        return any(self.used[axis] != V for axis in self.kept.homebound)
 
     @property
-    def backward(self) -> tuple[Leg, ...]:
-        """The collectives that its gradient takes back."""
-        found = [(i, step.backward) for i, step in enumerate(self.steps)]
+    def way(self) -> tuple[PricedStep, ...]:
+        """The steps from where it is stored to where it is used."""
+        return (*self.homecoming, *self.steps)
+
+    @property
+    def forward(self) -> tuple[Leg, ...]:
+        """The collectives that bring it to a use; if there are any, it is not kept for backward."""
+        return tuple(leg for leg in self._ahead() if leg.step >= len(self.homecoming))
+
+    @property
+    def refresh(self) -> tuple[Leg, ...]:
+        """The collectives that bring it home, once a step."""
+        return tuple(leg for leg in self._ahead() if leg.step < len(self.homecoming))
+
+    def _ahead(self) -> Iterator[Leg]:
+        for i, step in enumerate(self.way):
+            if (traffic := step.forward) is not None:
+                yield Leg(i, traffic)
+
+    def backward(self, *, home: bool) -> tuple[Leg, ...]:
+        """The collectives that its gradient takes back: home, or on to where it is stored."""
+        ends = len(self.homecoming) if home else 0
+        found = [(i, step.backward) for i, step in enumerate(self.way) if i >= ends]
         return tuple(Leg(i, traffic) for i, traffic in reversed(found) if traffic is not None)
 
 
@@ -173,6 +208,8 @@ class Program:
     recompute: bool = False  # layers run forward again in backward, and keep only their inputs
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
     training: bool = True  # does a backward pass follow?
+    micro_batches: int = 1  # that run it in one step
+    reduced: torch.dtype | None = None  # of gradients between ranks; None: as they come
 
     @cached_property
     def zigzag(self) -> dict[str, frozenset[int]]:
@@ -180,7 +217,7 @@ class Program:
         return token_dims(self.graph) if self.order == "zigzag" else {}
 
     def flat(self) -> list[tuple[Convert | Compute, int]]:
-        """Every statement with how often it runs, loops opened."""
+        """Every statement with how often it runs in a micro-batch, loops opened."""
         out: list[tuple[Convert | Compute, int]] = []
         for statement in self.statements:
             if isinstance(statement, LoopCall):
@@ -192,9 +229,13 @@ class Program:
         return out
 
     def moves(self) -> list[tuple[PricedStep, int]]:
-        """Every step of values and weights with how often it runs."""
-        steps = [(item.priced, times) for item, times in self.flat() if isinstance(item, Convert)]
-        return steps + [(step, times) for weight, times in self.brought() for step in weight.steps]
+        """Every step of values and weights, with how often its seconds are those of a step."""
+        steps = [
+            (item.priced, self.micro_batches * times)
+            for item, times in self.flat()
+            if isinstance(item, Convert)
+        ]
+        return steps + [(step, times) for weight, times in self.brought() for step in weight.way]
 
     def brought(self) -> list[tuple[Weight, int]]:
         """Every weight with how many layers have it."""
@@ -234,13 +275,28 @@ def _reads(item: Convert | Compute) -> tuple[Sharded, ...]:
     return item.operands if isinstance(item, Compute) else (item.source,)
 
 
-def lower(graph: Graph, decisions: Decisions, paths: Paths, *, training: bool) -> Program:
+def lower(
+    graph: Graph,
+    decisions: Decisions,
+    paths: Paths,
+    *,
+    training: bool,
+    micro_batches: int = 1,
+    reduced: torch.dtype | None = None,
+) -> Program:
     """The program of `graph` under `decisions`; `paths` gives the steps between two specs."""
-    return _Lowering(graph, decisions, paths, training).run()
+    program = _Lowering(graph, decisions, paths, training).run()
+    return replace(program, micro_batches=micro_batches, reduced=reduced)
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, decisions: Decisions, paths: Paths, training: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        decisions: Decisions,
+        paths: Paths,
+        training: bool,
+    ) -> None:
         self.graph = graph
         self.decisions = decisions
         self.paths = paths
@@ -366,19 +422,22 @@ class _Scope:
             self.define(item)
 
     def weights(self) -> tuple[Weight, ...]:
-        """The parameters as the statements use them; those that none uses as they are stored."""
+        """The parameters as the statements use them; those that none uses as they are kept."""
         found: list[Weight] = []
         for param in self.params:
             value = param.value
-            stored = self._canonical(value, self.lowering.decisions.specs[value.name])
-            wanted = list(self.wanted[value.name]) or [stored]
-            plain = stored if stored in wanted else wanted[0]
+            decisions, paths = self.lowering.decisions, self.lowering.paths
+            stored = self._canonical(value, decisions.specs[value.name])
+            kept = Storage(stored, decisions.homes.get(value.name))
+            wanted = list(self.wanted[value.name]) or [kept.spec]
+            plain = kept.spec if kept.spec in wanted else wanted[0]
+            homecoming = paths(value, stored, kept.spec) if stored != kept.spec else ()
             for spec in wanted:
                 name = param.name
                 if spec != plain:
                     name += "_as_" + format_spec(spec).replace(",", "_")
-                steps = self.lowering.paths(value, stored, spec) if spec != stored else ()
-                found.append(Weight(param, name, stored, spec, steps))
+                steps = paths(value, kept.spec, spec) if spec != kept.spec else ()
+                found.append(Weight(param, name, kept, spec, homecoming, steps))
         return tuple(found)
 
     def _canonical(self, value: Value, spec: Spec) -> Spec:

@@ -30,10 +30,11 @@ from ...facts.schema import (
     published,
 )
 from ...ir.graph.schema import DTYPES, GRAPH, LINE
-from .plan import OUTPUT_LAYOUTS
+from .plan import MIXED, OUTPUT_LAYOUTS
 
-VERSION = "shardwright.plan/2"  # a new one whenever an older file can't be read
+VERSION = "shardwright.plan/3"  # a new one whenever an older file can't be read
 ORDERS = ("contiguous", "zigzag")
+PRECISIONS = ("own", MIXED)
 
 _AXIS = Whole(0, 2)
 _AXES = ListOf(_AXIS, 3)
@@ -62,6 +63,9 @@ _REQUEST = Record(
         "output_tokens": Whole(0, 2**40),
         "expert_imbalance": Number(0, 2.0**31),
         "output_layout": OneOf(OUTPUT_LAYOUTS),
+        "precision": OneOf(PRECISIONS),
+        "reduce_dtype": OneOf(("own", *DTYPES)),
+        "micro_batches": Whole(1, 2**31),
     },
     optional={"layout": LINE},
 )
@@ -120,6 +124,7 @@ _RECACHED = Record(
 )
 _CONVERSION = Record({"value": LINE, "from": _SPEC, "to": _SPEC, "steps": _STEPS})
 _SPECS = Table(LINE, _SPEC)
+_HOME = Record({"spec": _SPEC, "late": Flag()})
 _MESH = ListOf(Row(Text("a name for an axis", "", can_be_axis), Whole(1, MOST_RANKS)), 3)
 
 
@@ -131,6 +136,7 @@ def _plan(decode: Shape) -> Shape:
             "mesh": _MESH,
             "seconds": _TIME,
             "optimizer_s": _SECONDS,
+            "casts_s": _SECONDS,
             "memory": _MEMORY,
             "baselines": ListOf(_BASELINE),
             "search": _SEARCH,
@@ -138,6 +144,7 @@ def _plan(decode: Shape) -> Shape:
             "choices": Table(LINE, ListOf(LINE, 3)),
             "specs": _SPECS,
             "outputs": _SPECS,
+            "homes": Table(LINE, _HOME),
             "recompute": Flag(),
             "order": OneOf(ORDERS),
             "work": Table(LINE, Row(_SECONDS, _SECONDS)),

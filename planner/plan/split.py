@@ -24,18 +24,27 @@ class Spent:
     computing: dict[str, float]
     moving: dict[tuple[int, ...], float]
 
-    def rows(self, seconds: float, optimizer_s: float) -> tuple[tuple[str, float], ...]:
-        """(what, seconds) of a step of `seconds`: what neither ops nor the optimizer take is
-        communication."""
-        moving = seconds - optimizer_s - sum(self.computing.values())
-        rows = (*self.computing.items(), ("communication", moving), ("optimizer", optimizer_s))
+    def rows(
+        self, seconds: float, optimizer_s: float, casts_s: float
+    ) -> tuple[tuple[str, float], ...]:
+        """(what, seconds) of a step of `seconds`: what neither ops nor casts nor the optimizer take
+        is communication."""
+        moving = seconds - optimizer_s - casts_s - sum(self.computing.values())
+        rows = (
+            *self.computing.items(),
+            ("casts", casts_s),
+            ("communication", moving),
+            ("optimizer", optimizer_s),
+        )
         return tuple((what, s) for what, s in rows if s > 0)
 
 
-def spent_in_ops(graph: Graph, work: Mapping[str, Work], *, recompute: bool) -> Spent:
+def spent_in_ops(
+    graph: Graph, work: Mapping[str, Work], *, recompute: bool, times: int = 1
+) -> Spent:
     """What the ops of `graph` take, given the `work` of one run of each node (by its name).
 
-    `recompute`: nodes in loops run forward twice.
+    `recompute`: nodes in loops run forward twice.  `times`: micro-batches of a step.
     """
     kinds = dict.fromkeys(operator.spent_on for operator in OPS.values())
     kinds.pop(Operator.spent_on)  # last
@@ -45,8 +54,9 @@ def spent_in_ops(graph: Graph, work: Mapping[str, Work], *, recompute: bool) -> 
         again = 1 if recompute and scope.loop is not None else 0
         for node in scope.nodes:
             one = work[node.name]
-            whole = scope.weight * (one.seconds + again * one.forward_s)
-            waits = scope.weight * (one.moving_s + again * one.forward_moving_s)
+            runs = times * scope.weight
+            whole = runs * (one.seconds + again * one.forward_s)
+            waits = runs * (one.moving_s + again * one.forward_moving_s)
             computing[operator_of(node).spent_on] += whole - waits
             if one.axes:
                 moving[one.axes] = moving.get(one.axes, 0.0) + waits

@@ -20,6 +20,7 @@ from ..errors import PlanError
 from ..strategies.build import Decisions
 from ..strategies.conversion import Step
 from ..strategies.pricing import Work
+from ..strategies.storage import Home
 from .check import check_plan
 from .plan import Baseline, Memory, PlanData, Recache, Request, Search
 from .program import PricedStep
@@ -37,6 +38,7 @@ def plan_to_json(plan: PlanData) -> dict[str, Any]:
         "mesh": [[name, size] for name, size in plan.mesh.axes],
         "seconds": plan.seconds,
         "optimizer_s": plan.optimizer_s,
+        "casts_s": plan.casts_s,
         "memory": _fields(plan.memory),
         "baselines": [_fields(b) for b in plan.baselines],
         "search": _fields(plan.search),
@@ -44,6 +46,10 @@ def plan_to_json(plan: PlanData) -> dict[str, Any]:
         "choices": {name: list(choices) for name, choices in d.choices.items()},
         "specs": {name: format_spec(spec) for name, spec in d.specs.items()},
         "outputs": {name: format_spec(spec) for name, spec in d.outputs.items()},
+        "homes": {
+            name: {"spec": format_spec(home.spec), "late": home.late}
+            for name, home in d.homes.items()
+        },
         "recompute": d.recompute,
         "order": d.order,
         "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
@@ -142,6 +148,10 @@ def _read_plan(data: Any) -> PlanData:
             {name: tuple(choices) for name, choices in data["choices"].items()},
             _read_specs(data["specs"]),
             _read_specs(data["outputs"]),
+            {
+                name: Home(parse_spec(home["spec"]), home["late"])
+                for name, home in data["homes"].items()
+            },
             data["recompute"],
             data["order"],
         ),
@@ -152,6 +162,7 @@ def _read_plan(data: Any) -> PlanData:
         work={name: _read_work(row, moving.get(name)) for name, row in data["work"].items()},
         seconds=data["seconds"],
         optimizer_s=data["optimizer_s"],
+        casts_s=data["casts_s"],
         memory=_made(Memory, data["memory"]),
         baselines=tuple(
             _made(Baseline, row, spent=_rows(row["spent"]), whole=tuple(row.get("whole", ())))

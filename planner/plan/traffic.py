@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import messages, wire_bytes
 from ...facts.mesh import Mesh
 from ...facts.together import rounds
 from ...facts.traffic import Traffic
+from ...ir.ops.counted import Counted, counted_labels
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from .program import BlockBody, Compute, Convert, Leg, LoopCall, Program, Sharded, Statement, Weight
 
@@ -53,19 +55,46 @@ class Together:
 
 def brought_together(program: Program, mesh: Mesh) -> list[Together]:
     """Every collective of weights in one step."""
-    return _walk(program, mesh).count.together
+    return _walk(program, mesh).together
 
 
 def _walked(program: Program, mesh: Mesh) -> dict[Moved, tuple[float, int]]:
-    return _walk(program, mesh).count.moved
+    return _walk(program, mesh).moved
 
 
-def _walk(program: Program, mesh: Mesh) -> _Walk:
-    walk = _Walk(mesh, program.recompute, program.order)
+def _walk(program: Program, mesh: Mesh) -> _Count:
+    """One step: of its micro-batches those between the first and the last are alike."""
+    last = program.micro_batches - 1
+    count = _Count()
+    for batch in sorted({0, min(1, last), last}):
+        times = last - 1 if 0 < batch < last else 1
+        count.add(_micro_batch(program, mesh, first=batch == 0, last=batch == last), times)
+    axes = _data_axes(program)
+    if last and axes and isinstance(counted_labels(program.graph), Counted):
+        sizes, names = [mesh.sizes[i] for i in axes], [mesh.names[i] for i in axes]
+        counts = 8.0 * program.micro_batches  # of the labels that count in each
+        key = Moved("all_reduce", "_".join(names), "forward")
+        moved = float(wire_bytes("all_reduce", counts, *sizes))
+        count.move(key, moved, messages("all_reduce", *sizes))
+    return count
+
+
+def _data_axes(program: Program) -> list[int]:
+    """The axes that cut the rows of every batch, as runtime/mesh/rows.py has them."""
+    cut = [
+        [axis for axis, state in enumerate(item.spec) if state == 0]
+        for item, source in zip(program.inputs, program.graph.inputs, strict=True)
+        if source.extents[:1] not in ((), (None,))
+    ]
+    return list(commonprefix(cut))
+
+
+def _micro_batch(program: Program, mesh: Mesh, *, first: bool, last: bool) -> _Count:
+    walk = _Walk(mesh, program, first=first, last=last)
     trained = [out for out in program.outputs if out.value.differentiable and program.training]
     scalars = [out for out in trained if out.value.type.shape == ()]
     walk.model(program, set(scalars[:1] or trained))
-    return walk
+    return walk.count
 
 
 @dataclass(slots=True)
@@ -102,12 +131,15 @@ class _Count:
 
 
 class _Walk:
-    """Goes through statements from the last to the first, with what a gradient reaches."""
+    """Goes through statements from the last to the first, with what a gradient reaches, in the
+    first or the last micro-batch of a step, or in one between."""
 
-    def __init__(self, mesh: Mesh, recompute: bool, order: str) -> None:
+    def __init__(self, mesh: Mesh, program: Program, *, first: bool, last: bool) -> None:
         self.mesh = mesh
-        self.recompute = recompute
-        self.order = order
+        self.recompute = program.recompute
+        self.order = program.order
+        self.first = first
+        self.last = last
         self.count = _Count()
         self._told: set[Traffic] = set()  # once per step
 
@@ -194,10 +226,14 @@ class _Walk:
 
     def _bring(self, weights: Sequence[Weight], live: set[Sharded], times: int) -> None:
         """The weights of a unit come `times` times, and gradients of those in `live` leave."""
-        for _ in range(times):
-            self._together(weights, lambda weight: weight.forward, backward=False)
+        for again in range(times):
+            fresh = self.first and not again
+            self._together(weights, _all_ahead if fresh else _ahead, backward=False)
         trained = [weight for weight in weights if weight.item in live]
-        self._together(trained, lambda weight: weight.backward, backward=True)
+        self._together(trained, self._back, backward=True)
+
+    def _back(self, weight: Weight) -> tuple[Leg, ...]:
+        return weight.backward(home=weight.kept.late and not self.last)
 
     def _together(
         self,
@@ -276,6 +312,15 @@ class _Walk:
         moved = float(wire_bytes(kind, float(n_bytes), *sizes))
         if moved:
             self.count.move(key, moved, messages(kind, *sizes))
+
+
+def _ahead(weight: Weight) -> tuple[Leg, ...]:
+    return weight.forward
+
+
+def _all_ahead(weight: Weight) -> tuple[Leg, ...]:
+    """With those of the copy that is made at home."""
+    return (*weight.refresh, *weight.forward)
 
 
 def kept_until(statements: Sequence[Statement]) -> int:

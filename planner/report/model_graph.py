@@ -47,7 +47,8 @@ class PlannedGraph(Graph):
         (`needed`), `steps` (what runs between, and over which axes), `bytes` that a rank
         receives for them and `seconds`, forward and backward.
 
-        Seconds of all nodes, of all edges and `graph["optimizer_s"]` add up to those of the plan.
+        Seconds of all nodes, of all edges, `graph["optimizer_s"]` and `graph["casts_s"]` add up to
+        those of the plan.
         """
         return _Writer(self.plan).graph
 
@@ -81,6 +82,7 @@ class _Writer:
             mesh=str(plan.mesh),
             seconds=plan.seconds,
             optimizer_s=plan.optimizer_s,
+            casts_s=plan.casts_s,
         )
         self.moves: list[tuple[Value, _Made]] = []  # the ways that were gone
         program, at = plan.program, dict[Sharded, _Made]()
@@ -130,7 +132,7 @@ class _Writer:
             name = f"parameter:{prefix}{param.name}"
             if name not in self.graph:
                 self._node(name, param.kind, [stored])
-            moves = tuple(_Move(step, primitive(step.step.a, step.step.b)) for step in weight.steps)
+            moves = tuple(_Move(step, primitive(step.step.a, step.step.b)) for step in weight.way)
             at[weight.item] = _Made(name, weight.stored, moves)
 
     def _source(self, name: str, kind: str, item: Sharded) -> _Made:

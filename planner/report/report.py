@@ -15,11 +15,10 @@ from ...ir.graph import Node
 from ...ir.ops.labels import LABELS, DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
-from ..plan.plan import Baseline, PlanData
+from ..plan.plan import MIXED, Baseline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes, state_bytes
 from ..plan.returned import told_outputs
-from ..plan.split import spent_in_ops
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.params import all_params
 
@@ -39,6 +38,7 @@ def format_plan(plan: PlanData, throughput: str = "") -> str:
                 _binding(plan),
                 *([throughput] if throughput else []),
                 *_moved(plan, _unit(plan)),
+                *_step(plan),
                 *_outputs(plan),
             ]
         ),
@@ -214,8 +214,8 @@ def _differences(plan: PlanData) -> str:
     if not fitting:
         return ""
     best = min(fitting, key=lambda b: b.seconds or 0.0)
-    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
-    ours, theirs = dict(spent.rows(plan.seconds, plan.optimizer_s)), dict(best.spent)
+    spent = plan.spent
+    ours, theirs = dict(spent.rows(plan.seconds, plan.optimizer_s, plan.casts_s)), dict(best.spent)
     pairs = {what: (theirs.get(what, 0.0), ours.get(what, 0.0)) for what in {**ours, **theirs}}
     order = sorted(pairs, key=lambda what: -abs(pairs[what][0] - pairs[what][1]))
     rows = [
@@ -235,6 +235,7 @@ def _binding(plan: PlanData) -> str:
     text = (
         f"Time: compute {format_seconds(compute)}, communication {format_seconds(total)}"
         + (f" ({axes})" if axes else "")
+        + (f", casts {format_seconds(plan.casts_s)}" if plan.casts_s else "")
         + (f", optimizer {format_seconds(plan.optimizer_s)}" if plan.optimizer_s else "")
         + "."
     )
@@ -255,6 +256,23 @@ def _moved(plan: PlanData, unit: str) -> list[str]:
     """What a rank receives over each axis, as the runtime would count it; most first."""
     moved = _received(predicted_bytes(plan.program, plan.mesh), plan.mesh)
     return [f"Each GPU receives per {unit}: {moved}."] if moved else []
+
+
+def _step(plan: PlanData) -> Iterator[str]:
+    """In which formats it is trained, and in how many parts, where that is not one of each."""
+    request = plan.request
+    if request.precision == MIXED:
+        own = request.reduce_dtype == "own"
+        reduced = "as products give them" if own else f"added up in {request.reduce_dtype}"
+        yield (
+            "Trained parameters, their gradients and optimizer states are in float32, products in "
+            f"bfloat16; gradients between ranks are {reduced}."
+        )
+    if request.micro_batches > 1:
+        yield (
+            f"A step has {request.micro_batches} micro-batches of {request.rows} sequences: "
+            "`model.step` runs them one after another. Tables show one of them."
+        )
 
 
 def _outputs(plan: PlanData) -> list[str]:
@@ -284,7 +302,7 @@ def _by_size(kinds: dict[str, float]) -> list[str]:
 def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
     """(seconds of compute, seconds of communication per mesh axis) of one step."""
     axes = dict.fromkeys(plan.mesh.names, 0.0)
-    spent = spent_in_ops(plan.graph, plan.work, recompute=plan.decisions.recompute)
+    spent = plan.spent
     moving = list(spent.moving.items())
     moving += [(priced.step.axes, n * priced.seconds) for priced, n in plan.program.moves()]
     for over, seconds in moving:
@@ -334,13 +352,13 @@ def _block_table(
                 pending.append(item.priced)
                 continue
             used = [unused.pop(read) for read in item.operands if read in unused]
-            pending += [step for weight in used for step in weight.steps]
+            pending += [step for weight in used for step in weight.way]
             if not light:
                 rows.append(_row(plan, item, pending, labels))
                 pending = []
         if light:
             rows += _light_rows(plan, [i for i in items if isinstance(i, Compute)])
-    pending += [step for weight in unused.values() for step in weight.steps]
+    pending += [step for weight in unused.values() for step in weight.way]
     for priced in pending:
         rows.append(("", "", "", _communication([priced], plan.mesh), ""))
     return table(rows)

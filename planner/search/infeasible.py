@@ -22,7 +22,10 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
     for ref in all_params(graph):
         kind = ref.param.value.type
         state = parameter_state_bytes(
-            kind.numel, kind.dtype.itemsize, setting.optimizer, ref.trainable and setting.training
+            kind.numel,
+            ref.param.dtype.itemsize,
+            setting.optimizer,
+            ref.trainable and setting.training,
         )
         for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):
             parts[i] += ref.weight * part

@@ -14,6 +14,7 @@ from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...ir.graph import Graph
+from ...ir.graph.schema import DTYPES
 from ...ir.ops.order import token_dims
 from ...ir.ops.registry import operator_of
 from ...ir.passes.unfuse import unfuse
@@ -248,6 +249,8 @@ def setting_of(request: Request) -> Setting:
         expert_imbalance=request.expert_imbalance,
         longest_run=request.seq if phase.answer else 0,
         whole_outputs=request.output_layout == "replicated",
+        micro_batches=request.micro_batches,
+        reduced=DTYPES.get(request.reduce_dtype),
     )
 
 

@@ -196,7 +196,7 @@ def _joined(parts: Sequence[Built], decodes: int) -> ShardingProblem:
     pools = {cache.index: _pool(cache, theirs[key], late) for key, cache in ours.items()}
     nodes: list[ProblemNode] = []
     for index, node in enumerate(prefill.nodes):
-        kept = prefill.kept_usages.get(index, 0)  # the cache of the prompt alone
+        kept = prefill.uses.get(index, ()).count("kept")  # the cache of the prompt alone
         pool = (pools[index],) if index in pools else ()
         nodes.append(replace(node, usages=(*pool, *node.usages[kept:])))
     for node in decode.nodes:

@@ -19,19 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
 
-from ...costmodel.memory import parameter_state_bytes
 from ...facts.spec import R, S, Spec, format_spec, is_shard
 from ...facts.updated import updated_buffer
 from ...ir.graph import Graph, Loop, Value
-from ...ir.ops.local import local_bytes
 from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
-from .bringing import Bringing, weighty
+from .bringing import USES, Bringing, Use, weighty
 from .conversion import Floats, Network
 from .flows import Flow, User, ValueFlow
 from .lattice import spec_fits
@@ -41,6 +39,7 @@ from .prices import Prices
 from .regions import InLoop, Place, Region, Strategy, TopLevel, units
 from .runs import Runs, keepers, runs_of
 from .setting import Restriction, Setting
+from .storage import Home, Storage, storages
 from .times import Times
 
 
@@ -50,11 +49,13 @@ class Decisions:
 
     `choices`: per node its choice on each axis.  `specs`: the spec of every input, parameter,
     loop-carried value (under the name of the loop's output) and output (`outputs`, by value).
+    `homes`: of the parameters that have one, where they are between their uses.
     """
 
     choices: dict[str, tuple[Choice, ...]]
     specs: dict[str, Spec]
     outputs: dict[str, Spec]
+    homes: dict[str, Home] = field(default_factory=dict[str, Home])
     recompute: bool = False  # layers of loops run forward again in backward
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
 
@@ -65,6 +66,7 @@ class Decisions:
             [
                 f"tokens {self.order}, layers {layers}",
                 *(f"spec {name} {format_spec(spec)}" for name, spec in self.specs.items()),
+                *(f"home {name} {home}" for name, home in self.homes.items()),
                 *(f"output {name} {format_spec(spec)}" for name, spec in self.outputs.items()),
                 *(f"node {name} {','.join(choices)}" for name, choices in self.choices.items()),
             ]
@@ -103,9 +105,9 @@ class Built:
     """A problem, and what its nodes stand for.
 
     `strategies` are those of each region, as far as allowed, and `region_nodes` the regions' nodes;
-    `flows` has the node and the specs of each value, `output_nodes` those of the model's outputs.
-    `kept_usages`: how many of a node's usages, the first ones, are for backward or are caches;
-    `gradient_usages`: how many of a parameter's, the last ones, are of its gradient.
+    `flows` has the node and the specs of each value, `output_nodes` those of the model's outputs;
+    `storages` by parameter the ways to keep it, one for each of its specs.
+    `uses` says what a node's usages are for, the first of them; the others are of what runs.
     `bringing` are the nodes whose costs are what it takes to bring weights.
     """
 
@@ -113,11 +115,11 @@ class Built:
     nodes: tuple[ProblemNode, ...]
     edges: tuple[Edge, ...]
     flows: Mapping[str, Flow]
+    storages: Mapping[str, Sequence[Storage]]
     strategies: tuple[tuple[Strategy, ...], ...]
     region_nodes: tuple[int, ...]
     output_nodes: Mapping[str, Flow]
-    kept_usages: Mapping[int, int]
-    gradient_usages: Mapping[int, int]
+    uses: Mapping[int, Sequence[Use]]
     bringing: tuple[int, ...]
     horizon: int  # after all times at which anything is live
 
@@ -148,29 +150,27 @@ class Built:
         }
         outputs = {n: out.specs[assignment[out.node]] for n, out in self.output_nodes.items()}
         setting = self.builder.setting
-        return Decisions(choices, specs, outputs, setting.recompute, setting.order)
+        homes = {
+            name: home
+            for name, of in self.storages.items()
+            if (home := of[assignment[self.flows[name].node]].home) is not None
+        }
+        return Decisions(choices, specs, outputs, homes, setting.recompute, setting.order)
 
     def bringing_s(self, assignment: Sequence[int]) -> float:
         """Seconds of a step that the problem counts for bringing weights."""
         return sum(float(self.nodes[i].costs[assignment[i]]) for i in self.bringing)
 
-    def memory_at(self, assignment: Sequence[int], time: int | None) -> tuple[float, float, float]:
-        """Bytes of gradients, of what is kept for backward or in KV caches, and of what runs, live
-        at `time`."""
-        gradients = kept = running = 0.0
+    def memory_at(self, assignment: Sequence[int], time: int | None) -> dict[Use, float]:
+        """Bytes that are live at `time`, by what they are for."""
+        found: dict[Use, float] = dict.fromkeys(USES, 0.0)
         for index, node in enumerate(self.nodes):
-            first_gradient = len(node.usages) - self.gradient_usages.get(index, 0)
+            uses = self.uses.get(index, ())
             for position, usage in enumerate(node.usages):
-                if time is None or not usage.start <= time < usage.end:
-                    continue
-                size = float(usage.bytes[assignment[index]])
-                if index in self.gradient_usages:
-                    gradients += size if position >= first_gradient else 0.0
-                elif position < self.kept_usages.get(index, 0):
-                    kept += size
-                else:
-                    running += size
-        return gradients, kept, running
+                if time is not None and usage.start <= time < usage.end:
+                    use = uses[position] if position < len(uses) else "running"
+                    found[use] += float(usage.bytes[assignment[index]])
+        return found
 
 
 def _least_memory(nodes: Sequence[ProblemNode], horizon: int) -> float:
@@ -190,6 +190,7 @@ class _Building:
     def __init__(self, builder: Builder, restriction: Restriction) -> None:
         self.builder = builder
         self.restriction = restriction
+        self.times_a_step = builder.setting.micro_batches  # each of them runs the graph
         self.nodes: list[ProblemNode] = []
         self.edges: list[Edge] = []
         self.flows: dict[str, ValueFlow] = {}
@@ -203,9 +204,8 @@ class _Building:
             training=builder.setting.training,
         )
         self.live = Live(builder, self.times)
-        self.bringing = Bringing(builder, self.times, self.nodes, self.edges)
-        self.kept_usages: dict[int, int] = {}
-        self.gradient_usages: dict[int, int] = {}
+        self.uses: dict[int, Sequence[Use]] = {}
+        self.bringing = Bringing(builder, self.times, self.nodes, self.edges, self.uses)
 
     def build(self) -> Built:
         """The problem; without edges where nothing fits the memory."""
@@ -220,11 +220,11 @@ class _Building:
             tuple(self.nodes),
             tuple(self.edges),
             {name: Flow(flow.node, tuple(flow.specs)) for name, flow in self.flows.items()},
+            {name: flow.storages for name, flow in self.flows.items() if flow.param is not None},
             tuple(self.strategies),
             tuple(self.region_nodes),
             self.output_nodes,
-            self.kept_usages,
-            self.gradient_usages,
+            self.uses,
             tuple(self.bringing.paid),
             self.times.horizon,
         )
@@ -259,7 +259,7 @@ class _Building:
         self, value: Value, name: str, specs: list[Spec], usages: tuple[Usage, ...] = ()
     ) -> None:
         self.flows[value.name] = ValueFlow(value, len(self.nodes), specs)
-        self.kept_usages[len(self.nodes)] = len(usages)
+        self.uses[len(self.nodes)] = _all_for("kept", len(usages))
         self.nodes.append(ProblemNode(name, np.zeros(len(specs)), usages))
 
     def _param(self, ref: ParamRef) -> None:
@@ -277,26 +277,35 @@ class _Building:
         if not specs:
             self.restriction.none_allowed(ref.param, ref.name, sizes)
             specs = every
-        setting = self.builder.setting
-        trainable = ref.trainable and setting.training
-        numel = [local_bytes(value, s, sizes) // value.type.dtype.itemsize for s in specs]
-        states = [
-            parameter_state_bytes(
-                n, value.type.dtype.itemsize, setting.optimizer, trainable=trainable
-            )
-            for n in numel
-        ]
-        costs = np.zeros(len(specs))
-        if trainable:
-            costs = np.array([self.builder.optimizer_s(ref, s) for s in specs])
+        ways = self._storages(ref, specs)
+        specs = [way.stored for way in ways]
+        states = [self.builder.state_bytes(ref, spec) for spec in specs]
+        costs = np.array([self.builder.optimizer_s(ref, spec) for spec in specs])
         always = np.array([float(s.total - s.gradient) for s in states])
-        gradient = np.array([float(s.gradient) for s in states])
         usages = [Usage(0, self.times.horizon, ref.weight * always)]
-        if trainable:
-            usages += self.live.gradient(value.name, ref.weight, gradient)
-        self.gradient_usages[len(self.nodes)] = len(usages) - 1
-        self.flows[value.name] = ValueFlow(value, len(self.nodes), specs, param=True)
+        if self.builder.trains(ref):
+            gradient = np.array([float(s.gradient) for s in states])
+            summed = np.array([self.times_a_step > 1 and not way.late for way in ways])
+            usages += self.live.gradient(value.name, ref.weight, gradient, summed)
+        self.uses[len(self.nodes)] = ("state", *_all_for("gradient", len(usages) - 1))
+        self.flows[value.name] = ValueFlow(value, len(self.nodes), specs, param=ref, storages=ways)
         self.nodes.append(ProblemNode(ref.name, ref.weight * costs, tuple(usages)))
+
+    def _storages(self, ref: ParamRef, specs: Sequence[Spec]) -> list[Storage]:
+        """The ways to keep a parameter that is stored in one of some specs."""
+        if not self.builder.trains(ref):
+            return list(map(Storage, specs))
+        home = self.builder.home_conversions(ref)
+        several = self.times_a_step > 1
+        ways = storages(
+            specs,
+            lambda way: self.restriction.allows_home(ref.param, ref.name, way, several),
+            home.seconds,
+            several=several,
+        )
+        if not ways:
+            self.restriction.none_allowed(ref.param, ref.name, self.builder.sizes)
+        return ways or list(map(Storage, specs))
 
     def flow(self, name: str) -> ValueFlow:
         """The flow of a value, also under the name that a block knows it by."""
@@ -359,9 +368,9 @@ class _Building:
             kept_usages = self.live.kept(region.scope, runs.kept)
         elif runs.cached.any():
             kept_usages = [Usage(0, self.times.horizon, weight * runs.cached)]
-        self.kept_usages[len(self.nodes)] = len(kept_usages)
+        self.uses[len(self.nodes)] = _all_for("kept", len(kept_usages))
         usages = (*kept_usages, *self.live.running(region, runs.held))
-        return ProblemNode(region.name, weight * runs.seconds, usages)
+        return ProblemNode(region.name, weight * self.times_a_step * runs.seconds, usages)
 
     # 3. outputs ---------------------------------------------------------------------------------
 
@@ -391,8 +400,8 @@ class _Building:
             for user in flow.users:
                 by_place.setdefault(user.place, []).append(user)
             for users in by_place.values():
-                if flow.param:
-                    self.bringing.connect(flow, users, kept)
+                if flow.param is not None:
+                    self.bringing.connect(flow, flow.param, users, kept)
                 else:
                     self._connect(flow, users)
         self.bringing.share_latencies()
@@ -404,7 +413,7 @@ class _Building:
         row_of = np.array([sources.index(spec) for spec in flow.specs])
         shared = self._shared_targets(users)
         targets = list(dict.fromkeys(t for u in users for needs in u.needs for t in needs))
-        prices = conversions.matrix(sources, targets)
+        prices = self.times_a_step * conversions.matrix(sources, targets)
 
         def column(target: Spec) -> Floats:
             return prices[:, targets.index(target)]
@@ -445,6 +454,10 @@ class _Building:
             for target in dict.fromkeys(t for needs in user.needs for t in needs):
                 count[target] = count.get(target, 0) + 1
         return [target for target, n in count.items() if n > 1]
+
+
+def _all_for(use: Use, times: int) -> tuple[Use, ...]:
+    return (use,) * times
 
 
 def _even(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:

@@ -20,13 +20,14 @@ true price.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ...costmodel.collective import AxisLink, axis_links, joint_link, staged_s
@@ -45,6 +46,7 @@ from .lattice import Ints, Lattice
 STEP_S = 1e-12
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
+_Sized = TypeVar("_Sized", int, Ints)
 _LOCAL = frozenset({"slice", "mask", "pad"})
 
 
@@ -67,32 +69,57 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A collective that weights of a block run together: in forward, `again` (in backward, or when
-    forward is run again), or for their gradients."""
+    forward is run again), or for their gradients; once a step to `refresh` what is kept for its
+    uses, or `late`, for the gradients of all its micro-batches."""
 
     kind: str
     axes: tuple[int, ...]
-    when: Literal["forward", "again", "gradient"]
+    when: Literal["forward", "again", "gradient", "refresh", "late"]
+
+    @property
+    def often(self) -> bool:
+        """Does it run in each micro-batch of a step?"""
+        return self.when not in ("refresh", "late")
 
     def __str__(self) -> str:
         return f"{self.when} {self.kind} {self.axes}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A collective or local primitive of a step: does it run in backward, and for the gradient?"""
+
+    kind: str
+    backward: bool
+    gradient: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Brought:
     """How a weight comes from each of some specs (rows) to each of others (columns).
 
-    `seconds` are without what the collectives of `calls` take whatever their bytes are, which it
-    shares with other weights; `moved` says whether a collective brings it in forward.
+    `ahead` are the seconds of the weight, in all its uses, and `back` those of its gradient, both
+    without what the collectives of `calls` take whatever their bytes are, which it shares with
+    other weights; `moved` says whether a collective brings it in forward.
     """
 
-    seconds: Floats
+    ahead: Floats
+    back: Floats
     calls: Mapping[Call, Bools]
     moved: Bools
 
-    def to(self, columns: Sequence[int]) -> Brought:
-        """To some of the specs only."""
-        calls = {call: ran[:, columns] for call, ran in self.calls.items() if ran[:, columns].any()}
-        return Brought(self.seconds[:, columns], calls, self.moved[:, columns])
+    def at(self, rows: Ints, columns: Ints) -> Brought:
+        """From and to some of the specs only."""
+        there = np.ix_(rows, columns)
+        return self._picked(lambda table: table[there])
+
+    def pairs(self, rows: Ints, columns: Ints) -> Brought:
+        """From each of some specs to one of the others: as many rows, and one column."""
+        return self._picked(lambda table: table[rows, columns][:, None])
+
+    def _picked(self, pick: Callable[[NDArray[Any]], NDArray[Any]]) -> Brought:
+        calls = {call: there for call, ran in self.calls.items() if (there := pick(ran)).any()}
+        return Brought(pick(self.ahead), pick(self.back), calls, pick(self.moved))
 
 
 @dataclass(frozen=True)
@@ -198,6 +225,7 @@ class Conversions:
     a value of a layer that is recomputed: everything that forward does is done twice.  `param`: a
     parameter is gathered, never summed up from zero-padded parts, so that it can come again.
     `usual`: ranks know the way by its specs alone, so that each move goes by its own collective.
+    `reduced` is the dtype of a gradient on its way, where it is not that of the value.
     """
 
     def __init__(
@@ -210,6 +238,7 @@ class Conversions:
         again: bool = False,
         param: bool = False,
         usual: bool = False,
+        reduced: torch.dtype | None = None,
     ) -> None:
         self.type = kind
         self.network = network
@@ -218,6 +247,8 @@ class Conversions:
         self.again = again
         self.param = param
         self.usual = usual
+        self._itemsize = kind.dtype.itemsize
+        self._reduced_itemsize = self._itemsize if reduced is None else reduced.itemsize
         dims = map(S, range(len(kind.shape)))
         self._states = (R, P, *((V,) if gradient else ()), *dims)
 
@@ -259,30 +290,35 @@ class Conversions:
         at, goals = np.ix_([self._row(a) for a in froms], [self._row(b) for b in tos])
         at, table = np.repeat(at, goals.size, axis=1), self._steps
         towards = table.towards(self._distance[:, goals[0]])
-        seconds = np.where(np.isfinite(self._distance[at, goals]), 0.0, np.inf)
+        ahead = np.where(np.isfinite(self._distance[at, goals]), 0.0, np.inf)
+        back = ahead.copy()
         calls: dict[Call, Bools] = {}
-        while (on := (at != goals) & np.isfinite(seconds)).any():
+        while (on := (at != goals) & np.isfinite(ahead)).any():
             rows, columns = np.nonzero(on)
             steps = towards[at[on], columns]
             for move in np.unique(table.moves[steps]).tolist():
                 taken = table.moves[steps] == move
                 where, n_bytes = (rows[taken], columns[taken]), table.bytes[steps[taken]]
                 step = self._moves[move]
-                for kind, _ in self._kinds(step):
-                    if kind in _LOCAL:
-                        seconds[where] += self.network.seconds_of(kind, step.axes, n_bytes)
+                for move_of in self._runs(step):
+                    if move_of.kind in _LOCAL:
+                        seconds = back if move_of.gradient else ahead
+                        size = self._sized(n_bytes, gradient=move_of.gradient)
+                        seconds[where] += self.network.seconds_of(move_of.kind, step.axes, size)
                 for call in self._calls(step):
                     start, each = self.network.line(call.kind, call.axes, message)
+                    size = self._sized(n_bytes, gradient=call.when == "gradient")
                     ran = calls.setdefault(call, np.zeros(at.shape, dtype=bool))
-                    fills = np.minimum(n_bytes / GROUP_BYTES, 1.0)
+                    fills = np.minimum(size / GROUP_BYTES, 1.0)
                     alone = np.where(ran[where], 1.0, fills)  # twice on a way: once by itself
-                    seconds[where] += each * n_bytes + alone * start
+                    seconds = back if call.when == "gradient" else ahead
+                    seconds[where] += each * size + alone * start
                     ran[where] = True
             at[on] = table.columns[steps]
         moved = np.zeros(at.shape, dtype=bool)
         for call, ran in calls.items():
             moved |= ran & (call.when == "forward")
-        return Brought(seconds, calls, moved)
+        return Brought(ahead, back, calls, moved)
 
     def traffic(self, a: Spec, b: Spec) -> tuple[Traffic, ...]:
         """Every collective that the conversion runs, forward and backward."""
@@ -295,21 +331,26 @@ class Conversions:
 
     def step_seconds(self, step: Step, spec: Spec) -> float:
         """Seconds of one step from `spec`, forward and backward."""
-        n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step)
-        return sum(self.network.seconds(kind, step.axes, n_bytes) for kind, _ in kinds)
+        return sum(self._priced(step, spec, self._runs(step)))
 
     def local_seconds(self, step: Step, spec: Spec) -> float:
         """Those of them that no collective takes."""
+        return sum(self._priced(step, spec, [r for r in self._runs(step) if r.kind in _LOCAL]))
+
+    def _priced(self, step: Step, spec: Spec, runs: Iterable[_Run]) -> Iterator[float]:
         n_bytes = self._step_bytes(step, spec)
-        kinds = [kind for kind, _ in self._kinds(step) if kind in _LOCAL]
-        return sum(self.network.seconds(kind, step.axes, n_bytes) for kind in kinds)
+        for run in runs:
+            size = self._sized(n_bytes, gradient=run.gradient)
+            yield self.network.seconds(run.kind, step.axes, size)
 
     def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
         """The collectives of one step from `spec`."""
         n_bytes = self._step_bytes(step, spec)
-        kinds = self._kinds(step)
-        return tuple(Traffic(k, step.axes, n_bytes, back) for k, back in kinds if k not in _LOCAL)
+        return tuple(
+            Traffic(r.kind, step.axes, self._sized(n_bytes, gradient=r.gradient), r.backward)
+            for r in self._runs(step)
+            if r.kind not in _LOCAL
+        )
 
     # -- the search -------------------------------------------------------------------------
 
@@ -377,8 +418,9 @@ class Conversions:
         rows, columns = self._lattice.moves(axes, a, b)
         n_bytes = self._lattice.moved_numel(rows, axes, a, b) * self.type.dtype.itemsize
         seconds = np.full(len(rows), STEP_S)
-        for kind, _ in self._kinds(move):
-            seconds += self.network.seconds_of(kind, axes, n_bytes)
+        for run in self._runs(move):
+            size = self._sized(n_bytes, gradient=run.gradient)
+            seconds += self.network.seconds_of(run.kind, axes, size)
         return rows, columns, np.full(len(rows), number), n_bytes, seconds
 
     def _step_bytes(self, step: Step, spec: Spec) -> int:
@@ -410,16 +452,27 @@ class Conversions:
             calls.append(Call(collective_for(back, step.by), step.axes, "gradient"))
         return calls
 
-    def _kinds(self, step: Step) -> list[tuple[str, bool]]:
-        """(collective or local primitive, is it in backward) of every move that a step makes."""
-        moves: list[tuple[Primitive, bool]] = [(primitive(step.a, step.b), False)]
+    def _runs(self, step: Step) -> list[_Run]:
+        """Every move that a step makes."""
+        ahead = primitive(step.a, step.b)
+        moves: list[tuple[Primitive, bool, bool]] = [(ahead, False, False)]
         if self.again:
             moves *= 2
         if self.gradient:
-            moves.append((backward_primitive(step.a, step.b), True))
-        if self.regather and moves[0][0] in BETWEEN_RANKS:
-            moves.append((moves[0][0], True))
-        return [(collective_for(move, step.by), back) for move, back in moves if move != "nothing"]
+            moves.append((backward_primitive(step.a, step.b), True, True))
+        if self.regather and ahead in BETWEEN_RANKS:
+            moves.append((ahead, True, False))
+        return [
+            _Run(collective_for(move, step.by), backward, gradient)
+            for move, backward, gradient in moves
+            if move != "nothing"
+        ]
+
+    def _sized(self, n_bytes: _Sized, *, gradient: bool) -> _Sized:
+        """Bytes on their way of what takes `n_bytes` as a value."""
+        if not gradient or self._reduced_itemsize == self._itemsize:
+            return n_bytes
+        return n_bytes // self._itemsize * self._reduced_itemsize
 
 
 def _apply(spec: Spec, step: Step) -> Spec:

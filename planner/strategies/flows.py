@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...facts.spec import Spec
 from ...ir.graph import Value
+from .params import ParamRef
 from .regions import Place, Region
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,15 @@ class User:
 
 @dataclass(slots=True)
 class ValueFlow:
-    """A value between the node that makes it and the nodes that need it."""
+    """A value between the node that makes it and the nodes that need it; of a parameter also the
+    ways to keep it, one for each of the specs that it is stored in."""
 
     value: Value
     node: int
     specs: list[Spec]
     users: list[User] = field(default_factory=list[User])
-    param: bool = False
+    param: ParamRef | None = None
+    storages: Sequence[Storage] = ()
 
 
 __all__ = ["Flow", "User", "ValueFlow"]

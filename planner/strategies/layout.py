@@ -19,11 +19,14 @@ from .pins import pinned
 from .regions import Region, Strategy
 from .roles import Roles, name_of
 from .setting import Restriction
+from .storage import Storage
 
 _NAMES = ("x", "y", "z")  # of axes; a plan names them by their use
 _ROLES = {
     "ddp": "ddp",
     "dp": "ddp",
+    "zero1": "zero1",
+    "zero2": "zero2",
     "fsdp": "fsdp",
     "tp": "tp",
     "cp": "cp",
@@ -34,8 +37,6 @@ _BETWEEN = "sp"  # without a size: the ranks of tp share the sequence between th
 _RECOMPUTE = {"none": False, "full": True}
 # What has a name and cannot be planned yet, and why: an entry goes when there is what it names.
 _NOT_YET = {
-    "zero1": "optimizer states lie as their weights do; fsdp shards both",
-    "zero2": "gradients lie as their weights do; fsdp shards both",
     "pp": "there are no pipelines",
     "vpp": "there are no pipelines",
     "recompute=selective": "a layer is recomputed whole; recompute=full does that",
@@ -142,6 +143,11 @@ class _Both(Restriction):
     def allows_storage(self, param: Param, name: str, spec: tuple[int, ...]) -> bool:
         """May the parameter be stored so?"""
         return all(one.allows_storage(param, name, spec) for one in (self._pins, self._layout))
+
+    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+        """May the parameter be kept so between its uses?"""
+        both = (self._pins, self._layout)
+        return all(one.allows_home(param, name, storage, several) for one in both)
 
     def allows_gather(self, axis: int) -> bool:
         """May a parameter be gathered over it?"""

@@ -10,7 +10,7 @@ import numpy as np
 from ...facts.spec import Spec
 from ...ir.graph import Loop, Value
 from ..ilp.problem import Usage
-from .conversion import Floats
+from .conversion import Bools, Floats
 from .prices import Prices
 from .regions import Region, Scope
 from .times import Times, Window
@@ -38,8 +38,9 @@ class Live:
             start = window.times.stop
         return tuple(usages)
 
-    def gradient(self, name: str, layers: int, size: Floats) -> list[Usage]:
-        """A gradient is there from the first backward that gives it, in one layer after another."""
+    def gradient(self, name: str, layers: int, size: Floats, summed: Bools) -> list[Usage]:
+        """A gradient is there from the first backward that gives it, in one layer after another;
+        where it is `summed` over micro-batches, from the first of them to the last."""
         users = [
             region
             for region in self._prices.regions
@@ -54,7 +55,9 @@ class Live:
         usages: list[Usage] = []
         for window, end in zip(windows, ends, strict=False):
             there = layers if end == self._times.horizon else min(window.done + 1, layers)
-            usages.append(Usage(window.times.start, end, there * size))
+            usages.append(Usage(window.times.start, end, there * size * ~summed))
+        if summed.any():
+            usages.append(Usage(0, self._times.horizon, layers * size * summed))
         return usages
 
     def kept(self, scope: Scope, size: Floats) -> list[Usage]:

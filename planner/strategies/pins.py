@@ -17,6 +17,7 @@ from ..errors import PlanError
 from .params import all_params
 from .regions import Region, Strategy, scopes
 from .setting import Restriction
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,10 @@ class Pins(Restriction):
             if made[last] != pin.spec:
                 return False
         return True
+
+    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+        """What is pinned to be sharded is whole only while it is used."""
+        return not (storage.gathered and self._of(param, name))
 
     def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
         """A pin that its parameter cannot have is refused."""

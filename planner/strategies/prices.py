@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from ...costmodel.compute import elementwise_s
-from ...costmodel.memory import optimizer_step_bytes
+from ...costmodel.memory import StateBytes, optimizer_step_bytes, parameter_state_bytes
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
-from .conversion import Conversions, Network
+from .conversion import Conversions, Floats, Network
+from .lattice import Ints
 from .params import ParamRef, all_params
 from .pricing import Work, price
 from .regions import make_regions, scopes
 from .setting import Setting
+from .storage import Held, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +66,17 @@ class Prices:
         twice there, and what is gathered the second time serves backward.
         """
         gradient = self.setting.training and value.differentiable
-        again = self.setting.recompute and (inside or value.name in self.block_values)
-        needed = param and self.setting.training and value.name in self._needed_again
-        key = (value.type, gradient, needed and not again, again, param)
+        again, regather = self._again(value, inside), param and self._regathers(value, inside)
+        key = (value.type, gradient, regather, again, param)
         if key not in self._conversions:
             self._conversions[key] = Conversions(
                 value.type,
                 self.network,
                 gradient=gradient,
-                regather=needed and not again,
+                regather=regather,
                 again=again,
                 param=param,
+                reduced=self.setting.reduced if param else None,
             )
         return self._conversions[key]
 
@@ -134,15 +140,94 @@ class Prices:
         """The name outside the loop of a value that a block takes in; others as they are."""
         return self._alias.get(name, name)
 
+    def home_conversions(self, ref: ParamRef) -> Conversions:
+        """Those between where a trained parameter is stored and where it is kept for its uses:
+        there once a step, in the dtype of its uses."""
+        key = ("home", ref.param.value.type)
+        if key not in self._conversions:
+            self._conversions[key] = Conversions(
+                ref.param.value.type,
+                self.network,
+                gradient=True,
+                param=True,
+                reduced=self.setting.reduced,
+            )
+        return self._conversions[key]
+
+    def trains(self, ref: ParamRef) -> bool:
+        """Does a step change the parameter?"""
+        return ref.trainable and self.setting.training
+
+    def numel(self, value: Value, spec: Spec) -> int:
+        """Numbers that one rank holds of `value` in `spec`."""
+        return self.local_bytes(value, spec) // value.type.dtype.itemsize
+
+    def state_bytes(self, ref: ParamRef, spec: Spec) -> StateBytes:
+        """What one parameter takes on a rank, with its gradient and optimizer's states, when it is
+        stored in `spec`."""
+        return parameter_state_bytes(
+            self.numel(ref.param.value, spec),
+            ref.param.dtype.itemsize,
+            self.setting.optimizer,
+            trainable=self.trains(ref),
+        )
+
     def optimizer_s(self, ref: ParamRef, spec: Spec) -> float:
         """Seconds that one parameter adds to the (fused) optimizer step when stored in `spec`."""
-        if not (ref.trainable and self.setting.training):
+        if not self.trains(ref):
             return 0.0
-        value, cluster = ref.param.value, self.network.cluster
-        itemsize = value.type.dtype.itemsize
-        numel = local_bytes(value, spec, self.sizes) // itemsize
-        moved = optimizer_step_bytes(numel, itemsize, self.setting.optimizer)
-        return float(elementwise_s(float(moved), cluster)) - float(elementwise_s(0.0, cluster))
+        numel = self.numel(ref.param.value, spec)
+        moved = optimizer_step_bytes(numel, ref.param.dtype.itemsize, self.setting.optimizer)
+        return moved * self.byte_s
+
+    @cached_property
+    def byte_s(self) -> float:
+        """Seconds that a byte adds to a kernel that reads or writes it."""
+        cluster, many = self.network.cluster, 1e9
+        return float(elementwise_s(many, cluster) - elementwise_s(0.0, cluster)) / many
+
+    def held(
+        self, ref: ParamRef, storages: Sequence[Storage], used: Sequence[Spec]
+    ) -> Callable[[Ints, Ints], Held]:
+        """What a weight takes that is kept in one of some ways and used in one of some specs, by
+        the numbers of both."""
+        value = ref.param.value
+
+        def sizes(specs: Iterable[Spec]) -> Floats:
+            return np.array([float(self.numel(value, spec)) for spec in specs])
+
+        stored, home = sizes(s.stored for s in storages), sizes(s.spec for s in storages)
+        kept, late = np.array([s.kept for s in storages]), np.array([s.late for s in storages])
+        wanted = sizes(used)
+
+        def of(ways: Ints, uses: Ints) -> Held:
+            return Held(
+                stored[ways], home[ways], wanted[uses], kept[ways], late[ways],
+                ref.param.dtype.itemsize,
+                value.type.dtype.itemsize,
+                (self.setting.reduced or value.type.dtype).itemsize,
+            )  # fmt: skip
+
+        return of
+
+    def casting_s(self, ref: ParamRef, held: Held, *, again: bool) -> Floats:
+        """Seconds of a step's casts of a weight and its gradients, and of their sums.
+
+        `again`: backward needs it once more, or its layer is run again there.
+        """
+        uses, gradients = 1 + again, int(self.trains(ref))
+        return held.cast_bytes(uses, gradients, self.setting.micro_batches) * self.byte_s
+
+    def comes_again(self, value: Value, *, inside: bool) -> bool:
+        """Does backward, or a layer that is run again in it, need a parameter once more?"""
+        return self._again(value, inside) or self._regathers(value, inside)
+
+    def _again(self, value: Value, inside: bool) -> bool:
+        return self.setting.recompute and (inside or value.name in self.block_values)
+
+    def _regathers(self, value: Value, inside: bool) -> bool:
+        needed = self.setting.training and value.name in self._needed_again
+        return needed and not self._again(value, inside)
 
 
 def _block_values(graph: Graph) -> frozenset[str]:

@@ -23,6 +23,7 @@ from .pins import module_of
 from .regions import Region, Strategy, scopes
 from .setting import Restriction
 from .sides import Sides
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +34,24 @@ class Role:
     (Ulysses), or the `weights` (Megatron's tensor parallelism).  `shards`: a data axis over which
     weights are sharded, and gathered for use.  `between`: a tensor axis that cuts the sequence
     between the blocks.  `spread`: its ranks have different experts, and send them their tokens.
+    `zero`: sharded weights are gathered once a step, and gradients reduced once a step (1) or in
+    each backward (2).
     """
 
     cuts: str
     shards: bool = False
     between: bool = False
     spread: bool = False
+    zero: int = 0
 
     @staticmethod
     def parse(text: str) -> Role:
         """`ddp`, `fsdp`, `tp`, `tp+sp`, `cp`, `ulysses`; `fsdp+cp`: a sequence axis that shards
-        weights, too; `+ep`: with experts spread over the axis."""
+        weights, too; `+ep`: with experts spread over the axis; `zero1`, `zero2`."""
         words = text.split("+")
         (cuts,) = {_CUTS[word] for word in words if word in _CUTS} or {"batch"}
-        return Role(cuts, "fsdp" in words, "sp" in words, "ep" in words)
+        zero = max(_ZERO.get(word, 0) for word in words)
+        return Role(cuts, "fsdp" in words or zero > 0, "sp" in words, "ep" in words, zero)
 
     @property
     def name(self) -> str:
@@ -54,7 +59,8 @@ class Role:
         if self.cuts == "weights":
             return "TP+SP" if self.between else "TP"
         plain = {"batch": "", "sequence": "CP", "heads": "Ulysses"}[self.cuts]
-        words = ["FSDP"] if self.shards else [] if plain else ["DDP"]
+        shards = f"ZeRO-{self.zero}" if self.zero else "FSDP"
+        words = [shards] if self.shards else [] if plain else ["DDP"]
         return "+".join(filter(None, (*words, plain)))
 
     @property
@@ -64,6 +70,7 @@ class Role:
 
 
 _CUTS = {"tp": "weights", "cp": "sequence", "ulysses": "heads"}
+_ZERO = {"zero1": 1, "zero2": 2}
 
 
 class Roles(Restriction):
@@ -197,6 +204,18 @@ class Roles(Restriction):
             self._stored[param.value.name] = frozenset(self._storages(param))
         return spec in self._stored[param.value.name]
 
+    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+        """FSDP gathers weights for each use, ZeRO-1 and 2 once a step."""
+        axes = [axis for axis, state in enumerate(storage.stored) if is_shard(state)]
+        zero = [axis for axis in axes if self.roles[axis].zero and not self._is_spread(param, axis)]
+        if storage.gathered != tuple(zero):
+            return False
+        late = {self.roles[axis].zero == 1 for axis in zero}
+        return not (several and zero) or late == {storage.late}
+
+    def _is_spread(self, param: Param, axis: int) -> bool:
+        return self.roles[axis].spread and param.value.name in self._of_experts
+
     def _storages(self, param: Param) -> list[Spec]:
         """The specs that a parameter may be stored in: of those sharded over most ranks, all."""
         shape, sizes = param.value.type.shape, self.mesh.sizes
@@ -311,6 +330,7 @@ def _sends(region: Region, strategy: Strategy, axis: int) -> bool:
 
 def ordinary_roles(mesh: Mesh, graph: Graph) -> list[tuple[str, ...]]:
     """The ordinary plans on a mesh: one role on all axes, and data outside with others inside.
+    Where the outermost axis does not divide the batch, the sequence is cut outside.
 
     With experts also those that spread them over the innermost axes, as many as divide them.  On
     one GPU there is none.
@@ -334,8 +354,21 @@ def ordinary_roles(mesh: Mesh, graph: Graph) -> list[tuple[str, ...]]:
         return [*roles, *((role,) for role in sequence), *_with_experts(mesh, graph, tensor)]
     inside = [("ddp", "fsdp"), ("ddp", tensor), ("fsdp", tensor)]
     inside += [("fsdp", "fsdp+cp")] if shared else []
+    if shared and has_sequence and not _cuts_batch(graph, mesh):
+        roles += [("cp",) * n, ("fsdp+cp",) * n]
+        inside += [("cp", tensor), ("fsdp+cp", tensor)]
     roles += [(outer,) * (n - 1) + (inner,) for outer, inner in inside]
     return [*roles, *_with_experts(mesh, graph, tensor)]
+
+
+def _cuts_batch(graph: Graph, mesh: Mesh) -> bool:
+    """Does the outermost axis divide the batch?"""
+    return all(
+        size % mesh.sizes[0] == 0
+        for item in graph.inputs
+        for size, label in zip(item.value.type.shape, item.labels, strict=False)
+        if label == "b"
+    )
 
 
 def _with_experts(mesh: Mesh, graph: Graph, tensor: str) -> list[tuple[str, ...]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ...facts.spec import Spec
 from ...ir.graph import Param
 from .regions import Region, Strategy
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,8 @@ class Setting:
     `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
     `longest_run`: new tokens of another phase that shares the KV caches.
     `whole_outputs`: every rank returns all of each output, and not its part.
+    `micro_batches`: of a step; the graph is that of one.  `reduced`: the dtype of gradients on
+    their way between ranks, None: that of the weights.
     """
 
     training: bool
@@ -28,6 +33,8 @@ class Setting:
     expert_imbalance: float = 0.0
     longest_run: int = 0
     whole_outputs: bool = False
+    micro_batches: int = 1
+    reduced: torch.dtype | None = None
 
     @property
     def alone(self) -> bool:
@@ -44,6 +51,11 @@ class Restriction:
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
         """May the parameter called `name` (loops as `path.*.rest`) be stored so?"""
+        return True
+
+    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+        """May the parameter called `name` be kept so between its uses?  `several`: a step has more
+        than one micro-batch."""
         return True
 
     def allows_gather(self, axis: int) -> bool:

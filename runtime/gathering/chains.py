@@ -42,7 +42,20 @@ class Leg:
 
 
 Chain: TypeAlias = tuple[Leg, ...]
-# A chain with what else is done on the way, on this rank alone, such as a cast
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """To another dtype; in front of a collective it is done where tensors are packed for that."""
+
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The tensor in that dtype."""
+        return x.to(self.dtype)
+
+
+# A chain with what else is done on the way, on this rank alone
 Way: TypeAlias = Sequence[Leg | Callable[[Tensor], Tensor]]
 _Key: TypeAlias = tuple[str, str, torch.dtype]
 
@@ -97,6 +110,9 @@ def _rows(
     return block(shape[dim], [(n, 0) for n in cuts]).rows
 
 
+_away = torch.empty(0)  # stands for a tensor that is under way
+
+
 class Flight:
     """Tensors on their ways; the first collectives are under way when it is made.
 
@@ -108,6 +124,7 @@ class Flight:
         self._phase: Phase = phase
         self._left = [list(way) for way in ways]
         self._coming = list(_rounds(ways))
+        self._packed_in: dict[int, torch.dtype] = {}  # of tensors that are cast as they are packed
         self._started: list[tuple[tuple[int, ...], Together]] = []
         self._go_on(range(len(self._tensors)))
 
@@ -124,17 +141,29 @@ class Flight:
         """Bring `free` tensors to their next message; start those that have all of theirs."""
         for i in free:
             while self._left[i] and not _is_collective(self._left[i][0]):
-                self._tensors[i] = self._done_here(self._left[i].pop(0), self._tensors[i])
+                step = self._left[i].pop(0)
+                if isinstance(step, Cast) and self._left[i] and _is_collective(self._left[i][0]):
+                    self._packed_in[i] = step.dtype
+                else:
+                    self._tensors[i] = self._done_here(step, self._tensors[i])
         busy = {i for members, _ in self._started for i in members}
         for members in list(self._coming):
             if busy.isdisjoint(members):
                 self._coming.remove(members)
-                steps = [self._left[i].pop(0) for i in members]
-                legs = [step for step in steps if isinstance(step, Leg)]
-                tensors, moves = [self._tensors[i] for i in members], [leg.move for leg in legs]
-                together = start_together(legs[0].axis, tensors, moves, self._phase)
-                self._started.append((members, together))
+                self._started.append((members, self._start(members)))
             busy.update(members)
+
+    def _start(self, members: Sequence[int]) -> Together:
+        """Start a collective of some tensors, which need not be held when they are packed for it;
+        all of its shares have one dtype."""
+        steps = [self._left[i].pop(0) for i in members]
+        legs = [step for step in steps if isinstance(step, Leg)]
+        tensors, moves = [self._tensors[i] for i in members], [leg.move for leg in legs]
+        dtypes = [self._packed_in.pop(i, self._tensors[i].dtype) for i in members]
+        together = start_together(legs[0].axis, tensors, moves, self._phase, dtypes[0])
+        for i in members:
+            self._tensors[i] = _away
+        return together
 
     def _done_here(self, step: Leg | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if isinstance(step, Leg):

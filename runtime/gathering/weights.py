@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.torch import registered
-from .chains import Chain, Way
+from .chains import Cast, Chain, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +197,4 @@ def _reduced(chain: Chain, dtype: torch.dtype | None) -> Way:
 
 
 def _cast(dtype: torch.dtype | None) -> Way:
-    return () if dtype is None else (lambda x: x.to(dtype),)
+    return () if dtype is None else (Cast(dtype),)

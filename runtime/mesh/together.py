@@ -33,22 +33,22 @@ class Together:
 
 
 def start_together(
-    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase, dtype: torch.dtype
 ) -> Together:
-    """Start the collective that takes each of `xs` (of one dtype) along its move.
+    """Start the collective that takes each of `xs` along its move, in `dtype`.
 
     The moves are of one kind, along any dims; tensors must not change before it is finished.
     """
     match primitive(moves[0].source, moves[0].target):
         case "all_gather":
-            return _start_gather(axis, xs, moves, phase)
+            return _start_gather(axis, xs, moves, phase, dtype)
         case "all_reduce":
-            return _start_all_reduce(axis, xs, phase)
+            return _start_all_reduce(axis, xs, phase, dtype)
         case "reduce_scatter":
-            rows, shapes = _packed_rows(axis, xs, moves)
+            rows, shapes = _packed_rows(axis, xs, moves, dtype)
             return Together(axis.start("reduce_scatter", rows, phase), _apart(shapes))
         case "all_to_all":
-            rows, shapes = _packed_rows(axis, xs, moves)
+            rows, shapes = _packed_rows(axis, xs, moves, dtype)
             transfer = axis.start("all_to_all", rows, phase)
             return Together(transfer, _rows_apart(axis, shapes, moves))
         case _:
@@ -56,15 +56,15 @@ def start_together(
 
 
 def _start_gather(
-    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], phase: Phase, dtype: torch.dtype
 ) -> Together:
     """An all-gather of `xs`, packed where they will lie in its result."""
     shapes = [tuple(x.shape) for x in xs]
     if len(xs) == 1:
-        transfer = axis.start("all_gather", xs[0].contiguous(), phase)
+        transfer = axis.start("all_gather", xs[0].to(dtype).contiguous(), phase)
     else:
         sizes = [x.numel() for x in xs]
-        out = xs[0].new_empty((axis.size, sum(sizes)))
+        out = xs[0].new_empty((axis.size, sum(sizes)), dtype=dtype)
         own = out[axis.rank]
         for x, place in zip(xs, own.split(sizes), strict=True):
             place.view(x.shape).copy_(x)
@@ -72,23 +72,34 @@ def _start_gather(
     return Together(transfer, _rows_apart(axis, shapes, moves))
 
 
-def _start_all_reduce(axis: Axis, xs: Sequence[Tensor], phase: Phase) -> Together:
+def _start_all_reduce(
+    axis: Axis, xs: Sequence[Tensor], phase: Phase, dtype: torch.dtype
+) -> Together:
     alone = len(xs) == 1
-    flat = xs[0] if alone else torch.cat([x.reshape(-1) for x in xs])
+    flat = xs[0].to(dtype) if alone else _flat(xs, dtype)
     transfer = axis.start("all_reduce", flat, phase, None if alone else flat)
     return Together(transfer, _apart([tuple(x.shape) for x in xs]))
 
 
+def _flat(xs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The numbers of all, one tensor behind the other."""
+    sizes = [x.numel() for x in xs]
+    flat = xs[0].new_empty(sum(sizes), dtype=dtype)
+    for x, place in zip(xs, flat.split(sizes), strict=True):
+        place.view(x.shape).copy_(x)
+    return flat
+
+
 def _packed_rows(
-    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move]
+    axis: Axis, xs: Sequence[Tensor], moves: Sequence[Move], dtype: torch.dtype
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Row i holds what goes to rank i of each tensor, one behind the other; shapes of that."""
     views = [split_blocks(x, move, axis) for x, move in zip(xs, moves, strict=True)]
     shapes = [tuple(view.shape[1:]) for view in views]
     if len(views) == 1:
-        return views[0].contiguous(), shapes
+        return views[0].to(dtype).contiguous(), shapes
     sizes = [prod(shape) for shape in shapes]
-    rows = xs[0].new_empty((axis.size, sum(sizes)))
+    rows = xs[0].new_empty((axis.size, sum(sizes)), dtype=dtype)
     for view, place in zip(views, rows.split(sizes, dim=1), strict=True):
         place.unflatten(1, view.shape[1:]).copy_(view)
     return rows, shapes
@@ -111,7 +122,9 @@ def _rows_apart(axis: Axis, shapes: Sequence[tuple[int, ...]], moves: Sequence[M
 
     def unpack(rows: Tensor) -> list[Tensor]:
         if len(shapes) == 1:
-            return [join_blocks(rows.view(axis.size, *shapes[0]), moves[0], axis)]
+            # blocks of one column may be joined as a view: a weight that comes alone in backward
+            # must lie as it lay when it came with others
+            return [join_blocks(rows.view(axis.size, *shapes[0]), moves[0], axis).contiguous()]
         parts = zip(rows.split(sizes, dim=1), shapes, moves, strict=True)
         return [_joined(part.unflatten(1, shape), move, axis) for part, shape, move in parts]
 

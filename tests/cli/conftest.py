@@ -33,7 +33,7 @@ class FakePlan:
         return self.text
 
     def to_json(self) -> dict[str, object]:
-        return {"schema": "shardwright.plan/2", "text": self.text}
+        return {"schema": "shardwright.plan/3", "text": self.text}
 
     def module_source(self) -> str:
         self._fail("module_source")

@@ -359,7 +359,7 @@ def test_malformed_plans_name_the_field_and_run_nothing(run: Run) -> None:
         path.write_text(json.dumps(good | changes))
         return refused(run, "show", "folder/out")
 
-    assert "`plan.schema`: expected `shardwright.plan/2`, which this version" in edited(schema="9")
+    assert "`plan.schema`: expected `shardwright.plan/3`, which this version" in edited(schema="9")
     assert "the plan is of format 1, which another" in edited(schema="shardwright.plan/1")
     assert "`plan.mesh`: expected a list, got 2" in edited(mesh=2)
     assert "`plan.mesh[0]`: expected a list of 2 items" in edited(mesh=[["x"]])

@@ -66,7 +66,7 @@ def test_help_of_further_commands(
 def test_every_option_is_shown_by_an_example(run: Run) -> None:
     words = run("--help").out.replace("`", " ").split()
     options = {word for word in words if word.startswith("--")} - {"--help", "--version", "--json"}
-    assert len(options) == 23  # a new option is a decision: few options, the rest in files
+    assert len(options) == 26  # a new option is a decision: few options, the rest in files
     for option in options:
         assert words.count(option) >= 2, f"{option} has no example"
 
@@ -137,7 +137,10 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         "context": None,
         "output_tokens": None,
         "expert_imbalance": None,
-        "dtype": "own",
+        "dtype": None,
+        "precision": None,
+        "reduce_dtype": None,
+        "micro_batches": None,
         "memory_bytes": None,
         "mesh": None,
         "pins": (),
@@ -158,6 +161,9 @@ def test_defaults(api: FakeApi, run: Run) -> None:
         ("--seq 8192", {"seq": 8192}),
         ("--cluster mine.toml", {"cluster": "mine.toml"}),
         ("--dtype float32", {"dtype": "float32"}),
+        ("--precision own", {"precision": "own"}),
+        ("--reduce-dtype bfloat16", {"reduce_dtype": "bfloat16"}),
+        ("--micro-batches 4", {"micro_batches": 4}),
         ("--memory 80GB", {"memory_bytes": 80_000_000_000}),
         ("--mesh dp=2,tp=4", {"mesh": "dp=2,tp=4"}),
         ("--pin a=R --pin *.b=S0,R", {"pins": ("a=R", "*.b=S0,R")}),

@@ -33,7 +33,7 @@ class Made:
         self.number, self.size = number, size
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": "shardwright.plan/2", "number": self.number, "x": "x" * self.size}
+        return {"schema": "shardwright.plan/3", "number": self.number, "x": "x" * self.size}
 
     def module_source(self) -> str:
         return f"class ShardedModel(ShardedModule):  # {self.number}{' ' * self.size}\n"

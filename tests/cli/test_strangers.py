@@ -80,7 +80,7 @@ def test_a_file_that_ends_the_process(run: Run) -> None:
 
 def test_what_a_model_prints_does_not_break_json(run: Run) -> None:
     ran = run("model.py", *SMALL, "--json")
-    assert json.loads(ran.out)["schema"] == "shardwright.plan/2"
+    assert json.loads(ran.out)["schema"] == "shardwright.plan/3"
     assert "model file runs" in ran.err
 
 

@@ -109,7 +109,7 @@ def test_a_dtype_is_that_of_every_parameter(
 ) -> None:
     path = tmp_path / "mixed.py"
     path.write_text(MIXED.replace("MAIN", built))
-    loaded = load_target(str(path), batch=2, seq=4, phase="train", dtype=asked)
+    loaded = load_target(str(path), batch=2, seq=4, phase="train", formats=asked)
     state = {name: tensor.dtype for name, tensor in loaded.model.state_dict().items()}
     assert formats(state) == ({own}, {main})
     assert loaded.rebuild is not None
@@ -165,14 +165,14 @@ def example_inputs(batch, seq):
 """
 
 
-def broken(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def broken(model: nn.Module, formats: str) -> nn.Module:
     """A cast that takes real parts of complex numbers."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.real.to(dtype)
+        tensor.data = tensor.data.real.to(getattr(torch, formats))
     return model
 
 
-def dropped(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def dropped(model: nn.Module, formats: str) -> nn.Module:
     """A cast that casts nothing."""
     return model
 
@@ -190,13 +190,13 @@ def test_the_reference_does_not_share_a_mistake_of_the_cast(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cast: Callable[[nn.Module, torch.dtype | None], nn.Module],
+    cast: Callable[[nn.Module, str], nn.Module],
     persistent: bool,
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("turned.py").write_text(TURNED.replace("PERSISTENT", str(persistent)))
-    monkeypatch.setattr(loading, "in_dtype", cast)
+    monkeypatch.setattr(loading, "in_formats", cast)
     words = "--gpus 2 --cluster cpu --dtype bfloat16 --batch 4 --seq 16 --out out"
     assert run("turned.py", *words.split()).code == 0
     ran = run("verify", "out")

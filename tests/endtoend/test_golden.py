@@ -94,7 +94,9 @@ def idea_module(idea: str) -> str:
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
     texts = [f"{pattern}={spec}" for pattern, spec in pins.items()]
     inputs = {"tokens": ids, "labels": ids}
-    plan = shardwright.plan(model, inputs, gpus=4, mesh="4", cluster="h100", pins=texts)
+    plan = shardwright.plan(
+        model, inputs, gpus=4, mesh="4", cluster="h100", pins=texts, precision="own"
+    )
     return plan.module_source()
 
 
@@ -107,7 +109,9 @@ def test_module_with_experts_on_several_ranks(golden: Golden) -> None:
         ids = torch.zeros(16, 2048, dtype=torch.int64)
     pins = ["*.experts.gate_up=S0", "*.experts.down=S0", "*_proj.weight=R"]
     inputs = {"tokens": ids, "labels": ids}
-    plan = shardwright.plan(model, inputs, gpus=4, mesh="4", cluster="h100", pins=pins)
+    plan = shardwright.plan(
+        model, inputs, gpus=4, mesh="4", cluster="h100", pins=pins, precision="own"
+    )
     golden("moe_experts.py", plan.module_source())
 
 

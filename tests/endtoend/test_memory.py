@@ -13,6 +13,7 @@ from shardwright.api import capture_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts import logits
 from shardwright.ir.graph import Graph
+from shardwright.ir.passes.masters import with_masters
 from shardwright.ir.passes.returned import returning
 from shardwright.loading import Loaded
 from shardwright.planner.ilp.problem import evaluate
@@ -44,28 +45,36 @@ def batch_of(batch: int) -> dict[str, Tensor]:
 
 
 @cache
-def graph(batch: int, **sizes: int) -> Graph:
-    """The example's Llama."""
+def graph(batch: int, *, mixed: bool = False, **sizes: int) -> Graph:
+    """The example's Llama; `mixed`: in bfloat16, its parameters stored in float32."""
     example = example_module("llama")
     with torch.device("meta"):
         model = example.Llama(example.LlamaConfig(**(SIZES | sizes)))
+        model = model.bfloat16() if mixed else model
     inputs = batch_of(batch)
-    return capture_graph(
+    made = capture_graph(
         Loaded(model, inputs, dict.fromkeys(inputs, ("b", "s")), None), training=True
     )
+    return with_masters(made) if mixed else made
 
 
-def predicted(role: str, model: Graph, *, recompute: bool) -> tuple[str, float, tuple[float, ...]]:
+def predicted(
+    role: str, model: Graph, *, recompute: bool = False, micro_batches: int = 1, mixed: bool = False
+) -> tuple[str, float, tuple[float, ...]]:
     """The module of an ordinary plan, its peak in bytes, and the kinds that are no state."""
     mesh = mesh_of(2)
-    setting = Setting(True, "adamw", None, recompute)
+    setting = Setting(
+        True, "adamw", None, recompute, micro_batches=micro_batches,
+        reduced=torch.float32 if mixed else None,
+    )  # fmt: skip
     builder = Builder(model, Network(mesh, load_cluster("cpu")), setting)
     built = builder.build(Roles([role], builder.graph, mesh))
     problem = built.problem()
     assignment = solve(problem).assignment
     assert assignment is not None
     evaluation = evaluate(problem, assignment)
-    parts = built.memory_at(assignment, evaluation.peak_time)
+    live = built.memory_at(assignment, evaluation.peak_time)
+    parts = live["gradient"], live["kept"], live["running"]
     decisions = built.read(assignment)
     return source_of(builder, decisions), evaluation.peak_usage, parts
 
@@ -85,6 +94,36 @@ def measured(source: str, batch: int) -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return live.peak
+
+
+def measured_in_steps(source: str, rows: int) -> int:
+    """Most bytes of tensors alive in the second step of a module with micro-batches."""
+    model = import_source(source).ShardedModel()
+    model.reset_parameters()
+    own = {name: model.data_shard.of(x) for name, x in batch_of(rows).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with LiveBytes([*model.parameters(), *own.values()]) as live:
+        for _ in range(2):
+            live.reset_peak()
+            model.step(**own)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("role", "micro_batches", "mixed"),
+    [("zero2", 1, False), ("zero1", 2, False), ("ddp", 2, True), ("fsdp", 1, True)],
+)
+def test_peak_memory_of_steps(pool: Pool, role: str, micro_batches: int, mixed: bool) -> None:
+    """Copies at home, sums of gradients over micro-batches, float32 beside bfloat16."""
+    rows = 4
+    source, peak, parts = predicted(
+        role, graph(rows, mixed=mixed, layers=4), micro_batches=micro_batches, mixed=mixed
+    )
+    assert all(part >= 0 for part in parts) and sum(parts) < peak
+    for taken in pool(2).run(measured_in_steps, source, micro_batches * rows):
+        assert 0.95 * taken < peak < 1.12 * taken
 
 
 QUICK = [("tp", 4, False), ("fsdp", 4, True), ("ddp", 4, False)]

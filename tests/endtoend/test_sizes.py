@@ -329,6 +329,6 @@ STAY = {"llama": ANY, "moe": ANY, "gpt": Extent(1, 1024), "encoder_decoder": Ext
 def test_ordinary_models_take_any_size(name: str) -> None:
     path = str(EXAMPLES / f"{name}.py")
     graph = capture_graph(
-        load_target(path, batch=4, seq=16, phase="train", dtype="own"), training=True
+        load_target(path, batch=4, seq=16, phase="train", formats="own"), training=True
     )
     assert {item.extents for item in graph.inputs} == {(ANY, STAY[name])}

@@ -4,15 +4,17 @@
 dp1=0       0      1
 dp1=1       2      3
 
-dp1 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedding and loss by
-vocabulary and head by columns.
-dp2 cuts the batch (DDP: gradients are summed). Around the layers it cuts embedding by hidden,
-head by columns and loss by vocabulary.
+dp1 cuts the batch and all matrices (ZeRO-2: gathered once a step, gradients reduced in each
+backward). Around the layers it cuts embedding and loss by vocabulary and head by columns.
+dp2 cuts the batch and all matrices (ZeRO-2: gathered once a step, gradients reduced in each
+backward). Around the layers it cuts embedding by hidden, head by columns and loss by
+vocabulary.
 Each rank returns all of loss, and its part of logits (S2,S2); `model.gather_outputs(out)` makes
 all of it, with gradients, for a loss outside of the module.
 
-Made from a model given to shardwright.plan, batch 8 x 2048 tokens, bfloat16.
-Predicted: 15.4 ms per step, 3.62 GB per GPU.
+Made from a model given to shardwright.plan, batch 8 x 2048 tokens, parameters in float32, used
+in bfloat16.
+Predicted: 16.9 ms per step, 3.67 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
@@ -26,6 +28,7 @@ Comments and tables:
     R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
     V                      whole, while each rank has a summand of its gradient
     Weight(stored, used)   weights of a layer go there together before it
+    Home(spec)             a copy is there for all uses, made once a step
 """
 
 import torch
@@ -33,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.runtime import (
+    Home,
     Input,
     Labels,
     Layer,
@@ -86,15 +90,24 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        "attention_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; <0.1 us
-        "attention.q_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 8.39 MB; 39.9 us
-        "attention.k_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 2.1 MB; 9.98 us
-        "attention.v_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 2.1 MB; 9.98 us
-        "attention.o_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 8.39 MB; 39.9 us
-        "mlp_norm.weight": Weight("R,R", "V,V"),  # backward all-reduce 4.1 kB; <0.1 us
-        "mlp.gate_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
-        "mlp.up_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
-        "mlp.down_proj.weight": Weight("R,R", "V,V"),  # backward all-reduce 23.1 MB; 110 us
+        # all-gather 8.19 kB; backward reduce-scatter; <0.1 us
+        "attention_norm.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 16.8 MB; backward reduce-scatter; 66.6 us
+        "attention.q_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 4.19 MB; backward reduce-scatter; 16.6 us
+        "attention.k_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 4.19 MB; backward reduce-scatter; 16.6 us
+        "attention.v_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 16.8 MB; backward reduce-scatter; 66.6 us
+        "attention.o_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 8.19 kB; backward reduce-scatter; <0.1 us
+        "mlp_norm.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 46.1 MB; backward reduce-scatter; 183 us
+        "mlp.gate_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 46.1 MB; backward reduce-scatter; 183 us
+        "mlp.up_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
+        # all-gather 46.1 MB; backward reduce-scatter; 183 us
+        "mlp.down_proj.weight": Weight("S0,S0", "V,V", dtype=torch.bfloat16, home=Home("V,V")),
     }
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -113,26 +126,38 @@ class ShardedModel(ShardedModule):
     MESH = {"dp1": 2, "dp2": 2}
     PHASE = "train"
     OPTIMIZER = "adamw"
+    REDUCE = torch.float32  # of gradients on their way between ranks
     LAYERS = {
         "layers": [DecoderLayer] * 4,
     }
     PARAMETERS = {
-        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S0,S1"),  # [16000, 1024] per rank
-        "norm.weight": Param((2048,), torch.bfloat16, "R,R"),
-        "head.weight": Param((32000, 2048), torch.bfloat16, "S0,S0"),  # [8000, 2048] per rank
-        "layers.{0..3}.attention_norm.weight": Param((2048,), torch.bfloat16, "R,R"),
-        "layers.{0..3}.attention.q_proj.weight": Param((2048, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.attention.k_proj.weight": Param((512, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.attention.v_proj.weight": Param((512, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.attention.o_proj.weight": Param((2048, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.mlp_norm.weight": Param((2048,), torch.bfloat16, "R,R"),
-        "layers.{0..3}.mlp.gate_proj.weight": Param((5632, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.mlp.up_proj.weight": Param((5632, 2048), torch.bfloat16, "R,R"),
-        "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R,R"),
+        "embedding.weight": Param((32000, 2048), torch.float32, "S0,S1"),  # [16000, 1024] per rank
+        "norm.weight": Param((2048,), torch.float32, "R,R"),
+        "head.weight": Param((32000, 2048), torch.float32, "S0,S0"),  # [8000, 2048] per rank
+        # [512] per rank
+        "layers.{0..3}.attention_norm.weight": Param((2048,), torch.float32, "S0,S0"),
+        # [512, 2048] per rank
+        "layers.{0..3}.attention.q_proj.weight": Param((2048, 2048), torch.float32, "S0,S0"),
+        # [128, 2048] per rank
+        "layers.{0..3}.attention.k_proj.weight": Param((512, 2048), torch.float32, "S0,S0"),
+        # [128, 2048] per rank
+        "layers.{0..3}.attention.v_proj.weight": Param((512, 2048), torch.float32, "S0,S0"),
+        # [512, 2048] per rank
+        "layers.{0..3}.attention.o_proj.weight": Param((2048, 2048), torch.float32, "S0,S0"),
+        "layers.{0..3}.mlp_norm.weight": Param((2048,), torch.float32, "S0,S0"),  # [512] per rank
+        # [1408, 2048] per rank
+        "layers.{0..3}.mlp.gate_proj.weight": Param((5632, 2048), torch.float32, "S0,S0"),
+        # [1408, 2048] per rank
+        "layers.{0..3}.mlp.up_proj.weight": Param((5632, 2048), torch.float32, "S0,S0"),
+        # [512, 5632] per rank
+        "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.float32, "S0,S0"),
     }
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
-        "norm.weight": Weight("R,R", "V,V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 9.71 us
+        "embedding.weight": Weight("S0,S1", "S0,S1", dtype=torch.bfloat16),
+        # backward all-reduce 8.19 kB; 9.88 us
+        "norm.weight": Weight("R,R", "V,V", stages=(1, 1), dtype=torch.bfloat16),
+        "head.weight": Weight("S0,S0", "S0,S0", stages=(1, 1), dtype=torch.bfloat16),
     }
     INPUTS = {
         # `free`: dims that may have other sizes; `step`: what those are multiples of;

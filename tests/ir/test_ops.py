@@ -911,8 +911,9 @@ def check_all(mesh: Mesh, examples: int | None = None, limit: int | None = None)
 def compare(name: str, got: Result, want: Result) -> None:
     """All outputs and all gradients to 1e-9."""
     for path, tensor in want[0].items():
-        finite = torch.nan_to_num(tensor)
-        assert_close(torch.nan_to_num(got[0][path]), finite, 1e-9, f"{name}: output {path}")
+        finite = torch.nan_to_num(tensor.detach())
+        mine = torch.nan_to_num(got[0][path].detach())
+        assert_close(mine, finite, 1e-9, f"{name}: output {path}")
     for param, tensor in want[1].items():
         mine = got[1][param]
         if tensor is None:

@@ -97,7 +97,7 @@ def test_other_counts_are_refused(count: Count) -> None:
 
 @pytest.mark.parametrize("phase", ["decode", "append", "serve"])
 def test_a_model_without_positions_is_refused(phase: str) -> None:
-    loaded = load_target(str(EXAMPLES / "moe.py"), batch=2, seq=8, phase=phase, dtype="float32")
+    loaded = load_target(str(EXAMPLES / "moe.py"), batch=2, seq=8, phase=phase, formats="float32")
     with pytest.raises(PlanError, match=r"MoETransformer\.forward has no keyword `position_ids`"):
         phase_graph(loaded, phase, 0)
 

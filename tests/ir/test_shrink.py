@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def graph_of(target: str, batch: int, seq: int) -> Graph:
     """A captured example."""
     path = str(ROOT / "examples" / target)
-    loaded = load_target(path, batch=batch, seq=seq, phase="train", dtype="float32")
+    loaded = load_target(path, batch=batch, seq=seq, phase="train", formats="float32")
     return capture_graph(loaded, training=True)
 
 

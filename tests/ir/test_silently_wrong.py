@@ -159,7 +159,7 @@ def example_inputs(batch, seq):
 def test_complex_constants_are_not_cast(dtype: str, tmp_path: Path) -> None:
     """A cast would lose their imaginary part."""
     (tmp_path / "model.py").write_text(MODEL)
-    loaded = load_target(str(tmp_path / "model.py"), batch=2, seq=4, phase="train", dtype=dtype)
+    loaded = load_target(str(tmp_path / "model.py"), batch=2, seq=4, phase="train", formats=dtype)
     (turn,) = (p for p in phase_graph(loaded, "train", 0).params if p.kind == "constant")
     assert (turn.data, turn.value.type.dtype) == ((0.5 + 2j,) * 4, torch.complex64)
 

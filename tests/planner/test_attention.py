@@ -335,7 +335,7 @@ def graph_405b(phase: str) -> Graph:
     """128K tokens: new ones, or one over a cache."""
     seq, context = (131072, 0) if phase == "prefill" else (1, 131071)
     target = str(CONFIGS / "llama3-405b")
-    loaded = load_target(target, batch=1, seq=seq, phase=phase, dtype="bfloat16")
+    loaded = load_target(target, batch=1, seq=seq, phase=phase, formats="bfloat16")
     return phase_graph(loaded, phase, context)
 
 
@@ -363,7 +363,7 @@ def small_llama(kv_heads: int, phase: str, folder: Path) -> Graph:
     config = json.loads((CONFIGS / "llama3-8b" / "config.json").read_text())
     config |= {"num_key_value_heads": kv_heads, "max_position_embeddings": 131072}
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_target(str(folder), batch=1, seq=131072, phase=phase, dtype="bfloat16")
+    loaded = load_target(str(folder), batch=1, seq=131072, phase=phase, formats="bfloat16")
     return phase_graph(loaded, phase, 0)
 
 

@@ -24,7 +24,14 @@ def planned(
         tokens = torch.zeros(batch, seq, dtype=torch.int64)
     inputs = {"tokens": tokens, "labels": tokens}
     return shardwright.plan(
-        model, inputs, gpus=8, mesh="8", cluster="h100", pins=pins, memory_bytes=memory
+        model,
+        inputs,
+        gpus=8,
+        mesh="8",
+        cluster="h100",
+        pins=pins,
+        memory_bytes=memory,
+        precision="own",
     )
 
 

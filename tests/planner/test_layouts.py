@@ -46,20 +46,20 @@ def graph(model: str) -> Graph:
     config = json.loads((CONFIGS / model / "config.json").read_text()) | SMALL[model]
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        loaded = load_target(folder, batch=8, seq=64, phase="train", dtype="bfloat16")
+        loaded = load_target(folder, batch=8, seq=64, phase="train", formats="bfloat16")
         return phase_graph(loaded, "train", 0)
 
 
 OPTIONS: dict[str, Any] = {
     "gpus": None, "cluster": "h100", "phase": "train", "context": None, "output_tokens": None,
     "expert_imbalance": None, "mesh": None, "pins": (), "memory_bytes": None, "optimizer": None,
-    "solver": "highs", "time_limit_s": 60.0, "progress": silent, "outputs": (),
+    "solver": "highs", "time_limit_s": 60.0, "progress": silent, "outputs": (), "dtype": "bfloat16",
 }  # fmt: skip
 
 
-def made(model: str, **given: Any) -> sw.Plan:
+def made(model: str, batch: int = 8, **given: Any) -> sw.Plan:
     """A plan of a small model."""
-    job = Asked(**{**OPTIONS, **given}).job("", 8, 64, "bfloat16")
+    job = Asked(**{**OPTIONS, **given}).job("", batch, 64)
     return sw.Plan.of(make_plan(graph(model), job))
 
 
@@ -169,6 +169,20 @@ def test_data_parallelism(model: str, layout: str, axes: str, sharded: list[bool
     assert bool(used) == any(sharded)
 
 
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize(("layout", "late"), [("zero1=8", True), ("zero2=8", False)])
+def test_zero(model: str, layout: str, late: bool) -> None:
+    """Weights are gathered once a step, gradients reduced once a step or in each micro-batch; the
+    optimizer has a part of everything that eight GPUs divide."""
+    plan = made(model, layout=layout, micro_batches=2, batch=16)
+    assert plan.request.rows == 8
+    for weight, _ in plan.program.brought():
+        if weight.param.kind == "parameter" and weight.param.value.differentiable:
+            divides = any(size % 8 == 0 for size in weight.param.value.type.shape)
+            assert weight.kept.kept == divides, weight.name
+            assert not divides or (weight.kept.late == late and not weight.forward)
+
+
 @pytest.mark.parametrize(
     ("layout", "attention", "others", "sharded"),
     [
@@ -218,8 +232,7 @@ def test_the_price_is_that_of_what_runs(layout: str) -> None:
         ("cp=48", "48 GPUs do not divide the sequence of 64"),
         ("tp=16", r"16 GPUs do not divide `model.layers.\*.self_attn` \(attention\).*8 heads"),
         ("ep=4", "there are no experts to spread"),
-        ("zero1=8", "`zero1` is not there yet: optimizer states lie as their weights do"),
-        ("zero2=8", "`zero2` is not there yet"),
+        ("zero2=16", "16 GPUs do not divide the batch of 8"),
         ("pp=2,ddp=4", "`pp` is not there yet: there are no pipelines"),
         ("vpp=2", "`vpp` is not there yet"),
         ("ddp=8,recompute=selective", "`recompute=selective` is not there yet"),

@@ -48,7 +48,7 @@ def graph_of(name: str | Path, batch: int, phase: str = "train") -> Graph:
     """
     target, decode = str(CONFIGS / name), phase == "decode"
     seq = 1 if decode else SEQ
-    loaded = load_target(target, batch=batch, seq=seq, phase=phase, dtype="bfloat16")
+    loaded = load_target(target, batch=batch, seq=seq, phase=phase, formats="bfloat16")
     return phase_graph(loaded, phase, SEQ if decode else 0)
 
 

@@ -48,7 +48,7 @@ def test_shares_add_up_to_the_time_of_the_solver(phase: str, batch: int, seq: in
     """Compute and communication are summed over ops and statements, `seconds` by the problem."""
     plan = mixture(phase, batch, seq)
     compute, communication = split_seconds(plan)
-    total = compute + sum(communication.values()) + plan.optimizer_s
+    total = compute + sum(communication.values()) + plan.optimizer_s + plan.casts_s
     assert total == pytest.approx(plan.seconds, rel=1e-6)
     assert compute > 0 and sum(communication.values()) > 0
 
