@@ -33,7 +33,7 @@ from shardwright.planner.plan.plan import Request
 from shardwright.planner.plan.program import Program
 from shardwright.planner.plan.traffic import predicted_bytes, predicted_messages
 from shardwright.planner.search.search import Clock, Job, Limit
-from shardwright.planner.strategies.build import Builder, Decisions
+from shardwright.planner.strategies.build import Builder, Built, Decisions
 from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.setting import Restriction, Setting
@@ -91,8 +91,12 @@ class Laid(Restriction):
 
 def random_decisions(builder: Builder, seed: int) -> Decisions:
     """Any strategy for every region, any storage for every parameter: mostly very bad ones."""
-    rng = random.Random(seed)
-    built = builder.build(Restriction())
+    return any_of(builder.build(Restriction()), random.Random(seed))
+
+
+def any_of(built: Built, rng: random.Random) -> Decisions:
+    """Any of the decisions that a problem offers."""
+    builder = built.builder
     decisions = built.read([rng.randrange(node.costs.size) for node in built.nodes])
     homes = dict(decisions.homes)
     for weight, _ in decide.program_of(builder, decisions, {}).brought():

@@ -19,6 +19,7 @@ from shardwright.planner.strategies.build import Restriction
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.runtime import RankPool
 from tests.sharded import (
+    any_of,
     builder_of,
     check,
     import_source,
@@ -119,9 +120,7 @@ def test_ranks_draw_as_one(pool: Pool, sizes: tuple[int, ...], cut: str) -> None
     graph, params, inputs = example()
     mesh = mesh_of(*sizes)
     builder = builder_of(graph, mesh, recompute=len(sizes) == 2)
-    built = builder.build(Cut(cut))
-    rng = random.Random(0)
-    decisions = built.read([rng.randrange(node.costs.size) for node in built.nodes])
+    decisions = any_of(builder.build(Cut(cut)), random.Random(0))
     planned = draws_of(program_of(builder, decisions))
     ranks = pool(mesh.ranks)
     found = ranks.run(own_draws, source_of(builder, decisions), params, inputs, planned)

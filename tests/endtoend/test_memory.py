@@ -113,7 +113,12 @@ def measured_in_steps(source: str, rows: int) -> int:
 
 @pytest.mark.parametrize(
     ("role", "micro_batches", "mixed"),
-    [("zero2", 1, False), ("zero1", 2, False), ("ddp", 2, True), ("fsdp", 1, True)],
+    [
+        ("zero1", 2, False),
+        ("fsdp", 1, True),
+        pytest.param("zero2", 1, False, marks=pytest.mark.slow),
+        pytest.param("ddp", 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_peak_memory_of_steps(pool: Pool, role: str, micro_batches: int, mixed: bool) -> None:
     """Copies at home, sums of gradients over micro-batches, float32 beside bfloat16."""

@@ -26,7 +26,7 @@ from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.setting import Restriction
 from shardwright.runtime import RankPool, ops
 from tests.guide import guide_example
-from tests.sharded import builder_of, check, mesh_of, reference, run_module
+from tests.sharded import any_of, builder_of, check, mesh_of, reference, run_module
 
 Pool = Callable[[int], RankPool]
 NAME = "pooling.token_softmax.default"
@@ -96,7 +96,7 @@ def decide(builder: Builder, choices: tuple[str, ...], seed: int) -> Decisions:
     """Any strategy for every other region."""
     rng = random.Random(seed)
     built = builder.build(Ways(choices))
-    return built.read([rng.randrange(node.costs.size) for node in built.nodes])
+    return any_of(built, rng)
 
 
 def operator_in(graph: Graph) -> Node:

@@ -49,8 +49,15 @@ CASES = [
 IN_PARTS = [("configs/gpt2", 256), ("gpt.py", 64)]
 
 
+LONG = ("configs/bert-base", "configs/gemma2-9b", "encoder_decoder.py")
+
+
 @pytest.mark.parametrize(
-    "target, seq, parts", [*((*c, False) for c in CASES), *((*c, True) for c in IN_PARTS)]
+    "target, seq, parts",
+    [
+        *(pytest.param(*c, False, marks=[pytest.mark.slow] * (c[0] in LONG)) for c in CASES),
+        *((*c, True) for c in IN_PARTS),
+    ],
 )
 def test_any_decisions_fit_the_small_graph(target: str, seq: int, parts: bool) -> None:
     graph = graph_of(target, 16, seq)

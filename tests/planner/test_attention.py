@@ -387,9 +387,4 @@ def test_the_planner_finds_usp_on_two_nodes(
     products = [n for n in graph.nodes if operator_of(n).spent_on == "matrix products"]
     products = [n for n in products if n.output.type.shape[1] > 1]
     layers = [decisions.choices[n.name] for n in products if n.operands[-1].type.shape[0] < 100000]
-    ways = {("i1",) * len(sizes)}
-    if phase == "train" and len(sizes) == 3:
-        # Weights of the MLP must be sharded to fit.  Cut by columns and rows over two GPUs they are
-        # gathered in halves: 2.214 s, where tokens over all axes take 2.221.
-        ways |= {("i1", "i1", "o"), ("i1", "i1", "k")}
-    assert set(layers) == ways
+    assert set(layers) == {("i1",) * len(sizes)}

@@ -73,6 +73,7 @@ def test_one_product_where_parts_gain_nothing() -> None:
     assert "are computed whole; in parts: " in note
 
 
+@pytest.mark.slow
 def test_ordinary_plans_are_the_better_of_both() -> None:
     faster: dict[int, dict[str, float]] = {}
     for batch, width in ((1, 4096), (8, 1024)):
@@ -89,6 +90,7 @@ def test_ordinary_plans_are_the_better_of_both() -> None:
     assert faster[1]["TP+SP"] == 1.0 and faster[8]["DDP"] < 1.0
 
 
+@pytest.mark.slow
 def test_both_are_planned_with_layers_recomputed() -> None:
     """Whole, recomputed layers leave much of the memory free; in parts they are needed, too."""
     plan = planned(2, 4096, layers=12, memory=3_900_000_000)
