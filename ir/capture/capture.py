@@ -425,8 +425,8 @@ def _check_products(graph: Graph) -> None:
             kinds = " by ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
             raise CaptureError(
                 f"{node.loc}: {node.loc.module_class or graph.name} multiplies {kinds}, which "
-                "torch does not; cast one in `forward`, or let --dtype be `own` where the model "
-                "has parameters in several formats"
+                "torch does not; cast one in `forward`, or compute in the model's own formats "
+                "(--precision own)"
             )
 
 
