@@ -463,6 +463,7 @@ def _serving(graph: Graph, context: int) -> Graph:
 
 def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bool) -> Plan:
     """The plan of a step; of as few micro-batches as fit, if there may be `several`."""
+    job = in_the_models_formats(job, loaded)
     request = job.request
     try:
         return _plan(loaded, job, outputs)
@@ -481,6 +482,14 @@ def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bo
                 note = f"{whole}: a step adds up the gradients of {count} micro-batches"
                 return replace(plan, notes=(*plan.notes, note))
         raise
+
+
+def in_the_models_formats(job: Job, loaded: Loaded) -> Job:
+    """The job, but for mixed precision of a model that has nothing to mix: in its own formats."""
+    few = any(p.dtype.is_floating_point and p.dtype.itemsize < 4 for p in loaded.model.parameters())
+    if few or job.request.precision != MIXED:
+        return job
+    return replace(job, request=replace(job.request, precision="own", reduce_dtype="own"))
 
 
 def _powers(most: int) -> list[int]:

@@ -143,7 +143,8 @@ def test_it_is_planned_and_named_in_the_report(example: Path, gpus: int) -> None
     labels = torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.device("meta"):
         model = Pooling()
-    plan = shardwright.plan(model, {"input_ids": ids, "labels": labels}, gpus=gpus, mesh=f"{gpus}")
+    inputs = {"input_ids": ids, "labels": labels}
+    plan = shardwright.plan(model, inputs, gpus=gpus, mesh=f"{gpus}", precision="own")
     node = operator_in(plan.graph)
     assert plan.decisions.choices[node.name] == ("s",)
     assert "tokens, sums all-reduced" in str(plan)
