@@ -461,12 +461,19 @@ def _serving(graph: Graph, context: int) -> Graph:
         raise PlanError(str(error)) from error
 
 
+_NOT_MIXED = (
+    "mixed precision has nothing to mix here: the model's parameters are neither all in float32 "
+    "nor any in fewer bits, and are stored and used as they are"
+)
+
+
 def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bool) -> Plan:
     """The plan of a step; of as few micro-batches as fit, if there may be `several`."""
-    job = in_the_models_formats(job, loaded)
+    asked, job = job, in_the_models_formats(job, loaded)
     request = job.request
     try:
-        return _plan(loaded, job, outputs)
+        plan = _plan(loaded, job, outputs)
+        return plan if job is asked else replace(plan, notes=(*plan.notes, _NOT_MIXED))
     except InfeasibleError:
         counts = [n for n in _powers(request.batch) if request.batch % n == 0]
         if not (several and find_phase(request.phase).backward):
@@ -485,11 +492,20 @@ def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bo
 
 
 def in_the_models_formats(job: Job, loaded: Loaded) -> Job:
-    """The job, but for mixed precision of a model that has nothing to mix: in its own formats."""
+    """The job, but for mixed precision of a model that has nothing to mix: in its own formats.
+
+    Raises PlanError where another format of its gradients was asked for.
+    """
+    request = job.request
     few = any(p.dtype.is_floating_point and p.dtype.itemsize < 4 for p in loaded.model.parameters())
-    if few or job.request.precision != MIXED:
+    if few or request.precision != MIXED:
         return job
-    return replace(job, request=replace(job.request, precision="own", reduce_dtype="own"))
+    if request.reduce_dtype != "float32":
+        raise PlanError(
+            f"--reduce-dtype {request.reduce_dtype} is for mixed precision, and no parameter of "
+            f"{type(loaded.model).__name__} is in float32 or fewer bits alone; leave it out"
+        )
+    return replace(job, request=replace(request, precision="own", reduce_dtype="own"))
 
 
 def _powers(most: int) -> list[int]:

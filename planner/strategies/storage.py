@@ -124,8 +124,8 @@ class Held:
     """What a weight takes on one rank beside what it is stored as, by the numbers of its elements
     as it is `stored`, at `home` and `used` there; arrays are of one shape.
 
-    `kept`, `late` as in `Home`; `stored_in`, `used_in` and `reduced_in` are bytes of an element of
-    the parameter, of the weight that is used, and of its gradient on its way.
+    `kept`, `late` as in `Storage`; `stored_in`, `used_in` and `reduced_in` are bytes of an element
+    of the parameter, of the weight that is used, and of its gradient on its way.
     """
 
     stored: Floats

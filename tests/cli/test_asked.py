@@ -141,3 +141,15 @@ def test_names_of_axes(mesh: str, names: tuple[str, ...], note: str) -> None:
     plan = sw.plan(model(), {"input": odd}, gpus=2, cluster="cpu", mesh=mesh, pins=["0.*=R"])
     assert plan.mesh.names == names
     assert (note in "".join(plan.notes)) if note else not plan.notes
+
+
+def test_float64_is_not_mixed() -> None:
+    """A plan for GPUs says so, and stores and reduces what the model has."""
+    wide = nn.Linear(16, 16, device="meta", dtype=torch.float64)
+    inputs = {"input": torch.zeros(4, 8, 16, device="meta", dtype=torch.float64)}
+    with pytest.raises(PlanError, match=r"--reduce-dtype bfloat16 is for mixed precision"):
+        sw.plan(wide, inputs, gpus=2, reduce_dtype="bfloat16")
+    plan = sw.plan(wide, inputs, gpus=2)
+    assert plan.request.precision == plan.request.reduce_dtype == "own"
+    assert any("nothing to mix" in note for note in plan.notes)
+    assert "REDUCE" not in plan.module_source()
