@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .api import Plan, load_plan, plan
     from .ir.ops.experts import experts, moe
     from .ir.ops.user_rules import rule
+    from .sweeping import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -29,9 +30,13 @@ _LAZY = {  # name -> module
     "experts": ".ir.ops.experts",
     "moe": ".ir.ops.experts",
     "rule": ".ir.ops.user_rules",
+    "Sweep": ".sweeping",
+    "sweep": ".sweeping",
 }
 
-__all__ = ["Plan", "__version__", "experts", "load_plan", "moe", "plan", "rule"]
+__all__ = [
+    "Plan", "Sweep", "__version__", "experts", "load_plan", "moe", "plan", "rule", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

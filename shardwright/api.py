@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,7 +282,7 @@ def plan(
     batch, seq = (*first.shape[:2], 1, 1)[:2]
     job = asked.job("", batch, seq)
     loaded = in_formats_apart(Loaded(model, inputs, labels, None), job.request.formats)
-    return _plan_steps(loaded, job, outputs, several=micro_batches is None)
+    return plan_steps(Captures(loaded, outputs), job, several=micro_batches is None)
 
 
 def plan_file(
@@ -325,7 +325,7 @@ def plan_file(
     progress("build the model")
     with job.clock.step("model"):
         loaded = load_target(target, batch=batch, seq=seq, phase=phase, formats=job.request.formats)
-    return _plan_steps(loaded, job, outputs, several=micro_batches is None)
+    return plan_steps(Captures(loaded, outputs), job, several=micro_batches is None)
 
 
 def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
@@ -467,12 +467,35 @@ _NOT_MIXED = (
 )
 
 
-def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bool) -> Plan:
-    """The plan of a step; of as few micro-batches as fit, if there may be `several`."""
-    asked, job = job, in_the_models_formats(job, loaded)
+@dataclass(frozen=True)
+class Captures:
+    """A model, and what was captured of it: the graphs of a request, once for each number of rows.
+
+    For requests that differ in nothing else that a graph depends on: in GPUs, cluster, mesh, layout
+    and memory, and in micro-batches.
+    """
+
+    loaded: Loaded
+    outputs: Sequence[str]
+    _known: dict[int, tuple[Graph, ...]] = field(default_factory=dict[int, tuple[Graph, ...]])
+
+    def graphs(self, job: Job) -> tuple[Graph, ...]:
+        """The graph of a request, and in phase `serve` that of one output token besides."""
+        rows = job.request.rows
+        if rows not in self._known:
+            self._known[rows] = _graphs_of(with_rows(self.loaded, rows), job, self.outputs)
+        return self._known[rows]
+
+
+def plan_steps(captures: Captures, job: Job, *, several: bool) -> Plan:
+    """The plan of a step; of as few micro-batches as fit, if there may be `several`.
+
+    Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
+    """
+    asked, job = job, in_the_models_formats(job, captures.loaded)
     request = job.request
     try:
-        plan = _plan(loaded, job, outputs)
+        plan = planned(captures.graphs(job), job)
         return plan if job is asked else replace(plan, notes=(*plan.notes, _NOT_MIXED))
     except InfeasibleError:
         counts = [n for n in _powers(request.batch) if request.batch % n == 0]
@@ -484,7 +507,7 @@ def _plan_steps(loaded: Loaded, job: Job, outputs: Sequence[str], *, several: bo
                 f", {count} micro-batches"
             )
             with suppress(InfeasibleError):
-                plan = _plan(loaded, tried, outputs)
+                plan = planned(captures.graphs(tried), tried)
                 whole = f"{request.batch} sequences at once do not fit"
                 note = f"{whole}: a step adds up the gradients of {count} micro-batches"
                 return replace(plan, notes=(*plan.notes, note))
@@ -513,14 +536,8 @@ def _powers(most: int) -> list[int]:
     return [2**n for n in range(1, most.bit_length())]
 
 
-def _plan(loaded: Loaded, job: Job, outputs: Sequence[str]) -> Plan:
-    return planned(graphs_of(loaded, job, outputs), job)
-
-
-def graphs_of(loaded: Loaded, job: Job, outputs: Sequence[str]) -> tuple[Graph, ...]:
-    """The graph of a request, and in phase `serve` that of one output token besides."""
+def _graphs_of(loaded: Loaded, job: Job, outputs: Sequence[str]) -> tuple[Graph, ...]:
     request = job.request
-    loaded = with_rows(loaded, request.rows)
     job.progress("capture the graph")
     with job.clock.step("capture"):
         graph = phase_graph(loaded, request.phase, request.context)
@@ -585,5 +602,6 @@ def verify(
 
 
 __all__ = [
-    "Plan", "capture_graph", "graphs_of", "load_plan", "plan", "plan_file", "planned", "verify",
+    "Captures", "Plan", "capture_graph", "load_plan", "plan", "plan_file", "plan_steps", "planned",
+    "verify",
 ]  # fmt: skip

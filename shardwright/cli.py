@@ -9,94 +9,70 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, Unpack
 
 import typer
 
 from . import __version__
 from .compat.versions import untried, versions_in_use
-from .costmodel.machines.cluster import BUILT_IN
 from .facts.files import read_text
-from .facts.phases import PHASES, TRAIN
+from .facts.phases import PHASES
 from .folder import (
     MODULE_FILE,
-    PLAN_FILE,
     check_output,
     check_problem_file,
+    check_sweep_output,
     existing_plan,
     module_is_the_plans,
     write_folder,
+    write_sweep,
 )
+from .options import (
+    AsJsonOption,
+    BatchesOption,
+    BatchOption,
+    ClusterOption,
+    ClustersOption,
+    DumpOption,
+    DumpProblemOption,
+    FolderArgument,
+    FullOption,
+    GpuCountsOption,
+    GpusOption,
+    LayoutOption,
+    MeshOption,
+    ModelArgument,
+    OpenOption,
+    OutOption,
+    OutputLayout,
+    OutputLayoutOption,
+    PinOption,
+    Planning,
+    PriceOption,
+    SeqOption,
+    SeqsOption,
+    Solver,
+    SolverOption,
+    Stage,
+    SweepOutOption,
+    TargetOption,
+    TokensPerStepOption,
+    WriteOption,
+    asked_of,
+    takes_planning,
+)
+from .ranges import parse_count, parse_counts, parse_names, parse_price
 from .terminal import print_everywhere, printable, say, say_report
 
 if TYPE_CHECKING:
     from .api import Plan
-
-
-class Precision(StrEnum):
-    """In which products run."""
-
-    MIXED = "mixed"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-    OWN = "own"
-
-
-class ReduceDtype(StrEnum):
-    """Number format of gradients between ranks."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Dtype(StrEnum):
-    """Number format of the parameters."""
-
-    OWN = "own"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
-
-
-class Optimizer(StrEnum):
-    """Whose states take memory beside parameters and gradients."""
-
-    ADAMW = "adamw"
-    SGD = "sgd"
-    NONE = "none"
-
-
-class OutputLayout(StrEnum):
-    """What each rank returns of the outputs."""
-
-    SHARDED = "sharded"
-    REPLICATED = "replicated"
-
-
-class Stage(StrEnum):
-    """What planning goes through, one made of the other."""
-
-    STRATEGIES = "strategies"
-    PROBLEM = "problem"
-    PLAN = "plan"
-
-
-class Solver(StrEnum):
-    """The back end that picks the strategies."""
-
-    HIGHS = "highs"
-    CP_SAT = "cp-sat"
-    PYOMO = "pyomo"
 
 
 _SETTINGS = {
@@ -108,12 +84,14 @@ More commands (`plan COMMAND --help` explains each):
   plan show DIR      print a saved plan again
   plan verify DIR    run a plan's module on CPU processes and compare it with the original model
   plan solve FILE    solve a sharding problem in the IOPDDL format
+  plan sweep MODEL   plan for many GPUs, clusters and sequences: which to take
   plan schema        print the JSON Schema of a plan.json
 
 \b
 Examples:
   plan examples/llama.py --gpus 2 --cluster cpu
   plan examples/configs/llama3-8b --gpus 64 --seq 8192 --batch 64
+  plan sweep examples/configs/llama3-8b --gpus 8..64 --cluster h100,h200 --seq 8192
   plan examples/configs/llama3-8b --layout fsdp=64 --layout ddp=8,tp=8,sp --seq 8192
   plan model.py:build_large --gpus 8 --memory 40GB --pin '*.q_proj.weight=R,S0' --mesh dp=4,tp=2
 
@@ -166,308 +144,40 @@ def _end(number: int, _: object) -> NoReturn:
     raise _Ended(128 + number)
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes in `80GB` (10^9), `80GiB` (2^30) or a plain number of bytes as `64e9`.
-
-    >>> parse_bytes("80GB"), parse_bytes("1.5 KiB"), parse_bytes("64e9")
-    (80000000000, 1536, 64000000000)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*(?:([kmgt]?)(i?)b)?", text.strip(), re.I)
-    if match is None:
-        raise typer.BadParameter(f"`{text}` is not a size; expected one like 80GB, 80GiB or 64e9")
-    number, prefix, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
-    if not 1 <= size < 2**63:
-        raise typer.BadParameter(f"`{text}` is not the memory of a GPU; expected one like 80GB")
-    return int(size)
-
-
-def _known_phase(text: str) -> str:
-    if text not in PHASES:
-        raise typer.BadParameter(f"`{text}` is not one of {', '.join(map(repr, PHASES))}")
-    return text
-
-
 def _show_version(asked: bool) -> None:
     if asked:
         print(f"shardwright {__version__}")
         raise typer.Exit
 
 
-# What options are, and say of themselves in the help.
-
-_Model: TypeAlias = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="a Python file that defines build_model() and example_inputs(batch, seq), "
-        "`model.py:function` for another builder; or a Hugging Face config.json, or a folder "
-        "with one",
-    ),
-]
-_Gpus: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        show_default="by the layout",
-        help="GPUs to use in all, e.g. --gpus 8",
-    ),
-]
-_Phase: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        parser=_known_phase,
-        metavar=f"<{'|'.join(PHASES)}>",
-        help="what to plan for, e.g. --phase prefill",
-    ),
-]
-_Batch: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        show_default="one per GPU",
-        help="sequences in the batch, over all GPUs together, e.g. --batch 64",
-    ),
-]
-_Seq: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        show_default="1024; 1 with --phase decode",
-        help="tokens in a sequence, or new ones in inference, e.g. --seq 8192",
-    ),
-]
-_Context: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=0,
-        show_default="8192 with --phase decode or append",
-        help="cached tokens before the new ones, e.g. --context 32768",
-    ),
-]
-_OutputTokens: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        show_default="256",
-        help="tokens of an answer, with --phase serve, e.g. --output-tokens 1024",
-    ),
-]
-_ExpertImbalance: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        show_default="that of a power-law router",
-        help="load of the GPU with the busiest experts over the mean load, e.g. "
-        "--expert-imbalance 1.5",
-    ),
-]
-_Dtype: TypeAlias = Annotated[
-    Dtype | None,
-    typer.Option(
-        show_default="own",
-        help="number format in which parameters and buffers are stored, complex ones apart; own: "
-        "as the model has them, each in its own, e.g. --dtype bfloat16",
-    ),
-]
-_Precision: TypeAlias = Annotated[
-    Precision | None,
-    typer.Option(
-        show_default="mixed for training on GPUs, unless --dtype is given; else own",
-        help="what products run in; mixed: bfloat16, with trained parameters, their gradients and "
-        "optimizer states in float32; own: what parameters are stored in, e.g. --precision own",
-    ),
-]
-_ReduceDtype: TypeAlias = Annotated[
-    ReduceDtype | None,
-    typer.Option(
-        show_default="float32 with mixed precision, else that of parameters",
-        help="number format in which ranks add up gradients, e.g. --reduce-dtype bfloat16",
-    ),
-]
-_MicroBatches: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        show_default="1, or as few as fit",
-        help="parts of the batch that a step computes one after another, adding up gradients, e.g. "
-        "--micro-batches 4",
-    ),
-]
-_Cluster: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FILE.toml",
-        help=f"the machines: {', '.join(BUILT_IN)} (`cpu`: processes on this machine), or a file "
-        "that describes yours, e.g. --cluster a100",
-    ),
-]
-_Memory: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="SIZE",
-        parser=parse_bytes,
-        show_default="the cluster's",
-        help="memory that a plan may fill on each GPU, e.g. --memory 64GB (or 64GiB, 64e9)",
-    ),
-]
-_Mesh: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZES",
-        show_default="searched",
-        help="the grid of GPUs, slowest links first, e.g. --mesh 2x4 or --mesh dp=2,tp=4",
-    ),
-]
-_Layout: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="WORDS",
-        show_default=False,
-        help="an ordinary plan instead of the best one: ddp (or dp), fsdp, tp, cp, ulysses and ep, "
-        "each with a number of GPUs, outermost first; sp: the GPUs of tp share the sequence "
-        "between the blocks; recompute=none or full; e.g. --layout fsdp=32 or --layout "
-        "ddp=4,tp=8,sp. Repeated: a table of all, beside the best plan",
-    ),
-]
-_Write: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=0,
-        show_default=False,
-        help="with several layouts, the row of the table to write the module of, e.g. --write 1",
-    ),
-]
-_Pin: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN=SPEC",
-        show_default=False,
-        help="a decision of your own, kept and priced: a glob of tensor names and a state per "
-        "mesh axis (R replicated, S0, S1, ... sharded along that dim), e.g. "
-        "--pin '*.q_proj.weight=R,S0'; or what an axis cuts in operators (`plan show --help` "
-        "says how to list it), e.g. --pin '*.q_proj=tp:out'; may be repeated",
-    ),
-]
-_Outputs: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        show_default="all",
-        help="what training returns, e.g. --outputs loss, without logits, which are then never "
-        "there as a whole; may be repeated",
-    ),
-]
-_OutputLayout: TypeAlias = Annotated[
-    OutputLayout,
-    typer.Option(
-        help="whether each rank returns its part of what training returns, or all of it, e.g. "
-        "--output-layout replicated for a loss outside of the module",
-    ),
-]
-_Optimizer: TypeAlias = Annotated[
-    Optimizer | None,
-    typer.Option(
-        show_default="adamw; none in inference",
-        help="the optimizer whose states take memory, e.g. --optimizer sgd",
-    ),
-]
-_Solver: TypeAlias = Annotated[
-    Solver, typer.Option(help="the back end that searches, e.g. --solver cp-sat")
-]
-_TimeLimit: TypeAlias = Annotated[
-    float,
-    typer.Option(
-        metavar="SECONDS",
-        min=0.1,
-        help="stop the search then, with the best plan so far, e.g. --time-limit 10",
-    ),
-]
-_Out: TypeAlias = Annotated[
-    Path,
-    typer.Option(
-        metavar="DIR",
-        help=f"folder for {PLAN_FILE} and {MODULE_FILE}; an earlier plan in it is replaced, "
-        "anything else refused, e.g. --out plans/8b",
-    ),
-]
-_AsJson: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="print the plan as JSON instead of the report")
-]
-_Full: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--full",
-        help="print each row of a table on one line, however long, e.g. `--full | less -S`",
-    ),
-]
-_DumpProblem: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        show_default=False,
-        help="also write the problem that was solved, in the IOPDDL format, e.g. "
-        "--dump-problem problem.json.gz",
-    ),
-]
-_Dump: TypeAlias = Annotated[
-    Stage | None,
-    typer.Option(
-        show_default=False,
-        help="print what planning went through on the plan's mesh instead of the report: the ways "
-        "to run each part, the integer program, or the choices taken, e.g. --dump strategies",
-    ),
-]
 _Version: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--version", callback=_show_version, is_eager=True, help="print the version and exit"
     ),
 ]
-_Folder: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")
-]
 
 
 @app.command(epilog=_EPILOG)
+@takes_planning
 def plan(
-    model: _Model,
-    gpus: _Gpus = None,
-    phase: _Phase = TRAIN.name,
-    batch: _Batch = None,
-    seq: _Seq = None,
-    context: _Context = None,
-    output_tokens: _OutputTokens = None,
-    expert_imbalance: _ExpertImbalance = None,
-    dtype: _Dtype = None,
-    precision: _Precision = None,
-    reduce_dtype: _ReduceDtype = None,
-    micro_batches: _MicroBatches = None,
-    cluster: _Cluster = "h100",
-    memory: _Memory = None,
-    mesh: _Mesh = None,
-    layout: _Layout = None,
-    write: _Write = None,
-    pin: _Pin = None,
-    optimizer: _Optimizer = None,
-    outputs: _Outputs = None,
-    output_layout: _OutputLayout = OutputLayout.SHARDED,
-    solver: _Solver = Solver.HIGHS,
-    time_limit: _TimeLimit = 60.0,
-    out: _Out = Path("plan_out"),
-    as_json: _AsJson = False,
-    full: _Full = False,
-    dump: _Dump = None,
-    dump_problem: _DumpProblem = None,
+    model: ModelArgument,
+    gpus: GpusOption = None,
+    batch: BatchOption = None,
+    seq: SeqOption = None,
+    cluster: ClusterOption = "h100",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    write: WriteOption = None,
+    pin: PinOption = None,
+    output_layout: OutputLayoutOption = OutputLayout.SHARDED,
+    out: OutOption = Path("plan_out"),
+    as_json: AsJsonOption = False,
+    full: FullOption = False,
+    dump: DumpOption = None,
+    dump_problem: DumpProblemOption = None,
     version: _Version = False,
+    **planning: Unpack[Planning],
 ) -> None:
     """Plan how to cut MODEL over N GPUs, and write the PyTorch module that runs it so.
 
@@ -486,28 +196,16 @@ def plan(
         if write is not None and len(layouts) < 2:
             raise ValueError("--write chooses among several --layout; give at least two")
         options = {
+            **asked_of(planning),
             "gpus": gpus,
             "cluster": cluster,
-            "phase": phase,
-            "context": context,
-            "output_tokens": output_tokens,
-            "expert_imbalance": expert_imbalance,
-            "memory_bytes": memory,
             "mesh": mesh,
             "pins": tuple(pin or ()),
-            "optimizer": optimizer.value if optimizer else PHASES[phase].optimizer,
-            "solver": solver.value,
-            "time_limit_s": time_limit,
-            "outputs": tuple(outputs or ()),
             "output_layout": output_layout.value,
-            "dtype": dtype and dtype.value,
-            "precision": precision and precision.value,
-            "reduce_dtype": reduce_dtype and reduce_dtype.value,
-            "micro_batches": micro_batches,
         }
         with _Progress() as progress:
             progress("load PyTorch")
-            tokens = seq or PHASES[phase].tokens
+            tokens = seq or PHASES[planning["phase"]].tokens
             made = _made(model, layouts, write, batch, tokens, options, progress)
             if made is None:
                 return
@@ -542,11 +240,67 @@ def _made(
     return plan_file(model, batch=batch, seq=seq, layout=layout, progress=progress, **options)
 
 
+@tools.command("sweep")
+@takes_planning
+def sweep(
+    model: ModelArgument,
+    gpus: GpuCountsOption,
+    cluster: ClustersOption = "h100",
+    seq: SeqsOption = None,
+    batch: BatchesOption = None,
+    tokens_per_step: TokensPerStepOption = None,
+    target: TargetOption = None,
+    price: PriceOption = None,
+    out: SweepOutOption = Path("sweep_out"),
+    open_page: OpenOption = False,
+    **planning: Unpack[Planning],
+) -> None:
+    """Plan MODEL for many GPUs, clusters, sequences and batches, and say which to take.
+
+    The answer is a sentence, then a table of all points, best ones marked; files beside it hold the
+    same as CSV, as JSON, and as a page with a plot. Exits with 1 where no point meets the target.
+    """
+    with _errors_as_exit_codes():
+        check_sweep_output(out)
+        points = {
+            "gpus": parse_counts("--gpus", gpus),
+            "cluster": parse_names("--cluster", cluster),
+            "seq": parse_counts("--seq", seq) if seq else (),
+            "batch": _batches(batch),
+            "tokens_per_step": tokens_per_step
+            and parse_count("--tokens-per-step", tokens_per_step),
+            "prices": dict(parse_price(text) for text in price or ()),
+        }
+        options: dict[str, Any] = {**asked_of(planning), **points, "target": target}
+        with _Progress() as progress:
+            progress("load PyTorch")
+            from .sweeping import Row
+            from .sweeping import sweep as run_sweep
+
+            def told(row: Row, done: int, of: int) -> None:
+                progress(f"{row.point}", done / of)
+
+            found = run_sweep(model, workers=os.cpu_count() or 1, told=told, **options)
+        say_report(found)
+        written = write_sweep(found, out)
+        say("", "Written", *(f"  {path}" for path in written))
+        if open_page:
+            typer.launch(str(written[-1]))
+    if not any(found.best(seq) for seq in found.asking.seqs):
+        raise typer.Exit(1)
+
+
+def _batches(text: str | None) -> tuple[int, ...] | str:
+    if text is None or text.strip() == "auto":
+        return "auto" if text else ()
+    return parse_counts("--batch", text)
+
+
 @tools.command("show")
 def show(
-    folder: _Folder,
-    as_json: _AsJson = False,
-    full: _Full = False,
+    folder: FolderArgument,
+    as_json: AsJsonOption = False,
+    full: FullOption = False,
     module: Annotated[
         bool, typer.Option("--module", help="print the generated module instead of the report")
     ] = False,
@@ -595,7 +349,7 @@ def _print_module(path: Path) -> None:
 
 @tools.command("verify")
 def verify(
-    folder: _Folder,
+    folder: FolderArgument,
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -647,7 +401,7 @@ def solve(
             help="stop the search then, with the best assignment so far, e.g. --time-limit 30",
         ),
     ] = 300.0,
-    solver: _Solver = Solver.HIGHS,
+    solver: SolverOption = Solver.HIGHS,
 ) -> None:
     """Solve a sharding problem: cost, bound, status, assignment, e.g. `plan solve problem.json`."""
     with _errors_as_exit_codes():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .api import Plan, graphs_of, in_the_models_formats, planned
+from .api import Captures, Plan, in_the_models_formats, planned
 from .asked import Asked, Progress, silent
 from .facts.units import format_bytes, format_seconds
 from .loading import load_target
@@ -67,7 +67,7 @@ def compare_file(
     phase, outputs, formats = options["phase"], options["outputs"], jobs[0].request.formats
     loaded = load_target(target, batch=batch or gpus, seq=seq, phase=phase, formats=formats)
     jobs = [in_the_models_formats(job, loaded) for job in jobs]
-    graphs = graphs_of(loaded, jobs[0], outputs)
+    graphs = Captures(loaded, outputs).graphs(jobs[0])
     rows: list[Compared] = []
     for layout, job in zip(("", *layouts), jobs, strict=True):
         try:

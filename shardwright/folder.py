@@ -23,6 +23,7 @@ from .written import digest, remember, wrote
 
 PLAN_FILE = "plan.json"
 MODULE_FILE = "sharded_model.py"
+SWEEP_FILES = ("sweep.csv", "sweep.json", "sweep.html")
 _DRAFT = ".plan-draft-"
 _PATIENCE_S = 30.0  # for another writer, who needs milliseconds
 _MODULE = re.compile(r"^class ShardedModel\(ShardedModule\):", re.MULTILINE)
@@ -41,6 +42,22 @@ class Planned(Protocol):
 
     def dump_problem(self, path: Path) -> None:
         """Write the sharding problem to `path`."""
+        ...
+
+
+class Swept(Protocol):
+    """What a sweep found."""
+
+    def to_csv(self) -> str:
+        """A table with a head."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        ...
+
+    def to_html(self) -> str:
+        """A page."""
         ...
 
 
@@ -88,6 +105,27 @@ def check_problem_file(path: Path) -> None:
     if path.exists() and not _is_problem(path):
         raise ValueError(f"--dump-problem `{path}` exists and is no problem; name a new file")
     _check_parents(path)
+
+
+def check_sweep_output(out: Path) -> None:
+    """Refuse, before any work, a folder that holds anything but an earlier sweep.
+
+    Raises ValueError.
+    """
+    if not out.exists():
+        _check_parents(out)
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out `{out}` is a file; name a folder, as in `--out {out}_sweep`")
+    found = {path.name for path in out.iterdir() if not path.name.startswith(_DRAFT)}
+    ours = str(_content(out / SWEEP_FILES[1]).get("schema", "")).startswith("shardwright.sweep/")
+    foreign = sorted(found if not ours else found - set(SWEEP_FILES))
+    if foreign:
+        shown = ", ".join(f"`{name}`" for name in foreign[:3]) + (" ..." if foreign[3:] else "")
+        raise ValueError(
+            f"--out `{out}` holds {shown}, which is not a sweep; nothing there is overwritten: "
+            f"name a new folder, as in `--out {out / 'sweep_out'}`"
+        )
 
 
 def _check_parents(path: Path) -> None:
@@ -169,6 +207,21 @@ def write_folder(made: Planned, out: Path, problem: Path | None) -> tuple[Path, 
             _move(draft, out, texts)
             _move(beside, problem.parent, [problem.name])
         return out / PLAN_FILE, out / MODULE_FILE, problem
+
+
+def write_sweep(found: Swept, out: Path) -> tuple[Path, ...]:
+    """Write a sweep's files, each whole or not at all; their paths in the order to list them.
+
+    Raises ValueError for a place that holds anything else, OSError where it cannot be written.
+    """
+    check_sweep_output(out)
+    data = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
+    texts = dict(zip(SWEEP_FILES, (found.to_csv(), data, found.to_html()), strict=True))
+    with _draft(out) as draft:
+        for name, text in texts.items():
+            _write_text(draft / name, text)
+        _move(draft, out, texts)
+    return tuple(out / name for name in SWEEP_FILES)
 
 
 def write_plan(made: Planned, path: Path) -> None:
@@ -273,6 +326,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 __all__ = [
-    "MODULE_FILE", "PLAN_FILE", "check_output", "check_problem_file", "existing_plan",
-    "module_is_the_plans", "write_folder", "write_module", "write_plan",
+    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_problem_file",
+    "check_sweep_output", "existing_plan", "module_is_the_plans", "write_folder", "write_module",
+    "write_plan", "write_sweep",
 ]  # fmt: skip

@@ -29,16 +29,21 @@ def mfu(plan: PlanData, peak: Callable[[str], float]) -> float:
     return at_peak / (plan.seconds * plan.request.gpus)
 
 
+def exposed_share(plan: PlanData) -> float:
+    """The share of a step, or of a forward pass, that is communication which nothing hides."""
+    _, communication = split_seconds(plan)
+    return sum(communication.values()) / plan.seconds
+
+
 def throughput(plan: PlanData, peak: Callable[[str], float], price: float) -> str:
     """One line; `price` is that of a GPU hour, 0: not known."""
     request = plan.request
     tokens = request.batch * request.seq
     rate = tokens / plan.seconds
-    _, communication = split_seconds(plan)
-    exposed = sum(communication.values()) / plan.seconds
     text = (
         f"Throughput: {rate:,.0f} tokens/s, {rate / request.gpus:,.0f} tokens/s/GPU, MFU "
-        f"{mfu(plan, peak):.1%}; {exposed:.0%} of the time is communication that nothing hides."
+        f"{mfu(plan, peak):.1%}; {exposed_share(plan):.0%} of the time is communication that "
+        "nothing hides."
     )
     if not price:
         return text
@@ -46,4 +51,4 @@ def throughput(plan: PlanData, peak: Callable[[str], float], price: float) -> st
     return f"{text} A step costs {cost:.3g}, a million tokens {cost / tokens * 1e6:.3g}."
 
 
-__all__ = ["mfu", "throughput"]
+__all__ = ["exposed_share", "mfu", "throughput"]

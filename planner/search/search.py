@@ -67,7 +67,7 @@ class Job:
     """A request, and how its plan is searched for.
 
     `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph, also
-    by the `layout` that was asked for, if one was.
+    by the `layout` that was asked for, if one was.  `baselines`: ordinary plans are priced, too.
     """
 
     cluster: Cluster
@@ -79,6 +79,7 @@ class Job:
     clock: Clock
     progress: Progress
     layout: Layout | None = None
+    baselines: bool = True
     builders: Builders = field(default_factory=Builders)
 
     @property
@@ -332,7 +333,7 @@ def price_ordinary(
 
     There are none beside a layout that was asked for.
     """
-    if job.layout is not None:
+    if job.layout is not None or not job.baselines:
         return ()
     job.progress("pricing the ordinary plans")
     meshes = job.meshes

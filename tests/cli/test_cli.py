@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import shardwright
-from shardwright import cli
+from shardwright import cli, options
 
 if TYPE_CHECKING:
     from .conftest import FakeApi, Run
@@ -54,7 +54,7 @@ def test_help(golden: Callable[[str, str], None], run: Run) -> None:
 
 
 @same_layout
-@pytest.mark.parametrize("command", ["show", "verify", "solve"])
+@pytest.mark.parametrize("command", ["show", "verify", "solve", "sweep"])
 def test_help_of_further_commands(
     command: str, golden: Callable[[str, str], None], run: Run
 ) -> None:
@@ -221,13 +221,13 @@ def test_a_model_may_be_called_like_a_command(model: str, api: FakeApi, run: Run
     ],
 )
 def test_sizes(text: str, want: int) -> None:
-    assert cli.parse_bytes(text) == want
+    assert options.parse_bytes(text) == want
 
 
 @pytest.mark.parametrize("text", ["", "GB", "80G", "80 apples", "-3GB", "1,5GB", "0", "1e300GB"])
 def test_sizes_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="expected one like 80GB"):
-        cli.parse_bytes(text)
+        options.parse_bytes(text)
 
 
 # --- what is printed and written ----------------------------------------------------------------

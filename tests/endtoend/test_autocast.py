@@ -193,5 +193,7 @@ def test_products_of_unlike_formats_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.up(x)
 
-    with pytest.raises(CaptureError, match=r"Linear multiplies bfloat16 by float32.*--precision own"):
+    with pytest.raises(
+        CaptureError, match=r"Linear multiplies bfloat16 by float32.*--precision own"
+    ):
         capture(Mixed(), {"x": torch.randn(4, 6)}, training=True)
