@@ -181,8 +181,9 @@ class _Steps:
         self.trained = prices.trains(ref)
 
     def to(self, columns: Sequence[int], *, needless: bool) -> _Ways | None:
-        """The ways to some of the targets, with one of not being needed if it is `needless`; None
-        where none of them takes anything."""
+        """The ways to some of the targets, with one of not being needed if it is `needless`, or if
+        there is no other, so that its users may not need it; None where all are possible and none
+        takes anything."""
         rows, uses = np.nonzero(self._allowed[:, columns])
         uses = np.array(columns, dtype=np.int64)[uses]
         brought, held = self._brought.pairs(self._at[rows], uses), self._held(rows, uses)
@@ -206,9 +207,10 @@ class _Steps:
             held.used * held.reduced_in * leaves,
             held.used * held.used_in * (leaves & ~moved),
         )
-        if not (seconds.any() or calls or any(size.any() for size in ways.bytes)):
+        free = not (seconds.any() or calls or any(size.any() for size in ways.bytes))
+        if free and self._allowed[:, columns].all():
             return None
-        return _with_none(ways) if needless else ways
+        return _with_none(ways) if needless or not len(rows) else ways
 
 
 @dataclass(frozen=True, slots=True, eq=False)

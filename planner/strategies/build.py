@@ -20,11 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
 
-from ...facts.spec import R, S, Spec, format_spec, is_shard
+from ...facts.spec import R, S, Spec, V, format_spec, is_shard
 from ...facts.updated import updated_buffer
 from ...ir.graph import Graph, Loop, Value
 from ...ir.ops.rule import Choice
@@ -295,17 +296,34 @@ class _Building:
         """The ways to keep a parameter that is stored in one of some specs."""
         if not self.builder.trains(ref):
             return list(map(Storage, specs))
+        several, homeless = self.times_a_step > 1, self.homeless.get(ref.param.value.name, set())
+
+        def allowed(way: Storage) -> bool:
+            return not homeless.intersection(way.homebound) and self.restriction.allows_home(
+                ref.param, ref.name, way, several=several, homeless=homeless
+            )
+
         home = self.builder.home_conversions(ref)
-        several = self.times_a_step > 1
-        ways = storages(
-            specs,
-            lambda way: self.restriction.allows_home(ref.param, ref.name, way, several),
-            home.seconds,
-            several=several,
-        )
+        ways = storages(specs, allowed, home.seconds, several=several)
         if not ways:
             self.restriction.none_allowed(ref.param, ref.name, self.builder.sizes)
         return ways or list(map(Storage, specs))
+
+    @cached_property
+    def homeless(self) -> Mapping[str, set[int]]:
+        """By parameter the axes on which some user never leaves summands of its gradient, so that
+        it can have no home there."""
+        found: dict[str, set[int]] = {}
+        for region in self.builder.regions:
+            names = [self.builder.outer_name(operand.name) for operand in region.operands]
+            own = [(i, name) for i, name in enumerate(names) if name in self.builder.params]
+            allowed = [s for s in region.strategies if own and self.restriction.allows(region, s)]
+            for i, name in own:
+                taken = {spec for strategy in allowed for spec in strategy.requires[i]}
+                axes = range(len(self.builder.sizes))
+                never = {x for x in axes if taken and all(spec[x] != V for spec in taken)}
+                found.setdefault(name, set()).update(never)
+        return found
 
     def flow(self, name: str) -> ValueFlow:
         """The flow of a value, also under the name that a block knows it by."""

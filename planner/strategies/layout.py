@@ -8,7 +8,7 @@ forward again in backward.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -144,10 +144,15 @@ class _Both(Restriction):
         """May the parameter be stored so?"""
         return all(one.allows_storage(param, name, spec) for one in (self._pins, self._layout))
 
-    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
         """May the parameter be kept so between its uses?"""
         both = (self._pins, self._layout)
-        return all(one.allows_home(param, name, storage, several) for one in both)
+        return all(
+            one.allows_home(param, name, storage, several=several, homeless=homeless)
+            for one in both
+        )
 
     def allows_gather(self, axis: int) -> bool:
         """May a parameter be gathered over it?"""

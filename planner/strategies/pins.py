@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -106,7 +106,9 @@ class Pins(Restriction):
                 return False
         return True
 
-    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
         """What is pinned to be sharded is whole only while it is used."""
         return not (storage.gathered and self._of(param, name))
 

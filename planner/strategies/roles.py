@@ -6,7 +6,7 @@ that it is priced by the same model as the winner, and can never beat it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -204,9 +204,13 @@ class Roles(Restriction):
             self._stored[param.value.name] = frozenset(self._storages(param))
         return spec in self._stored[param.value.name]
 
-    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
-        """FSDP gathers weights for each use, ZeRO-1 and 2 once a step."""
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
+        """FSDP gathers weights for each use, ZeRO-1 and 2 once a step, but for those of which every
+        rank makes whole gradients (learned positions, which know no batch)."""
         axes = [axis for axis, state in enumerate(storage.stored) if is_shard(state)]
+        axes = [axis for axis in axes if axis not in homeless]
         zero = [axis for axis in axes if self.roles[axis].zero and not self._is_spread(param, axis)]
         if storage.gathered != tuple(zero):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,11 @@ class Restriction:
         """May the parameter called `name` (loops as `path.*.rest`) be stored so?"""
         return True
 
-    def allows_home(self, param: Param, name: str, storage: Storage, several: bool) -> bool:
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
         """May the parameter called `name` be kept so between its uses?  `several`: a step has more
-        than one micro-batch."""
+        than one micro-batch.  `homeless` are axes on which it can have no home."""
         return True
 
     def allows_gather(self, axis: int) -> bool:

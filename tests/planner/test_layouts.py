@@ -9,6 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 import shardwright as sw
 from shardwright.api import phase_graph
@@ -181,6 +184,36 @@ def test_zero(model: str, layout: str, late: bool) -> None:
             divides = any(size % 8 == 0 for size in weight.param.value.type.shape)
             assert weight.kept.kept == divides, weight.name
             assert not divides or (weight.kept.late == late and not weight.forward)
+
+
+class LearnedPositions(nn.Module):
+    """Positions that know no batch: each rank makes the whole gradient of their table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(64, 16)
+        self.places = nn.Embedding(32, 16)
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        logits = self.head(self.tokens(tokens) + self.places(places))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("layout", ["zero1=4", "zero2=4"])
+def test_zero_leaves_weights_that_know_no_batch(layout: str) -> None:
+    """They come for each use, as FSDP's do, and have no home where no use leaves summands."""
+    with torch.device("meta"):
+        model = LearnedPositions()
+        rows = torch.empty(16, 32, dtype=torch.int64)
+    plan = sw.plan(
+        model, {"tokens": rows, "labels": rows}, cluster="cpu", layout=layout, micro_batches=4
+    )
+    homes = {w.name: w.kept.kept for w, _ in plan.program.brought()}
+    assert homes.pop("places.weight") is False and any(homes.values())
+    stored = {name: format_spec(spec) for name, spec in plan.decisions.specs.items()}
+    assert any("places" in name and spec.startswith("S") for name, spec in stored.items())
 
 
 @pytest.mark.parametrize(
