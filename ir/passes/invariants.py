@@ -44,7 +44,7 @@ class _Known:
 
     def first(self, node: Node) -> Node | None:
         """`node`, if nothing before it computes the same; else None, and that stands for it."""
-        if not _repeatable(node):
+        if not repeatable(node):
             return node
         earlier = self.made.setdefault(_key(node), node)
         if earlier is node:
@@ -67,7 +67,7 @@ class _Known:
         )
 
 
-def _repeatable(node: Node) -> bool:
+def repeatable(node: Node) -> bool:
     """Does the node give the same result whenever it runs, and change nothing?"""
     namespace, _, rest = node.op.partition(".")
     if namespace != "aten":
@@ -125,7 +125,7 @@ def _moved(
         if results.intersection(value.name for value in node.outputs):
             stay.append(with_operands(node, own.by))
             continue
-        if not (_repeatable(node) and all(value.name in outside for value in node.operands)):
+        if not (repeatable(node) and all(value.name in outside for value in node.operands)):
             if (first := own.first(with_operands(node, own.by))) is not None:
                 stay.append(first)
             continue
@@ -164,4 +164,4 @@ def _over(
     )
 
 
-__all__ = ["computed_once"]
+__all__ = ["computed_once", "repeatable"]
