@@ -18,6 +18,7 @@ from ...compat.torch import will_run
 from .again import Recipes, in_backward
 from .chains import Flight
 from .coming import Coming
+from .unchanged import All, Unchanged
 from .weights import Item, Unit
 
 
@@ -25,10 +26,14 @@ class Schedule:
     """The units of a model, in the order of use, and what is on its way."""
 
     def __init__(
-        self, stages: Sequence[Sequence[tuple[Item, int]]], loops: Sequence[Sequence[Unit]]
+        self,
+        stages: Sequence[Sequence[tuple[Item, int]]],
+        loops: Sequence[Sequence[Unit]],
+        everywhere: All = bool,
     ) -> None:
         """`stages` has by stage what comes then, each with the last stage that uses it; `loops`
         the units of the layers of each loop."""
+        self._unchanged = Unchanged(everywhere)
         self._units: list[Unit] = []
         self._start_of: list[int] = []  # by stage, where it stands in `_units`
         for n, stage in enumerate(stages):
@@ -80,9 +85,8 @@ class Schedule:
     def model(self) -> Generator[None]:
         """Around the model's forward."""
         self._stop()
-        if self._first:  # parameters may have changed
-            for item in self._items():
-                item.held.copy = None
+        if self._first:
+            self._drop_copies()
         with ExitStack() as stack:
             if torch.is_grad_enabled() and any(item.is_moved for item in self._items()):
                 self._recipes = Recipes()
@@ -96,6 +100,16 @@ class Schedule:
                     " over layers; run every layer in order, or the weights of what comes after"
                     " them are not there"
                 )
+
+    def _drop_copies(self) -> None:
+        """Parameters may have changed; in evaluation copies stay where they have not."""
+        kept = [item for item in self._items() if item.kept]
+        if torch.is_grad_enabled() or not kept:
+            self._unchanged.forget()
+        elif self._unchanged.since(kept) and all(item.held.copy is not None for item in kept):
+            return
+        for item in kept:
+            item.held.copy = None
 
     @contextmanager
     def layer(self, loop: int, index: int) -> Generator[None]:

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...compat.torch import flattened
+from . import transport
 from .collectives import Axis
 from .opaque import not_compiled
 
@@ -124,6 +125,14 @@ class Mesh:
         return group
 
     @not_compiled("random draws that ranks agree on")
+    def everywhere(self, here: bool) -> bool:
+        """Is it so on all ranks?  They exchange a number, which no counter is told."""
+        x = torch.tensor([0 if here else 1], device=self.device)
+        for axis in self.axes:
+            if axis.size > 1:
+                x = transport.all_reduce(x, axis.group, "max")
+        return not int(x)
+
     def generator(self, sharded_axes: Sequence[str] = ()) -> torch.Generator:
         """Random numbers that differ along `sharded_axes` and agree along all others.
 

@@ -48,7 +48,7 @@ def make_schedule(
             )
     if not any((*stages, *(unit for loop in units for unit in loop))):
         return Schedule([[]], [])  # nothing comes or goes, so no layer need say when it runs
-    schedule = Schedule(stages, units)
+    schedule = Schedule(stages, units, mesh.everywhere)
     for loop, layers in enumerate(loops):
         for index, layer in enumerate(layers):
             assert isinstance(layer, Layer)

@@ -380,6 +380,36 @@ def alone(leaves: Mapping[str, Tensor]) -> Tensor:
     return loss + 0.1 * h.square().mean()
 
 
+def evaluated(weight: Weight, mesh: Mapping[str, int]) -> tuple[list[Tensor], list[float]]:
+    """Losses and bytes gathered of evaluations: two, one of doubled weights, and one again; then
+    the loss that training computes, of the same weights."""
+    model = module(mesh, weight).from_state_dict(state())
+    model.step(**rows_of(model), micro_batches=3)
+    model.eval()
+    losses: list[Tensor] = []
+    gathered: list[float] = []
+    for factor in (1, 1, 2, 1):
+        if factor == 2:
+            model.get_parameter("head").data.mul_(2)
+        with torch.no_grad(), count_collectives() as counter:
+            losses.append(model(**model.shard_rows(**rows_of(model))).loss)
+        gathered.append(counter.bytes("all_gather"))
+    losses.append(model.step(**rows_of(model.train())))
+    return losses, gathered
+
+
+@pytest.mark.parametrize("case", ["zero-1", "zero-2", "fsdp"])
+def test_evaluation_makes_copies_once(pool: Pool, case: str) -> None:
+    weight, mesh = CASES[case].weight, CASES[case].mesh
+    want = alone(state()), alone(state() | {"head": 2 * state()["head"]})
+    for losses, gathered in pool(2).run(evaluated, weight, mesh):
+        for loss, wanted in zip(losses, (want[0], want[0], *[want[1]] * 3), strict=True):
+            torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+        once, again, changed, last = gathered
+        assert once == changed > 0
+        assert again == last == (once if case == "fsdp" else 0)
+
+
 def test_a_resumed_run_goes_on(pool: Pool, tmp_path: Path) -> None:
     first, second = pool(2).run(resumed, tmp_path)
     assert first == second
