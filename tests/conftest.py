@@ -41,6 +41,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked `some(n)`, all but n are slow, if they are not yet."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("some") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        (kept,) = each[0].iter_markers("some")
+        spread = {i * len(each) // kept.args[0] for i in range(kept.args[0])}
+        for i, item in enumerate(each):
+            if i not in spread:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """`golden("help.txt", text)`: `text` equals tests/golden/help.txt; `--accept` rewrites it."""

@@ -408,6 +408,7 @@ def _load(module: str, weights: str) -> None:
     import_source(Path(module)).ShardedModel.from_checkpoint(weights)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_and_a_plan_on_other_ranks(run: Run) -> None:
     planned(run)
     text = Path("folder/out/sharded_model.py").read_text()

@@ -133,6 +133,7 @@ def test_a_thread_does_not_keep_planning_alive() -> None:
     assert ran.returncode == 0 and "plan verify out" in ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 def test_files_in_the_current_folder_are_no_libraries() -> None:
     for name in ("pickle", "typing", "socket"):
         Path(f"{name}.py").write_text("open('proof', 'w')\n")

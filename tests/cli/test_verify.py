@@ -171,6 +171,7 @@ def test_a_dropped_collective_is_caught(run: Run) -> None:
         ("llama3-8b", "--gpus 16 --mesh 4x4 --batch 16 --seq 4096"),
     ],
 )
+@pytest.mark.some(1)
 def test_large_models_are_shrunk(config: str, words: str, run: Run) -> None:
     planned(run, f"configs/{config}", words)
     ran = run("verify", "out")

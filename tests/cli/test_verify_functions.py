@@ -84,6 +84,7 @@ def write_model(function: str, rule: str) -> None:
         ("BackwardAlone", "b s h -> b s h", 1),
     ],
 )
+@pytest.mark.some(1)
 def test_rules_are_tried_against_one_process(run: Run, function: str, rule: str, code: int) -> None:
     write_model(function, rule)
     ran = run("model.py", *SMALL, *TP)
@@ -186,6 +187,7 @@ def example_inputs(batch, seq):
 
 
 @pytest.mark.parametrize("lies", ["beside", "installed"])
+@pytest.mark.some(1)
 def test_a_package_is_imported(run: Run, lies: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name where every process finds it, else by the path of its file."""
     name = f"package_{lies}"

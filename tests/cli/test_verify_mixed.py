@@ -118,6 +118,7 @@ def test_a_dtype_is_that_of_every_parameter(
 
 
 @pytest.mark.parametrize(("built", "asked", "main", "own"), CASES[:3])
+@pytest.mark.some(1)
 def test_planned_and_verified_as_it_is(
     run: Run,
     tmp_path: Path,
@@ -186,6 +187,7 @@ def dropped(model: nn.Module, formats: str) -> nn.Module:
         (dropped, True, "`up.weight` is torch.bfloat16, and torch.float32 in the plan"),
     ],
 )
+@pytest.mark.some(1)
 def test_the_reference_does_not_share_a_mistake_of_the_cast(
     run: Run,
     tmp_path: Path,
@@ -204,6 +206,7 @@ def test_the_reference_does_not_share_a_mistake_of_the_cast(
 
 
 @pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.some(1)
 def test_complex_tables_are_those_of_the_model(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, persistent: bool
 ) -> None:
@@ -286,6 +289,7 @@ LLAMA = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidde
         (', "dtype": "float16"', " --dtype float64", torch.float64),
     ],
 )
+@pytest.mark.some(2)
 def test_a_configuration_has_its_own_dtype(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, words: str, dtype: Any
 ) -> None:

@@ -55,6 +55,7 @@ def passed(ran: Ran, *said: str, references: int = 2) -> None:
     assert len(errors) == references and max(errors) < 1e-9, ran.out
 
 
+@pytest.mark.slow
 def test_decode_and_broken_modules(run: Run) -> None:
     """A wrong scale is caught, and a cache whose last token is not attended."""
     planned(run, "llama.py", f"{SMALL} --phase decode --batch 4 --context 64")
@@ -157,6 +158,7 @@ def test_two_programs_run_smaller_together(run: Run, name: str, words: str, conv
         ),
     ],
 )  # fmt: skip
+@pytest.mark.some(1)
 def test_large_models_are_shrunk(config: str, words: str, said: tuple[str, ...], run: Run) -> None:
     planned(run, f"configs/{config}", words)
     passed(run("verify", "out"), *said, references=1)

@@ -49,6 +49,7 @@ def sources(graph: Graph, seeds: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "encoder_decoder"])
+@pytest.mark.some(1)
 def test_the_formatter_changes_nothing(name: str) -> None:
     for source in sources(example(name), 2):
         assert formatted(source) == source

@@ -126,6 +126,7 @@ def train(
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.some(4)
 def test_after_steps_they_are_those_of_one_process(
     pool: Pool, kind: str, sizes: tuple[int, ...]
 ) -> None:

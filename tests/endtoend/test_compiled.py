@@ -119,6 +119,7 @@ EVERY = product(
     ("name", "role"),
     [pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow) for one in EVERY],
 )
+@pytest.mark.some(2)
 def test_each_class_of_layers_is_one_graph(pool: Pool, name: str, role: str) -> None:
     of, roles = case(name), role.split()
     text = source(name, *roles)
@@ -203,5 +204,6 @@ def converted(a: State, b: State) -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), list(permutations((R, P, V, 0, 1), 2)))
+@pytest.mark.some(8)
 def test_compiled_conversions(pool: Pool, a: State, b: State) -> None:
     pool(3).run(converted, a, b)

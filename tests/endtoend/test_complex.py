@@ -145,6 +145,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(4)
 def test_three_layouts(pool: Pool, kind: str, sizes: tuple[int, ...]) -> None:
     """Outputs, all gradients and counted bytes under any decisions, and those of the model."""
     torch.manual_seed(0)

@@ -112,6 +112,7 @@ class Cut(Restriction):
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)])
 @pytest.mark.parametrize("cut", ["d0", "d1", "d2", "R"])
+@pytest.mark.some(6)
 def test_ranks_draw_as_one(pool: Pool, sizes: tuple[int, ...], cut: str) -> None:
     """Cut by samples, by tokens, by channels, and replicated: equal to one process that draws so.
 

@@ -80,6 +80,7 @@ def ids(value: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "sizes"), ROTATED, ids=ids)
+@pytest.mark.some(3)
 def test_the_optimal_parallel_plan(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
     made = builder(name, sizes)
     run(pool, made, planned(made, Parallel()), case(name))
@@ -96,6 +97,7 @@ def test_the_optimal_parallel_plan_on_all_meshes(
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.some(6)
 def test_random_decisions(pool: Pool, name: str, seed: int) -> None:
     made = builder(name, (2, 2))
     run(pool, made, random_decisions(made, seed), case(name))
@@ -130,6 +132,7 @@ def test_more_ranks_than_key_heads(pool: Pool) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "encoder_decoder"])
 @pytest.mark.parametrize(("roles", "sizes"), ROLES, ids=ids)
+@pytest.mark.some(8)
 def test_each_parallelism(
     pool: Pool, name: str, roles: tuple[str, ...], sizes: tuple[int, ...]
 ) -> None:
@@ -177,6 +180,7 @@ ALGORITHMS = [
 
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)], ids=ids)
 @pytest.mark.parametrize(("algorithm", "kind"), ALGORITHMS)
+@pytest.mark.some(6)
 def test_attention_over_a_sharded_sequence(
     pool: Pool, algorithm: str, kind: str, sizes: tuple[int, ...]
 ) -> None:
@@ -189,6 +193,7 @@ def test_attention_over_a_sharded_sequence(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "gpt_neox", "encoder_decoder"])
+@pytest.mark.some(1)
 def test_random_decisions_in_zigzag_order(pool: Pool, name: str) -> None:
     made = builder(name, (2, 2), "zigzag")
     for seed in (0, 1):
@@ -196,6 +201,7 @@ def test_random_decisions_in_zigzag_order(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.some(4)
 def test_float32_equals_the_original_model(pool: Pool, name: str) -> None:
     """Against the model itself, not its graph."""
     made = builder(name, (2, 2), "float32")
@@ -203,6 +209,7 @@ def test_float32_equals_the_original_model(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bert", "encoder_decoder"])
+@pytest.mark.some(2)
 def test_prefill(pool: Pool, name: str) -> None:
     made = builder(name, (2, 2), "eval")
     for decisions in (planned(made, Parallel()), random_decisions(made, 5)):
@@ -210,6 +217,7 @@ def test_prefill(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "encoder_decoder"])
+@pytest.mark.some(1)
 def test_recomputed_layers(pool: Pool, name: str) -> None:
     made = builder(name, (2, 2), "recompute")
     for decisions in (planned(made, Parallel()), random_decisions(made, 7)):
@@ -217,6 +225,7 @@ def test_recomputed_layers(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("gpt", (2,)), ("gpt2", (4,)), ("phi3", (2, 2))])
+@pytest.mark.some(1)
 def test_fused_projections_whole(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
     """What the tests above run in parts, as the original has it."""
     of = fused_case(name)

@@ -87,6 +87,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(2)
 def test_flex_attention(pool: Callable[[int], RankPool], kind: str) -> None:
     model, inputs, graph = case(kind)
     found = [n for n in fold(graph).nodes if operator_of(n).attends]

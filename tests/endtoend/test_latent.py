@@ -137,6 +137,7 @@ def answers() -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("choice", WAYS)
+@pytest.mark.some(4)
 def test_generation_equals_transformers(pool: Pool, choice: str, form: str) -> None:
     """Each way to cut attention serves from 24 numbers per token, and moves what is predicted."""
     builder, decisions = decided(PROMPT, (2,), choice, form)
@@ -153,6 +154,7 @@ def test_generation_equals_transformers(pool: Pool, choice: str, form: str) -> N
 
 
 @pytest.mark.parametrize("choice", ("g", "b", "ring", "tree"))
+@pytest.mark.some(1)
 def test_prompts_longer_than_planned(pool: Pool, choice: str) -> None:
     """Keys and values made from latents, of chunks that attend what earlier ones cached, on 2x2."""
     builder, decisions = decided(PROMPT // 2, (2, 2), choice, "expanded")
@@ -184,6 +186,7 @@ def test_memory_of_the_cache(choice: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.some(1)
 def test_two_programs_serve_together(pool: Pool, form: str) -> None:
     """Prefill and decode planned as one problem, over one cache of latents."""
     request = Request("", 2, "cpu", "serve", BATCH, PROMPT, "float64", "none", 1e9, (), 0, NEW)
@@ -211,6 +214,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.some(2)
 def test_training_over_latents(pool: Pool, name: str) -> None:
     """Loss and all gradients are those of one process that attends over the keys of all heads;
     latents and their gradients are what is moved, as predicted."""

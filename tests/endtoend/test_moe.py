@@ -224,6 +224,7 @@ WAYS = {"dispatch": ("dispatch_i0", "dispatch_i1"), "own experts": ("e",)}
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama4"])
+@pytest.mark.some(1)
 def test_hidden_units_on_two_ranks(pool: Pool, family: str) -> None:
     """Gate and up are parts of one parameter, whose gradient is that of the whole."""
     builder = builder_of(unfuse(case_of(family).graph), mesh_of(2))
@@ -232,12 +233,14 @@ def test_hidden_units_on_two_ranks(pool: Pool, family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.some(4)
 def test_two_ranks(pool: Pool, family: str, way: str) -> None:
     builder = builder_of(case_of(family).graph, mesh_of(2))
     check(pool(2), case_of(family), builder, decisions_with(builder, WAYS[way], 0))
 
 
 @pytest.mark.parametrize("family", ["example", "gpt_oss"])
+@pytest.mark.some(1)
 def test_four_ranks_on_two_axes(pool: Pool, family: str) -> None:
     builder = builder_of(case_of(family).graph, mesh_of(2, 2))
     for start in (0, 1000):
@@ -353,6 +356,7 @@ def check_way(pool: Pool, case: Case, way: Way) -> None:
         for family in EVERY
     ],
 )
+@pytest.mark.some(4)
 def test_planned(pool: Pool, way: str, family: str) -> None:
     check_way(pool, case_of(family), WAYS_TO_RUN[way])
 
@@ -381,6 +385,7 @@ def skewed(family: str) -> Case:
     ("family", "way"),
     [("gpt_oss", "EP"), ("mixtral", "EP x DP"), ("deepseek_v3", "EP over two axes")],
 )
+@pytest.mark.some(1)
 def test_skewed_routers(pool: Pool, family: str, way: str) -> None:
     """Ranks may have no token for their experts, or all of them."""
     check_way(pool, skewed(family), WAYS_TO_RUN[way])
@@ -416,6 +421,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("way", ["EP", "EP on 4", "EP x DP", "EP over two axes, sharded"])
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.some(4)
 def test_given_choices(pool: Pool, router: str, way: str) -> None:
     """Ranks without tokens, and with all of them; the bytes that are planned with if balanced."""
     model = Given()

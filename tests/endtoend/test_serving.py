@@ -146,6 +146,7 @@ def count_on_rank(
         *(("llama4", way) for way in ("pass_q", "tree")),
     ],
 )
+@pytest.mark.some(5)
 def test_prefill_append_and_decode(pool: Pool, name: str, algorithm: str) -> None:
     """Against the interpreter with a plain cache; all have grouped heads, Mistral has windows,
     GPT-OSS windows in half of its layers and sinks, Llama 4 chunks in most of its layers.
@@ -204,6 +205,7 @@ WAYS = (("ring", "tree"), ("pass_q", "tree"), ("n", "n"), None)
 @pytest.mark.parametrize(
     ("name", "ways"), [*(("llama", ways) for ways in WAYS), ("gpt_oss", ("ring", "tree"))], ids=str
 )
+@pytest.mark.some(2)
 def test_two_programs_serve_together(pool: Pool, name: str, ways: tuple[str, str] | None) -> None:
     """One module with a program for each phase, over one set of weights and one cache."""
     plan = serving_plan(name, (2, 2), ways)
@@ -255,6 +257,7 @@ def greedy(name: str, ids: Tensor, lengths: list[int]) -> Tensor:
         for name in (*FAMILIES, *EXPERTS)
     ],
 )
+@pytest.mark.some(1)
 def test_generation_equals_transformers(pool: Pool, name: str) -> None:
     """Greedy, a batch of different lengths, under random decisions for eight tokens at a time."""
     ids, lengths = prompts()

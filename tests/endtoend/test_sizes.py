@@ -182,6 +182,7 @@ FOUND: dict[type[Net], tuple[Extent | None, Extent | None]] = {
 
 
 @pytest.mark.parametrize("kind", FOUND)
+@pytest.mark.some(6)
 def test_sizes_are_found_for_which_one_module_holds(kind: type[Net]) -> None:
     _, graph = captured(kind)
     assert graph.inputs[0].extents == (*FOUND[kind], None)
@@ -213,6 +214,7 @@ SIZES = [(4, 16), (2, 16), (6, 16), (4, 8), (4, 12), (4, 18), (2, 36), (4, 2)]
 
 
 @pytest.mark.parametrize("kind", FOUND)
+@pytest.mark.some(6)
 def test_modules_are_right_at_the_sizes_that_they_take(kind: type[Net], pool: Pool) -> None:
     model, graph = captured(kind)
     batches = [torch.randn(*size, WIDTH, dtype=F64) for size in SIZES]
@@ -326,6 +328,7 @@ STAY = {"llama": ANY, "moe": ANY, "gpt": Extent(1, 1024), "encoder_decoder": Ext
 
 
 @pytest.mark.parametrize("name", STAY)
+@pytest.mark.some(1)
 def test_ordinary_models_take_any_size(name: str) -> None:
     path = str(EXAMPLES / f"{name}.py")
     graph = capture_graph(

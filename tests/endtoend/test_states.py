@@ -209,6 +209,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("name", "spec"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
+@pytest.mark.some(1)
 def test_generation_equals_transformers(pool: Pool, name: str, spec: str) -> None:
     """Greedy, a batch of different lengths, in runs of eight tokens; all but states at random."""
     sizes = (2,) * len(spec.split(","))

@@ -152,6 +152,7 @@ MORE = [
 
 
 @pytest.mark.parametrize("name, sizes, ours, theirs", LAYOUTS, ids=str)
+@pytest.mark.some(2)
 def test_random_programs(
     pool: Pool, name: str, sizes: tuple[int, ...], ours: str, theirs: str
 ) -> None:
@@ -187,6 +188,7 @@ def check_random_programs(
     ],
     ids=str,
 )
+@pytest.mark.some(1)
 def test_latents(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: str) -> None:
     """Caches of latents, which have one head and no values."""
     check_random_programs(pool, "deepseek", sizes, ours, theirs, seed=3)
@@ -233,6 +235,7 @@ def convert_on_rank(
     ],
     ids=str,
 )
+@pytest.mark.some(2)
 def test_what_is_moved(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: str) -> None:
     """A conversion moves the bytes that the plan says, and answers are those of one process."""
     plan = serving_plan("llama", sizes, ours, theirs)

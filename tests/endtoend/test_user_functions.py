@@ -171,6 +171,7 @@ def captured(file: Path, name: str) -> tuple[Graph, dict[str, Tensor], dict[str,
 @pytest.mark.parametrize(
     "sizes", [(2,), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4,), (2, 2)))]
 )
+@pytest.mark.some(1)
 def test_gradients_are_the_functions_own(pool: Pool, file: Path, sizes: tuple[int, ...]) -> None:
     """Random layouts, in values and gradients, against the user's own model in one process."""
     graph, params, inputs, want = captured(file, "Net")

@@ -61,6 +61,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)])
+@pytest.mark.some(1)
 def test_gradients_are_the_operators_own(pool: Pool, file: Path, sizes: tuple[int, ...]) -> None:
     """Three layouts each, in values and gradients, against the user's own model in one process."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ def losses(path: Path) -> list[list[float]]:
     return [[float(x) for x in line.split(",")] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_plan_trains_as_one_process_does_and_goes_on(tmp_path: Path) -> None:
     planned = ("--gpus", "2", "--cluster", "cpu", "--batch", "2", "--seq", "32")
     run("-m", "shardwright.cli", LLAMA, *planned, folder=tmp_path)

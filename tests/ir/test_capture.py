@@ -72,6 +72,7 @@ def ops(graph: Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.some(4)
 def test_huggingface_family_equals_its_graph(family: str) -> None:
     model = huggingface_model(family, huggingface_configs()[family]).train()
     inputs = batch(2, 12, "input_ids", "labels")
@@ -83,6 +84,7 @@ def test_huggingface_family_equals_its_graph(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bert"])
+@pytest.mark.some(1)
 def test_meta_model_gives_the_same_graph(family: str) -> None:
     config = huggingface_configs()[family]
     inputs = batch(2, 12, "input_ids", "labels")
@@ -157,6 +159,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bert"])
+@pytest.mark.some(1)
 def test_deep_models_are_captured_from_a_few_layers(family: str) -> None:
     config = huggingface_configs()[family]
     layers = 12

@@ -74,6 +74,7 @@ def steps(model: nn.Module, ids: Tensor, widths: list[int], *forms: Form) -> tup
 
 
 @pytest.mark.parametrize("forms", [(absorbed,), (expanded,), (expanded, absorbed)])
+@pytest.mark.some(1)
 def test_logits_equal_the_models_step_by_step(forms: tuple[Form, ...]) -> None:
     """Prefill, append and decode over latents, against the model on the whole sequence."""
     model = deepseek()

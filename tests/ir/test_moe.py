@@ -97,6 +97,7 @@ def operators(graph: Graph) -> list[Node]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.some(2)
 def test_family_equals_its_graph(family: str) -> None:
     model = model_of(family).train()
     inputs = batch(2, 12, "input_ids", "labels")
@@ -106,6 +107,7 @@ def test_family_equals_its_graph(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "kinds"), FAMILIES.items())
+@pytest.mark.some(2)
 def test_family_is_a_loop_whose_ops_have_rules(family: str, kinds: int) -> None:
     inputs = {name: t.to("meta") for name, t in batch(2, 12, "input_ids").items()}
     graph = capture_folded(model_of(family, "meta"), inputs, training=True)
@@ -116,6 +118,7 @@ def test_family_is_a_loop_whose_ops_have_rules(family: str, kinds: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.some(2)
 def test_batch_and_sequence_reach_the_experts(family: str) -> None:
     inputs = {name: t.to("meta") for name, t in batch(2, 12, "input_ids").items()}
     graph = capture_folded(model_of(family, "meta"), inputs, training=True)

@@ -107,6 +107,7 @@ def attentions(graph: Graph) -> list[Node]:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.some(1)
 def test_chunks_are_those_of_the_config(tokens: int) -> None:
     """However many tokens are captured; a window as long says what a cache may drop."""
     model: Any = model_of("llama4", "meta", attention_chunk_size=16)

@@ -59,6 +59,7 @@ LONG = ("configs/bert-base", "configs/gemma2-9b", "encoder_decoder.py")
         *((*c, True) for c in IN_PARTS),
     ],
 )
+@pytest.mark.some(2)
 def test_any_decisions_fit_the_small_graph(target: str, seq: int, parts: bool) -> None:
     graph = graph_of(target, 16, seq)
     if parts:

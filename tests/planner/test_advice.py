@@ -23,6 +23,7 @@ def plan(gpus: int, batch: int, memory_bytes: int) -> shardwright.Plan:
 @pytest.mark.parametrize(("gpus", "memory_bytes", "least", "advised"), [
     (2, 600_000, "at least 4 GPUs", 4), (3, 550_000, "at least 4 GPUs", 6),
 ])  # fmt: skip
+@pytest.mark.some(1)
 def test_as_many_gpus_as_advised_are_enough(
     gpus: int, memory_bytes: int, least: str, advised: int
 ) -> None:

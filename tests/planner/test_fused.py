@@ -99,6 +99,7 @@ def test_both_are_planned_with_layers_recomputed() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["*.qkv.weight", "blocks.*.qkv.*", "*.weight_k"])
+@pytest.mark.some(1)
 def test_a_pin_of_the_original_holds_for_its_parts(pattern: str) -> None:
     spec = "R" if pattern == "*.weight_k" else "S0"
     plan = planned(1, 4096, f"{pattern}={spec}")

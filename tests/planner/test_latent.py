@@ -113,6 +113,7 @@ def test_prefill_reads_the_keys_of_all_heads() -> None:
     assert any(f"{HEADS:,} values per token" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 def test_latents_where_nothing_else_fits() -> None:
     """Slower for many new tokens, but the long context then fits."""
     plan = append()

@@ -122,6 +122,7 @@ TP = {
 
 @pytest.mark.parametrize("layout", ["tp=4", "tp=4,sp"])
 @pytest.mark.parametrize("model", SMALL)
+@pytest.mark.some(2)
 def test_tensor_parallelism(model: str, layout: str) -> None:
     """Columns, then rows; weights lie as they are used; between them all is whole, or sequence."""
     plan = planned(model, layout)
@@ -158,6 +159,7 @@ def test_more_ranks_than_key_heads_take_two_axes() -> None:
         ("dp=2,fsdp=4", "dp1: batch, dp2: batch", [False, True]),
     ],
 )
+@pytest.mark.some(3)
 def test_data_parallelism(model: str, layout: str, axes: str, sharded: list[bool]) -> None:
     """Every operator cuts the batch alone; weights are whole, or sharded and gathered for use."""
     plan = planned(model, layout)
@@ -297,6 +299,7 @@ def test_words() -> None:
 
 
 @pytest.mark.parametrize("axis", ["tp", "z"])
+@pytest.mark.some(1)
 def test_a_pin_says_what_an_axis_cuts(axis: str) -> None:
     """Weights that are pinned in slices may be gathered; operators that are cut are not."""
     mesh = "dp=2,tp=4" if axis == "tp" else "2x4"

@@ -35,6 +35,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("phase", "pins"), PLANS)
+@pytest.mark.some(1)
 def test_seconds_are_those_of_the_plan(phase: str, pins: tuple[str, ...]) -> None:
     plan = llama(phase, pins)
     graph = plan.graph.to_networkx()

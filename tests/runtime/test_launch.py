@@ -48,6 +48,7 @@ def test_run_ranks_returns_one_result_per_rank() -> None:
         ("kill", r"rank 1 of 2 failed:\nthe process died with signal 9 \(SIGKILL: out of memory"),
     ],
 )
+@pytest.mark.some(1)
 def test_failure_names_the_rank_and_the_pool_goes_on(how: str, message: str) -> None:
     with RankPool(2) as pool:
         before = pool.run(fail_on, -1, how, timeout_s=60)

@@ -109,6 +109,7 @@ ENDINGS = {
 @pytest.mark.parametrize(
     "ending", ["nothing", pytest.param("destroyed by hand", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_nothing_aborts_at_exit(tmp_path: Path, ending: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(EXIT_SCRIPT + ENDINGS[ending], encoding="utf-8")

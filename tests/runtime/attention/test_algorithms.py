@@ -78,6 +78,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ANY_LAYOUT)
+@pytest.mark.some(8)
 def test_equals_one_process(pool: Pool, name: str, ranks: int) -> None:
     for title, case in CASES.items():
         heads = case.heads if case.heads != (4, 2) else (12, 3 if ranks == 3 else 2)
@@ -558,6 +559,7 @@ LOST = [
 
 
 @pytest.mark.parametrize(("name", "timeout_s", "how"), LOST)
+@pytest.mark.some(2)
 def test_every_rank_is_told_of_a_lost_peer(name: str, timeout_s: float, how: str) -> None:
     """At once if a peer leaves, otherwise after the time limit of the group."""
     with RankPool(3) as pool:  # its own: a group is lost with the test
