@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """`golden("help.txt", text)`: `text` equals tests/golden/help.txt; `--accept` rewrites it."""
-    accept: bool = request.config.getoption("--accept")
+    accept = bool(request.config.getoption("--accept"))
 
     def check(name: str, text: str) -> None:
         path = GOLDEN / name

@@ -17,10 +17,12 @@ from .nodes import (
     TensorType,
     Value,
     originals,
+    reads,
     values_in,
 )
 
 __all__ = [
     "Arg", "Block", "Call", "Extent", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param",
-    "Part", "Signature", "TensorType", "Value", "originals", "values_in",
+    "Part", "Signature", "TensorType", "Value", "originals", "reads",
+    "values_in",
 ]  # fmt: skip

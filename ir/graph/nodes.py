@@ -323,12 +323,28 @@ class Graph:
         return tuple(found)
 
     @property
+    def read(self) -> frozenset[str]:
+        """Names of the values that something takes: nodes, loops, blocks' ends, outputs."""
+        found = {value.name for item in self.body for value in reads(item)}
+        found |= {out.value.name for out in self.outputs}
+        for block in (block for loop in self.loops for block in loop.blocks):
+            found |= {value.name for node in block.nodes for value in node.operands}
+            found |= {value.name for value in block.outputs}
+        return frozenset(found)
+
+    @property
     def loops(self) -> tuple[Loop, ...]:
         """The loops of the body, in order."""
         return tuple(item for item in self.body if isinstance(item, Loop))
 
 
+def reads(item: Node | Loop) -> tuple[Value, ...]:
+    """The values that an item of a body takes."""
+    return item.operands if isinstance(item, Node) else (*item.carried, *item.invariants)
+
+
 __all__ = [
     "Arg", "Block", "Call", "Extent", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param",
-    "Part", "Signature", "TensorType", "Value", "originals", "values_in",
+    "Part", "Signature", "TensorType", "Value", "originals", "reads",
+    "values_in",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from keyword import iskeyword
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -159,12 +160,21 @@ class Operator:
         return opaque(node)
 
     def emit(self, node: Node, render: Render) -> str:
-        """The expression that runs the node on local tensors."""
-        given = [(name, text) for name, _ in node.args if (text := render.arg(name)) != "None"]
+        """The expression that runs the node on local tensors.
+
+        What is None is left out, but where torch has no default for it.
+        """
+        needed = self.needed(node)
+        texts = [(name, render.arg(name)) for name, _ in node.args]
+        given = [(name, text) for name, text in texts if text != "None" or name in needed]
         args = [f"{name}={text}" for name, text in given if not iskeyword(name)]
         reserved = [f'"{name}": {text}' for name, text in given if iskeyword(name)]  # `from`
         args += [f"**{{{', '.join(reserved)}}}"] if reserved else []
         return f"torch.ops.{node.op}({', '.join(args)})"
+
+    def needed(self, node: Node) -> frozenset[str]:
+        """The arguments that have no default."""
+        return _without_default(node.op)
 
     def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
         """The module of torch's own that runs the node on one rank, if there is one.
@@ -380,6 +390,13 @@ def torch_operator(name: str) -> OpOverload:
     if not isinstance(function, OpOverload):
         raise ValueError(f"there is no operator `{name}`")
     return function
+
+
+@cache
+def _without_default(name: str) -> frozenset[str]:
+    """The arguments of torch's operator that must be given."""
+    arguments = schema_arguments(torch_operator(name))
+    return frozenset(each.name for each in arguments if not each.has_default_value())
 
 
 def _call_torch(name: str, args: Mapping[str, Any]) -> Any:

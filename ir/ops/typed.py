@@ -6,6 +6,7 @@ a capture gives.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from .users import check_arguments, is_users
 
 def check_nodes(graph: Graph) -> None:
     """Raises GraphError for a node whose operator is unknown, or gives other tensors."""
+    read = graph.read
     for node in graph.nodes:
-        _check_node(node)
+        _check_node(node, read)
 
 
-def _check_node(node: Node) -> None:
+def _check_node(node: Node, read: Set[str]) -> None:
+    """Results that nothing reads may differ: those of some operators (`embedding_bag`) depend on
+    whether there will be gradients."""
     place = f"node `{node.name}` ({node.op})"
     if is_users(node):  # of the user's file, which is not loaded for this
         try:
@@ -44,8 +48,11 @@ def _check_node(node: Node) -> None:
     except Exception as error:  # torch's operators raise anything
         says = str(error).strip().split("\n")[0] or type(error).__name__
         raise GraphError(f"{place}: its arguments do not fit: {says}") from error
-    found = [(tuple(x.shape), x.dtype) for x in results]
-    if found != [(value.type.shape, value.type.dtype) for value in node.outputs]:
+    if len(results) != len(node.outputs) or any(
+        (tuple(x.shape), x.dtype) != (value.type.shape, value.type.dtype)
+        for x, value in zip(results, node.outputs, strict=True)
+        if value.name in read
+    ):
         raise GraphError(f"{place} gives other tensors than the graph says")
 
 

@@ -54,6 +54,10 @@ class UserOperator(Operator):
         bare = Node(node.name, node.op, args, node.outputs, node.loc)
         return super().emit(bare, render)
 
+    def needed(self, node: Node) -> frozenset[str]:
+        """All, since its declaration need not be here."""
+        return frozenset(name for name, _ in node.args)
+
 
 class UserFunction(UserOperator):
     """A `torch.autograd.Function`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ..graph import Arg, Block, Graph, Loop, Node, Value
+from ..graph import Arg, Block, Graph, Loop, Node, Value, reads
 from ..graph.rewrite import producers
 from ..ops.live import live_items
 
@@ -54,7 +54,7 @@ class Body:
     @staticmethod
     def of(items: Sequence[Node | Loop], read: Sequence[Value]) -> Body:
         readers: dict[str, int] = {}
-        for value in (*read, *(value for item in items for value in _reads(item))):
+        for value in (*read, *(value for item in items for value in reads(item))):
             readers[value.name] = readers.get(value.name, 0) + 1
         return Body(producers([item for item in items if isinstance(item, Node)]), readers)
 
@@ -89,10 +89,6 @@ class Body:
         if node.op == op and dict(node.args).get("alpha", 1) == 1:
             a, b = node.arg("self"), node.arg("other")
             yield from ((a, b), (b, a))
-
-
-def _reads(item: Node | Loop) -> tuple[Value, ...]:
-    return item.operands if isinstance(item, Node) else (*item.carried, *item.invariants)
 
 
 __all__ = ["Body", "Formula", "Found", "with_operators"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..graph import Arg, Block, Graph, Input, Loc, Loop, Node, Output, TensorType, Value
+from ..graph import Arg, Block, Graph, Input, Loc, Loop, Node, Output, TensorType, Value, reads
 from ..graph.names import is_path
 from ..graph.rewrite import with_operands
 from ..ops.indices import index_limits
@@ -348,7 +348,7 @@ class _Counted:
     def check(self, *readers: Loop | Value) -> None:
         """Raise ServingError if a count is read by what was not told the positions."""
         for reader in readers:
-            values = _reads(reader) if isinstance(reader, Loop) else (reader,)
+            values = reads(reader) if isinstance(reader, Loop) else (reader,)
             if any(value.name in self._by for value in values):
                 raise _counts_itself(Loc())
 
@@ -488,13 +488,9 @@ def _live(graph: Graph) -> Graph:
     """The graph without nodes outside loops that nothing reads."""
     outputs = {out.value.name for out in graph.outputs}
     body = live_items(graph.body, outputs)
-    read = outputs | {value.name for item in body for value in _reads(item)}
+    read = outputs | {value.name for item in body for value in reads(item)}
     used = tuple(i for i in graph.inputs if i.value.name in read)
     return replace(graph, body=body, inputs=used)
-
-
-def _reads(item: Node | Loop) -> tuple[Value, ...]:
-    return (*item.carried, *item.invariants) if isinstance(item, Loop) else item.operands
 
 
 __all__ = [
