@@ -56,7 +56,8 @@ from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
 from .nested import install_modules
 from .parameters import Original, Param, originals, param_of_layer
-from .state import State
+from .pretrained import Config, config_of, save_pretrained
+from .state import Gathered, State
 from .tree import owner_of
 
 if TYPE_CHECKING:
@@ -258,6 +259,21 @@ class ShardedModule(nn.Module):
             model._state.load(source)
         return model
 
+    def load_from(self, other: ShardedModule) -> None:
+        """The weights of `other`, a module of the same model under any other plan: to serve, say,
+        what has just been trained.
+
+        It lies on the same ranks, its mesh and layouts are its own; numbers are cast to this
+        module's dtypes.  All ranks call it together; one full tensor at a time is in memory.
+        Raises ValueError listing names and shapes that do not fit, or for another number of ranks.
+        """
+        if other.mesh.size != self.mesh.size:
+            raise ValueError(
+                f"this module is on {self.mesh.size} ranks, the other on {other.mesh.size}: save"
+                " it with save_pretrained, and load that with from_checkpoint"
+            )
+        self._state.load(Gathered(other._state))
+
     def reset_parameters(self, seed: int = 0) -> None:
         """Random weights that depend on `seed` and original names alone, not on mesh or specs.
 
@@ -278,6 +294,28 @@ class ShardedModule(nn.Module):
         `block_sparse_moe`.  Raises ValueError where names and shapes do not tell how to do that.
         """
         return self._state.full(experts)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        config: Config | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        experts: Experts = "stacked",
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write parameters and buffers as `transformers` loads them, and as `from_checkpoint` does.
+
+        A folder of safetensors files of up to `max_shard_bytes` bytes (or one tensor), with their
+        index and `config.json`: `config`, a path, a dict or a transformers config; not given, that
+        of the plan beside this module's file, if it was made of one.  Real numbers are cast to
+        `dtype`; `experts` as in `full_state_dict`.  Of tied tensors the first name is written.
+
+        All ranks call it together, rank 0 writes.  Raises RuntimeError on all of them where it
+        cannot, for want of room on the disk, say, or because the folder is there; nothing is left.
+        """
+        found = config_of(config, type(self))
+        save_pretrained(self._state, Path(folder), found, dtype, experts, max_shard_bytes)
 
     def local(self, name: str) -> Tensor:
         """This rank's slice of the parameter, buffer or constant of that name in `PARAMETERS`."""

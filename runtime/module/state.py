@@ -207,11 +207,17 @@ class State:
         for name, original in self.originals.items():
             if original.kind == "constant":
                 continue
-            parts = [self.local(part).detach() for part in original.params]
-            whole = self._gather(parts, original)
+            whole = self.whole(name)
             for key in (name, *original.aliases):
                 tensors.update(writer.tensors(key, whole))
         return tensors
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """One full tensor of the original, on this rank's device."""
+        original = self.originals[name]
+        parts = [self.local(part).detach() for part in original.params]
+        return self._gather(parts, original)
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor | None]:
@@ -236,6 +242,33 @@ class State:
             for x, param in zip(local, params, strict=True)
         ]
         return torch.cat(wholes, original.dim) if len(wholes) > 1 else wholes[0]
+
+
+class Gathered:
+    """Full tensors of a module, a source for another on the same ranks: each in turn is gathered.
+
+    All ranks read the same names in the same order.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.title = "the module that is loaded from"
+        self._state = state
+        self._last: tuple[str, Tensor] | None = None
+
+    def names(self) -> list[str]:
+        """All names, one for each tensor."""
+        return [n for n, original in self._state.originals.items() if original.kind != "constant"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one full tensor."""
+        return self._state.originals[name].shape
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """A view of the slice, of a tensor that stays until another one is read."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self._state.whole(name)
+        return self._last[1][slices]
 
 
 def _continuous(dtype: torch.dtype) -> bool:
