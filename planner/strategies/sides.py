@@ -7,6 +7,9 @@ some operator sums over it (or it leaves the model), and if nothing needs it who
 does; the dims that layers hand on, those of the batch and the sequence, and experts are not.
 What a weight has beside an inner dim is the dim between the blocks: the *outer* one.
 
+The rank of an adapter (LoRA), between two matrices that stand beside one that is cut, is no inner
+dim either: the one of them that shares the cut dim is cut with it, the other is whole.
+
 So columns and rows are told apart by the side that the inner dim stands on, never by a name, and a
 product between two dims that are not inner (a router, the latents of DeepSeek) stays whole, as
 in Megatron.
@@ -46,7 +49,8 @@ class Sides:
         weights = [ref.param.value for ref in all_params(graph)]
         weights = [value for value in weights if len(value.type.shape) > 1]
         ends = (self._used_up() | self._leaving(graph)) - self._refused(graph)
-        self._inner = ends & {self._of(value, dim) for value in weights for dim in _dims(value)}
+        inner = ends & {self._of(value, dim) for value in weights for dim in _dims(value)}
+        self._inner = inner - self._narrow(inner, weights)
         self._outer = {
             self._of(value, dim)
             for value in weights
@@ -91,6 +95,25 @@ class Sides:
             for factor, places in _factors(node)
             if factor in rule_of(node).choices()
             and not any(factor in dim for dims in rule_of(node).results for dim in dims)
+        }
+
+    def _narrow(self, inner: set[_Place], weights: list[Value]) -> set[_Place]:
+        """Inner dims that weights join to other inner dims, and that are smaller than all that they
+        are joined to: the rank of a product of two matrices, as adapters have it.
+
+        What they are joined to is cut; cutting them, too, would cost more than it saves.
+        """
+        sizes: dict[_Place, int] = {}
+        joined: dict[_Place, set[_Place]] = {}
+        for value in weights:
+            places = {self._of(value, dim): size for dim, size in enumerate(value.type.shape)}
+            sizes.update(places)
+            for place in inner.intersection(places):
+                joined.setdefault(place, set()).update(set(places) - {place})
+        return {
+            place
+            for place, others in joined.items()
+            if inner & others and all(sizes[place] < sizes[other] for other in others)
         }
 
     def _leaving(self, graph: Graph) -> set[_Place]:
