@@ -203,7 +203,11 @@ def main() -> None:
     if asked.resume and isinstance(side, Sharded):
         resumed = side.model.load_checkpoint(asked.out, optimizer)
         begin = resumed.step
-        schedule.load_state_dict(resumed.extra)
+        schedule.load_state_dict(resumed.extra["schedule"])
+        if (before := resumed.extra["tokens"]) != (now := data.numbers * side.batches):
+            say(
+                f"steps had {before} tokens, from step {begin} on they have {now}, at the same rate"
+            )
     asked.out.mkdir(parents=True, exist_ok=True)
     log = (asked.out / "losses.csv" if side.first else Path(os.devnull)).open("a" if begin else "w")
     for step in range(begin, asked.steps):
@@ -220,7 +224,8 @@ def main() -> None:
         if (step + 1) % asked.evaluate_every == 0:
             say(f"step {step}: loss of held out text {evaluate(side, data):.4f}")
         if (step + 1) % asked.save_every == 0 and isinstance(side, Sharded):
-            state = schedule.state_dict()
+            tokens = data.numbers * side.batches
+            state = {"schedule": schedule.state_dict(), "tokens": tokens}
             side.model.save_checkpoint(asked.out, optimizer, step=step + 1, extra=state)
     if isinstance(side, Sharded):
         side.model.wait_for_checkpoint()

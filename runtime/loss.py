@@ -151,7 +151,10 @@ class _Vocabulary:
         return _Vocabulary(axis, own.start, own.stop - own.start, size, ignore_index, smoothing)
 
     def check(self, labels: Tensor) -> None:
-        """Refuse labels outside the vocabulary, on the CPU where looking costs nothing."""
+        """Refuse labels outside the vocabulary, on the CPU where looking costs nothing.
+
+        Elsewhere their loss and gradients are NaN.
+        """
         if labels.is_cuda or labels.numel() == 0 or torch.compiler.is_compiling():
             return
         wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= self.size))
@@ -193,6 +196,10 @@ class _Vocabulary:
             lse = top + sums[:, 0].log()
         else:
             lse = sums[:, 0]
+        wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= self.size))
+        lse = lse.masked_fill(
+            wrong, torch.nan
+        )  # what `check` does not see, loss and gradients show
         loss = lse - sums[:, 1]
         if self.smoothing:
             loss = loss.lerp(lse - sums[:, 2] / self.size, self.smoothing)

@@ -229,6 +229,22 @@ def test_refusals() -> None:
         linear_cross_entropy(given["x"], given["weight"], torch.full(TOKENS, 7))
 
 
+def test_labels_that_nobody_looks_at_first_make_nan() -> None:
+    """As in a compiled layer, or on CUDA."""
+    logits = torch.randn(4, 7, requires_grad=True)
+
+    @torch.compile(backend="eager")
+    def loss(labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels)
+
+    found = loss(torch.tensor([1, 6, -100, 0]))
+    assert found.isfinite()
+    found = loss(torch.tensor([1, 7, -100, 0]))
+    found.backward()
+    assert found.isnan() and logits.grad is not None and logits.grad[1].isnan().all()
+    assert logits.grad[0].isfinite().all()
+
+
 def test_there_is_no_second_derivative() -> None:
     logits, labels = torch.randn(4, 7, requires_grad=True), torch.arange(4)
     loss = cross_entropy(logits, labels)
