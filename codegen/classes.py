@@ -13,9 +13,8 @@ from .source import WIDTH, statement
 
 # What a generated module imports or defines besides; a class of the user's may be called so, too
 RUNTIME = (
-    "Cache", "Home", "Input", "Labels", "Layer", "Output", "Param", "Part", "SequenceState",
-    "Sharded",
-    "ShardedModule", "Weight",
+    "Cache", "Home", "Input", "Labels", "Layer", "Output", "Param", "Part", "PipelinedModule",
+    "SequenceState", "Sharded", "ShardedModule", "Stage", "Weight",
     "ops",
 )  # fmt: skip
 _RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "F", "torch"})

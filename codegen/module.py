@@ -74,14 +74,14 @@ def write_source(
     one by one to the layout of `decode`; other caches lie alike in both.  The same programs give
     the same bytes.
     """
-    second: list[_Writer] = []
+    second: list[Writer] = []
     graphs = [each.graph for each in (program, decode) if each is not None]
     imports = list(dict.fromkeys(item for graph in graphs for item in imports_in(graph)))
     users = names_of(imports, mesh.names)
     classes = Classes(users.values())
     if decode is not None:
-        second = [_Writer(decode, mesh, "decode", optimizer, classes, users, _DECODING)]
-    first = _Writer(
+        second = [Writer(decode, mesh, "decode", optimizer, classes, users, _DECODING)]
+    first = Writer(
         program, mesh, phase, optimizer, classes, users, second=second, recached=recached
     )
     tables = _page_tables([writer.caches() for writer in (first, *second)])
@@ -92,7 +92,7 @@ def write_source(
     lines = [line for part in parts for line in part]
     signs = list(legend("\n".join(lines)))
     summary = "\n".join([summary, "", *signs]) if signs else summary
-    head = _head(summary, lines, [_import_line(item, users) for item in imports])
+    head = head_lines(summary, lines, [import_line(item, users) for item in imports])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
     return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)
 
@@ -113,14 +113,14 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
     return {name: kinds.index(owners(name)) for name in names}
 
 
-def _import_line(item: Import, users: Mapping[Import, str]) -> str:
+def import_line(item: Import, users: Mapping[Import, str]) -> str:
     """`Rounding = ops.import_user("rounding.py", "Rounding")`; without a name for operators."""
     if not item.function:
         return f'ops.import_user("{item.place}")'
     return f'{users[item]} = ops.import_user("{item.place}", "{item.function}")'
 
 
-def _head(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[str]:
+def head_lines(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[str]:
     """The docstring, imports of what the lines use, and `imports` of what is the user's."""
     text = "\n".join(lines)
     names = [name for name in RUNTIME if re.search(rf"\b{name}\b[(.)]", text)]
@@ -141,7 +141,7 @@ def _head(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[st
     ]
 
 
-class _Writer:
+class Writer:
     """Writes the classes of one program: one for each kind of block, and the model."""
 
     def __init__(
@@ -153,10 +153,12 @@ class _Writer:
         classes: Classes,
         users: Mapping[Import, str],
         name: str = "ShardedModel",
-        second: Sequence[_Writer] = (),
+        second: Sequence[Writer] = (),
         recached: Mapping[str, Sequence[Spec]] = MappingProxyType({}),
+        title: str = "",
     ) -> None:
         self.program = program
+        self.title = title or program.graph.name
         self.mesh = mesh
         self.phase = phase
         self.optimizer = optimizer
@@ -333,7 +335,7 @@ class _Writer:
         what = " for one token of each sequence" if self.name == _DECODING else ""
         return [
             f"class {self.name}(ShardedModule):",
-            f'    """{program.graph.name} as one rank of {self.mesh} runs it{what}."""',
+            f'    """{self.title} as one rank of {self.mesh} runs it{what}."""',
             "",
             *modules.lines,
             f"    MESH = {{{sizes}}}",

@@ -26,7 +26,7 @@ MODULE_FILE = "sharded_model.py"
 SWEEP_FILES = ("sweep.csv", "sweep.json", "sweep.html")
 _DRAFT = ".plan-draft-"
 _PATIENCE_S = 30.0  # for another writer, who needs milliseconds
-_MODULE = re.compile(r"^class ShardedModel\(ShardedModule\):", re.MULTILINE)
+_MODULE = re.compile(r"^class ShardedModel\((Sharded|Pipelined)Module\):", re.MULTILINE)
 
 
 class Planned(Protocol):

@@ -48,9 +48,10 @@ ARROWS: dict[str, str] = {
     "runtime.module": (
         "runtime.training runtime.serving runtime.cache runtime.gathering runtime.mesh facts compat"
     ),
+    "runtime.pipeline": "runtime.module runtime.training runtime.mesh facts",
     "runtime": (
-        "runtime.module runtime.training runtime.serving runtime.attention runtime.cache"
-        " runtime.gathering runtime.mesh facts compat"
+        "runtime.pipeline runtime.module runtime.training runtime.serving runtime.attention"
+        " runtime.cache runtime.gathering runtime.mesh facts compat"
     ),
     "shardwright": " ".join(
         ["codegen planner planner.report planner.search planner.plan planner.strategies"]
@@ -72,7 +73,7 @@ OUTSIDE: dict[str, set[str]] = {
     "costmodel.calibration": {"torch", "numpy"},
     "shardwright": {"torch", "typer", "rich", "click", "numpy", "networkx"},
 }
-for _package in ("mesh", "gathering", "cache", "attention", "serving", "training"):
+for _package in ("mesh", "gathering", "cache", "attention", "serving", "training", "pipeline"):
     OUTSIDE[f"runtime.{_package}"] = {"torch"}
 OUTSIDE["runtime.attention"].add("triton")  # which torch for CUDA brings; imported there alone
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import prod
 
 import torch
@@ -99,6 +100,25 @@ class Mesh:
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
             atexit.register(_shut_down)
         return Mesh(axes, place, _groups_of(axes, place.type))
+
+    def inner(self) -> Mesh:
+        """The mesh of all axes but the outermost, of the ranks that are at this rank's place there.
+
+        It has the process groups of this one, all of which are made now: later its ranks may do
+        what others do not.  Its random numbers are its own.
+        """
+        names, sizes = self.names[1:], self.sizes[1:]
+        if not names:
+            raise ValueError(f"mesh {self} has no axis but {self.names[0]}")
+        inner = Mesh(dict(zip(names, sizes, strict=True)), self.device, self._groups)
+        inner.rank = self.rank % inner.size
+        inner.coordinates = _unravel(inner.rank, sizes)
+        inner._axes.clear()  # which the wrong coordinates have made
+        for count in range(1, len(names) + 1):
+            for key in combinations(names, count):
+                inner[key]
+        inner.manual_seed(stable_seed(self.seed, self.names[0], self.coordinates[0]))
+        return inner
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -29,20 +29,29 @@ class DataShard:
         return rows.chunk(self.count)[self.index]
 
 
-def data_shard(inputs: Mapping[str, Input], mesh: Mesh) -> DataShard:
-    """Which rows of a batch this rank needs; ranks that share them have the same part."""
+def data_shard(
+    inputs: Mapping[str, Input], mesh: Mesh, axes: Sequence[int] | None = None
+) -> DataShard:
+    """Which rows of a batch this rank needs; ranks that share them have the same part.
+
+    `axes` are those that cut the rows (default: as `data_axes` of the inputs).
+    """
     index, count = 0, 1
-    for number in _data_axes(inputs):
+    for number in data_axes(inputs) if axes is None else axes:
         index = index * mesh.sizes[number] + mesh.coordinates[number]
         count *= mesh.sizes[number]
     return DataShard(index, count)
 
 
 def shard_rows(
-    inputs: Mapping[str, Input], rows: Mapping[str, object], mesh: Mesh, fixed: Fixed
+    inputs: Mapping[str, Input],
+    rows: Mapping[str, object],
+    mesh: Mesh,
+    fixed: Fixed,
+    axes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """As `shard_inputs`, of batches that have the rows of this rank's `data_shard` alone."""
-    axes = _data_axes(inputs)
+    axes = data_axes(inputs) if axes is None else axes
     ways = prod(mesh.sizes[number] for number in axes)
     own = {
         name: _of_rows(each, axes, ways) if 0 in each.free else each
@@ -51,9 +60,12 @@ def shard_rows(
     return shard_inputs(own, rows, mesh, fixed)
 
 
-def add_over_shards(x: Tensor, inputs: Mapping[str, Input], mesh: Mesh) -> Tensor:
+def add_over_shards(
+    x: Tensor, inputs: Mapping[str, Input], mesh: Mesh, axes: Sequence[int] | None = None
+) -> Tensor:
     """The sum of what each data shard has of `x`; all ranks of a shard have the same."""
-    names = tuple(mesh.names[number] for number in _data_axes(inputs))
+    axes = data_axes(inputs) if axes is None else axes
+    names = tuple(mesh.names[number] for number in axes)
     return mesh[names].reduce(x) if names else x
 
 
@@ -66,7 +78,7 @@ def _of_rows(wanted: Input, axes: Sequence[int], ways: int) -> Input:
     return replace(wanted, spec=spec, shape=shape, step=step)
 
 
-def _data_axes(inputs: Mapping[str, Input]) -> list[int]:
+def data_axes(inputs: Mapping[str, Input]) -> list[int]:
     """Numbers of the mesh axes that cut the rows of every batch, outermost first.
 
     Only the first cuts, which all batches have in common: rows that a further axis cuts of some of
@@ -80,4 +92,4 @@ def _data_axes(inputs: Mapping[str, Input]) -> list[int]:
     return list(commonprefix(cut))
 
 
-__all__ = ["DataShard", "add_over_shards", "data_shard", "shard_rows"]
+__all__ = ["DataShard", "add_over_shards", "data_axes", "data_shard", "shard_rows"]

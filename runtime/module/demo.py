@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ...facts.phases import DECODE, Phase
 from ..cache.declared import specs_of
-from ..mesh.batches import arguments_of, look_up, random_batch, shard_inputs
+from ..mesh.batches import Input, arguments_of, look_up, random_batch, shard_inputs
 from ..mesh.mesh import Mesh, WrongRanks
-from ..mesh.rows import data_shard
+from ..mesh.rows import DataShard, data_shard
 from ..serving.program import Program
 from ..serving.serving import Serving
 from ..training.step import scalar_loss
@@ -95,10 +95,12 @@ def demonstrate(
     if optimizer is None:
         step = partial(_forward, program, batch)
     elif micro_batches > 1:
-        rows = _rows(program, clock.mesh, micro_batches)
-        step = partial(_step, model, take_step, rows, _make_optimizer(optimizer, model))
+        shard = data_shard(program.inputs, clock.mesh)
+        own = random_rows(program.inputs, shard, micro_batches)
+        rows = arguments_of(program.inputs, own, program.fixed)
+        step = partial(_step, model, take_step, rows, make_optimizer(optimizer, model))
     else:
-        step = partial(_train, model, program, batch, _make_optimizer(optimizer, model))
+        step = partial(_train, model, program, batch, make_optimizer(optimizer, model))
     best = clock.best("step", step)
     clock.say(f"best {best * 1e3:.1f} ms per step")
 
@@ -182,16 +184,17 @@ def _train(
     return "" if scalar is None else f", loss {loss.item():.4f}"
 
 
-def _rows(program: Program, mesh: Mesh, micro_batches: int) -> dict[str, Any]:
-    """This rank's rows of one random batch, once for each micro-batch."""
-    shard = data_shard(program.inputs, mesh)
+def random_rows(
+    inputs: Mapping[str, Input], shard: DataShard, micro_batches: int
+) -> dict[str, Tensor]:
+    """This rank's rows of one random batch, once for each micro-batch, by the names of inputs."""
     rows: dict[str, Tensor] = {}
-    for name, x in random_batch(program.inputs).items():
-        free = 0 in program.inputs[name].free
+    for name, x in random_batch(inputs).items():
+        free = 0 in inputs[name].free
         own = shard.of(x) if free else x
         shared = not free and (x.ndim == 0 or x.shape[0] == 1)  # positions of all rows
         rows[name] = own if shared else torch.cat([own] * micro_batches)
-    return arguments_of(program.inputs, rows, program.fixed)
+    return rows
 
 
 def _step(
@@ -207,7 +210,8 @@ def _step(
     return f", loss {loss.item():.4f}"
 
 
-def _make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:
+def make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:
+    """What steps the demonstration; None where nothing does."""
     trained = [param for param in model.parameters() if param.requires_grad]
     if kind == "none" or not trained:
         return None

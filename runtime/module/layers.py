@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -100,9 +101,15 @@ def _indices(text: str) -> list[int]:
 
 
 def install_layers(
-    model: nn.Module, mesh: Mesh, layers: Mapping[str, Sequence[type[Layer]]]
+    model: nn.Module,
+    mesh: Mesh,
+    layers: Mapping[str, Sequence[type[Layer]]],
+    first: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Put one object of each class under its path: `{"model.layers": [Block, Block]}`."""
+    """Put one object of each class under its path: `{"model.layers": [Block, Block]}`.
+
+    `first` has by path the number of the first of them, where that is not 0.
+    """
     for path, classes in layers.items():
         owner = model
         *parents, leaf = path.split(".")
@@ -110,4 +117,7 @@ def install_layers(
             if not hasattr(owner, name):
                 owner.add_module(name, nn.Module())
             owner = getattr(owner, name)
-        owner.add_module(leaf, nn.ModuleList([cls(mesh) for cls in classes]))
+        held = nn.ModuleList()
+        for index, cls in enumerate(classes, first.get(path, 0)):
+            held.add_module(str(index), cls(mesh))
+        owner.add_module(leaf, held)

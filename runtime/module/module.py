@@ -40,7 +40,7 @@ from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
 from ..training.pieces import Piece, trained
-from ..training.step import Labels, Trained
+from ..training.step import Labels, Trained, Weights
 from ..training.watch import Watch
 from .checkpoint import Experts, Safetensors, StateDict
 from .compiled import Backend, by_default, compile_layers
@@ -69,7 +69,8 @@ class ShardedModule(nn.Module):
 
     A subclass states `MESH` (axis sizes, outermost first), `PARAMETERS` (by original name, or as
     parts of an original), `INPUTS`, `OUTPUTS`, `LAYERS` (classes of repeated blocks), modules as
-    `Sharded` does, and defines `forward`.  Every tensor of `PARAMETERS` is registered under its
+    `Sharded` does, and defines `forward`.  A stage of a pipeline has in `FIRST_LAYERS` which of the
+    model's layers its own begin with.  Every tensor of `PARAMETERS` is registered under its
     dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
     called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout or dtype;
     gradients go between ranks in dtype `REDUCE` (None: that in which they come).  `MICRO_BATCHES`
@@ -85,6 +86,7 @@ class ShardedModule(nn.Module):
     OUTPUTS: ClassVar[Sequence[Output]]
     CACHES: ClassVar[Mapping[str, Declared]] = {}
     LAYERS: ClassVar[Mapping[str, Sequence[type[Layer]]]] = {}
+    FIRST_LAYERS: ClassVar[Mapping[str, int]] = {}
     MODULES: ClassVar[Mapping[str, type[nn.Module]]] = {}
     OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
@@ -117,12 +119,13 @@ class ShardedModule(nn.Module):
             wanted = " x ".join(f"{name}={size}" for name, size in self.MESH.items())
             raise ValueError(f"this module was planned for mesh {wanted}, got {self.mesh}")
         install_modules(self, self.mesh)
-        install_layers(self, self.mesh, self.LAYERS)
+        install_layers(self, self.mesh, self.LAYERS, self.FIRST_LAYERS)
         self._state.register(None if shared is None else shared._state)
         self._run: Checkpoints | None = None
         self._schedule = make_schedule(
-            self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS), self.REDUCE
-        )
+            self, self.mesh, self.PARAMETERS, self.WEIGHTS, tuple(self.LAYERS), self.REDUCE,
+            self.FIRST_LAYERS,
+        )  # fmt: skip
         self._updated: Mapping[str, Tensor] = {}  # whole new values of buffers, of this forward
         self._planned: AsPlanned | None = AsPlanned(self)  # until the first forward
         watched = find_phase(self.PHASE).backward and self.mesh.size > 1
@@ -320,6 +323,16 @@ class ShardedModule(nn.Module):
     def local(self, name: str) -> Tensor:
         """This rank's slice of the parameter, buffer or constant of that name in `PARAMETERS`."""
         return self._state.local(name)
+
+    @property
+    def tensors(self) -> State:
+        """What this rank holds, by the names of the original model."""
+        return self._state
+
+    @property
+    def moved_weights(self) -> Weights:
+        """What brings weights and sends gradients off."""
+        return self._schedule
 
     @property
     def _state(self) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -25,8 +26,11 @@ def make_schedule(
     weights: Mapping[str, Weight],
     paths: Iterable[str],
     reduced: torch.dtype | None = None,
+    numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> Schedule:
     """The units of a model whose loops run the layers under `paths`; its layers bring theirs.
+
+    `numbers` has by path the number of the first of its layers, where that is not 0.
 
     `parameters` is the table of the whole model, `weights` that of what is in no layer; gradients
     are reduced in dtype `reduced` (None: that in which they come).
@@ -40,7 +44,7 @@ def make_schedule(
     units: list[list[Unit]] = []
     for path, layers in zip(paths, loops, strict=True):
         units.append([])
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(layers, numbers.get(path, 0)):
             assert isinstance(layer, Layer)
             rows = layer.WEIGHTS.items()
             units[-1].append(

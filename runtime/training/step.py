@@ -68,9 +68,9 @@ class Trained:
 
     def take_step(self, rows: Mapping[str, object], count: int) -> Tensor:
         """See `ShardedModule.step`; `rows` are the arguments, of `count` micro-batches together."""
-        parts = self._parts(rows, count)
+        parts = self.parts(rows, count)
         shares = self._shares(parts)
-        wide = _WideGradients(self.parameters if count > 1 else ())
+        wide = WideGradients(self.parameters if count > 1 else ())
         losses: list[Tensor] = []
         with self.weights.step():
             for number, part in enumerate(parts):
@@ -93,7 +93,7 @@ class Trained:
         dtype = torch.promote_types(losses[0].dtype, torch.float32)
         return torch.stack(losses).to(dtype).mean()
 
-    def _parts(self, rows: Mapping[str, object], count: int) -> list[dict[str, Any]]:
+    def parts(self, rows: Mapping[str, object], count: int) -> list[dict[str, Any]]:
         """The arguments of each micro-batch; ValueError naming an input that does not divide."""
         if count < 1:
             raise ValueError(f"a step has 1 micro-batch or more, got micro_batches={count}")
@@ -149,7 +149,7 @@ def scalar_loss(outputs: Sequence[Output], out: Any) -> Tensor | None:
     return next((x for x in results if x.ndim == 0 and x.requires_grad), None)
 
 
-class _WideGradients:
+class WideGradients:
     """Sums of the gradients of parameters that are narrower than float32."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -176,4 +176,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-__all__ = ["Labels", "Trained", "scalar_loss"]
+__all__ = ["Labels", "Trained", "WideGradients", "scalar_loss"]

@@ -1,0 +1,123 @@
+"""A pipeline to one Python file: a class for each kind of stage, their table, the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..facts.mesh import Mesh
+from ..ir.ops.users import imports_in
+from ..planner.plan.program import Program
+from .classes import Classes, names_of
+from .module import Legend, Writer, head_lines, import_line, no_legend
+from .source import check, comment_lines, statement
+
+AXIS = "pp"  # the mesh axis of a pipeline, the outermost
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A stage: the number of its program, of each loop its first layer, and what it exchanges."""
+
+    kind: int
+    first: tuple[tuple[str, int], ...]
+    taken: tuple[str, ...]
+    given: tuple[str, ...]
+    constant: tuple[str, ...]  # of `taken`, without a gradient
+
+
+def write_pipeline(
+    programs: Sequence[Program],
+    rows: Sequence[Row],
+    mesh: Mesh,
+    *,
+    ranks: int,
+    schedule: str,
+    micro_batches: int,
+    summary: str,
+    optimizer: str,
+    picture: Sequence[str] = (),
+    legend: Legend = no_legend,
+) -> str:
+    """The generated module of a pipeline over `ranks` times the stages' `mesh`, as text.
+
+    `programs` are those of the kinds of stages that `rows`, in the model's order, consist of;
+    `picture` shows the schedule, a line for each rank.
+    """
+    imports = list(dict.fromkeys(item for each in programs for item in imports_in(each.graph)))
+    users = names_of(imports, mesh.names)
+    kinds = [row.kind for row in rows]
+    names = [f"Stage{kinds.index(kind)}" for kind in range(len(programs))]
+    classes = Classes([*users.values(), *names])
+    writers = [
+        Writer(
+            program, mesh, "train", optimizer, classes, users, name,
+            title=_title(rows, kind, program),
+        )
+        for kind, (name, program) in enumerate(zip(names, programs, strict=True))
+    ]  # fmt: skip
+    models = [writer.model_class() for writer in writers]
+    whole = _model(
+        rows, names, programs[0], mesh, ranks, schedule, micro_batches, optimizer, picture
+    )
+    parts = [*classes.parts(), *models, whole]
+    lines = [line for part in parts for line in part]
+    signs = list(legend("\n".join(lines)))
+    summary = "\n".join([summary, "", *signs]) if signs else summary
+    head = head_lines(summary, lines, [import_line(item, users) for item in imports])
+    foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
+    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)
+
+
+def _title(rows: Sequence[Row], kind: int, program: Program) -> str:
+    """`Stages 1 to 6 of Llama`."""
+    own = [number for number, row in enumerate(rows) if row.kind == kind]
+    many = f"Stages {', '.join(map(str, own))}" if len(own) > 1 else f"Stage {own[0]}"
+    return f"{many} of {program.graph.name}"
+
+
+def _model(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    program: Program,
+    mesh: Mesh,
+    ranks: int,
+    schedule: str,
+    micro_batches: int,
+    optimizer: str,
+    picture: Sequence[str],
+) -> list[str]:
+    """The lines of the class of the whole model."""
+    sizes = ", ".join(f'"{name}": {size}' for name, size in ((AXIS, ranks), *mesh.axes))
+    table: list[str] = []
+    for row in rows:
+        first = ", ".join(f'"{path}": {number}' for path, number in row.first)
+        args = [names[row.kind], f"{{{first}}}"]
+        args += [f"taken={_strings(row.taken)}"] if row.taken else []
+        args += [f"given={_strings(row.given)}"] if row.given else []
+        args += [f"constant={_strings(row.constant)}"] if row.constant else []
+        table += statement(f"Stage({', '.join(args)}),", 2)
+    told = f"ranks 0 to {ranks - 1} of {AXIS} over time: F a forward, B a backward, . waits"
+    return [
+        "class ShardedModel(PipelinedModule):",
+        f'    """{program.graph.name} in {len(rows)} stages over {AXIS}={ranks}, each on {mesh}."""',
+        "",
+        f"    MESH = {{{sizes}}}",
+        *comment_lines("`Stage`: class, first of the model's layers, what stages exchange", 1),
+        "    STAGES = (",
+        *table,
+        "    )",
+        *([f"    # {told}"] if picture else []),
+        *(f"    #   {line}" for line in picture),
+        f'    SCHEDULE = "{schedule}"',
+        f"    MICRO_BATCHES = {micro_batches}",
+        f'    OPTIMIZER = "{optimizer}"',
+    ]
+
+
+def _strings(items: Sequence[str]) -> str:
+    joined = ", ".join(f'"{item}"' for item in items)
+    return f"({joined}{',' if len(items) == 1 else ''})"
+
+
+__all__ = ["AXIS", "Row", "write_pipeline"]
