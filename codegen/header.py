@@ -13,12 +13,13 @@ import torch
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.phases import find_phase
+from ..facts.schedules import schedule
 from ..facts.spec import R, V
 from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Graph, Param
 from ..ir.ops.labels import DimLabels, label_dims
 from ..ir.ops.registry import operator_of, words_of
-from ..planner.plan.plan import PlanData
+from ..planner.plan.plan import Pipeline, PlanData
 from ..planner.plan.program import Compute, LoopCall, Program, Sharded, Weight
 from ..planner.plan.returned import told_outputs
 from ..planner.strategies.conversion import Step
@@ -56,6 +57,59 @@ def docstring(plan: PlanData) -> str:
             *_usage(plan),
         ]
     )
+
+
+def pipeline_docstring(plan: PlanData, pipeline: Pipeline) -> str:
+    """The docstring of the generated module of a pipeline."""
+    request, inner = plan.request, pipeline.kinds[0].mesh
+    made = request.target or "a model given to shardwright.plan"
+    batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan)}"
+    count = len(pipeline.stages)
+    return "\n".join(
+        [
+            f"{plan.graph.name} over {request.gpus} x {request.cluster}: {plan.mesh}.",
+            "",
+            f"{count} stages over pp={pipeline.ranks}, each on {inner}: rank r is in group"
+            f" r // {inner.ranks} of pp. A step runs",
+            f"{request.micro_batches} micro-batches by schedule {pipeline.schedule}, of which the"
+            " picture at SCHEDULE shows the first.",
+            "",
+            fill(f"Made from {made}, {batch}.", _WIDTH),
+            f"Predicted: {format_seconds(plan.seconds)} per step, {pipeline.bubble:.0%} of it"
+            f" waiting for others, {format_bytes(plan.memory.total)} per GPU.",
+            "",
+            f"    torchrun {_ranks_text(request.gpus)}",
+            '    model = ShardedModel.from_checkpoint("folder with .safetensors")',
+            "    loss = model.step(**rows)    forward and backward of all micro-batches",
+        ]
+    )
+
+
+def schedule_picture(pipeline: Pipeline, micro_batches: int) -> list[str]:
+    """The first actions of each rank, one behind the other in a grid in which every action takes a
+    place; `.` where a rank waits."""
+    table = schedule(pipeline.schedule, pipeline.ranks, pipeline.per_rank, micro_batches)
+    several = pipeline.per_rank > 1
+    width = 1 + max(len(str(action)) for each in table.actions for action in each) - (not several)
+    done: dict[tuple[str, int, int], int] = {}
+    ends = [0] * table.ranks
+    lines: list[list[str]] = [[] for _ in range(table.ranks)]
+    for rank, action in table.order:
+        needed = action.needed
+        start = ends[rank]
+        if needed is not None:
+            start = max(start, done.get((*needed, action.batch), 0))
+        text = str(action) if several else f"{action.kind}{action.batch}"
+        lines[rank] += ["."] * (start - ends[rank]) + [text]
+        ends[rank] = start + 1
+        done["F" if action.kind == "F" else "B", action.stage, action.batch] = start + 1
+    places = (_WIDTH - 12) // width
+    shown = ["".join(text.ljust(width) for text in line[:places]).rstrip() for line in lines]
+    cut = [" ..." if len(line) > places else "" for line in lines]
+    names = [
+        f"{rank:>3}  {text}{end}" for rank, (text, end) in enumerate(zip(shown, cut, strict=True))
+    ]
+    return names[:_SHOWN] + (["..."] if len(names) > _SHOWN else [])
 
 
 def _formats(plan: PlanData) -> str:
@@ -117,11 +171,7 @@ def legend(plan: PlanData, text: str) -> Iterator[str]:
 
 def _usage(plan: PlanData) -> Iterator[str]:
     """How to run, load and serve the module."""
-    gpus = plan.request.gpus
-    ranks = f"--nproc-per-node {gpus} sharded_model.py    a demonstration"
-    if gpus > _PER_HOST:
-        ranks = f"--nnodes N --nproc-per-node M sharded_model.py    a demonstration; N x M = {gpus}"
-    yield f"    torchrun {ranks}"
+    yield f"    torchrun {_ranks_text(plan.request.gpus)}"
     yield '    model = ShardedModel.from_checkpoint("folder with .safetensors")'
     if any(operator_of(node).remembers for node in plan.graph.nodes):
         yield "    model.generate(input_ids, max_new_tokens=256)"
@@ -131,6 +181,13 @@ def _usage(plan: PlanData) -> Iterator[str]:
         yield "    model(**model.shard_inputs(**batch)).loss.backward()"
     else:
         yield "    out = model(**model.shard_inputs(**batch))"
+
+
+def _ranks_text(gpus: int) -> str:
+    """The arguments of torchrun."""
+    if gpus > _PER_HOST:
+        return f"--nnodes N --nproc-per-node M sharded_model.py    a demonstration; N x M = {gpus}"
+    return f"--nproc-per-node {gpus} sharded_model.py    a demonstration"
 
 
 def mesh_picture(mesh: Mesh) -> list[str]:

@@ -97,10 +97,11 @@ def _model(
         args += [f"given={_strings(row.given)}"] if row.given else []
         args += [f"constant={_strings(row.constant)}"] if row.constant else []
         table += statement(f"Stage({', '.join(args)}),", 2)
+    what = f"{program.graph.name} in {len(rows)} stages over {AXIS}={ranks}, each on {mesh}."
     told = f"ranks 0 to {ranks - 1} of {AXIS} over time: F a forward, B a backward, . waits"
     return [
         "class ShardedModel(PipelinedModule):",
-        f'    """{program.graph.name} in {len(rows)} stages over {AXIS}={ranks}, each on {mesh}."""',
+        f'    """{what}"""',
         "",
         f"    MESH = {{{sizes}}}",
         *comment_lines("`Stage`: class, first of the model's layers, what stages exchange", 1),

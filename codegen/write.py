@@ -7,14 +7,17 @@ from functools import partial
 
 from ..facts.mesh import Mesh
 from ..facts.phases import find_phase
-from ..planner.plan.plan import PlanData
+from ..planner.plan.plan import Pipeline, PlanData
 from ..planner.plan.program import Program
-from .header import docstring, legend
+from .header import docstring, legend, pipeline_docstring, schedule_picture
 from .module import Legend, no_legend, write_source
+from .pipeline import Row, write_pipeline
 
 
 def module_source(plan: PlanData) -> str:
     """The generated module of `plan`: one file for all ranks, the same bytes every time."""
+    if plan.pipeline is not None:
+        return _pipeline_source(plan, plan.pipeline)
     programs = [each.program for each in plan.phases]
     return programs_source(
         plan,
@@ -23,6 +26,29 @@ def module_source(plan: PlanData) -> str:
         summary=docstring(plan),
         optimizer=plan.request.optimizer,
         legend=partial(legend, plan),
+    )
+
+
+def _pipeline_source(plan: PlanData, pipeline: Pipeline) -> str:
+    """The module of a pipeline."""
+    rows: list[Row] = []
+    for stage in pipeline.stages:
+        graph = pipeline.kinds[stage.kind].graph
+        values = {each.name: each.value for each in graph.inputs}
+        constant = tuple(name for name in stage.taken if not values[name].differentiable)
+        rows.append(Row(stage.kind, stage.first, stage.taken, stage.given, constant))
+    widest = max(pipeline.kinds, key=lambda kind: kind.mesh.ranks)
+    return write_pipeline(
+        [kind.program for kind in pipeline.kinds],
+        rows,
+        widest.mesh,
+        ranks=pipeline.ranks,
+        schedule=pipeline.schedule,
+        micro_batches=plan.request.micro_batches,
+        summary=pipeline_docstring(plan, pipeline),
+        optimizer=plan.request.optimizer,
+        picture=schedule_picture(pipeline, plan.request.micro_batches),
+        legend=partial(legend, widest),
     )
 
 

@@ -8,11 +8,14 @@ BY_ALL = frozenset({
     "explain_failures", "generator", "mesh",
 })  # fmt: skip
 BY_MODEL = frozenset({
-    "CACHES", "CONTEXT", "DECODE", "FIRST_LAYERS", "FIXED", "INPUTS", "LABELS", "LAYERS", "MESH", "MICRO_BATCHES",
-    "OPTIMIZER", "OUTPUTS", "PARAMETERS", "PHASE", "REDUCE", "admit", "append", "cached_lengths",
+    "CACHES", "CONTEXT", "DECODE", "FIRST_LAYERS", "FIXED", "INPUTS", "LABELS", "LAYERS", "MESH",
+    "MICRO_BATCHES",
+    "OPTIMIZER", "OUTPUTS", "PARAMETERS", "PHASE", "REDUCE", "admit", "append",
+    "cached_lengths",
     "clip_grad_norm_", "compile_layers", "data_shard", "decode", "demo", "free", "from_checkpoint",
     "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate",
-    "load_checkpoint", "local", "local_part", "moved_weights", "new_cache", "optimizer", "pack", "prefill",
+    "load_checkpoint", "local", "local_part", "moved_weights", "new_cache",
+    "optimizer", "pack", "prefill",
     "programs", "recompute", "reset_parameters", "save_checkpoint", "serving", "set_cache",
     "shard_inputs", "shard_rows", "step", "tensors", "truncate", "unpack", "wait_for_checkpoint",
 })  # fmt: skip

@@ -48,8 +48,9 @@ from .training.step import Labels
 __all__ = [
     "Axis", "Cache", "CacheFullError", "CollectiveCounter", "Home", "Input", "KVCache", "Labels",
     "Layer", "Layout", "Mask", "Mesh", "Namespace", "Output", "Outputs", "PageTable", "Param",
-    "Part", "Partial", "PipelinedModule", "RankError", "RankPool", "SequenceState", "Sharded", "ShardedModule",
-    "Stage", "StateCache", "StateTable", "Weight", "attention", "cached_attention", "count_collectives",
+    "Part", "Partial", "PipelinedModule", "RankError", "RankPool", "SequenceState", "Sharded",
+    "ShardedModule", "Stage", "StateCache", "StateTable", "Weight", "attention",
+    "cached_attention", "count_collectives",
     "cross_entropy", "cross_entropy_of", "dropout", "gather_kv_attention", "last_token",
     "linear_cross_entropy", "merge", "moe", "ops", "pass_q_attention", "per_layer",
     "ring_attention", "run_ranks", "shared_prefix_attention", "softcap", "tree_attention",

@@ -115,6 +115,7 @@ class Plan(PlanData):
     @property
     def ops(self) -> tuple[PlannedOp, ...]:
         """What is cut over each axis for every heavy operator, and its seconds."""
+        self._refuse_pipeline("operators")
         return planned_ops(self)
 
     def check(self) -> None:
@@ -203,12 +204,21 @@ class Plan(PlanData):
                 lines.append(f"  {'*' if way.choices == taken else ' '} {way.line(head)}")
         return "\n".join(lines)
 
+    def _refuse_pipeline(self, what: str) -> None:
+        """Raises PlanError for a pipeline, which has none of `what` as a whole."""
+        if self.pipeline is not None:
+            raise PlanError(
+                f"this plan is a pipeline, whose {what} are those of its stages: they are plans of"
+                " their own, plan.pipeline.kinds"
+            )
+
     def _problem(self) -> ShardingProblem:
         limit = limited(self.request.pins, self.request.layout)(self.graph, self.mesh)
         return self._builder().build(limit).problem()
 
     def _builder(self) -> Builder:
         """What builds the problem again that this plan is the solution of."""
+        self._refuse_pipeline("decisions")
         cluster = load_cluster(self.request.cluster, self.request.gpus)
         decided = self.decisions
         setting = replace(
@@ -237,6 +247,7 @@ def plan(
     precision: str | None = None,
     reduce_dtype: str | None = None,
     micro_batches: int | None = None,
+    schedule: str | None = None,
     solver: str = "highs",
     time_limit_s: float = 60.0,
     progress: Progress = silent,
@@ -266,13 +277,15 @@ def plan(
     the model has it.  `reduce_dtype` (`float32`, `bfloat16`) is that of gradients between ranks;
     by default float32 in mixed precision.  `micro_batches` of a step are computed one after another
     (default: one, or as few as fit), and their gradients added up; the inputs are those of all.
+    A `layout` with `pp` is a pipeline, whose `schedule` is `gpipe`, `1f1b` (the default) or
+    `interleaved`.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
         optimizer, solver, time_limit_s, progress, outputs, output_layout, layout, None,
-        precision, reduce_dtype, micro_batches,
+        precision, reduce_dtype, micro_batches, schedule,
     )  # fmt: skip
     check_model(model)
     check_formats(model)
@@ -309,6 +322,7 @@ def plan_file(
     precision: str | None = None,
     reduce_dtype: str | None = None,
     micro_batches: int | None = None,
+    schedule: str | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`).
@@ -318,7 +332,7 @@ def plan_file(
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
         optimizer, solver, time_limit_s, progress, outputs, output_layout, layout, dtype,
-        precision, reduce_dtype, micro_batches,
+        precision, reduce_dtype, micro_batches, schedule,
     )  # fmt: skip
     batch = asked.ranks if batch is None else batch
     job = asked.job(target, batch, seq)

@@ -20,11 +20,13 @@ from .facts.given import finite, shown, text, whole
 from .facts.mesh import MOST_RANKS, Mesh
 from .facts.nested import spelled
 from .facts.phases import find_phase
+from .facts.schedules import SCHEDULES
 from .formats import formats_of
 from .ir.capture.arguments import Arguments
 from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
 from .planner.plan.plan import OUTPUT_LAYOUTS, Request
+from .planner.search.pipeline import default_micro_batches, refuse_phase
 from .planner.search.search import Clock, Job
 from .planner.strategies.layout import Layout, limited
 
@@ -68,6 +70,7 @@ class Asked:
     precision: str | None = None
     reduce_dtype: str | None = None
     micro_batches: int | None = None
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         with _as_plan_errors():
@@ -84,7 +87,7 @@ class Asked:
             text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
         if self.optimizer is not None:
             text("optimizer", self.optimizer)
-        for name in ("dtype", "precision", "reduce_dtype"):
+        for name in ("dtype", "precision", "reduce_dtype", "schedule"):
             if getattr(self, name) is not None:
                 text(name, getattr(self, name))
         wholes = (("context", 0), ("output_tokens", 1), ("memory_bytes", 1), ("micro_batches", 1))
@@ -113,7 +116,7 @@ class Asked:
 
     def _check_layout(self, layout: str) -> None:
         """Raises PlanError where a layout contradicts the GPUs, or what is asked for besides."""
-        gpus = Layout.parse(layout).mesh.ranks
+        gpus = Layout.parse(layout).ranks
         if self.gpus is not None and self.gpus != gpus:
             raise PlanError(
                 f"--layout {layout} is for {gpus} GPUs, --gpus says {self.gpus}; they must agree"
@@ -128,8 +131,28 @@ class Asked:
     def ranks(self) -> int:
         """How many GPUs there are, by the layout where their number was not given."""
         if self.gpus is None:
-            return Layout.parse(self.layout or "").mesh.ranks
+            return Layout.parse(self.layout or "").ranks
         return int(self.gpus)  # numbers of numpy are no JSON
+
+    def _passes(self, batch: int, layout: Layout | None) -> int:
+        """Micro-batches of a step; where they are not given, as many as a pipeline wants."""
+        pipeline = layout is not None and layout.pipeline > 1
+        if self.schedule is not None:
+            if self.schedule not in SCHEDULES:
+                raise PlanError(
+                    f"unknown schedule `{self.schedule}`; expected one of {', '.join(SCHEDULES)}"
+                )
+            if not pipeline:
+                raise PlanError(
+                    f"--schedule {self.schedule} is that of a pipeline: give its ranks, as in"
+                    " --layout pp=4,ddp=2"
+                )
+        if layout is not None and layout.pipeline > 1:
+            refuse_phase(self.phase, layout)
+            if self.micro_batches is None:
+                name = self.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
+                return default_micro_batches(batch, layout, name)
+        return 1 if self.micro_batches is None else int(self.micro_batches)
 
     def job(self, target: str, batch: int, seq: int) -> Job:
         """What is to be planned, for a model that `target` names ("": a module)."""
@@ -154,7 +177,7 @@ class Asked:
             raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")
         gpus = self.ranks
         machine = load_cluster(self.cluster, gpus)
-        passes = 1 if self.micro_batches is None else int(self.micro_batches)
+        passes = self._passes(batch, layout)
         if passes > 1 and not kind.backward:
             raise PlanError(
                 f"--micro-batches is for training: phase {self.phase} adds up no gradients"
@@ -173,7 +196,7 @@ class Asked:
             tuple(self.pins), kind.context if self.context is None else int(self.context),
             int(self.output_tokens or kind.answer), float(self.expert_imbalance or 0.0),
             self.output_layout, self.layout or "",
-            formats.precision, formats.reduce_dtype, passes,
+            formats.precision, formats.reduce_dtype, passes, self.schedule or "",
         )  # fmt: skip
         mesh = parse_mesh(self.mesh, gpus) if self.mesh else None
         return Job(

@@ -59,22 +59,30 @@ def compare_file(
 
     `options` are the further ones of `plan_file`.  Raises PlanError for what cannot be asked for.
     """
-    gpus = options["gpus"] or Layout.parse(layouts[0]).mesh.ranks
+    gpus = options["gpus"] or Layout.parse(layouts[0]).ranks
     given: dict[str, Any] = {**options, "gpus": gpus, "progress": progress}
-    requests = [Asked(**given, layout=layout) for layout in (None, *layouts)]
+    requests = [
+        Asked(**_with_schedule(given, layout), layout=layout) for layout in (None, *layouts)
+    ]
     jobs = [asked.job(target, batch or gpus, seq) for asked in requests]
     progress("build the model")
     phase, outputs, formats = options["phase"], options["outputs"], jobs[0].request.formats
     loaded = load_target(target, batch=batch or gpus, seq=seq, phase=phase, formats=formats)
     jobs = [in_the_models_formats(job, loaded) for job in jobs]
-    graphs = Captures(loaded, outputs).graphs(jobs[0])
+    captures = Captures(loaded, outputs)
     rows: list[Compared] = []
     for layout, job in zip(("", *layouts), jobs, strict=True):
         try:
-            rows.append(Compared(layout, planned(graphs, job)))
+            rows.append(Compared(layout, planned(captures.graphs(job), job)))
         except (LayoutError, InfeasibleError) as error:
             rows.append(Compared(layout, None, str(error)))
     return Comparison(tuple(rows))
+
+
+def _with_schedule(options: Mapping[str, Any], layout: str | None) -> dict[str, Any]:
+    """The options, without a schedule for what is no pipeline."""
+    piped = layout is not None and Layout.parse(layout).pipeline > 1
+    return {**options, "schedule": options.get("schedule") if piped else None}
 
 
 def _cells(row: Compared) -> tuple[str, ...]:
@@ -86,7 +94,9 @@ def _cells(row: Compared) -> tuple[str, ...]:
     last = plan.decode or plan
     seconds = plan.seconds if plan.decode is None else plan.answer_s
     sizes = "x".join(str(size) for size in plan.mesh.sizes)
-    layers = "recomputed" if plan.decisions.recompute else "kept" if plan.training else ""
+    plans = (plan,) if plan.pipeline is None else plan.pipeline.kinds
+    again = any(each.decisions.recompute for each in plans)
+    layers = "recomputed" if again else "kept" if plan.training else ""
     memory = format_bytes(last.memory.total)
     return (row.layout, name, sizes, format_seconds(seconds), memory, layers)
 

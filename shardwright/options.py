@@ -13,6 +13,7 @@ import typer
 
 from .costmodel.machines.cluster import BUILT_IN
 from .facts.phases import PHASES, TRAIN
+from .facts.schedules import SCHEDULES
 from .folder import MODULE_FILE, PLAN_FILE
 
 
@@ -202,6 +203,14 @@ MicroBatchesOption: TypeAlias = Annotated[
         "--micro-batches 4",
     ),
 ]
+ScheduleOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(SCHEDULES[:3]),
+        show_default="1f1b",
+        help="the schedule of a pipeline, --layout pp=N, e.g. --schedule interleaved",
+    ),
+]
 ClusterOption: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -340,6 +349,7 @@ class Planning(TypedDict):
     precision: PrecisionOption
     reduce_dtype: ReduceDtypeOption
     micro_batches: MicroBatchesOption
+    schedule: ScheduleOption
     memory: MemoryOption
     optimizer: OptimizerOption
     outputs: OutputsOption
@@ -386,6 +396,7 @@ def asked_of(planning: Planning) -> dict[str, Any]:
         "precision": _text(planning["precision"]),
         "reduce_dtype": _text(planning["reduce_dtype"]),
         "micro_batches": planning["micro_batches"],
+        "schedule": planning["schedule"],
     }
 
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
+from ...facts.schedules import refusal
 from ...facts.spec import Spec, V, format_spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.graph.check import GraphError, check_graph
@@ -19,13 +21,16 @@ from ..errors import PlanError
 from ..strategies.lattice import spec_fits
 from ..strategies.params import all_params
 from ..strategies.storage import Storage
-from .plan import PlanData
+from .plan import Pipeline, PlanData
 from .program import PricedStep
 from .recache import all_cached
 
 
 def check_plan(plan: PlanData) -> None:
     """Raises PlanError for a plan that no search makes, with the name of what does not fit."""
+    if plan.pipeline is not None:
+        _check_pipeline(plan, plan.pipeline)
+        return
     phases = find_phase(plan.request.phase).programs
     _check(len(plan.phases) == len(phases), f"phase {plan.request.phase} is {' and '.join(phases)}")
     for each in plan.phases:
@@ -43,6 +48,62 @@ def check_plan(plan: PlanData) -> None:
             field = f"plan field `homes.{weight.param.value.name}`"
             _check(not weight.is_astray, f"{field}: it is used otherwise than it is there")
     _check_recached(plan)
+
+
+def _check_pipeline(plan: PlanData, pipeline: Pipeline) -> None:
+    """Stages follow one another in the model and in what they exchange; each kind has a plan."""
+    field, request = "plan field `pipeline`", plan.request
+    _check(plan.training and plan.decode is None, f"{field}: it is for training")
+    _check(not plan.decisions.choices and not plan.paths, f"{field}: its stages alone are decided")
+    stages, kinds = pipeline.stages, pipeline.kinds
+    _check(
+        bool(stages) and len(stages) % pipeline.ranks == 0,
+        f"{field}: {len(stages)} stages are not shared out over {pipeline.ranks} ranks",
+    )
+    why = refusal(pipeline.schedule, pipeline.ranks, pipeline.per_rank, request.micro_batches)
+    _check(not why, f"{field}: {why}")
+    numbers = {stage.kind for stage in stages}
+    _check(numbers == set(range(len(kinds))), f"{field}: its stages are not of its kinds")
+    for kind in kinds:
+        _check(kind.pipeline is None, f"{field}: a stage is a pipeline")
+        check_plan(kind)
+        _check(kind.mesh == kinds[0].mesh, f"{field}: stages have different meshes")
+        same = kind.request.micro_batches == request.micro_batches and kind.training
+        _check(same, f"{field}: a stage has other micro-batches")
+    ranks = pipeline.ranks * kinds[0].mesh.ranks
+    _check(request.gpus == plan.mesh.ranks == ranks, f"`mesh` has not {request.gpus} ranks")
+    _check(plan.mesh.axes[1:] == kinds[0].mesh.axes, f"{field}: `mesh` is not that of its stages")
+    _check_stages(plan.graph, pipeline)
+
+
+def _check_stages(graph: Graph, pipeline: Pipeline) -> None:
+    """The layers of stages are those of the model, and what one gives the next one takes alike."""
+    field = "plan field `pipeline.stages`"
+    at = {loop.path: 0 for loop in graph.loops}
+    for stage in pipeline.stages:
+        own = pipeline.kinds[stage.kind].graph
+        first = dict(stage.first)
+        _check(set(first) == {loop.path for loop in own.loops}, f"{field}: other layers")
+        for loop in own.loops:
+            _check(at.get(loop.path) == first[loop.path], f"{field}: layers of {loop.path}")
+            at[loop.path] += len(loop.order)
+    ends = {loop.path: len(loop.order) for loop in graph.loops}
+    _check(at == ends, f"{field}: they are not all layers of the model")
+    for stage, after in pairwise(pipeline.stages):
+        here, there = pipeline.kinds[stage.kind], pipeline.kinds[after.kind]
+        given = {
+            out.path[0]: (out.value.type, here.decisions.outputs[out.value.name])
+            for out in here.graph.outputs
+            if out.path and out.path[0] in stage.given
+        }
+        taken = {
+            each.name: (each.value.type, there.decisions.specs[each.value.name])
+            for each in there.graph.inputs
+            if each.name in after.taken
+        }
+        _check(given == taken, f"{field}: one gives otherwise than the next takes")
+    ends_taken = pipeline.stages[0].taken or pipeline.stages[-1].given
+    _check(not ends_taken, f"{field}: the first takes or the last gives")
 
 
 def _check_decisions(plan: PlanData) -> None:

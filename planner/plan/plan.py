@@ -42,6 +42,7 @@ class Request:
     precision: str = "own"  # of products: `mixed` has parameters in float32, products in bfloat16
     reduce_dtype: str = "own"  # of gradients between ranks; `own`: as products give them
     micro_batches: int = 1  # of a step, one after another; `batch` is that of all together
+    schedule: str = ""  # of the pipeline that was asked for, if one was
 
     @property
     def rows(self) -> int:
@@ -134,6 +135,48 @@ class Recache:
         return tuple(specs)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A stage of a pipeline: which of the kinds of stages it is, and its part of the model.
+
+    `first` has by the path of a loop the first of the model's layers that it runs; `taken` are the
+    inputs that the stage before sends, `given` the outputs that go to the next.  Seconds are those
+    of a micro-batch, forward, backward, and to send what it gives and the gradients of what it
+    took; `once_s` are those of a step besides.
+    """
+
+    kind: int
+    layers: int
+    first: tuple[tuple[str, int], ...]
+    taken: tuple[str, ...]
+    given: tuple[str, ...]
+    forward_s: float
+    backward_s: float
+    once_s: float
+    send_s: float
+    send_back_s: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages over `ranks` groups of ranks, and the schedule by which micro-batches pass them.
+
+    `kinds` are plans of stages, each on the mesh of one group; `bubble` is the share of a step in
+    which ranks wait for others.
+    """
+
+    schedule: str
+    ranks: int
+    bubble: float
+    stages: tuple[PlannedStage, ...]
+    kinds: tuple[PlanData, ...]
+
+    @property
+    def per_rank(self) -> int:
+        """Stages of a rank."""
+        return len(self.stages) // self.ranks
+
+
 @dataclass(frozen=True)
 class PlanData:
     """How to cut a model over a mesh: what `plan.json` holds.
@@ -145,6 +188,8 @@ class PlanData:
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
     In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
     same mesh and parameters; `recached` are the caches that decode wants laid out otherwise.
+    With a `pipeline` decisions are those of its stages, and here are none; `mesh` has the axis of
+    the pipeline before those of a stage, and `memory` is that of the rank that holds most.
     """
 
     request: Request
@@ -162,6 +207,7 @@ class PlanData:
     notes: tuple[str, ...] = field(default=())
     decode: PlanData | None = None
     recached: tuple[Recache, ...] = ()
+    pipeline: Pipeline | None = None
 
     @property
     def answer_s(self) -> float:
@@ -195,6 +241,8 @@ class PlanData:
     @cached_property
     def program(self) -> Program:
         """The statements that one rank runs.  Raises PlanError for a conversion without steps."""
+        if self.pipeline is not None:
+            raise PlanError("a pipeline has a program for each of its stages, and none of its own")
 
         def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
             if (value.name, a, b) not in self.paths:

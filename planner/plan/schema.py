@@ -12,6 +12,7 @@ from ...costmodel.memory import OPTIMIZERS
 from ...facts.collectives import COLLECTIVES
 from ...facts.mesh import MOST_RANKS, can_be_axis
 from ...facts.phases import PHASES
+from ...facts.schedules import SCHEDULES
 from ...facts.schema import (
     Either,
     Flag,
@@ -67,7 +68,7 @@ _REQUEST = Record(
         "reduce_dtype": OneOf(("own", *DTYPES)),
         "micro_batches": Whole(1, 2**31),
     },
-    optional={"layout": LINE},
+    optional={"layout": LINE, "schedule": LINE},
 )
 _MEMORY = Record(
     {
@@ -125,10 +126,33 @@ _RECACHED = Record(
 _CONVERSION = Record({"value": LINE, "from": _SPEC, "to": _SPEC, "steps": _STEPS})
 _SPECS = Table(LINE, _SPEC)
 _HOME = Record({"spec": _SPEC, "late": Flag()})
-_MESH = ListOf(Row(Text("a name for an axis", "", can_be_axis), Whole(1, MOST_RANKS)), 3)
+_MESH = ListOf(Row(Text("a name for an axis", "", can_be_axis), Whole(1, MOST_RANKS)), 4)
+_NAMES = ListOf(Text("a name", "", str.isidentifier))
+_STAGE = Record(
+    {
+        "kind": Whole(0, 2**14),
+        "layers": Whole(1, 2**14),
+        "first": ListOf(Row(LINE, Whole(0, 2**14))),
+        "taken": _NAMES,
+        "given": _NAMES,
+        **dict.fromkeys(("forward_s", "backward_s", "once_s", "send_s", "send_back_s"), _SECONDS),
+    }
+)
 
 
-def _plan(decode: Shape) -> Shape:
+def _pipeline(plan: Shape) -> Shape:
+    return Record(
+        {
+            "schedule": OneOf(SCHEDULES),
+            "ranks": Whole(2, MOST_RANKS),
+            "bubble": Number(0, 1),
+            "stages": ListOf(_STAGE, 2**14),
+            "kinds": ListOf(plan, 2**14),
+        }
+    )
+
+
+def _plan(decode: Shape, stage: Shape | None) -> Shape:
     return Record(
         {
             "schema": Text(f"`{VERSION}`, which this version reads", re.escape(VERSION)),
@@ -154,11 +178,14 @@ def _plan(decode: Shape) -> Shape:
             "decode": decode,
             "recached": ListOf(_RECACHED),
         },
-        optional={"module_sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}")},
+        optional={
+            "module_sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}"),
+            **({} if stage is None else {"pipeline": _pipeline(stage)}),
+        },
     )
 
 
-PLAN = nesting("plan", _plan(Null()), lambda decode: _plan(Either(Null(), decode)), 1)
+PLAN = nesting("plan", _plan(Null(), None), lambda inner: _plan(Either(Null(), inner), inner), 1)
 
 
 def json_schema() -> dict[str, Any]:

@@ -22,7 +22,16 @@ from ..strategies.conversion import Step
 from ..strategies.pricing import Work
 from ..strategies.storage import Home
 from .check import check_plan
-from .plan import Baseline, Memory, PlanData, Recache, Request, Search
+from .plan import (
+    Baseline,
+    Memory,
+    Pipeline,
+    PlanData,
+    PlannedStage,
+    Recache,
+    Request,
+    Search,
+)
 from .program import PricedStep
 from .schema import PLAN, VERSION
 
@@ -70,6 +79,17 @@ def plan_to_json(plan: PlanData) -> dict[str, Any]:
         "graph": graph_to_json(plan.graph),
         "decode": None if plan.decode is None else plan_to_json(plan.decode),
         "recached": [_recache_to_json(recache) for recache in plan.recached],
+        **({"pipeline": _pipeline_to_json(plan.pipeline)} if plan.pipeline else {}),
+    }
+
+
+def _pipeline_to_json(pipeline: Pipeline) -> dict[str, Any]:
+    return {
+        "schedule": pipeline.schedule,
+        "ranks": pipeline.ranks,
+        "bubble": pipeline.bubble,
+        "stages": [_fields(stage) for stage in pipeline.stages],
+        "kinds": [plan_to_json(kind) for kind in pipeline.kinds],
     }
 
 
@@ -172,7 +192,23 @@ def _read_plan(data: Any) -> PlanData:
         notes=tuple(data["notes"]),
         decode=data["decode"] and _read_plan(data["decode"]),
         recached=tuple(_read_recache(row) for row in data["recached"]),
+        pipeline=_read_pipeline(data["pipeline"]) if "pipeline" in data else None,
     )
+
+
+def _read_pipeline(data: Any) -> Pipeline:
+    stages = [
+        _made(
+            PlannedStage,
+            row,
+            first=_rows(row["first"]),
+            taken=tuple(row["taken"]),
+            given=tuple(row["given"]),
+        )
+        for row in data["stages"]
+    ]
+    kinds = tuple(map(_read_plan, data["kinds"]))
+    return Pipeline(data["schedule"], data["ranks"], data["bubble"], tuple(stages), kinds)
 
 
 def _made(kind: type[_T], data: Mapping[str, Any], **others: Any) -> _T:

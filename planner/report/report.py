@@ -8,6 +8,7 @@ from itertools import groupby
 from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
+from ...facts.schedules import schedule
 from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
@@ -15,7 +16,7 @@ from ...ir.graph import Node
 from ...ir.ops.labels import LABELS, DimLabels, factor_labels, label_dims
 from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
-from ..plan.plan import MIXED, Baseline, PlanData
+from ..plan.plan import MIXED, Baseline, Pipeline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes, state_bytes
 from ..plan.returned import told_outputs
@@ -29,6 +30,9 @@ def format_plan(plan: PlanData, throughput: str = "") -> str:
     """The whole report, as `plan` prints it; `throughput` is a line of it."""
     if plan.decode is not None:
         return _format_serving(plan, plan.decode)
+    if plan.pipeline is not None:
+        parts = [_winner(plan), _stages(plan, plan.pipeline), throughput, _memory(plan)]
+        return "\n\n".join(part for part in [*parts, _search(plan), _notes(plan)] if part)
     parts = [
         _winner(plan),
         _ordinary(plan),
@@ -48,6 +52,39 @@ def format_plan(plan: PlanData, throughput: str = "") -> str:
         _notes(plan),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _stages(plan: PlanData, pipeline: Pipeline) -> str:
+    """The schedule, and a line for each stage."""
+    count, request = len(pipeline.stages), plan.request
+    rows: list[tuple[str, ...]] = [
+        ("stage", "rank", "layers", "forward", "backward", "sends", "once a step", "memory", "plan")
+    ]
+    rank_of = schedule(
+        pipeline.schedule, pipeline.ranks, pipeline.per_rank, request.micro_batches
+    ).rank_of
+    for number, stage in enumerate(pipeline.stages):
+        kind = pipeline.kinds[stage.kind]
+        rows.append(
+            (
+                str(number),
+                str(rank_of[number]),
+                f"{stage.layers} {'recomputed' if kind.decisions.recompute else 'kept'}",
+                format_seconds(stage.forward_s),
+                format_seconds(stage.backward_s),
+                format_seconds(stage.send_s + stage.send_back_s),
+                format_seconds(stage.once_s),
+                format_bytes(kind.memory.total),
+                f"{kind.mesh}",
+            )
+        )
+    each = f", {pipeline.per_rank} on each rank" if pipeline.per_rank > 1 else ""
+    head = (
+        f"Pipeline: {count} stages over pp={pipeline.ranks}{each}, {request.micro_batches}"
+        f" micro-batches of {request.rows} sequences by {pipeline.schedule}; ranks wait for others"
+        f" {pipeline.bubble:.0%} of a step."
+    )
+    return f"{head}\n{table(rows)}"
 
 
 def _notes(plan: PlanData) -> str:

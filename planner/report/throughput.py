@@ -26,6 +26,7 @@ def mfu(plan: PlanData, peak: Callable[[str], float]) -> float:
             local = local_of(node)
             if flops := operator_of(node).flops(local):
                 at_peak += passes * scope.weight * flops / peak(local.dtype)
+    at_peak *= plan.request.micro_batches  # the graph is that of one
     return at_peak / (plan.seconds * plan.request.gpus)
 
 
@@ -42,9 +43,12 @@ def throughput(plan: PlanData, peak: Callable[[str], float], price: float) -> st
     rate = tokens / plan.seconds
     text = (
         f"Throughput: {rate:,.0f} tokens/s, {rate / request.gpus:,.0f} tokens/s/GPU, MFU "
-        f"{mfu(plan, peak):.1%}; {exposed_share(plan):.0%} of the time is communication that "
-        "nothing hides."
+        f"{mfu(plan, peak):.1%}"
     )
+    if plan.pipeline is None:
+        share = exposed_share(plan)
+        text += f"; {share:.0%} of the time is communication that nothing hides"
+    text += "."
     if not price:
         return text
     cost = plan.seconds / 3600 * request.gpus * price

@@ -26,6 +26,7 @@ from ..plan.plan import Baseline, PlanData
 from ..strategies.params import all_params
 from ..strategies.pins import Pin, Pins
 from .infeasible import explain
+from .pipeline import make_pipeline_plan
 from .search import Found, Job, Searched, assemble, ordinary_plans, search_meshes
 
 Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
@@ -95,6 +96,8 @@ def make_plan(graph: Graph, job: Job) -> PlanData:
     def explained(variant: Variant) -> InfeasibleError:
         return InfeasibleError(explain(variant.graph, job.cluster, job.setting, job.request))
 
+    if job.layout is not None and job.layout.pipeline > 1:
+        return make_pipeline_plan(graph, job)
     known = _known(forms(graph), job.request.pins)
     return plan_variants(known, Way(search, ordinary, finish, explained))
 

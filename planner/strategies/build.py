@@ -235,7 +235,7 @@ class _Building:
     def add_sources(self) -> None:
         """Nodes for inputs, parameters and what loops carry."""
         for item in self.builder.graph.inputs:
-            self._source(item.value, item.name, self._storage(item.value))
+            self._source(item.value, item.name, self._ends(item.value, self._storage(item.value)))
         for ref in all_params(self.builder.graph):
             self._param(ref)
         for loop in self.builder.graph.loops:
@@ -243,6 +243,10 @@ class _Building:
                 specs = self._storage(value)
                 usages = self.live.carried(loop, value, specs)
                 self._source(value, f"{loop.path} carries {value.name}", specs, usages)
+
+    def _ends(self, value: Value, specs: list[Spec]) -> list[Spec]:
+        """The specs that an input or output may have; all of them where none may."""
+        return [s for s in specs if self.restriction.allows_end(value, s)] or specs
 
     def _storage(self, value: Value, also: Iterable[Spec] = ()) -> list[Spec]:
         """Specs of `R` and `S` that divide evenly, and those of `also` that do not."""
@@ -403,6 +407,7 @@ class _Building:
             if updated_buffer(out.path) or self.builder.setting.whole_outputs:
                 # of a buffer each rank then keeps what it stores
                 specs = [(R,) * len(self.builder.sizes)]
+            specs = self._ends(out.value, specs)
             self.output_nodes[out.value.name] = Flow(index, tuple(specs))
             self.nodes.append(ProblemNode(f"output {out.value.name}", np.zeros(len(specs))))
             flow.users.append(User(index, [(spec,) for spec in specs], 1, TopLevel()))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ...facts.mesh import MOST_RANKS, Mesh
-from ...ir.graph import Graph, Param
+from ...ir.graph import Graph, Param, Value
 from ..errors import PlanError
 from .pins import pinned
 from .regions import Region, Strategy
@@ -37,11 +37,10 @@ _BETWEEN = "sp"  # without a size: the ranks of tp share the sequence between th
 _RECOMPUTE = {"none": False, "full": True}
 # What has a name and cannot be planned yet, and why: an entry goes when there is what it names.
 _NOT_YET = {
-    "pp": "there are no pipelines",
-    "vpp": "there are no pipelines",
     "recompute=selective": "a layer is recomputed whole; recompute=full does that",
 }
-_WORDS = (*_ROLES, _BETWEEN, "recompute")
+_PIPELINE = ("pp", "vpp")  # ranks of a pipeline, and stages of each
+_WORDS = (*_ROLES, _BETWEEN, "recompute", *_PIPELINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +48,28 @@ class Layout:
     """A role for each mesh axis, as `Role.parse` reads it; `text` is what the user wrote.
 
     `recompute`: are layers run forward again in backward?  None: where memory is short.
+    `pipeline`: how many ranks a pipeline has, outside of `mesh`, which is that of a stage; each has
+    `per_rank` stages.
     """
 
     text: str
     roles: tuple[str, ...]
     mesh: Mesh
     recompute: bool | None = None
+    pipeline: int = 1
+    per_rank: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """GPUs that it is for."""
+        return self.pipeline * self.mesh.ranks
 
     @staticmethod
     def parse(text: str) -> Layout:
-        """`fsdp=32`, `ddp=4,tp=8,sp`, `fsdp=4,ep=8,recompute=full`.  Raises PlanError."""
+        """`fsdp=32`, `ddp=4,tp=8,sp`, `pp=4,ddp=2,tp=8`, `fsdp=4,ep=8,recompute=full`.  Raises
+        PlanError."""
         axes: list[tuple[str, int]] = []
+        stages = dict.fromkeys(_PIPELINE, 1)
         between, recompute = False, None
         for part in text.split(","):
             word, sign, value = (piece.strip() for piece in part.partition("="))
@@ -72,18 +82,26 @@ class Layout:
                 if sign:
                     _refuse(text, "`sp` shares the GPUs of tp and has no size: tp=8,sp")
                 between = True
+            elif word in _PIPELINE:
+                stages[word] = _read_size(text, word, value)
             elif word in _ROLES:
                 axes.append((word, _read_size(text, word, value)))
             else:
                 near = difflib.get_close_matches(word, _WORDS, n=1)
                 hint = f", did you mean `{near[0]}`?" if near else ";"
                 _refuse(text, f"unknown word `{word}`{hint} There are {', '.join(_WORDS)}")
-        return _layout(text, axes, between, recompute)
+        if stages["vpp"] > 1 and stages["pp"] == 1:
+            _refuse(text, "`vpp` is how many stages each rank of a pipeline has: pp=4,vpp=2")
+        if stages["pp"] > 1 and not axes:
+            axes.append(("ddp", 1))
+        made = _layout(text, axes, between, recompute)
+        return replace(made, pipeline=stages["pp"], per_rank=stages["vpp"])
 
     @property
     def name(self) -> str:
         """As rows of ordinary plans are named: `DDP x TP+SP`."""
-        return name_of(self.roles, self.mesh)
+        inner = name_of(self.roles, self.mesh)
+        return inner if self.pipeline == 1 else f"PP x {inner}"
 
     def limit(self, graph: Graph, mesh: Mesh) -> Restriction:
         """What it leaves of a graph.  Raises LayoutError where a size does not divide."""
@@ -153,6 +171,10 @@ class _Both(Restriction):
             one.allows_home(param, name, storage, several=several, homeless=homeless)
             for one in both
         )
+
+    def allows_end(self, value: Value, spec: tuple[int, ...]) -> bool:
+        """May an input or output come and go so?"""
+        return all(one.allows_end(value, spec) for one in (self._pins, self._layout))
 
     def allows_gather(self, axis: int) -> bool:
         """May a parameter be gathered over it?"""

@@ -25,7 +25,8 @@ class Live:
 
     def carried(self, loop: Loop, value: Value, specs: Sequence[Spec]) -> tuple[Usage, ...]:
         """What a loop carries: layers that are recomputed keep what they take in, each its own."""
-        if not self._prices.setting.recompute:
+        setting = self._prices.setting
+        if not setting.recompute:
             return ()
         scopes = {id(r.scope): r.scope for r in self._prices.regions if r.scope.loop is loop}
         start = min(self._times.start(scope) for scope in scopes.values())
@@ -36,7 +37,12 @@ class Live:
             left = ceil(len(loop.order) * (last.weight - window.done) / last.weight)
             usages.append(Usage(start, window.times.stop, left * size))
             start = window.times.stop
-        return tuple(usages)
+        return (*usages, *self._of_others(len(loop.order) * size))
+
+    def _of_others(self, size: Floats) -> list[Usage]:
+        """What the other micro-batches in flight keep, all of the time."""
+        others = self._prices.setting.in_flight - 1
+        return [Usage(0, self._times.horizon, others * size)] if others else []
 
     def gradient(self, name: str, layers: int, size: Floats, summed: Bools) -> list[Usage]:
         """A gradient is there from the first backward that gives it, in one layer after another;
@@ -70,7 +76,7 @@ class Live:
         for window in windows:
             usages.append(Usage(start, window.times.stop, (scope.weight - window.done) * size))
             start = window.times.stop
-        return usages
+        return usages + self._of_others(scope.weight * size)
 
     def running(self, region: Region, size: Floats) -> list[Usage]:
         """What a region holds while it runs, in backward values and their gradients.  Without

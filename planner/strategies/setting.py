@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...facts.spec import Spec
-from ...ir.graph import Param
+from ...ir.graph import Param, Value
 from .regions import Region, Strategy
 from .storage import Storage
 
@@ -23,7 +23,8 @@ class Setting:
     `longest_run`: new tokens of another phase that shares the KV caches.
     `whole_outputs`: every rank returns all of each output, and not its part.
     `micro_batches`: of a step; the graph is that of one.  `reduced`: the dtype of gradients on
-    their way between ranks, None: that of the weights.
+    their way between ranks, None: that of the weights.  `in_flight`: micro-batches of which a stage
+    of a pipeline keeps what their backward needs, the one that runs among them.
     """
 
     training: bool
@@ -36,6 +37,7 @@ class Setting:
     whole_outputs: bool = False
     micro_batches: int = 1
     reduced: torch.dtype | None = None
+    in_flight: int = 1
 
     @property
     def alone(self) -> bool:
@@ -59,6 +61,10 @@ class Restriction:
     ) -> bool:
         """May the parameter called `name` be kept so between its uses?  `several`: a step has more
         than one micro-batch.  `homeless` are axes on which it can have no home."""
+        return True
+
+    def allows_end(self, value: Value, spec: Spec) -> bool:
+        """May `value`, an input or output of the graph, come and go so?"""
         return True
 
     def allows_gather(self, axis: int) -> bool:

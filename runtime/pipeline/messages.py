@@ -9,7 +9,7 @@ in which both sides ask for them; gloo tells them apart by tags.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -171,17 +171,4 @@ def _tag(key: Key, number: int) -> int:
     return (key[1] * 2 + (key[0] == "B")) * 64 + number
 
 
-def expected_bytes(
-    schedule: PipelineSchedule, rank: int, forms: dict[tuple[str, int], list[Form]]
-) -> Iterator[tuple[Phase, float]]:
-    """(phase, bytes) of every message that `rank` receives in a step."""
-    for sender, actions in enumerate(schedule.actions):
-        for action in actions if sender != rank else ():
-            if receiver_of(action, schedule) == rank:
-                key = key_of(action)
-                for form in forms[key[:2]]:
-                    size = torch.Size(form.shape).numel() * form.dtype.itemsize
-                    yield _PHASES[key[0]], float(size)
-
-
-__all__ = ["Form", "Key", "Links", "Post", "expected_bytes", "key_of", "receiver_of"]
+__all__ = ["Form", "Key", "Links", "Post", "key_of", "receiver_of"]

@@ -429,9 +429,7 @@ class PipelinedModule(nn.Module):
         model = cls(started_mesh(cls.MESH), compile=compiled_unless_asked())
         model.reset_parameters()
         clock = Clock(model.mesh, steps)
-        rows: dict[str, Any] = dict(
-            random_rows(model.inputs, model.data_shard, cls.MICRO_BATCHES)
-        )
+        rows: dict[str, Any] = dict(random_rows(model.inputs, model.data_shard, cls.MICRO_BATCHES))
         optimizer = demo_optimizer(cls.OPTIMIZER, model)
 
         def run() -> str:

@@ -110,8 +110,9 @@ class RunningStage:
         inputs = dict(zip(row.taken, taken, strict=True))
         for name in row.with_gradient:
             inputs[name].requires_grad_()
-        own = {name: rows[name] for name in row.own_inputs}
-        local = shard_rows(row.own_inputs, own, module.mesh, module.FIXED, axes)
+        own, local = {name: rows[name] for name in row.own_inputs}, dict[str, Any]()
+        if own:
+            local = shard_rows(row.own_inputs, own, module.mesh, module.FIXED, axes)
         out = module(**inputs, **local)
         given = {name: look_up(out, (name,)) for name in row.given}
         loss = scalar_loss(module.OUTPUTS, out) if self.last else None

@@ -1,0 +1,446 @@
+"""Plans of pipelines: a graph cut into stages, each with a plan of its own on an equal part of the
+GPUs, and a schedule.
+
+Every stage has as many ranks, in a mesh of one shape; layers are shared out as evenly as they
+divide.  Stages of one kind (as many layers of each kind, the same ends) have one plan, which is
+that of the first of them: it has most micro-batches in flight.  What goes from stage to stage is
+sent as it lies, so that it lies alike in both; that is decided with the kind of most layers, and so
+is how a parameter of several stages is stored.
+
+A step takes what the schedule takes when it is played through (`costmodel/timeline.py`), with what
+each rank does once a step besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from ...costmodel.timeline import StageTimes, Timeline, in_flight, played
+from ...facts.mesh import Mesh
+from ...facts.phases import find_phase
+from ...facts.schedules import PipelineSchedule, default_stages, refusal, schedule
+from ...facts.spec import Spec
+from ...ir.graph import Graph, Param, TensorType, Value
+from ...ir.ops.local import local_bytes
+from ...ir.passes.stages import Stage, cut_into_stages, layer_count, shared_params
+from ...ir.passes.unfuse import unfuse
+from ..errors import InfeasibleError, LayoutError, PlanError
+from ..plan.decide import Solved, decide, plan_of
+from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage, Request, Search
+from ..plan.program import Convert, Program
+from ..strategies.build import Decisions
+from ..strategies.conversion import Network
+from ..strategies.layout import Layout
+from ..strategies.regions import Region, Strategy, scopes
+from ..strategies.setting import Restriction, Setting
+from ..strategies.storage import Storage
+from .infeasible import explain
+from .search import Job, token_orders
+
+AXIS = "pp"  # the outermost axis of the mesh, between stages
+_RUN = ("gpipe", "1f1b", "interleaved")  # schedules that modules run
+
+
+def schedule_name(request: Request, layout: Layout) -> str:
+    """The schedule that was asked for, else 1F1B, interleaved where ranks have several stages."""
+    return request.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
+
+
+def stages_per_rank(request: Request, layout: Layout) -> int:
+    """As the layout has it, else as many as the schedule has."""
+    name = schedule_name(request, layout)
+    return layout.per_rank if layout.per_rank > 1 else default_stages(name)
+
+
+def even_layers(count: int, stages: int) -> list[int]:
+    """Numbers of layers that differ by one at most; ends, which do more besides, have fewer.
+
+    >>> even_layers(10, 4)
+    [2, 3, 3, 2]
+    """
+    least, more = divmod(count, stages)
+    inner = sorted(range(stages), key=lambda n: (min(n, stages - 1 - n) == 0, n))
+    return [least + (n in inner[:more]) for n in range(stages)]
+
+
+def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
+    """The plan of a layout with a pipeline.
+
+    Raises PlanError, in a sentence, where there is none, InfeasibleError where none fits.
+    """
+    assert job.layout is not None
+    found: list[PlanData] = []
+    errors: list[PlanError] = []
+    apart = unfuse(graph)
+    for variant in [graph] if apart is graph else [graph, apart]:
+        try:
+            job.check(variant)
+            found.append(_Planning(variant, job, job.layout).plan())
+        except PlanError as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    return min(found, key=lambda plan: plan.seconds)
+
+
+class _Ends(Restriction):
+    """What `inner` allows of a stage whose ends, and shared parameters, lie as `fixed` says.
+
+    Keys are names of inputs and outputs with their types, and names of parameters.
+    """
+
+    def __init__(
+        self,
+        inner: Restriction,
+        ends: dict[str, tuple[str, TensorType]],
+        fixed: dict[tuple[str, TensorType], Spec],
+        stored: dict[str, Spec],
+    ) -> None:
+        self._inner, self._ends, self._fixed, self._stored = inner, ends, fixed, stored
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """May `region` run so?"""
+        return self._inner.allows(region, strategy)
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """May the parameter be stored so?"""
+        as_shared = self._stored.get(name, spec) == spec
+        return as_shared and self._inner.allows_storage(param, name, spec)
+
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
+        """May the parameter be kept so between its uses?"""
+        return self._inner.allows_home(param, name, storage, several=several, homeless=homeless)
+
+    def allows_end(self, value: Value, spec: Spec) -> bool:
+        """May an input or output come and go so?"""
+        end = self._ends.get(value.name)
+        as_sent = end is None or self._fixed.get(end, spec) == spec
+        return as_sent and self._inner.allows_end(value, spec)
+
+    def allows_gather(self, axis: int) -> bool:
+        """May a parameter be gathered over it?"""
+        return self._inner.allows_gather(axis)
+
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
+        """As `inner` says."""
+        self._inner.none_allowed(param, name, sizes)
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """As `inner` says."""
+        self._inner.no_strategy(region, sizes)
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Stages with equal graphs, by their numbers."""
+
+    stage: Stage
+    numbers: list[int]
+    solved: Solved | None = None
+
+    @property
+    def layers(self) -> int:
+        return layer_count(self.stage.graph)
+
+
+class _Planning:
+    """One cut of one graph, with one schedule."""
+
+    def __init__(self, graph: Graph, job: Job, layout: Layout) -> None:
+        self.graph, self.job, self.layout = graph, job, layout
+        self.request = job.request
+        self.mesh = layout.mesh
+        self.per_rank = stages_per_rank(self.request, layout)
+        self.table = self._schedule()
+        try:
+            layers = even_layers(layer_count(graph), self.table.stages)
+            self.stages = cut_into_stages(graph, layers)
+        except ValueError as error:
+            raise PlanError(f"--layout {layout.text}: {error}") from error
+        self.shared = shared_params(self.stages)
+        self.kinds = _kinds(self.stages)
+        self.fixed: dict[tuple[str, TensorType], Spec] = {}
+        self.stored: dict[str, Spec] = {}
+
+    def _schedule(self) -> PipelineSchedule:
+        name, count = schedule_name(self.request, self.layout), self.request.micro_batches
+        ranks = self.layout.pipeline
+        if why := refusal(name, ranks, self.per_rank, count):
+            raise PlanError(f"--layout {self.layout.text}, {count} micro-batches: {why}")
+        if name not in _RUN:
+            raise PlanError(
+                f"--schedule {name} has backward passes in two parts, which modules do not run"
+                f" yet; take {', '.join(_RUN)}"
+            )
+        return schedule(name, ranks, self.per_rank, count)
+
+    def plan(self) -> PlanData:
+        self.job.progress(f"solving {len(self.kinds)} kinds of stages on {self.mesh}")
+        for kind in sorted(self.kinds, key=lambda each: -each.layers):
+            kind.solved = self._solved(kind)
+            self._fix(kind.stage, kind.solved)
+        orders = {self._decisions(kind).order for kind in self.kinds}
+        if len(orders) > 1:  # what is sent has one order of tokens; stages that do not care take it
+            for kind in self.kinds:
+                decisions = replace(self._decisions(kind), order="zigzag")
+                kind.solved = replace(_found(kind), decisions=decisions)
+        return self._assembled()
+
+    def _decisions(self, kind: _Kind) -> Decisions:
+        return _found(kind).decisions
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def _settings(self, numbers: Sequence[int]) -> list[Setting]:
+        """Those to try: layers kept, then recomputed."""
+        kept = in_flight(self.table)
+        limit = self.request.memory_bytes / self.per_rank
+        most = max(kept[number] for number in numbers)
+        order = token_orders(self.graph, self.mesh)[0]
+        return [
+            replace(setting, in_flight=most, memory_bytes=limit, order=order)
+            for setting in self.job.settings
+        ]
+
+    def _solved(self, kind: _Kind) -> Solved:
+        """The plan of a kind of stage; InfeasibleError where none fits."""
+        graph, job = kind.stage.graph, self.job
+        ends = _ends_of(kind.stage)
+        for setting in self._settings(kind.numbers):
+            with job.clock.step("problem"):
+                limit = _Ends(job.limit(graph, self.mesh), ends, self.fixed, self.stored)
+                built = job.builder(graph, self.mesh, setting).build(limit)
+            problem = built.problem()
+            solution = job.solution(problem, self.mesh)
+            if solution.assignment is None:
+                continue
+            solved = decide(built, problem, solution.assignment, solution)
+            twice = self._differing(kind.stage, solved)
+            if not twice:
+                return solved
+            self.fixed |= twice  # it takes a value otherwise than it gives it
+            return self._solved(kind)
+        whole = replace(job.request, gpus=self.layout.ranks)
+        raise InfeasibleError(
+            f"--layout {self.layout.text}: stages {', '.join(map(str, kind.numbers))} do not fit; "
+            + explain(self.graph, job.cluster, job.setting, whole)
+        )
+
+    def _differing(self, stage: Stage, solved: Solved) -> dict[tuple[str, TensorType], Spec]:
+        """What a stage gives in another spec than it takes under the same name."""
+        taken, given = _specs_of(stage, solved)
+        return {end: given[end] for end in taken if end in given and taken[end] != given[end]}
+
+    def _fix(self, stage: Stage, solved: Solved) -> None:
+        """Other stages take and give as this one does, and store what they share with it alike."""
+        taken, given = _specs_of(stage, solved)
+        self.fixed |= {**taken, **given, **self.fixed}
+        for param in stage.graph.params:
+            if param.name in self.shared:
+                self.stored.setdefault(param.name, solved.decisions.specs[param.value.name])
+
+    # --- the plan --------------------------------------------------------------------------------
+
+    def _assembled(self) -> PlanData:
+        own = replace(self.request, gpus=self.mesh.ranks)
+        plans = [self._plan_of(_found(kind), own) for kind in self.kinds]
+        names = plans[max(range(len(plans)), key=lambda n: self.kinds[n].layers)].mesh
+        plans = [replace(plan, mesh=names) for plan in plans]
+        rows = [self._row(number, plans) for number in range(len(self.stages))]
+        timeline = played(
+            self.table,
+            [StageTimes(r.forward_s, r.backward_s, 0.0, r.send_s, r.send_back_s) for r in rows],
+        )
+        seconds = self._seconds(timeline, rows)
+        pipeline = Pipeline(
+            self.table.name, self.table.ranks, timeline.bubble_share, tuple(rows), tuple(plans)
+        )
+        mesh = Mesh(((AXIS, self.table.ranks), *names.axes))
+        fullest = max(
+            ([rows[n].kind for n in self.table.stages_of(r)] for r in range(self.table.ranks)),
+            key=lambda kinds: sum(plans[kind].memory.total for kind in kinds),
+        )
+        proven = all(plan.search.status == "optimal" for plan in plans)
+        search = Search(
+            self.job.solver, "optimal" if proven else "feasible", 0.0, 1,
+            tuple(self.job.clock.seconds.items()),
+        )  # fmt: skip
+        notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
+        return PlanData(
+            self.request, self.graph, mesh, Decisions({}, {}, {}), {}, {}, seconds,
+            max(sum(plans[k].optimizer_s for k in self._kinds_of(r)) for r in self._ranks),
+            max(sum(plans[k].casts_s for k in self._kinds_of(r)) for r in self._ranks),
+            _together([plans[kind].memory for kind in fullest]), (), search, notes,
+            pipeline=pipeline,
+        )  # fmt: skip
+
+    @property
+    def _ranks(self) -> range:
+        return range(self.table.ranks)
+
+    def _kinds_of(self, rank: int) -> list[int]:
+        return [self._kind_of(number) for number in self.table.stages_of(rank)]
+
+    def _kind_of(self, number: int) -> int:
+        return next(n for n, kind in enumerate(self.kinds) if number in kind.numbers)
+
+    def _plan_of(self, solved: Solved, request: Request) -> PlanData:
+        status = solved.solution.status
+        search = Search(self.job.solver, status, 0.0, 1, ())
+        return plan_of(solved, request, search, ())
+
+    def _row(self, number: int, plans: Sequence[PlanData]) -> PlannedStage:
+        stage, kind = self.stages[number], self._kind_of(number)
+        plan = plans[kind]
+        forward, backward, once = _times(plan)
+        send, back = self._sending(stage, plan)
+        return PlannedStage(
+            kind, layer_count(stage.graph), stage.first, stage.taken, stage.given,
+            forward, backward, once, send, back,
+        )  # fmt: skip
+
+    def _sending(self, stage: Stage, plan: PlanData) -> tuple[float, float]:
+        """Seconds to send what a stage gives, and gradients of what it took."""
+        mesh = Mesh(((AXIS, self.table.ranks), *self.mesh.axes))
+        network = Network(mesh, self.job.cluster)
+        sizes = self.mesh.sizes
+        ahead = sum(
+            local_bytes(out.value, plan.decisions.outputs[out.value.name], sizes)
+            for out in stage.graph.outputs
+            if out.path and out.path[0] in stage.given
+        )
+        back = sum(
+            local_bytes(each.value, plan.decisions.specs[each.value.name], sizes)
+            for each in stage.graph.inputs
+            if each.name in stage.taken and each.value.differentiable
+        )
+        found = [network.seconds("send_recv", (0,), n) if n else 0.0 for n in (ahead, back)]
+        return found[0], found[1]
+
+    def _seconds(self, timeline: Timeline, rows: Sequence[PlannedStage]) -> float:
+        """Of a step: when the last rank has done what it does once a step, too."""
+        return max(
+            timeline.ends(rank) + sum(rows[n].once_s for n in self.table.stages_of(rank))
+            for rank in self._ranks
+        )
+
+
+def _found(kind: _Kind) -> Solved:
+    assert kind.solved is not None
+    return kind.solved
+
+
+def _kinds(stages: Sequence[Stage]) -> list[_Kind]:
+    found: list[_Kind] = []
+    for number, stage in enumerate(stages):
+        same = [kind for kind in found if kind.stage.graph == stage.graph]
+        if same:
+            same[0].numbers.append(number)
+        else:
+            found.append(_Kind(stage, [number]))
+    return found
+
+
+def _ends_of(stage: Stage) -> dict[str, tuple[str, TensorType]]:
+    """By value what it is called between stages, with its type: names alone may be of several."""
+    graph = stage.graph
+    ends = {x.value.name: (x.name, x.value.type) for x in graph.inputs if x.name in stage.taken}
+    for out in graph.outputs:
+        if out.path and out.path[0] in stage.given:
+            ends[out.value.name] = (str(out.path[0]), out.value.type)
+    return ends
+
+
+def _specs_of(
+    stage: Stage, solved: Solved
+) -> tuple[dict[tuple[str, TensorType], Spec], dict[tuple[str, TensorType], Spec]]:
+    """How a stage takes and gives what goes between stages."""
+    decisions, graph = solved.decisions, stage.graph
+    taken = {
+        (x.name, x.value.type): decisions.specs[x.value.name]
+        for x in graph.inputs
+        if x.name in stage.taken
+    }
+    given = {
+        (str(out.path[0]), out.value.type): decisions.outputs[out.value.name]
+        for out in graph.outputs
+        if out.path and out.path[0] in stage.given
+    }
+    return taken, given
+
+
+def _times(plan: PlanData) -> tuple[float, float, float]:
+    """Seconds of a stage: forward and backward of a micro-batch, and once a step.
+
+    What a step takes is that of its plan; between forward and backward it is divided as the work
+    of nodes is, and conversions by the traffic that they have there.
+    """
+    program = plan.program
+    home = sum(
+        layers * sum(step.seconds for step in weight.homecoming)
+        for weight, layers in program.brought()
+    )
+    once = plan.optimizer_s + plan.casts_s + home
+    ahead, back = _shares(plan, program)
+    each = max(plan.seconds - once, 0.0) / plan.request.micro_batches
+    share = ahead / (ahead + back) if ahead + back else 1 / 3
+    return share * each, (1 - share) * each, once
+
+
+def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
+    """Seconds of forward and backward of a micro-batch, as far as they are told apart."""
+    ahead = back = 0.0
+    for scope in scopes(plan.graph):
+        again = plan.decisions.recompute and scope.loop is not None
+        for node in scope.nodes:
+            work = plan.work[node.name]
+            ahead += scope.weight * work.forward_s
+            back += scope.weight * (work.seconds - (0.0 if again else work.forward_s))
+    for item, times in program.flat():
+        if isinstance(item, Convert):
+            sizes = [sum(t.bytes for t in item.priced.traffic if t.backward == b) for b in (0, 1)]
+            share = sizes[0] / sum(sizes) if sum(sizes) else 0.5
+            ahead += times * share * item.priced.seconds
+            back += times * (1 - share) * item.priced.seconds
+    return ahead, back
+
+
+def _together(parts: Sequence[Memory]) -> Memory:
+    """What a rank holds of several stages, were all at their peaks at once."""
+    names = ("parameters", "gradients", "optimizer", "activations", "transient", "cache")
+    return Memory(*(sum(getattr(part, name) for part in parts) for name in names))
+
+
+def default_micro_batches(batch: int, layout: Layout, name: str) -> int:
+    """As many micro-batches as make a small bubble, four times the ranks of the pipeline, where
+    they divide the batch and leave each rank a row; else as many as there can be."""
+    ways = 1
+    for role, size in zip(layout.roles, layout.mesh.sizes, strict=True):
+        ways *= size if "ddp" in role or "fsdp" in role or "zero" in role else 1
+    per_rank = layout.per_rank if layout.per_rank > 1 else default_stages(name)
+    fitting = [
+        n
+        for n in range(1, batch + 1)
+        if batch % n == 0
+        and (batch // n) % ways == 0
+        and not refusal(name, layout.pipeline, per_rank, n)
+    ]
+    wanted = [n for n in fitting if n >= 4 * layout.pipeline]
+    return wanted[0] if wanted else max(fitting, default=1)
+
+
+def refuse_phase(phase: str, layout: Layout) -> None:
+    """Raises LayoutError for a pipeline outside of training."""
+    if layout.pipeline > 1 and not find_phase(phase).backward:
+        raise LayoutError(
+            f"--layout {layout.text}: pipelines are planned for training, not for phase {phase}"
+        )
+
+
+__all__ = [
+    "default_micro_batches", "even_layers", "make_pipeline_plan", "refuse_phase", "schedule_name",
+    "stages_per_rank",
+]  # fmt: skip

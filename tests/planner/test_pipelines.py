@@ -1,0 +1,120 @@
+"""Plans of pipelines: stages, schedules, memory in flight, what is refused."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import shardwright
+from shardwright.costmodel.timeline import StageTimes, played
+from shardwright.facts.schedules import schedule
+from shardwright.ir.capture.capture import capture_folded
+from shardwright.ir.passes.stages import cut_into_stages
+from shardwright.planner.errors import PlanError
+from shardwright.planner.plan.store import plan_from_json
+from shardwright.planner.search.pipeline import even_layers
+from shardwright.planner.strategies.build import Builder
+from shardwright.planner.strategies.setting import Restriction, Setting
+
+from ..ir.models import TinyGPT
+from ..sharded import builder_of, mesh_of
+
+_INPUTS = {name: torch.zeros(8, 8, dtype=torch.int64) for name in ("ids", "labels")}
+
+
+def _asked(layout: str, **options: Any) -> shardwright.Plan:
+    model = TinyGPT(layers=4)
+    return shardwright.plan(model, _INPUTS, layout=layout, cluster="cpu", **options)
+
+
+@cache
+def _plan() -> shardwright.Plan:
+    return _asked("pp=2,ddp=2", micro_batches=4)
+
+
+def test_layers_are_shared_out_evenly() -> None:
+    assert even_layers(8, 4) == [2, 2, 2, 2]
+    assert even_layers(10, 4) == [2, 3, 3, 2]
+    assert even_layers(11, 4) == [3, 3, 3, 2]
+
+
+def test_a_step_takes_what_its_schedule_takes_played_through() -> None:
+    plan = _plan()
+    pipeline = plan.pipeline
+    assert pipeline is not None and pipeline.schedule == "1f1b"
+    assert [stage.layers for stage in pipeline.stages] == [2, 2]
+    assert str(plan.mesh) == "pp=2 x dp=2" and plan.request.gpus == 4
+    times = [
+        StageTimes(s.forward_s, s.backward_s, 0.0, s.send_s, s.send_back_s) for s in pipeline.stages
+    ]
+    timeline = played(schedule("1f1b", 2, 1, 4), times)
+    ends = [timeline.ends(n) + stage.once_s for n, stage in enumerate(pipeline.stages)]
+    assert plan.seconds == max(ends)
+    assert pipeline.bubble == timeline.bubble_share
+    for stage in pipeline.stages:  # the plan of a stage takes as long
+        each = 4 * (stage.forward_s + stage.backward_s) + stage.once_s
+        assert each == pytest.approx(pipeline.kinds[stage.kind].seconds)
+
+
+def test_tied_embeddings_are_stored_alike_at_both_ends() -> None:
+    pipeline = _plan().pipeline
+    assert pipeline is not None
+    specs = [
+        kind.decisions.specs[p.value.name]
+        for kind in pipeline.kinds
+        for p in kind.graph.params
+        if p.name == "tokens.weight"
+    ]
+    assert len(specs) == 2 and specs[0] == specs[1]
+
+
+def test_a_plan_is_read_as_it_was_written_and_says_what_its_stages_do() -> None:
+    plan = _plan()
+    read = plan_from_json(plan.to_json())
+    assert read.pipeline == plan.pipeline and read.seconds == plan.seconds
+    text = str(plan)
+    assert "Pipeline: 2 stages over pp=2, 4 micro-batches of 2 sequences by 1f1b" in text
+    source = plan.module_source()
+    assert 'SCHEDULE = "1f1b"' in source and "MICRO_BATCHES = 4" in source
+    assert "  0  F0 F1 .  B0 F2" in source  # the picture
+
+
+def test_a_plan_whose_stages_do_not_follow_one_another_is_refused() -> None:
+    data = _plan().to_json()
+    data["pipeline"]["stages"][1]["first"] = [["blocks", 1]]
+    with pytest.raises(PlanError, match=r"pipeline.stages`: layers of blocks"):
+        plan_from_json(data)
+
+
+def test_a_stage_keeps_what_micro_batches_in_flight_need() -> None:
+    """Three in flight keep two more of what one keeps of its layers and its ends."""
+    graph = capture_folded(TinyGPT(layers=4), _INPUTS, training=True)
+    stage = cut_into_stages(graph, [2, 2])[0].graph
+    network = builder_of(stage, mesh_of(1)).network
+
+    def least(in_flight: int) -> float:
+        setting = Setting(True, "none", None, micro_batches=4, in_flight=in_flight)
+        return Builder(stage, network, setting).build(Restriction()).least_memory()
+
+    one, two, three = map(least, (1, 2, 3))
+    assert two - one == three - two > 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "said"),
+    [
+        ("pp=8", {"micro_batches": 4}, "4 repeated layers, which 8 stages"),
+        ("pp=2", {"micro_batches": 3}, "--micro-batches 3 does not divide the batch of 8"),
+        ("pp=2", {"schedule": "zb-h1"}, "backward passes in two parts"),
+        ("pp=2", {"schedule": "1f2b"}, "unknown schedule `1f2b`"),
+        ("ddp=2", {"schedule": "1f1b"}, "--schedule 1f1b is that of a pipeline"),
+        ("pp=2", {"schedule": "gpipe", "layout": "pp=2,vpp=2"}, "gpipe has one stage on each rank"),
+        ("pp=2", {"phase": "prefill"}, "pipelines are planned for training"),
+    ],
+)
+def test_what_is_no_pipeline_is_refused(layout: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        _asked(**{"layout": layout, **options})
