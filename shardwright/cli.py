@@ -56,6 +56,7 @@ from .options import (
     PinOption,
     Planning,
     PriceOption,
+    ScheduleOption,
     SeqOption,
     SeqsOption,
     Solver,
@@ -168,6 +169,7 @@ def plan(
     cluster: ClusterOption = "h100",
     mesh: MeshOption = None,
     layout: LayoutOption = None,
+    schedule: ScheduleOption = None,
     write: WriteOption = None,
     pin: PinOption = None,
     output_layout: OutputLayoutOption = OutputLayout.SHARDED,
@@ -200,6 +202,7 @@ def plan(
             "gpus": gpus,
             "cluster": cluster,
             "mesh": mesh,
+            "schedule": schedule,
             "pins": tuple(pin or ()),
             "output_layout": output_layout.value,
         }

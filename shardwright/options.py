@@ -243,8 +243,9 @@ LayoutOption: TypeAlias = Annotated[
         show_default=False,
         help="an ordinary plan instead of the best one: ddp (or dp), fsdp, tp, cp, ulysses and ep, "
         "each with a number of GPUs, outermost first; sp: the GPUs of tp share the sequence "
-        "between the blocks; recompute=none or full; e.g. --layout fsdp=32 or --layout "
-        "ddp=4,tp=8,sp. Repeated: a table of all, beside the best plan",
+        "between the blocks; pp: ranks of a pipeline, vpp: stages of each; recompute=none or full; "
+        "e.g. --layout fsdp=32 or --layout pp=2,ddp=4,tp=8,sp. Repeated: a table of all, beside "
+        "the best plan",
     ),
 ]
 WriteOption: TypeAlias = Annotated[
@@ -349,7 +350,6 @@ class Planning(TypedDict):
     precision: PrecisionOption
     reduce_dtype: ReduceDtypeOption
     micro_batches: MicroBatchesOption
-    schedule: ScheduleOption
     memory: MemoryOption
     optimizer: OptimizerOption
     outputs: OutputsOption
@@ -396,7 +396,6 @@ def asked_of(planning: Planning) -> dict[str, Any]:
         "precision": _text(planning["precision"]),
         "reduce_dtype": _text(planning["reduce_dtype"]),
         "micro_batches": planning["micro_batches"],
-        "schedule": planning["schedule"],
     }
 
 

@@ -57,7 +57,7 @@ from .planner.errors import PlanError
 from .planner.plan.plan import PlanData
 from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
-from .runtime import RankError, RankPool
+from .runtime import PipelinedModule, RankError, RankPool
 from .runtime.cache.declared import TOKENS
 from .runtime.mesh.batches import arguments_of
 from .written import wrote
@@ -150,11 +150,6 @@ def verify(folder: Path, ranks: int | None = None, model: str | None = None) -> 
     Raises PlanError where no such run exists.
     """
     plan = read_plan(folder)
-    if plan.pipeline is not None:
-        raise PlanError(
-            "plan verify does not run pipelines yet; tests/endtoend/test_pipeline.py compares them"
-            " with one process: run a step of the module, model.step(**rows), beside the original"
-        )
     text, edited = _module_in(folder, plan)
     own = wrote(folder / PLAN_FILE)
     _import_users(plan, model, own)
@@ -223,10 +218,12 @@ def _verified(
 ) -> Verification:
     runnable, few_tokens = _runs_here(plan.graph), _loads_here(plan.graph)
     own = plan.mesh.ranks <= _MOST_RANKS if ranks is None else ranks == plan.mesh.ranks
+    if plan.pipeline is not None:
+        _check_pipeline(plan, own=own and runnable)
     if own and runnable:
         ran = f"{path}" + (", which differs from what the plan generates" if edited else "")
         graph = widened(without_dropout(plan.graph))
-        draws = draws_of(plan.program)
+        draws = [] if plan.pipeline is not None else draws_of(plan.program)
         case = _Case(plan, graph, plan.mesh, _widened_source(text), ran, (), True, draws)
         return _run(case)
     mesh = _smaller_mesh(plan.mesh, ranks)
@@ -238,6 +235,22 @@ def _verified(
         )
         return Verification(plan.graph.name, plan.mesh, mesh, case.ran, case.changes, (), reason)
     return _run(case)
+
+
+def _check_pipeline(plan: PlanData, *, own: bool) -> None:
+    """Raises PlanError where a pipeline cannot be run as it is."""
+    assert plan.pipeline is not None
+    if not own:
+        raise PlanError(
+            f"a pipeline is verified as it was planned, on its own {plan.mesh.ranks} ranks, at most"
+            f" {_MOST_RANKS}, where this machine can run the whole model; verify the layout of a"
+            " smaller configuration of the model, on fewer GPUs"
+        )
+    if any(draws_of(kind.program) for kind in plan.pipeline.kinds):
+        raise PlanError(
+            f"{plan.graph.name} draws random numbers, and stages of a pipeline draw apart from one"
+            " another: they cannot be compared with one process"
+        )
 
 
 def _advice(plan: PlanData, runnable: bool) -> str:
@@ -804,6 +817,8 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
     case, model = _loaded_on_rank(folder)
     wanted = torch.load(Path(folder) / "expected.pt", mmap=True, weights_only=True)
+    if isinstance(model, PipelinedModule):
+        return _compare_step(model, case, wanted)
     if steps := [Step(*step) for step in case["steps"]]:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
@@ -827,8 +842,39 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     ]
 
 
+def _compare_step(
+    model: PipelinedModule, case: Mapping[str, Any], wanted: Sequence[Any]
+) -> list[Errors]:
+    """Errors of the loss and of all gradients of a step of a pipeline.
+
+    Its micro-batches have the same rows, each in an order of its own, so that the loss of all is
+    that of one, and what is of different ones does not fit together.
+    """
+    shard, inputs, count = model.data_shard, model.inputs, model.MICRO_BATCHES
+    rows = {
+        name: torch.cat([shard.of(x.roll(k, 0)) for k in range(count)]) if 0 in form.free else x
+        for name, form in inputs.items()
+        for x in (case["inputs"][name],)
+    }
+    with _float64_by_default():
+        loss = model.step(**dict[str, Any](rows))
+    gradients = model.full_gradients()
+    found: list[Errors] = []
+    for outputs, of in wanted:
+        scalar = next(path for path, t in outputs.items() if t.ndim == 0)
+        found.append(
+            {
+                "loss": _errors({scalar: loss}, {scalar: outputs[scalar]}),
+                "gradients": _errors(gradients, of),
+            }
+        )
+    return found
+
+
 def _updates(model: Any) -> list[str]:
     """The buffers that the module's program changes."""
+    if isinstance(model, PipelinedModule):
+        return []
     return [name for output in model.OUTPUTS if (name := updated_buffer(output.path))]
 
 

@@ -177,21 +177,16 @@ def test_a_pipeline_takes_the_step_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"),
-    [
-        ("pp=2,fsdp=2", {"micro_batches": 3}),
-        ("pp=2,tp=2", {"micro_batches": 1}),
-        ("pp=2,zero1=2,vpp=2", {"micro_batches": 2}),
-    ],
+    ("layout", "count"), [("pp=2,fsdp=2", 3), ("pp=2,tp=2", 1), ("pp=2,zero1=2,vpp=2", 2)]
 )
 def test_a_planned_pipeline_takes_the_step_of_one_process(
-    layout: str, options: dict[str, int], pool: Callable[[int], RankPool]
+    layout: str, count: int, pool: Callable[[int], RankPool]
 ) -> None:
     torch.manual_seed(0)
-    model, count = TinyGPT(layers=4).double(), options["micro_batches"]
+    model = TinyGPT(layers=4).double()
     whole = _batch(("ids", "labels"), ROWS * count)
     whole["labels"][0, 2:] = -100
-    plan = shardwright.plan(model, whole, layout=layout, cluster="cpu", **options)
+    plan = shardwright.plan(model, whole, layout=layout, cluster="cpu", micro_batches=count)
     shares = (whole["labels"] != -100).view(count, -1).sum(1)
     total = torch.zeros(())
     for k in range(count):
