@@ -851,11 +851,11 @@ def _compare_step(
     that of one, and what is of different ones does not fit together.
     """
     shard, inputs, count = model.data_shard, model.inputs, model.MICRO_BATCHES
-    rows = {
-        name: torch.cat([shard.of(x.roll(k, 0)) for k in range(count)]) if 0 in form.free else x
-        for name, form in inputs.items()
-        for x in (case["inputs"][name],)
-    }
+    rows: dict[str, Tensor] = {}
+    for name, form in inputs.items():
+        x, free = case["inputs"][name], 0 in form.free
+        parts = [shard.of(x.roll(k, 0)) if free else x for k in range(count)]
+        rows[name] = torch.cat(parts) if x.ndim else x
     with _float64_by_default():
         loss = model.step(**dict[str, Any](rows))
     gradients = model.full_gradients()

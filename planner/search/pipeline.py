@@ -416,7 +416,7 @@ def _together(parts: Sequence[Memory]) -> Memory:
 
 def default_micro_batches(batch: int, layout: Layout, name: str) -> int:
     """As many micro-batches as make a small bubble, four times the ranks of the pipeline, where
-    they divide the batch and leave each rank a row; else as many as there can be."""
+    they divide the batch and leave each rank two rows; else as many as there can be."""
     ways = 1
     for role, size in zip(layout.roles, layout.mesh.sizes, strict=True):
         ways *= size if "ddp" in role or "fsdp" in role or "zero" in role else 1
@@ -428,6 +428,7 @@ def default_micro_batches(batch: int, layout: Layout, name: str) -> int:
         and (batch // n) % ways == 0
         and not refusal(name, layout.pipeline, per_rank, n)
     ]
+    fitting = [n for n in fitting if batch // n >= 2 * ways] or fitting
     wanted = [n for n in fitting if n >= 4 * layout.pipeline]
     return wanted[0] if wanted else max(fitting, default=1)
 

@@ -192,8 +192,7 @@ def random_rows(
     for name, x in random_batch(inputs).items():
         free = 0 in inputs[name].free
         own = shard.of(x) if free else x
-        shared = not free and (x.ndim == 0 or x.shape[0] == 1)  # positions of all rows
-        rows[name] = own if shared else torch.cat([own] * micro_batches)
+        rows[name] = torch.cat([own] * micro_batches) if x.ndim else own
     return rows
 
 

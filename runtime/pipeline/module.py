@@ -81,6 +81,16 @@ class PipelinedModule(nn.Module):
             " steps of several micro-batches: loss = model.step(**rows)"
         )
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Pipelines have no checkpoints beside training yet."""
+        raise RuntimeError(
+            "pipelines have no checkpoints beside training yet: full_state_dict() gives all"
+            " parameters by their original names on every rank, and from_state_dict takes them,"
+            " in this plan or any other"
+        )
+
+    load_checkpoint = save_checkpoint
+
     # --- a step ----------------------------------------------------------------------------------
 
     def step(
@@ -309,6 +319,17 @@ class PipelinedModule(nn.Module):
         """The parameters of this rank's stages, by the names that they have in the whole model."""
         for module in self._modules_here:
             yield from module.named_parameters(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """This rank's slices by the names that they have in the whole model."""
+        found: dict[str, Any] = {}
+        for module in self._modules_here:
+            found |= module.state_dict(*args, **kwargs)
+        return found
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Slices are those of this plan's ranks: full tensors go in by `from_state_dict`."""
+        raise RuntimeError("a pipeline takes full tensors: ShardedModel.from_state_dict(tensors)")
 
     @classmethod
     def from_state_dict(
