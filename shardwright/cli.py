@@ -42,17 +42,25 @@ from .options import (
     ClustersOption,
     DumpOption,
     DumpProblemOption,
+    FlipOption,
     FolderArgument,
     FullOption,
     GpuCountsOption,
     GpusOption,
+    GpuSpeedOption,
+    InterNodeOption,
     LayoutOption,
+    LinkOption,
+    MemoryOption,
     MeshOption,
     ModelArgument,
     OpenOption,
+    OtherClusterOption,
+    OtherFolderArgument,
     OutOption,
     OutputLayout,
     OutputLayoutOption,
+    PatternArgument,
     PinOption,
     Planning,
     PriceOption,
@@ -65,6 +73,7 @@ from .options import (
     SweepOutOption,
     TargetOption,
     TokensPerStepOption,
+    WhyNotOption,
     WriteOption,
     asked_of,
     takes_planning,
@@ -84,6 +93,9 @@ _EPILOG = """\b
 More commands (`plan COMMAND --help` explains each):
   plan show DIR      print a saved plan again
   plan verify DIR    run a plan's module on CPU processes and compare it with the original model
+  plan explain DIR   why operators run as they do, or why the plan is not another layout
+  plan what-if DIR   price a plan on another machine
+  plan compare A B   which plan is faster, and where they differ
   plan solve FILE    solve a sharding problem in the IOPDDL format
   plan sweep MODEL   plan for many GPUs, clusters and sequences: which to take
   plan schema        print the JSON Schema of a plan.json
@@ -348,6 +360,82 @@ def _print_module(path: Path) -> None:
     from rich.syntax import Syntax
 
     Console().print(Syntax(printable(text), "python", word_wrap=True))
+
+
+@tools.command("compare")
+def compare(folder: FolderArgument, other: OtherFolderArgument, full: FullOption = False) -> None:
+    """Say which of two plans is faster, and where time, bytes and memory differ."""
+    with _errors_as_exit_codes():
+        paths = existing_plan(folder), existing_plan(other)
+        from .api import load_plan
+        from .questions import compare as compared
+
+        names = (str(folder), str(other))
+        say_report(compared(load_plan(paths[0]), load_plan(paths[1]), names), full=full)
+
+
+@tools.command("what-if")
+def what_if(
+    folder: FolderArgument,
+    link: LinkOption = "1x",
+    inter_node: InterNodeOption = "1x",
+    gpu_speed: GpuSpeedOption = "1x",
+    memory: MemoryOption = None,
+    cluster: OtherClusterOption = None,
+    full: FullOption = False,
+) -> None:
+    """Price a plan on another machine, and say whether another plan would be better there.
+
+    The model is not captured again: `plan what-if plan_out --link 0.5x`.
+    """
+    with _errors_as_exit_codes():
+        path = existing_plan(folder)
+        with _Progress() as progress:
+            from .api import load_plan
+            from .questions import Change, parse_factor
+            from .questions import what_if as answer
+
+            change = Change(
+                cluster,
+                parse_factor("--link", link),
+                parse_factor("--inter-node", inter_node),
+                parse_factor("--gpu-speed", gpu_speed),
+                memory,
+            )
+            text = answer(load_plan(path), change, progress)
+        say_report(text, full=full)
+
+
+@tools.command("explain")
+def explain(
+    folder: FolderArgument,
+    pattern: PatternArgument = None,
+    why_not: WhyNotOption = None,
+    flip: FlipOption = None,
+    full: FullOption = False,
+) -> None:
+    """Say why a plan runs operators as it does, or why it is not another layout.
+
+    For each operator in modules that match PATTERN: what each other way to cut it would cost, all
+    else decided anew around it.
+    """
+    with _errors_as_exit_codes():
+        path = existing_plan(folder)
+        if pattern is None and not why_not:
+            raise ValueError("explain what? Give a PATTERN, as in '*.q_proj', or --why-not tp=8")
+        if flip is not None and pattern is None:
+            raise ValueError("--flip is asked of an operator; give a PATTERN, as in '*.q_proj'")
+        with _Progress() as progress:
+            from .api import load_plan
+            from .questions import explain as explained
+            from .questions import why_not as not_why
+
+            plan = load_plan(path)
+            texts = [not_why(plan, layout, progress) for layout in why_not or ()]
+            if pattern is not None:
+                words = None if flip is None else flip.value
+                texts.append(explained(plan, pattern, flip=words, progress=progress))
+        say_report("\n\n".join(texts), full=full)
 
 
 @tools.command("verify")

@@ -66,6 +66,14 @@ class Stage(StrEnum):
     PLAN = "plan"
 
 
+class Flip(StrEnum):
+    """What may be faster or slower."""
+
+    LINK = "link"
+    INTER_NODE = "inter-node"
+    GPU = "gpu"
+
+
 class Solver(StrEnum):
     """The back end that picks the strategies."""
 
@@ -474,6 +482,59 @@ SweepOutOption: TypeAlias = Annotated[
 ]
 OpenOption: TypeAlias = Annotated[
     bool, typer.Option("--open", help="open the page in a browser afterwards")
+]
+OtherFolderArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="OTHER", help="the folder of the plan to compare with")
+]
+PatternArgument: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PATTERN]",
+        show_default=False,
+        help="a glob of names of modules, as in '*.q_proj'",
+    ),
+]
+WhyNotOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYOUT",
+        show_default=False,
+        help="an ordinary layout to set beside the plan, e.g. --why-not tp=8; may be repeated",
+    ),
+]
+FlipOption: TypeAlias = Annotated[
+    Flip | None,
+    typer.Option(
+        show_default=False,
+        help="find the speed of links, of links between nodes, or of GPUs from which another way "
+        "wins, e.g. --flip link",
+    ),
+]
+LinkOption: TypeAlias = Annotated[
+    str,
+    typer.Option(metavar="X", help="all links so many times as fast, e.g. --link 0.5x"),
+]
+InterNodeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="X", help="links between nodes so many times as fast, e.g. --inter-node 0.25x"
+    ),
+]
+GpuSpeedOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="X",
+        help="FLOP/s and memory bandwidth of GPUs so many times as high, e.g. --gpu-speed 1.5x",
+    ),
+]
+OtherClusterOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="NAME|FILE.toml",
+        show_default=False,
+        help="another cluster, with its memory, e.g. --cluster h200",
+    ),
 ]
 FolderArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="DIR", help="what `plan --out DIR` wrote")

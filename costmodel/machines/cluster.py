@@ -101,6 +101,17 @@ class Link:
     node_bytes_per_s: float = inf
     group_bytes_per_s: tuple[tuple[int, float], ...] = ()
 
+    def times(self, factor: float) -> Link:
+        """The same, all of its rates but that of copies so many times as high."""
+        return replace(
+            self,
+            bytes_per_s=factor * self.bytes_per_s,
+            ramp_s_per_sqrt_byte=self.ramp_s_per_sqrt_byte / factor,
+            switch_reduce_bytes_per_s=factor * self.switch_reduce_bytes_per_s,
+            node_bytes_per_s=factor * self.node_bytes_per_s,
+            group_bytes_per_s=tuple((n, factor * rate) for n, rate in self.group_bytes_per_s),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
@@ -130,6 +141,19 @@ class Cluster:
     intra_node: Link
     inter_node: Link
     price_per_gpu_hour: float = 0.0
+
+    def changed(
+        self, *, links: float = 1.0, between_nodes: float = 1.0, gpu: float = 1.0
+    ) -> Cluster:
+        """The same with all links, those between nodes, and GPUs (FLOP/s and memory bandwidth) so
+        many times as fast; what each launch and each hop takes stays."""
+        return replace(
+            self,
+            bandwidth_bytes_per_s=gpu * self.bandwidth_bytes_per_s,
+            flops=tuple((name, gpu * rate) for name, rate in self.flops),
+            intra_node=self.intra_node.times(links),
+            inter_node=self.inter_node.times(links * between_nodes),
+        )
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of one GPU for `bf16`, `bfloat16`, `torch.bfloat16`, ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ...facts.spec import format_spec
@@ -10,6 +10,7 @@ from ...ir.ops.labels import label_dims
 from ...ir.ops.registry import operator_of
 from ..plan.plan import PlanData
 from ..plan.program import Compute, LoopCall, Program
+from ..strategies.regions import Region, Strategy
 from .report import op_name, strategy_text
 
 
@@ -48,6 +49,18 @@ def planned_ops(plan: PlanData) -> tuple[PlannedOp, ...]:
     return tuple(found)
 
 
+def ways_of(plan: PlanData, region: Region) -> Callable[[Strategy], str]:
+    """What a way to run a region cuts over each axis, in words: that of its heavy operator."""
+    labels = label_dims(plan.graph)
+    head = next((i for i, node in enumerate(region.nodes) if operator_of(node).heavy), 0)
+
+    def words(way: Strategy) -> str:
+        item = Compute(region.nodes[head], way.choices[head], (), ())
+        return strategy_text(item, plan.mesh, labels)
+
+    return words
+
+
 def _computed(program: Program) -> Iterator[tuple[Compute, str, int]]:
     """(what is computed, the list of layers around it, how many of them run it)."""
     for item in program.statements:
@@ -60,4 +73,4 @@ def _computed(program: Program) -> Iterator[tuple[Compute, str, int]]:
                         yield inner, item.loop.path, item.loop.order.count(kind)
 
 
-__all__ = ["PlannedOp", "planned_ops"]
+__all__ = ["PlannedOp", "planned_ops", "ways_of"]

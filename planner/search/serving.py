@@ -88,6 +88,12 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
     return plan_variants(variants, Way(search, ordinary, finish, explained))
 
 
+def serving_plan_on(prefill: Graph, decode: Graph, mesh: Mesh, job: Job) -> PlanData | None:
+    """The plan of both graphs, as they are, on one mesh; None where nothing fits."""
+    served, solution = _attempt(_builders((prefill, decode), mesh, job), job.limit, job)
+    return served and _assembled(served, (), solution.status != "feasible", job)
+
+
 def _graphs(variant: Variant) -> _Graphs:
     assert variant.decode is not None
     return variant.graph, variant.decode
@@ -267,4 +273,4 @@ def _caches(built: Built) -> dict[Key, _Cache]:
     return found
 
 
-__all__ = ["make_serving_plan"]
+__all__ = ["make_serving_plan", "serving_plan_on"]

@@ -41,6 +41,7 @@ def laid_out_by() -> str:
     return next(r.removeprefix("typer==") for r in extras["dev"] if r.startswith("typer=="))
 
 
+_COMMANDS = ("show", "verify", "solve", "sweep", "explain", "what-if", "compare")
 same_layout = pytest.mark.skipif(
     version("typer") != laid_out_by(), reason=f"typer {laid_out_by()} lays help out otherwise"
 )
@@ -54,7 +55,7 @@ def test_help(golden: Callable[[str, str], None], run: Run) -> None:
 
 
 @same_layout
-@pytest.mark.parametrize("command", ["show", "verify", "solve", "sweep"])
+@pytest.mark.parametrize("command", _COMMANDS)
 def test_help_of_further_commands(
     command: str, golden: Callable[[str, str], None], run: Run
 ) -> None:

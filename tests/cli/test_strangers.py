@@ -210,6 +210,7 @@ def example_inputs(batch, seq):
 """
 
 
+@pytest.mark.slow
 def test_verify_imports_no_file_that_a_strangers_plan_needs(run: Run) -> None:
     """A file that defines operators runs for this user's plans, and where it is named."""
     Path("model.py").write_text(OPERATOR)

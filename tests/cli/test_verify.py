@@ -84,6 +84,7 @@ PHI3 = """{"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_s
 "num_key_value_heads": 8, "vocab_size": 32064, "pad_token_id": 32000}"""
 
 
+@pytest.mark.slow
 def test_parts_of_unequal_size_are_shrunk(run: Run) -> None:
     Path("phi3").mkdir()
     Path("phi3/config.json").write_text(PHI3)
@@ -108,6 +109,7 @@ def example_inputs(batch, seq):
 """
 
 
+@pytest.mark.slow
 def test_inputs_in_a_dict_and_numbers_beside_them(run: Run) -> None:
     """By the file itself, beside the original; smaller; and after the file has changed."""
     Path("nested.py").write_text(TINY + NESTED)
@@ -171,7 +173,7 @@ def test_a_dropped_collective_is_caught(run: Run) -> None:
         ("llama3-8b", "--gpus 16 --mesh 4x4 --batch 16 --seq 4096"),
     ],
 )
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_large_models_are_shrunk(config: str, words: str, run: Run) -> None:
     planned(run, f"configs/{config}", words)
     ran = run("verify", "out")

@@ -29,7 +29,7 @@ SLOW = [(name, phase) for name in FAMILIES for phase in PHASES if (name, phase) 
 @pytest.mark.parametrize(
     ("family", "phase"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_planned_and_verified(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, phase: str
 ) -> None:

@@ -101,6 +101,7 @@ def test_rules_are_tried_against_one_process(run: Run, function: str, rule: str,
     assert "Net itself from model.py" in verified.out
 
 
+@pytest.mark.slow
 def test_a_strangers_plan_imports_no_function(run: Run) -> None:
     write_model("Straight", "... -> ...")
     assert run("model.py", *SMALL).code == 0

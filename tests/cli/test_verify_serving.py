@@ -79,6 +79,7 @@ def test_decode_and_broken_modules(run: Run) -> None:
         assert ran.code == 1 and ran.out.startswith("FAIL: ") and "TOO LARGE" in ran.out, ran.out
 
 
+@pytest.mark.slow
 def test_prefill_of_a_sharded_sequence_and_a_dropped_step(run: Run) -> None:
     pins = [f"--pin model.layers.*.self_attn.{name}_proj=S1" for name in "qkvo"]
     words = f"{SMALL} --phase prefill --batch 1 --seq 64 --mesh 2 {' '.join(pins)}"

@@ -80,7 +80,7 @@ def ids(value: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "sizes"), ROTATED, ids=ids)
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 def test_the_optimal_parallel_plan(pool: Pool, name: str, sizes: tuple[int, ...]) -> None:
     made = builder(name, sizes)
     run(pool, made, planned(made, Parallel()), case(name))

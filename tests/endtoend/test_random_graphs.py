@@ -153,7 +153,7 @@ STEPS: tuple[Step, ...] = (
 )  # fmt: skip
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(
     numbers=st.lists(st.integers(0, 2**16), min_size=20, max_size=60),
     steps=st.integers(1, 8),

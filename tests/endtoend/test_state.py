@@ -119,6 +119,7 @@ def through_checkpoint(source: str, path: str, folder: str) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("name", ["buffered", "gpt", "gpt2", "phi3", "bert"])
+@pytest.mark.some(2)
 def test_state_goes_in_and_out(pool: Pool, tmp_path: Path, name: str) -> None:
     if name == "buffered":
         model, inputs = Buffered(), {"hidden": torch.randn(4, 6, 8)}

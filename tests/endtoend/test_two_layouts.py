@@ -188,7 +188,7 @@ def check_random_programs(
     ],
     ids=str,
 )
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_latents(pool: Pool, sizes: tuple[int, ...], ours: str, theirs: str) -> None:
     """Caches of latents, which have one head and no values."""
     check_random_programs(pool, "deepseek", sizes, ours, theirs, seed=3)

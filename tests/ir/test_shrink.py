@@ -59,7 +59,7 @@ LONG = ("configs/bert-base", "configs/gemma2-9b", "encoder_decoder.py")
         *((*c, True) for c in IN_PARTS),
     ],
 )
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 def test_any_decisions_fit_the_small_graph(target: str, seq: int, parts: bool) -> None:
     graph = graph_of(target, 16, seq)
     if parts:
@@ -99,6 +99,7 @@ def test_tokens_only() -> None:
     assert state_of(shrunk.graph) == state_of(graph)
 
 
+@pytest.mark.slow
 def test_what_was_uneven_stays_so() -> None:
     graph = graph_of("configs/gpt2", 16, 256)
     mesh, table = Mesh((("x", 8),)), graph.params[0]

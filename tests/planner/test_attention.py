@@ -343,7 +343,7 @@ def graph_405b(phase: str) -> Graph:
     ("phase", "measured_cp", "measured_tp"),
     [("prefill", 10.95, 19.84), ("decode", 71.3e-3, 47.3e-3)],
 )
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_the_405b_on_32_gpus(phase: str, measured_cp: float, measured_tp: float) -> None:
     """CP4 x TP8 before TP32 on prefill, after it on decode; each within a third of Meta's time.
 

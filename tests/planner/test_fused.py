@@ -52,6 +52,7 @@ def parts(plan: Any) -> list[str]:
     return [param.name for param in params if param.part is not None]
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_is_found() -> None:
     plan = one_sequence()
     assert len(parts(plan)) == 6

@@ -125,6 +125,7 @@ def test_latents_where_nothing_else_fits() -> None:
         planned("append", 8, 2048, context=32768, memory_bytes=10**8)
 
 
+@pytest.mark.slow
 def test_serving_makes_heads_for_the_prompt_alone() -> None:
     """A long prompt attends the heads' keys, single tokens the latents, in the same caches."""
     plan = planned("serve", 64, 2048, output_tokens=256)
@@ -139,6 +140,7 @@ def test_serving_makes_heads_for_the_prompt_alone() -> None:
     assert json.dumps(plan_to_json(plan_from_json(json.loads(stored)))) == stored
 
 
+@pytest.mark.slow
 def test_training_keeps_latents() -> None:
     """Keys and values of a long sequence are made again rather than kept; there are two forms."""
     plan = training()

@@ -141,6 +141,7 @@ def megatron(mesh: Mesh) -> Callable[[Graph], Restriction]:
 # ---- training on H100s -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_small_experts_are_chosen_to_stay_whole(tmp_path: Path) -> None:
     """Four layers of Qwen3-30B-A3B on one node: 16 experts on each GPU, which tokens go to."""
     folder = changed("qwen3-30b-a3b", tmp_path, num_hidden_layers=4)

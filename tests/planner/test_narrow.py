@@ -65,7 +65,7 @@ def narrowing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("limit", [12.0, 15.0, 20.0, None])
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 def test_narrowed_problems_have_the_same_optimum(
     limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def seconds(batch: int, seq: int, layout: str) -> float:
     return plan.answer_s
 
 
+@pytest.mark.slow
 def test_it_is_converted_where_that_pays() -> None:
     """Eight long prompts: prefill by sequences, which needs no communication but weights; decode by
     heads, as its matrix products are cut."""

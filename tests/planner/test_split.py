@@ -44,7 +44,7 @@ def layer_of_experts(plan: PlanData) -> Node:
 
 
 @pytest.mark.parametrize(("phase", "batch", "seq"), [("train", 8, 512), ("prefill", 1, 65536)])
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_shares_add_up_to_the_time_of_the_solver(phase: str, batch: int, seq: int) -> None:
     """Compute and communication are summed over ops and statements, `seconds` by the problem."""
     plan = mixture(phase, batch, seq)

@@ -259,6 +259,7 @@ def test_local(name: str) -> None:
 
 @pytest.mark.parametrize("algorithm", SHARDED)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.some(30)
 def test_sharded_sequence(pool: Pool, name: str, algorithm: str) -> None:
     results = pool(2).run(attend, CASES[name], algorithm, 2)
     check(results, CASES[name], algorithm == "tree", EXACT)

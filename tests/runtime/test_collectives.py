@@ -77,6 +77,7 @@ def convert_on_rank(
 @pytest.mark.parametrize(
     ("source", "target"), list(product(STATES, STATES)), ids=lambda state: str(state)
 )
+@pytest.mark.some(40)
 def test_conversion_keeps_value_and_gradient(
     pool: Pool, ranks: int, kind: str, source: str | int, target: str | int
 ) -> None:

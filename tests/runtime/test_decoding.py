@@ -241,6 +241,7 @@ LED = ("ring", "gather", "pass_q", "ring and batch", "window")  # by the host
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["one rank", "batch", "heads", "tree", "ring, then tree", "ring"])
+@pytest.mark.some(3)
 def test_no_step_asks_the_host(pool: Pool, name: str, options: dict[str, Any]) -> None:
     reference = dict(options)
     reference.pop("do_sample", None)
@@ -314,6 +315,7 @@ def wishes(seed: int) -> list[tuple[list[int], int]]:
         ({"cp": 2}, "ring", 0),
     ],
 )
+@pytest.mark.some(3)
 def test_sequences_join_and_leave(
     pool: Pool, mesh: dict[str, int], algorithm: str, window: int, seed: int
 ) -> None:

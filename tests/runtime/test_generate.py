@@ -261,6 +261,7 @@ def greedy() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.some(5)
 def test_greedy(pool: Pool, name: str, greedy: list[list[int]]) -> None:
     window = BUILDS[name][1][2] if name == "window" else 0
     want = plain_generate(PROMPTS, 20, window=window) if window else greedy

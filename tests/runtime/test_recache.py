@@ -210,6 +210,7 @@ def convert_on_rank(
 
 @pytest.mark.parametrize("sizes", [(2,), (2, 2), (4,), (1, 2)], ids=str)
 @pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.some(3)
 def test_every_token_arrives(pool: Pool, sizes: tuple[int, ...], window: int) -> None:
     """Along random paths, there and back, with sequences of different lengths."""
     draw = random.Random(str((sizes, window)))

@@ -70,6 +70,7 @@ def over_shards(sizes: dict[str, tuple[int, ...]], options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(("ranks", "sizes", "options"), OVER_SHARDS)
+@pytest.mark.some(3)
 def test_over_shards(
     pool: Pool, ranks: int, sizes: dict[str, tuple[int, ...]], options: dict[str, Any]
 ) -> None:

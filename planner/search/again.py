@@ -1,0 +1,245 @@
+"""A plan asked again: its own decisions under other prices, and what else could have been decided.
+
+Nothing is captured anew: the graph is the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+from ...costmodel.machines.cluster import Cluster
+from ...facts.mesh import Mesh
+from ...facts.spec import Spec
+from ...ir.graph import Graph, Param
+from ..errors import PlanError
+from ..ilp.solve import Solution
+from ..plan.decide import Solved, decide, plan_of
+from ..plan.plan import PlanData, Search
+from ..strategies.build import Built, Decisions
+from ..strategies.layout import Layout, limited
+from ..strategies.regions import Region, Strategy
+from ..strategies.setting import Restriction, Setting
+from ..strategies.storage import Storage
+from .search import Builders, Clock, Job, Progress
+from .serving import make_serving_plan, serving_plan_on
+from .variants import make_plan
+
+_TIME_LIMIT_S = 60.0
+_NO_LIMIT = 1e18  # bytes
+
+
+class Decided(Restriction):
+    """What was decided, and nothing else."""
+
+    def __init__(self, decisions: Decisions) -> None:
+        self._decisions = decisions
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """The choices that were taken."""
+        return strategy.choices == _taken(region, self._decisions)
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """The spec that was taken."""
+        return spec == self._decisions.specs[param.value.name]
+
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
+        """The home that was taken, or none."""
+        return storage.home == self._decisions.homes.get(param.value.name)
+
+
+class Choosing(Restriction):
+    """What another restriction allows, with one region run only as `allowed` says."""
+
+    def __init__(self, base: Restriction, name: str, allowed: Callable[[Strategy], bool]) -> None:
+        self._base, self._name, self._allowed = base, name, allowed
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """As the base, and in that region as asked for."""
+        if region.name == self._name and not self._allowed(strategy):
+            return False
+        return self._base.allows(region, strategy)
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """As the base."""
+        return self._base.allows_storage(param, name, spec)
+
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
+        """As the base."""
+        return self._base.allows_home(param, name, storage, several=several, homeless=homeless)
+
+    def allows_gather(self, axis: int) -> bool:
+        """As the base."""
+        return self._base.allows_gather(axis)
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """That region cannot run so."""
+        if region.name == self._name:
+            raise PlanError(f"`{region.name}` cannot run so together with what is asked for")
+        self._base.no_strategy(region, sizes)
+
+
+def _taken(region: Region, decisions: Decisions) -> tuple[tuple[str, ...], ...]:
+    return tuple(decisions.choices[node.name] for node in region.nodes)
+
+
+def _silent(step: str) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A plan, and the machine that it is asked about; bytes of memory per GPU, None: the plan's."""
+
+    plan: PlanData
+    cluster: Cluster
+    memory_bytes: float | None = None
+    progress: Progress = _silent
+    builders: Builders = field(default_factory=Builders)
+
+    def job(self, mesh: Mesh | None = None, layout: str = "", *, pinned: bool = True) -> Job:
+        """What is searched for on `mesh` (None: on all candidates); pins and layout of the plan
+        hold, unless another `layout` is asked for or they are not `pinned`."""
+        limit = self.memory_bytes or self.plan.request.memory_bytes
+        request = replace(self.plan.request, memory_bytes=limit)
+        if layout or not pinned:
+            request = replace(request, layout=layout, pins=())
+        by_layout = Layout.parse(request.layout) if request.layout else None
+        return Job(
+            self.cluster,
+            request,
+            mesh if by_layout is None else by_layout.mesh,
+            limited(request.pins, request.layout),
+            "highs",
+            _TIME_LIMIT_S,
+            Clock(),
+            self.progress,
+            by_layout,
+            baselines=False,
+            builders=self.builders,
+        )
+
+    def same(self) -> PlanData:
+        """The plan's own decisions as they are priced here, whether or not they fit the memory."""
+        plan = self.plan
+        if plan.decode is not None:
+            return self._same_served(plan, plan.decode)
+        job = replace(self.job(plan.mesh), limit=lambda graph, mesh: Decided(plan.decisions))
+        solved, _ = self._solved(job, Decided(plan.decisions), limited_memory=False)
+        assert solved is not None  # it has no limit, and its decisions were possible before
+        return self._plan(solved, job)
+
+    def _same_served(self, plan: PlanData, decode: PlanData) -> PlanData:
+        def limit(graph: Graph, mesh: Mesh) -> Restriction:
+            return Decided(plan.decisions if graph is plan.graph else decode.decisions)
+
+        job = self.job(plan.mesh)
+        free = replace(job, limit=limit, request=replace(job.request, memory_bytes=_NO_LIMIT))
+        served = serving_plan_on(plan.graph, decode.graph, plan.mesh, free)
+        assert served is not None
+        return served
+
+    def best(self) -> PlanData:
+        """The best plan here, on any mesh that was tried for the plan, or on its own if that was
+        given.  Raises InfeasibleError where nothing fits."""
+        plan = self.plan
+        one = plan.mesh if plan.search.meshes == 1 or plan.request.pins else None
+        job = self.job(one)
+        if plan.decode is not None:
+            return make_serving_plan(plan.graph, plan.decode.graph, job)
+        return make_plan(plan.graph, job)
+
+    def with_layout(self, layout: str) -> PlanData:
+        """The plan that an ordinary layout gives.  Raises LayoutError where it is not possible,
+        InfeasibleError where it does not fit."""
+        if Layout.parse(layout).mesh.ranks != self.plan.request.gpus:
+            raise PlanError(
+                f"--why-not {layout}: it is for {Layout.parse(layout).mesh.ranks} GPUs, the plan "
+                f"for {self.plan.request.gpus}"
+            )
+        job = self.job(layout=layout)
+        if self.plan.decode is not None:
+            return make_serving_plan(self.plan.graph, self.plan.decode.graph, job)
+        return make_plan(self.plan.graph, job)
+
+    # -- one operator -----------------------------------------------------------------------------
+
+    def regions(self) -> list[Region]:
+        """What is decided together."""
+        plan, job = self.plan, self.job(self.plan.mesh)
+        return job.builder(plan.graph, plan.mesh, self._setting(job)).regions
+
+    def taken(self, region: Region, solved: Solved | None = None) -> Strategy:
+        """How the plan, or another solution, runs it."""
+        choices = _taken(region, self.plan.decisions if solved is None else solved.decisions)
+        return next(way for way in region.strategies if way.choices == choices)
+
+    def run_so(self, region: Region, allowed: Callable[[Strategy], bool]) -> Solved | None:
+        """The best on the plan's mesh in which a region runs as `allowed` says; None if none fits.
+
+        What the plan does with layers (kept or recomputed) and the order of tokens stay.
+        """
+        plan, job = self.plan, self.job(self.plan.mesh)
+        base = job.limit(plan.graph, plan.mesh)
+        try:
+            found, _ = self._solved(job, Choosing(base, region.name, allowed))
+        except PlanError:
+            return None
+        return found
+
+    def seconds_of(self, region: Region, way: Strategy) -> float:
+        """Seconds of a step that the nodes of a region take by themselves."""
+        plan, job = self.plan, self.job(self.plan.mesh)
+        builder = job.builder(plan.graph, plan.mesh, self._setting(job))
+        again = plan.decisions.recompute and region.scope.loop is not None
+        runs = region.scope.weight * plan.request.micro_batches
+        pairs = zip(region.nodes, way.choices, strict=True)
+        works = [builder.work(node, choices) for node, choices in pairs]
+        return runs * sum(work.seconds + again * work.forward_s for work in works)
+
+    def others(self, region: Region) -> Iterator[Strategy]:
+        """The ways to run a region that differ from the plan's on one axis."""
+        now = self.taken(region)
+        for way in region.strategies:
+            if way != now and len(_axes_apart(way, now)) == 1:
+                yield way
+
+    def _setting(self, job: Job) -> Setting:
+        decided = self.plan.decisions
+        return replace(job.setting, recompute=decided.recompute, order=decided.order)
+
+    def _solved(
+        self, job: Job, restriction: Restriction, *, limited_memory: bool = True
+    ) -> tuple[Solved | None, Solution]:
+        graph, mesh = self.plan.graph, self.plan.mesh
+        setting = self._setting(job)
+        if not limited_memory:
+            setting = replace(setting, memory_bytes=None)
+        built: Built = job.builder(graph, mesh, setting).build(restriction)
+        problem = built.problem()
+        solution = job.solution(problem, mesh)
+        if solution.assignment is None:
+            return None, solution
+        return decide(built, problem, solution.assignment, solution), solution
+
+    def _plan(self, solved: Solved, job: Job) -> PlanData:
+        search = Search(job.solver, solved.solution.status, 0.0, 1, ())
+        made = plan_of(solved, job.request, search, ())
+        return replace(made, mesh=self.plan.mesh)
+
+
+def _axes_apart(one: Strategy, other: Strategy) -> set[int]:
+    """On which axes two strategies differ."""
+    return {
+        axis
+        for a, b in zip(one.choices, other.choices, strict=True)
+        for axis, (x, y) in enumerate(zip(a, b, strict=True))
+        if x != y
+    }
+
+
+__all__ = ["Again", "Choosing", "Decided"]
