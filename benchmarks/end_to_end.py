@@ -3,10 +3,12 @@
     python -m benchmarks.end_to_end [--data FILE] [--source WORDS] [--every N] [--kind train|infer]
 
 Every row is planned as it was run, with `--layout`; memory is no limit, since the runs did fit.
-What cannot be asked for (pipelines, FP8, ...) is counted with the reason.  Where a word is not
-there yet, the nearest is taken and the row is marked: `~` for ZeRO-1 and ZeRO-2 as DDP and
-FSDP, `*` for other recomputation than was run.  FILE is `published.csv`, by default that in
-`shared/data/e2e` beside the repository; without it there is nothing to print.
+The software of a run is in the figures of its cluster (`Software`): layers compiled or not, and the
+attention kernels of its time.  What cannot be asked for (pipelines, FP8, ...) is counted with the
+reason.  Where a word is not there yet, the nearest is taken and the row is marked: `~` for ZeRO-1
+and ZeRO-2 as DDP and FSDP, `*` for other recomputation than was run, `+` where what is recomputed
+by op was added to the time of a plan that recomputes nothing.  FILE is `published.csv`, by default
+that in `shared/data/e2e` beside the repository; without it there is nothing to print.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import numpy as np
 
 from shardwright.api import Plan, plan_file
 from shardwright.costmodel.machines.cluster import BUILT_IN
+from shardwright.ir.ops.registry import operator_of
 from shardwright.planner.errors import PlanError
 from shardwright.planner.report.report import split_seconds
+from shardwright.planner.strategies.regions import scopes
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "e2e" / "published.csv"
 _CLUSTERS = {  # how the table calls machines -> ours
@@ -49,6 +53,27 @@ _LLAMA = {  # layers, width, heads, key heads, hidden, vocabulary, tied
     "Llama-like 8.86B": (32, 4096, 32, 32, 14336, 131072, False),
     "Llama-like 80B": (80, 8192, 64, 64, 28672, 131072, False),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a source ran: shares of the peak that its attention kernels reach, forward and backward,
+    by the processor; and whether layers were compiled where the table does not say."""
+
+    attention: Mapping[str, tuple[float, float]]
+    compiled: bool = False
+
+
+# forward 30-50 %, backward 25-35 % of an A100's peak: arXiv:2307.08691, section 1; the H100 by that
+# paper's 335 and 203 TFLOP/s for the same kernels, forward and backward, on both (figures 4 and 7)
+_FLASH_1 = {"a100": (0.40, 0.30), "h100": (0.21, 0.158)}
+# fitted on the flash rows of h100_torch/kernels.csv as the cluster file's own on those of cuDNN
+_FLASH_2 = {"h100": (0.355, 0.29)}
+_SOFTWARE = {  # by words in the name of a source
+    "MosaicML": Software(_FLASH_1),  # 2023, before FlashAttention-2
+    "torchtitan": Software(_FLASH_2),  # torch 2.5 to 2.8 chooses it in scaled_dot_product_attention
+    "nanotron": Software(_FLASH_2),  # flash-attn 2.5
+}
 _PEAK = 989.4e12  # FLOP/s of an H100, to which rows that give nothing but MFU refer
 
 
@@ -116,17 +141,51 @@ def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     words += ["sp"] if number(row, "SP", 0) and tp > 1 else []
     if row["kind"] == "train":
         again = row["act_recompute"]
-        marks += "" if again in ("", "none", "full") else "*"
+        marks += "" if again in ("", "none", "full") else "+" if by_op(row) else "*"
         words.append(f"recompute={'full' if again == 'full' else 'none'}")
     return ",".join(words), marks
+
+
+def by_op(row: Mapping[str, str]) -> bool:
+    """Are light operators and every second product run again, as torchtitan's selective
+    recomputation does (its `_save_list` and `mm_count`)?"""
+    return "selective" in row["act_recompute"] and "torchtitan" in row["source"]
+
+
+def again_s(plan: Plan) -> float:
+    """Seconds of a step that it takes to do so."""
+    seconds, products = 0.0, 0
+    for scope in scopes(plan.graph):
+        for node in scope.nodes if scope.loop is not None else ():
+            kind, once = operator_of(node).spent_on, plan.work[node.name].forward_s
+            products += kind == "matrix products"
+            if kind == "other ops" or (kind == "matrix products" and products % 2 == 0):
+                seconds += scope.weight * plan.request.micro_batches * once
+    return seconds
+
+
+def cluster_of(row: Mapping[str, str], folder: Path) -> str:
+    """The cluster of a row: built in, or a file in `folder` with what its software does."""
+    name = _CLUSTERS.get(row["gpu"], "")
+    if name not in BUILT_IN:
+        raise Unpriced(f"no cluster file for {row['gpu']}")
+    found = [ran for words, ran in _SOFTWARE.items() if words in row["source"]]
+    if not found:
+        return name
+    compiled = "compile" in row["compile_graph"] or found[0].compiled
+    lines = [f'base = "{name}"', f"compiled = {str(compiled).lower()}"]
+    ahead, behind = found[0].attention.get(name[:4], (0.0, 0.0))
+    if ahead:
+        lines += ["[kernels.attention]", f"efficiency = {ahead}"]
+        lines += ["[kernels.attention_backward]", f"efficiency = {behind}"]
+    path = folder / f"{name}.toml"
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def plan_row(row: Mapping[str, str], layout: str, batch: int, micro: int, context: int) -> Plan:
     """The plan of a row.  Raises PlanError for what cannot be planned."""
     train = row["kind"] == "train"
-    cluster = _CLUSTERS.get(row["gpu"], "")
-    if cluster not in BUILT_IN:
-        raise Unpriced(f"no cluster file for {row['gpu']}")
     seq = number(row, "seq_len") if train else 1
     more: dict[str, Any] = {}
     mixed = train and row["precision"] != "bf16 pure"
@@ -134,9 +193,12 @@ def plan_row(row: Mapping[str, str], layout: str, batch: int, micro: int, contex
         more["precision"] = "mixed"
     if train and micro > 1:
         more["micro_batches"] = micro
+    if mixed and "MP mode PURE" in row["notes"]:
+        more["reduce_dtype"] = "bfloat16"
     with TemporaryDirectory() as folder:
         config = config_of(row["model"], max(seq, context + 2))
         (Path(folder) / "config.json").write_text(json.dumps(config))
+        cluster = cluster_of(row, Path(folder))
         return plan_file(
             folder, gpus=None, cluster=cluster, phase="train" if train else "decode",
             batch=batch, seq=seq, dtype=None if mixed else "bfloat16", memory_bytes=2**62,
@@ -155,10 +217,12 @@ def train_row(row: Mapping[str, str]) -> Priced:
     passes = number(row, "grad_accum", max(1, batch // (dp * number(row, "micro_batch"))))
     plan = plan_row(row, layout, batch, passes, 0)
     compute, _ = split_seconds(plan)
+    again = again_s(plan) if by_op(row) else 0.0
     published = float(row["mem_gib"] or "nan") * 2**30
     return Priced(
-        row["source"], f"{name_of(row)} {layout}{marks}", measured_step_s(row, plan), plan.seconds,
-        compute + plan.casts_s + plan.optimizer_s, plan.memory.total / published,
+        row["source"], f"{name_of(row)} {layout}{marks}", measured_step_s(row, plan),
+        plan.seconds + again, compute + again + plan.casts_s + plan.optimizer_s,
+        plan.memory.total / published,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from .machines.cluster import Cluster, Kernel, Tiles, short_dtype
 
 Floats: TypeAlias = NDArray[np.float64]
 Number: TypeAlias = "float | Floats"
-Kind: TypeAlias = Literal["matmul", "attention", "decode", "memory"]
+Kind: TypeAlias = Literal["matmul", "attention", "decode", "memory", "mixed"]
 
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
@@ -27,7 +27,9 @@ _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 # cuBLAS choose from.  The model takes the fastest, as their heuristics try to.
 _TILE_SHAPES = ((256, 128), (128, 256), (128, 128), (64, 256), (64, 128), (64, 64))
 _K_SPLITS = (1, 2, 4, 8)  # a long inner dimension is also cut, to give every processor a tile
-_SUSTAINED_S = 3e-4  # a matmul longer than this meets the power limit (gemm_bfloat16_h100_sxm.csv)
+# A matmul alone meets the power limit only after so long (gemm_bfloat16_h100_sxm.csv); a step in
+# which one follows the other is always there
+_BURST_S = 3e-4
 
 _QUERY_BLOCK = 128  # query rows that one processor of a flash-attention kernel takes
 
@@ -37,8 +39,9 @@ def op_s(
 ) -> Number:
     """Seconds for an operation of `flops` FLOP that reads and writes `bytes_moved` bytes.
 
-    Works elementwise on arrays.  For `kind="memory"` (elementwise ops, norms, copies) only the
-    traffic counts: their arithmetic always hides behind it, and integers have no FLOP rate.
+    Works elementwise on arrays.  For `kind="memory"` (elementwise ops, copies) and `"mixed"`
+    (casts, norms, optimizer steps, each a kernel of torch's) only the traffic counts: their
+    arithmetic always hides behind it, and integers have no FLOP rate.
     An operation of 0 FLOP and 0 bytes still pays the kernel's floor.
 
     >>> from shardwright.costmodel.machines.cluster import load_cluster
@@ -47,40 +50,50 @@ def op_s(
     1.5
     """
     kernel = _kernel(cluster, kind)
-    rate = 1.0 if kind == "memory" else cluster.peak(dtype)
-    work = 0.0 * np.asarray(flops) if kind == "memory" else np.asarray(flops)
+    streams = kind in ("memory", "mixed")
+    rate = 1.0 if streams else _rate(cluster, dtype)
+    work = 0.0 * np.asarray(flops) if streams else np.asarray(flops)
     return _plain(
         kernel_s(work, np.asarray(bytes_moved), rate, cluster.bandwidth_bytes_per_s, kernel)
     )
 
 
-def elementwise_s(bytes_moved: Number, cluster: Cluster) -> Number:
-    """Seconds for an elementwise kernel that reads and writes `bytes_moved` bytes in all."""
-    return op_s(0.0, bytes_moved, "bf16", cluster, "memory")
+def elementwise_s(bytes_moved: Number, cluster: Cluster, *, mixed: bool = False) -> Number:
+    """Seconds for an elementwise kernel that reads and writes `bytes_moved` bytes in all; `mixed`:
+    one that adds up rows or changes formats as it reads."""
+    return op_s(0.0, bytes_moved, "bf16", cluster, "mixed" if mixed else "memory")
 
 
 def matmul_s(
-    m: Number, n: Number, k: Number, batch: Number, dtype: str, cluster: Cluster
+    m: Number,
+    n: Number,
+    k: Number,
+    batch: Number,
+    dtype: str,
+    cluster: Cluster,
+    *,
+    burst: bool = False,
 ) -> Number:
     """Seconds for `batch` products [m, k] x [k, n].
 
     1. The result is cut into tiles; `processors` of them are computed at once: a wave.
     2. A wave costs its FLOP at one processor's rate, and `wave_s` to start and drain.
     3. Cutting k gives more tiles and costs `split_s` for adding the parts.
-    4. The fastest of the tile shapes and cuts counts; time beyond 0.3 ms grows by `throttle`,
-       because long kernels run at a lower clock.
+    4. The fastest of the tile shapes and cuts counts; it grows by `throttle`, since a step of
+       products runs at the clock that the power limit leaves.  In a `burst`, a product alone as in
+       tables of kernels, only what is beyond 0.3 ms does.
     5. Traffic overlaps with it as in `Kernel`.
 
     A cluster without `tiles` gives the roofline of `op_s`.
     """
-    peak = cluster.peak(dtype)
+    peak = _rate(cluster, dtype)
     m_, n_, k_, b_ = (np.asarray(value, dtype=float) for value in (m, n, k, batch))
     moved = b_ * (m_ * k_ + n_ * k_ + m_ * n_) * _ITEMSIZE[short_dtype(dtype)]
     if cluster.tiles is None:
         return op_s(2.0 * b_ * m_ * n_ * k_, moved, dtype, cluster)
     seconds = tiled_s(
         (m_, n_, k_, b_), moved, peak, cluster.bandwidth_bytes_per_s, cluster.processors,
-        cluster.tiles,
+        cluster.tiles, burst=burst,
     )  # fmt: skip
     return _plain(seconds)
 
@@ -98,8 +111,11 @@ def attention_s(
     *,
     values_in_keys: bool = False,
     split_keys: bool = False,
+    backward: bool = False,
 ) -> Number:
-    """Seconds for flash attention, forward; `causal_fraction` of the scores are computed.
+    """Seconds for flash attention; `causal_fraction` of the scores are computed.
+
+    Forward, or as many products in the kernels of `backward`, which does 2.5 times as many.
 
     0.5 for causal self-attention, 1 without a mask.  One query row per sequence (`seq_q == 1`) is
     decoding: bound by reading keys and values.  Otherwise blocks of 128 query rows are spread over
@@ -112,15 +128,16 @@ def attention_s(
         np.asarray(value, dtype=float)
         for value in (batch, heads_q, heads_kv, seq_q, seq_kv, head_dim)
     )
-    peak = cluster.peak(dtype)
+    peak = _rate(cluster, dtype)
     itemsize = _ITEMSIZE[short_dtype(dtype)]
     read = 1 if values_in_keys else 2
     decode = decode_s((b, hq, hk, sk, d), peak, cluster, itemsize, cluster.decode, read)
     context = context_s(
-        (b, hq, hk, sq, sk, d), peak, cluster, itemsize, cluster.attention, causal_fraction,
+        (b, hq, hk, sq, sk, d), peak, cluster, itemsize,
+        cluster.attention_backward if backward else cluster.attention, causal_fraction,
         0.0 if split_keys else 1.0,
     )  # fmt: skip
-    return _plain(np.where(sq == 1, decode, context))
+    return _plain(np.where((sq == 1) & (not backward), decode, context))
 
 
 def kernel_s(
@@ -139,6 +156,8 @@ def tiled_s(
     bandwidth: float,
     processors: int,
     tiles: Tiles,
+    *,
+    burst: bool = True,
 ) -> Floats:
     """`matmul_s` on arrays (m, n, k, batch), with the parameters given."""
     m, n, k, batch = shape
@@ -150,7 +169,7 @@ def tiled_s(
             waves = np.ceil(count * split / processors)
             per_wave = 2 * rows * columns * k / split / rate + tiles.wave_s
             best = np.minimum(best, waves * per_wave + (tiles.split_s if split > 1 else 0.0))
-    best = best + tiles.throttle * np.maximum(0.0, best - _SUSTAINED_S)
+    best = best + tiles.throttle * np.maximum(0.0, best - (_BURST_S if burst else 0.0))
     traffic = bytes_moved / (tiles.bandwidth_efficiency * bandwidth)
     return tiles.floor_s + _overlapped(best, traffic, tiles.overlap)
 
@@ -204,12 +223,18 @@ def _overlapped(a: Floats, b: Floats, power: float) -> Floats:
     return top * ((a / safe) ** power + (b / safe) ** power) ** (1.0 / power)
 
 
+def _rate(cluster: Cluster, dtype: str) -> float:
+    """FLOP/s at the clock that the power limit allows."""
+    return cluster.clock * cluster.peak(dtype)
+
+
 def _kernel(cluster: Cluster, kind: str) -> Kernel:
     kernels = {
         "matmul": cluster.matmul,
         "attention": cluster.attention,
         "decode": cluster.decode,
         "memory": cluster.memory,
+        "mixed": cluster.mixed,
     }
     if kind not in kernels:
         raise ValueError(f"unknown kind of kernel `{kind}`; expected one of {', '.join(kernels)}")

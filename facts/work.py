@@ -25,7 +25,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Fused attention: `share` of all scores are computed, and the whole takes `times` as long.
+    """Fused attention: `share` of all scores are computed, and the whole is done `times`, or
+    `backward`, so many times as much.
 
     `values_in_keys`: the values are read with the keys.  `split_keys`: the keys of a few queries
     are shared out among all processors, as over a cache.
@@ -42,6 +43,7 @@ class Scores:
     values_in_keys: bool = False
     split_keys: bool = False
     times: float = 1.0
+    backward: bool = False
 
     @property
     def flops(self) -> float:
@@ -52,9 +54,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A kernel that reads and writes `bytes` in all; its arithmetic hides behind that."""
+    """A kernel that reads and writes `bytes` in all; its arithmetic hides behind that.
+
+    `mixed`: it adds up rows or changes formats as it reads.
+    """
 
     bytes: float
+    mixed: bool = False
 
     @property
     def flops(self) -> float:

@@ -120,7 +120,11 @@ class Cluster:
     `memory_bytes` is what a plan may fill: capacity less what driver, context and communication
     buffers take.  `flops` pairs a dtype (`bf16`, `fp16`, `fp32`, `fp64`, `fp8`) with dense FLOP/s.
     Without `tiles`, `compute.matmul_s` is the plain roofline of the `matmul` kernel.
-    `price_per_gpu_hour` is in any currency; 0: not known.
+    `price_per_gpu_hour` is in any currency; 0: not known.  `clock` is the share of that clock at
+    which efficiencies were fitted that a lower power limit leaves.  `contention` is how many
+    seconds a kernel takes longer for each second of a collective beside it; 1: nothing is won by
+    running them side by side.  `compiled`: are layers compiled unless asked otherwise (as on CUDA),
+    or does each operator run its own kernels?
     """
 
     name: str
@@ -140,7 +144,12 @@ class Cluster:
     tiles: Tiles | None
     intra_node: Link
     inter_node: Link
+    attention_backward: Kernel
+    mixed: Kernel
     price_per_gpu_hour: float = 0.0
+    clock: float = 1.0
+    contention: float = 1.0
+    compiled: bool = True
 
     def changed(
         self, *, links: float = 1.0, between_nodes: float = 1.0, gpu: float = 1.0
@@ -190,6 +199,9 @@ class _Rule(NamedTuple):
 _SECONDS = _Rule("seconds, 0 or more", strict=False)
 _SHARE = _Rule("a share of the datasheet's figure, above 0 and at most 1", high=1.0)
 _RATE = _Rule("bytes/s above 0")
+_CONTENTION = _Rule(
+    "a share, from 0 (collectives cost nothing beside kernels) to 1", 0.0, 1.0, False
+)
 _OVERLAP = _Rule("1 (compute and traffic add up) or more", low=1.0, strict=False)
 
 _KERNEL_RULES = {
@@ -223,11 +235,14 @@ _TOP_RULES = {
     "decode_pass_s": _SECONDS,
 }
 _PRICE = "price_per_gpu_hour"  # which a file may leave out
-_PRICES = {_PRICE: _Rule("a price above 0")}
+_OPTIONAL = {_PRICE: _Rule("a price above 0"), "clock": _SHARE, "contention": _CONTENTION}
+_COMPILED = "compiled"
 _WHOLE = ("gpus_per_node", "processors")
 _TEXT = ("base", "device")
 _TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
 _KERNELS = ("matmul", "attention", "decode", "memory")
+# which a file may leave out: the kernel of which they are a variant
+_VARIANTS = {"attention_backward": "attention", "mixed": "memory"}
 _FLOPS = ("bf16", "fp16", "fp32", "fp64", "fp8")
 
 _Part = TypeVar("_Part", Kernel, Tiles, Link)
@@ -298,7 +313,8 @@ def _built_in(name: str) -> dict[str, Any]:
 
 def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
     """`table` over the tables of its `base`, field by field."""
-    _refuse_unknown(table, (*_TEXT, *_TOP_RULES, *_PRICES, *_TABLES), where, "")
+    known = (*_TEXT, *_TOP_RULES, *_OPTIONAL, _COMPILED, *_TABLES)
+    _refuse_unknown(table, known, where, "")
     base = table.get("base")
     if base is None:
         return table
@@ -339,9 +355,12 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
     kernels = _table(table, "kernels", where)
-    _refuse_unknown(kernels, _KERNELS, where, "kernels")
+    _refuse_unknown(kernels, (*_KERNELS, *_VARIANTS), where, "kernels")
     parts: dict[str, Kernel] = {}
-    for kind in _KERNELS:
+    for kind in (*_KERNELS, *_VARIANTS):
+        if kind in _VARIANTS and kind not in kernels:
+            parts[kind] = parts[_VARIANTS[kind]]
+            continue
         body = _table(kernels, kind, where, "kernels")
         parts[kind] = _part(Kernel, _KERNEL_RULES, body, where, f"kernels.{kind}")
     tiles = None
@@ -351,8 +370,10 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
     for key in _WHOLE:
         if top[key] != int(top[key]):
             raise ClusterError(f"{where}: {key}: expected a whole number, got {top[key]}")
-    priced = _PRICE in table
-    price = _number(table, _PRICE, _PRICES[_PRICE], where, "") if priced else 0.0
+    given = {k: _number(table, k, rule, where, "") for k, rule in _OPTIONAL.items() if k in table}
+    compiled = table.get(_COMPILED, True)
+    if not isinstance(compiled, bool):
+        raise ClusterError(f"{where}: {_COMPILED}: expected true or false, got {compiled!r}")
     device = table.get("device")
     if not isinstance(device, str):
         raise ClusterError(f"{where}: device: expected the device's name in quotes, got {device!r}")
@@ -372,9 +393,12 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
         inter_node=_link(table, "inter_node", where),
         matmul=parts["matmul"],
         attention=parts["attention"],
-        price_per_gpu_hour=price,
         decode=parts["decode"],
         memory=parts["memory"],
+        attention_backward=parts["attention_backward"],
+        mixed=parts["mixed"],
+        compiled=compiled,
+        **given,
     )
 
 

@@ -17,6 +17,7 @@ class Norm(Light):
     """A norm; declared as `Light` is."""
 
     names_module = True
+    rowwise = True
 
     def leaf(self, node: Node, choices: Sequence[Choice]) -> Leaf | None:
         """What it norms is whole, so that the module is torch's own."""

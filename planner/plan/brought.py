@@ -6,21 +6,21 @@ run, each with all that it takes: a large message has more of a link than small 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from ...facts.mesh import Mesh
 from ..strategies.prices import Prices
 from .program import PricedStep, Program, Sharded, Weight
-from .traffic import brought_together
+from .traffic import Together
 
 
 def brought_steps(
-    program: Program, mesh: Mesh, prices: Prices
+    program: Program, together: Sequence[Together], prices: Prices
 ) -> dict[Sharded, tuple[PricedStep, ...]]:
     """The steps of every weight that moves, each with its share, by bytes, of the seconds of the
-    collectives that take it in a step of training: per layer, on average."""
+    collectives that take it in a step, `together`: per layer, on average."""
     spent: dict[tuple[Sharded, int], float] = {}
-    for each in brought_together(program, mesh):
+    for each in together:
         traffic = each.traffic
         seconds = prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes) * each.times
         for item, step, share in each.shares:

@@ -24,9 +24,11 @@ from ..strategies.params import ParamRef, all_params
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
 from .brought import brought_steps
+from .overlap import hidden_s
 from .plan import Baseline, Memory, PlanData, Request, Search
 from .program import PricedStep, Program, Weight, lower, priced_path
 from .split import spent_in_ops
+from .traffic import brought_together
 
 REPLICAS = "replicas"  # an axis over which no work is cut
 _LARGE = 0.05  # of the memory: an output that takes more is worth a word
@@ -37,7 +39,8 @@ class Solved:
     """An assignment in the graph's words: what it decides, its seconds, and its bytes at the peak.
 
     `cost` are the seconds that the problem counts; in `seconds` collectives of weights have the
-    price of what they take together.  `paths` holds every conversion that is run.
+    price of what they take together, without what computing hides of it.
+    `paths` holds every conversion that is run.
     `casts_s` are those of them that casts of weights and gradients take, and sums of the latter.
     `live` says what the bytes at the peak are for.
     `solution` is the solver's answer that it is taken from.
@@ -81,12 +84,14 @@ def decide(
 def _paths(
     builder: Builder, decisions: Decisions
 ) -> tuple[dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]], float, float]:
-    """Every conversion that the program runs, and the seconds of those of weights and of casts."""
+    """Every conversion that the program runs, and the seconds of those of weights that nothing
+    hides, and of casts."""
     paths: dict[tuple[str, Spec, Spec], tuple[PricedStep, ...]] = {}
     refs = {ref.param.value.name: ref for ref in all_params(builder.graph)}
     setting, program = builder.setting, program_of(builder, decisions, paths)
-    brought = brought_steps(program, builder.network.mesh, builder)
-    seconds = casts_s = 0.0
+    together = brought_together(program, builder.network.mesh)
+    brought = brought_steps(program, together, builder)
+    seconds, casts_s = -hidden_s(program, builder, decisions, together), 0.0
     for weight, layers in program.brought():
         name, kept = weight.param.value.name, weight.kept
         if weight.way:

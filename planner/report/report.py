@@ -23,6 +23,8 @@ from ..plan.returned import told_outputs
 from ..plan.traffic import Moved, predicted_bytes
 from ..strategies.params import all_params
 
+_ROUNDING = 1e-9
+_PROVEN = 5e-4  # of the time: a gap to the bound that says no more than sums of roundings
 _SMALL = 0.002  # differences below this share of the time are not worth telling
 
 
@@ -196,10 +198,12 @@ def _versus(plan: PlanData, seconds: float) -> str:
         return f", {ratio:.2f}x faster: {versus}."
     if plan.request.pins:
         return f"; {versus}: this plan keeps to its pins."
-    if ratio >= 0.995 and plan.search.status == "optimal":
+    if ratio >= 0.995 and is_proven(plan):
         return f"; {versus}: no better plan exists under this cost model."
-    if plan.search.status == "optimal":
+    if is_proven(plan):
         return f"; {versus}, although this one is proven optimal: report this as a bug."
+    if plan.search.status == "optimal":
+        return f"; {versus}: no plan is more than {plan.search.gap:.1%} faster than this one."
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
 
 
@@ -268,17 +272,18 @@ def _binding(plan: PlanData) -> str:
     limit = plan.request.memory_bytes
     share = plan.memory.total / limit
     axes = ", ".join(f"{name} {format_seconds(s)}" for name, s in communication.items() if s)
-    total = sum(communication.values())
+    total, hidden = sum(communication.values()), hidden_seconds(plan)
     text = (
         f"Time: compute {format_seconds(compute)}, communication {format_seconds(total)}"
         + (f" ({axes})" if axes else "")
+        + (f", of which {format_seconds(hidden)} pass behind it" if hidden else "")
         + (f", casts {format_seconds(plan.casts_s)}" if plan.casts_s else "")
         + (f", optimizer {format_seconds(plan.optimizer_s)}" if plan.optimizer_s else "")
         + "."
     )
     if share > 0.9:
         bound = f"memory binds ({share:.0%} of {format_bytes(limit)})"
-    elif total > compute:
+    elif total - hidden > compute:
         busiest = max(communication, key=lambda name: communication[name])
         bound = f"the links of {busiest} bind"
     elif plan.training:
@@ -346,6 +351,19 @@ def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
         name = _axes(over, plan.mesh)
         axes[name] = axes.get(name, 0.0) + seconds
     return sum(spent.computing.values()), axes
+
+
+def is_proven(plan: PlanData) -> bool:
+    """Was every problem solved to its end, and is the plan as fast as what they count?"""
+    return plan.search.status == "optimal" and plan.search.gap < _PROVEN
+
+
+def hidden_seconds(plan: PlanData) -> float:
+    """Seconds of communication that pass behind computing: parts of a step less the step."""
+    compute, communication = split_seconds(plan)
+    parts = compute + sum(communication.values()) + plan.casts_s + plan.optimizer_s
+    hidden = parts - plan.seconds
+    return hidden if hidden > _ROUNDING * parts else 0.0
 
 
 def _axes(over: Sequence[int], mesh: Mesh) -> str:
@@ -534,7 +552,11 @@ def _capacity(plan: PlanData) -> str:
 def _search(plan: PlanData) -> str:
     search = plan.search
     times = ", ".join(f"{name} {format_seconds(s)}" for name, s in search.seconds)
-    proof = "proven optimal" if search.status == "optimal" else f"{search.status}"
+    proof = search.status
+    if is_proven(plan):
+        proof = "proven optimal"
+    elif search.status == "optimal":
+        proof = f"proven within {search.gap:.1%} of the optimum"
     return (
         f"Solver: {search.solver}, {proof}, gap {search.gap:.1e}, {search.meshes} "
         f"mesh{'es' if search.meshes > 1 else ''} tried. Planning: {times}."

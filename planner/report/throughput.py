@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ...ir.ops.registry import local_of, operator_of
 from ..plan.plan import PlanData
 from ..strategies.regions import scopes
-from .report import split_seconds
+from .report import hidden_seconds, split_seconds
 
 _PASSES = 3  # FLOPs of a training step over those of its forward pass: backward has twice as many
 
@@ -33,7 +33,7 @@ def mfu(plan: PlanData, peak: Callable[[str], float]) -> float:
 def exposed_share(plan: PlanData) -> float:
     """The share of a step, or of a forward pass, that is communication which nothing hides."""
     _, communication = split_seconds(plan)
-    return sum(communication.values()) / plan.seconds
+    return (sum(communication.values()) - hidden_seconds(plan)) / plan.seconds
 
 
 def throughput(plan: PlanData, peak: Callable[[str], float], price: float) -> str:

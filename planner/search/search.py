@@ -203,7 +203,8 @@ class Searched(Generic[Found]):
         self.proven &= solution.status != "feasible"
         if found is None:
             return
-        self.ceiling = min(self.ceiling, found.cost)
+        # what a problem counts is a bound from below of the seconds of its plans
+        self.ceiling = min(self.ceiling, max(found.cost, found.seconds))
         # equal ones differ by rounding: the first is kept
         if float(f"{found.seconds:.9e}") < float(f"{self.fastest:.9e}"):
             self.best, self.fastest = found, found.seconds
@@ -381,11 +382,15 @@ def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> li
 
 
 def assemble(best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> PlanData:
-    """The plan; it is optimal only if the problem of every mesh was solved to its end."""
+    """The plan; it is optimal only if the problem of every mesh was solved to its end.
+
+    What a problem counts is a bound: the gap is that of the plan's seconds to it.
+    """
+    gap = best.solution.gap if isfinite(best.solution.gap) else 0.0
     search = Search(
         job.solver,
         "optimal" if proven else "feasible",
-        best.solution.gap if isfinite(best.solution.gap) else 0.0,
+        max(gap, 1 - best.cost / best.seconds) if best.seconds else gap,
         len(job.meshes),
         tuple(job.clock.seconds.items()),
     )

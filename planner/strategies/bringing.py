@@ -5,9 +5,10 @@ it is kept, spec that it is used in), so that what depends on both can be said o
 
 - its bytes, while they are there or on their way, where a collective or a cast brings them
   (`Times`), and those of what is kept for its uses (`storage.py`);
-- its seconds, but for what collectives take to start: the weights of a unit share collectives, so
-  that the latency of each is paid once, by a node with two strategies (not used, used) that all
-  weights of the unit have edges to.
+- its seconds as far as computing beside them does not hide them (`Cluster.contention`; the plan
+  that is found is priced by windows, `plan/overlap.py`), but for what collectives take to start:
+  the weights of a unit share collectives, so that the latency of each is paid once, by a node with
+  two strategies (not used, used) that all weights of the unit have edges to.
 
 What several users in one place may need in the same spec comes once: then there is a node for each
 spec, whose strategies are `not needed` and the ways that it may be kept.
@@ -189,6 +190,7 @@ class _Steps:
         brought, held = self._brought.pairs(self._at[rows], uses), self._held(rows, uses)
         times = self._prices.setting.micro_batches
         seconds = times * (brought.ahead + brought.back)[:, 0] + self._home.seconds[rows]
+        seconds *= self._prices.network.cluster.contention
         seconds += self._prices.casting_s(self._ref, held, again=self.again)
         calls = {call: ran[rows] for call, ran in self._home.calls.items() if ran[rows].any()}
         for call, ran in brought.calls.items():
@@ -372,6 +374,7 @@ class Bringing:
             )
             often = (self._prices.setting.micro_batches if c.often else 1 for _, _, c in members)
             seconds = sum(start * n for (start, _), n in zip(lines, often, strict=True))
+            seconds *= self._prices.network.cluster.contention
             index = len(self._nodes)
             where = f"stage {unit}" if isinstance(unit, int) else f"{unit.path} {unit.kind}"
             name = f"{where}: {', '.join(str(call) for _, _, call in members)}"

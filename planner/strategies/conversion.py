@@ -173,9 +173,12 @@ class Network:
         prices = np.array([self.seconds(kind, axes, int(n)) for n in different])
         return prices[where]
 
-    def traffic_seconds(self, n_bytes: float) -> float:
-        """Seconds of an elementwise kernel that reads and writes `n_bytes` in all."""
-        return self.once(("bytes", n_bytes), lambda: elementwise_s(n_bytes, self.cluster))
+    def traffic_seconds(self, n_bytes: float, *, mixed: bool = False) -> float:
+        """Seconds of an elementwise kernel that reads and writes `n_bytes` in all; `mixed`: one
+        that adds up rows or changes formats as it reads."""
+        return self.once(
+            ("bytes", n_bytes, mixed), lambda: elementwise_s(n_bytes, self.cluster, mixed=mixed)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

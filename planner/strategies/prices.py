@@ -16,6 +16,7 @@ from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
 from .conversion import Conversions, Floats, Network
+from .fusing import shares
 from .lattice import Ints
 from .params import ParamRef, all_params
 from .pricing import Work, price
@@ -55,6 +56,7 @@ class Prices:
         self._bytes: dict[tuple[str, Spec], int] = {}
         self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
         self._alias = _aliases(graph)
+        self._shares = shares(graph, compiled=network.cluster.compiled, training=setting.training)
         self._needed_again = _needed_again(graph, self._alias)
         self.block_values = _block_values(graph)
         self.params = frozenset(ref.param.value.name for ref in all_params(graph))
@@ -133,6 +135,7 @@ class Prices:
                 training=setting.training,
                 order=setting.order,
                 imbalance=setting.expert_imbalance,
+                share=self._shares.get(node.name),
             )
         return self._work[key]
 
@@ -182,9 +185,10 @@ class Prices:
 
     @cached_property
     def byte_s(self) -> float:
-        """Seconds that a byte adds to a kernel that reads or writes it."""
+        """Seconds that a byte adds to a cast or to the optimizer's step that moves it."""
         cluster, many = self.network.cluster, 1e9
-        return float(elementwise_s(many, cluster) - elementwise_s(0.0, cluster)) / many
+        both = (elementwise_s(size, cluster, mixed=True) for size in (many, 0.0))
+        return float(next(both) - next(both)) / many
 
     def held(
         self, ref: ParamRef, storages: Sequence[Storage], used: Sequence[Spec]

@@ -16,6 +16,7 @@ from ...ir.graph import Node
 from ...ir.ops.registry import local_of, operator_of
 from ...ir.ops.rule import Choice
 from .conversion import Network
+from .fusing import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,11 @@ def price(
     training: bool,
     order: str = "contiguous",
     imbalance: float = 0.0,
+    share: Share | None = None,
 ) -> Work:
     """Seconds of `node` on the busiest rank under `choices` (one per mesh axis).
+
+    `share` is what it moves of its chain of light operators, where it only streams numbers through.
 
     `order` is that of the tokens on ranks which share a sequence: `contiguous` or `zigzag`;
     `imbalance` the load of the busiest rank's experts over the mean (0: a power-law router's).
@@ -61,11 +65,32 @@ def price(
         node, choices, network.mesh.sizes, training=training, order=order, imbalance=imbalance
     )
     operator = operator_of(node)
+    if share is not None:
+        mixed = not share.fused and (operator.rowwise or _casts(node))
+        ahead, behind = share.bytes(local)
+        return Work(
+            _streamed_s(ahead, share, network, mixed=mixed),
+            _streamed_s(behind, share, network, mixed=mixed),
+        )
     kernels, traffic = operator.work(local), operator.traffic(local)
     forward, ahead = pass_seconds(kernels.forward, [t for t in traffic if not t.backward], network)
     backward, behind = pass_seconds(kernels.backward, [t for t in traffic if t.backward], network)
     axes = tuple(sorted({axis for t in traffic for axis in t.axes}))
     return Work(forward, backward, ahead, behind, axes)
+
+
+def _streamed_s(size: int, share: Share, network: Network, *, mixed: bool) -> float:
+    """Seconds of one pass: a chain has one kernel, which its first node pays for."""
+    seconds = network.traffic_seconds(float(size), mixed=mixed)
+    if share.first:
+        return seconds if size else 0.0
+    return seconds - network.traffic_seconds(0.0, mixed=mixed)
+
+
+def _casts(node: Node) -> bool:
+    """Are numbers read in another format than they are written in?"""
+    widths = {value.type.dtype.itemsize for value in (*node.operands[:1], *node.outputs)}
+    return len(widths) > 1
 
 
 def pass_seconds(
@@ -88,7 +113,7 @@ def kernel_seconds(kernel: Kernel, network: Network) -> float:
     """Seconds of one launch."""
     match kernel:
         case Stream():
-            return network.traffic_seconds(kernel.bytes)
+            return network.traffic_seconds(kernel.bytes, mixed=kernel.mixed)
         case Product(m, n, k, batch, dtype):
             return network.once(
                 ("matmul", m, n, k, batch, dtype),
@@ -101,6 +126,7 @@ def kernel_seconds(kernel: Kernel, network: Network) -> float:
                     kernel.batch, kernel.heads, kernel.kv_heads, kernel.queries, kernel.keys,
                     kernel.head_dim, kernel.dtype, network.cluster, kernel.share,
                     values_in_keys=kernel.values_in_keys, split_keys=kernel.split_keys,
+                    backward=kernel.backward,
                 ),
             )  # fmt: skip
 

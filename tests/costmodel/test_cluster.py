@@ -207,6 +207,15 @@ def test_a_price_may_be_given(tmp_path: Path) -> None:
     path.write_text('base = "h100"\nprice_per_gpu_hour = 2.5\n')
     assert load_cluster(path).price_per_gpu_hour == 2.5
     assert load_cluster("h100").price_per_gpu_hour == 0.0
+    path.write_text('base = "h100"\ncompiled = false\nclock = 0.9\ncontention = 0\n')
+    found = load_cluster(path)
+    assert (found.compiled, found.clock, found.contention) == (False, 0.9, 0.0)
+    path.write_text('base = "h100"\ncompiled = 1\n')
+    with pytest.raises(ClusterError, match="compiled: expected true or false, got 1"):
+        load_cluster(path)
+    path.write_text('base = "h100"\ncontention = 2\n')
+    with pytest.raises(ClusterError, match="contention: expected a share, from 0"):
+        load_cluster(path)
     path.write_text('base = "h100"\nprice_per_gpu_hour = -1\n')
     with pytest.raises(ClusterError, match="price_per_gpu_hour: expected a price above 0, got -1"):
         load_cluster(path)

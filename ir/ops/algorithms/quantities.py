@@ -20,14 +20,14 @@ _COUNT_BYTES, _POSITION_BYTES = 8, 4
 def kernels_of(part: Part, dtype: str, *, backward: bool) -> Kernels:
     """What the busiest rank computes, step by step."""
     steps = algorithm_of(part).steps(part)
-    forward = _steps(part, steps, dtype, 1.0, 1)
+    forward = _steps(part, steps, dtype, 1.0, 1, backward=False)
     if not backward:
         return Kernels(forward)
-    return Kernels(forward, _steps(part, steps, dtype, BACKWARD, _MADE_BACKWARD))
+    return Kernels(forward, _steps(part, steps, dtype, BACKWARD, _MADE_BACKWARD, backward=True))
 
 
 def _steps(
-    part: Part, steps: Steps, dtype: str, times: float, made_times: int
+    part: Part, steps: Steps, dtype: str, times: float, made_times: int, *, backward: bool
 ) -> tuple[tuple[Kernel, ...], ...]:
     """Each so many `times` its forward pass; `made_times` is that of making heads of latents."""
     made = _made(part, steps, dtype) * made_times
@@ -36,7 +36,7 @@ def _steps(
     def step(number: int, share: float) -> tuple[Kernel, ...]:
         scores = Scores(
             part.batch, steps.heads, steps.kv_heads, steps.queries, steps.keys, part.key_dim,
-            dtype, share, part.values_in_keys, split, times,
+            dtype, share, part.values_in_keys, split, times, backward,
         )  # fmt: skip
         own = made if number == 0 or steps.again and share else ()
         return (scores, *own) if share else own

@@ -1,0 +1,128 @@
+"""How much of what weights take to move passes behind computing.
+
+The runtime has two streams (`runtime/gathering`): while one unit of weights is used, the weights of
+the next one come, and while one runs backward, those of the one before come again and the gradients
+of the one after leave.  A window is what one unit computes with what moves meanwhile:
+
+    seconds = max(communication, computing + contention * communication)
+
+as computing is slowed by what runs beside it (`Cluster.contention`).  So of a window
+min((1 - contention) * communication, computing) is hidden.  Nothing is behind what comes first and
+leaves last: the weights before the first loop over layers, and one layer of each.  What activations
+move is waited for, and hides nothing here.
+
+The integer program counts contention * communication, of which no window has less to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...ir.graph import Graph
+from ..strategies.build import Decisions
+from ..strategies.prices import Prices
+from ..strategies.regions import InLoop, Unit, scopes
+from .program import LoopCall, Program, Sharded
+from .traffic import Together
+
+_GATHERS = ("all_gather",)
+
+
+@dataclass(slots=True)
+class _Moved:
+    """Seconds of a step that the collectives of a unit's weights take, forward and backward, and
+    those of the latter that bring weights again."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    again: float = 0.0
+
+
+@dataclass(slots=True)
+class _Computed:
+    """Seconds that one run of a unit computes, forward and backward."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+def hidden_s(
+    program: Program, prices: Prices, decisions: Decisions, together: Sequence[Together]
+) -> float:
+    """Seconds of a step's collectives of weights, `together`, that computing hides."""
+    free = 1 - prices.network.cluster.contention
+    if not free or not together:
+        return 0.0
+    moved, computed = _moved(program, prices, together), _computed(prices, decisions)
+    runs, hidden, last = prices.setting.micro_batches, 0.0, _Computed()
+    for stage, loop in enumerate(prices.graph.loops, start=1):
+        layers = len(loop.order)
+        for kind in range(len(loop.blocks)):
+            unit = InLoop(loop.path, kind)
+            windows = runs * loop.order.count(kind) * (layers - 1) / layers
+            mine, own = moved.get(unit, _Moved()), computed[unit]
+            each = runs * loop.order.count(kind)
+            hidden += windows * min(free * mine.forward / each, own.forward)
+            hidden += windows * min(free * mine.backward / each, own.backward)
+            left = own.backward - min(free * mine.backward / each, own.backward)
+            last = _Computed(own.forward, left)
+        after = moved.get(stage, _Moved())
+        leaving = after.backward - after.again
+        hidden += runs * min(free * after.forward / runs, last.forward)
+        hidden += runs * min(free * leaving / runs, last.backward)
+    return hidden
+
+
+def _moved(program: Program, prices: Prices, together: Sequence[Together]) -> dict[Unit, _Moved]:
+    unit_of = dict(_units(program))
+    found: dict[Unit, _Moved] = {}
+    for each in together:
+        traffic = each.traffic
+        seconds = each.times * prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes)
+        unit = unit_of[each.shares[0][0]]
+        moved = found.setdefault(unit, _Moved())
+        if traffic.backward:
+            moved.backward += seconds
+            moved.again += seconds * (traffic.kind in _GATHERS)
+        elif program.recompute and isinstance(unit, InLoop):  # the second time in backward
+            moved.forward += seconds / 2
+            moved.backward += seconds / 2
+        else:
+            moved.forward += seconds
+    return found
+
+
+def _units(program: Program) -> Iterator[tuple[Sharded, Unit]]:
+    stages = program.stages()
+    for weight in program.weights:
+        yield weight.item, stages.get(weight.item, (0, 0))[0]
+    for call in program.statements:
+        if isinstance(call, LoopCall):
+            for kind, body in enumerate(call.bodies):
+                for weight in body.weights:
+                    yield weight.item, InLoop(call.loop.path, kind)
+
+
+def _computed(prices: Prices, decisions: Decisions) -> Mapping[Unit, _Computed]:
+    found = {unit: _Computed() for unit in _blocks(prices.graph)}
+    for scope in scopes(prices.graph):
+        if not isinstance(scope.place, InLoop):
+            continue
+        mine = found[scope.place]
+        for node in scope.nodes:
+            work = prices.work(node, decisions.choices[node.name])
+            mine.forward += work.forward_s - work.forward_moving_s
+            mine.backward += work.backward_s - work.backward_moving_s
+            if decisions.recompute:
+                mine.backward += work.forward_s - work.forward_moving_s
+    return found
+
+
+def _blocks(graph: Graph) -> Iterator[Unit]:
+    for loop in graph.loops:
+        for kind in range(len(loop.blocks)):
+            yield InLoop(loop.path, kind)
+
+
+__all__ = ["hidden_s"]
