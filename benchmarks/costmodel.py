@@ -5,11 +5,14 @@
 Prints median / 90th percentile of the absolute error on rows that no fit has seen, beside the naive
 datasheet roofline (full peak, full bandwidth, no floor) and beside a plain alpha-free ring at the
 link's full rate.  FOLDER holds the CSV files; by default `shared/data/silicon` beside the
-repository.
+repository.  Then, from `h100_torch/kernels.csv` beside FOLDER, the kernels that PyTorch itself runs,
+as a plan prices them: every second row of a kind (the others were fitted on) of what keeps
+the device busy for 15 us at its peaks (what is shorter shows the host).
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from dataclasses import replace
@@ -19,9 +22,27 @@ import numpy as np
 
 from shardwright.costmodel.calibration import calibrate
 from shardwright.costmodel.calibration.calibrate import Errors, held_out
-from shardwright.costmodel.compute import op_s
-from shardwright.costmodel.machines.cluster import Kernel, Link, load_cluster
+from shardwright.costmodel.compute import attention_s, elementwise_s, matmul_s, op_s
+from shardwright.costmodel.machines.cluster import Cluster, Kernel, Link, load_cluster
 
+# Of the bytes of a row what is moved, and whether rows are added up or formats changed: kind, mode
+_MOVED = {
+    ("add", "eager"): (1.0, False),
+    ("silu", "eager"): (1.0, False),
+    ("mul_fp32", "eager"): (2 / 3, False),  # by a number: the row counts a second operand
+    ("cast_bf16_fp32", "eager"): (1.0, True),
+    ("rms_norm", "eager"): (1.0, True),
+    ("layer_norm", "eager"): (1.0, True),
+    ("rms_norm", "eager_backward"): (5 / 3, True),  # x and the gradient are read twice
+    ("rms_norm_parts", "compiled"): (1.0, False),
+    ("swiglu", "compiled"): (1.0, False),
+    ("swiglu", "eager"): (5 / 3, False),  # silu and mul
+    ("rope", "compiled"): (1.0, False),
+    ("embedding", "eager"): (1.0, False),
+    ("gather_rows", "eager"): (1.0, False),
+    ("adamw", "fused"): (1.0, True),
+}
+_SHORT_S = 15e-6
 _NAIVE = Kernel(floor_s=0.0, efficiency=1.0, bandwidth_efficiency=1.0, overlap=16.0)
 
 
@@ -55,6 +76,50 @@ def kernels(folder: Path, name: str) -> None:
         held_out(calibrate.predict_decode(table, cluster, cluster.decode), table),
         held_out(calibrate.predict_decode(table, naive, _NAIVE), table),
     )
+
+
+def torch_kernels(path: Path) -> None:
+    """Kernels of PyTorch on an H100, by what they are."""
+    cluster = load_cluster("h100")
+    seen: dict[tuple[str, str], int] = {}
+    ratios: dict[str, list[float]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            kind, mode, seconds = row["kind"], row["mode"], float(row["median_s"])
+            what, predicted = _predicted(kind, mode, row, cluster)
+            traffic = float(row["bytes"]) / cluster.bandwidth_bytes_per_s
+            if not what or max(traffic, float(row["flops"]) / cluster.peak("bf16")) < _SHORT_S:
+                continue
+            seen[kind, mode] = seen.get((kind, mode), 0) + 1
+            if seen[kind, mode] % 2 == 0:  # the others were fitted on
+                ratios.setdefault(what, []).append(predicted / seconds)
+    every = [ratio for found in ratios.values() for ratio in found]
+    for what, found in (*ratios.items(), ("all", every)):
+        error = np.abs(np.array(found) - 1) * 100
+        median, p90 = float(np.median(error)), float(np.percentile(error, 90))
+        print(f"h100 torch, {what:<22}{median:6.1f} / {p90:5.1f}{len(found):32d}")
+
+
+def _predicted(kind: str, mode: str, row: dict[str, str], cluster: Cluster) -> tuple[str, float]:
+    """What a row is, "" for what a plan has no law for, and its seconds as a plan counts them."""
+    sizes = [int(size) for size in row["shape"].split("x")]
+    if (kind, mode) in _MOVED:
+        share, mixed = _MOVED[kind, mode]
+        what = "casts, norms, adamw" if mixed else "elementwise, rows"
+        return what, float(elementwise_s(share * float(row["bytes"]), cluster, mixed=mixed))
+    if kind == "linear":
+        m, n, k = sizes
+        shapes = [(m, n, k)] if mode == "eager" else [(m, k, n), (k, n, m)]
+        return "products", sum(float(matmul_s(*s, 1, "bf16", cluster, burst=True)) for s in shapes)
+    if kind == "grouped_mm":
+        experts, tokens, k, n = sizes
+        size = tokens // experts
+        return "products", float(matmul_s(size, n, k, experts, "bf16", cluster, burst=True))
+    if kind.startswith("attention") and mode.startswith("cudnn"):
+        backward, share = mode.endswith("backward"), 0.5 if "causal" in kind else 1.0
+        once = attention_s(*sizes, "bf16", cluster, share, backward=backward)
+        return "attention", float(once) * (2.5 if backward else 1.0)
+    return "", 0.0
 
 
 def collectives(folder: Path, name: str, device: str) -> None:
@@ -91,6 +156,8 @@ def main() -> int:
         kernels(folder, name)
     for name, device in (("h100", "h100_sxm"), ("a100", "a100_sxm"), ("l40s", "l40s")):
         collectives(folder, name, device)
+    if (kernels_csv := folder.parent / "h100_torch" / "kernels.csv").exists():
+        torch_kernels(kernels_csv)
     speed()
     return 0
 
