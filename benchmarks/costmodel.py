@@ -5,8 +5,8 @@
 Prints median / 90th percentile of the absolute error on rows that no fit has seen, beside the naive
 datasheet roofline (full peak, full bandwidth, no floor) and beside a plain alpha-free ring at the
 link's full rate.  FOLDER holds the CSV files; by default `shared/data/silicon` beside the
-repository.  Then, from `h100_torch/kernels.csv` beside FOLDER, the kernels that PyTorch itself runs,
-as a plan prices them: every second row of a kind (the others were fitted on) of what keeps
+repository.  Then, from `h100_torch/kernels.csv` beside FOLDER, the kernels that PyTorch itself
+runs, as a plan prices them: every second row of a kind (the others were fitted on) of what keeps
 the device busy for 15 us at its peaks (what is shorter shows the host).
 """
 

@@ -206,6 +206,7 @@ def _compute_lines(
         "processors = 1  # one thread",
         "small_head_cost = 1.0  # products and exponentials run on the same units",
         "decode_pass_s = 0.0  # one processor: passes do not exist",
+        "compiled = false  # layers are compiled on CUDA; elsewhere only if asked",
         "",
         "[flops]",
         *(f"{dtype} = {rate:.3g}  # {source}" for dtype, rate in figures.flops.items()),
