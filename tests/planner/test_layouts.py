@@ -16,12 +16,13 @@ from torch.nn import functional as F
 import shardwright as sw
 from shardwright.api import phase_graph
 from shardwright.asked import Asked, silent
+from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.spec import format_spec, is_shard
 from shardwright.ir.graph import Graph
 from shardwright.ir.ops.registry import operator_of
 from shardwright.loading import load_target
 from shardwright.planner.errors import PlanError
-from shardwright.planner.report.report import split_seconds
+from shardwright.planner.report.report import hidden_seconds, split_seconds
 from shardwright.planner.report.throughput import mfu, throughput
 from shardwright.planner.search.variants import make_plan
 from shardwright.planner.strategies.layout import Layout
@@ -252,7 +253,11 @@ def test_the_price_is_that_of_what_runs(layout: str) -> None:
     plan = planned("llama3-8b", layout)
     compute, moving = split_seconds(plan)
     assert plan.decisions.recompute == ("full" in layout)
-    assert plan.seconds == pytest.approx(compute + sum(moving.values()) + plan.optimizer_s, 1e-6)
+    hidden = compute + sum(moving.values()) + plan.optimizer_s - plan.seconds
+    weights = sum(step.seconds * n for each, n in plan.program.brought() for step in each.way)
+    assert hidden == pytest.approx(hidden_seconds(plan), abs=1e-6 * plan.seconds)
+    free = 1 - load_cluster("h100").contention
+    assert -1e-6 * plan.seconds <= hidden <= free * weights + 1e-6 * plan.seconds
     assert f"as --layout {layout} has it" in str(plan) and plan.baselines == ()
     assert sw.Plan.of(plan) == plan and plan.to_json()["request"]["layout"] == layout
 
