@@ -66,7 +66,7 @@ IDEAS: dict[str, tuple[int, int, int, int, dict[str, str]]] = {
     "ddp": (16, 2048, 16, 8, {"*.weight": "R"}),
     "fsdp": (16, 2048, 16, 8, {"*_proj.weight": "S0"}),
     "tp_sp": (
-        2, 4096, 16, 8,
+        2, 3072, 16, 8,
         {"*.[qkv]_proj.weight": "S0", "*.o_proj.weight": "S1", "*.gate_proj.weight": "S0",
          "*.up_proj.weight": "S0", "*.down_proj.weight": "S1"},
     ),

@@ -9,8 +9,8 @@ k_proj, v_proj, gate_proj, up_proj) and rows (o_proj, down_proj). Around the lay
 by columns.
 
 Made from a model given to shardwright.plan, batch 4 x 4096 tokens, bfloat16.
-Predicted: 2.29 ms per prefill, 240 us per output token, 708 MB per GPU.
-KV caches are converted between the two in 187 us.
+Predicted: 2.27 ms per prefill, 236 us per output token, 708 MB per GPU.
+KV caches are converted between the two in 186 us.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
