@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,15 +62,12 @@ def test_generated_module(golden: Golden) -> None:
     golden("llama_2x2.py", llama_module())
 
 
-# One module for each idea: batch, tokens, heads, key heads, and pins that leave no other
-IDEAS: dict[str, tuple[int, int, int, int, dict[str, str]]] = {
+# One module for each idea: batch, tokens, heads, key heads, and pins that leave no other, or a
+# layout
+IDEAS: dict[str, tuple[int, int, int, int, dict[str, str] | str]] = {
     "ddp": (16, 2048, 16, 8, {"*.weight": "R"}),
     "fsdp": (16, 2048, 16, 8, {"*_proj.weight": "S0"}),
-    "tp_sp": (
-        2, 3072, 16, 8,
-        {"*.[qkv]_proj.weight": "S0", "*.o_proj.weight": "S1", "*.gate_proj.weight": "S0",
-         "*.up_proj.weight": "S0", "*.down_proj.weight": "S1"},
-    ),
+    "tp_sp": (2, 4096, 16, 8, "tp=4,sp"),
     "gathered": (1, 131_072, 16, 2, {"*_proj.weight": "R"}),
     "ulysses": (1, 16_384, 16, 16, {"*_proj.weight": "R"}),
     "ring": (1, 32_768, 6, 3, {"*_proj.weight": "R"}),
@@ -92,12 +90,12 @@ def idea_module(idea: str) -> str:
     with torch.device("meta"):
         model = example.Llama(config).bfloat16()
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
-    texts = [f"{pattern}={spec}" for pattern, spec in pins.items()]
-    inputs = {"tokens": ids, "labels": ids}
-    plan = shardwright.plan(
-        model, inputs, gpus=4, mesh="4", cluster="h100", pins=texts, precision="own"
-    )
-    return plan.module_source()
+    inputs: dict[str, Any] = {"tokens": ids, "labels": ids}
+    how: dict[str, Any] = {"layout": pins}
+    if not isinstance(pins, str):
+        texts = [f"{pattern}={spec}" for pattern, spec in pins.items()]
+        how = {"gpus": 4, "mesh": "4", "pins": texts}
+    return shardwright.plan(model, inputs, cluster="h100", precision="own", **how).module_source()
 
 
 def test_module_with_experts_on_several_ranks(golden: Golden) -> None:

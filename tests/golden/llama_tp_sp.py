@@ -1,23 +1,24 @@
-"""Llama over 4 x h100: cp=4.
+"""Llama over 4 x h100: tp=4.
 
-   cp=0  cp=1  cp=2  cp=3
+   tp=0  tp=1  tp=2  tp=3
       0     1     2     3
 
-cp cuts all matrices (FSDP: gathered for use), attention by sequence (exchanged for heads) and
-the sequence between them. Around the layers it cuts embedding by hidden, head by columns and
-loss by vocabulary.
+tp cuts attention by heads, matrix products by columns (q_proj, k_proj, v_proj, gate_proj,
+up_proj) and rows (o_proj, down_proj) and the sequence between them. Around the layers it cuts
+embedding and loss by vocabulary and head by columns.
 Each rank returns all of loss, and its part of logits (S2); `model.gather_outputs(out)` makes
 all of it, with gradients, for a loss outside of the module.
 
-Made from a model given to shardwright.plan, batch 2 x 3072 tokens, bfloat16.
-Predicted: 5.59 ms per step, 1.15 GB per GPU.
+Made from a model given to shardwright.plan, batch 2 x 4096 tokens, bfloat16.
+Predicted: 7.07 ms per step, 1.36 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")
     model(**model.shard_inputs(**batch)).loss.backward()
 
 Comments and tables:
-    [b, 64/cp]             shape that a statement makes, where it changes; 64 is cut over cp
+    [b, 64/tp]             shape that a statement makes, where it changes; 64 is cut over tp
+    + tp                   each rank of tp holds a summand of it
     all-gather 8 MB, 9 us  what is sent in the statement, and for how long
     inside                 sent by the operator itself, in all its steps
     R, S0                  in tables, for each mesh axis: whole on each rank, cut along dim 0
@@ -51,17 +52,15 @@ class Attention(Sharded):
     o_proj: nn.Linear
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # x [b, s/cp, 2048]; cos [s/cp, 1, 64]; sin [s/cp, 1, 64]
-        cp = self.mesh["cp"]
-        q = self.q_proj(x).unflatten(-1, (-1, 128))  # [b, s/cp, 16, 128]
-        k = self.k_proj(x).unflatten(-1, (-1, 128))  # [b, s/cp, 8, 128]
-        v = self.v_proj(x).unflatten(-1, (-1, 128))  # [b, s/cp, 8, 128]
-        q = ops.rotary(q, cos, sin).transpose(1, 2)  # [b, 16, s/cp, 128]
-        k = ops.rotary(k, cos, sin).transpose(1, 2)  # [b, 8, s/cp, 128]
-        v = v.transpose(1, 2)  # [b, 8, s/cp, 128]
-        # inside all-to-all 18.9 MB, backward all-to-all 18.9 MB
-        mixed = ops.attention(q, k, v, algorithm="ulysses", axis=cp, causal=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [b, s/cp, 2048]
+        # x [b, s, 2048]; cos [s, 1, 64]; sin [s, 1, 64]
+        q = self.q_proj(x).unflatten(-1, (-1, 128))  # [b, s, 16/tp, 128]
+        k = self.k_proj(x).unflatten(-1, (-1, 128))  # [b, s, 8/tp, 128]
+        v = self.v_proj(x).unflatten(-1, (-1, 128))  # [b, s, 8/tp, 128]
+        q = ops.rotary(q, cos, sin).transpose(1, 2)  # [b, 16/tp, s, 128]
+        k = ops.rotary(k, cos, sin).transpose(1, 2)  # [b, 8/tp, s, 128]
+        v = v.transpose(1, 2)  # [b, 8/tp, s, 128]
+        mixed = ops.attention(q, k, v, causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # [b, s, 2048] + tp
 
 
 class MLP(Sharded):
@@ -71,8 +70,8 @@ class MLP(Sharded):
     up_proj: nn.Linear
     down_proj: nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:  # x [b, s/cp, 2048]
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor) -> Tensor:  # x [b, s, 2048]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [b, s, 2048] + tp
 
 
 class DecoderLayer(Layer):
@@ -85,52 +84,40 @@ class DecoderLayer(Layer):
     OPTIONS = {"attention_norm": {"eps": 1e-05}, "mlp_norm": {"eps": 1e-05}}
 
     WEIGHTS = {
-        # all-gather 4.1 kB; backward all-gather, reduce-scatter; <0.1 us
-        "attention_norm.weight": Weight("S0", "V"),
-        # all-gather 8.39 MB; backward all-gather, reduce-scatter; 69.2 us
-        "attention.q_proj.weight": Weight("S0", "V"),
-        # all-gather 4.19 MB; backward all-gather, reduce-scatter; 34.6 us
-        "attention.k_proj.weight": Weight("S0", "V"),
-        # all-gather 4.19 MB; backward all-gather, reduce-scatter; 34.6 us
-        "attention.v_proj.weight": Weight("S0", "V"),
-        # all-gather 8.39 MB; backward all-gather, reduce-scatter; 69.2 us
-        "attention.o_proj.weight": Weight("S1", "V"),
-        # all-gather 4.1 kB; backward all-gather, reduce-scatter; <0.1 us
-        "mlp_norm.weight": Weight("S0", "V"),
-        # all-gather 23.1 MB; backward all-gather, reduce-scatter; 190 us
-        "mlp.gate_proj.weight": Weight("S0", "V"),
-        # all-gather 23.1 MB; backward all-gather, reduce-scatter; 190 us
-        "mlp.up_proj.weight": Weight("S0", "V"),
-        # all-gather 23.1 MB; backward all-gather, reduce-scatter; 190 us
-        "mlp.down_proj.weight": Weight("S1", "V"),
+        "attention_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 4.94 us
+        "mlp_norm.weight": Weight("R", "V"),  # backward all-reduce 4.1 kB; 4.94 us
     }
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # x [b, s/cp, 2048]; cos [s/cp, 1, 64]; sin [s/cp, 1, 64]
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+        # x [b, s/tp, 2048]; cos [s, 1, 64]; sin [s, 1, 64]
+        tp = self.mesh["tp"]
+        # [b, s, 2048] + tp; all-gather 33.6 MB, backward reduce-scatter, 214 us
+        attention = self.attention(tp.all_gather(self.attention_norm(x), 1), cos, sin)
+        # reduce-scatter 33.6 MB, backward all-gather, 214 us
+        x = x + tp.reduce_scatter(attention, 1)
+        # [b, s, 2048] + tp; all-gather 33.6 MB, backward reduce-scatter, 214 us
+        mlp = self.mlp(tp.all_gather(self.mlp_norm(x), 1))
+        return x + tp.reduce_scatter(mlp, 1)  # reduce-scatter 33.6 MB, backward all-gather, 214 us
 
 
 class ShardedModel(ShardedModule):
-    """Llama as one rank of cp=4 runs it."""
+    """Llama as one rank of tp=4 runs it."""
 
-    embedding: nn.Embedding
     norm: nn.RMSNorm
     head: nn.Linear
     OPTIONS = {"norm": {"eps": 1e-05}}
 
-    MESH = {"cp": 4}
+    MESH = {"tp": 4}
     PHASE = "train"
     OPTIMIZER = "adamw"
     LAYERS = {
         "layers": [DecoderLayer] * 2,
     }
     PARAMETERS = {
-        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S1"),  # [32000, 512] per rank
+        "embedding.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] per rank
         "norm.weight": Param((2048,), torch.bfloat16, "R"),
         "head.weight": Param((32000, 2048), torch.bfloat16, "S0"),  # [8000, 2048] per rank
-        # [512] per rank
-        "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "S0"),
+        "layers.{0..1}.attention_norm.weight": Param((2048,), torch.bfloat16, "R"),
         # [512, 2048] per rank
         "layers.{0..1}.attention.q_proj.weight": Param((2048, 2048), torch.bfloat16, "S0"),
         # [256, 2048] per rank
@@ -139,7 +126,7 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.attention.v_proj.weight": Param((1024, 2048), torch.bfloat16, "S0"),
         # [2048, 512] per rank
         "layers.{0..1}.attention.o_proj.weight": Param((2048, 2048), torch.bfloat16, "S1"),
-        "layers.{0..1}.mlp_norm.weight": Param((2048,), torch.bfloat16, "S0"),  # [512] per rank
+        "layers.{0..1}.mlp_norm.weight": Param((2048,), torch.bfloat16, "R"),
         # [1408, 2048] per rank
         "layers.{0..1}.mlp.gate_proj.weight": Param((5632, 2048), torch.bfloat16, "S0"),
         # [1408, 2048] per rank
@@ -154,32 +141,31 @@ class ShardedModel(ShardedModule):
     INPUTS = {
         # `free`: dims that may have other sizes; `step`: what those are multiples of;
         # `high`: numbers are below it
-        "tokens": Input("R", (2, 3072), torch.int64, free=(0, 1), step=(1, 4), high=32000),
-        "labels": Input("R", (2, 3072), torch.int64, free=(0, 1), step=(1, 4), high=32000),
+        "tokens": Input("R", (2, 4096), torch.int64, free=(0, 1), step=(1, 4), high=32000),
+        "labels": Input("R", (2, 4096), torch.int64, free=(0, 1), step=(1, 4), high=32000),
     }
     LABELS = Labels("labels")  # those that count in a mean
     OUTPUTS = (
         Output(("loss",), "R", ()),
-        Output(("logits",), "S2", (2, 3072, 32000)),
+        Output(("logits",), "S2", (2, 4096, 32000)),
     )
 
     def forward(self, tokens: Tensor, labels: Tensor) -> object:
-        cp = self.mesh["cp"]
+        tp = self.mesh["tp"]
         position_ids = torch.arange(tokens.size(1), dtype=torch.int64, device=self.device)  # [s]
         exponents = torch.arange(0, 128, 2, dtype=torch.float32, device=self.device) / 128  # [64]
-        # [s/cp, 64]
-        angles = cp.shard(position_ids, 0).to(torch.float32).unsqueeze(-1) * 10000.0**-exponents
-        cos = torch.cos(angles).unsqueeze(1).to(torch.bfloat16)  # [s/cp, 1, 64]
-        sin = torch.sin(angles).unsqueeze(1).to(torch.bfloat16)  # [s/cp, 1, 64]
-        # [b, s/cp, 2048]; all-to-all 6.29 MB, backward all-to-all, 69.2 us
-        x = cp.all_to_all(self.embedding(tokens), gather_dim=2, shard_dim=1)
+        angles = position_ids.to(torch.float32).unsqueeze(-1) * 10000.0**-exponents  # [s, 64]
+        cos = torch.cos(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 64]
+        sin = torch.sin(angles).unsqueeze(1).to(torch.bfloat16)  # [s, 1, 64]
+        # [b, s/tp, 2048]; reduce-scatter 33.6 MB, backward all-gather, 214 us
+        x = tp.reduce_scatter(ops.vocab_embedding(tokens, self.embedding.weight, tp, size=32000), 1)
         for layer in self.layers:
-            x = layer(x, cos, sin)  # [b, s/cp, 2048]
-        # [b, s, 32000/cp]; all-gather 25.2 MB, backward reduce-scatter, 170 us
-        logits = self.head(cp.all_gather(self.norm(x), 1))
-        # []; inside all-reduce 73.7 kB
+            x = layer(x, cos, sin)  # [b, s/tp, 2048]
+        # [b, s, 32000/tp]; all-gather 33.6 MB, backward reduce-scatter, 214 us
+        logits = self.head(tp.all_gather(self.norm(x), 1))
+        # []; inside all-reduce 98.3 kB
         loss = ops.cross_entropy(
-            logits, labels, dtype=torch.float32, vocab_axis=cp, vocab_size=32000
+            logits, labels, dtype=torch.float32, vocab_axis=tp, vocab_size=32000
         )
         return self.pack(loss, logits)
 
