@@ -110,14 +110,16 @@ def _predicted(kind: str, mode: str, row: dict[str, str], cluster: Cluster) -> t
     if kind == "linear":
         m, n, k = sizes
         shapes = [(m, n, k)] if mode == "eager" else [(m, k, n), (k, n, m)]
-        return "products", sum(float(matmul_s(*s, 1, "bf16", cluster, burst=True)) for s in shapes)
+        each = (matmul_s(a, b, c, 1, "bf16", cluster, burst=True) for a, b, c in shapes)
+        return "products", sum(map(float, each))
     if kind == "grouped_mm":
         experts, tokens, k, n = sizes
         size = tokens // experts
         return "products", float(matmul_s(size, n, k, experts, "bf16", cluster, burst=True))
     if kind.startswith("attention") and mode.startswith("cudnn"):
         backward, share = mode.endswith("backward"), 0.5 if "causal" in kind else 1.0
-        once = attention_s(*sizes, "bf16", cluster, share, backward=backward)
+        b, hq, hk, sq, sk, d = sizes
+        once = attention_s(b, hq, hk, sq, sk, d, "bf16", cluster, share, backward=backward)
         return "attention", float(once) * (2.5 if backward else 1.0)
     return "", 0.0
 
