@@ -126,8 +126,6 @@ def number(row: Mapping[str, str], key: str, default: int = 1) -> int:
 
 def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     """The row's layout in our words, and the marks of what is not as it was run."""
-    if number(row, "PP") > 1:
-        raise Unpriced("pipelines")
     if number(row, "EP") > 1:
         raise Unpriced("experts")
     sharding, dp, tp, cp = row["sharding"], number(row, "DP"), number(row, "TP"), number(row, "CP")
@@ -135,7 +133,9 @@ def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     if "SHARD_GRAD_OP" in sharding or "ZeRO-1" in sharding or "distributed" in sharding:
         marks += "~"
     data = "fsdp" if "FSDP" in sharding else "ddp"
-    words = [f"{data}={dp}", f"cp={cp}"]
+    pipeline = [f"pp={number(row, 'PP')}", f"vpp={number(row, 'VPP')}"]
+    words = pipeline if number(row, "PP") > 1 else []
+    words += [f"{data}={dp}", f"cp={cp}"]
     sizes = [8, tp // 8] if tp > 8 else [tp]  # over more than a node: its GPUs are the inner axis
     words += [f"tp={size}" for size in reversed(sizes)]
     words += ["sp"] if number(row, "SP", 0) and tp > 1 else []
@@ -216,7 +216,9 @@ def train_row(row: Mapping[str, str]) -> Priced:
     batch, dp = number(row, "global_batch"), number(row, "DP")
     passes = number(row, "grad_accum", max(1, batch // (dp * number(row, "micro_batch"))))
     plan = plan_row(row, layout, batch, passes, 0)
-    compute, _ = split_seconds(plan)
+    if plan.pipeline is not None and by_op(row):
+        raise Unpriced("pipelines that recompute by op")
+    compute = computing_s(plan)
     again = again_s(plan) if by_op(row) else 0.0
     published = float(row["mem_gib"] or "nan") * 2**30
     return Priced(
@@ -224,6 +226,13 @@ def train_row(row: Mapping[str, str]) -> Priced:
         plan.seconds + again, compute + again + plan.casts_s + plan.optimizer_s,
         plan.memory.total / published,
     )  # fmt: skip
+
+
+def computing_s(plan: Plan) -> float:
+    """Seconds of a step that are computing; in a pipeline those of the busiest stage's rank."""
+    if plan.pipeline is None:
+        return split_seconds(plan)[0]
+    return plan.pipeline.per_rank * max(split_seconds(kind)[0] for kind in plan.pipeline.kinds)
 
 
 def measured_step_s(row: Mapping[str, str], plan: Plan) -> float:

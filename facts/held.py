@@ -14,9 +14,10 @@ BY_MODEL = frozenset({
     "cached_lengths",
     "clip_grad_norm_", "compile_layers", "data_shard", "decode", "demo", "free", "from_checkpoint",
     "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate",
-    "load_checkpoint", "local", "local_part", "moved_weights", "new_cache",
+    "load_checkpoint", "load_from", "local", "local_part", "moved_weights", "new_cache",
     "optimizer", "pack", "prefill",
-    "programs", "recompute", "reset_parameters", "save_checkpoint", "serving", "set_cache",
+    "programs", "recompute", "reset_parameters", "save_checkpoint",
+    "save_pretrained", "serving", "set_cache",
     "shard_inputs", "shard_rows", "step", "tensors", "truncate", "unpack", "wait_for_checkpoint",
 })  # fmt: skip
 
