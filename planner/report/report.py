@@ -65,12 +65,13 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
     rank_of = schedule(
         pipeline.schedule, pipeline.ranks, pipeline.per_rank, request.micro_batches
     ).rank_of
-    for number, stage in enumerate(pipeline.stages):
-        kind = pipeline.kinds[stage.kind]
+    for which, same in groupby(enumerate(pipeline.stages), key=lambda each: each[1].kind):
+        numbers, kind = [number for number, _ in same], pipeline.kinds[which]
+        first, last, stage = numbers[0], numbers[-1], pipeline.stages[numbers[0]]
         rows.append(
             (
-                str(number),
-                str(rank_of[number]),
+                f"{first} to {last}" if numbers[1:] else f"{first}",
+                f"{rank_of[first]} to {rank_of[last]}" if numbers[1:] else f"{rank_of[first]}",
                 f"{stage.layers} {'recomputed' if kind.decisions.recompute else 'kept'}",
                 format_seconds(stage.forward_s),
                 format_seconds(stage.backward_s),

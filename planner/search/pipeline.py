@@ -1,11 +1,12 @@
 """Plans of pipelines: a graph cut into stages, each with a plan of its own on an equal part of the
 GPUs, and a schedule.
 
-Every stage has as many ranks, in a mesh of one shape; layers are shared out as evenly as they
-divide.  Stages of one kind (as many layers of each kind, the same ends) have one plan, which is
-that of the first of them: it has most micro-batches in flight.  What goes from stage to stage is
-sent as it lies, so that it lies alike in both; that is decided with the kind of most layers, and so
-is how a parameter of several stages is stored.
+Every stage has as many ranks, in a mesh of one shape.  Layers are shared out evenly first; what the
+ends do besides then tells how to share them out so that the slowest stage is fastest, and the
+faster of the two plans is kept.  Stages of one kind (as many layers of each kind, the same ends)
+have one plan, which is that of the first of them: it has most micro-batches in flight.  What goes
+from stage to stage is sent as it lies, so that it lies alike in both; that is decided with the kind
+of most layers, and so is how a parameter of several stages is stored.
 
 A step takes what the schedule takes when it is played through (`costmodel/timeline.py`), with what
 each rank does once a step besides.
@@ -64,6 +65,22 @@ def even_layers(count: int, stages: int) -> list[int]:
     return [least + (n in inner[:more]) for n in range(stages)]
 
 
+def balanced_layers(count: int, besides: Sequence[float], layer_s: float) -> list[int]:
+    """Numbers of layers of stages that take `besides` and `layer_s` for each layer, so that the
+    slowest takes as little as it can.
+
+    Each layer goes to the stage that is fastest with it, which is optimal for equal layers.
+
+    >>> balanced_layers(8, [0.0, 0.0, 3.0], 1.0)
+    [4, 3, 1]
+    """
+    layers = [1] * len(besides)
+    for _ in range(count - len(besides)):
+        with_it = [own + (n + 1) * layer_s for own, n in zip(besides, layers, strict=True)]
+        layers[with_it.index(min(with_it))] += 1
+    return layers
+
+
 def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
     """The plan of a layout with a pipeline.
 
@@ -76,12 +93,32 @@ def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
     for variant in [graph] if apart is graph else [graph, apart]:
         try:
             job.check(variant)
-            found.append(_Planning(variant, job, job.layout).plan())
+            even = _Planning(variant, job, job.layout).plan()
+            found.append(even)
+            layers = _better_layers(even)
+            if layers is not None:
+                found.append(_Planning(variant, job, job.layout, layers).plan())
         except PlanError as error:
             errors.append(error)
     if not found:
         raise errors[-1]
     return min(found, key=lambda plan: plan.seconds)
+
+
+def _better_layers(plan: PlanData) -> list[int] | None:
+    """How to share out layers by the times of stages that have them evenly; None for as they are.
+
+    Layers that are recomputed in some stages alone take those stages' time.
+    """
+    assert plan.pipeline is not None
+    stages = plan.pipeline.stages
+    own = [stage.layers for stage in stages]
+    each = [(s.forward_s + s.backward_s) for s in stages]
+    layer_s = min(seconds / n for seconds, n in zip(each, own, strict=True))
+    besides = [seconds - n * layer_s for seconds, n in zip(each, own, strict=True)]
+    layers = balanced_layers(sum(own), besides, layer_s)
+    slowest = max(b + n * layer_s for b, n in zip(besides, layers, strict=True))
+    return layers if slowest < 0.99 * max(each) else None
 
 
 class _Ends(Restriction):
@@ -149,14 +186,16 @@ class _Kind:
 class _Planning:
     """One cut of one graph, with one schedule."""
 
-    def __init__(self, graph: Graph, job: Job, layout: Layout) -> None:
+    def __init__(
+        self, graph: Graph, job: Job, layout: Layout, layers: Sequence[int] | None = None
+    ) -> None:
         self.graph, self.job, self.layout = graph, job, layout
         self.request = job.request
         self.mesh = layout.mesh
         self.per_rank = stages_per_rank(self.request, layout)
         self.table = self._schedule()
         try:
-            layers = even_layers(layer_count(graph), self.table.stages)
+            layers = layers or even_layers(layer_count(graph), self.table.stages)
             self.stages = cut_into_stages(graph, layers)
         except ValueError as error:
             raise PlanError(f"--layout {layout.text}: {error}") from error

@@ -140,13 +140,14 @@ def step_on_rank(
 @pytest.mark.parametrize(
     ("build", "ranks", "schedule", "count"),
     [
-        (_llama, 2, "1f1b", 4),
         (_llama, 2, "interleaved", 2),
-        (_gpt, 2, "gpipe", 3),
+        (_llama, 2, "gpipe", 4),
+        (_gpt, 2, "1f1b", 3),
         (_two, 2, "1f1b", 2),
         (_gpt, 4, "1f1b", 2),
     ],
 )
+@pytest.mark.some(2)
 def test_a_pipeline_takes_the_step_of_one_process(
     build: Callable[[], nn.Module],
     ranks: int,
@@ -179,6 +180,7 @@ def test_a_pipeline_takes_the_step_of_one_process(
 @pytest.mark.parametrize(
     ("layout", "count"), [("pp=2,fsdp=2", 3), ("pp=2,tp=2", 1), ("pp=2,zero1=2,vpp=2", 2)]
 )
+@pytest.mark.some(1)
 def test_a_planned_pipeline_takes_the_step_of_one_process(
     layout: str, count: int, pool: Callable[[int], RankPool]
 ) -> None:

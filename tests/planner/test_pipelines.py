@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.passes.stages import cut_into_stages
 from shardwright.planner.errors import PlanError
 from shardwright.planner.plan.store import plan_from_json
-from shardwright.planner.search.pipeline import even_layers
+from shardwright.planner.search.pipeline import balanced_layers, even_layers
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.setting import Restriction, Setting
 
@@ -39,6 +42,30 @@ def test_layers_are_shared_out_evenly() -> None:
     assert even_layers(8, 4) == [2, 2, 2, 2]
     assert even_layers(10, 4) == [2, 3, 3, 2]
     assert even_layers(11, 4) == [3, 3, 3, 2]
+
+
+def test_layers_are_balanced_as_by_brute_force() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        stages, count = rng.randint(1, 4), rng.randint(4, 9)
+        besides = [rng.choice([0.0, 0.5, 2.0, 3.5]) for _ in range(stages)]
+
+        def slowest(layers: Sequence[int], own: Sequence[float] = tuple(besides)) -> float:
+            return max(b + n for b, n in zip(own, layers, strict=True))
+
+        ways = product(range(1, count + 1), repeat=stages)
+        best = min(slowest(layers) for layers in ways if sum(layers) == count)
+        found = balanced_layers(count, besides, 1.0)
+        assert sum(found) == count and slowest(found) == best
+
+
+def test_a_stage_that_does_more_besides_has_fewer_layers() -> None:
+    """The products of a large vocabulary are in the last stage."""
+    model = TinyGPT(layers=4, width=16)
+    model.head = torch.nn.Linear(16, 4096)
+    plan = shardwright.plan(model, _INPUTS, layout="pp=2", cluster="cpu", micro_batches=4)
+    assert plan.pipeline is not None
+    assert [stage.layers for stage in plan.pipeline.stages] == [3, 1]
 
 
 def test_a_step_takes_what_its_schedule_takes_played_through() -> None:
