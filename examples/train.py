@@ -50,7 +50,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("run"), help="losses and checkpoints")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--evaluate-every", type=int, default=50)
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="from --out's last checkpoint, if any"
+    )
     parser.add_argument("--weights", type=Path, help="a .safetensors file to begin with")
     parser.add_argument("--alone", type=Path, help="the model file, in one process")
     return parser.parse_args()
@@ -192,6 +194,18 @@ def evaluate(side: Sharded | Alone, data: Data, batches: int = 4) -> float:
     return sum(side.loss(data.batch("held out", n)).item() for n in range(batches)) / batches
 
 
+def resume(side: Sharded, folder: Path, optimizer: Any, schedule: Any, data: Data, say: Any) -> int:
+    """The number of the step that a run goes on with: 0 before its first checkpoint."""
+    try:
+        resumed = side.model.load_checkpoint(folder, optimizer)
+    except FileNotFoundError:
+        return 0
+    schedule.load_state_dict(resumed.extra["schedule"])
+    if (before := resumed.extra["tokens"]) != (now := data.numbers * side.batches):
+        say(f"steps had {before} tokens, from step {resumed.step} on {now}, at the same rate")
+    return resumed.step
+
+
 def main() -> None:
     asked = parse()
     side = Alone(asked) if asked.alone is not None else Sharded(asked)
@@ -201,13 +215,7 @@ def main() -> None:
     say = partial(print, flush=True) if side.first else lambda text: None
     begin = 0
     if asked.resume and isinstance(side, Sharded):
-        resumed = side.model.load_checkpoint(asked.out, optimizer)
-        begin = resumed.step
-        schedule.load_state_dict(resumed.extra["schedule"])
-        if (before := resumed.extra["tokens"]) != (now := data.numbers * side.batches):
-            say(
-                f"steps had {before} tokens, from step {begin} on they have {now}, at the same rate"
-            )
+        begin = resume(side, asked.out, optimizer, schedule, data, say)
     asked.out.mkdir(parents=True, exist_ok=True)
     log = (asked.out / "losses.csv" if side.first else Path(os.devnull)).open("a" if begin else "w")
     for step in range(begin, asked.steps):

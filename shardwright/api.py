@@ -36,6 +36,7 @@ from .ir.passes.serving import (
     with_own_positions,
 )
 from .ir.reference.tables import check_tables
+from .launching import By, Launch
 from .loading import (
     Loaded,
     check_formats,
@@ -161,6 +162,25 @@ class Plan(PlanData):
             f"torchrun --nnodes {-(-gpus // node)} --nproc-per-node {node} --rdzv-backend c10d "
             f"--rdzv-endpoint HOST:29500 {module}"
         )
+
+    def launch_script(
+        self,
+        by: By,
+        program: Sequence[str],
+        *,
+        nodes: int | None = None,
+        time_limit: str = "24:00:00",
+        max_restarts: int = 3,
+    ) -> str:
+        """The bash script that starts `program`, a Python file and its arguments, on all machines.
+
+        `by` is `torchrun`, to be run on each of them, or `slurm`.  Raises ValueError for another
+        number of `nodes` than planned, and a `time_limit` that is not `[D-]HH:MM:SS`.
+        """
+        node = load_cluster(self.request.cluster, self.request.gpus).gpus_per_node
+        mesh = dict(zip(self.mesh.names, self.mesh.sizes, strict=True))
+        launch = Launch.of(self.graph.name, mesh, node, nodes, program, time_limit, max_restarts)
+        return launch.script(by)
 
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""

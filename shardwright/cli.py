@@ -98,6 +98,7 @@ More commands (`plan COMMAND --help` explains each):
   plan compare A B   which plan is faster, and where they differ
   plan solve FILE    solve a sharding problem in the IOPDDL format
   plan sweep MODEL   plan for many GPUs, clusters and sequences: which to take
+  plan launch DIR    print the script that starts a plan on many machines
   plan schema        print the JSON Schema of a plan.json
 
 \b
@@ -504,6 +505,72 @@ def solve(
 
             solution = solve_file(file, time_limit, solver.value)
         say(solution)
+
+
+@tools.command("launch")
+def launch(
+    folder: FolderArgument,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="how many machines there are, e.g. --nodes 4; another number than planned"
+            " is refused",
+        ),
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="a script for sbatch, which has one task per machine")
+    ] = False,
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="a script to run on each machine (the default)")
+    ] = False,
+    program: Annotated[
+        str,
+        typer.Option(
+            metavar="COMMAND",
+            show_default=False,
+            help="what every rank runs, e.g. --program 'examples/train.py DIR --resume'; else the"
+            " module's demonstration",
+        ),
+    ] = "",
+    time_limit: Annotated[
+        str, typer.Option(metavar="TIME", help="e.g. --time-limit 2-00:00:00, two days")
+    ] = "24:00:00",
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="how often all ranks start again after a failure, e.g. --max-restarts 10",
+        ),
+    ] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="write it there instead, e.g. --out launch.sh"
+        ),
+    ] = None,
+) -> None:
+    """Print the script that starts a plan on many machines, e.g. `plan launch plan_out --slurm`."""
+    with _errors_as_exit_codes():
+        if slurm and torchrun:
+            raise ValueError("--slurm and --torchrun are two kinds of scripts; give one")
+        path = existing_plan(folder)
+        if out is not None and out.exists():
+            raise ValueError(f"--out `{out}` is there already, and is not overwritten")
+        from .api import load_plan
+
+        words = shlex.split(program) or [str(folder / MODULE_FILE)]
+        text = load_plan(path).launch_script(
+            "slurm" if slurm else "torchrun", words, nodes=nodes, time_limit=time_limit,
+            max_restarts=max_restarts,
+        )  # fmt: skip
+        if out is None:
+            print(printable(text), end="")
+        else:
+            out.write_text(text, encoding="utf-8")
 
 
 @tools.command("schema")

@@ -93,6 +93,7 @@ class Mesh:
                 f" {started}: run `torchrun --nproc-per-node {ranks} ...` or plan again with"
                 f" --gpus {started}"
             )
+        _check_order()
         place = _own_device(device)
         if ranks == 1:
             return Mesh(axes, place, None)
@@ -253,6 +254,24 @@ def _started_ranks() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_order() -> None:
+    """Raises WrongRanks where ranks of one machine do not follow one another.
+
+    Inner axes then would go over machines, at other prices than planned.
+    """
+    rank, local, here = (
+        os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    if not (rank.isdigit() and local.isdigit() and here.isdigit()) or int(here) == 0:
+        return  # not started by torchrun
+    if int(rank) % int(here) != int(local):
+        raise WrongRanks(
+            f"rank {rank} is number {local} of {here} ranks on its machine: number ranks machine"
+            " by machine (torchrun does; with Slurm, --distribution=block), so that the inner axes"
+            " of the mesh lie inside one"
+        )
 
 
 def _own_device(device: torch.device | str | None) -> torch.device:
