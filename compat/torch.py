@@ -31,8 +31,10 @@ from torch.utils.checkpoint import CheckpointFunction
 # is_traceable_wrapper_subclass  is a tensor made of others (quantised weights, DTensor)?
 # tree_leaves           tensors in what a model or an operator returns
 # tree_unflatten        from the placeholders of an export to the keywords that they stand for
+# DDP_ASKS              what DistributedDataParallel asks a module for before it takes it
 # CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture leaves out
 
+DDP_ASKS = "_ddp_params_and_buffers_to_ignore"
 EXPORT_PRINTS = "torch.export._trace"
 """The module that prints the whole graph to stderr when an export fails; `plan` leaves that out."""
 
@@ -324,6 +326,7 @@ def compile_failures() -> tuple[type[Exception], ...]:
 
 
 __all__ = [
+    "DDP_ASKS",
     "EXPORT_PRINTS",
     "CheckpointFunction",
     "FunctionBase",

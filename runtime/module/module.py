@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from ...compat.torch import DDP_ASKS
 from ...facts.phases import APPEND, DECODE, PREFILL, TRAIN, find_phase
 from ...facts.spec import parse_spec, zigzag_dims
 from ...facts.updated import updated_buffer
@@ -163,6 +164,16 @@ class ShardedModule(nn.Module):
         self._state.update(self._updated)  # now that no weight on the move hides a buffer
         self._updated = {}
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises RuntimeError for DistributedDataParallel, which asks for something of its own."""
+        if name == DDP_ASKS:
+            raise RuntimeError(
+                "DistributedDataParallel (or what uses it: accelerate, transformers.Trainer) would"
+                " give every rank the parts of parameters that rank 0 has: this module runs on all"
+                " ranks and reduces its gradients itself, so train it as it is (examples/train.py)"
+            )
+        return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:

@@ -410,6 +410,18 @@ def test_evaluation_makes_copies_once(pool: Pool, case: str) -> None:
         assert again == last == (once if case == "fsdp" else 0)
 
 
+def wrapped() -> str:
+    try:
+        nn.parallel.DistributedDataParallel(module(TWO, CASES["fsdp"].weight)())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_nobody_wraps_a_module_that_is_sharded(pool: Pool) -> None:
+    assert all("train it as it is" in said for said in pool(2).run(wrapped))
+
+
 def test_a_resumed_run_goes_on(pool: Pool, tmp_path: Path) -> None:
     first, second = pool(2).run(resumed, tmp_path)
     assert first == second
