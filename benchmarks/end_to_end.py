@@ -5,10 +5,10 @@
 Every row is planned as it was run, with `--layout`; memory is no limit, since the runs did fit.
 The software of a run is in the figures of its cluster (`Software`): layers compiled or not, and the
 attention kernels of its time.  What cannot be asked for (pipelines, FP8, ...) is counted with the
-reason.  Where a word is not there yet, the nearest is taken and the row is marked: `~` for ZeRO-1
-and ZeRO-2 as DDP and FSDP, `*` for other recomputation than was run, `+` where what is recomputed
-by op was added to the time of a plan that recomputes nothing.  FILE is `published.csv`, by default
-that in `shared/data/e2e` beside the repository; without it there is nothing to print.
+reason.  Where a word is not there yet, the nearest is taken and the row is marked: `*` for other
+recomputation than was run, `+` where what is recomputed by op was added to the time of a plan that
+recomputes nothing.  FILE is `published.csv`, by default that in `shared/data/e2e` beside the
+repository; without it there is nothing to print.
 """
 
 from __future__ import annotations
@@ -58,10 +58,12 @@ _LLAMA = {  # layers, width, heads, key heads, hidden, vocabulary, tied
 @dataclass(frozen=True)
 class Software:
     """What a source ran: shares of the peak that its attention kernels reach, forward and backward,
-    by the processor; and whether layers were compiled where the table does not say."""
+    by the processor; whether layers were compiled where the table does not say; and whether
+    communication of weights passed behind computing."""
 
     attention: Mapping[str, tuple[float, float]]
     compiled: bool = False
+    overlaps: bool = True
 
 
 # forward 30-50 %, backward 25-35 % of an A100's peak: arXiv:2307.08691, section 1; the H100 by that
@@ -72,7 +74,8 @@ _FLASH_2 = {"h100": (0.355, 0.29)}
 _SOFTWARE = {  # by words in the name of a source
     "MosaicML": Software(_FLASH_1),  # 2023, before FlashAttention-2
     "torchtitan": Software(_FLASH_2),  # torch 2.5 to 2.8 chooses it in scaled_dot_product_attention
-    "nanotron": Software(_FLASH_2),  # flash-attn 2.5
+    # flash-attn 2.5; 0.5 "overlaps little across nodes" (README of the table)
+    "nanotron": Software(_FLASH_2, overlaps=False),
 }
 _PEAK = 989.4e12  # FLOP/s of an H100, to which rows that give nothing but MFU refer
 
@@ -129,10 +132,11 @@ def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     if number(row, "EP") > 1:
         raise Unpriced("experts")
     sharding, dp, tp, cp = row["sharding"], number(row, "DP"), number(row, "TP"), number(row, "CP")
-    marks = ""
-    if "SHARD_GRAD_OP" in sharding or "ZeRO-1" in sharding or "distributed" in sharding:
-        marks += "~"
-    data = "fsdp" if "FSDP" in sharding else "ddp"
+    marks, data = "", "fsdp" if "FSDP" in sharding else "ddp"
+    if "SHARD_GRAD_OP" in sharding:
+        data = "zero2"
+    elif "ZeRO-1" in sharding or "distributed" in sharding:
+        data = "zero1"
     pipeline = [f"pp={number(row, 'PP')}", f"vpp={number(row, 'VPP')}"]
     words = pipeline if number(row, "PP") > 1 else []
     words += [f"{data}={dp}", f"cp={cp}"]
@@ -174,6 +178,7 @@ def cluster_of(row: Mapping[str, str], folder: Path) -> str:
         return name
     compiled = "compile" in row["compile_graph"] or found[0].compiled
     lines = [f'base = "{name}"', f"compiled = {str(compiled).lower()}"]
+    lines += [] if found[0].overlaps else ["contention = 1.0"]
     ahead, behind = found[0].attention.get(name[:4], (0.0, 0.0))
     if ahead:
         lines += ["[kernels.attention]", f"efficiency = {ahead}"]
