@@ -290,6 +290,7 @@ def sweep(
         options: dict[str, Any] = {**asked_of(planning), **points, "target": target}
         with _Progress() as progress:
             progress("load PyTorch")
+            from .page import page_of
             from .sweeping import Row
             from .sweeping import sweep as run_sweep
 
@@ -298,7 +299,7 @@ def sweep(
 
             found = run_sweep(model, workers=os.cpu_count() or 1, told=told, **options)
         say_report(found)
-        written = write_sweep(found, out)
+        written = write_sweep(found, page_of(found), out)
         say("", "Written", *(f"  {path}" for path in written))
         if open_page:
             typer.launch(str(written[-1]))

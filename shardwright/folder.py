@@ -56,10 +56,6 @@ class Swept(Protocol):
         """Plain JSON data."""
         ...
 
-    def to_html(self) -> str:
-        """A page."""
-        ...
-
 
 # ---- what may be written -----------------------------------------------------------------------
 
@@ -209,14 +205,14 @@ def write_folder(made: Planned, out: Path, problem: Path | None) -> tuple[Path, 
         return out / PLAN_FILE, out / MODULE_FILE, problem
 
 
-def write_sweep(found: Swept, out: Path) -> tuple[Path, ...]:
-    """Write a sweep's files, each whole or not at all; their paths in the order to list them.
+def write_sweep(found: Swept, page: str, out: Path) -> tuple[Path, ...]:
+    """Write a sweep's files and its page, each whole or not at all; their paths, the page's last.
 
     Raises ValueError for a place that holds anything else, OSError where it cannot be written.
     """
     check_sweep_output(out)
     data = json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n"
-    texts = dict(zip(SWEEP_FILES, (found.to_csv(), data, found.to_html()), strict=True))
+    texts = dict(zip(SWEEP_FILES, (found.to_csv(), data, page), strict=True))
     with _draft(out) as draft:
         for name, text in texts.items():
             _write_text(draft / name, text)

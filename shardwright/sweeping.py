@@ -333,12 +333,6 @@ class Sweep:
         writer.writerows(records)
         return text.getvalue()
 
-    def to_html(self) -> str:
-        """A page that needs nothing else: the answer, plots, the table."""
-        from .page import page_of
-
-        return page_of(self)
-
     def to_pandas(self) -> Any:
         """The records as a DataFrame.  Raises ImportError where pandas is not installed."""
         import pandas  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]

@@ -71,7 +71,7 @@ OUTSIDE: dict[str, set[str]] = {
     "runtime.module": {"torch", "safetensors"},
     "compat": {"torch", "transformers"},
     "costmodel.calibration": {"torch", "numpy"},
-    "shardwright": {"torch", "typer", "rich", "click", "numpy", "networkx"},
+    "shardwright": {"torch", "typer", "rich", "click", "numpy", "networkx", "pandas"},
 }
 for _package in ("mesh", "gathering", "cache", "attention", "serving", "training", "pipeline"):
     OUTSIDE[f"runtime.{_package}"] = {"torch"}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import shardwright
 from shardwright.figures import Figures, Point
+from shardwright.page import page_of
 from shardwright.ranges import parse_count, parse_counts, parse_names, parse_price
 from shardwright.sweeping import Asking, Row, Sweep
 from shardwright.targets import parse_target
@@ -212,7 +213,7 @@ def test_a_sweep_has_the_figures_of_the_plans(run: Run, tmp_path: Path) -> None:
 
 def test_a_page_escapes_what_it_is_told() -> None:
     sweep = swept(figures(8, 800.0, cluster="<b>&\x1b"))
-    text = replace(sweep, asking=replace(sweep.asking, model="<script>x</script>")).to_html()
+    text = page_of(replace(sweep, asking=replace(sweep.asking, model="<script>x</script>")))
     assert "<script>x" not in text
     assert "<b>" not in text
     assert "\x1b" not in text
@@ -256,7 +257,7 @@ def test_the_page_fits_the_window(width: int, tmp_path: Path) -> None:
     found = [figures(gpus, 100.0 * gpus) for gpus in (8, 16, 32)]
     probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
     page = tmp_path / "page.html"
-    page.write_text(swept(*found).to_html().replace("</body>", probe))
+    page.write_text(page_of(swept(*found)).replace("</body>", probe))
     ran = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
          f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", page.as_uri()],
