@@ -195,7 +195,9 @@ class Searched(Generic[Found]):
     @staticmethod
     def against(rival: Found | None) -> Searched[Found]:
         """A search for what beats `rival`."""
-        return Searched() if rival is None else Searched(rival.cost, rival.seconds)
+        if rival is None:
+            return Searched()
+        return Searched(max(rival.cost, rival.seconds), rival.seconds)
 
     def add(self, found: Found | None, solution: Solution) -> None:
         """The plan of one mesh, None where it has none, and the solver's answer."""
@@ -294,11 +296,11 @@ def _solve(built: Built, job: Job, ceiling: float = inf) -> tuple[Solved | None,
     return decide(built, problem, solution.assignment, solution), solution
 
 
-def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]:
+def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
     """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
     aside = replace(job, clock=Clock(), progress=lambda _: None)
 
-    def price(mesh: Mesh, limit: Limit) -> Price:
+    def price(mesh: Mesh, limit: Limit) -> Price[Solved]:
         """As the plan itself is searched: layers are recomputed where memory is short."""
         searched, least = Searched[Solved](), inf
         for n, setting in enumerate(job.settings):
@@ -310,53 +312,67 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> tuple[Baseline, ...]
                 least = min(least, built.least_memory())
         if (solved := searched.best) is not None:
             again = solved.builder.setting.recompute
-            return Price(solved.seconds, solved.peak_bytes, spent(solved), again)
-        return Price(None, least)
+            return Price(solved.peak_bytes, solved, spent(solved), again)
+        return Price(least)
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """Seconds of the cheapest plan within a limit, its peak bytes, what the seconds go into, and
-    whether it recomputes layers; where none fits, None and the least bytes that one would need."""
+class Price(Generic[Found]):
+    """The cheapest plan within a limit, its peak bytes, what its seconds go into, and whether it
+    recomputes layers; where none fits, None and the least bytes that one would need."""
 
-    seconds: float | None
     peak_bytes: float
+    found: Found | None = None
     spent: tuple[tuple[str, float], ...] = ()
     recompute: bool = False
 
 
+@dataclass(slots=True)
+class Ordinary(Generic[Found]):
+    """The rows of ordinary plans, and the fastest of these."""
+
+    rows: list[Baseline] = field(default_factory=list[Baseline])
+    fastest: Found | None = None
+
+    def add(self, row: Baseline, found: Found | None) -> None:
+        """A row, and its plan where it has one."""
+        self.rows.append(row)
+        if found is not None and (self.fastest is None or found.seconds < self.fastest.seconds):
+            self.fastest = found
+
+
 def price_ordinary(
-    graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price]
-) -> tuple[Baseline, ...]:
+    graph: Graph, job: Job, best: Mesh, price: Callable[[Mesh, Limit], Price[Found]]
+) -> Ordinary[Found]:
     """The rows of the ordinary plans, on meshes that were searched, the winner's among them.
 
     There are none beside a layout that was asked for.
     """
+    ordinary = Ordinary[Found]()
     if job.layout is not None or not job.baselines:
-        return ()
+        return ordinary
     job.progress("pricing the ordinary plans")
     meshes = job.meshes
-    rows: list[Baseline] = []
     with job.clock.step("baselines"):
         fused = is_fused(graph)
         for mesh in _baseline_meshes(meshes, best, job.cluster):
             searched = len(meshes) > 1 and len(mesh.axes) > 1  # pure plans: priced on one axis
             for roles in ordinary_roles(mesh, graph):
                 if not (searched and len(set(roles)) == 1):
-                    rows.append(_baseline(graph, mesh, roles, price, fused))
-    return tuple(rows)
+                    ordinary.add(*_baseline(graph, mesh, roles, price, fused))
+    return ordinary
 
 
 def _baseline(
     graph: Graph,
     mesh: Mesh,
     roles: Sequence[str],
-    price: Callable[[Mesh, Limit], Price],
+    price: Callable[[Mesh, Limit], Price[Found]],
     fused: bool,
-) -> Baseline:
-    """The row of one ordinary plan; where sizes do not allow it, the row says why."""
+) -> tuple[Baseline, Found | None]:
+    """The row of one ordinary plan, and the plan; where sizes do not allow it, the row says why."""
     name, size = name_of(roles, mesh), "x".join(map(str, mesh.sizes))
     try:
         if fused and cuts_weights(roles):
@@ -364,10 +380,12 @@ def _baseline(
         whole = Roles(roles, graph, mesh).left_whole(graph)
         found = price(mesh, partial(Roles, roles))
     except LayoutError as error:
-        return Baseline(name, size, None, 0.0, refused=str(error))
-    return Baseline(
-        name, size, found.seconds, found.peak_bytes, found.spent, found.recompute, tuple(whole)
+        return Baseline(name, size, None, 0.0, refused=str(error)), None
+    seconds = None if found.found is None else found.found.seconds
+    row = Baseline(
+        name, size, seconds, found.peak_bytes, found.spent, found.recompute, tuple(whole)
     )
+    return row, found.found
 
 
 def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> list[Mesh]:
@@ -381,16 +399,18 @@ def _baseline_meshes(meshes: Sequence[Mesh], best: Mesh, cluster: Cluster) -> li
     ]
 
 
-def assemble(best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: Job) -> PlanData:
+def assemble(
+    best: Solved, baselines: tuple[Baseline, ...], proven: bool, bound: float, job: Job
+) -> PlanData:
     """The plan; it is optimal only if the problem of every mesh was solved to its end.
 
-    What a problem counts is a bound: the gap is that of the plan's seconds to it.
+    The least that a problem counts is a bound: the gap is that of the plan's seconds to it.
     """
     gap = best.solution.gap if isfinite(best.solution.gap) else 0.0
     search = Search(
         job.solver,
         "optimal" if proven else "feasible",
-        max(gap, 1 - best.cost / best.seconds) if best.seconds else gap,
+        max(gap, 1 - bound / best.seconds) if best.seconds else gap,
         len(job.meshes),
         tuple(job.clock.seconds.items()),
     )
@@ -398,6 +418,7 @@ def assemble(best: Solved, baselines: tuple[Baseline, ...], proven: bool, job: J
 
 
 __all__ = [
-    "Builders", "Clock", "Found", "Job", "Limit", "Price", "Progress", "Searched", "assemble",
-    "candidate_meshes", "ordinary_plans", "price_ordinary", "search_meshes", "setting_of",
+    "Builders", "Clock", "Found", "Job", "Limit", "Ordinary", "Price", "Progress", "Searched",
+    "assemble", "candidate_meshes", "ordinary_plans", "price_ordinary", "search_meshes",
+    "setting_of",
 ]  # fmt: skip

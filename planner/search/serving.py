@@ -35,6 +35,7 @@ from .search import (
     Clock,
     Job,
     Limit,
+    Ordinary,
     Price,
     Searched,
     assemble,
@@ -75,17 +76,17 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
     def search(variant: Variant, rival: _Served | None) -> Searched[_Served]:
         return _search(_graphs(variant), job.saying(variant.way), rival)
 
-    def ordinary(variant: Variant, best: _Served) -> tuple[Baseline, ...]:
+    def ordinary(variant: Variant, best: _Served) -> Ordinary[_Served]:
         return _baselines(_graphs(variant), best, job.saying(variant.way))
 
-    def finish(_: Variant, best: _Served, rows: tuple[Baseline, ...], proven: bool) -> PlanData:
+    def finish(best: _Served, rows: tuple[Baseline, ...], proven: bool, _: float) -> PlanData:
         return _assembled(best, rows, proven, job)
 
     def explained(variant: Variant) -> InfeasibleError:
         graph = _graphs(variant)[1]
         return InfeasibleError(explain(graph, job.cluster, job.setting, job.request))
 
-    return plan_variants(variants, Way(search, ordinary, finish, explained))
+    return plan_variants(variants, Way(search, ordinary, finish, explained), job)
 
 
 def serving_plan_on(prefill: Graph, decode: Graph, mesh: Mesh, job: Job) -> PlanData | None:
@@ -139,17 +140,17 @@ def _attempt(
     return _Served(solved[0], solved[1], whole.cost, seconds), solution
 
 
-def _baselines(graphs: _Graphs, best: _Served, job: Job) -> tuple[Baseline, ...]:
+def _baselines(graphs: _Graphs, best: _Served, job: Job) -> Ordinary[_Served]:
     """The ordinary plans, seconds of a whole answer."""
     aside = replace(job, clock=Clock())
 
-    def price(mesh: Mesh, limit: Limit) -> Price:
+    def price(mesh: Mesh, limit: Limit) -> Price[_Served]:
         builders = _builders(graphs, mesh, aside)
         served, _ = _attempt(builders, limit, aside)
         if served is not None:
-            return Price(served.seconds, served.prefill.peak_bytes)
+            return Price(served.prefill.peak_bytes, served)
         needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders]
-        return Price(None, max(needed))
+        return Price(max(needed))
 
     return price_ordinary(graphs[0], job, best.prefill.builder.network.mesh, price)
 
@@ -164,7 +165,7 @@ def _assembled(best: _Served, baselines: tuple[Baseline, ...], proven: bool, job
         replace(request, phase=then, seq=find_phase(then).tokens, context=longest),
     )
     prefill, decode = (
-        assemble(solved, rows, proven, replace(job, request=phase))
+        assemble(solved, rows, proven, solved.cost, replace(job, request=phase))
         for solved, phase, rows in zip(
             (best.prefill, best.decode), phases, (baselines, ()), strict=True
         )

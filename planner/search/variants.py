@@ -27,7 +27,7 @@ from ..strategies.params import all_params
 from ..strategies.pins import Pin, Pins
 from .infeasible import explain
 from .pipeline import make_pipeline_plan
-from .search import Found, Job, Searched, assemble, ordinary_plans, search_meshes
+from .search import Found, Job, Ordinary, Searched, assemble, ordinary_plans, search_meshes
 
 Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
 _READ: dict[Form, str] = {
@@ -67,12 +67,13 @@ class Way(Generic[Found]):
     """How a variant is planned.
 
     `search` finds the best plan if one beats the rival, `ordinary` prices the ordinary plans beside
-    it, `finish` makes the plan, `explain` says why nothing fits.
+    it, `finish` makes the plan, given the least seconds that any may take, `explain` says why
+    nothing fits.
     """
 
     search: Callable[[Variant, Found | None], Searched[Found]]
-    ordinary: Callable[[Variant, Found], tuple[Baseline, ...]]
-    finish: Callable[[Variant, Found, tuple[Baseline, ...], bool], PlanData]
+    ordinary: Callable[[Variant, Found], Ordinary[Found]]
+    finish: Callable[[Found, tuple[Baseline, ...], bool, float], PlanData]
     explain: Callable[[Variant], InfeasibleError]
 
 
@@ -87,11 +88,11 @@ def make_plan(graph: Graph, job: Job) -> PlanData:
     def search(variant: Variant, rival: Solved | None) -> Searched[Solved]:
         return search_meshes(variant.graph, job.saying(variant.way), rival)
 
-    def ordinary(variant: Variant, best: Solved) -> tuple[Baseline, ...]:
+    def ordinary(variant: Variant, best: Solved) -> Ordinary[Solved]:
         return ordinary_plans(variant.graph, best, job.saying(variant.way))
 
-    def finish(_: Variant, best: Solved, rows: tuple[Baseline, ...], proven: bool) -> PlanData:
-        return assemble(best, rows, proven, job)
+    def finish(best: Solved, rows: tuple[Baseline, ...], proven: bool, bound: float) -> PlanData:
+        return assemble(best, rows, proven, bound, job)
 
     def explained(variant: Variant) -> InfeasibleError:
         return InfeasibleError(explain(variant.graph, job.cluster, job.setting, job.request))
@@ -99,7 +100,7 @@ def make_plan(graph: Graph, job: Job) -> PlanData:
     if job.layout is not None and job.layout.pipeline > 1:
         return make_pipeline_plan(graph, job)
     known = _known(forms(graph), job.request.pins)
-    return plan_variants(known, Way(search, ordinary, finish, explained))
+    return plan_variants(known, Way(search, ordinary, finish, explained), job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,12 @@ class _Tried(Generic[Found]):
         return f"at least {format_seconds(least)}" if isfinite(least) else "does not fit"
 
 
-def plan_variants(variants: Sequence[Variant], way: Way[Found]) -> PlanData:
+def plan_variants(variants: Sequence[Variant], way: Way[Found], job: Job) -> PlanData:
     """The plan of fewest seconds among those of the variants, with notes on the others.
 
     What is whole is planned first, and in parts what has the form of the best of these.  Optimal
-    only if all problems were solved to the end.  Ordinary plans have the form of the best, too.
+    only if all problems were solved to the end.  Ordinary plans have the form of the best, too, and
+    one that is faster than all that were found is taken: what computing hides is not in problems.
     """
     tried: list[_Tried[Found]] = []
     best: tuple[Variant, Found] | None = None
@@ -142,9 +144,16 @@ def plan_variants(variants: Sequence[Variant], way: Way[Found]) -> PlanData:
                 best = variant, searched.best
     if best is None:
         raise error if any(one.searched is None for one in tried) else way.explain(variants[-1])
-    rows = [way.ordinary(one.variant, best[1]) for one in tried if one.variant.form == best[0].form]
+    rows: list[Sequence[Baseline]] = []
+    for variant in (one.variant for one in tried if one.variant.form == best[0].form):
+        ordinary = way.ordinary(variant, best[1])
+        rows.append(ordinary.rows)
+        fastest = ordinary.fastest  # which knows no pins
+        if fastest is not None and not job.request.pins and fastest.seconds < best[1].seconds:
+            best = variant, fastest
     proven = all(one.searched is not None and one.searched.proven for one in tried)
-    plan = way.finish(*best, _better(rows), proven)
+    bound = min(one.searched.least for one in tried if one.searched is not None)
+    plan = way.finish(best[1], _better(rows), proven, bound)
     notes = (*plan.notes, *_fused_note(best[0], tried), *_latent_note(best[0], tried))
     return replace(plan, notes=notes)
 
