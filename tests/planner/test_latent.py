@@ -201,6 +201,7 @@ def test_seconds_of_making_heads() -> None:
 
 
 @pytest.mark.parametrize("made", [tight_append, decode, training])
+@pytest.mark.some(1)
 def test_plans_over_latents_shrink(made: Callable[[], Any]) -> None:
     """To sizes that `plan verify` runs: latents, heads and what they share fit together."""
     plan = made()
