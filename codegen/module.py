@@ -88,13 +88,25 @@ def write_source(
     for writer in (first, *second):
         writer.tables = tables
     models = [writer.model_class() for writer in (*second, first)]
-    parts = [*classes.parts(), *models]
+    return file_of(summary, [*classes.parts(), *models], legend, imports, users)
+
+
+def file_of(
+    summary: str,
+    parts: Sequence[Sequence[str]],
+    legend: Legend,
+    imports: Sequence[Import],
+    users: Mapping[Import, str],
+) -> str:
+    """The text of a module: what it is, its imports (`imports` are of the user's files, called as
+    in `users`), its classes in `parts`, and its demonstration."""
     lines = [line for part in parts for line in part]
     signs = list(legend("\n".join(lines)))
     summary = "\n".join([summary, "", *signs]) if signs else summary
-    head = head_lines(summary, lines, [import_line(item, users) for item in imports])
+    head = _head_lines(summary, lines, [_import_line(item, users) for item in imports])
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
-    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)
+    text = "\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n"
+    return check(text, imports)
 
 
 def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
@@ -113,14 +125,14 @@ def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
     return {name: kinds.index(owners(name)) for name in names}
 
 
-def import_line(item: Import, users: Mapping[Import, str]) -> str:
+def _import_line(item: Import, users: Mapping[Import, str]) -> str:
     """`Rounding = ops.import_user("rounding.py", "Rounding")`; without a name for operators."""
     if not item.function:
         return f'ops.import_user("{item.place}")'
     return f'{users[item]} = ops.import_user("{item.place}", "{item.function}")'
 
 
-def head_lines(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[str]:
+def _head_lines(summary: str, lines: Sequence[str], imports: Sequence[str]) -> list[str]:
     """The docstring, imports of what the lines use, and `imports` of what is the user's."""
     text = "\n".join(lines)
     names = [name for name in RUNTIME if re.search(rf"\b{name}\b[(.)]", text)]

@@ -9,8 +9,8 @@ from ..facts.mesh import Mesh
 from ..ir.ops.users import imports_in
 from ..planner.plan.program import Program
 from .classes import Classes, names_of
-from .module import Legend, Writer, head_lines, import_line, no_legend
-from .source import check, comment_lines, statement
+from .module import Legend, Writer, file_of, no_legend
+from .source import comment_lines, statement
 
 AXIS = "pp"  # the mesh axis of a pipeline, the outermost
 
@@ -60,13 +60,7 @@ def write_pipeline(
     whole = _model(
         rows, names, programs[0], mesh, ranks, schedule, micro_batches, optimizer, picture
     )
-    parts = [*classes.parts(), *models, whole]
-    lines = [line for part in parts for line in part]
-    signs = list(legend("\n".join(lines)))
-    summary = "\n".join([summary, "", *signs]) if signs else summary
-    head = head_lines(summary, lines, [import_line(item, users) for item in imports])
-    foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
-    return check("\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n", imports)
+    return file_of(summary, [*classes.parts(), *models, whole], legend, imports, users)
 
 
 def _title(rows: Sequence[Row], kind: int, program: Program) -> str:

@@ -39,6 +39,15 @@ def _unit(plan: PlanData) -> str:
     return "answer" if plan.decode is not None else find_phase(plan.request.phase).run
 
 
+def _check_no_pipeline(plan: PlanData, command: str) -> None:
+    """Raises PlanError where a plan is a pipeline."""
+    if plan.pipeline is not None:
+        raise PlanError(
+            f"plan {command} does not take pipelines apart yet, and this plan is one: `plan show` "
+            "has its stages, `plan compare` sets it beside another"
+        )
+
+
 def parse_factor(option: str, text: str) -> float:
     """`0.5x` as 0.5.  Raises PlanError."""
     found = _FACTOR.fullmatch(text.strip())
@@ -83,7 +92,8 @@ def _asked_apart(a: PlanData, b: PlanData) -> list[str]:
     fields = ("target", "gpus", "cluster", "phase", "batch", "seq", "context", "output_tokens")
     fields += ("precision", "dtype", "micro_batches", "memory_bytes", "layout")
     apart = [
-        f"{name.replace('_', ' ')} {getattr(a.request, name)!s} and {getattr(b.request, name)!s}"
+        f"{name.replace('_', ' ')} {getattr(a.request, name) or 'none'} and "
+        f"{getattr(b.request, name) or 'none'}"
         for name in fields
         if getattr(a.request, name) != getattr(b.request, name)
     ]
@@ -140,6 +150,7 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
             "what would be other? Give --link 0.5x, --inter-node 0.5x, --gpu-speed 2x, --memory "
             "40GB or --cluster NAME"
         )
+    _check_no_pipeline(plan, "what-if")
     again = change.again(plan, progress)
     progress("price the plan")
     same = again.same()
@@ -170,6 +181,7 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
 
 def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
     """What an ordinary layout would take beside the plan, and what it would take it for."""
+    _check_no_pipeline(plan, "explain")
     again = Change().again(plan, progress)
     try:
         other = again.with_layout(layout)
@@ -206,6 +218,7 @@ def explain(
     `gpu`: how many times as fast it must be for another way to win.  Raises PlanError where no
     module matches.
     """
+    _check_no_pipeline(plan, "explain")
     if plan.decode is not None:
         raise PlanError(
             "an operator of a serve plan is decided for both phases together, which explain does "

@@ -165,8 +165,7 @@ class Sweep:
         """The two figures by which points are compared, the less the better."""
         if one.tpot_s is not None:
             return one.tpot_s, -one.tokens_per_s_per_gpu
-        spent = one.cost_per_hour if self.priced else one.point.gpus
-        return spent or 0.0, -one.tokens_per_s
+        return self._expense(one)
 
     def _beats(self, other: Figures, one: Figures) -> bool:
         if other.point.seq != one.point.seq:

@@ -55,18 +55,31 @@ class Side:
 
 
 def side_by_side(sides: Sequence[Side]) -> str:
-    """Three tables; with two plans, differences too (those of the second to the first)."""
+    """Three tables; with two plans, differences too (those of the second to the first).
+
+    Where one is a pipeline there is the memory alone: ranks of its stages do different things.
+    """
     run = find_phase(sides[0].plan.request.phase).run
+    memory = _table("memory at the peak", [side.memory() for side in sides], sides, format_bytes)
+    if _any_pipeline(sides):
+        return memory
     parts = [
         _table(f"time of a {run}", [side.seconds() for side in sides], sides, _time),
         _table(f"received per {run}", [side.received() for side in sides], sides, format_bytes),
-        _table("memory at the peak", [side.memory() for side in sides], sides, format_bytes),
+        memory,
     ]
     return "\n\n".join(parts)
 
 
+def _any_pipeline(sides: Sequence[Side]) -> bool:
+    return any(side.plan.pipeline is not None for side in sides)
+
+
 def main_difference(slower: Side, faster: Side) -> str:
-    """The part that the slower plan spends most more on, in words; "" where there is none."""
+    """The part that the slower plan spends most more on, in words; "" where there is none, or
+    one of them is a pipeline."""
+    if _any_pipeline([slower, faster]):
+        return ""
     a, b = slower.whole(), faster.whole()
     more = {what: a.get(what, 0.0) - b.get(what, 0.0) for what in {**a, **b}}
     moved = {what for what in more if what.startswith("communication")}

@@ -13,10 +13,9 @@ from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Param
 from ..errors import PlanError
-from ..ilp.solve import Solution
 from ..plan.decide import Solved, decide, plan_of
 from ..plan.plan import PlanData, Search
-from ..strategies.build import Built, Decisions
+from ..strategies.build import Decisions
 from ..strategies.layout import Layout, limited
 from ..strategies.regions import Region, Strategy
 from ..strategies.setting import Restriction, Setting
@@ -50,6 +49,10 @@ class Decided(Restriction):
         return storage.home == self._decisions.homes.get(param.value.name)
 
 
+class _NoWay(Exception):
+    """A region cannot run as it was chosen to."""
+
+
 class Choosing(Restriction):
     """What another restriction allows, with one region run only as `allowed` says."""
 
@@ -79,7 +82,7 @@ class Choosing(Restriction):
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
         """That region cannot run so."""
         if region.name == self._name:
-            raise PlanError(f"`{region.name}` cannot run so together with what is asked for")
+            raise _NoWay
         self._base.no_strategy(region, sizes)
 
 
@@ -128,8 +131,8 @@ class Again:
         plan = self.plan
         if plan.decode is not None:
             return self._same_served(plan, plan.decode)
-        job = replace(self.job(plan.mesh), limit=lambda graph, mesh: Decided(plan.decisions))
-        solved, _ = self._solved(job, Decided(plan.decisions), limited_memory=False)
+        job = self.job(plan.mesh)
+        solved = self._solved(job, Decided(plan.decisions), limited_memory=False)
         assert solved is not None  # it has no limit, and its decisions were possible before
         return self._plan(solved, job)
 
@@ -156,11 +159,9 @@ class Again:
     def with_layout(self, layout: str) -> PlanData:
         """The plan that an ordinary layout gives.  Raises LayoutError where it is not possible,
         InfeasibleError where it does not fit."""
-        if Layout.parse(layout).mesh.ranks != self.plan.request.gpus:
-            raise PlanError(
-                f"--why-not {layout}: it is for {Layout.parse(layout).mesh.ranks} GPUs, the plan "
-                f"for {self.plan.request.gpus}"
-            )
+        ranks, gpus = Layout.parse(layout).ranks, self.plan.request.gpus
+        if ranks != gpus:
+            raise PlanError(f"--why-not {layout}: it is for {ranks} GPUs, the plan for {gpus}")
         job = self.job(layout=layout)
         if self.plan.decode is not None:
             return make_serving_plan(self.plan.graph, self.plan.decode.graph, job)
@@ -179,17 +180,14 @@ class Again:
         return next(way for way in region.strategies if way.choices == choices)
 
     def run_so(self, region: Region, allowed: Callable[[Strategy], bool]) -> Solved | None:
-        """The best on the plan's mesh in which a region runs as `allowed` says; None if none fits.
+        """The best on the plan's mesh in which a region runs as `allowed` says; None if there is
+        none, or none fits.  Raises PlanError where the time was too short to find out.
 
         What the plan does with layers (kept or recomputed) and the order of tokens stay.
         """
         plan, job = self.plan, self.job(self.plan.mesh)
-        base = job.limit(plan.graph, plan.mesh)
-        try:
-            found, _ = self._solved(job, Choosing(base, region.name, allowed))
-        except PlanError:
-            return None
-        return found
+        only = Choosing(job.limit(plan.graph, plan.mesh), region.name, allowed)
+        return self._solved(job, only)
 
     def seconds_of(self, region: Region, way: Strategy) -> float:
         """Seconds of a step that the nodes of a region take by themselves."""
@@ -214,17 +212,20 @@ class Again:
 
     def _solved(
         self, job: Job, restriction: Restriction, *, limited_memory: bool = True
-    ) -> tuple[Solved | None, Solution]:
+    ) -> Solved | None:
         graph, mesh = self.plan.graph, self.plan.mesh
         setting = self._setting(job)
         if not limited_memory:
             setting = replace(setting, memory_bytes=None)
-        built: Built = job.builder(graph, mesh, setting).build(restriction)
+        try:
+            built = job.builder(graph, mesh, setting).build(restriction)
+        except _NoWay:
+            return None
         problem = built.problem()
         solution = job.solution(problem, mesh)
         if solution.assignment is None:
-            return None, solution
-        return decide(built, problem, solution.assignment, solution), solution
+            return None
+        return decide(built, problem, solution.assignment, solution)
 
     def _plan(self, solved: Solved, job: Job) -> PlanData:
         search = Search(job.solver, solved.solution.status, 0.0, 1, ())

@@ -96,9 +96,26 @@ def test_the_parts_of_a_plan_add_up() -> None:
         assert abs(parts["other"]) < 1e-3 * plan.seconds
     text = compare(planned(), planned(gpus=None, layout="ddp=2"), ("a", "b"))
     assert text.startswith("a is ")
-    assert "layout  and ddp=2" in text
+    assert "layout none and ddp=2" in text
     with pytest.raises(PlanError, match="not of the same"):
         compare(planned(), planned(phase="serve", output_tokens=8), ("a", "b"))
+
+
+def test_pipelines_are_compared_and_not_taken_apart() -> None:
+    plan, other = planned(), planned(gpus=None, layout="pp=2", micro_batches=4)
+    ratio = max(plan.seconds, other.seconds) / min(plan.seconds, other.seconds)
+    text = compare(plan, other, ("a", "b"))
+    assert f" is {ratio:.2f}x faster" in text
+    assert "memory at the peak" in text
+    assert "time of a step" not in text
+    assert "per step, " in why_not(plan, "pp=2")
+    for ask in (
+        lambda: what_if(other, Change(links=0.5)),
+        lambda: why_not(other, "ddp=2"),
+        lambda: explain(other, "*"),
+    ):
+        with pytest.raises(PlanError, match="does not take pipelines apart"):
+            ask()
 
 
 def test_other_ways_cost_what_they_cost_when_pinned() -> None:
