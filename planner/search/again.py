@@ -18,7 +18,7 @@ from ..plan.plan import PlanData, Search
 from ..strategies.build import Decisions
 from ..strategies.layout import Layout, limited
 from ..strategies.regions import Region, Strategy
-from ..strategies.setting import Restriction, Setting
+from ..strategies.setting import Restriction, Setting, Within
 from ..strategies.storage import Storage
 from .search import Builders, Clock, Job, Progress
 from .serving import make_serving_plan, serving_plan_on
@@ -53,37 +53,24 @@ class _NoWay(Exception):
     """A region cannot run as it was chosen to."""
 
 
-class Choosing(Restriction):
+class Choosing(Within):
     """What another restriction allows, with one region run only as `allowed` says."""
 
-    def __init__(self, base: Restriction, name: str, allowed: Callable[[Strategy], bool]) -> None:
-        self._base, self._name, self._allowed = base, name, allowed
+    def __init__(self, inner: Restriction, name: str, allowed: Callable[[Strategy], bool]) -> None:
+        super().__init__(inner)
+        self._name, self._allowed = name, allowed
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
-        """As the base, and in that region as asked for."""
+        """As the other says, and in that region as asked for."""
         if region.name == self._name and not self._allowed(strategy):
             return False
-        return self._base.allows(region, strategy)
-
-    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """As the base."""
-        return self._base.allows_storage(param, name, spec)
-
-    def allows_home(
-        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
-    ) -> bool:
-        """As the base."""
-        return self._base.allows_home(param, name, storage, several=several, homeless=homeless)
-
-    def allows_gather(self, axis: int) -> bool:
-        """As the base."""
-        return self._base.allows_gather(axis)
+        return super().allows(region, strategy)
 
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
         """That region cannot run so."""
         if region.name == self._name:
             raise _NoWay
-        self._base.no_strategy(region, sizes)
+        super().no_strategy(region, sizes)
 
 
 def _taken(region: Region, decisions: Decisions) -> tuple[tuple[str, ...], ...]:

@@ -14,7 +14,7 @@ each rank does once a step besides.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...costmodel.timeline import StageTimes, Timeline, in_flight, played
@@ -33,9 +33,8 @@ from ..plan.program import Convert, Program
 from ..strategies.build import Decisions
 from ..strategies.conversion import Network
 from ..strategies.layout import Layout
-from ..strategies.regions import Region, Strategy, scopes
-from ..strategies.setting import Restriction, Setting
-from ..strategies.storage import Storage
+from ..strategies.regions import scopes
+from ..strategies.setting import Restriction, Setting, Within
 from .infeasible import explain
 from .search import Job, token_orders
 
@@ -121,7 +120,7 @@ def _better_layers(plan: PlanData) -> list[int] | None:
     return layers if slowest < 0.99 * max(each) else None
 
 
-class _Ends(Restriction):
+class _Ends(Within):
     """What `inner` allows of a stage whose ends, and shared parameters, lie as `fixed` says.
 
     Keys are names of inputs and outputs with their types, and names of parameters.
@@ -134,40 +133,19 @@ class _Ends(Restriction):
         fixed: dict[tuple[str, TensorType], Spec],
         stored: dict[str, Spec],
     ) -> None:
-        self._inner, self._ends, self._fixed, self._stored = inner, ends, fixed, stored
-
-    def allows(self, region: Region, strategy: Strategy) -> bool:
-        """May `region` run so?"""
-        return self._inner.allows(region, strategy)
+        super().__init__(inner)
+        self._ends, self._fixed, self._stored = ends, fixed, stored
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
         """May the parameter be stored so?"""
         as_shared = self._stored.get(name, spec) == spec
-        return as_shared and self._inner.allows_storage(param, name, spec)
-
-    def allows_home(
-        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
-    ) -> bool:
-        """May the parameter be kept so between its uses?"""
-        return self._inner.allows_home(param, name, storage, several=several, homeless=homeless)
+        return as_shared and super().allows_storage(param, name, spec)
 
     def allows_end(self, value: Value, spec: Spec) -> bool:
         """May an input or output come and go so?"""
         end = self._ends.get(value.name)
         as_sent = end is None or self._fixed.get(end, spec) == spec
-        return as_sent and self._inner.allows_end(value, spec)
-
-    def allows_gather(self, axis: int) -> bool:
-        """May a parameter be gathered over it?"""
-        return self._inner.allows_gather(axis)
-
-    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
-        """As `inner` says."""
-        self._inner.none_allowed(param, name, sizes)
-
-    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
-        """As `inner` says."""
-        self._inner.no_strategy(region, sizes)
+        return as_sent and super().allows_end(value, spec)
 
 
 @dataclass(slots=True)

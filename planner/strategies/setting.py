@@ -78,4 +78,41 @@ class Restriction:
         """No strategy of `region` is allowed: all will be, unless this raises."""
 
 
-__all__ = ["Restriction", "Setting"]
+class Within(Restriction):
+    """What another restriction allows; what extends it narrows that further."""
+
+    def __init__(self, inner: Restriction) -> None:
+        self._inner = inner
+
+    def allows(self, region: Region, strategy: Strategy) -> bool:
+        """As `inner` says."""
+        return self._inner.allows(region, strategy)
+
+    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
+        """As `inner` says."""
+        return self._inner.allows_storage(param, name, spec)
+
+    def allows_home(
+        self, param: Param, name: str, storage: Storage, *, several: bool, homeless: Collection[int]
+    ) -> bool:
+        """As `inner` says."""
+        return self._inner.allows_home(param, name, storage, several=several, homeless=homeless)
+
+    def allows_end(self, value: Value, spec: Spec) -> bool:
+        """As `inner` says."""
+        return self._inner.allows_end(value, spec)
+
+    def allows_gather(self, axis: int) -> bool:
+        """As `inner` says."""
+        return self._inner.allows_gather(axis)
+
+    def none_allowed(self, param: Param, name: str, sizes: tuple[int, ...]) -> None:
+        """As `inner` says."""
+        self._inner.none_allowed(param, name, sizes)
+
+    def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
+        """As `inner` says."""
+        self._inner.no_strategy(region, sizes)
+
+
+__all__ = ["Restriction", "Setting", "Within"]
