@@ -48,9 +48,12 @@ def mesh_of(*sizes: int) -> Mesh:
 
 
 def job_of(request: Request, mesh: Mesh, limit: Limit) -> Job:
-    """To plan a request on one mesh."""
+    """To plan a request on one mesh, without ordinary plans beside it: they know no limit."""
     machine = load_cluster(request.cluster, request.gpus)
-    return Job(machine, request, mesh, limit, "highs", 60.0, Clock(), lambda step: None)
+    clock = Clock()
+    return Job(
+        machine, request, mesh, limit, "highs", 60.0, clock, lambda step: None, baselines=False
+    )
 
 
 def builder_of(
