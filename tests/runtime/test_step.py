@@ -361,7 +361,8 @@ def test_what_else_a_module_does_knows_its_parameters_alone(pool: Pool, kind: st
     for found in pool(2).run(around, kind):
         torch.testing.assert_close(found["norm"], norm, rtol=1e-9, atol=0)
         before, changed, loss = found["losses"]
-        assert before == loss != changed
+        torch.testing.assert_close(before, loss, rtol=1e-12, atol=0)  # of other kernels
+        assert (loss - changed).abs() > 1e-3
         assert found["held"] == [(4, WIDTH), *[(3, WIDTH)] * DEPTH]
         for name, x in leaves.items():
             torch.testing.assert_close(found["state"][name], x.detach(), rtol=0, atol=1e-12)
