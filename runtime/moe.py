@@ -358,8 +358,8 @@ def _own_part(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
 def _dispatched(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
     """Send each token to the ranks of its experts, run them there, and add up what comes back."""
     tokens, place, sent = _destinations(chosen.experts // experts.count, axis.size)
-    received = _exchange_rows(axis, sent.unsqueeze(1), None, None, "forward").flatten().tolist()
-    sent = sent.tolist()
+    axis.record("all_to_all", (axis.size - 1) * sent.element_size(), "forward")
+    received, sent = transport.tell_rows(sent, axis.group).tolist(), sent.tolist()
     numbers = chosen.experts.index_select(0, tokens).to(torch.int32)
     numbers = _exchange_rows(axis, numbers, sent, received, "forward").long()
     rows, weights = _Exchange.apply(
@@ -411,11 +411,9 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange_rows(
-    axis: Axis, x: Tensor, sent: list[int] | None, received: list[int] | None, phase: Phase
+    axis: Axis, x: Tensor, sent: list[int], received: list[int], phase: Phase
 ) -> Tensor:
-    """All-to-all of the rows of `x`, without gradient; None: one row for each rank."""
-    sent = [1] * axis.size if sent is None else sent
-    received = [1] * axis.size if received is None else received
+    """All-to-all of the rows of `x`, without gradient."""
     from_others = sum(received) - received[axis.rank]
     row_bytes = prod(x.shape[1:]) * x.element_size()
     axis.record("all_to_all", from_others * row_bytes, phase)

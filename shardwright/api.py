@@ -71,6 +71,7 @@ from .planner.strategies.layout import limited
 from .planner.strategies.pins import module_of
 
 if TYPE_CHECKING:
+    from .rehearse import Rehearsal
     from .verify import Verification
 
 _USES = ("dp", "tp", "cp", "ep")  # names of axes that say what is cut over them
@@ -635,7 +636,18 @@ def verify(
     return run(Path(folder), ranks, model)
 
 
+def rehearse(folder: str | Path, rank: int = 0, steps: int = 5) -> Rehearsal:
+    """Run rank `rank` of the plan in `folder` on this device alone, its peers played.
+
+    `print` shows seconds by layer and kind of kernel, and bytes at the peak, beside what was
+    predicted.  Raises PlanError where the plan can't be run so.
+    """
+    from .rehearse import rehearse as run
+
+    return run(Path(folder), rank, steps)
+
+
 __all__ = [
     "Captures", "Plan", "capture_graph", "load_plan", "plan", "plan_file", "plan_steps", "planned",
-    "verify",
+    "rehearse", "verify",
 ]  # fmt: skip

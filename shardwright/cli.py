@@ -93,6 +93,7 @@ _EPILOG = """\b
 More commands (`plan COMMAND --help` explains each):
   plan show DIR      print a saved plan again
   plan verify DIR    run a plan's module on CPU processes and compare it with the original model
+  plan rehearse DIR  run one rank alone, and compare time and memory with the plan
   plan explain DIR   why operators run as they do, or why the plan is not another layout
   plan what-if DIR   price a plan on another machine
   plan compare A B   which plan is faster, and where they differ
@@ -478,6 +479,35 @@ def verify(
             verification = run_verification(folder, ranks, model=model)
         say(verification)
     if not verification.ok:
+        raise typer.Exit(1)
+
+
+@tools.command("rehearse")
+def rehearse(
+    folder: FolderArgument,
+    rank: Annotated[
+        int, typer.Option(metavar="R", min=0, help="which rank of the plan to run, e.g. --rank 3")
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="steps to time, e.g. --steps 20")
+    ] = 5,
+) -> None:
+    """Run one rank of a plan here, its peers played, e.g. `plan rehearse plan_out`.
+
+    On this machine's GPU, or its CPU, whatever the number of GPUs the plan is for: prints time by
+    layer and by kind of kernel, and memory at the peak, beside what was predicted, with a verdict
+    each. Times of a CPU are judged only for a plan whose cluster file was measured on it; a model
+    that is too large runs with fewer layers. Exits with 1 where a prediction does not hold.
+    """
+    with _errors_as_exit_codes():
+        existing_plan(folder)
+        with _Progress() as progress:
+            progress("rehearse")
+            from .api import rehearse as run_rehearsal
+
+            rehearsal = run_rehearsal(folder, rank, steps)
+        say(rehearsal)
+    if not rehearsal.ok:
         raise typer.Exit(1)
 
 

@@ -8,12 +8,11 @@ a wrong result cannot hide behind rounding.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codegen.write import module_source, programs_source
+from .codegen.write import programs_source
 from .compat.torch import TorchDispatchMode
 from .conversation import (
     Step,
@@ -35,18 +34,15 @@ from .conversation import (
     length_of,
 )
 from .draws import Drawn, Recorder, Replayed, WithoutDropout, draws_of
-from .facts.files import read_text
 from .facts.mesh import Mesh
 from .facts.spec import R, Spec
 from .facts.updated import updated_buffer, updated_path
-from .facts.users import import_user, is_file
 from .folder import MODULE_FILE, PLAN_FILE
 from .ir.capture.flex import written_out_flex
 from .ir.capture.huggingface_experts import experts_in_loops
 from .ir.graph import Graph, Node, Value
 from .ir.ops.indices import index_limits
 from .ir.ops.registry import local_of, operator_of
-from .ir.ops.users import imports_in
 from .ir.passes.serving import POSITIONS
 from .ir.reference.interpret import interpret
 from .ir.reference.shrink import Planned, buffers_of, shrink, state_of
@@ -60,6 +56,7 @@ from .planner.plan.store import read_plan
 from .runtime import PipelinedModule, RankError, RankPool
 from .runtime.cache.declared import TOKENS
 from .runtime.mesh.batches import arguments_of
+from .trusted import import_source, import_users, module_in
 from .written import wrote
 
 # What runs on this machine as it is: bytes of parameters, gradients and results; FLOPs of a step.
@@ -150,55 +147,11 @@ def verify(folder: Path, ranks: int | None = None, model: str | None = None) -> 
     Raises PlanError where no such run exists.
     """
     plan = read_plan(folder)
-    text, edited = _module_in(folder, plan)
+    text, edited = module_in(folder, plan)
     own = wrote(folder / PLAN_FILE)
-    _import_users(plan, model, own)
+    import_users(plan, model, own)
     plan, note = _with_original(plan, model, own)
     return replace(_verified(plan, folder / MODULE_FILE, text, edited, ranks), note=note)
-
-
-def _module_in(folder: Path, plan: PlanData) -> tuple[str, bool]:
-    """The module's text, and whether it is another than the plan generates.
-
-    Raises PlanError where it is missing, or neither the plan's nor this user's.
-    """
-    path = folder / MODULE_FILE
-    if not path.is_file():
-        raise PlanError(
-            f"there is no module `{path}`; write it again: "
-            f"load_plan({str(folder)!r}).write_module({str(path)!r})"
-        )
-    text = read_text(path)
-    edited = text != module_source(plan)
-    if edited and not wrote(folder / PLAN_FILE):
-        raise PlanError(
-            f"`{path}` is not what its plan generates, and this plan was not written here by you: "
-            f"it is not run. Read it, or write the plan's own: load_plan({str(folder)!r})"
-            f".write_module({str(path)!r})"
-        )
-    return text, edited
-
-
-def _import_users(plan: PlanData, model: str | None, own: bool) -> None:
-    """Import what defines operators and functions that the plan calls; `model` is a file to be run.
-
-    Raises PlanError where a plan from elsewhere names something else.
-    """
-    named = Path(model.partition(":")[0]).resolve() if model else None
-    for item in dict.fromkeys(item for each in plan.phases for item in imports_in(each.graph)):
-        place = item.place
-        if not own and not (is_file(place) and Path(place).resolve() == named):
-            may = f"give `--model {place}` if it may run; else " if is_file(place) else ""
-            raise PlanError(
-                f"the module would import {place}, which defines what it calls, and this plan was "
-                f"not written here by you: nothing is run. Read that code; {may}plan the model "
-                "again"
-            )
-        try:
-            with redirect_stdout(sys.stderr):
-                import_user(place, item.function)
-        except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise PlanError(f"importing {place} failed: {error}") from error
 
 
 def _with_original(plan: PlanData, model: str | None, own: bool) -> tuple[PlanData, str]:
@@ -933,16 +886,6 @@ def _exact(t: Tensor) -> Tensor:
 
 def _largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
-
-
-def import_source(path: Path) -> Any:
-    """The generated module in the file `path`."""
-    spec = importlib.util.spec_from_file_location("_shardwright_generated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 __all__ = ["Comparison", "Verification", "verify"]

@@ -247,6 +247,11 @@ class Experts(Operator):
         """What the products are made of; the sorted rows are `extra_bytes`."""
         return named_values(node, ("x", "indices", "weights", "up", "gate", "down"))
 
+    def load(self, local: Local) -> float:
+        """That of the busiest rank's experts over the mean."""
+        layer = layer_of(local)
+        return layer.imbalance if layer.sends else 1.0
+
     def extra_bytes(self, local: Local) -> float:
         """The rows, sorted by expert, of the busiest rank."""
         return layer_of(local).saved_bytes

@@ -240,6 +240,10 @@ class Operator:
         """Bytes that it holds beside operands and results while it runs."""
         return 0.0
 
+    def load(self, local: Local) -> float:
+        """Rows that come to the busiest rank, over those that a rank sends, where it sends any."""
+        return 1.0
+
     def extra_bytes(self, local: Local) -> float:
         """Bytes that autograd keeps, and that it holds while it runs, besides `saves`."""
         return 0.0

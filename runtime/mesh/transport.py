@@ -9,7 +9,8 @@ of gloo's own collective in torch 2.13, 16 KB to 16 MB, two cores that other wor
 | 2     | 0.25 to 0.5    | 0.7 to 1.2 | 0.9 to 1.4 |
 | 4     | 0.4 to 0.8     | 0.8 to 2.2 | 0.8 to 6   |
 
-It also moves every dtype: gloo knows neither int16 nor, for all-to-all, bool.
+It also moves every dtype: gloo knows neither int16 nor, for all-to-all, bool.  Groups that play
+other ranks (`peers.py`) are asked for whole collectives on the CPU, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from .peers import Peers
 
 Reduction: TypeAlias = Literal["sum", "max"]
 
@@ -92,7 +95,7 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 def start_all_gather(x: Tensor, group: ProcessGroup) -> Transfer:
     """`all_gather` under way; `x` must not change before it is finished."""
     out = x.new_empty((group.size(), *x.shape))
-    if not x.is_cuda:
+    if not _as_a_whole(x, group):
         out[group.rank()] = x
     return start_gather_rows(out, x, group)
 
@@ -102,7 +105,7 @@ def start_gather_rows(out: Tensor, own: Tensor, group: ProcessGroup) -> Transfer
 
     `own` may be the row of `out` itself.
     """
-    if out.is_cuda:
+    if _as_a_whole(out, group):
         target, source = _movable(out).view(-1), _movable(own).view(-1)
         return Transfer(out, [_nccl_all_gather(target, source, group=group, async_op=True)], own)
     return Transfer(out, _start_exchange([own] * group.size(), out, group), own)
@@ -116,7 +119,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 def start_all_to_all(x: Tensor, group: ProcessGroup) -> Transfer:
     """`all_to_all` under way; `x` must not change before it is finished."""
     out = torch.empty_like(x)
-    if x.is_cuda:
+    if _as_a_whole(x, group):
         work = dist.all_to_all_single(_movable(out), _movable(x), group=group, async_op=True)
         return Transfer(out, _under_way(work), x)
     rank = group.rank()
@@ -133,7 +136,7 @@ def all_to_all_rows(
     rank's `receive` must say what the others send.
     """
     out = x.new_empty((sum(receive), *x.shape[1:]))
-    if x.is_cuda:
+    if _as_a_whole(x, group):
         theirs, ours = (t if t.dtype in _SUMMABLE else t.view(torch.uint8) for t in (out, x))
         dist.all_to_all_single(theirs, ours, list(receive), list(send), group=group)
         return out
@@ -141,6 +144,13 @@ def all_to_all_rows(
     outgoing, incoming = x.split(list(send)), out.split(list(receive))
     incoming[rank].copy_(outgoing[rank])
     return Transfer(out, _start_exchange(outgoing, incoming, group), x).finish()
+
+
+def tell_rows(sent: Tensor, group: ProcessGroup) -> Tensor:
+    """How many rows (p,) come from each rank, where this one has `sent[i]` (p,) for rank i."""
+    if isinstance(group, Peers):
+        return group.expected_rows(sent)
+    return all_to_all(sent.unsqueeze(1), group).flatten()
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -152,7 +162,7 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Transfer:
     """`reduce_scatter` under way; `x` must not change before it is finished."""
     rank = group.rank()
     out = torch.empty_like(x[rank])
-    if x.is_cuda:
+    if _as_a_whole(x, group):
         target, source = out.view(-1), _summable(x).view(-1)
         return Transfer(out, [_nccl_reduce_scatter(target, source, group=group, async_op=True)], x)
     if group.size() == 2:  # added up where it arrives: the own row is not copied
@@ -175,7 +185,8 @@ def start_all_reduce(
     """`all_reduce` under way; `x` must not change before it is finished, and may become the result
     if it is contiguous and `reuse` is said."""
     received = (group.size() - 1) * x.nbytes
-    if not x.is_cuda and (received <= _ONE_ROUND_BYTES or x.dtype not in _SUMMABLE):
+    by_rows = received <= _ONE_ROUND_BYTES or x.dtype not in _SUMMABLE
+    if by_rows and not _as_a_whole(x, group):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows = start_all_gather(x.contiguous(), group)
         return Transfer(out, [], rows, lambda: _reduce_into(out, rows.finish(), op))
@@ -232,7 +243,7 @@ def post_shift(x: Tensor, into: Tensor, group: ProcessGroup) -> list[Any]:
     """
     ways, rank = group.size(), group.rank()
     after, before = (rank + 1) % ways, (rank - 1) % ways
-    if x.is_cuda:
+    if _as_a_whole(x, group):
         return post([(x, after)], [(into, before)], group)
     source, target = x.view(-1).view(torch.uint8), into.view(-1).view(torch.uint8)
     send, receive = [0] * ways, [0] * ways
@@ -253,6 +264,11 @@ def _reduce_into(out: Tensor, rows: Tensor, op: Reduction) -> Tensor:
     if len(rows) == 2:
         return torch.add(rows[0], rows[1], out=out)
     return torch.sum(rows, 0, dtype=rows.dtype, out=out)
+
+
+def _as_a_whole(x: Tensor, group: ProcessGroup) -> bool:
+    """Is the group asked for a collective, and not for messages of which we make one?"""
+    return x.is_cuda or isinstance(group, Peers)
 
 
 def _movable(x: Tensor) -> Tensor:

@@ -90,19 +90,41 @@ def demonstrate(
 
     Steps of several `micro_batches` are those of `take_step`, which takes rows.
     """
-    whole = arguments_of(program.inputs, random_batch(program.inputs), program.fixed)
-    batch = shard_inputs(program.inputs, whole, clock.mesh, program.fixed)
-    if optimizer is None:
-        step = partial(_forward, program, batch)
-    elif micro_batches > 1:
-        shard = data_shard(program.inputs, clock.mesh)
-        own = random_rows(program.inputs, shard, micro_batches)
-        rows = arguments_of(program.inputs, own, program.fixed)
-        step = partial(_step, model, take_step, rows, make_optimizer(optimizer, model))
-    else:
-        step = partial(_train, model, program, batch, make_optimizer(optimizer, model))
-    best = clock.best("step", step)
+    trains = optimizer is not None
+    stepper = None if optimizer is None else make_optimizer(optimizer, model)
+    step = demonstrated_step(
+        model, program, clock.mesh, stepper, take_step, micro_batches, trains=trains
+    )
+
+    def told() -> str:
+        out = step()
+        return f", loss {out.item():.4f}" if trains and out is not None else ""
+
+    best = clock.best("step", told)
     clock.say(f"best {best * 1e3:.1f} ms per step")
+
+
+def demonstrated_step(
+    model: nn.Module,
+    program: Program,
+    mesh: Mesh,
+    optimizer: torch.optim.Optimizer | None,
+    take_step: Callable[..., Tensor],
+    micro_batches: int,
+    *,
+    trains: bool,
+) -> Callable[[], Tensor | None]:
+    """One step on a random batch, which gives its loss if there is one; where nothing is trained, a
+    forward pass, which gives its first output."""
+    whole = arguments_of(program.inputs, random_batch(program.inputs), program.fixed)
+    batch = shard_inputs(program.inputs, whole, mesh, program.fixed)
+    if not trains:
+        return partial(_forward, program, batch)
+    if micro_batches > 1:
+        own = random_rows(program.inputs, data_shard(program.inputs, mesh), micro_batches)
+        rows = arguments_of(program.inputs, own, program.fixed)
+        return partial(_step, model, take_step, rows, optimizer)
+    return partial(_train, model, program, batch, optimizer)
 
 
 def demonstrate_serving(
@@ -125,19 +147,33 @@ def demonstrate_serving(
 
 def _time_phase(serving: Serving, phase: Phase, program: Program, clock: Clock) -> None:
     (batch, tokens), context = program.tokens.shape, program.context
-    ids = random_batch(program.inputs)["input_ids"]
-    if context:
-        serving.fill(context, phase)
-    step = partial(_serve, serving, phase, ids, context)
-    if context and serving.stateful:  # which cannot go back
-        best = clock.best(phase.name, step, before=partial(serving.fill, context, phase))
-    else:
-        best = clock.best(phase.name, step)
+    step, before = phase_step(serving, phase, program)
+
+    def run() -> str:
+        step()
+        return ""
+
+    best = clock.best(phase.name, run, before=before)
     cached = f" over {context} cached ones" if context else ""
     clock.say(
         f"best {best * 1e3:.1f} ms per {phase.name} of {batch} x {tokens} tokens{cached}, "
         f"{batch * tokens / best:,.0f} tokens/s"
     )
+
+
+def phase_step(
+    serving: Serving, phase: Phase, program: Program
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """A run of a phase over a cache as full as planned, which gives logits (b, v), and what is to
+    be done before each."""
+    context = program.context
+    ids = random_batch(program.inputs)["input_ids"]
+    if context:
+        serving.fill(context, phase)
+    step = partial(_serve, serving, phase, ids, context)
+    if context and serving.stateful:  # which cannot go back
+        return step, partial(serving.fill, context, phase)
+    return step, lambda: None
 
 
 def _time_conversion(serving: Serving, shape: Sequence[int], clock: Clock) -> None:
@@ -152,17 +188,19 @@ def _time_conversion(serving: Serving, shape: Sequence[int], clock: Clock) -> No
     clock.say(f"best {best * 1e3:.1f} ms per conversion of {batch} x {tokens} cached tokens")
 
 
-def _serve(serving: Serving, phase: Phase, ids: Tensor, context: int) -> str:
+def _serve(serving: Serving, phase: Phase, ids: Tensor, context: int) -> Tensor:
     """One step from `context` cached tokens on."""
     serving.truncate([context] * len(ids))
-    serving.step(phase, ids, torch.full((len(ids),), ids.shape[1]))
-    return ""
+    if phase == DECODE:  # as answers go on: on CUDA a captured step
+        return serving.decode(ids[:, 0])
+    return serving.step(phase, ids, torch.full((len(ids),), ids.shape[1]))
 
 
-def _forward(program: Program, batch: Mapping[str, Any]) -> str:
+def _forward(program: Program, batch: Mapping[str, Any]) -> Tensor | None:
+    """The first of the outputs, if there is one."""
     with torch.no_grad():
-        program.run(**batch)
-    return ""
+        out = program.run(**batch)
+    return look_up(out, program.outputs[0].path) if program.outputs else None
 
 
 def _train(
@@ -170,7 +208,7 @@ def _train(
     program: Program,
     batch: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None,
-) -> str:
+) -> Tensor | None:
     """One step on the scalar output if there is one, else on the sum of all that are trained."""
     out = program.run(**batch)
     loss = scalar = scalar_loss(program.outputs, out)
@@ -181,7 +219,7 @@ def _train(
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    return "" if scalar is None else f", loss {loss.item():.4f}"
+    return None if scalar is None else loss.detach()
 
 
 def random_rows(
@@ -201,12 +239,12 @@ def _step(
     take_step: Callable[..., Tensor],
     rows: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None,
-) -> str:
+) -> Tensor:
     loss = take_step(**rows)
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    return f", loss {loss.item():.4f}"
+    return loss
 
 
 def make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:

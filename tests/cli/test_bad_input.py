@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from shardwright.runtime import RankError, run_ranks
-from shardwright.verify import import_source
+from shardwright.trusted import import_source
 
 if TYPE_CHECKING:
     from .conftest import Ran, Run

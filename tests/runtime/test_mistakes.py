@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 import shardwright as sw
 from shardwright.facts import given
 from shardwright.runtime import run_ranks
-from shardwright.verify import import_source
+from shardwright.trusted import import_source
 from tests.ir.models import huggingface_configs, huggingface_model
 
 IDS = torch.zeros(2, 8, dtype=torch.int64)
