@@ -47,7 +47,7 @@ _ANSWERED = (
 )
 
 
-def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+def solve(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf) -> Solution:
     """Solve by HiGHS; see `planner.solvers.solve` for presolve and checks."""
     started = perf_counter()
     formulation = formulate(problem)
@@ -61,10 +61,12 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
             left = time_limit_s - (perf_counter() - started)
             if left < LEAST_S:
                 return Solution(None, inf, bound, "unknown", perf_counter() - started)
-            best = model.solve(left, relaxed)
+            best = model.solve(left, relaxed, ceiling)
             bound = max(bound, best.bound)
             if best.x is None or not model.add_violated(best.x):
                 break
+        if best.infeasible and not relaxed and ceiling < inf:
+            return Solution(None, inf, ceiling, "dearer", perf_counter() - started)
         if best.infeasible:
             reason = "no assignment satisfies all edges and memory rows"
             return Solution(None, inf, inf, "infeasible", perf_counter() - started, reason)
@@ -212,8 +214,9 @@ class _Model:
         prices = _dense(best.dual_solution.dual_values, rows) / self.scale
         return values[: self.formulation.strategies], prices
 
-    def solve(self, time_limit_s: float, relaxed: bool) -> _Result:
-        """Solve with the rows added so far; `relaxed` drops integrality."""
+    def solve(self, time_limit_s: float, relaxed: bool, ceiling: float = inf) -> _Result:
+        """Solve with the rows added so far, infeasible also where nothing costs less than
+        `ceiling`; `relaxed` drops integrality, and knows no ceiling."""
         formulation = self.formulation
         integers = self.proto.variables.integers
         del integers[:]
@@ -225,7 +228,10 @@ class _Model:
             time_limit=timedelta(seconds=time_limit_s),
             relative_gap_tolerance=0.0 if whole else RELATIVE_GAP / 2,
             absolute_gap_tolerance=0.999 * self.scale if whole else 0.0,
+            presolve=mathopt.Emphasis.OFF,  # as in `relax`; it halves the time
         )
+        if ceiling < inf and not relaxed:
+            params.highs.double_options["objective_bound"] = ceiling * self.scale
         model = mathopt.Model.from_model_proto(self.proto)
         found = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
         reason = found.termination.reason

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from time import perf_counter
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from .highs import Relaxed, relax
 from .problem import Edge, IntArray, ProblemNode, ShardingProblem, Usage, evaluate
 from .solution import LEAST_S, Solution, conclude
 
+# Solves a problem in the seconds given, if it has an answer below the ceiling.
+Exact: TypeAlias = Callable[[ShardingProblem, float, float], Solution]
 # The share of the time that the relaxation may take.
 _RELAXING = 0.4
 # Rounds in which memory rows are added before all are.
@@ -37,12 +40,13 @@ _ROUNDING = 1e-9
 
 def narrowed(
     problem: ShardingProblem,
-    exact: Callable[[ShardingProblem, float], Solution],
+    exact: Exact,
     *,
     time_limit_s: float,
     ceiling: float = inf,
 ) -> Solution | None:
-    """Solve a presolved problem; `exact` solves what is left in the seconds given.
+    """Solve a presolved problem; `exact` solves what is left in the seconds given, if it has an
+    answer below a ceiling.
 
     Answers that cost `ceiling` or more are left out, too.  None where the relaxation takes too
     long, or rounding its answer does not fit the memory.
@@ -63,7 +67,7 @@ def narrowed(
         return None
     limit = min(found.cost, ceiling)
     keep = _within(found, limit)
-    rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left)
+    rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left, limit)
     bound = max(found.bound, min(rest.bound, limit))
     best = found.assignment
     if rest.assignment is not None and rest.cost <= found.cost:
@@ -77,14 +81,14 @@ def _mixed(
     problem: ShardingProblem,
     found: Margins,
     relaxed: Relaxed,
-    exact: Callable[[ShardingProblem, float], Solution],
+    exact: Exact,
     left: Callable[[], float],
 ) -> Margins:
     """With the best assignment of the strategies in the relaxation's answer, if it is better."""
     keep = relaxed.support
     if found.assignment is not None:
         keep = [np.union1d(k, [own]) for k, own in zip(keep, found.assignment, strict=True)]
-    rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left)
+    rest = _row_by_row(_restricted(problem, keep), relaxed.binding, exact, left, found.cost)
     if rest.assignment is None or rest.cost >= found.cost:
         return found
     best = tuple(int(k[choice]) for k, choice in zip(keep, rest.assignment, strict=True))
@@ -96,22 +100,23 @@ def _mixed(
 def _row_by_row(
     problem: ShardingProblem,
     times: IntArray,
-    exact: Callable[[ShardingProblem, float], Solution],
+    exact: Exact,
     left: Callable[[], float],
+    ceiling: float,
 ) -> Solution:
     """Solve with memory counted at some `times` only, and at more while the answer exceeds it.
 
     Fewer rows are a relaxation, so an answer that fits at all times is optimal if it is there.
     """
     for _ in range(_ROUNDS):
-        found = exact(_at(problem, times), left())
+        found = exact(_at(problem, times), left(), ceiling)
         if found.assignment is None:
             return found
         whole = evaluate(problem, found.assignment)
         if whole.feasible or whole.peak_time is None:
             return found
         times = np.union1d(times, [whole.peak_time])
-    return exact(problem, left())
+    return exact(problem, left(), ceiling)
 
 
 def _at(problem: ShardingProblem, times: IntArray) -> ShardingProblem:

@@ -80,8 +80,11 @@ def conclude(
 class Solver(Protocol):
     """A back end: solves a problem as it is given, without presolve."""
 
-    def __call__(self, problem: ShardingProblem, *, time_limit_s: float) -> Solution:
-        """Solve within about `time_limit_s` seconds."""
+    def __call__(
+        self, problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf
+    ) -> Solution:
+        """Solve within about `time_limit_s` seconds; what costs `ceiling` or more is not wanted,
+        and may be answered with `dearer`."""
         ...
 
 

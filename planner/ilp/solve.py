@@ -26,7 +26,7 @@ _LARGE = 5000
 # More strategies than this, and no more pairs across edges than that: HiGHS first solves the linear
 # relaxation, and then what it leaves.
 _NARROWED = 500
-_RELAXABLE = 2_000_000
+_RELAXABLE = 20_000_000
 # The share of the time kept for search where the exact solver finds nothing.
 _RESERVED = 0.15
 
@@ -34,19 +34,19 @@ _RESERVED = 0.15
 # Each back end is imported when first used: their modelling layers take a second to load.
 
 
-def _highs(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+def _highs(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf) -> Solution:
     from .highs import solve
 
-    return solve(problem, time_limit_s=time_limit_s)
+    return solve(problem, time_limit_s=time_limit_s, ceiling=ceiling)
 
 
-def _cp_sat(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+def _cp_sat(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf) -> Solution:
     from .cpsat import solve
 
     return solve(problem, time_limit_s=time_limit_s)
 
 
-def _pyomo(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+def _pyomo(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf) -> Solution:
     from .pyomo_highs import solve
 
     return solve(problem, time_limit_s=time_limit_s)
@@ -163,7 +163,7 @@ def _solve_part(
     `searchable` says that the problem is presolved, as search needs it.
     """
     if not searchable:
-        return solver(problem, time_limit_s=time_limit_s)
+        return solver(problem, time_limit_s=time_limit_s, ceiling=ceiling)
     started = perf_counter()
     strategies = sum(node.costs.size for node in problem.nodes)
     pairs = sum(edge.costs.size for edge in problem.edges)
@@ -179,8 +179,8 @@ def _solve_part(
             return first
         left = max(LEAST_S, time_limit_s - (perf_counter() - started))
         return _better(first, solver(problem, time_limit_s=left))
-    found = solver(problem, time_limit_s=(1 - _RESERVED) * time_limit_s)
-    if found.assignment is not None or found.status == "infeasible":
+    found = solver(problem, time_limit_s=(1 - _RESERVED) * time_limit_s, ceiling=ceiling)
+    if found.assignment is not None or found.status in ("infeasible", "dearer"):
         return found
     return _better(found, search(problem, time_limit_s=_RESERVED * time_limit_s))
 
@@ -189,8 +189,10 @@ def _narrowed(problem: ShardingProblem, time_limit_s: float, ceiling: float) -> 
     """Solve one part by HiGHS, strategies that are proven too dear left out first."""
     from .narrow import narrowed
 
-    def exact(rest: ShardingProblem, seconds: float) -> Solution:
-        return _solve_reduced(rest, _highs, seconds, presolve=True, searchable=False)
+    def exact(rest: ShardingProblem, seconds: float, ceiling: float) -> Solution:
+        return _solve_reduced(
+            rest, _highs, seconds, presolve=True, searchable=False, ceiling=ceiling
+        )
 
     return narrowed(problem, exact, time_limit_s=time_limit_s, ceiling=ceiling)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardwright.planner.ilp.heuristic import search
+from shardwright.planner.ilp.highs import solve as highs_solve
 from shardwright.planner.ilp.presolve import Infeasible
 from shardwright.planner.ilp.presolve import presolve as reduce
 from shardwright.planner.ilp.problem import (
@@ -52,6 +53,21 @@ def check(
 def test_ortools_equals_brute_force(solver: str, presolve: bool, problem: ShardingProblem) -> None:
     found = solve(problem, solver=solver, time_limit_s=60, presolve=presolve)
     check(problem, found, brute_force(problem))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), share=st.sampled_from([0.5, 0.99, 1.0, 1.001, 2.0]))
+def test_highs_with_a_ceiling(problem: ShardingProblem, share: float) -> None:
+    """What costs less is found; of anything else it may be said that it is dearer."""
+    want = brute_force(problem)
+    assume(want is not None and want[1] > 0)
+    assert want is not None
+    found = highs_solve(problem, time_limit_s=60, ceiling=share * want[1])
+    if found.status == "dearer":
+        assert share <= 1.0 and found.bound == share * want[1]
+    else:
+        check(problem, found, want)
+    assert share <= 1.0 or found.status == "optimal"
 
 
 @settings(max_examples=8, deadline=None)  # each is a process of its own
@@ -145,7 +161,7 @@ def test_search_goes_on_until_something_fits() -> None:
 
 
 def test_search_steps_in_where_the_solver_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lazy(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    def lazy(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = INF) -> Solution:
         return Solution(None, INF, -INF, "unknown", 0.0)
 
     monkeypatch.setattr("shardwright.planner.ilp.solve.SOLVERS", {"lazy": lazy})
@@ -167,7 +183,7 @@ def test_an_unknown_solver_is_refused() -> None:
 
 
 def test_a_solver_that_lies_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def liar(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
+    def liar(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = INF) -> Solution:
         wrong = tuple(0 for _ in problem.nodes)
         return Solution(wrong, 0.0, 0.0, "optimal", 0.0)
 
