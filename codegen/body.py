@@ -684,6 +684,10 @@ class _Renderer:
         cut = tuple(i for i, choice in enumerate(self.item.choices) if choice == factor)
         return self.body.axis_text(Step(cut, R, S(0))) if cut else ""
 
+    def ways(self, factor: str) -> int:
+        """Over how many ranks `factor` is cut."""
+        return self._ways().get(factor, 1)
+
     def algorithm(self) -> tuple[str, str]:
         """The algorithm that the op runs over an axis, and that axis; empty strings if none."""
         known = rule_of(self.node).algorithms

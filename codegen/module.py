@@ -21,8 +21,8 @@ from ..ir.graph import Input as GraphInput
 from ..ir.ops.attention import values_in_keys
 from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
 from ..ir.ops.counted import Counted, counted_labels
-from ..ir.ops.indices import index_limits
-from ..ir.ops.labels import DimLabels, label_dims
+from ..ir.ops.indices import highest
+from ..ir.ops.labels import LABELS, DimLabels, label_dims, size_labels
 from ..ir.ops.registry import operator_of
 from ..ir.ops.users import imports_in
 from ..planner.plan.program import (
@@ -467,9 +467,8 @@ class Writer:
             kind = item.value.type
             args = [f'"{self._spec_text(item)}"', _tuple(kind.shape), str(kind.dtype)]
             args += self._free(source)
-            limits, _ = index_limits(self.program.graph, item.value.name)
-            if limits:
-                args.append(f"high={min(limits)}")
+            if high := highest(self.program.graph, item.value.name):
+                args.append(f"high={high}")
             if source.path:
                 args.append(f"path={path_text(source.path)}")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
@@ -483,10 +482,22 @@ class Writer:
         ]
         bounds = [
             f"        # {line}"
-            for bound in self.program.graph.bounds
+            for bound in (*self.program.graph.bounds, *self._stays())
             for line in textwrap.wrap(bound, WIDTH - 10)
         ]
         return ["    INPUTS = {", *bounds, *comment_lines("; ".join(told), 2), *lines, "    }"]
+
+    def _stays(self) -> list[str]:
+        """Why a dim stays that the model itself lets be of other sizes."""
+        inputs = self.program.graph.inputs
+        pairs = [pair for i in inputs for pair in zip(i.labels, i.extents, strict=False)]
+        free = {label for label, extent in pairs if label in LABELS and extent}
+        numbers, uneven = self.baked & free, (self._cuts[1] - self.baked) & free
+        return [
+            *(f"the {LABELS[x]} stays: numbers below follow from it" for x in sorted(numbers)),
+            *(f"the {LABELS[x]} stays: ranks share it, or what follows from it, unevenly"
+              for x in sorted(uneven)),
+        ]  # fmt: skip
 
     def _labels_line(self) -> list[str]:
         """Which labels count in the mean that is the loss, for steps of several micro-batches."""
@@ -505,7 +516,7 @@ class Writer:
         """Arguments of the table that say which other sizes the dims of an input may have."""
         extents = [
             # one size of 1 looks like every other
-            None if label in self.baked or size == 1 else extent
+            None if label in self.baked or label in self._cuts[1] or size == 1 else extent
             for label, size, extent in zip(
                 source.labels, source.value.type.shape, source.extents, strict=False
             )
@@ -513,7 +524,7 @@ class Writer:
         free = [dim for dim, extent in enumerate(extents) if extent]
         known = [extent or Extent() for extent in extents]
         steps = [
-            lcm(self._steps.get(label, 1), extent.step)
+            lcm(self._cuts[0].get(label, 1), extent.step)
             for label, extent in zip(source.labels, known, strict=False)
         ]
         args = [f"free={_tuple(free)}"] if free else []
@@ -523,8 +534,10 @@ class Writer:
         return [*args, f"most={_tuple(most)}"] if any(most) else args
 
     @cached_property
-    def _steps(self) -> dict[str, int]:
-        """By label (`b`, `s`) the least number of rows that every cut of such a dim divides."""
+    def _cuts(self) -> tuple[Mapping[str, int], frozenset[str]]:
+        """By label (`b`, `s`) the least number of rows that every cut of such a dim divides, and
+        the labels of dims that stay: those that ranks share unevenly, or that something depends on
+        whose size is not told by them."""
         items = [*self.program.inputs, *self.program.outputs]
         for statement_, _ in self.program.flat():
             if isinstance(statement_, Convert):
@@ -532,17 +545,23 @@ class Writer:
             else:
                 items += [*statement_.operands, *statement_.outputs]
         steps: dict[str, int] = {}
+        stay = frozenset[str]()
+        sources = size_labels(self.program.graph, self.labels)
         for item in set(items):
             zigzag = self.program.zigzag.get(item.value.name, frozenset())
-            labels = self.labels.get(item.value.name, ())
-            pairs = zip(item.value.type.shape, labels, strict=False)
-            for dim, (size, names) in enumerate(pairs):
+            shape = item.value.type.shape
+            labels = self.labels.get(item.value.name, ((),) * len(shape))
+            for dim, (size, names) in enumerate(zip(shape, labels, strict=True)):
                 cut = zip(self.mesh.sizes, item.spec, strict=True)
                 ways = prod(n for n, state in cut if state == dim)
-                ways *= 2 if dim in zigzag and ways > 1 else 1
-                if names and ways > 1 and size % ways == 0:
+                if ways == 1 or size == 1:
+                    continue
+                ways *= 2 if dim in zigzag else 1
+                if names and size % ways == 0:
                     steps[names[0]] = lcm(steps.get(names[0], 1), ways)
-        return steps
+                elif item.value.name in sources:
+                    stay |= sources[item.value.name][dim]
+        return steps, stay
 
     def _outputs_table(self) -> list[str]:
         lines = ["    OUTPUTS = ("]

@@ -129,6 +129,7 @@ def flash(
     All heads are d wide.  `mask` is added to the scores, on the CPU alone.  On CUDA alone, with
     `window` > 0 the last query stands at the last key, and each attends the last `window` keys.
     """
+    q, k, v = map(in_rows, (q, k, v))
     if not q.is_cuda:
         assert not window
         kernel = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -157,6 +158,7 @@ def flash_backward(
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of what `flash` computes without a mask."""
+    grad, q, k, v, out = map(in_rows, (grad, q, k, v, out))
     if not q.is_cuda:
         kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
@@ -174,6 +176,12 @@ def flash_backward(
         scale=scale, window_size_left=window - 1, window_size_right=0,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """`x` with the numbers of a head beside each other, as kernels read them without a look at the
+    last stride: that of a slice with steps is another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # -- capture
@@ -347,6 +355,7 @@ __all__ = [
     "flattened",
     "gradient_hooks",
     "gradient_hooks_of_all",
+    "in_rows",
     "is_fake",
     "is_traceable_wrapper_subclass",
     "makes_tensors",

@@ -40,7 +40,7 @@ from .errors import CaptureError
 from .flex import captured_flex
 from .functions import OwnBackward, keeping_functions
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
-from .hooks import DataDetached, check_hooks, refusing_hooks
+from .hooks import PlainCalls, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
 from .states import StartsAnew, kept_states
@@ -225,7 +225,7 @@ def export(
                 program = torch.export.export(model, args=(), kwargs=given, strict=False)
     except (OwnBackward, ForeignAutocast) as error:
         raise CaptureError(str(error)) from error
-    except StartsAnew:
+    except (StartsAnew, CaptureError):
         raise
     except Exception as error:  # `forward` is the user's code: it may raise anything
         raise CaptureError(_explain(model, error)) from error
@@ -263,7 +263,7 @@ def _attention(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) ->
 @contextmanager
 def _gradients(training: bool) -> Generator[None]:
     """Inside, what says itself how gradients flow is kept or refused, where there are any."""
-    with DataDetached():
+    with PlainCalls():
         if not training:
             yield
             return

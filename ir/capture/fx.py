@@ -346,7 +346,9 @@ class _Converter:
         if named := _FUNCTIONAL.get(str(target)):
             return named
         name = packet.removeprefix("aten.").rstrip("_")
-        if not hasattr(getattr(torch.ops.aten, name, None), overload):
+        first = schema_arguments(target)[0].alias_info
+        known = hasattr(getattr(torch.ops.aten, name, None), overload)
+        if not known or first is None or not first.is_write:
             raise UnsupportedNode(f"`{target}` changes its argument in place; use its other form")
         return f"aten.{name}.{overload}"
 

@@ -1,5 +1,5 @@
-"""What cuts or changes gradients beside operators: hooks are refused with their place, and `x.data`
-is what cuts them."""
+"""What an export would not see: hooks on gradients, which are refused with their place, `x.data`,
+which cuts gradients, and results that are written to a tensor that is there (`out=`)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def check_hooks(model: nn.Module) -> None:
         raise CaptureError(f"there is a backward hook on all modules, which {_LOST}")
 
 
-class DataDetached(TorchFunctionMode):
-    """Inside, `x.data` is `x.detach()`: an export takes what it gives for a constant."""
+class PlainCalls(TorchFunctionMode):
+    """Inside, `x.data` is `x.detach()`, as an export takes what it gives for a constant, and what a
+    function writes to `out` is copied there, as an export would take it for a new tensor."""
 
     def __torch_function__(
         self,
@@ -68,7 +69,25 @@ class DataDetached(TorchFunctionMode):
     ) -> Any:
         if func == _DATA:
             return args[0].detach()
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = kwargs.get("out")
+        if out is None:
+            return func(*args, **kwargs)
+        results = func(*args, **{name: x for name, x in kwargs.items() if name != "out"})
+        several = isinstance(out, (tuple, list))
+        for old, new in zip(out, results, strict=True) if several else ((out, results),):
+            _write(old, new)
+        return type(results)(out) if several else out
+
+
+def _write(out: Tensor, result: Tensor) -> None:
+    """Raises CaptureError where `out` would get another shape, which old readers would see."""
+    if out.shape != result.shape:
+        raise CaptureError(
+            f"{_here()}: `out` has shape {tuple(out.shape)}, and the result {tuple(result.shape)}; "
+            "give it that shape, or leave it out"
+        )
+    out.copy_(result)
 
 
 _DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009
@@ -80,10 +99,14 @@ _LOST = (
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(*args: object, **kwargs: object) -> NoReturn:
-        where = place(*innermost_frame("".join(traceback.format_stack())))
-        raise OwnBackward(f"{where}: `{name}` sets a hook on gradients, which {_LOST}")
+        raise OwnBackward(f"{_here()}: `{name}` sets a hook on gradients, which {_LOST}")
 
     return refuse
 
 
-__all__ = ["DataDetached", "check_hooks", "refusing_hooks"]
+def _here() -> str:
+    """The user's line that runs now."""
+    return place(*innermost_frame("".join(traceback.format_stack())))
+
+
+__all__ = ["PlainCalls", "check_hooks", "refusing_hooks"]

@@ -277,14 +277,15 @@ _sum_rule = broadcasting("self other", passes=True)
 class Sum(Light):
     """A sum; positions begin at 2 in some models."""
 
-    def shift(self, node: Node) -> int:
+    def shift(self, node: Node) -> int | None:
         """A whole number that is added."""
-        other = node.arg("other")
-        return other if isinstance(other, int) else 0
+        other, times = node.arg("other"), node.arg("alpha")
+        sign = -1 if node.op.startswith("aten.sub") else 1
+        return sign * times * other if isinstance(other, int) and isinstance(times, int) else None
 
 
 FAMILY.add("aten.add.Tensor aten.add.Scalar", Sum(_sum_rule, _emit_sum_of("+")))
-FAMILY.add("aten.sub.Tensor aten.sub.Scalar", Light(_sum_rule, _emit_sum_of("-")))
+FAMILY.add("aten.sub.Tensor aten.sub.Scalar", Sum(_sum_rule, _emit_sum_of("-")))
 
 
 def _emit_rsub(node: Node, render: Render) -> str:
@@ -325,6 +326,10 @@ class Cast(Light):
 
     aliases = True
     shows = True
+
+    def shift(self, node: Node) -> int | None:
+        """Whole numbers are as they were."""
+        return 0
 
 
 def _cast_rule(node: Node) -> Rule:

@@ -37,6 +37,60 @@ def label_dims(graph: Graph) -> dict[str, DimLabels]:
             return labels
 
 
+Sources: TypeAlias = dict[str, tuple[frozenset[str], ...]]
+
+
+def size_labels(graph: Graph, labels: dict[str, DimLabels]) -> Sources:
+    """By value, the labels of inputs on which the size of each dim may depend.
+
+    Of a dim without a label, as that of a slice or of a convolution, those of what became of it:
+    of the dims that the operator has and its result has not, and of all where nothing is known.
+    """
+    found: Sources = {
+        name: tuple(frozenset(names) for names in dims) for name, dims in labels.items()
+    }
+    while True:
+        before = dict(found)
+        for item in graph.body:
+            if isinstance(item, Node):
+                _source_node(item, found)
+                continue
+            outer = (*item.carried, *item.invariants)
+            for block in item.blocks:
+                for inner, value in zip(block.inputs, outer, strict=True):
+                    _add_sources(inner.name, found.get(value.name, ()), found)
+                for node in block.nodes:
+                    _source_node(node, found)
+                for value, inner in zip(item.outputs, block.outputs, strict=True):
+                    _add_sources(value.name, found.get(inner.name, ()), found)
+                for inner, value in zip(block.inputs, item.outputs, strict=False):
+                    _add_sources(inner.name, found.get(value.name, ()), found)
+        if found == before:
+            return found
+
+
+def _source_node(node: Node, found: Sources) -> None:
+    rule = rule_of(node)
+    sources: dict[str, frozenset[str]] = {}
+    for value, dims in zip(node.operands, rule.operands, strict=True):
+        for names, of in zip(dims, found.get(value.name, ()), strict=False):
+            for name in names:
+                sources[name] = sources.get(name, frozenset()) | of
+    kept = {name for dims in rule.results for names in dims for name in names}
+    gone = frozenset[str]().union(*(of for name, of in sources.items() if name not in kept))
+    for value, dims in zip(node.outputs, rule.results, strict=True):
+        each = (
+            frozenset[str]().union(*(sources.get(name, gone) for name in names)) for names in dims
+        )
+        _add_sources(value.name, tuple(each), found)
+
+
+def _add_sources(name: str, more: tuple[frozenset[str], ...], found: Sources) -> None:
+    if more:
+        known = found.get(name, (frozenset[str](),) * len(more))
+        found[name] = tuple(a | b for a, b in zip(known, more, strict=True))
+
+
 def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
     """Label of each factor of the node's rule that has one; an algorithm has its first cut's."""
     found: dict[str, str] = {}

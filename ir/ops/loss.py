@@ -199,7 +199,7 @@ def _options(node: Node, render: Render, classes: int) -> dict[str, str]:
         if node.arg("label_smoothing") == 0
         else render.arg("label_smoothing"),
         "vocab_axis": vocab,
-        "vocab_size": str(classes) if vocab else "",
+        "vocab_size": str(classes) if classes % render.ways("v") else "",
         "token_axes": f"({', '.join(tokens)}{',' * (len(tokens) == 1)})" if tokens else "",
     }
 

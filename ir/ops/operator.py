@@ -53,6 +53,10 @@ class Render(Protocol):
         """The `Axis` expression that cuts `factor`, or an empty string."""
         ...
 
+    def ways(self, factor: str) -> int:
+        """Over how many ranks `factor` is cut."""
+        ...
+
     def sharded_axes(self) -> tuple[str, ...]:
         """Names of the mesh axes over which the result is sharded."""
         ...
@@ -252,9 +256,10 @@ class Operator:
         """By the names of arguments: of what the whole numbers in them are indices."""
         return {}
 
-    def shift(self, node: Node) -> int:
-        """What it adds to the whole numbers in its operand, which may be indices further on."""
-        return 0
+    def shift(self, node: Node) -> int | None:
+        """What it adds to the whole numbers of its operands, which may be indices further on; None
+        where its results are others, or not all."""
+        return None
 
     def ties(self, sizes: Sizes, node: Node) -> bool:
         """Say what the rule leaves free of the sizes; False if there is nothing to say.
@@ -345,6 +350,10 @@ class View(Light):
     def work(self, local: Local) -> Kernels:
         """Nothing."""
         return Kernels()
+
+    def shift(self, node: Node) -> int | None:
+        """They are as they were."""
+        return 0
 
 
 class Family(dict[str, Operator]):

@@ -263,6 +263,10 @@ class Pad(Light):
         constant = dict(node.args).get("mode", "constant") == "constant"
         return () if constant else node.operands
 
+    def shift(self, node: Node) -> int | None:
+        """The operand's numbers are as they were."""
+        return 0
+
 
 FAMILY.add(
     "aten.pad.default aten.constant_pad_nd.default", Pad(_pad_rule, _emit_pad, ties=_tie_pad)

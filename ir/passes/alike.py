@@ -246,6 +246,9 @@ class _Text:
     def order(self) -> str:
         return "contiguous"
 
+    def ways(self, factor: str) -> int:
+        return 1
+
     def sharded_axes(self) -> tuple[str, ...]:
         return ()
 

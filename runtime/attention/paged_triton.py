@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...compat.torch import in_rows
+
 _ROWS = 16  # queries of a program at least: what a matrix product of the hardware takes
 _WIDE = 256  # numbers of a key from which on a program has few keys at once
 _PROGRAMS = 4  # for each multiprocessor, if the keys can be split into so many parts
@@ -42,6 +44,7 @@ def attend_pages(
 
     Without `values` they are the first `value_dim` numbers of the keys.
     """
+    q = in_rows(q)
     b, hq, t, d = q.shape
     hkv = keys.shape[1]
     rows = hq // hkv * t

@@ -124,16 +124,22 @@ def test_capture() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_flash(causal: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_flash(causal: bool, apart: bool) -> None:
+    """Also where the numbers of a head are not beside each other in memory, as in x[..., ::3]."""
     torch.manual_seed(0)
+
+    def laid(x: Tensor) -> Tensor:
+        return x.repeat_interleave(3, -1)[..., ::3] if apart else x
+
     q, k, v = (torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     mask = torch.full((4, 4), -torch.inf, dtype=torch.float64).triu(1)
     scores = q @ k.transpose(-1, -2) * 0.5 + (mask if causal else 0)
     out, grad = scores.softmax(-1) @ v, torch.randn(2, 3, 4, 8, dtype=torch.float64)
-    given = [x.detach() for x in (q, k, v)]
+    given = [laid(x.detach()) for x in (q, k, v)]
     found, lse = compat.flash(*given, causal, 0.5)
     torch.testing.assert_close((found, lse), (out, scores.logsumexp(-1)))
-    found = compat.flash_backward(grad, *given, found, lse, causal, 0.5)
+    found = compat.flash_backward(laid(grad), *given, laid(found), lse, causal, 0.5)
     torch.testing.assert_close(found, torch.autograd.grad(out, (q, k, v), grad))
     if causal:
         torch.testing.assert_close(compat.flash(*given, False, 0.5, mask[None, None])[0], out)

@@ -191,9 +191,7 @@ class ShardedModel(ShardedModule):
         # [b, s, 32000/dp1/dp2]; all-gather 67.1 MB, backward reduce-scatter, 384 us
         logits = self.head(dp1_dp2.all_gather(self.norm(x), 0))
         # []; inside all-reduce 197 kB
-        loss = ops.cross_entropy(
-            logits, labels, dtype=torch.float32, vocab_axis=dp1_dp2, vocab_size=32000
-        )
+        loss = ops.cross_entropy(logits, labels, dtype=torch.float32, vocab_axis=dp1_dp2)
         return self.pack(loss, logits)
 
 

@@ -164,9 +164,7 @@ class ShardedModel(ShardedModule):
         # [b, s, 32000/tp]; all-gather 33.6 MB, backward reduce-scatter, 214 us
         logits = self.head(tp.all_gather(self.norm(x), 1))
         # []; inside all-reduce 98.3 kB
-        loss = ops.cross_entropy(
-            logits, labels, dtype=torch.float32, vocab_axis=tp, vocab_size=32000
-        )
+        loss = ops.cross_entropy(logits, labels, dtype=torch.float32, vocab_axis=tp)
         return self.pack(loss, logits)
 
 

@@ -160,9 +160,7 @@ class ShardedModel(ShardedModule):
         # [1, s, 32000/cp]; all-gather 67.1 MB, backward reduce-scatter, 384 us
         logits = self.head(cp.all_gather(self.norm(x), 1))
         # []; inside all-reduce 197 kB
-        loss = ops.cross_entropy(
-            logits, labels, dtype=torch.float32, vocab_axis=cp, vocab_size=32000
-        )
+        loss = ops.cross_entropy(logits, labels, dtype=torch.float32, vocab_axis=cp)
         return self.pack(loss, logits)
 
 
