@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.memory import give_back_freed_blocks, peak_bytes, resident_bytes, start_peak
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.codegen.module import write_source
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,43 +13,19 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .asked import AXES, Asked, Progress, check_inputs, check_model, silent
+from .capturing import Captures
 from .codegen.write import module_source
 from .costmodel.machines.cluster import ClusterError, load_cluster
-from .facts.held import taken
 from .facts.mesh import Mesh
 from .facts.phases import find_phase
-from .facts.updated import updated_buffer
 from .folder import write_module, write_plan
-from .formats import MIXED
-from .ir.capture.capture import captured
 from .ir.graph import Graph
 from .ir.ops.registry import operator_of
-from .ir.passes.extents import Again, extents_as_in, served_extents, with_extents
-from .ir.passes.masters import with_masters
-from .ir.passes.returned import returning
-from .ir.passes.serving import (
-    FEWEST,
-    ServingError,
-    fewest_tokens,
-    is_decoder,
-    serving_graph,
-    with_own_positions,
-)
-from .ir.reference.tables import check_tables
 from .launching import By, Launch
 from .loading import (
     Loaded,
     check_formats,
     in_formats_apart,
-    load_target,
-    of_sizes,
-    quiet_torch,
-    takes_tensors_alone,
-    tokens_of,
-    with_positions,
-    with_rows,
-    with_tokens,
-    with_tokens_alone,
 )
 from .planner.errors import InfeasibleError, PlanError
 from .planner.ilp.problem import ShardingProblem
@@ -315,8 +291,10 @@ def plan(
     first = next(iter(tensors.values()))
     batch, seq = (*first.shape[:2], 1, 1)[:2]
     job = asked.job("", batch, seq)
-    loaded = in_formats_apart(Loaded(model, inputs, labels, None), job.request.formats)
-    return plan_steps(Captures(loaded, outputs), job, several=micro_batches is None)
+    formats = job.request.formats
+    loaded = in_formats_apart(Loaded(model, inputs, labels, None), formats)
+    captures = Captures(lambda: loaded, formats, outputs)
+    return plan_steps(captures, job, several=micro_batches is None)
 
 
 def plan_file(
@@ -344,156 +322,23 @@ def plan_file(
     reduce_dtype: str | None = None,
     micro_batches: int | None = None,
     schedule: str | None = None,
+    cache: bool = True,
     progress: Progress = silent,
 ) -> Plan:
     """Like `plan`, for a model named as on the command line (`model.py`, `config.json`).
 
-    `batch` is one sequence for each GPU where it is None.
+    `batch` is one sequence for each GPU where it is None.  With `cache` what an earlier run
+    captured of the same configuration serves again.
     """
     asked = Asked(
         gpus, cluster, phase, context, output_tokens, expert_imbalance, mesh, pins, memory_bytes,
         optimizer, solver, time_limit_s, progress, outputs, output_layout, layout, dtype,
-        precision, reduce_dtype, micro_batches, schedule,
+        precision, reduce_dtype, micro_batches, schedule, cache,
     )  # fmt: skip
     batch = asked.ranks if batch is None else batch
     job = asked.job(target, batch, seq)
-    progress("build the model")
-    with job.clock.step("model"):
-        loaded = load_target(target, batch=batch, seq=seq, phase=phase, formats=job.request.formats)
-    return plan_steps(Captures(loaded, outputs), job, several=micro_batches is None)
-
-
-def capture_graph(loaded: Loaded, *, training: bool) -> Graph:
-    """The folded graph of a loaded model, its inputs' dims labelled, with their extents."""
-    return with_extents(*_captured(loaded, training=training, serving=False))
-
-
-def _captured(loaded: Loaded, *, training: bool, serving: bool) -> tuple[Graph, Again]:
-    """The folded graph of a loaded model, its inputs' dims labelled, and how to get it for inputs
-    of other sizes."""
-    _check_names(loaded.model)
-    with quiet_torch():
-        found = captured(
-            loaded.model,
-            loaded.inputs,
-            training=training,
-            serving=serving,
-            rebuild=loaded.rebuild,
-        )
-    try:
-        check_tables(found.graph)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
-
-    def again(sizes: Mapping[str, int]) -> Graph:
-        with quiet_torch():
-            other = found.again(of_sizes(loaded, sizes))
-        check_tables(other)
-        return other
-
-    inputs = tuple(replace(i, labels=loaded.labels.get(i.name, ())) for i in found.graph.inputs)
-    return replace(found.graph, inputs=inputs), again
-
-
-def _check_names(model: nn.Module) -> None:
-    """Raises PlanError for a part whose name a generated module has for itself."""
-    for name, _ in (*model.named_parameters(), *model.named_buffers()):
-        if word := taken(name):
-            raise PlanError(
-                f"{type(model).__name__} has a part `{name}`; generated modules have `{word}` for "
-                "themselves: rename that part"
-            )
-
-
-def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
-    """The graph of a phase: training, or serving with a KV cache.
-
-    The forward pass of a model that is no decoder, or takes no positions, is planned as it is,
-    unless the phase needs a cache; then PlanError is raised.
-    """
-    phase = find_phase(name)
-    if not phase.serves:
-        return capture_graph(loaded, training=phase.backward)
-    # One token alone attends itself, in an encoder as in a decoder, and shows no recurrence.
-    few = tokens_of(loaded) < FEWEST and takes_tensors_alone(loaded)
-    telling = _telling_positions(_with_few(loaded, FEWEST) if few else loaded)
-    if telling is not None:
-        if phase.needs_cache or is_decoder(telling[0]):
-            served = _served(*telling, 0 if few else context)
-            return _of_few_tokens(loaded, served, context) if few else served
-    elif phase.needs_cache:
-        raise PlanError(
-            f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
-            f"so phase {name} cannot tell where new tokens stand; add it and use it in place of "
-            "torch.arange"
-        )
-    return capture_graph(loaded, training=False)
-
-
-def _telling_positions(loaded: Loaded) -> tuple[Graph, Again] | None:
-    """The graph of a forward pass whose inputs tell where tokens stand, and how to get it for other
-    sizes; None if that is not told.
-
-    A model that takes no positions may do without, if its layers keep states: those of the graph
-    then say what is padding.
-    """
-    served = with_positions(loaded)
-    if served is not None:
-        return _captured(served, training=False, serving=True)
-    tokens = with_tokens_alone(loaded)
-    if tokens is None:
-        return None
-    graph, again = _captured(tokens, training=False, serving=True)
-    telling = with_own_positions(graph)
-
-    def again_telling(sizes: Mapping[str, int]) -> Graph:
-        other = with_own_positions(again(sizes))
-        if other is None:
-            raise ServingError("no layer shows a state of its own then")
-        return other
-
-    return telling and (telling, again_telling)
-
-
-def _of_few_tokens(loaded: Loaded, served: Graph, context: int) -> Graph:
-    """As `served`, of as many tokens as `loaded` has, or as its recurrences show in."""
-    tokens = max(tokens_of(loaded), fewest_tokens(served))
-    telling = _telling_positions(_with_few(loaded, tokens))
-    if telling is None:
-        raise PlanError(
-            f"{type(loaded.model).__name__} shows no state of its layers when it is given {tokens}"
-            " tokens alone, so that they cannot go on from one; write the same lines for any number"
-        )
-    return extents_as_in(served, _serving(telling[0], context))
-
-
-def _with_few(loaded: Loaded, tokens: int) -> Loaded:
-    """The same model with so many tokens of each sequence; where a recurrence needs several, one
-    more than there are sequences of, so that the two are told apart in merged dims."""
-    batch = next(iter(loaded.tensors.values())).shape[0]
-    return with_tokens(loaded, tokens + (tokens == batch > 1))
-
-
-def _served(graph: Graph, again: Again, context: int) -> Graph:
-    """The graph of serving, which must be that of any number of tokens."""
-    made = _serving(graph, context)
-    try:
-        return served_extents(made, lambda sizes: serving_graph(again(sizes), context))
-    except ServingError as error:
-        raise PlanError(str(error)) from error
-
-
-def _serving(graph: Graph, context: int) -> Graph:
-    for output in graph.outputs:
-        if name := updated_buffer(output.path):
-            raise PlanError(
-                f"{graph.name} changes its buffer `{name}` while it answers, and a served model "
-                "keeps nothing but caches; change it in training mode alone (`if self.training`)"
-            )
-    try:
-        return serving_graph(graph, context)
-    except ServingError as error:
-        raise PlanError(str(error)) from error
+    captures = Captures.of_target(job, outputs, kept=asked.cache)
+    return plan_steps(captures, job, several=micro_batches is None)
 
 
 _NOT_MIXED = (
@@ -502,32 +347,12 @@ _NOT_MIXED = (
 )
 
 
-@dataclass(frozen=True)
-class Captures:
-    """A model, and what was captured of it: the graphs of a request, once for each number of rows.
-
-    For requests that differ in nothing else that a graph depends on: in GPUs, cluster, mesh, layout
-    and memory, and in micro-batches.
-    """
-
-    loaded: Loaded
-    outputs: Sequence[str]
-    _known: dict[int, tuple[Graph, ...]] = field(default_factory=dict[int, tuple[Graph, ...]])
-
-    def graphs(self, job: Job) -> tuple[Graph, ...]:
-        """The graph of a request, and in phase `serve` that of one output token besides."""
-        rows = job.request.rows
-        if rows not in self._known:
-            self._known[rows] = _graphs_of(with_rows(self.loaded, rows), job, self.outputs)
-        return self._known[rows]
-
-
 def plan_steps(captures: Captures, job: Job, *, several: bool) -> Plan:
     """The plan of a step; of as few micro-batches as fit, if there may be `several`.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
-    asked, job = job, in_the_models_formats(job, captures.loaded)
+    asked, job = job, captures.in_own_formats(job)
     request = job.request
     try:
         plan = planned(captures.graphs(job), job)
@@ -549,39 +374,9 @@ def plan_steps(captures: Captures, job: Job, *, several: bool) -> Plan:
         raise
 
 
-def in_the_models_formats(job: Job, loaded: Loaded) -> Job:
-    """The job, but for mixed precision of a model that has nothing to mix: in its own formats.
-
-    Raises PlanError where another format of its gradients was asked for.
-    """
-    request = job.request
-    few = any(p.dtype.is_floating_point and p.dtype.itemsize < 4 for p in loaded.model.parameters())
-    if few or request.precision != MIXED:
-        return job
-    if request.reduce_dtype != "float32":
-        raise PlanError(
-            f"--reduce-dtype {request.reduce_dtype} is for mixed precision, and no parameter of "
-            f"{type(loaded.model).__name__} is in float32 or fewer bits alone; leave it out"
-        )
-    return replace(job, request=replace(request, precision="own", reduce_dtype="own"))
-
-
 def _powers(most: int) -> list[int]:
     """2, 4, 8, ... up to `most`."""
     return [2**n for n in range(1, most.bit_length())]
-
-
-def _graphs_of(loaded: Loaded, job: Job, outputs: Sequence[str]) -> tuple[Graph, ...]:
-    request = job.request
-    job.progress("capture the graph")
-    with job.clock.step("capture"):
-        graph = phase_graph(loaded, request.phase, request.context)
-        graph = _returning(graph, outputs) if outputs else graph
-        graph = with_masters(graph) if request.precision == MIXED else graph
-        if not find_phase(request.phase).answer:
-            return (graph,)
-        longest = request.seq + request.decode_steps - 1
-        return graph, _of_few_tokens(with_tokens(loaded, 1), graph, longest)
 
 
 def planned(graphs: tuple[Graph, ...], job: Job) -> Plan:
@@ -590,13 +385,6 @@ def planned(graphs: tuple[Graph, ...], job: Job) -> Plan:
         return Plan.of(_with_names(make_plan(graphs[0], job), job.mesh))
     prefill, decode = graphs
     return Plan.of(_with_names(make_serving_plan(prefill, decode, job), job.mesh))
-
-
-def _returning(graph: Graph, outputs: Sequence[str]) -> Graph:
-    try:
-        return returning(graph, outputs)
-    except ValueError as error:
-        raise PlanError(f"--outputs: {error}") from error
 
 
 def _with_names(made: PlanData, asked: Mesh | None) -> PlanData:
@@ -648,6 +436,5 @@ def rehearse(folder: str | Path, rank: int = 0, steps: int = 5) -> Rehearsal:
 
 
 __all__ = [
-    "Captures", "Plan", "capture_graph", "load_plan", "plan", "plan_file", "plan_steps", "planned",
-    "rehearse", "verify",
+    "Plan", "load_plan", "plan", "plan_file", "plan_steps", "planned", "rehearse", "verify",
 ]  # fmt: skip

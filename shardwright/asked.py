@@ -71,6 +71,7 @@ class Asked:
     reduce_dtype: str | None = None
     micro_batches: int | None = None
     schedule: str | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
         with _as_plan_errors():

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .api import Captures, Plan, in_the_models_formats, planned
+from .api import Plan, planned
 from .asked import Asked, Progress, silent
+from .capturing import Captures
 from .facts.units import format_bytes, format_seconds
-from .loading import load_target
 from .planner.errors import InfeasibleError, LayoutError, PlanError
 from .planner.report.report import table
 from .planner.strategies.layout import Layout
@@ -65,11 +65,8 @@ def compare_file(
         Asked(**_with_schedule(given, layout), layout=layout) for layout in (None, *layouts)
     ]
     jobs = [asked.job(target, batch or gpus, seq) for asked in requests]
-    progress("build the model")
-    phase, outputs, formats = options["phase"], options["outputs"], jobs[0].request.formats
-    loaded = load_target(target, batch=batch or gpus, seq=seq, phase=phase, formats=formats)
-    jobs = [in_the_models_formats(job, loaded) for job in jobs]
-    captures = Captures(loaded, outputs)
+    captures = Captures.of_target(jobs[0], options["outputs"], kept=requests[0].cache)
+    jobs = [captures.in_own_formats(job) for job in jobs]
     rows: list[Compared] = []
     for layout, job in zip(("", *layouts), jobs, strict=True):
         try:

@@ -310,6 +310,12 @@ TimeLimitOption: TypeAlias = Annotated[
         help="stop the search then, with the best plan so far, e.g. --time-limit 10",
     ),
 ]
+CacheOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache", help="capture a configuration once, for this and later runs"
+    ),
+]
 OutOption: TypeAlias = Annotated[
     Path,
     typer.Option(
@@ -363,9 +369,15 @@ class Planning(TypedDict):
     outputs: OutputsOption
     solver: SolverOption
     time_limit: TimeLimitOption
+    cache: CacheOption
 
 
-_DEFAULTS: dict[str, Any] = {"phase": TRAIN.name, "solver": Solver.HIGHS, "time_limit": 60.0}
+_DEFAULTS: dict[str, Any] = {
+    "phase": TRAIN.name,
+    "solver": Solver.HIGHS,
+    "time_limit": 60.0,
+    "cache": True,
+}
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -404,6 +416,7 @@ def asked_of(planning: Planning) -> dict[str, Any]:
         "precision": _text(planning["precision"]),
         "reduce_dtype": _text(planning["reduce_dtype"]),
         "micro_batches": planning["micro_batches"],
+        "cache": planning["cache"],
     }
 
 

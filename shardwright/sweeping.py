@@ -18,18 +18,17 @@ from multiprocessing import get_context
 from types import MappingProxyType
 from typing import Any
 
-from .api import Captures, plan_steps
+from .api import plan_steps
 from .asked import Asked, silent
+from .capturing import Captures
 from .costmodel.machines.cluster import load_cluster
 from .facts.given import whole
 from .facts.mesh import MOST_RANKS
 from .facts.phases import TRAIN, find_phase
 from .facts.units import format_bytes, format_seconds
 from .figures import Figures, Point, figures_of
-from .loading import Loaded, load_target
 from .planner.errors import InfeasibleError, PlanError
 from .planner.report.report import table
-from .planner.search.search import Job
 from .targets import Target, parse_target
 
 _ALIKE = 0.01  # relative difference of rates that is none
@@ -48,6 +47,7 @@ _OPTIONS: dict[str, Any] = {  # of a plan, and what they are where nobody says
     "precision": None,
     "reduce_dtype": None,
     "micro_batches": None,
+    "cache": True,
 }
 _WORDS = (  # options of the command line that a point's plan is made with, too
     "phase", "context", "output_tokens", "expert_imbalance", "dtype", "precision", "reduce_dtype",
@@ -504,7 +504,7 @@ def _row(asking: Asking, point: Point, known: dict[tuple[int, str], Captures]) -
         job = replace(asked.job(asking.model, point.batch, point.seq), baselines=False)
         key = point.batch, job.request.formats
         if key not in known:
-            known[key] = Captures(_load(job), options["outputs"])
+            known[key] = Captures.of_target(job, options["outputs"], kept=asked.cache)
         plan = plan_steps(known[key], job, several=options.get("micro_batches") is None)
     except InfeasibleError as error:
         return Row(point, None, f"{point}: {str(error).splitlines()[0]}")
@@ -512,13 +512,6 @@ def _row(asking: Asking, point: Point, known: dict[tuple[int, str], Captures]) -
         return Row(point, None, str(error))
     price = asking.prices.get(point.cluster, job.cluster.price_per_gpu_hour)
     return Row(point, figures_of(point, plan, job.cluster.peak, price))
-
-
-def _load(job: Job) -> Loaded:
-    asked = job.request
-    return load_target(
-        asked.target, batch=asked.batch, seq=asked.seq, phase=asked.phase, formats=asked.formats
-    )
 
 
 __all__ = ["AUTO", "Asking", "Row", "Sweep", "sweep", "times_of"]

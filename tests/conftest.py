@@ -24,6 +24,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 torch.set_num_threads(1)
 # What plans write is remembered here, in the processes that tests start, too, and not at home.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="shardwright-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardwright-tests-")
 
 # The same examples in every run, so that a red build is red again on the next machine; no deadline,
 # because the first example of a test pays for torch's lazy set-up.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.reference.interpret import interpret
 from shardwright.loading import Loaded

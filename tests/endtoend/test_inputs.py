@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import phase_graph
+from shardwright.capturing import phase_graph
 from shardwright.ir.capture.arguments import Arguments
 from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
 from shardwright.ir.graph import Graph, Signature

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts import logits
 from shardwright.ir.graph import Graph

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph, phase_graph
+from shardwright.capturing import capture_graph, phase_graph
 from shardwright.ir.graph import Extent, Graph
 from shardwright.ir.graph.serialize import graph_from_json, graph_to_json
 from shardwright.loading import Loaded, load_target

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import phase_graph
+from shardwright.capturing import phase_graph
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.capture.capture import capture, capture_folded
 from shardwright.ir.graph import Graph, Node

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph, Loop, Node
 from shardwright.ir.ops.registry import rule_of

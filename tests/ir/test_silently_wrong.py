@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from shardwright.api import phase_graph
+from shardwright.capturing import phase_graph
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.capture.location import place
 from shardwright.ir.ops.users import FUNCTION

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.api import phase_graph
+from shardwright.capturing import phase_graph
 from shardwright.costmodel.compute import attention_s
 from shardwright.costmodel.machines.cluster import Cluster, load_cluster
 from shardwright.facts.mesh import Mesh

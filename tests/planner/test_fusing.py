@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.ir.graph import Graph
 from shardwright.ir.ops.registry import local_of
 from shardwright.loading import Loaded

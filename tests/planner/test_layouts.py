@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from shardwright.api import phase_graph
 from shardwright.asked import Asked, silent
+from shardwright.capturing import phase_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.spec import format_spec, is_shard
 from shardwright.ir.graph import Graph

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from shardwright.api import phase_graph, plan_file
+from shardwright.api import plan_file
+from shardwright.capturing import phase_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph

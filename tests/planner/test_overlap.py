@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.costmodel.machines.cluster import Link, load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.graph import Graph

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from shardwright.api import phase_graph
+from shardwright.capturing import phase_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.facts.spec import Spec, parse_spec

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts import together
 from shardwright.facts.mesh import Mesh
