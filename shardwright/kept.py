@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from . import compat, facts, ir
 from .facts.files import MB, DataError, read_bytes, read_json
 from .ir.graph import Graph
 from .ir.graph.serialize import graph_from_json, graph_to_json
@@ -96,8 +96,9 @@ def _drop_oldest(folder: Path) -> None:
 
 def _own_files() -> Iterator[tuple[str, int, int]]:
     """(path, size, time of change) of the files that have a part in capturing."""
-    folders = (Path(__file__).parent, *(Path(room.__path__[0]) for room in (compat, facts, ir)))
-    for folder in folders:
+    rooms = [find_spec(f"{__package__}.{room}") for room in ("compat", "facts", "ir")]
+    places = [place for room in rooms if room for place in room.submodule_search_locations or ()]
+    for folder in map(Path, (Path(__file__).parent, *places)):
         for file in sorted(folder.rglob("*.py")):
             found = file.stat()
             yield str(file), found.st_size, found.st_mtime_ns

@@ -310,11 +310,9 @@ TimeLimitOption: TypeAlias = Annotated[
         help="stop the search then, with the best plan so far, e.g. --time-limit 10",
     ),
 ]
-CacheOption: TypeAlias = Annotated[
+NoCacheOption: TypeAlias = Annotated[
     bool,
-    typer.Option(
-        "--cache/--no-cache", help="capture a configuration once, for this and later runs"
-    ),
+    typer.Option("--no-cache", help="capture a configuration anew, e.g. after a patch: --no-cache"),
 ]
 OutOption: TypeAlias = Annotated[
     Path,
@@ -369,14 +367,14 @@ class Planning(TypedDict):
     outputs: OutputsOption
     solver: SolverOption
     time_limit: TimeLimitOption
-    cache: CacheOption
+    no_cache: NoCacheOption
 
 
 _DEFAULTS: dict[str, Any] = {
     "phase": TRAIN.name,
     "solver": Solver.HIGHS,
     "time_limit": 60.0,
-    "cache": True,
+    "no_cache": False,
 }
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -416,7 +414,7 @@ def asked_of(planning: Planning) -> dict[str, Any]:
         "precision": _text(planning["precision"]),
         "reduce_dtype": _text(planning["reduce_dtype"]),
         "micro_batches": planning["micro_batches"],
-        "cache": planning["cache"],
+        "cache": not planning["no_cache"],
     }
 
 

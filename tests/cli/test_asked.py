@@ -123,8 +123,9 @@ def test_the_command_line_asks_the_same() -> None:
     checked = set(inspect.signature(Asked).parameters)
     for function in (sw.plan, plan_file):
         options = inspect.signature(function).parameters
-        assert checked - {"dtype"} <= set(options), function  # a module has its own
-        assert set(options) - checked <= {"model", "inputs", "target", "batch", "seq", "dtype"}
+        # a module has its own dtype, and is captured every time
+        assert checked - {"dtype", "cache"} <= set(options), function
+        assert set(options) - checked <= {"model", "inputs", "target", "batch", "seq"}
 
 
 @pytest.mark.parametrize(
