@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from .planner.report.report import format_plan
 from .planner.report.throughput import throughput
 from .planner.search.search import Builders, Job, setting_of
 from .planner.search.serving import make_serving_plan
+from .planner.search.staged import may_have_stages, with_stages
 from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
 from .planner.strategies.conversion import Network
@@ -348,15 +350,38 @@ _NOT_MIXED = (
 
 
 def plan_steps(captures: Captures, job: Job, *, several: bool) -> Plan:
-    """The plan of a step; of as few micro-batches as fit, if there may be `several`.
+    """The plan of a step, with stages or without; of as few micro-batches as fit without them, if
+    there may be `several`.
 
     Raises PlanError for a request that cannot be planned, InfeasibleError if no plan fits memory.
     """
     asked, job = job, captures.in_own_formats(job)
+    plan: Plan | InfeasibleError
+    try:
+        plan = _in_parts(captures, job, several=several)
+    except InfeasibleError as error:
+        if not may_have_stages(job):
+            raise
+        plan = error
+    if may_have_stages(job):
+        graph_of = cache(partial(_graph_of, captures, job))
+        plan = Plan.of(with_stages(graph_of, job, plan, several=several))
+    assert isinstance(plan, Plan)
+    return plan if job is asked else replace(plan, notes=(*plan.notes, _NOT_MIXED))
+
+
+def _graph_of(captures: Captures, job: Job, micro_batches: int) -> Graph:
+    """The graph of a micro-batch where a step has so many of them."""
+    request = replace(job.request, micro_batches=micro_batches)
+    return captures.graphs(replace(job, request=request))[0]
+
+
+def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
+    """The plan without stages of a step of as few micro-batches as fit, if there may be
+    `several`."""
     request = job.request
     try:
-        plan = planned(captures.graphs(job), job)
-        return plan if job is asked else replace(plan, notes=(*plan.notes, _NOT_MIXED))
+        return planned(captures.graphs(job), job)
     except InfeasibleError:
         counts = [n for n in _powers(request.batch) if request.batch % n == 0]
         if not (several and find_phase(request.phase).backward):

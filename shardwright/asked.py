@@ -143,10 +143,14 @@ class Asked:
                 raise PlanError(
                     f"unknown schedule `{self.schedule}`; expected one of {', '.join(SCHEDULES)}"
                 )
-            if not pipeline:
+            if not pipeline and (layout is not None or self.mesh is not None):
                 raise PlanError(
                     f"--schedule {self.schedule} is that of a pipeline: give its ranks, as in"
-                    " --layout pp=4,ddp=2"
+                    " --layout pp=4,ddp=2, or neither --layout nor --mesh"
+                )
+            if not find_phase(self.phase).backward:
+                raise PlanError(
+                    f"--schedule is for training: pipelines are not planned for phase {self.phase}"
                 )
         if layout is not None and layout.pipeline > 1:
             refuse_phase(self.phase, layout)

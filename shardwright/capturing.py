@@ -25,6 +25,7 @@ from .ir.passes.serving import (
     serving_graph,
     with_own_positions,
 )
+from .ir.reference.resizing import with_batch
 from .ir.reference.tables import check_tables
 from .kept import Captured, Kept
 from .loading import (
@@ -235,8 +236,18 @@ class Captures:
     def _captured(self, job: Job) -> Captured:
         rows = job.request.rows
         if rows not in self._known:
-            self._known[rows] = self._from_before(job) or self._anew(job)
+            found = self._resized(rows) or self._from_before(job) or self._anew(job)
+            self._known[rows] = found
         return self._known[rows]
+
+    def _resized(self, rows: int) -> Captured | None:
+        """What is known of more sequences, for fewer; None where that is not told without a
+        capture."""
+        for known in self._known.values():
+            graph = with_batch(known.graphs[0], rows) if len(known.graphs) == 1 else None
+            if graph is not None:
+                return replace(known, graphs=(graph,))
+        return None
 
     def _key(self, job: Job) -> tuple[object, ...]:
         """What a capture depends on besides the model."""

@@ -215,8 +215,9 @@ ScheduleOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="|".join(SCHEDULES[:3]),
-        show_default="1f1b",
-        help="the schedule of a pipeline, --layout pp=N, e.g. --schedule interleaved",
+        show_default="the fastest; 1f1b with --layout",
+        help="the schedule of a pipeline, e.g. --schedule interleaved; without --layout the plan "
+        "is then a pipeline",
     ),
 ]
 ClusterOption: TypeAlias = Annotated[

@@ -257,6 +257,11 @@ class Extent:
     most: int = 0
     step: int = 1
 
+    def allows(self, size: int) -> bool:
+        """May the dim be of this size?"""
+        until = not self.most or size <= self.most
+        return size >= self.least and until and (size - self.least) % self.step == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Input:

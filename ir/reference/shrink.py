@@ -13,8 +13,8 @@ Sizes whose role is not known (an op without a rule, a table read at computed pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import gcd, prod
 
 import torch
@@ -22,13 +22,12 @@ import torch
 from ...compat.torch import fake_tensors
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec, is_shard
-from ..graph import Graph, Loop, Node, Param, TensorType, Value, originals
-from ..graph.rewrite import with_args
+from ..graph import Graph, Node, Param, Value, originals
 from ..ops.registry import operator_of, rule_of
-from ..ops.rule import Choice, opaque_rule
-from ..ops.sizes import Resizing, Size, Sizes
+from ..ops.rule import Choice
+from ..ops.sizes import Size, Sizes
 from .interpret import interpret
-from .widen import rebuilt
+from .resizing import labelled, params_of, rewrite, tie_graph, values_of
 
 # Smallest sizes that are chosen: of any atom, of a sequence, of a vocabulary.
 _LEAST, _LEAST_TOKENS, _LEAST_ROWS = 4, 16, 32
@@ -66,13 +65,13 @@ def shrink(
     sums: list[tuple[Size, Size, int]] = []
     every = [Sizes(sums=sums) for _ in planned]
     for atoms, one in zip(every, planned, strict=True):
-        _tie_graph(atoms, one.graph)
+        tie_graph(atoms, one.graph)
     for atoms, one in zip(every[1:], planned[1:], strict=True):
         _tie_graphs(every[0], planned[0].graph, atoms, one.graph)
     demands = _Demands(old.sizes, new.sizes)
     floors: dict[Size, int] = {}
     for atoms, one in zip(every, planned, strict=True):
-        values = {value.name: value for value in _values(one.graph)}
+        values = {value.name: value for value in values_of(one.graph)}
         for node in one.graph.nodes:
             demands.node(atoms, node, one.choices[node.name])
         for name, spec in one.specs:
@@ -83,39 +82,30 @@ def shrink(
     found: list[Shrunk] = []
     windows: dict[int, int] = {}
     for atoms, one in zip(every, planned, strict=True):
-        small = _rewrite(one.graph, atoms, sizes, windows, shorten=not tokens_only)
+        order = _every if tokens_only else _few_of_each
+        small = rewrite(one.graph, atoms, sizes, windows, order)
         _check(one.graph, small, one.choices, new)
         found.append(Shrunk(small, _changes(one.graph, small)))
     return found
 
 
-# --- sizes and how they hang together -----------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 
-def _params(graph: Graph) -> Iterator[Param]:
-    yield from graph.params
-    for loop in graph.loops:
-        for block in loop.blocks:
-            yield from block.params
+def _every(order: tuple[int, ...]) -> tuple[int, ...]:
+    return order
 
 
-def _values(graph: Graph) -> Iterator[Value]:
-    yield from (item.value for item in graph.inputs)
-    yield from (param.value for param in _params(graph))
-    for node in graph.nodes:
-        yield from node.outputs
-    for loop in graph.loops:
-        yield from loop.outputs
-        for block in loop.blocks:
-            yield from block.inputs
+def _few_of_each(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Two layers of each kind."""
+    kept: list[int] = []
+    for kind in order:
+        if kept.count(kind) < _LAYERS_PER_KIND:
+            kept.append(kind)
+    return tuple(kept)
 
 
-def _tie_graph(atoms: Sizes, graph: Graph) -> None:
-    for node in graph.nodes:
-        _tie_node(atoms, node)
-    for loop in graph.loops:
-        _tie_loop(atoms, loop)
-    _fix_tables(atoms, graph)
+# --- several graphs of one model ----------------------------------------------------------------
 
 
 def _tie_graphs(ours: Sizes, graph: Graph, theirs: Sizes, other: Graph) -> None:
@@ -126,7 +116,7 @@ def _tie_graphs(ours: Sizes, graph: Graph, theirs: Sizes, other: Graph) -> None:
             pairs = zip(ours.all_of(known[name]), theirs.all_of(value), strict=True)
             for x, y in pairs:
                 ours.equate([x], [y])
-    batch = [_labelled(atoms, g, "b") for atoms, g in ((ours, graph), (theirs, other))]
+    batch = [labelled(atoms, g, "b") for atoms, g in ((ours, graph), (theirs, other))]
     for x in batch[0]:
         for y in batch[1]:
             ours.equate([x], [y])
@@ -138,66 +128,6 @@ def _named_params(graph: Graph) -> Iterator[tuple[str, Value]]:
     for loop in graph.loops:
         for kind, block in enumerate(loop.blocks):
             yield from ((f"{loop.path} {kind} {p.name}", p.value) for p in block.params)
-
-
-def _labelled(atoms: Sizes, graph: Graph, label: str) -> list[Size]:
-    """The sizes of the inputs' dims of that label."""
-    return [
-        atoms.dim(item.value, dim)
-        for item in graph.inputs
-        for dim, name in enumerate(item.labels)
-        if name == label
-    ]
-
-
-def _tie_loop(atoms: Sizes, loop: Loop) -> None:
-    outer = (*loop.carried, *loop.invariants)
-    for block in loop.blocks:
-        pairs = [*zip(block.inputs, outer, strict=True)]
-        pairs += [*zip(block.outputs, loop.outputs, strict=True)]
-        pairs += [*zip(block.outputs, loop.carried, strict=True)]
-        for a, b in pairs:
-            for x, y in zip(atoms.all_of(a), atoms.all_of(b), strict=True):
-                atoms.equate([x], [y])
-
-
-def _tie_node(atoms: Sizes, node: Node) -> None:
-    """What the node says about the sizes of its operands and results."""
-    operator, rule = operator_of(node), rule_of(node)
-    told = operator.ties(atoms, node)
-    shapes = [v.type.shape for v in node.operands], [v.type.shape for v in node.outputs]
-    if rule == opaque_rule(*shapes):
-        if not told:
-            atoms.fix(*(a for v in (*node.operands, *node.outputs) for a in atoms.all_of(v)))
-        return
-    factors = {name: Size(size) for name, size in rule.sizes.items()}
-    for value, dims in zip(
-        (*node.operands, *node.outputs), (*rule.operands, *rule.results), strict=True
-    ):
-        for dim, names in enumerate(dims):
-            atoms.equate([atoms.dim(value, dim)], [factors[name] for name in names])
-    if operator.rigid:
-        atoms.fix(*(factors[name] for name in rule.whole))
-
-
-def _fix_tables(atoms: Sizes, graph: Graph) -> None:
-    """Tables that are read at computed places (positions) keep their rows."""
-    direct = _passed_on(graph)
-    for node in graph.nodes:
-        for name, limit in operator_of(node).limits(node).items():
-            indices = node.arg(name)
-            if limit.read and isinstance(indices, Value) and indices.name not in direct:
-                atoms.fix(atoms.dim(limit.table, limit.dim))
-
-
-def _passed_on(graph: Graph) -> set[str]:
-    """Values that hold the numbers of an input, only arranged otherwise."""
-    direct = {item.value.name for item in graph.inputs}
-    for node in graph.nodes:
-        aliases = operator_of(node).aliases
-        if aliases and all(value.name in direct for value in node.operands):
-            direct |= {out.name for out in node.outputs}
-    return direct
 
 
 # --- what the plan asks of the sizes ------------------------------------------------------------
@@ -330,74 +260,6 @@ def _groups(atoms: Sizes, floors: Mapping[Size, int]) -> list[list[tuple[Size, i
     return groups
 
 
-# --- the graph with the new sizes ---------------------------------------------------------------
-
-
-def _rewrite(
-    graph: Graph,
-    atoms: Sizes,
-    sizes: Mapping[Size, int],
-    windows: dict[int, int],
-    *,
-    shorten: bool,
-) -> Graph:
-    """`windows` are those of attention, before and after; new ones are noted there."""
-
-    def shape(value: Value) -> tuple[int, ...]:
-        return tuple(
-            prod(sizes.get(atom, atom.size) for atom in atoms.flat([item]))
-            for item in atoms.all_of(value)
-        )
-
-    def value(old: Value) -> Value:
-        return replace(old, type=TensorType(shape(old), old.type.dtype))
-
-    def node(old: Node) -> Node:
-        same = all(shape(v) == v.type.shape for v in (*old.operands, *old.outputs))
-        return old if same else with_args(old, **operator_of(old).resized(old, new))
-
-    new, starts = Resizing(shape, windows), _part_starts(graph, shape)
-
-    def param(old: Param) -> Param:
-        if old.data is not None:
-            return replace(old, data=_cut_data(old.data, shape(old.value)))
-        part = old.part and replace(old.part, start=starts[old.value.name])
-        return replace(old, part=part)
-
-    def order(old: tuple[int, ...]) -> tuple[int, ...]:
-        kept: list[int] = []
-        for kind in old:
-            if kept.count(kind) < _LAYERS_PER_KIND:
-                kept.append(kind)
-        return tuple(kept)
-
-    return rebuilt(
-        graph, value=value, node=node, param=param, order=order if shorten else lambda old: old
-    )
-
-
-def _part_starts(graph: Graph, shape: Callable[[Value], tuple[int, ...]]) -> dict[str, int]:
-    """Where parts of an original tensor begin: they lie one after another, in their order."""
-    starts: dict[str, int] = {}
-    blocks = (block.params for loop in graph.loops for block in loop.blocks)
-    for params in (graph.params, *blocks):
-        ends: dict[str, int] = {}
-        for param in params:
-            if (part := param.part) is not None:
-                starts[param.value.name] = ends.get(part.name, 0)
-                ends[part.name] = starts[param.value.name] + shape(param.value)[part.dim]
-    return starts
-
-
-def _cut_data(data: object, shape: Sequence[int]) -> tuple[object, ...] | complex | bool:
-    """The first entries of nested tuples along every dim."""
-    if not shape:
-        assert isinstance(data, (complex, float, int))
-        return data
-    assert isinstance(data, tuple)
-    return tuple(_cut_data(item, shape[1:]) for item in data[: shape[0]])
-
-
 # --- the proof that it came out right -----------------------------------------------------------
 
 
@@ -447,7 +309,7 @@ def _changes(graph: Graph, small: Graph) -> tuple[tuple[str, int, int], ...]:
                 found[words.get(label, label), x, y] = None
     for a, b in zip(graph.loops, small.loops, strict=True):
         found[f"layers of {a.path}", len(a.order), len(b.order)] = None
-    for a, b in zip(_params(graph), _params(small), strict=True):
+    for a, b in zip(params_of(graph), params_of(small), strict=True):
         for x, y in zip(a.value.type.shape, b.value.type.shape, strict=True):
             found["parameter dims", x, y] = None
     return tuple(change for change in found if change[1] != change[2])

@@ -33,7 +33,8 @@ def format_plan(plan: PlanData, throughput: str = "") -> str:
     if plan.decode is not None:
         return _format_serving(plan, plan.decode)
     if plan.pipeline is not None:
-        parts = [_winner(plan), _stages(plan, plan.pipeline), throughput, _memory(plan)]
+        parts = [_winner(plan), _ordinary(plan), _stages(plan, plan.pipeline), throughput]
+        parts.append(_memory(plan))
         return "\n\n".join(part for part in [*parts, _search(plan), _notes(plan)] if part)
     parts = [
         _winner(plan),
@@ -71,7 +72,7 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
         rows.append(
             (
                 f"{first} to {last}" if numbers[1:] else f"{first}",
-                f"{rank_of[first]} to {rank_of[last]}" if numbers[1:] else f"{rank_of[first]}",
+                _ranks([rank_of[number] for number in numbers]),
                 f"{stage.layers} {'recomputed' if kind.decisions.recompute else 'kept'}",
                 format_seconds(stage.forward_s),
                 format_seconds(stage.backward_s),
@@ -88,6 +89,13 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
         f" {pipeline.bubble:.0%} of a step."
     )
     return f"{head}\n{table(rows)}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`3`, `0 to 3`; `all` where stages come round to the first one again."""
+    if len(ranks) > 1 and ranks != sorted(set(ranks)):
+        return "all" if len(set(ranks)) == max(ranks) + 1 else ", ".join(map(str, sorted({*ranks})))
+    return f"{ranks[0]} to {ranks[-1]}" if ranks[1:] else f"{ranks[0]}"
 
 
 def _notes(plan: PlanData) -> str:
@@ -199,11 +207,13 @@ def _versus(plan: PlanData, seconds: float) -> str:
         return f", {ratio:.2f}x faster: {versus}."
     if plan.request.pins:
         return f"; {versus}: this plan keeps to its pins."
+    if plan.request.schedule:
+        return f"; {versus}: this plan keeps to its schedule."
     if ratio >= 0.995 and is_proven(plan):
         return f"; {versus}: no better plan exists under this cost model."
     if is_proven(plan):
         return f"; {versus}, although this one is proven optimal: report this as a bug."
-    if plan.search.status == "optimal":
+    if plan.search.status == "optimal" or plan.pipeline is not None:
         return f"; {versus}: no plan is more than {plan.search.gap:.1%} faster than this one."
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
 

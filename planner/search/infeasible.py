@@ -18,17 +18,7 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
     States are counted as if sharded over every GPU, which no plan can beat; what is left is too
     little for activations and what an op holds while it runs.
     """
-    parts = [0.0, 0.0, 0.0]
-    for ref in all_params(graph):
-        kind = ref.param.value.type
-        state = parameter_state_bytes(
-            kind.numel,
-            ref.param.dtype.itemsize,
-            setting.optimizer,
-            ref.trainable and setting.training,
-        )
-        for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):
-            parts[i] += ref.weight * part
+    parts = state_bytes(graph, setting)
     total = sum(parts)
     limit = request.memory_bytes
     share = total / request.gpus
@@ -54,6 +44,22 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
         f"rest; try a shorter sequence (--seq {max(1, request.seq // 2)}) or more GPUs"
         f"{_more(request, 2 * request.gpus)}"
     )
+
+
+def state_bytes(graph: Graph, setting: Setting) -> list[float]:
+    """Bytes of all parameters, gradients and optimizer states, each once."""
+    parts = [0.0, 0.0, 0.0]
+    for ref in all_params(graph):
+        kind = ref.param.value.type
+        state = parameter_state_bytes(
+            kind.numel,
+            ref.param.dtype.itemsize,
+            setting.optimizer,
+            ref.trainable and setting.training,
+        )
+        for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):
+            parts[i] += ref.weight * part
+    return parts
 
 
 def _more(request: Request, least: int) -> str:
@@ -84,3 +90,6 @@ def _without_outputs(graph: Graph, request: Request) -> str:
 def _bytes_of(output: Output) -> int:
     kind = output.value.type
     return kind.numel * kind.dtype.itemsize
+
+
+__all__ = ["explain", "state_bytes"]

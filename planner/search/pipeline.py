@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from ...costmodel.timeline import StageTimes, Timeline, in_flight, played
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...facts.schedules import PipelineSchedule, default_stages, refusal, schedule
 from ...facts.spec import Spec
+from ...facts.units import format_seconds
 from ...ir.graph import Graph, Param, TensorType, Value
 from ...ir.ops.local import local_bytes
 from ...ir.passes.stages import Stage, cut_into_stages, layer_count, shared_params
@@ -35,49 +37,52 @@ from ..strategies.conversion import Network
 from ..strategies.layout import Layout
 from ..strategies.regions import scopes
 from ..strategies.setting import Restriction, Setting, Within
+from .cuts import balanced_layers, even_layers, improved_layers, stage_seconds
 from .infeasible import explain
 from .search import Job, token_orders
 
+_TRIES = 20_000  # actions played for one move of a layer: more take longer than they are worth
 AXIS = "pp"  # the outermost axis of the mesh, between stages
-_RUN = ("gpipe", "1f1b", "interleaved")  # schedules that modules run
+_RUNNABLE = ("gpipe", "1f1b", "interleaved")  # schedules that modules run
 
 
-def schedule_name(request: Request, layout: Layout) -> str:
-    """The schedule that was asked for, else 1F1B, interleaved where ranks have several stages."""
-    return request.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a pipeline is before anything is planned: its ranks, the stages of each, the schedule,
+    and the mesh of a stage; `text` is what errors call it."""
+
+    ranks: int
+    per_rank: int
+    schedule: str
+    mesh: Mesh
+    text: str
+
+    @staticmethod
+    def of(request: Request, layout: Layout) -> Shape:
+        """That of a layout, by the schedule that was asked for, else 1F1B, interleaved where ranks
+        have several stages."""
+        name = request.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
+        per_rank = layout.per_rank if layout.per_rank > 1 else default_stages(name)
+        return Shape(layout.pipeline, per_rank, name, layout.mesh, f"--layout {layout.text}")
+
+    @property
+    def gpus(self) -> int:
+        """All of its ranks."""
+        return self.ranks * self.mesh.ranks
+
+    @property
+    def stages(self) -> int:
+        """Stages of all ranks together."""
+        return self.ranks * self.per_rank
 
 
-def stages_per_rank(request: Request, layout: Layout) -> int:
-    """As the layout has it, else as many as the schedule has."""
-    name = schedule_name(request, layout)
-    return layout.per_rank if layout.per_rank > 1 else default_stages(name)
-
-
-def even_layers(count: int, stages: int) -> list[int]:
-    """Numbers of layers that differ by one at most; ends, which do more besides, have fewer.
-
-    >>> even_layers(10, 4)
-    [2, 3, 3, 2]
-    """
-    least, more = divmod(count, stages)
-    inner = sorted(range(stages), key=lambda n: (min(n, stages - 1 - n) == 0, n))
-    return [least + (n in inner[:more]) for n in range(stages)]
-
-
-def balanced_layers(count: int, besides: Sequence[float], layer_s: float) -> list[int]:
-    """Numbers of layers of stages that take `besides` and `layer_s` for each layer, so that the
-    slowest takes as little as it can.
-
-    Each layer goes to the stage that is fastest with it, which is optimal for equal layers.
-
-    >>> balanced_layers(8, [0.0, 0.0, 3.0], 1.0)
-    [4, 3, 1]
-    """
-    layers = [1] * len(besides)
-    for _ in range(count - len(besides)):
-        with_it = [own + (n + 1) * layer_s for own, n in zip(besides, layers, strict=True)]
-        layers[with_it.index(min(with_it))] += 1
-    return layers
+def check_runnable(name: str) -> None:
+    """Raises PlanError for a schedule that modules do not run."""
+    if name not in _RUNNABLE:
+        raise PlanError(
+            f"--schedule {name} has backward passes in two parts, which modules do not run yet;"
+            f" take {', '.join(_RUNNABLE)}"
+        )
 
 
 def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
@@ -86,17 +91,25 @@ def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
     Raises PlanError, in a sentence, where there is none, InfeasibleError where none fits.
     """
     assert job.layout is not None
+    return plan_pipeline(graph, job, Shape.of(job.request, job.layout))
+
+
+def plan_pipeline(graph: Graph, job: Job, shape: Shape, ceiling: float = inf) -> PlanData:
+    """The fastest plan of a shape, its layers shared out evenly or by what stages take.
+
+    Raises as `make_pipeline_plan` does, and PlanError where all take `ceiling` seconds or more.
+    """
     found: list[PlanData] = []
     errors: list[PlanError] = []
     apart = unfuse(graph)
     for variant in [graph] if apart is graph else [graph, apart]:
         try:
             job.check(variant)
-            even = _Planning(variant, job, job.layout).plan()
-            found.append(even)
-            layers = _better_layers(even)
+            even = even_layers(layer_count(variant), shape.stages)
+            found.append(_Planning(variant, job, shape, even, ceiling).plan())
+            layers = _better_layers(found[-1], ceiling)
             if layers is not None:
-                found.append(_Planning(variant, job, job.layout, layers).plan())
+                found.append(_Planning(variant, job, shape, layers, ceiling).plan())
         except PlanError as error:
             errors.append(error)
     if not found:
@@ -104,20 +117,61 @@ def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
     return min(found, key=lambda plan: plan.seconds)
 
 
-def _better_layers(plan: PlanData) -> list[int] | None:
-    """How to share out layers by the times of stages that have them evenly; None for as they are.
+def plan_cut(graph: Graph, job: Job, shape: Shape, layers: Sequence[int]) -> PlanData:
+    """The plan of a shape whose stages have so many layers; raises as `make_pipeline_plan`."""
+    return _Planning(graph, job, shape, layers).plan()
 
-    Layers that are recomputed in some stages alone take those stages' time.
+
+def _better_layers(plan: PlanData, ceiling: float) -> list[int] | None:
+    """How to share out layers by the times of stages that have them evenly; None for as they are,
+    and where that takes no less than `ceiling`.
+
+    Layers of different kinds take what their work does; a stage whose layers are recomputed takes
+    longer for each.
     """
     assert plan.pipeline is not None
-    stages = plan.pipeline.stages
-    own = [stage.layers for stage in stages]
-    each = [(s.forward_s + s.backward_s) for s in stages]
-    layer_s = min(seconds / n for seconds, n in zip(each, own, strict=True))
-    besides = [seconds - n * layer_s for seconds, n in zip(each, own, strict=True)]
-    layers = balanced_layers(sum(own), besides, layer_s)
-    slowest = max(b + n * layer_s for b, n in zip(besides, layers, strict=True))
-    return layers if slowest < 0.99 * max(each) else None
+    stages, kinds = plan.pipeline.stages, plan.pipeline.kinds
+    works = [_layer_work(kinds[stage.kind]) for stage in stages]
+    each = [stage.forward_s + stage.backward_s for stage in stages]
+    again = [kinds[stage.kind].decisions.recompute for stage in stages]
+    rates = {  # seconds for one of work, where nothing is done besides
+        mode: min(s / sum(w) for s, w, m in zip(each, works, again, strict=True) if m == mode)
+        for mode in set(again)
+    }
+    paces = [rates[mode] for mode in again]
+    besides = [s - sum(w) * p for s, w, p in zip(each, works, paces, strict=True)]
+    flat = [work for own in works for work in own]
+    forward = sum(s.forward_s for s in stages) / sum(each)
+
+    def seconds(layers: Sequence[int]) -> float:
+        """Of the schedule, its layers shared out so."""
+        own = stage_seconds(layers, flat, besides, paces)
+        times = [
+            StageTimes(forward * s, (1 - forward) * s, 0.0, stage.send_s, stage.send_back_s)
+            for s, stage in zip(own, stages, strict=True)
+        ]
+        return played(table, times).seconds
+
+    table = schedule(
+        plan.pipeline.schedule, plan.pipeline.ranks, plan.pipeline.per_rank,
+        plan.request.micro_batches,
+    )  # fmt: skip
+    now = [stage.layers for stage in stages]
+    layers: Sequence[int] = balanced_layers(flat, besides, paces)
+    if len(stages) ** 3 * plan.request.micro_batches <= _TRIES:
+        layers = improved_layers(layers, seconds)
+    worth = min(0.995, 1.05 * ceiling / plan.seconds) if plan.seconds else 0.0
+    return list(layers) if seconds(layers) < worth * seconds(now) else None
+
+
+def _layer_work(plan: PlanData) -> list[float]:
+    """Seconds of the work of each layer of a stage, kept for backward."""
+    of_block = {
+        id(scope.block): sum(plan.work[node.name].seconds for node in scope.nodes)
+        for scope in scopes(plan.graph)
+        if scope.block is not None
+    }
+    return [of_block[id(loop.blocks[kind])] for loop in plan.graph.loops for kind in loop.order]
 
 
 class _Ends(Within):
@@ -165,39 +219,37 @@ class _Planning:
     """One cut of one graph, with one schedule."""
 
     def __init__(
-        self, graph: Graph, job: Job, layout: Layout, layers: Sequence[int] | None = None
+        self,
+        graph: Graph,
+        job: Job,
+        shape: Shape,
+        layers: Sequence[int],
+        ceiling: float = inf,
     ) -> None:
-        self.graph, self.job, self.layout = graph, job, layout
-        self.request = job.request
-        self.mesh = layout.mesh
-        self.per_rank = stages_per_rank(self.request, layout)
+        self.graph, self.job, self.shape, self.ceiling = graph, job, shape, ceiling
+        self.request, self.mesh = job.request, shape.mesh
         self.table = self._schedule()
         try:
-            layers = layers or even_layers(layer_count(graph), self.table.stages)
             self.stages = cut_into_stages(graph, layers)
         except ValueError as error:
-            raise PlanError(f"--layout {layout.text}: {error}") from error
+            raise PlanError(f"{shape.text}: {error}") from error
         self.shared = shared_params(self.stages)
         self.kinds = _kinds(self.stages)
         self.fixed: dict[tuple[str, TensorType], Spec] = {}
         self.stored: dict[str, Spec] = {}
 
     def _schedule(self) -> PipelineSchedule:
-        name, count = schedule_name(self.request, self.layout), self.request.micro_batches
-        ranks = self.layout.pipeline
-        if why := refusal(name, ranks, self.per_rank, count):
-            raise PlanError(f"--layout {self.layout.text}, {count} micro-batches: {why}")
-        if name not in _RUN:
-            raise PlanError(
-                f"--schedule {name} has backward passes in two parts, which modules do not run"
-                f" yet; take {', '.join(_RUN)}"
-            )
-        return schedule(name, ranks, self.per_rank, count)
+        shape, count = self.shape, self.request.micro_batches
+        if why := refusal(shape.schedule, shape.ranks, shape.per_rank, count):
+            raise PlanError(f"{shape.text}, {count} micro-batches: {why}")
+        check_runnable(shape.schedule)
+        return schedule(shape.schedule, shape.ranks, shape.per_rank, count)
 
     def plan(self) -> PlanData:
         self.job.progress(f"solving {len(self.kinds)} kinds of stages on {self.mesh}")
         for kind in sorted(self.kinds, key=lambda each: -each.layers):
             kind.solved = self._solved(kind)
+            self._check_speed(kind)
             self._fix(kind.stage, kind.solved)
         orders = {self._decisions(kind).order for kind in self.kinds}
         if len(orders) > 1:  # what is sent has one order of tokens; stages that do not care take it
@@ -205,6 +257,15 @@ class _Planning:
                 decisions = replace(self._decisions(kind), order="zigzag")
                 kind.solved = replace(_found(kind), decisions=decisions)
         return self._assembled()
+
+    def _check_speed(self, kind: _Kind) -> None:
+        """Raises PlanError where ranks take the ceiling or more for stages of a kind alone."""
+        own = max(sum(n in kind.numbers for n in self.table.stages_of(r)) for r in self._ranks)
+        seconds = own * _found(kind).seconds
+        if seconds >= self.ceiling:
+            raise PlanError(
+                f"{self.shape.text}: a rank takes {format_seconds(seconds)} or more for its stages"
+            )
 
     def _decisions(self, kind: _Kind) -> Decisions:
         return _found(kind).decisions
@@ -214,7 +275,7 @@ class _Planning:
     def _settings(self, numbers: Sequence[int]) -> list[Setting]:
         """Those to try: layers kept, then recomputed."""
         kept = in_flight(self.table)
-        limit = self.request.memory_bytes / self.per_rank
+        limit = self.request.memory_bytes / self.shape.per_rank
         most = max(kept[number] for number in numbers)
         order = token_orders(self.graph, self.mesh)[0]
         return [
@@ -240,9 +301,9 @@ class _Planning:
                 return solved
             self.fixed |= twice  # it takes a value otherwise than it gives it
             return self._solved(kind)
-        whole = replace(job.request, gpus=self.layout.ranks)
+        whole = replace(job.request, gpus=self.shape.gpus)
         raise InfeasibleError(
-            f"--layout {self.layout.text}: stages {', '.join(map(str, kind.numbers))} do not fit; "
+            f"{self.shape.text}: stages {', '.join(map(str, kind.numbers))} do not fit; "
             + explain(self.graph, job.cluster, job.setting, whole)
         )
 
@@ -459,6 +520,6 @@ def refuse_phase(phase: str, layout: Layout) -> None:
 
 
 __all__ = [
-    "default_micro_batches", "even_layers", "make_pipeline_plan", "refuse_phase", "schedule_name",
-    "stages_per_rank",
+    "Shape", "check_runnable", "default_micro_batches", "make_pipeline_plan", "plan_cut",
+    "plan_pipeline", "refuse_phase",
 ]  # fmt: skip

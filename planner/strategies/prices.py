@@ -16,7 +16,7 @@ from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
 from .conversion import Conversions, Floats, Network
-from .fusing import shares
+from .fusing import Share, shares
 from .lattice import Ints
 from .params import ParamRef, all_params
 from .pricing import Work, price
@@ -135,9 +135,13 @@ class Prices:
                 training=setting.training,
                 order=setting.order,
                 imbalance=setting.expert_imbalance,
-                share=self._shares.get(node.name),
+                share=self.share_of(node),
             )
         return self._work[key]
+
+    def share_of(self, node: Node) -> Share | None:
+        """What a node moves of its chain of light operators; None where it does more than that."""
+        return self._shares.get(node.name)
 
     def outer_name(self, name: str) -> str:
         """The name outside the loop of a value that a block takes in; others as they are."""

@@ -18,7 +18,7 @@ from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.passes.stages import cut_into_stages
 from shardwright.planner.errors import PlanError
 from shardwright.planner.plan.store import plan_from_json
-from shardwright.planner.search.pipeline import balanced_layers, even_layers
+from shardwright.planner.search.cuts import balanced_layers, even_layers
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.setting import Restriction, Setting
 
@@ -55,7 +55,7 @@ def test_layers_are_balanced_as_by_brute_force() -> None:
 
         ways = product(range(1, count + 1), repeat=stages)
         best = min(slowest(layers) for layers in ways if sum(layers) == count)
-        found = balanced_layers(count, besides, 1.0)
+        found = balanced_layers([1.0] * count, besides, [1.0] * stages)
         assert sum(found) == count and slowest(found) == best
 
 
