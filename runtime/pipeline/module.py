@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from ...facts.schedules import PipelineSchedule, refusal, schedule
 from ..mesh.batches import Input, tensors_of
-from ..mesh.mesh import Mesh
+from ..mesh.mesh import Mesh, stable_seed
 from ..mesh.rows import DataShard, add_over_shards, data_shard
 from ..module.checkpoint import Safetensors, Source, StateDict
 from ..module.demo import Clock, OptimizerName, compiled_unless_asked, random_rows, started_mesh
@@ -30,7 +29,11 @@ from ..training.pieces import Piece, trained
 from ..training.shares import share_of_step
 from ..training.step import Labels, Trained
 from .messages import Form, Links, Post, key_of, receiver_of
+from .names import OfStage, held, originals, shared
 from .stages import RunningStage, Stage
+
+if TYPE_CHECKING:
+    from ..training.saving import Checkpoints, Resumed
 
 
 class PipelinedModule(nn.Module):
@@ -70,9 +73,14 @@ class PipelinedModule(nn.Module):
         self.stages = nn.ModuleList(
             self._classes[number](self._inner, compile=compile) for number in self._numbers
         )
-        self._shared = _shared(self._classes)
+        self._shared = shared(self._classes)
+        self._holders = {  # by original the stages that have it
+            name: [n for n, each in enumerate(self._classes) if name in originals([each])]
+            for name in originals(self._classes)
+        }
         self._tied = [self._tie(name, numbers, rank_of) for name, numbers in self._shared.items()]
         self._check_messages()
+        self._run_of: Checkpoints | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """A pipeline runs whole steps: `step`."""
@@ -80,16 +88,6 @@ class PipelinedModule(nn.Module):
             f"{type(self).__name__} is a pipeline of {len(self.STAGES)} stages, which runs whole"
             " steps of several micro-batches: loss = model.step(**rows)"
         )
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Pipelines have no checkpoints beside training yet."""
-        raise RuntimeError(
-            "pipelines have no checkpoints beside training yet: full_state_dict() gives all"
-            " parameters by their original names on every rank, and from_state_dict takes them,"
-            " in this plan or any other"
-        )
-
-    load_checkpoint = save_checkpoint
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -296,7 +294,7 @@ class PipelinedModule(nn.Module):
         found: list[Piece] = []
         for number, module in zip(self._numbers, self._modules_here, strict=True):
             for piece in module.tensors.pieces():
-                sharing = self._shared.get(piece.original, (number,))
+                sharing = self._holders[piece.original]
                 copies, copy = piece.copies, piece.copy
                 found.append(
                     replace(
@@ -364,10 +362,10 @@ class PipelinedModule(nn.Module):
         return model
 
     def _load(self, source: Source) -> None:
-        held = [_held(each) for each in self._classes]
+        names = [held(each) for each in self._classes]
         for number, module in zip(self._numbers, self._modules_here, strict=True):
-            others = {name for n, each in enumerate(held) if n != number for name in each}
-            module.tensors.load(_OfStage(source, others - held[number]))
+            others = {name for n, each in enumerate(names) if n != number for name in each}
+            module.tensors.load(OfStage(source, others - names[number]))
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Random weights that depend on `seed` and original names alone, as in `ShardedModule`."""
@@ -423,15 +421,9 @@ class PipelinedModule(nn.Module):
         **options: Any,
     ) -> Optimizer:
         """As that of `ShardedModule`, over this rank's parts of its stages."""
-        names = {name for each in self._classes for name in each.PARAMETERS}
-        pieces = self.pieces()
-        own: dict[str, Mapping[str, Any]] = {}
-        for pattern, of in (groups or {}).items():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"no trained parameter matches {pattern}")
-            if any(fnmatchcase(piece.original, pattern) for piece in trained(pieces)):
-                own[pattern] = of
-        return make_optimizer(pieces, kind, lr, own, options)
+        pieces, own = self.pieces(), groups or {}
+        names = originals(self._classes, trained=True)
+        return make_optimizer(pieces, kind, lr, own, options, names)
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -441,6 +433,39 @@ class PipelinedModule(nn.Module):
             trained(self.pieces()), self.mesh, max_norm, norm_type,
             error_if_nonfinite=error_if_nonfinite,
         )  # fmt: skip
+
+    # --- checkpoints of a run --------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        optimizer: Optimizer | None = None,
+        *,
+        step: int,
+        extra: Any = None,
+        keep: int = 2,
+    ) -> None:
+        """As that of `ShardedModule`: it loads into any other plan, with stages and without."""
+        self._checkpoints.save(Path(folder), self.pieces(), optimizer, step, extra, keep)
+
+    def wait_for_checkpoint(self) -> None:
+        """As that of `ShardedModule`."""
+        self._checkpoints.wait()
+
+    def load_checkpoint(self, folder: str | Path, optimizer: Optimizer | None = None) -> Resumed:
+        """As that of `ShardedModule`: from any other plan, with stages and without."""
+        resumed = self._checkpoints.load(Path(folder), self.pieces(), optimizer)
+        name = self.mesh.names[0]
+        self._inner.manual_seed(stable_seed(self.mesh.seed, name, self._place))
+        return resumed
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        if self._run_of is None:
+            from ..training.saving import Checkpoints  # which loads much of torch
+
+            self._run_of = Checkpoints(self.mesh, originals(self._classes))
+        return self._run_of
 
     # --- demonstration ---------------------------------------------------------------------------
 
@@ -462,58 +487,6 @@ class PipelinedModule(nn.Module):
 
         best = clock.best("step", run)
         clock.say(f"best {best * 1e3:.1f} ms per step")
-
-
-class _OfStage:
-    """Of a checkpoint of the whole model what one stage takes, and what no stage knows."""
-
-    def __init__(self, source: Source, others: set[str]) -> None:
-        """`others` are names of tensors and layers (`layers.3.`) that the stage has not."""
-        self.title = source.title
-        self._source = source
-        self._others = others
-        self._layers = tuple(name for name in others if name.endswith("."))
-
-    def names(self) -> list[str]:
-        """All names but those of other stages."""
-        given = self._source.names()
-        return [n for n in given if n not in self._others and not n.startswith(self._layers)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one full tensor."""
-        return self._source.shape(name)
-
-    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """One slice, one `slice` per dim."""
-        return self._source.read(name, slices)
-
-
-def _held(stage: type[ShardedModule]) -> set[str]:
-    """Original names of what a stage has, aliases too, and of its layers, with a dot behind."""
-    found: set[str] = set()
-    for name, param in stage.PARAMETERS.items():
-        found |= {param.part.name if param.part else name, *param.aliases}
-    for path, classes in stage.LAYERS.items():
-        first = stage.FIRST_LAYERS.get(path, 0)
-        found |= {f"{path}.{number}." for number in range(first, first + len(classes))}
-    return found
-
-
-def _shared(classes: Sequence[type[ShardedModule]]) -> dict[str, tuple[int, ...]]:
-    """The trained parameters that several stages have, with the stages' numbers.
-
-    Raises ValueError where they store one differently.
-    """
-    found: dict[str, list[int]] = {}
-    for number, each in enumerate(classes):
-        for name, param in each.PARAMETERS.items():
-            if param.kind == "parameter" and param.trainable:
-                found.setdefault(name, []).append(number)
-    for name, numbers in found.items():
-        specs = {classes[number].PARAMETERS[name].spec for number in numbers}
-        if len(specs) > 1:
-            raise ValueError(f"stages {numbers} store `{name}` as {' and '.join(sorted(specs))}")
-    return {name: tuple(numbers) for name, numbers in found.items() if len(numbers) > 1}
 
 
 __all__ = ["PipelinedModule"]

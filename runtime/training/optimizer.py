@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
@@ -21,8 +21,10 @@ def make_optimizer(
     lr: float,
     groups: Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Any],
+    names: Collection[str] = (),
 ) -> Optimizer:
-    """See `ShardedModule.optimizer`.
+    """See `ShardedModule.optimizer`; `names` are those of all trained originals, where other ranks
+    hold other ones: then every rank has the same groups, some with no parameter.
 
     Fused on CUDA: one pass over all parameters, and no second copy of them in a step.
     """
@@ -32,21 +34,26 @@ def make_optimizer(
     if not own:
         raise ValueError("there is no parameter to train")
     fused = all(piece.tensor.is_cuda for piece in own)
-    return _KINDS[kind](_grouped(own, groups), lr=lr, fused=fused, **options)
+    return _KINDS[kind](_grouped(own, groups, names), lr=lr, fused=fused, **options)
 
 
 def _grouped(
-    pieces: Sequence[Piece], groups: Mapping[str, Mapping[str, Any]]
+    pieces: Sequence[Piece], groups: Mapping[str, Mapping[str, Any]], names: Collection[str]
 ) -> list[dict[str, Any]]:
-    """A group for each pattern of names, and one of all others; empty ones are left out."""
-    unused = [p for p in groups if not any(fnmatchcase(piece.original, p) for piece in pieces)]
-    if unused:
-        names = ", ".join(sorted({piece.original for piece in pieces})[:5])
+    """A group for each pattern of names, and one of all others; those of no name are left out."""
+    every = {*names, *(piece.original for piece in pieces)}
+    used = {_pattern(name, groups) for name in every}
+    if unused := [p for p in groups if not any(fnmatchcase(name, p) for name in every)]:
         raise ValueError(
-            f"no trained parameter matches {', '.join(unused)}; names are {names}, ..."
+            f"no trained parameter matches {', '.join(unused)}; names are"
+            f" {', '.join(sorted(every)[:5])}, ..."
         )
-    members: dict[str, list[Any]] = {pattern: [] for pattern in ("", *groups)}
+    members: dict[str, list[Any]] = {p: [] for p in ("", *groups) if p in used}
     for piece in pieces:
-        found = [pattern for pattern in groups if fnmatchcase(piece.original, pattern)]
-        members[found[0] if found else ""].append(piece.tensor)
-    return [{"params": own, **groups.get(pattern, {})} for pattern, own in members.items() if own]
+        members[_pattern(piece.original, groups)].append(piece.tensor)
+    return [{"params": own, **groups.get(pattern, {})} for pattern, own in members.items()]
+
+
+def _pattern(name: str, patterns: Collection[str]) -> str:
+    """The first pattern that a name matches; "" for none."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), "")

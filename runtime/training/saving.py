@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 
 from ..mesh.mesh import Mesh, stable_seed
 from .pieces import Piece
-from .states import Kept, OptimizerStates
+from .states import Group, Kept, Numbers, OptimizerStates, merged
 
 _RUN = "run"  # the item of what is no tensor
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -87,10 +87,14 @@ class Slot:
 
 
 class Checkpoints:
-    """The checkpoints of a run on `mesh`; all ranks make every call together."""
+    """The checkpoints of a run on `mesh`; all ranks make every call together.
 
-    def __init__(self, mesh: Mesh) -> None:
+    `names` are those of all originals where ranks hold parts of different ones, as stages do.
+    """
+
+    def __init__(self, mesh: Mesh, names: Collection[str] = ()) -> None:
         self._mesh = mesh
+        self._names = frozenset(names)
         self._group: dist.ProcessGroup | None = None  # of its own: saving goes on beside training
         self._running: tuple[Future[Any], Path, int] | None = None
 
@@ -115,7 +119,8 @@ class Checkpoints:
         states = OptimizerStates.of(optimizer, pieces)
         slots = _slots(pieces, states.tensors)
         run = {"step": step, "extra": extra, "seed": self._mesh.seed}
-        run |= {"numbers": states.numbers, "groups": states.groups}
+        numbers, groups = self._everywhere(states)
+        run |= {"numbers": numbers, "groups": groups}
         path = folder / f"step-{step:08d}"
         if self._mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,17 +160,40 @@ class Checkpoints:
         metadata = reader.read_metadata()
         states = OptimizerStates.planned(optimizer, pieces, _tensors(metadata))
         slots = _slots(pieces, states.tensors)
-        _check(found[-1], slots, _tensors(metadata), with_optimizer=optimizer is not None)
-        loading = _Loading(slots)
+        saved = {name: x for name, x in _tensors(metadata).items() if self._is_here(name, pieces)}
+        _check(found[-1], slots, saved, with_optimizer=optimizer is not None)
+        first: dict[str, Slot] = {}
+        for slot in slots:
+            first.setdefault(slot.key, slot)
+        loading = _Loading(list(first.values()))
         dcp.load(
-            {slot.key: slot.tensor for slot in slots}, storage_reader=reader, planner=loading,
-            process_group=self._gloo(), no_dist=self._mesh.size == 1,
+            {key: slot.tensor for key, slot in first.items()}, storage_reader=reader,
+            planner=loading, process_group=self._gloo(), no_dist=self._mesh.size == 1,
         )  # fmt: skip
+        for slot in slots:  # of what several stages of a rank have each has a copy
+            if slot is not first[slot.key]:
+                slot.tensor.copy_(first[slot.key].tensor)
         run = loading.run
         if optimizer is not None:
             states.load_into(optimizer, run["numbers"], run["groups"])
         self._mesh.manual_seed(stable_seed(run["seed"], run["step"]))
         return Resumed(run["step"], run["extra"])
+
+    def _everywhere(self, states: OptimizerStates) -> tuple[Numbers, list[Group]]:
+        """The numbers and groups of an optimizer, those of all ranks' tensors together."""
+        own = states.numbers, states.groups
+        if not self._names or self._mesh.size == 1:
+            return own
+        told: list[Any] = [None] * self._mesh.size
+        dist.all_gather_object(told, own, group=self._gloo())
+        return merged(told)
+
+    def _is_here(self, name: str, pieces: Sequence[Piece]) -> bool:
+        """Is a tensor of a checkpoint for this rank?  No rank has those that the model has not."""
+        own = {piece.original for piece in pieces}
+        kind, _, rest = name.partition(".")
+        of = rest if kind == "model" else rest.rpartition(".")[0]
+        return of in own or of not in self._names
 
     def _gloo(self) -> dist.ProcessGroup | None:
         if self._group is None and self._mesh.size > 1:

@@ -68,10 +68,12 @@ class OptimizerStates:
     def load_into(self, optimizer: Optimizer, numbers: Numbers, groups: Sequence[Group]) -> None:
         """Give `optimizer` the tensors here, and the numbers and options of a checkpoint.
 
-        Raises ValueError where its groups have other parameters than those of the checkpoint.
+        Raises ValueError where its groups have other parameters than those of the checkpoint, of
+        those that are here.
         """
         own = [sorted(set(names)) for _, names in self.groups]
-        if own != [sorted(set(names)) for _, names in groups]:
+        here = {name for names in own for name in names}
+        if own != [sorted(here.intersection(names)) for _, names in groups]:
             raise ValueError(
                 "the optimizer has other groups of parameters than that of the checkpoint: make it"
                 " with the same patterns"
@@ -86,6 +88,19 @@ class OptimizerStates:
         for group, (options, _) in zip(loaded["param_groups"], groups, strict=True):
             group.update(options)
         optimizer.load_state_dict(loaded)
+
+
+def merged(parts: Sequence[tuple[Numbers, list[Group]]]) -> tuple[Numbers, list[Group]]:
+    """The numbers and groups of ranks that hold different parameters, whose optimizers have the
+    same groups."""
+    numbers: Numbers = {}
+    for own, _ in parts:
+        numbers |= own
+    groups: list[Group] = []
+    for same in zip(*(groups for _, groups in parts), strict=True):
+        names = dict.fromkeys(name for _, names in same for name in names)
+        groups.append((same[0][0], list(names)))
+    return numbers, groups
 
 
 def _owned(optimizer: Optimizer | None, pieces: Sequence[Piece]) -> list[Piece]:
