@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
@@ -17,7 +17,7 @@ from ..facts.moves import primitive
 from ..facts.spec import P, R, S, V, is_shard
 from ..facts.units import format_bytes, format_seconds
 from ..facts.users import Import
-from ..ir.graph import Arg, Node, Value
+from ..ir.graph import Arg, Loop, Node, Value
 from ..ir.graph.names import is_path
 from ..ir.graph.rewrite import with_args
 from ..ir.ops.labels import DimLabels
@@ -68,7 +68,7 @@ class Context:
     parameters: Mapping[str, str]  # by the name of its value, its path in the block or model
     words: Mapping[str, str]  # by the name of a value, what the user calls it
     weights: Mapping[Sharded, str]  # the paths that parameters are used under
-    recompute: bool = False  # are layers run again in backward?
+    recomputed: Mapping[str, int]  # by loop, how many first layers are run again in backward
     training: bool = False
     order: str = "contiguous"  # in which ranks hold tokens
     # what the module calls the user's functions
@@ -427,11 +427,21 @@ class FunctionWriter:
         self._out += [f"{pad}{a} = {b}" for a, b in zip(carried, entering, strict=True) if a != b]
         path = self.function.own(item.loop.path)
         assert path is not None
-        self._out.append(f"{pad}for layer in {_module(path)}:")
         passed = ", ".join([*carried, *arguments])
-        run = f"self.recompute(layer, {passed})" if self.context.recompute else f"layer({passed})"
-        call = f"{', '.join(carried)} = {run}"
-        self._out += statement(call, self._indent + 1, self.layout(item.outputs[0]))
+        for layers, again in self._runs_of(item.loop, _module(path)):
+            self._out.append(f"{pad}for layer in {layers}:")
+            run = f"self.recompute(layer, {passed})" if again else f"layer({passed})"
+            call = f"{', '.join(carried)} = {run}"
+            self._out += statement(call, self._indent + 1, self.layout(item.outputs[0]))
+
+    def _runs_of(self, loop: Loop, module: str) -> Iterator[tuple[str, bool]]:
+        """The layers of a loop, in parts; are they recomputed?"""
+        again, layers = self.context.recomputed[loop.path], len(loop.order)
+        if 0 < again < layers:
+            yield f"{module}[:{again}]", True
+            yield f"{module}[{again}:]", False
+        else:
+            yield module, again > 0
 
     def _conversion_call(self, item: Convert) -> str:
         """The method of `runtime.Axis` for the step (see its table)."""

@@ -221,7 +221,10 @@ class Plan(PlanData):
         cluster = load_cluster(self.request.cluster, self.request.gpus)
         decided = self.decisions
         setting = replace(
-            setting_of(self.request), recompute=decided.recompute, order=decided.order
+            setting_of(self.request),
+            recompute=decided.recompute,
+            order=decided.order,
+            kept_layers=decided.kept_layers,
         )
         return Builder(self.graph, Network(self.mesh, cluster), setting)
 

@@ -260,13 +260,18 @@ def _shrunk_case(plan: PlanData, mesh: Mesh, *, tokens_only: bool) -> _Case:
 
 
 def _program(plan: PlanData, graph: Graph) -> Program:
-    """The program of `plan` for `graph`, which has other sizes."""
+    """The program of `plan` for `graph`, which has other sizes.
+
+    Where some layers are recomputed and others are not, so it is in fewer layers.
+    """
     free = {k: tuple(_unpriced(s) for s in steps) for k, steps in plan.paths.items()}
 
     def paths(value: Value, a: Spec, b: Spec) -> tuple[PricedStep, ...]:
         return free[value.name, a, b]
 
-    return lower(graph, plan.decisions, paths, training=plan.training)
+    most = min((len(loop.order) for loop in graph.loops), default=1) - 1
+    decisions = replace(plan.decisions, kept_layers=min(plan.decisions.kept_layers, most))
+    return lower(graph, decisions, paths, training=plan.training)
 
 
 def _unpriced(priced: PricedStep) -> PricedStep:

@@ -138,7 +138,7 @@ def _casts_s(builder: Builder, ref: ParamRef, weight: Weight) -> float:
     """Seconds of a step's casts of one weight."""
     first = np.zeros(1, dtype=np.int64)
     held = builder.held(ref, [weight.kept], [weight.used])(first, first)
-    again = builder.comes_again(ref.param.value, inside=False)
+    again = builder.comes_again(ref.param.value)
     return float(builder.casting_s(ref, held, again=again)[0])
 
 
@@ -159,7 +159,7 @@ def spent(solved: Solved) -> tuple[tuple[str, float], ...]:
     builder, decided = solved.builder, solved.decisions
     work = _work(builder, decided)
     times = builder.setting.micro_batches
-    ops = spent_in_ops(builder.graph, work, recompute=decided.recompute, times=times)
+    ops = spent_in_ops(builder.graph, work, decided, times=times)
     return ops.rows(solved.seconds, _optimizer_s(builder, decided), solved.casts_s)
 
 

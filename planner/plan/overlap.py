@@ -54,7 +54,7 @@ def hidden_s(
     free = 1 - prices.network.cluster.contention
     if not free or not together:
         return 0.0
-    moved, computed = _moved(program, prices, together), _computed(prices, decisions)
+    moved, computed = _moved(program, prices, decisions, together), _computed(prices, decisions)
     runs, hidden, last = prices.setting.micro_batches, 0.0, _Computed()
     for stage, loop in enumerate(prices.graph.loops, start=1):
         layers = len(loop.order)
@@ -74,8 +74,11 @@ def hidden_s(
     return hidden
 
 
-def _moved(program: Program, prices: Prices, together: Sequence[Together]) -> dict[Unit, _Moved]:
+def _moved(
+    program: Program, prices: Prices, decisions: Decisions, together: Sequence[Together]
+) -> dict[Unit, _Moved]:
     unit_of = dict(_units(program))
+    shares = {scope.unit: decisions.again(scope) for scope in scopes(prices.graph)}
     found: dict[Unit, _Moved] = {}
     for each in together:
         traffic = each.traffic
@@ -85,11 +88,10 @@ def _moved(program: Program, prices: Prices, together: Sequence[Together]) -> di
         if traffic.backward:
             moved.backward += seconds
             moved.again += seconds * (traffic.kind in _GATHERS)
-        elif program.recompute and isinstance(unit, InLoop):  # the second time in backward
-            moved.forward += seconds / 2
-            moved.backward += seconds / 2
-        else:
-            moved.forward += seconds
+        else:  # the second time in backward
+            again = shares.get(unit, 0.0)
+            moved.forward += seconds / (1 + again)
+            moved.backward += seconds * again / (1 + again)
     return found
 
 
@@ -114,8 +116,7 @@ def _computed(prices: Prices, decisions: Decisions) -> Mapping[Unit, _Computed]:
             work = prices.work(node, decisions.choices[node.name])
             mine.forward += work.forward_s - work.forward_moving_s
             mine.backward += work.backward_s - work.backward_moving_s
-            if decisions.recompute:
-                mine.backward += work.forward_s - work.forward_moving_s
+            mine.backward += decisions.again(scope) * (work.forward_s - work.forward_moving_s)
     return found
 
 

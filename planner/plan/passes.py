@@ -82,11 +82,11 @@ def experts_load(plan: PlanData) -> float:
     return max(loads, default=1.0)
 
 
-def _runs(plan: PlanData) -> Iterator[tuple[Scope, Node, int, int]]:
+def _runs(plan: PlanData) -> Iterator[tuple[Scope, Node, int, float]]:
     """(scope, node, how often it runs in a step, how often backward runs its forward again)."""
     times = plan.request.micro_batches
     for scope in scopes(plan.graph):
-        again = int(plan.decisions.recompute and scope.loop is not None)
+        again = plan.decisions.again(scope)
         yield from ((scope, node, times * scope.weight, again) for node in scope.nodes)
 
 

@@ -84,7 +84,8 @@ class Baseline:
 
     If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
     what the seconds go into, as `planner.split` has it; `recompute`, whether layers run forward
-    again in backward; `whole`, which weights stay whole where FSDP's axes do not divide them.
+    again in backward, and `kept_layers`, how many last ones of each loop do not; `whole`, which
+    weights stay whole where FSDP's axes do not divide them.
     `refused`: there is no such plan, and why; then `peak_bytes` is 0.
     """
 
@@ -96,6 +97,7 @@ class Baseline:
     recompute: bool = False
     whole: tuple[str, ...] = ()
     refused: str = ""
+    kept_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +233,8 @@ class PlanData:
     @property
     def spent(self) -> Spent:
         """What the seconds of a step go into, but for conversions and the optimizer."""
-        return spent_in_ops(
-            self.graph,
-            self.work,
-            recompute=self.decisions.recompute,
-            times=self.request.micro_batches,
-        )
+        times = self.request.micro_batches
+        return spent_in_ops(self.graph, self.work, self.decisions, times=times)
 
     @cached_property
     def program(self) -> Program:

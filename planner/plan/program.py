@@ -28,6 +28,7 @@ from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Step
+from ..strategies.regions import recomputed_layers
 from ..strategies.storage import Storage
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
@@ -206,10 +207,15 @@ class Program:
     statements: tuple[Statement, ...]
     outputs: tuple[Sharded, ...]
     recompute: bool = False  # layers run forward again in backward, and keep only their inputs
+    kept_layers: int = 0  # but not so many last ones of each loop
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
     training: bool = True  # does a backward pass follow?
     micro_batches: int = 1  # that run it in one step
     reduced: torch.dtype | None = None  # of gradients between ranks; None: as they come
+
+    def recomputed(self, loop: Loop) -> int:
+        """How many first layers of a loop are recomputed."""
+        return recomputed_layers(loop, self.kept_layers) if self.recompute else 0
 
     @cached_property
     def zigzag(self) -> dict[str, frozenset[int]]:
@@ -326,6 +332,7 @@ class _Lowering:
             tuple(statements),
             outputs,
             self.decisions.recompute,
+            self.decisions.kept_layers,
             self.decisions.order,
             self.training,
         )

@@ -38,6 +38,7 @@ ORDERS = ("contiguous", "zigzag")
 PRECISIONS = ("own", MIXED)
 
 _AXIS = Whole(0, 2)
+_LAYERS = Whole(0, 2**31)
 _AXES = ListOf(_AXIS, 3)
 _SIZE = Whole(0, 2**62)
 _SECONDS = Number(0, 1e15)
@@ -87,7 +88,12 @@ _BASELINE = Record(
         "peak_bytes": _BYTES,
         "spent": _SPENT,
     },
-    optional={"recompute": Flag(), "whole": ListOf(LINE), "refused": LINE},
+    optional={
+        "recompute": Flag(),
+        "whole": ListOf(LINE),
+        "refused": LINE,
+        "kept_layers": _LAYERS,
+    },  # fmt: skip
 )
 _SEARCH = Record(
     {
@@ -179,6 +185,7 @@ def _plan(decode: Shape, stage: Shape | None) -> Shape:
             "recached": ListOf(_RECACHED),
         },
         optional={
+            "kept_layers": _LAYERS,
             "module_sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}"),
             **({} if stage is None else {"pipeline": _pipeline(stage)}),
         },

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ...ir.graph import Graph
 from ...ir.ops.operator import Operator
 from ...ir.ops.registry import OPS, operator_of
+from ..strategies.build import Decisions
 from ..strategies.pricing import Work
 from ..strategies.regions import scopes
 
@@ -40,18 +41,18 @@ class Spent:
 
 
 def spent_in_ops(
-    graph: Graph, work: Mapping[str, Work], *, recompute: bool, times: int = 1
+    graph: Graph, work: Mapping[str, Work], decisions: Decisions, *, times: int = 1
 ) -> Spent:
     """What the ops of `graph` take, given the `work` of one run of each node (by its name).
 
-    `recompute`: nodes in loops run forward twice.  `times`: micro-batches of a step.
+    Nodes of layers that are recomputed run forward twice.  `times`: micro-batches of a step.
     """
     kinds = dict.fromkeys(operator.spent_on for operator in OPS.values())
     kinds.pop(Operator.spent_on)  # last
     computing = dict.fromkeys((*kinds, Operator.spent_on), 0.0)
     moving: dict[tuple[int, ...], float] = {}
     for scope in scopes(graph):
-        again = 1 if recompute and scope.loop is not None else 0
+        again = decisions.again(scope)
         for node in scope.nodes:
             one = work[node.name]
             runs = times * scope.weight

@@ -136,7 +136,7 @@ class _Walk:
 
     def __init__(self, mesh: Mesh, program: Program, *, first: bool, last: bool) -> None:
         self.mesh = mesh
-        self.recompute = program.recompute
+        self.program = program
         self.order = program.order
         self.first = first
         self.last = last
@@ -187,13 +187,14 @@ class _Walk:
         carried = tuple(out in live for out in call.outputs)
         layers: dict[tuple[object, ...], tuple[_Count, frozenset[str]]] = {}
         runs: dict[tuple[object, ...], int] = {}
+        recomputed = self.program.recomputed(call.loop)
         for layer, kind in reversed(list(enumerate(call.loop.order))):
-            body = call.bodies[kind]
-            entering = {} if self.recompute else _entering(call, body, known)
+            body, again = call.bodies[kind], layer < recomputed
+            entering = {} if again else _entering(call, body, known)
             # layers that begin alike count alike, unless they share weights that come once
-            key = (kind, carried, len(self._told), layer if entering else None)
+            key = (kind, carried, len(self._told), layer if entering else None, again)
             if key not in layers:
-                layers[key] = self._counted(body, carried, entering)
+                layers[key] = self._counted(body, carried, entering, recomputed=again)
             runs[key] = runs.get(key, 0) + 1
             names = layers[key][1]
             carried = tuple(value.name in names for value in body.block.inputs[:n])
@@ -204,13 +205,13 @@ class _Walk:
         return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
 
     def _counted(
-        self, body: BlockBody, carried: Sequence[bool], entering: _Known
+        self, body: BlockBody, carried: Sequence[bool], entering: _Known, *, recomputed: bool
     ) -> tuple[_Count, frozenset[str]]:
         """The count of one layer, and the names of what a gradient reaches in it, which comes from
         what is `carried` on."""
         outside, self.count = self.count, _Count()
         ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-        again = kept_until(body.statements) if self.recompute and ends else 0
+        again = kept_until(body.statements) if recomputed and ends else 0
         # what comes for the second run of a layer serves its backward
         ours = {} if again else _known(body.weights)
         self._expect(body.statements, _with_views(body.statements, ours))
@@ -262,8 +263,8 @@ class _Walk:
     def _expect(self, statements: Sequence[Statement], known: _Known) -> None:
         """Count the nodes, those in loops too, that keep what is `known`."""
         for item in statements if known else ():
-            if isinstance(item, LoopCall) and not self.recompute:
-                for kind in item.loop.order:
+            if isinstance(item, LoopCall):
+                for kind in item.loop.order[self.program.recomputed(item.loop) :]:
                     body = item.bodies[kind]
                     entering = _entering(item, body, known)
                     self._expect(body.statements, _with_views(body.statements, entering))

@@ -108,6 +108,7 @@ class _Writer:
     def _loop(self, call: LoopCall, outer: dict[Sharded, _Made]) -> None:
         carried = [outer[item] for item in call.carried]
         n, path = len(carried), call.loop.path
+        recomputed = self.plan.program.recomputed(call.loop)
         for index, kind in enumerate(call.loop.order):
             body = call.bodies[kind]
             inputs = body.block.inputs
@@ -122,7 +123,7 @@ class _Writer:
                 if isinstance(item, Convert):
                     self._convert(item, at)
                 else:
-                    self._compute(f"{path}.{index}.", item, at, again=self.plan.decisions.recompute)
+                    self._compute(f"{path}.{index}.", item, at, again=index < recomputed)
             carried = [at[item] for item in body.outputs]
         outer |= dict(zip(call.outputs, carried, strict=True))
 

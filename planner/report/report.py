@@ -213,6 +213,8 @@ def _versus(plan: PlanData, seconds: float) -> str:
         return f"; {versus}: no better plan exists under this cost model."
     if is_proven(plan):
         return f"; {versus}, although this one is proven optimal: report this as a bug."
+    if plan.search.status == "optimal" and plan.decisions.kept_layers:
+        return f"; {versus}: how many layers are recomputed is searched, and not proven."
     if plan.search.status == "optimal" or plan.pipeline is not None:
         return f"; {versus}: no plan is more than {plan.search.gap:.1%} faster than this one."
     return f"; {versus}: the solver did not finish, --time-limit gives it more time."
@@ -257,7 +259,10 @@ def _baseline_row(b: Baseline) -> tuple[str, str, str, str]:
 
 
 def _layers(b: Baseline) -> str:
-    return "" if b.seconds is None else "recomputed" if b.recompute else "kept"
+    if b.seconds is None:
+        return ""
+    kept = f" but for {b.kept_layers}" if b.kept_layers else ""
+    return f"recomputed{kept}" if b.recompute else "kept"
 
 
 def _differences(plan: PlanData) -> str:
@@ -301,8 +306,23 @@ def _binding(plan: PlanData) -> str:
         bound = "compute binds"
     else:  # of few new tokens most time goes into reading weights and caches
         bound = "kernels bind (products, or reading weights and caches for them)"
-    recompute = " Layers keep only their inputs and are recomputed in backward."
-    return f"{text} What limits it: {bound}.{recompute if plan.decisions.recompute else ''}"
+    return f"{text} What limits it: {bound}.{_recomputed(plan)}"
+
+
+def _recomputed(plan: PlanData) -> str:
+    """Which layers run forward again, in a sentence."""
+    if not plan.decisions.recompute:
+        return ""
+    if not plan.decisions.kept_layers:
+        return " Layers keep only their inputs and are recomputed in backward."
+    parts = [
+        f"{plan.program.recomputed(loop)} of {len(loop.order)} layers of {loop.path}"
+        for loop in plan.graph.loops
+    ]
+    return (
+        f" The first {', '.join(parts)} keep only their inputs and are recomputed in backward: the"
+        " fewest for which a plan fits."
+    )
 
 
 def _moved(plan: PlanData, unit: str) -> list[str]:
@@ -365,8 +385,13 @@ def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
 
 
 def is_proven(plan: PlanData) -> bool:
-    """Was every problem solved to its end, and is the plan as fast as what they count?"""
-    return plan.search.status == "optimal" and plan.search.gap < _PROVEN
+    """Was every problem solved to its end, and is the plan as fast as what they count?
+
+    How many layers are recomputed, if not all are, is no part of a problem.
+    """
+    search = plan.search
+    whole = not plan.decisions.kept_layers
+    return whole and search.status == "optimal" and search.gap < _PROVEN
 
 
 def hidden_seconds(plan: PlanData) -> float:
@@ -566,6 +591,8 @@ def _search(plan: PlanData) -> str:
     proof = search.status
     if is_proven(plan):
         proof = "proven optimal"
+    elif search.status == "optimal" and plan.decisions.kept_layers:
+        proof = "proven optimal for this mesh and number of recomputed layers"
     elif search.status == "optimal":
         proof = f"proven within {search.gap:.1%} of the optimum"
     return (

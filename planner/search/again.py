@@ -180,7 +180,7 @@ class Again:
         """Seconds of a step that the nodes of a region take by themselves."""
         plan, job = self.plan, self.job(self.plan.mesh)
         builder = job.builder(plan.graph, plan.mesh, self._setting(job))
-        again = plan.decisions.recompute and region.scope.loop is not None
+        again = plan.decisions.again(region.scope)
         runs = region.scope.weight * plan.request.micro_batches
         pairs = zip(region.nodes, way.choices, strict=True)
         works = [builder.work(node, choices) for node, choices in pairs]
@@ -195,7 +195,10 @@ class Again:
 
     def _setting(self, job: Job) -> Setting:
         decided = self.plan.decisions
-        return replace(job.setting, recompute=decided.recompute, order=decided.order)
+        return replace(
+            job.setting, recompute=decided.recompute, order=decided.order,
+            kept_layers=decided.kept_layers,
+        )  # fmt: skip
 
     def _solved(
         self, job: Job, restriction: Restriction, *, limited_memory: bool = True

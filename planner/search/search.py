@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
@@ -112,7 +112,8 @@ class Job:
         made, networks = self.builders.made, self.builders.networks
         key = (id(graph), mesh, setting)  # the builder holds the graph, so that it stays the same
         if key not in made and setting.recompute:
-            made[key] = self.builder(graph, mesh, replace(setting, recompute=False)).recomputed()
+            kept = self.builder(graph, mesh, replace(setting, recompute=False, kept_layers=0))
+            made[key] = kept.recomputed(setting.kept_layers)
         elif key not in made:
             network = networks.setdefault(mesh, Network(mesh, self.cluster))
             made[key] = Builder(graph, network, setting)
@@ -176,7 +177,41 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
             for order in token_orders(graph, mesh):
                 built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
                 searched.add(*_solve(built, job, searched.ceiling))
+    _keep_some(graph, job, job.limit, searched)
     return searched
+
+
+def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved]) -> None:
+    """Where memory has room for what some layers keep, recompute only the others: on the mesh of
+    the best plan, which recomputes all.
+
+    How many is guessed from the memory of both ends, tried beside that, and else found by halving.
+    What these problems prove is of their mesh and number of layers alone.
+    """
+    best = searched.best
+    if best is None or not best.builder.setting.recompute or len(job.settings) == 1:
+        return
+    mesh, setting = best.builder.network.mesh, best.builder.setting
+
+    def built(**change: Any) -> Built:
+        return _built(graph, mesh, replace(setting, **change), job, limit)
+
+    most = built(recompute=False).least_memory() - best.peak_bytes
+    fits, over = 0, max((len(loop.order) for loop in graph.loops), default=0)
+    room = (setting.memory_bytes or 0.0) - best.peak_bytes
+    probes = [int(over * room / most)] if most > 0 else []
+    probes += [probes[0] + 1] if probes else []
+    while over - fits > 1:
+        kept = probes.pop(0) if probes else (fits + over) // 2
+        if not fits < kept < over:
+            continue
+        found, solution = _solve(built(kept_layers=kept), job, searched.ceiling)
+        searched.proven &= solution.status != "feasible"
+        if found is not None and found.seconds < searched.fastest:
+            searched.take(found)
+            fits = kept
+        else:
+            over = kept
 
 
 @dataclass(slots=True)
@@ -209,11 +244,17 @@ class Searched(Generic[Found]):
         self.ceiling = min(self.ceiling, max(found.cost, found.seconds))
         # equal ones differ by rounding: the first is kept
         if float(f"{found.seconds:.9e}") < float(f"{self.fastest:.9e}"):
-            self.best, self.fastest = found, found.seconds
+            self.take(found)
+
+    def take(self, found: Found) -> None:
+        """The best so far."""
+        self.best, self.fastest = found, found.seconds
+        self.ceiling = min(self.ceiling, max(found.cost, found.seconds))
 
 
 def _built(graph: Graph, mesh: Mesh, setting: Setting, job: Job, limit: Limit) -> Built:
-    again = ", layers recomputed" if setting.recompute else ""
+    kept = f" but for {setting.kept_layers}" if setting.kept_layers else ""
+    again = f", layers recomputed{kept}" if setting.recompute else ""
     order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
     job.progress(f"solving {mesh}{again}{order}")
     with job.clock.step("problem"):
@@ -310,9 +351,11 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
                 built = _built(graph, mesh, replace(setting, order=order), aside, limit)
                 searched.add(*_solve(built, aside))
                 least = min(least, built.least_memory())
+        _keep_some(graph, aside, limit, searched)
         if (solved := searched.best) is not None:
-            again = solved.builder.setting.recompute
-            return Price(solved.peak_bytes, solved, spent(solved), again)
+            taken = solved.builder.setting
+            again, kept = taken.recompute, taken.kept_layers
+            return Price(solved.peak_bytes, solved, spent(solved), again, kept)
         return Price(least)
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
@@ -321,12 +364,14 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
 @dataclass(frozen=True, slots=True)
 class Price(Generic[Found]):
     """The cheapest plan within a limit, its peak bytes, what its seconds go into, and whether it
-    recomputes layers; where none fits, None and the least bytes that one would need."""
+    recomputes layers, and how many it does not; where none fits, None and the least bytes that one
+    would need."""
 
     peak_bytes: float
     found: Found | None = None
     spent: tuple[tuple[str, float], ...] = ()
     recompute: bool = False
+    kept_layers: int = 0
 
 
 @dataclass(slots=True)
@@ -383,7 +428,14 @@ def _baseline(
         return Baseline(name, size, None, 0.0, refused=str(error)), None
     seconds = None if found.found is None else found.found.seconds
     row = Baseline(
-        name, size, seconds, found.peak_bytes, found.spent, found.recompute, tuple(whole)
+        name,
+        size,
+        seconds,
+        found.peak_bytes,
+        found.spent,
+        found.recompute,
+        tuple(whole),
+        kept_layers=found.kept_layers,
     )
     return row, found.found
 

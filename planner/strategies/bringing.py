@@ -32,7 +32,7 @@ from .conversion import Bools, Call, Floats, Ints
 from .flows import User, ValueFlow
 from .params import ParamRef
 from .prices import Prices
-from .regions import InLoop, Region, Scope, Unit
+from .regions import InLoop, Place, Region, Scope, Unit
 from .storage import Storage
 from .times import Times
 
@@ -160,14 +160,14 @@ class _Steps:
         targets: Sequence[Spec],
         message: float,
         *,
-        inside: bool,
+        place: Place,
         ungathered: Sequence[int],
     ) -> None:
-        """To `targets`, with others in messages of about `message` bytes; `inside` a layer, and not
+        """To `targets`, with others in messages of about `message` bytes, in one place, and not
         gathered over the axes `ungathered`."""
         ways = flow.storages
         homes = list(dict.fromkeys(way.spec for way in ways))
-        conversions = prices.conversions(flow.value, param=True, inside=inside)
+        conversions = prices.conversions(flow.value, param=True, place=place)
         self._prices = prices
         self._ref = ref
         self._targets = targets
@@ -178,7 +178,7 @@ class _Steps:
         self._allowed &= _as_at_home(ways, targets)
         self._held = prices.held(ref, ways, targets)
         self._home = _Home.of(prices, ref, ways, message)
-        self.again = prices.comes_again(flow.value, inside=inside)
+        self.again = prices.comes_again(flow.value, place)
         self.trained = prices.trains(ref)
 
     def to(self, columns: Sequence[int], *, needless: bool) -> _Ways | None:
@@ -296,9 +296,9 @@ class Bringing:
         """Nodes between a weight and its users in one place; over the axes `kept` it must not be
         gathered."""
         targets = list(dict.fromkeys(t for user in users for needs in user.needs for t in needs))
-        inside, unit = isinstance(users[0].place, InLoop), _unit_of(users)
+        place, unit = users[0].place, _unit_of(users)
         steps = _Steps(
-            self._prices, flow, ref, targets, self._message(unit), inside=inside, ungathered=kept
+            self._prices, flow, ref, targets, self._message(unit), place=place, ungathered=kept
         )
         common = _common(users)
         groups = [([user for user in users if user.wants(t)], [t]) for t in common]
@@ -314,7 +314,7 @@ class Bringing:
                 own = self._nodes[flow.node]
                 ways = ways.undominated([own.costs, *(usage.bytes for usage in own.usages)])
             regions = tuple(user.region for user in group if user.region is not None)
-            stay = Stay(unit, regions, steps.again, steps.trained)
+            stay = Stay(unit, regions, steps.again > 0, steps.trained)
             self._add(flow, group, wanted, ways, stay)
 
     def _add(
@@ -372,7 +372,8 @@ class Bringing:
                 self._prices.network.line(call.kind, call.axes, self._message(unit))
                 for _, _, call in members
             )
-            often = (self._prices.setting.micro_batches if c.often else 1 for _, _, c in members)
+            runs = self._prices.setting.micro_batches
+            often = (c.times * (runs if c.often else 1) for _, _, c in members)
             seconds = sum(start * n for (start, _), n in zip(lines, often, strict=True))
             seconds *= self._prices.network.cluster.contention
             index = len(self._nodes)

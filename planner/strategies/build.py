@@ -37,7 +37,7 @@ from .lattice import spec_fits
 from .live import Live
 from .params import ParamRef, all_params
 from .prices import Prices
-from .regions import InLoop, Place, Region, Strategy, TopLevel, units
+from .regions import InLoop, Place, Region, Scope, Strategy, TopLevel, runs_again, units
 from .runs import Runs, keepers, runs_of
 from .setting import Restriction, Setting
 from .storage import Home, Storage, storages
@@ -59,10 +59,16 @@ class Decisions:
     homes: dict[str, Home] = field(default_factory=dict[str, Home])
     recompute: bool = False  # layers of loops run forward again in backward
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
+    kept_layers: int = 0  # but not so many last ones of each
+
+    def again(self, scope: Scope) -> float:
+        """How often backward runs a scope's forward again, on average over its runs."""
+        return runs_again(scope, self.kept_layers) if self.recompute else 0.0
 
     def __str__(self) -> str:
         """A line for each spec and for each node's choices."""
-        layers = "recomputed" if self.recompute else "kept"
+        kept = f" but for the last {self.kept_layers}" if self.kept_layers else ""
+        layers = f"recomputed{kept}" if self.recompute else "kept"
         return "\n".join(
             [
                 f"tokens {self.order}, layers {layers}",
@@ -82,11 +88,11 @@ class Builder(Prices):
         self._keepers = keepers(self)
         self._runs: dict[int, Runs] = {}
 
-    def recomputed(self) -> Builder:
-        """The same where layers of loops run forward again in backward.  The two share what does
-        not depend on that."""
+    def recomputed(self, kept_layers: int) -> Builder:
+        """The same where layers of loops run forward again in backward, but for so many last ones.
+        The two share what does not depend on that."""
         other = copy(self)
-        other.setting = replace(self.setting, recompute=True)
+        other.setting = replace(self.setting, recompute=True, kept_layers=kept_layers)
         other._runs = {}
         return other
 
@@ -156,7 +162,9 @@ class Built:
             for name, of in self.storages.items()
             if (home := of[assignment[self.flows[name].node]].home) is not None
         }
-        return Decisions(choices, specs, outputs, homes, setting.recompute, setting.order)
+        return Decisions(
+            choices, specs, outputs, homes, setting.recompute, setting.order, setting.kept_layers
+        )
 
     def bringing_s(self, assignment: Sequence[int]) -> float:
         """Seconds of a step that the problem counts for bringing weights."""
@@ -203,6 +211,7 @@ class _Building:
             units(builder.graph),
             weighty(builder),
             training=builder.setting.training,
+            keeping=builder.setting.keeping,
         )
         self.live = Live(builder, self.times)
         self.uses: dict[int, Sequence[Use]] = {}
@@ -430,8 +439,7 @@ class _Building:
         self.bringing.share_latencies()
 
     def _connect(self, flow: ValueFlow, users: list[User]) -> None:
-        inside = isinstance(users[0].place, InLoop)
-        conversions = self.builder.conversions(flow.value, param=False, inside=inside)
+        conversions = self.builder.conversions(flow.value, param=False, place=users[0].place)
         sources = list(dict.fromkeys(flow.specs))
         row_of = np.array([sources.index(spec) for spec in flow.specs])
         shared = self._shared_targets(users)

@@ -70,11 +70,12 @@ class Step:
 class Call:
     """A collective that weights of a block run together: in forward, `again` (in backward, or when
     forward is run again), or for their gradients; once a step to `refresh` what is kept for its
-    uses, or `late`, for the gradients of all its micro-batches."""
+    uses, or `late`, for the gradients of all its micro-batches.  `times` of these, on average."""
 
     kind: str
     axes: tuple[int, ...]
     when: Literal["forward", "again", "gradient", "refresh", "late"]
+    times: float = 1.0
 
     @property
     def often(self) -> bool:
@@ -87,11 +88,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A collective or local primitive of a step: does it run in backward, and for the gradient?"""
+    """A collective or local primitive of a step: does it run in backward, and for the gradient?
+    How often, on average?"""
 
     kind: str
     backward: bool
     gradient: bool
+    times: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,8 +227,9 @@ class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
     `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward
-    needs: what collectives bring in forward is not kept, but brought a second time.  `again` prices
-    a value of a layer that is recomputed: everything that forward does is done twice.  `param`: a
+    needs: what collectives bring in forward is not kept, but brought once more, so often.  `again`
+    prices a value of layers of which such a share is recomputed: all that forward does is done
+    once more.  `param`: a
     parameter is gathered, never summed up from zero-padded parts, so that it can come again.
     `usual`: ranks know the way by its specs alone, so that each move goes by its own collective.
     `reduced` is the dtype of a gradient on its way, where it is not that of the value.
@@ -237,8 +241,8 @@ class Conversions:
         network: Network,
         *,
         gradient: bool,
-        regather: bool = False,
-        again: bool = False,
+        regather: float = 0.0,
+        again: float = 0.0,
         param: bool = False,
         usual: bool = False,
         reduced: torch.dtype | None = None,
@@ -307,7 +311,8 @@ class Conversions:
                     if move_of.kind in _LOCAL:
                         seconds = back if move_of.gradient else ahead
                         size = self._sized(n_bytes, gradient=move_of.gradient)
-                        seconds[where] += self.network.seconds_of(move_of.kind, step.axes, size)
+                        one = self.network.seconds_of(move_of.kind, step.axes, size)
+                        seconds[where] += move_of.times * one
                 for call in self._calls(step):
                     start, each = self.network.line(call.kind, call.axes, message)
                     size = self._sized(n_bytes, gradient=call.when == "gradient")
@@ -315,7 +320,7 @@ class Conversions:
                     fills = np.minimum(size / GROUP_BYTES, 1.0)
                     alone = np.where(ran[where], 1.0, fills)  # twice on a way: once by itself
                     seconds = back if call.when == "gradient" else ahead
-                    seconds[where] += each * size + alone * start
+                    seconds[where] += call.times * (each * size + alone * start)
                     ran[where] = True
             at[on] = table.columns[steps]
         moved = np.zeros(at.shape, dtype=bool)
@@ -344,7 +349,7 @@ class Conversions:
         n_bytes = self._step_bytes(step, spec)
         for run in runs:
             size = self._sized(n_bytes, gradient=run.gradient)
-            yield self.network.seconds(run.kind, step.axes, size)
+            yield run.times * self.network.seconds(run.kind, step.axes, size)
 
     def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
         """The collectives of one step from `spec`."""
@@ -423,7 +428,7 @@ class Conversions:
         seconds = np.full(len(rows), STEP_S)
         for run in self._runs(move):
             size = self._sized(n_bytes, gradient=run.gradient)
-            seconds += self.network.seconds_of(run.kind, axes, size)
+            seconds += run.times * self.network.seconds_of(run.kind, axes, size)
         return rows, columns, np.full(len(rows), number), n_bytes, seconds
 
     def _step_bytes(self, step: Step, spec: Spec) -> int:
@@ -449,8 +454,8 @@ class Conversions:
         if forward in BETWEEN_RANKS:
             kind = collective_for(forward, step.by)
             calls.append(Call(kind, step.axes, "forward"))
-            if self.regather or self.again:
-                calls.append(Call(kind, step.axes, "again"))
+            if more := self.regather + self.again:
+                calls.append(Call(kind, step.axes, "again", more))
         if self.gradient and back in BETWEEN_RANKS:
             calls.append(Call(collective_for(back, step.by), step.axes, "gradient"))
         return calls
@@ -458,16 +463,16 @@ class Conversions:
     def _runs(self, step: Step) -> list[_Run]:
         """Every move that a step makes."""
         ahead = primitive(step.a, step.b)
-        moves: list[tuple[Primitive, bool, bool]] = [(ahead, False, False)]
+        moves: list[tuple[Primitive, bool, bool, float]] = [(ahead, False, False, 1.0)]
         if self.again:
-            moves *= 2
+            moves.append((ahead, False, False, self.again))
         if self.gradient:
-            moves.append((backward_primitive(step.a, step.b), True, True))
+            moves.append((backward_primitive(step.a, step.b), True, True, 1.0))
         if self.regather and ahead in BETWEEN_RANKS:
-            moves.append((ahead, True, False))
+            moves.append((ahead, True, False, self.regather))
         return [
-            _Run(collective_for(move, step.by), backward, gradient)
-            for move, backward, gradient in moves
+            _Run(collective_for(move, step.by), backward, gradient, times)
+            for move, backward, gradient, times in moves
             if move != "nothing"
         ]
 

@@ -12,7 +12,7 @@ from ...ir.graph import Loop, Value
 from ..ilp.problem import Usage
 from .conversion import Bools, Floats
 from .prices import Prices
-from .regions import Region, Scope
+from .regions import Region, Scope, recomputed_layers
 from .times import Times, Window
 
 
@@ -29,15 +29,16 @@ class Live:
         if not setting.recompute:
             return ()
         scopes = {id(r.scope): r.scope for r in self._prices.regions if r.scope.loop is loop}
+        layers = recomputed_layers(loop, setting.kept_layers)
         start = min(self._times.start(scope) for scope in scopes.values())
         size = np.array([float(self._prices.local_bytes(value, spec)) for spec in specs])
         last = max(scopes.values(), key=lambda scope: self._times.back(scope)[0].times.start)
         usages: list[Usage] = []
         for window in self._times.back(last):  # until then all are there
             left = ceil(len(loop.order) * (last.weight - window.done) / last.weight)
-            usages.append(Usage(start, window.times.stop, left * size))
+            usages.append(Usage(start, window.times.stop, min(left, layers) * size))
             start = window.times.stop
-        return (*usages, *self._of_others(len(loop.order) * size))
+        return (*usages, *self._of_others(layers * size))
 
     def _of_others(self, size: Floats) -> list[Usage]:
         """What the other micro-batches in flight keep, all of the time."""
@@ -69,14 +70,17 @@ class Live:
     def kept(self, scope: Scope, size: Floats) -> list[Usage]:
         """What autograd keeps of each run of a scope until its backward has run."""
         windows = self._times.back(scope)
-        if self._prices.setting.recompute and scope.loop is not None:  # one layer at a time
-            return [Usage(windows[0].times.start, windows[-1].times.stop, size)]
-        start = self._times.start(scope)
+        keeping = self._prices.setting.keeping(scope)
         usages: list[Usage] = []
-        for window in windows:
-            usages.append(Usage(start, window.times.stop, (scope.weight - window.done) * size))
+        if keeping < scope.weight:  # one layer at a time, after those that keep theirs
+            turn = next(window for window in windows if window.done >= keeping)
+            usages.append(Usage(turn.times.start, windows[-1].times.stop, size))
+        start = self._times.start(scope)
+        for window in windows if keeping else ():
+            there = max(keeping - window.done, 0)
+            usages.append(Usage(start, window.times.stop, there * size))
             start = window.times.stop
-        return usages + self._of_others(scope.weight * size)
+        return usages + (self._of_others(keeping * size) if keeping else [])
 
     def running(self, region: Region, size: Floats) -> list[Usage]:
         """What a region holds while it runs, in backward values and their gradients.  Without

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from .fusing import Share, shares
 from .lattice import Ints
 from .params import ParamRef, all_params
 from .pricing import Work, price
-from .regions import make_regions, scopes
+from .regions import TOP_LEVEL, InLoop, Place, make_regions, runs_again, scopes
 from .setting import Setting
 from .storage import Held, Storage
 
@@ -59,16 +59,18 @@ class Prices:
         self._shares = shares(graph, compiled=network.cluster.compiled, training=setting.training)
         self._needed_again = _needed_again(graph, self._alias)
         self.block_values = _block_values(graph)
+        self._known_shares: dict[int, Mapping[Place, float]] = {}  # by layers that are kept
         self.params = frozenset(ref.param.value.name for ref in all_params(graph))
 
-    def conversions(self, value: Value, *, param: bool, inside: bool = False) -> Conversions:
+    def conversions(self, value: Value, *, param: bool, place: Place = TOP_LEVEL) -> Conversions:
         """The conversions of a value's type; a parameter that backward needs is gathered again.
 
-        `inside` says that the conversion is made in a layer: if layers are recomputed, it runs
-        twice there, and what is gathered the second time serves backward.
+        `place` is where the conversion is made: in layers that are recomputed it runs twice, and
+        what is gathered the second time serves backward.
         """
         gradient = self.setting.training and value.differentiable
-        again, regather = self._again(value, inside), param and self._regathers(value, inside)
+        again = self._again(value, place)
+        regather = self._regathers(value, again) if param else 0.0
         key = (value.type, gradient, regather, again, param)
         if key not in self._conversions:
             self._conversions[key] = Conversions(
@@ -218,34 +220,48 @@ class Prices:
 
         return of
 
-    def casting_s(self, ref: ParamRef, held: Held, *, again: bool) -> Floats:
+    def casting_s(self, ref: ParamRef, held: Held, *, again: float) -> Floats:
         """Seconds of a step's casts of a weight and its gradients, and of their sums.
 
-        `again`: backward needs it once more, or its layer is run again there.
+        `again`: how often backward needs it once more, or its layer is run again there.
         """
         uses, gradients = 1 + again, int(self.trains(ref))
         return held.cast_bytes(uses, gradients, self.setting.micro_batches) * self.byte_s
 
-    def comes_again(self, value: Value, *, inside: bool) -> bool:
-        """Does backward, or a layer that is run again in it, need a parameter once more?"""
-        return self._again(value, inside) or self._regathers(value, inside)
+    def comes_again(self, value: Value, place: Place = TOP_LEVEL) -> float:
+        """How often backward, or a layer that is run again in it, needs a parameter once more."""
+        again = self._again(value, place)
+        return again + self._regathers(value, again)
 
-    def _again(self, value: Value, inside: bool) -> bool:
-        return self.setting.recompute and (inside or value.name in self.block_values)
+    def _again(self, value: Value, place: Place) -> float:
+        """How often a layer that is run again makes a conversion once more, on average."""
+        if not self.setting.recompute:
+            return 0.0
+        where = place if isinstance(place, InLoop) else self.block_values.get(value.name)
+        return 0.0 if where is None else self._shares_again[where]
 
-    def _regathers(self, value: Value, inside: bool) -> bool:
+    def _regathers(self, value: Value, again: float) -> float:
         needed = self.setting.training and value.name in self._needed_again
-        return needed and not self._again(value, inside)
+        return (1.0 - again) * needed
+
+    @property
+    def _shares_again(self) -> Mapping[Place, float]:
+        kept = self.setting.kept_layers
+        if kept not in self._known_shares:
+            inside = [scope for scope in scopes(self.graph) if scope.loop is not None]
+            self._known_shares[kept] = {s.place: runs_again(s, kept) for s in inside}
+        return self._known_shares[kept]
 
 
-def _block_values(graph: Graph) -> frozenset[str]:
-    """Names of everything that belongs to a block of a loop."""
-    names: set[str] = set()
+def _block_values(graph: Graph) -> Mapping[str, InLoop]:
+    """By name everything that belongs to a block of a loop, and that block's place."""
+    found: dict[str, InLoop] = {}
     for loop in graph.loops:
-        for block in loop.blocks:
-            names |= {v.name for v in block.inputs} | {p.value.name for p in block.params}
-            names |= {v.name for node in block.nodes for v in node.outputs}
-    return frozenset(names)
+        for kind, block in enumerate(loop.blocks):
+            values = [*block.inputs, *(p.value for p in block.params)]
+            values += [v for node in block.nodes for v in node.outputs]
+            found |= dict.fromkeys((v.name for v in values), InLoop(loop.path, kind))
+    return found
 
 
 def _needed_again(graph: Graph, alias: dict[str, str]) -> frozenset[str]:

@@ -49,6 +49,7 @@ class InLoop:
 
 
 Place: TypeAlias = TopLevel | InLoop
+TOP_LEVEL = TopLevel()
 # Whose weights come together: a kind of block's, or those of stage n, which runs after n loops
 Unit: TypeAlias = int | InLoop
 
@@ -68,6 +69,20 @@ class Scope:
     def unit(self) -> Unit:
         """With whose weights its own come."""
         return self.stage if isinstance(self.place, TopLevel) else self.place
+
+
+def recomputed_layers(loop: Loop, kept: int) -> int:
+    """How many first layers of a loop run forward again in backward, of which the last `kept` keep
+    what they have made: these are the first whose backward frees it."""
+    return max(len(loop.order) - kept, 0)
+
+
+def runs_again(scope: Scope, kept: int) -> float:
+    """The share of a scope's runs that are among the recomputed layers of its loop."""
+    if scope.loop is None or not isinstance(scope.place, InLoop):
+        return 0.0
+    first = scope.loop.order[: recomputed_layers(scope.loop, kept)]
+    return first.count(scope.place.kind) / scope.weight
 
 
 def scopes(graph: Graph) -> Iterator[Scope]:

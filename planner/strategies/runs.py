@@ -59,12 +59,12 @@ def _measure(
 ) -> tuple[float, float, float, float]:
     """A row of `Runs`."""
     produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
-    again = prices.setting.recompute and region.scope.loop is not None
+    again = prices.setting.again(region.scope)
     seconds = widest = routed = cached = 0.0
     kept: dict[str, int] = {}
     for node, choices in zip(region.nodes, strategy.choices, strict=True):
         cost = prices.node_cost(node, choices)
-        seconds += cost.seconds + (cost.forward_s if again else 0.0)
+        seconds += cost.seconds + again * cost.forward_s
         widest = max(widest, cost.held)
         kept |= {name: size for name, size in cost.kept if kept_by.get(name) == me}
         routed += cost.routed

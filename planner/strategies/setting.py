@@ -9,7 +9,7 @@ import torch
 
 from ...facts.spec import Spec
 from ...ir.graph import Param, Value
-from .regions import Region, Strategy
+from .regions import Region, Scope, Strategy, runs_again
 from .storage import Storage
 
 
@@ -17,7 +17,8 @@ from .storage import Storage
 class Setting:
     """What is planned for: phase, optimizer, and bytes per GPU (None: no limit).
 
-    `recompute`: the layers of loops keep only their inputs, and run forward again in backward.
+    `recompute`: the layers of loops keep only their inputs, and run forward again in backward; but
+    for the last `kept_layers` of each loop.
     `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
     `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
     `longest_run`: new tokens of another phase that shares the KV caches.
@@ -38,6 +39,15 @@ class Setting:
     micro_batches: int = 1
     reduced: torch.dtype | None = None
     in_flight: int = 1
+    kept_layers: int = 0
+
+    def again(self, scope: Scope) -> float:
+        """How often backward runs a scope's forward again, on average over its runs."""
+        return runs_again(scope, self.kept_layers) if self.recompute else 0.0
+
+    def keeping(self, scope: Scope) -> int:
+        """How many runs of a scope keep what they have made."""
+        return scope.weight - round(scope.weight * self.again(scope))
 
     @property
     def alone(self) -> bool:

@@ -147,7 +147,7 @@ class Held:
         """Bytes of the float32 sums of gradients over micro-batches."""
         return self.home * self.late * 4.0
 
-    def cast_bytes(self, uses: int, gradients: int, micro_batches: int) -> Floats:
+    def cast_bytes(self, uses: float, gradients: int, micro_batches: int) -> Floats:
         """Bytes that casts and sums of a step read and write, where a micro-batch uses the weight
         `uses` times and gives `gradients` gradients."""
         found = np.zeros_like(self.used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -31,7 +31,8 @@ class Times:
     Of the layers of a loop not all have times.  In forward there is a window for each unit of
     weights that may be on its way meanwhile.  In backward activations go while gradients come, in
     equal steps from one layer to the next: so of the layers that have the same units on their way
-    the first and the last have windows, and memory in those between is never above both.
+    the first and the last have windows, and memory in those between is never above both.  Where
+    some layers keep what they have made and others are recomputed, so have those where that ends.
     """
 
     def __init__(
@@ -41,8 +42,13 @@ class Times:
         weighty: Collection[Unit],
         *,
         training: bool,
+        keeping: Callable[[Scope], int] = lambda scope: 0,
     ) -> None:
-        """`units` as often as they are used, in their order; those in `weighty` have weights."""
+        """`units` as often as they are used, in their order; those in `weighty` have weights.
+
+        `keeping`: how many runs of a scope keep what they have made, those that come first in
+        backward.
+        """
         around = _around(units, weighty)
         self._forward: dict[int, tuple[Window, ...]] = {}
         self._backward: dict[int, tuple[Window, ...]] = {}
@@ -54,7 +60,8 @@ class Times:
         for scope, inside in members.items():
             self._forward[scope] = self._ahead(len(inside), around[inside[0].scope.unit])
         for scope, inside in reversed(members.items()) if training else ():
-            self._backward[scope] = self._back(len(inside), around[inside[0].scope.unit][::-1])
+            of = inside[0].scope
+            self._backward[scope] = self._back(len(inside), around[of.unit][::-1], keeping(of))
         self.horizon = self._now + 1  # the optimizer's step comes last
 
     def _ahead(self, size: int, around: Sequence[_Around]) -> tuple[Window, ...]:
@@ -63,9 +70,10 @@ class Times:
             Window(self._take(size), coming.index(unit), unit) for unit in dict.fromkeys(coming)
         )
 
-    def _back(self, size: int, around: Sequence[_Around]) -> tuple[Window, ...]:
+    def _back(self, size: int, around: Sequence[_Around], keeping: int) -> tuple[Window, ...]:
         last = {pair: done for done, pair in enumerate(around)}
-        runs = sorted({*map(around.index, last), *last.values()})
+        turn = {keeping - 1, keeping} if 0 < keeping < len(around) else set[int]()
+        runs = sorted({*map(around.index, last), *last.values(), *turn})
         return tuple(Window(self._take(size), done, *around[done]) for done in runs)
 
     def _take(self, count: int) -> range:

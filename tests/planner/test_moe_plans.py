@@ -121,7 +121,7 @@ def best(
 def _priced(builder: Builder, decisions: Decisions, seconds: float) -> Priced:
     nodes = [node for scope in scopes(builder.graph) for node in scope.nodes]
     work = {node.name: builder.work(node, decisions.choices[node.name]) for node in nodes}
-    spent = spent_in_ops(builder.graph, work, recompute=decisions.recompute).rows(seconds, 0.0, 0.0)
+    spent = spent_in_ops(builder.graph, work, decisions).rows(seconds, 0.0, 0.0)
     return Priced(seconds, builder.graph, decisions, spent)
 
 
