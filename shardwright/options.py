@@ -215,7 +215,7 @@ ScheduleOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="|".join(SCHEDULES[:3]),
-        show_default="the fastest; 1f1b with --layout",
+        show_default="the fastest",
         help="the schedule of a pipeline, e.g. --schedule interleaved; without --layout the plan "
         "is then a pipeline",
     ),
