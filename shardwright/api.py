@@ -39,7 +39,7 @@ from .planner.report.model_graph import PlannedGraph
 from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
 from .planner.report.throughput import throughput
-from .planner.search.search import Builders, Job, setting_of
+from .planner.search.search import Job, setting_of
 from .planner.search.serving import make_serving_plan
 from .planner.search.staged import may_have_stages, with_stages
 from .planner.search.variants import make_plan
@@ -391,7 +391,7 @@ def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
             raise
         for count in counts:
             fewer = replace(request, micro_batches=count)
-            tried = replace(job, request=fewer, builders=Builders()).saying(
+            tried = replace(job, request=fewer, builders=job.builders.for_others()).saying(
                 f", {count} micro-batches"
             )
             with suppress(InfeasibleError):

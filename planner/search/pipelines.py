@@ -43,7 +43,7 @@ from .cuts import even_layers
 from .infeasible import state_bytes
 from .pipeline import Shape, check_runnable, plan_pipeline
 from .rough import Rough, rough_of
-from .search import Builders, Clock, Job, candidate_meshes, token_orders
+from .search import Clock, Job, candidate_meshes, token_orders
 
 GraphOf: TypeAlias = Callable[[int], Graph]
 """The graph of a micro-batch where a step has so many of them."""
@@ -278,7 +278,9 @@ class _Search:
     def _job(self, many: int) -> Job:
         if many not in self.jobs:
             request = replace(self.asked.request, micro_batches=many)
-            self.jobs[many] = replace(self.aside, request=request, builders=Builders())
+            self.jobs[many] = replace(
+                self.aside, request=request, builders=self.aside.builders.for_others()
+            )
         return self.jobs[many]
 
     def _builder(self, mesh: Mesh, many: int) -> Builder:

@@ -61,6 +61,10 @@ class Builders:
         default_factory=dict[tuple[int, Mesh, Setting], Builder]
     )
 
+    def for_others(self) -> Builders:
+        """For other graphs on the same machine, which keep none of these."""
+        return Builders(self.networks)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -13,7 +13,7 @@ from ..plan.plan import Baseline, PlanData
 from ..strategies.layout import Layout
 from .pipeline import make_pipeline_plan
 from .pipelines import GraphOf, Pipelines, search_pipelines
-from .search import Builders, Clock, Job
+from .search import Clock, Job
 
 _RANKS, _PER_RANK = (2, 4, 8, 16), (1, 4)  # of ordinary pipelines
 
@@ -124,7 +124,7 @@ def _planned(graph_of: GraphOf, job: Job, ranks: int, per_rank: int) -> PlanData
     request = replace(job.request, layout=layout.text, micro_batches=many)
     own = replace(
         job, request=request, layout=layout, mesh=layout.mesh, limit=layout.limit,
-        clock=Clock(), progress=lambda _: None, builders=Builders(),
+        clock=Clock(), progress=lambda _: None, builders=job.builders.for_others(),
     )  # fmt: skip
     try:
         return make_pipeline_plan(graph_of(many), own)

@@ -87,6 +87,7 @@ class Builder(Prices):
         super().__init__(graph, network, setting)
         self._keepers = keepers(self)
         self._runs: dict[int, Runs] = {}
+        self._ends: tuple[Builder, Builder] | None = None  # with all layers kept, and recomputed
 
     def recomputed(self, kept_layers: int) -> Builder:
         """The same where layers of loops run forward again in backward, but for so many last ones.
@@ -94,11 +95,19 @@ class Builder(Prices):
         other = copy(self)
         other.setting = replace(self.setting, recompute=True, kept_layers=kept_layers)
         other._runs = {}
+        other._ends = (self, self._recomputed) if kept_layers else None
         return other
+
+    @cached_property
+    def _recomputed(self) -> Builder:
+        return self.recomputed(0)
 
     def runs(self, me: int) -> Runs:
         """What region number `me` takes."""
-        if me not in self._runs:
+        if me not in self._runs and self._ends is not None:
+            kept, recomputed = (end.runs(me) for end in self._ends)
+            self._runs[me] = kept.towards(recomputed, self.setting.again(self.regions[me].scope))
+        elif me not in self._runs:
             self._runs[me] = runs_of(self, me, self._keepers)
         return self._runs[me]
 

@@ -154,6 +154,29 @@ class Network:
             self._prices[key] = float(price())
         return self._prices[key]
 
+    @cached_property
+    def _conversions(self) -> dict[tuple[object, ...], Conversions]:
+        return {}
+
+    def conversions(
+        self,
+        kind: TensorType,
+        *,
+        gradient: bool,
+        regather: float = 0.0,
+        again: float = 0.0,
+        param: bool = False,
+        reduced: torch.dtype | None = None,
+    ) -> Conversions:
+        """The conversions of a tensor type, worked out once for all graphs; see there."""
+        key = (kind, gradient, regather, again, param, reduced)
+        if key not in self._conversions:
+            self._conversions[key] = Conversions(
+                kind, self, gradient=gradient, regather=regather, again=again, param=param,
+                reduced=reduced,
+            )  # fmt: skip
+        return self._conversions[key]
+
     def seconds(self, kind: str, axes: tuple[int, ...], n_bytes: float) -> float:
         """Seconds of a collective, or of a primitive that is a local copy of `n_bytes`."""
         if kind == "nothing":

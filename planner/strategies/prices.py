@@ -51,7 +51,6 @@ class Prices:
         self.regions = make_regions(
             graph, self.sizes, training=setting.training, order=setting.order
         )
-        self._conversions: dict[tuple[object, ...], Conversions] = {}
         self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
         self._bytes: dict[tuple[str, Spec], int] = {}
         self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
@@ -71,18 +70,14 @@ class Prices:
         gradient = self.setting.training and value.differentiable
         again = self._again(value, place)
         regather = self._regathers(value, again) if param else 0.0
-        key = (value.type, gradient, regather, again, param)
-        if key not in self._conversions:
-            self._conversions[key] = Conversions(
-                value.type,
-                self.network,
-                gradient=gradient,
-                regather=regather,
-                again=again,
-                param=param,
-                reduced=self.setting.reduced if param else None,
-            )
-        return self._conversions[key]
+        return self.network.conversions(
+            value.type,
+            gradient=gradient,
+            regather=regather,
+            again=again,
+            param=param,
+            reduced=self.setting.reduced if param else None,
+        )
 
     def node_cost(self, node: Node, choices: tuple[Choice, ...]) -> NodeCost:
         """What one run of a node costs under its choices."""
@@ -152,16 +147,8 @@ class Prices:
     def home_conversions(self, ref: ParamRef) -> Conversions:
         """Those between where a trained parameter is stored and where it is kept for its uses:
         there once a step, in the dtype of its uses."""
-        key = ("home", ref.param.value.type)
-        if key not in self._conversions:
-            self._conversions[key] = Conversions(
-                ref.param.value.type,
-                self.network,
-                gradient=True,
-                param=True,
-                reduced=self.setting.reduced,
-            )
-        return self._conversions[key]
+        kind, reduced = ref.param.value.type, self.setting.reduced
+        return self.network.conversions(kind, gradient=True, param=True, reduced=reduced)
 
     def trains(self, ref: ParamRef) -> bool:
         """Does a step change the parameter?"""

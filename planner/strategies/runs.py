@@ -28,6 +28,11 @@ class Runs:
         k = list(strategies)
         return Runs(self.seconds[k], self.kept[k], self.held[k], self.cached[k])
 
+    def towards(self, other: Runs, share: float) -> Runs:
+        """On average, where such a share of the runs are as in `other`; bytes are alike in both."""
+        mean = (1 - share) * self.seconds + share * other.seconds
+        return Runs(mean, self.kept, self.held, self.cached)
+
 
 def keepers(prices: Prices) -> Mapping[str, int]:
     """Which region counts the memory of a value that autograd keeps: one region per value.
