@@ -36,7 +36,9 @@ from ..errors import PlanError
 from ..plan.decide import Solved, decide
 from ..plan.plan import PlanData
 from ..strategies.build import Builder, Built
+from ..strategies.conversion import Network
 from ..strategies.launches import launches_s
+from ..strategies.params import all_params
 from ..strategies.regions import scopes
 from ..strategies.setting import Restriction
 from .cuts import even_layers
@@ -223,6 +225,11 @@ class _Search:
         whole = graph_of(job.request.micro_batches)
         self.layers = layer_count(whole)
         self.state = sum(state_bytes(whole, job.setting)) / job.request.gpus
+        self.weights = sum(
+            float(ref.weight * ref.param.value.type.numel * ref.param.value.type.dtype.itemsize)
+            for ref in all_params(whole)
+            if ref.trainable
+        )
         self.jobs: dict[int, Job] = {}
         self.alone: dict[int, tuple[float, float]] = {}  # by micro-batches
         self.whole: dict[int, Solved] = {}  # the same, as it is solved
@@ -267,7 +274,7 @@ class _Search:
         if not first.told:
             self._alone(many)
             rough = rough_of(self.whole[many], candidate.shape.mesh.ranks)
-            seconds = max(self._seconds(candidate, rough), self._least(candidate))
+            seconds = self._seconds(candidate, rough) + self._between_nodes(candidate.shape)
             heappush(self.waiting, _Waiting(seconds, next(self.serial), True, candidate))
             return
         self._solve(candidate)
@@ -363,6 +370,15 @@ class _Search:
         if seconds >= self.ceiling:
             self._note(seconds, candidate)
         return seconds
+
+    def _between_nodes(self, shape: Shape) -> float:
+        """Seconds of summing gradients over the nodes of a stage, half of them hidden: what tells
+        meshes apart before their problems are solved."""
+        mesh, inner = shape.mesh, shape.mesh.sizes[-1] if len(shape.mesh.axes) > 1 else 1
+        if mesh.ranks <= self.asked.cluster.gpus_per_node:
+            return 0.0
+        network = Network(mesh, self.asked.cluster)
+        return 0.5 * network.seconds("all_reduce", (0,), self.weights / shape.ranks / inner)
 
     def _note(self, seconds: float, candidate: Candidate) -> None:
         """One that is not planned, as it takes so long or more."""

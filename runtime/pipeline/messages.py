@@ -9,7 +9,8 @@ in which both sides ask for them; gloo tells them apart by tags.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -40,16 +41,16 @@ class Links:
 
     def __init__(self, mesh: Mesh) -> None:
         self._axis = mesh.names[0]
-        self._rank, self._ranks = mesh.coordinates[0], mesh.sizes[0]
-        self._stride = mesh.size // self._ranks
+        self.rank, self.ranks = mesh.coordinates[0], mesh.sizes[0]
+        self._stride = mesh.size // self.ranks
         self._place = mesh.rank % self._stride
         self._device = mesh.device
         self._groups: dict[tuple[str, bool], Any] = {}
-        if mesh.device.type != "cuda" or self._ranks == 1:
+        if mesh.device.type != "cuda" or self.ranks == 1:
             return
         for kind, up in product("FB", (True, False)):
             for place in range(self._stride):
-                column = [place + n * self._stride for n in range(self._ranks)]
+                column = [place + n * self._stride for n in range(self.ranks)]
                 group = dist.new_group(column)
                 if place == self._place:
                     self._groups[kind, up] = group
@@ -58,16 +59,16 @@ class Links:
         """The messages of a step; `forms` has what those of a kind from a stage are."""
         coming: dict[tuple[str, int], deque[Key]] = {}
         for rank, actions in enumerate(schedule.actions):
-            for action in actions if rank != self._rank else ():
+            for action in actions if rank != self.rank else ():
                 key, receiver = key_of(action), receiver_of(action, schedule)
-                if receiver == self._rank:
+                if receiver == self.rank:
                     coming.setdefault((key[0], rank), deque()).append(key)
         return Post(self, schedule, forms, coming)
 
     def begin(self, x: Tensor, *, kind: str, peer: int, tag: int, sends: bool) -> Any:
         """Start to send or receive the bytes of a contiguous tensor to or from a rank of the
         pipeline."""
-        group = self._groups.get((kind, (peer > self._rank) == sends))
+        group = self._groups.get((kind, (peer > self.rank) == sends))
         run = dist.isend if sends else dist.irecv
         x = x.reshape(-1).view(torch.uint8)
         return run(x, self._place + peer * self._stride, group=group, tag=tag)
@@ -109,7 +110,7 @@ class Post:
         self._forms = forms
         self._coming = coming
         self._asked: dict[Key, list[tuple[Any, Tensor]]] = {}
-        self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._sent: deque[tuple[Any, Tensor, Key, int]] = deque()
 
     def send(self, key: Key, peer: int, tensors: Sequence[Tensor]) -> None:
         """Send what a stage has made, and go on."""
@@ -123,8 +124,11 @@ class Post:
                     " planned"
                 )
             own = x.detach().contiguous()
-            work = self._links.begin(own, kind=key[0], peer=peer, tag=_tag(key, number), sends=True)
-            self._sent.append((work, own))
+            with self._told(f"could not send {_words(key)} to rank {peer}"):
+                work = self._links.begin(
+                    own, kind=key[0], peer=peer, tag=_tag(key, number), sends=True
+                )
+            self._sent.append((work, own, key, peer))
 
     def receive(self, key: Key, peer: int) -> list[Tensor]:
         """What the stage of `key` has made, when it has come.
@@ -138,32 +142,44 @@ class Post:
             self._ask(queue.popleft(), peer)
         found: list[Tensor] = []
         for work, x in self._asked.pop(key):
-            try:
+            with self._told(f"waited for {_words(key)} from rank {peer}, which did not come"):
                 work.wait()
-            except RuntimeError as error:
-                what = "the activation" if key[0] == "F" else "the gradient"
-                raise RuntimeError(
-                    f"{what} that stage {key[1]} makes of micro-batch {key[2]} did not come from"
-                    f" rank {peer} of the pipeline: {error}"
-                ) from error
             self._links.count(key[0], x)
             found.append(x)
         return found
 
     def close(self) -> None:
-        """Until all is sent."""
-        for work, _ in self._sent:
-            work.wait()
+        """Until all is sent.  Raises RuntimeError as `receive` does."""
+        for work, _, key, peer in self._sent:
+            with self._told(f"waited until rank {peer} had {_words(key)}, which it did not get"):
+                work.wait()
         self._sent.clear()
+
+    @contextmanager
+    def _told(self, what: str) -> Generator[None]:
+        """An error of a message says which rank of the pipeline waited for what."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self._links.rank} of the pipeline {what}: {error}"
+            ) from error
 
     def _ask(self, key: Key, peer: int) -> None:
         if key in self._asked:
             return
         room = [self._links.empty(form) for form in self._forms[key[:2]]]
-        self._asked[key] = [
-            (self._links.begin(x, kind=key[0], peer=peer, tag=_tag(key, n), sends=False), x)
-            for n, x in enumerate(room)
-        ]
+        with self._told(f"could not ask rank {peer} for {_words(key)}"):
+            self._asked[key] = [
+                (self._links.begin(x, kind=key[0], peer=peer, tag=_tag(key, n), sends=False), x)
+                for n, x in enumerate(room)
+            ]
+
+
+def _words(key: Key) -> str:
+    """`the gradient of micro-batch 1 that stage 2 makes`."""
+    what = "the activation" if key[0] == "F" else "the gradient"
+    return f"{what} of micro-batch {key[2]} that stage {key[1]} makes"
 
 
 def _tag(key: Key, number: int) -> int:
