@@ -52,18 +52,21 @@ _LLAMA = {  # layers, width, heads, key heads, hidden, vocabulary, tied
     "Llama-like 3.57B": (28, 3072, 32, 32, 8192, 131072, True),
     "Llama-like 8.86B": (32, 4096, 32, 32, 14336, 131072, False),
     "Llama-like 80B": (80, 8192, 64, 64, 28672, 131072, False),
+    "Mistral-7B": (32, 4096, 32, 8, 14336, 32000, False),
 }  # fmt: skip
+_MIXTRAL = {"Mixtral-8x7B": (8, 2, "Mistral-7B")}  # experts, those of a token, and the rest
 
 
 @dataclass(frozen=True)
 class Software:
     """What a source ran: shares of the peak that its attention kernels reach, forward and backward,
-    by the processor; whether layers were compiled where the table does not say; and whether
-    communication of weights passed behind computing."""
+    by the processor; whether layers were compiled where the table does not say; whether
+    communication of weights passed behind computing; and how steps of one token ran."""
 
     attention: Mapping[str, tuple[float, float]]
     compiled: bool = False
     overlaps: bool = True
+    steps: str = "captured"
 
 
 # forward 30-50 %, backward 25-35 % of an A100's peak: arXiv:2307.08691, section 1; the H100 by that
@@ -76,6 +79,7 @@ _SOFTWARE = {  # by words in the name of a source
     "torchtitan": Software(_FLASH_2),  # torch 2.5 to 2.8 chooses it in scaled_dot_product_attention
     # flash-attn 2.5; 0.5 "overlaps little across nodes" (README of the table)
     "nanotron": Software(_FLASH_2, overlaps=False),
+    "gpt-fast": Software({}, compiled=True, steps="compiled"),  # torch.compile, "reduce-overhead"
 }
 _PEAK = 989.4e12  # FLOP/s of an H100, to which rows that give nothing but MFU refer
 
@@ -110,6 +114,11 @@ def config_of(model: str, positions: int) -> dict[str, Any]:
             "n_embd": width, "n_head": heads, "n_positions": positions, "vocab_size": 50368,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         }  # fmt: skip
+    if model in _MIXTRAL:
+        experts, chosen, like = _MIXTRAL[model]
+        own = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+        kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        return config_of(like, positions) | kind | own
     if model not in _LLAMA:
         raise Unpriced("a model whose sizes are not in this file")
     layers, width, heads, kv_heads, hidden, vocabulary, tied = _LLAMA[model]
@@ -178,6 +187,7 @@ def cluster_of(row: Mapping[str, str], folder: Path) -> str:
         return name
     compiled = "compile" in row["compile_graph"] or found[0].compiled
     lines = [f'base = "{name}"', f"compiled = {str(compiled).lower()}"]
+    lines += [f'steps = "{found[0].steps}"']
     lines += [] if found[0].overlaps else ["contention = 1.0"]
     ahead, behind = found[0].attention.get(name[:4], (0.0, 0.0))
     if ahead:

@@ -84,7 +84,8 @@ def matmul_s(
        tables of kernels, only what is beyond 0.3 ms does.
     5. Traffic overlaps with it as in `Kernel`.
 
-    A cluster without `tiles` gives the roofline of `op_s`.
+    A cluster without `tiles` gives the roofline of `op_s`; one that `streams_rows` reads the
+    weight of a single row as a light kernel does.
     """
     peak = _rate(cluster, dtype)
     m_, n_, k_, b_ = (np.asarray(value, dtype=float) for value in (m, n, k, batch))
@@ -95,6 +96,9 @@ def matmul_s(
         (m_, n_, k_, b_), moved, peak, cluster.bandwidth_bytes_per_s, cluster.processors,
         cluster.tiles, burst=burst,
     )  # fmt: skip
+    if cluster.streams_rows:
+        streamed = np.minimum(seconds, np.asarray(elementwise_s(moved, cluster)))
+        seconds = np.where(m_ <= 1, streamed, seconds)
     return _plain(seconds)
 
 

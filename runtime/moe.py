@@ -361,7 +361,8 @@ def _dispatched(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
     axis.record("all_to_all", (axis.size - 1) * sent.element_size(), "forward")
     received, sent = transport.tell_rows(sent, axis.group).tolist(), sent.tolist()
     numbers = chosen.experts.index_select(0, tokens).to(torch.int32)
-    numbers = _exchange_rows(axis, numbers, sent, received, "forward").long()
+    axis.record("all_to_all", _bytes_received(axis, numbers, received), "forward")
+    numbers = transport.exchange_experts(numbers, sent, received, experts.count, axis.group).long()
     rows, weights = _Exchange.apply(
         axis,
         sent,
@@ -414,10 +415,14 @@ def _exchange_rows(
     axis: Axis, x: Tensor, sent: list[int], received: list[int], phase: Phase
 ) -> Tensor:
     """All-to-all of the rows of `x`, without gradient."""
-    from_others = sum(received) - received[axis.rank]
-    row_bytes = prod(x.shape[1:]) * x.element_size()
-    axis.record("all_to_all", from_others * row_bytes, phase)
+    axis.record("all_to_all", _bytes_received(axis, x, received), phase)
     return transport.all_to_all_rows(x.contiguous(), sent, received, axis.group)
+
+
+def _bytes_received(axis: Axis, x: Tensor, received: list[int]) -> int:
+    """Bytes of rows like those of `x` that come from other ranks."""
+    from_others = sum(received) - received[axis.rank]
+    return from_others * prod(x.shape[1:]) * x.element_size()
 
 
 # --- what does not fit ---------------------------------------------------------------------------

@@ -44,9 +44,9 @@ from .planner.search.serving import make_serving_plan
 from .planner.search.staged import may_have_stages, with_stages
 from .planner.search.variants import make_plan
 from .planner.strategies.build import Builder
-from .planner.strategies.conversion import Network
 from .planner.strategies.layout import limited
 from .planner.strategies.pins import module_of
+from .planner.strategies.prices import network_for
 
 if TYPE_CHECKING:
     from .rehearse import Rehearsal
@@ -226,7 +226,7 @@ class Plan(PlanData):
             order=decided.order,
             kept_layers=decided.kept_layers,
         )
-        return Builder(self.graph, Network(self.mesh, cluster), setting)
+        return Builder(self.graph, network_for(self.graph, self.mesh, cluster), setting)
 
 
 def plan(

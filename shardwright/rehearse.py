@@ -28,7 +28,7 @@ from .planner.plan.plan import Memory, PlanData
 from .planner.plan.store import read_plan
 from .planner.report.report import table
 from .planner.search.again import Again
-from .planner.strategies.conversion import Network
+from .planner.strategies.prices import network_for
 from .runtime.measured import ATTENTION, BACKWARD, FORWARD, LIGHT, OPTIMIZER, PRODUCTS, Measured
 from .runtime.measured import measure as measured_here
 from .runtime.mesh.peers import alone
@@ -229,7 +229,7 @@ def _seconds_here(plan: PlanData, device: torch.device) -> float:
         return 0.0
     cpu = load_cluster("cpu", plan.request.gpus)
     own = replace(plan, decode=None, recached=())
-    return passes_of(Again(own, cpu).same(), Network(plan.mesh, cpu)).seconds
+    return passes_of(Again(own, cpu).same(), network_for(plan.graph, plan.mesh, cpu)).seconds
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -290,7 +290,7 @@ def _compared(
     plan: PlanData, run: Measured, rank: int, device: torch.device, *, judged: bool
 ) -> Rehearsed:
     cluster = load_cluster(plan.request.cluster, plan.request.gpus)
-    passes = passes_of(plan, Network(plan.mesh, cluster))
+    passes = passes_of(plan, network_for(plan.graph, plan.mesh, cluster))
     computed = run.step_s - run.played_s
     lines = [
         _time("a run, without other ranks", passes.seconds, computed, _STEP, judged=judged),

@@ -65,6 +65,10 @@ class Kernel:
     bandwidth_efficiency: float
     overlap: float
 
+    def floored(self, least_s: float) -> Kernel:
+        """The same, of so many seconds at least."""
+        return replace(self, floor_s=max(self.floor_s, least_s))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
@@ -124,7 +128,13 @@ class Cluster:
     which efficiencies were fitted that a lower power limit leaves.  `contention` is how many
     seconds a kernel takes longer for each second of a collective beside it; 1: nothing is won by
     running them side by side.  `compiled`: are layers compiled unless asked otherwise (as on CUDA),
-    or does each operator run its own kernels?
+    or does each operator run its own kernels?  `fused_norms`: has torch a kernel for every norm
+    there, which keeps nothing but its operand for backward?
+
+    `steps` says how a step of one token runs.  `captured`: as a CUDA graph, in which a light kernel
+    takes `captured_s` at least.  `compiled`: so, and by a compiler, which writes chains of light
+    operators as one kernel and reads a weight for one row as fast as memory gives it.  `launched`:
+    the host launches each kernel, a light one in `host_light_s`, a product in `host_product_s`.
     """
 
     name: str
@@ -150,6 +160,35 @@ class Cluster:
     clock: float = 1.0
     contention: float = 1.0
     compiled: bool = True
+    fused_norms: bool = True
+    steps: str = "captured"
+    captured_s: float = 1.0e-6  # measured on an H100, torch 2.11: tiny kernels in a CUDA graph
+    host_light_s: float = 10e-6  # as measured there: pointwise operators one after another
+    host_product_s: float = 31e-6  # as measured there: linear layers, Python included
+    streams_rows: bool = False
+
+    def in_steps(self) -> Cluster:
+        """The same as steps of one token find it; see `steps`."""
+        if self.steps == "launched":
+            light, product = self.host_light_s, self.host_product_s
+            tiles = self.tiles
+            return replace(
+                self,
+                compiled=False,
+                memory=self.memory.floored(light),
+                mixed=self.mixed.floored(light),
+                decode=self.decode.floored(light),
+                matmul=self.matmul.floored(product),
+                tiles=tiles and replace(tiles, floor_s=max(tiles.floor_s, product)),
+            )
+        compiled = self.steps == "compiled"
+        return replace(
+            self,
+            compiled=compiled,
+            streams_rows=compiled,
+            memory=replace(self.memory, floor_s=self.captured_s),
+            mixed=replace(self.mixed, floor_s=self.captured_s),
+        )
 
     def changed(
         self, *, links: float = 1.0, between_nodes: float = 1.0, gpu: float = 1.0
@@ -235,8 +274,16 @@ _TOP_RULES = {
     "decode_pass_s": _SECONDS,
 }
 _PRICE = "price_per_gpu_hour"  # which a file may leave out
-_OPTIONAL = {_PRICE: _Rule("a price above 0"), "clock": _SHARE, "contention": _CONTENTION}
-_COMPILED = "compiled"
+_OPTIONAL = {
+    _PRICE: _Rule("a price above 0"),
+    "clock": _SHARE,
+    "contention": _CONTENTION,
+    "captured_s": _SECONDS,
+    "host_light_s": _SECONDS,
+    "host_product_s": _SECONDS,
+}
+_STEPS = ("captured", "compiled", "launched")
+_FLAGS = ("compiled", "fused_norms")
 _WHOLE = ("gpus_per_node", "processors")
 _TEXT = ("base", "device")
 _TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
@@ -313,7 +360,7 @@ def _built_in(name: str) -> dict[str, Any]:
 
 def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
     """`table` over the tables of its `base`, field by field."""
-    known = (*_TEXT, *_TOP_RULES, *_OPTIONAL, _COMPILED, *_TABLES)
+    known = (*_TEXT, *_TOP_RULES, *_OPTIONAL, *_FLAGS, "steps", *_TABLES)
     _refuse_unknown(table, known, where, "")
     base = table.get("base")
     if base is None:
@@ -371,9 +418,13 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
         if top[key] != int(top[key]):
             raise ClusterError(f"{where}: {key}: expected a whole number, got {top[key]}")
     given = {k: _number(table, k, rule, where, "") for k, rule in _OPTIONAL.items() if k in table}
-    compiled = table.get(_COMPILED, True)
-    if not isinstance(compiled, bool):
-        raise ClusterError(f"{where}: {_COMPILED}: expected true or false, got {compiled!r}")
+    flags = {key: table[key] for key in _FLAGS if key in table}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ClusterError(f"{where}: {key}: expected true or false, got {value!r}")
+    steps = table.get("steps", _STEPS[0])
+    if steps not in _STEPS:
+        raise ClusterError(f"{where}: steps: expected {', '.join(_STEPS)}, got {steps!r}")
     device = table.get("device")
     if not isinstance(device, str):
         raise ClusterError(f"{where}: device: expected the device's name in quotes, got {device!r}")
@@ -397,8 +448,9 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
         memory=parts["memory"],
         attention_backward=parts["attention_backward"],
         mixed=parts["mixed"],
-        compiled=compiled,
+        steps=steps,
         **given,
+        **flags,
     )
 
 

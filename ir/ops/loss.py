@@ -49,8 +49,13 @@ class CrossEntropy(Operator):
         return float(_tokens(local) * _wide(local.node.operands[0]))
 
     def buffers(self, local: Local) -> float:
-        """A block of logits in a wide format, a few times."""
-        return _once(local, _block_bytes(local, local.size("v")))
+        """A block of logits in a wide format."""
+        return _block_bytes(local, local.size("v"))
+
+    def both_buffers(self, local: Local) -> tuple[float, float]:
+        """Backward computes in a wide format from narrow logits themselves."""
+        size, value = self.buffers(local), local.node.operands[0]
+        return size, size / _copies(value)
 
     def traffic(self, local: Local) -> tuple[Traffic, ...]:
         """Sums over a cut vocabulary, in at least 32 bits, and how many labels count."""
@@ -97,15 +102,15 @@ class LinearCrossEntropy(CrossEntropy):
         """What the logits are made of."""
         return named_values(node, ("x", "weight", "labels", "bias"))
 
-    def buffers(self, local: Local) -> float:
-        """A chunk of logits, a block of it in a wide format, a few times, and in backward what is
-        added up to the gradient of x."""
+    def both_buffers(self, local: Local) -> tuple[float, float]:
+        """A chunk of logits with a block of it, whose gradients take its place, and in backward
+        what is added up to the gradient of x."""
         x, tokens = local.node.operands[0], _tokens(local)
         itemsize = x.type.dtype.itemsize
         columns = chunk_columns(tokens, local.size("v"), itemsize)
-        chunk = tokens * columns * itemsize + _block_bytes(local, columns)
-        added = tokens * local.size("k") * (_wide(x) + itemsize) if local.backward else 0
-        return _once(local, chunk + added)
+        chunk, block = tokens * columns * itemsize, _block_bytes(local, columns)
+        added = tokens * local.size("k") * (_wide(x) + itemsize)
+        return chunk + block, chunk + block / _copies(x) + added
 
     def work(self, local: Local) -> Kernels:
         """One product; in backward again, and one for each side that has a gradient."""
@@ -169,15 +174,15 @@ def _wide(value: Value) -> int:
 
 
 def _block_bytes(local: Local, columns: int) -> float:
-    """A block of logits in a wide format, its exponentials and, in backward, its gradients."""
-    rows = min(block_rows(columns), _tokens(local))
-    return 3.0 * rows * columns * _wide(local.node.operands[0])
+    """The logarithms of a block of logits, or their gradients; in a wide format, of which there is
+    a copy of narrow logits besides."""
+    rows, value = min(block_rows(columns), _tokens(local)), local.node.operands[0]
+    return float(_copies(value) * rows * columns * _wide(value))
 
 
-def _once(local: Local, size: float) -> float:
-    """Bytes that backward takes once, where it is counted as twice what is held in forward:
-    gradients take the place of logits."""
-    return size / 2 if local.backward else size
+def _copies(value: Value) -> int:
+    """How many blocks a loss of `value` has in a wide format."""
+    return 1 if _wide(value) == value.type.dtype.itemsize else 2
 
 
 def _options(node: Node, render: Render, classes: int) -> dict[str, str]:

@@ -88,10 +88,17 @@ class Layer:
         return self.tokens * self.ranks * (1.0 - missed)
 
     @property
-    def saved_bytes(self) -> float:
-        """Bytes of the sorted rows that the products take and give, which autograd keeps."""
+    def sorted_bytes(self) -> float:
+        """Bytes of the sorted rows that the products take and give."""
         widths = self.width + (self.matrices + 1) * self.hidden + self.out
         return self.pairs * widths * self.itemsize
+
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes of the sorted rows that the products take and give, which autograd keeps, and with
+        a gate of what it lets through."""
+        gated = self.hidden if self.matrices == 2 else 0
+        return self.sorted_bytes + self.pairs * gated * self.itemsize
 
 
 def layer_of(local: Local) -> Layer:
@@ -134,7 +141,7 @@ def kernels(layer: Layer, *, backward: bool) -> Kernels:
     def product(m: float, n: float, k: float) -> Kernel:
         return Product(m, n, k, active, layer.dtype)
 
-    moved = Stream(2.0 * (layer.saved_bytes + layer.tokens * layer.out * layer.itemsize))
+    moved = Stream(2.0 * (layer.sorted_bytes + layer.tokens * layer.out * layer.itemsize))
     forward = (*(product(*sizes) for sizes in products), moved)
     if not backward:
         return Kernels((forward,))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..graph import Arg, Node
 from .forms import call, factors, optional
+from .local import Local
 from .operator import Family, Leaf, Light, Render
 from .rule import Choice, Rule
 from .sizes import Resizing
@@ -58,8 +59,22 @@ FAMILY.add(
     "aten.layer_norm.default",
     Norm(_norm_rule, _emit_layer_norm, saves=("input", "weight", "bias")),
 )
+
+
+class RMSNorm(Norm):
+    """A norm that torch has a kernel for on some devices alone."""
+
+    def unfused_bytes(self, local: Local) -> float:
+        """What is divided by its norm; of a narrow operand in float32, as what is normed is, in
+        place of the operand."""
+        value, (spec, *_) = local.node.operands[0], local.specs()[0]
+        itemsize = value.type.dtype.itemsize
+        numbers = local.bytes(value, spec) // itemsize
+        return float(numbers * (itemsize if itemsize >= 4 else 4 + 4 - itemsize))
+
+
 FAMILY.add(
-    "aten.rms_norm.default", Norm(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
+    "aten.rms_norm.default", RMSNorm(_norm_rule, _emit_rms_norm, saves=("input", "weight if input"))
 )
 
 FAMILY.called("normed", "rms_norm layer_norm")

@@ -244,12 +244,21 @@ class Operator:
         """Bytes that it holds beside operands and results while it runs."""
         return 0.0
 
+    def both_buffers(self, local: Local) -> tuple[float, float]:
+        """The same, and bytes that backward holds beside what it was given and what it gives."""
+        size = self.buffers(local)
+        return size, size
+
     def load(self, local: Local) -> float:
         """Rows that come to the busiest rank, over those that a rank sends, where it sends any."""
         return 1.0
 
     def extra_bytes(self, local: Local) -> float:
         """Bytes that autograd keeps, and that it holds while it runs, besides `saves`."""
+        return 0.0
+
+    def unfused_bytes(self, local: Local) -> float:
+        """Bytes that autograd keeps besides where torch has no kernel for it."""
         return 0.0
 
     def limits(self, node: Node) -> Mapping[str, Limit]:

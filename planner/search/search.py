@@ -26,6 +26,7 @@ from ..plan.plan import Baseline, PlanData, Request, Search
 from ..strategies.build import Builder, Built
 from ..strategies.conversion import Network
 from ..strategies.layout import Layout
+from ..strategies.prices import network_for
 from ..strategies.regions import scopes
 from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
 from ..strategies.setting import Restriction, Setting
@@ -56,7 +57,9 @@ class Clock:
 class Builders:
     """The builders of a search: each is made once, for the search and for the ordinary plans."""
 
-    networks: dict[Mesh, Network] = field(default_factory=dict[Mesh, Network])
+    networks: dict[tuple[Mesh, Cluster], Network] = field(
+        default_factory=dict[tuple[Mesh, Cluster], Network]
+    )
     made: dict[tuple[int, Mesh, Setting], Builder] = field(
         default_factory=dict[tuple[int, Mesh, Setting], Builder]
     )
@@ -119,7 +122,8 @@ class Job:
             kept = self.builder(graph, mesh, replace(setting, recompute=False, kept_layers=0))
             made[key] = kept.recomputed(setting.kept_layers)
         elif key not in made:
-            network = networks.setdefault(mesh, Network(mesh, self.cluster))
+            network = network_for(graph, mesh, self.cluster)
+            network = networks.setdefault((mesh, network.cluster), network)
             made[key] = Builder(graph, network, setting)
         return made[key]
 

@@ -57,34 +57,40 @@ class Stay:
     trained: bool
 
     def usages(
-        self, times: Times, scopes: Sequence[Scope], size: Floats, leaving: Floats, made: Floats
+        self,
+        times: Times,
+        scopes: Mapping[Scope, Region | None],
+        size: Floats,
+        leaving: Floats,
+        made: Floats,
     ) -> tuple[Usage, ...]:
         """Its bytes over time: by strategy `size`, `leaving` those of its gradient on its way, and
-        `made` those of its gradient where it does not lie in place of the weight.
+        `made` those of its gradient where it does not lie in place of the weight.  `scopes` have
+        the last of their regions that takes a weight: in backward they come when it needs one.
 
-        It is there, or its gradient is, while its unit runs, except when an op runs that is counted
-        with it; on its way before that; and its gradient is on its way after that in backward.
+        It is there, or its gradient is, while its unit runs, both while the backward of a user
+        does; on its way before that; and its gradient is on its way after that in backward.
         """
         copies = np.zeros((3, times.horizon + 1), dtype=np.int64)
         here, gone, beside = copies
         if not self.users:  # only handed on
             here[:-1] = 1
         used = [i for i, s in enumerate(scopes) if any(r.scope is s for r in self.users)]
-        for i, scope in enumerate(scopes):
+        for i, (scope, needing) in enumerate(scopes.items()):
             between = bool(used) and used[0] <= i <= used[-1]
             for window in times.ahead(scope):
                 here[_slice(window.times)] += between + (window.coming == self.unit)
-            for window in times.back(scope):
+            starts = times.backward(needing) if needing is not None else ()
+            for run, window in enumerate(times.back(scope)):
                 there = between and (self.again or self.trained)
                 coming = self.again and window.coming == self.unit
-                here[_slice(window.times)] += there + coming
+                start = starts[run] if starts else window.times.stop
+                here[start : window.times.stop] += there + coming
                 gone[_slice(window.times)] += self.trained and window.leaving == self.unit
-                beside[_slice(window.times)] += self.trained and between
-        for region in self.users:
-            if region.counts_operands:
-                here[list(times.forward(region))] -= 1
-                if self.again or self.trained:
-                    here[list(times.backward(region))] -= 1
+                own = [times.backward(user)[run] for user in self.users if user.scope is scope]
+                beside[min(own, default=start) : window.times.stop] += self.trained and between
+        for region in self.users if self.trained else ():
+            here[list(times.backward(region))] += 1  # the weight and its gradient
         changed = np.diff(copies, prepend=0).any(axis=0)
         changes = [*np.flatnonzero(changed).tolist(), times.horizon]
         every = [
@@ -284,7 +290,7 @@ class Bringing:
         self._times = times
         self._nodes = nodes
         self._edges = edges
-        self._scopes = list({id(r.scope): r.scope for r in prices.regions}.values())
+        self._scopes = _needing(prices)
         self._bytes = weighty(prices)
         self._shared: dict[_Shared, dict[int, Bools]] = {}
         self._runs: dict[Unit, int] = {}
@@ -383,6 +389,16 @@ class Bringing:
             self.paid.append(index)
             for node, ran in self._shared[members[0]].items():
                 self._allow(node, index, ~ran[:, None] | np.array([False, True]))
+
+
+def _needing(prices: Prices) -> dict[Scope, Region | None]:
+    """The last region of each scope that takes a weight, if one does."""
+    found: dict[Scope, Region | None] = {}
+    for region in prices.regions:
+        found.setdefault(region.scope, None)
+        if any(prices.outer_name(value.name) in prices.params for value in region.operands):
+            found[region.scope] = region
+    return found
 
 
 def weighty(prices: Prices) -> dict[Unit, float]:

@@ -308,8 +308,11 @@ class _Building:
         usages = [Usage(0, self.times.horizon, ref.weight * always)]
         if self.builder.trains(ref):
             gradient = np.array([float(s.gradient) for s in states])
-            summed = np.array([self.times_a_step > 1 and not way.late for way in ways])
-            usages += self.live.gradient(value.name, ref.weight, gradient, summed)
+            late = np.array([way.late for way in ways])
+            several = np.full(len(ways), self.times_a_step > 1)
+            usages += self.live.gradient(
+                value.name, ref.weight, gradient, several & ~late, several & late
+            )
         self.uses[len(self.nodes)] = ("state", *_all_for("gradient", len(usages) - 1))
         self.flows[value.name] = ValueFlow(value, len(self.nodes), specs, param=ref, storages=ways)
         self.nodes.append(ProblemNode(ref.name, ref.weight * costs, tuple(usages)))
@@ -405,11 +408,11 @@ class _Building:
         weight, runs = region.scope.weight, self.builder.runs(me).of(allowed)
         kept_usages: list[Usage] = []
         if self.builder.setting.training:
-            kept_usages = self.live.kept(region.scope, runs.kept)
+            kept_usages = self.live.kept(region, runs.kept)
         elif runs.cached.any():
             kept_usages = [Usage(0, self.times.horizon, weight * runs.cached)]
         self.uses[len(self.nodes)] = _all_for("kept", len(kept_usages))
-        usages = (*kept_usages, *self.live.running(region, runs.held))
+        usages = (*kept_usages, *self.live.running(me, runs, allowed))
         return ProblemNode(region.name, weight * self.times_a_step * runs.seconds, usages)
 
     # 3. outputs ---------------------------------------------------------------------------------

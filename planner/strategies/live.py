@@ -7,13 +7,15 @@ from math import ceil
 
 import numpy as np
 
-from ...facts.spec import Spec
+from ...facts.spec import P, Spec
 from ...ir.graph import Loop, Value
 from ..ilp.problem import Usage
 from .conversion import Bools, Floats
 from .prices import Prices
-from .regions import Region, Scope, recomputed_layers
-from .times import Times, Window
+from .regions import Region, recomputed_layers
+from .runs import Runs
+from .spans import Span, Spans
+from .times import Times
 
 
 class Live:
@@ -22,6 +24,7 @@ class Live:
     def __init__(self, prices: Prices, times: Times) -> None:
         self._prices = prices
         self._times = times
+        self._spans = Spans(prices, times)
 
     def carried(self, loop: Loop, value: Value, specs: Sequence[Spec]) -> tuple[Usage, ...]:
         """What a loop carries: layers that are recomputed keep what they take in, each its own."""
@@ -45,62 +48,83 @@ class Live:
         others = self._prices.setting.in_flight - 1
         return [Usage(0, self._times.horizon, others * size)] if others else []
 
-    def gradient(self, name: str, layers: int, size: Floats, summed: Bools) -> list[Usage]:
+    def gradient(
+        self, name: str, layers: int, size: Floats, summed: Bools, late: Bools
+    ) -> list[Usage]:
         """A gradient is there from the first backward that gives it, in one layer after another;
-        where it is `summed` over micro-batches, from the first of them to the last."""
+        where it is `summed` over micro-batches, from the first of them to the last.  A `late` one
+        takes the place of sums that are counted with the weight's home."""
         users = [
             region
             for region in self._prices.regions
             if any(self._prices.outer_name(value.name) == name for value in region.operands)
         ]
-        windows: tuple[Window, ...] = min(
-            (self._times.back(region.scope) for region in users),
-            key=lambda each: each[0].times.start,
-            default=(),
-        )
-        ends = [*(window.times.start for window in windows[1:]), self._times.horizon]
+        first = min(users, key=lambda region: self._times.backward(region)[0], default=None)
+        starts = () if first is None else self._times.backward(first)
+        windows = () if first is None else self._times.back(first.scope)
+        ends = [*starts[1:], self._times.horizon]
         usages: list[Usage] = []
-        for window, end in zip(windows, ends, strict=False):
+        for start, window, end in zip(starts, windows, ends, strict=False):
             there = layers if end == self._times.horizon else min(window.done + 1, layers)
-            usages.append(Usage(window.times.start, end, there * size * ~summed))
+            usages.append(Usage(start, end, there * size * ~(summed | late)))
         if summed.any():
             usages.append(Usage(0, self._times.horizon, layers * size * summed))
         return usages
 
-    def kept(self, scope: Scope, size: Floats) -> list[Usage]:
-        """What autograd keeps of each run of a scope until its backward has run."""
-        windows = self._times.back(scope)
+    def kept(self, region: Region, size: Floats) -> list[Usage]:
+        """What autograd keeps of each run of a region until its backward has run."""
+        scope, windows = region.scope, self._times.back(region.scope)
         keeping = self._prices.setting.keeping(scope)
-        usages: list[Usage] = []
-        if keeping < scope.weight:  # one layer at a time, after those that keep theirs
-            turn = next(window for window in windows if window.done >= keeping)
-            usages.append(Usage(turn.times.start, windows[-1].times.stop, size))
         start = self._times.start(scope)
-        for window in windows if keeping else ():
-            there = max(keeping - window.done, 0)
-            usages.append(Usage(start, window.times.stop, there * size))
-            start = window.times.stop
+        usages: list[Usage] = []
+        for window, at in zip(windows, self._times.backward(region), strict=True):
+            if window.done >= keeping:  # one layer at a time, after those that keep theirs
+                usages.append(Usage(window.times.start, at + 1, size))
+            else:
+                usages.append(Usage(start, at + 1, (keeping - window.done) * size))
+            start = at + 1
         return usages + (self._of_others(keeping * size) if keeping else [])
 
-    def running(self, region: Region, size: Floats) -> list[Usage]:
-        """What a region holds while it runs, in backward values and their gradients.  Without
-        backward until its last use."""
-        here = self._times.forward(region)
-        if not self._prices.setting.training:
-            ends = [self._last_use(region, run) + 1 for run in range(len(here))]
-            return [Usage(at, end, size) for at, end in zip(here, ends, strict=True)]
-        forward = [Usage(at, at + 1, size) for at in here]
-        return forward + [Usage(at, at + 1, 2 * size) for at in self._times.backward(region)]
+    def running(self, me: int, runs: Runs, allowed: Sequence[int]) -> list[Usage]:
+        """What a region holds while it runs, and values, in backward their gradients, from the
+        region that makes them on."""
+        region = self._prices.regions[me]
+        training = self._prices.setting.training
+        usages = [Usage(at, at + 1, runs.ahead) for at in self._times.forward(region)]
+        if training:
+            usages += [Usage(at, at + 1, runs.behind) for at in self._times.backward(region)]
+        for span in self._spans.gradients(me) if training else self._spans.values(me):
+            value = (region.operands if span.is_operand else region.values)[span.number]
+            sizes = [
+                float(self._prices.local_bytes(value, spec))
+                for spec in self._specs(region, span, allowed)
+            ]
+            usages.append(Usage(span.start, span.end, np.array(sizes)))
+        return usages if training else usages + self._summands(me, allowed)
 
-    def _last_use(self, region: Region, run: int) -> int:
-        """The last time at which what a region makes in a window of its scope is used; its own if
-        it never is."""
-        made = {value.name for value in region.values}
-        return max(
-            self._times.forward(other)[run if other.scope is region.scope else -1]
-            for other in self._prices.regions
-            if other is region or any(value.name in made for value in other.operands)
+    def _summands(self, me: int, allowed: Sequence[int]) -> list[Usage]:
+        """Results that are partial sums, which stay beside what they are converted to."""
+        region = self._prices.regions[me]
+        size = np.array(
+            [
+                sum(
+                    float(self._prices.local_bytes(value, spec))
+                    for value, spec in zip(
+                        region.values, region.strategies[k].produces, strict=True
+                    )
+                    if P in spec
+                )
+                for k in allowed
+            ]
         )
+        return [Usage(start, end, size) for start, end in self._spans.summands(me)]
+
+    @staticmethod
+    def _specs(region: Region, span: Span, allowed: Sequence[int]) -> list[Spec]:
+        ways = [region.strategies[k] for k in allowed]
+        if span.is_operand:
+            return [way.requires[span.number][0] for way in ways]
+        return [way.produces[span.number] for way in ways]
 
 
 __all__ = ["Live"]

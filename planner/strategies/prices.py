@@ -9,7 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from ...costmodel.compute import elementwise_s
+from ...costmodel.machines.cluster import Cluster
 from ...costmodel.memory import StateBytes, optimizer_step_bytes, parameter_state_bytes
+from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.ops.local import local_bytes
@@ -27,13 +29,14 @@ from .storage import Held, Storage
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """One run of a node on one rank: seconds, bytes of its operands and results together, bytes of
-    its KV cache, bytes of rows sorted by expert that autograd keeps, what else it keeps (value,
-    bytes), and the spec that each operand is needed in."""
+    """One run of a node on one rank: seconds, bytes that it holds beside operands and results, and
+    in backward beside their gradients, bytes of its KV cache, bytes of rows that autograd keeps,
+    what else it keeps (value, bytes), and the spec that each operand is needed in."""
 
     forward_s: float
     seconds: float
-    held: float
+    beside: float
+    behind: float
     cache: float
     routed: float
     kept: tuple[tuple[str, int], ...]
@@ -55,6 +58,7 @@ class Prices:
         self._bytes: dict[tuple[str, Spec], int] = {}
         self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
         self._alias = _aliases(graph)
+        self._viewed = _views(graph)
         self._shares = shares(graph, compiled=network.cluster.compiled, training=setting.training)
         self._needed_again = _needed_again(graph, self._alias)
         self.block_values = _block_values(graph)
@@ -95,17 +99,17 @@ class Prices:
             operator = operator_of(node)
             needs, gives = local.specs()
             specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
-            held = 0
-            if not operator.free:
-                held = sum(self.local_bytes(value, spec) for value, spec in specs.items())
-                held += operator.buffers(local)
+            buffers = (0.0, 0.0) if operator.free else operator.both_buffers(local)
             rows = operator.extra_bytes(local)
+            if setting.training and not self.network.cluster.fused_norms:
+                rows += operator.unfused_bytes(local)
             kept = saved_values(node) if setting.training else ()
             work = self.work(node, choices)
             self._costs[key] = NodeCost(
                 work.forward_s,
                 work.seconds,
-                float(held) + rows,
+                buffers[0] + rows,
+                buffers[1] + rows,
                 operator.remembered(local, setting.longest_run),
                 rows if setting.training else 0.0,
                 tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
@@ -143,6 +147,11 @@ class Prices:
     def outer_name(self, name: str) -> str:
         """The name outside the loop of a value that a block takes in; others as they are."""
         return self._alias.get(name, name)
+
+    def viewed(self, name: str) -> tuple[str, float]:
+        """The name of the value that another is a view of, and which share of its bytes; its own if
+        it is none."""
+        return self._viewed.get(name, (name, 1.0))
 
     def home_conversions(self, ref: ParamRef) -> Conversions:
         """Those between where a trained parameter is stored and where it is kept for its uses:
@@ -267,6 +276,19 @@ def _needed_again(graph: Graph, alias: dict[str, str]) -> frozenset[str]:
     return frozenset(needed)
 
 
+def _views(graph: Graph) -> dict[str, tuple[str, float]]:
+    """Of views, what they are views of, however many are between, and which share of it."""
+    found: dict[str, tuple[str, float]] = {}
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            if is_view(node):
+                source = node.operands[0]
+                whole, share = found.get(source.name, (source.name, 1.0))
+                for value in node.outputs:
+                    found[value.name] = whole, share * value.type.bytes / max(source.type.bytes, 1)
+    return found
+
+
 def _aliases(graph: Graph) -> dict[str, str]:
     """Names inside blocks of values that come from outside: carried ones, and invariants."""
     alias: dict[str, str] = {}
@@ -280,4 +302,17 @@ def _aliases(graph: Graph) -> dict[str, str]:
     return alias
 
 
-__all__ = ["NodeCost", "Prices"]
+def network_for(graph: Graph, mesh: Mesh, cluster: Cluster) -> Network:
+    """The mesh on a cluster, as the graph finds it: in training and prefill, or in steps of one
+    token over a cache."""
+    remembers = any(operator_of(node).remembers for node in graph.nodes)
+    tokens = {
+        size
+        for item in graph.inputs
+        for label, size in zip(item.labels, item.value.type.shape, strict=False)
+        if label == "s"
+    }
+    return Network(mesh, cluster.in_steps() if remembers and tokens == {1} else cluster)
+
+
+__all__ = ["NodeCost", "Prices", "network_for"]

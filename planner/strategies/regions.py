@@ -153,14 +153,6 @@ class Region:
     def _head(self) -> Node:
         return next((node for node in self.nodes if operator_of(node).heavy), self.nodes[0])
 
-    @property
-    def counts_operands(self) -> bool:
-        """Are operands, parameters among them, in what a region is counted with while it runs?
-
-        Of several nodes only the widest is counted.
-        """
-        return len(self.nodes) == 1 and not operator_of(self.nodes[0]).free
-
     def __str__(self) -> str:
         """Its operands and values, then a line for each strategy: what it needs and makes.
 

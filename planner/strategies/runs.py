@@ -11,31 +11,35 @@ from ...ir.ops.registry import saved_values
 from .conversion import Floats
 from .prices import Prices
 from .regions import Region, Strategy
+from .spans import while_backward, while_forward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """One run of a region: seconds, bytes kept for backward, bytes held at the widest node, and
-    bytes of KV cache that stay; each by strategy."""
+    """One run of a region: seconds, bytes kept for backward, bytes held at the widest node, forward
+    and backward, and bytes of KV cache that stay; each by strategy.  What is held is without
+    parameters, and what `Spans` has."""
 
     seconds: Floats
     kept: Floats
-    held: Floats
+    ahead: Floats
+    behind: Floats
     cached: Floats
 
     def of(self, strategies: Sequence[int]) -> Runs:
         """Of some strategies, by their numbers."""
         k = list(strategies)
-        return Runs(self.seconds[k], self.kept[k], self.held[k], self.cached[k])
+        return Runs(self.seconds[k], self.kept[k], self.ahead[k], self.behind[k], self.cached[k])
 
     def towards(self, other: Runs, share: float) -> Runs:
         """On average, where such a share of the runs are as in `other`; bytes are alike in both."""
         mean = (1 - share) * self.seconds + share * other.seconds
-        return Runs(mean, self.kept, self.held, self.cached)
+        return Runs(mean, self.kept, self.ahead, self.behind, self.cached)
 
 
 def keepers(prices: Prices) -> Mapping[str, int]:
-    """Which region counts the memory of a value that autograd keeps: one region per value.
+    """Which region counts the memory of a value that autograd keeps: one region per value, and one
+    value of those that are views of each other.
 
     Parameters are not counted (-1): they are there anyway, or gathered again.
     """
@@ -43,9 +47,9 @@ def keepers(prices: Prices) -> Mapping[str, int]:
     for index, region in enumerate(prices.regions):
         for node in region.nodes:
             for value in saved_values(node):
-                found.setdefault(value.name, index)
+                found.setdefault(prices.viewed(value.name)[0], index)
     for index, region in enumerate(prices.regions):
-        kept = {v.name for node in region.nodes for v in saved_values(node)}
+        kept = {prices.viewed(v.name)[0] for node in region.nodes for v in saved_values(node)}
         for value in region.values:
             if value.name in kept:
                 found[value.name] = index
@@ -61,24 +65,29 @@ def runs_of(prices: Prices, me: int, kept_by: Mapping[str, int]) -> Runs:
 
 def _measure(
     prices: Prices, region: Region, strategy: Strategy, me: int, kept_by: Mapping[str, int]
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float, float]:
     """A row of `Runs`."""
     produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
     again = prices.setting.again(region.scope)
-    seconds = widest = routed = cached = 0.0
-    kept: dict[str, int] = {}
+    seconds = routed = cached = 0.0
+    kept: dict[str, float] = {}
     for node, choices in zip(region.nodes, strategy.choices, strict=True):
         cost = prices.node_cost(node, choices)
         seconds += cost.seconds + again * cost.forward_s
-        widest = max(widest, cost.held)
-        kept |= {name: size for name, size in cost.kept if kept_by.get(name) == me}
+        for name, size in cost.kept:
+            whole, share = prices.viewed(name)
+            if kept_by.get(whole) == me:
+                kept[whole] = size / share
         routed += cost.routed
         cached += cost.cache
         for value, need in cost.needs:
             if produced.get(value.name, need) != need:  # the result of a reduction
                 conversions = prices.conversions(value, param=False)
                 seconds += conversions.seconds(produced[value.name], need)
-    return seconds, sum(kept.values()) + routed, widest, cached
+    training = prices.setting.training
+    ahead = while_forward(prices, region, strategy, kept_by if training else {})
+    behind = while_backward(prices, region, strategy) if training else 0.0
+    return seconds, sum(kept.values()) + routed, ahead, behind, cached
 
 
 __all__ = ["Runs", "keepers", "runs_of"]

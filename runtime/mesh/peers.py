@@ -100,6 +100,14 @@ class Peers(_ProcessGroup):
             output.view(-1).copy_(rows.view(self.size(), -1)[self.rank()])
         return _Done()
 
+    def expected_experts(self, numbers: Tensor, sent: Sequence[int], count: int) -> Tensor:
+        """The numbers of experts (n, k) in rows that go to other ranks, `sent[i]` to rank i, as if
+        they came here: `count` experts are on each rank, and those of rank i are this one's."""
+        ranks, rank = self.size(), self.rank()
+        there = torch.tensor([(rank - i) * count for i in range(ranks)], device=numbers.device)
+        away = there.repeat_interleave(torch.tensor(sent, device=numbers.device))
+        return (numbers + away.unsqueeze(1).to(numbers.dtype)) % (ranks * count)
+
     def all_to_all_single(
         self,
         output: Tensor,
@@ -108,12 +116,14 @@ class Peers(_ProcessGroup):
         send: Sequence[int],
         opts: object = None,
     ) -> Any:
-        """From every rank what this one has for itself, repeated or cut as sizes ask for."""
+        """From every rank what this one has for itself; where sizes are uneven, one after another
+        the rows that it sends."""
         ranks, rank = self.size(), self.rank()
         with record_function(PLAYED):
-            own = rows.split(list(send))[rank] if send else rows.chunk(ranks)[rank]
-            for part in output.split(list(receive)) if receive else output.chunk(ranks):
-                _repeat(own, part)
+            if receive or send:
+                _repeat(rows, output)
+            else:
+                output.view(ranks, -1).copy_(rows.view(ranks, -1)[rank].expand(ranks, -1))
         return _Done()
 
     # torch 2.11 has other names for them

@@ -153,6 +153,15 @@ def tell_rows(sent: Tensor, group: ProcessGroup) -> Tensor:
     return all_to_all(sent.unsqueeze(1), group).flatten()
 
 
+def exchange_experts(
+    numbers: Tensor, send: Sequence[int], receive: Sequence[int], count: int, group: ProcessGroup
+) -> Tensor:
+    """`all_to_all_rows` of numbers (n, k) of the experts of rows; `count` are on each rank."""
+    if isinstance(group, Peers):
+        numbers = group.expected_experts(numbers, send, count)
+    return all_to_all_rows(numbers, send, receive, group)
+
+
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over ranks of their row for this rank; `x` is contiguous."""
     return start_reduce_scatter(x, group).finish()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.costmodel.compute import matmul_s
 from shardwright.costmodel.machines.cluster import (
     BUILT_IN,
     ClusterError,
@@ -218,4 +219,28 @@ def test_a_price_may_be_given(tmp_path: Path) -> None:
         load_cluster(path)
     path.write_text('base = "h100"\nprice_per_gpu_hour = -1\n')
     with pytest.raises(ClusterError, match="price_per_gpu_hour: expected a price above 0, got -1"):
+        load_cluster(path)
+
+
+def test_how_steps_of_one_token_run(tmp_path: Path) -> None:
+    """Captured: light kernels take 1 us; compiled: weights of one row come as fast as memory gives
+    them; launched: the host's 10 and 31 us.  On the CPU nothing changes."""
+    h100, path = load_cluster("h100"), tmp_path / "mine.toml"
+    captured = h100.in_steps()
+    assert (captured.memory.floor_s, captured.mixed.floor_s) == (1e-6, 1e-6)
+    assert h100.compiled and not captured.compiled and captured.tiles == h100.tiles
+    path.write_text('base = "h100"\nsteps = "compiled"\n')
+    steps = load_cluster(path).in_steps()
+    read = 2 * (4096 * 4096 + 2 * 4096) / (0.87 * 3.35e12)
+    assert steps.compiled
+    assert matmul_s(1, 4096, 4096, 1, "bf16", steps) == pytest.approx(1e-6 + read)
+    assert matmul_s(2, 4096, 4096, 1, "bf16", steps) == matmul_s(2, 4096, 4096, 1, "bf16", h100)
+    path.write_text('base = "h100"\nsteps = "launched"\nhost_light_s = 12e-6\n')
+    launched = load_cluster(path).in_steps()
+    assert (launched.memory.floor_s, launched.decode.floor_s) == (12e-6, 12e-6)
+    assert launched.tiles is not None and launched.tiles.floor_s == 31e-6
+    cpu = load_cluster("cpu")
+    assert cpu.in_steps() == cpu
+    path.write_text('base = "h100"\nsteps = "fast"\n')
+    with pytest.raises(ClusterError, match="steps: expected captured, compiled, launched, got"):
         load_cluster(path)

@@ -14,7 +14,7 @@ all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 8 x 2048 tokens, parameters in float32, used
 in bfloat16.
-Predicted: 17.4 ms per step, 3.67 GB per GPU.
+Predicted: 17.4 ms per step, 3.11 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

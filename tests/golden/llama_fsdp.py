@@ -9,7 +9,7 @@ Each rank returns all of loss, and its part of logits (S0); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
-Predicted: 17.4 ms per step, 3.97 GB per GPU.
+Predicted: 17.4 ms per step, 2.83 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -8,7 +8,7 @@ Each rank returns all of loss, and its part of logits (Z1); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 1 x 131072 tokens, bfloat16.
-Predicted: 265 ms per step, 13 GB per GPU.
+Predicted: 265 ms per step, 10 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -9,7 +9,7 @@ Each rank returns all of loss, and its part of logits (Z1); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 1 x 32768 tokens, bfloat16.
-Predicted: 12.6 ms per step, 3.03 GB per GPU.
+Predicted: 12.6 ms per step, 2.33 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

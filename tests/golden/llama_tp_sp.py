@@ -10,7 +10,7 @@ Each rank returns all of loss, and its part of logits (S2); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 2 x 4096 tokens, bfloat16.
-Predicted: 7.07 ms per step, 1.36 GB per GPU.
+Predicted: 7.07 ms per step, 1.08 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -9,7 +9,7 @@ Each rank returns all of loss, and its part of logits (S2); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 1 x 16384 tokens, bfloat16.
-Predicted: 14.1 ms per step, 2.59 GB per GPU.
+Predicted: 14.1 ms per step, 2.09 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -8,7 +8,7 @@ Each rank returns all of loss, and its part of logits (S0); `model.gather_output
 all of it, with gradients, for a loss outside of the module.
 
 Made from a model given to shardwright.plan, batch 16 x 2048 tokens, bfloat16.
-Predicted: 9.51 ms per step, 2.99 GB per GPU.
+Predicted: 9.51 ms per step, 2.69 GB per GPU.
 
     torchrun --nproc-per-node 4 sharded_model.py    a demonstration
     model = ShardedModel.from_checkpoint("folder with .safetensors")

@@ -186,7 +186,7 @@ def test_mixtral_on_h100s(sizes: tuple[int, ...]) -> None:
             assert chosen.experts() == {("f",)}
             assert chosen.seconds <= tp.seconds < ep.seconds
         elif not imbalance:  # experts over fewer ranks, whose weights come behind computing
-            assert chosen.seconds < ep.seconds < 0.85 * tp.seconds
+            assert chosen.seconds < ep.seconds < 0.9 * tp.seconds
         else:
             assert chosen.seconds == pytest.approx(ep.seconds, rel=1e-6)
             assert ep.seconds < (0.96 if sizes == (8,) else 0.85) * tp.seconds

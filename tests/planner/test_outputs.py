@@ -34,7 +34,9 @@ def plan(memory_bytes: int, outputs: tuple[str, ...] = ()) -> shardwright.Plan:
     with torch.device("meta"):
         model, tokens = Net(), torch.zeros(TOKENS, dtype=torch.int64)
     inputs = {"tokens": tokens, "labels": tokens}
-    asked: dict[str, Any] = {"gpus": 2, "mesh": "2", "memory_bytes": memory_bytes}
+    asked: dict[str, Any] = {
+        "gpus": 2, "mesh": "2", "memory_bytes": memory_bytes, "micro_batches": 1
+    }  # fmt: skip
     return shardwright.plan(model, inputs, outputs=outputs, **asked)
 
 
@@ -43,7 +45,8 @@ def test_the_report_says_what_logits_take() -> None:
     assert "the output `logits` takes 102 MB of each GPU" in str(made)
     alone = plan(10**9, ("loss",))
     assert "the output" not in str(alone)
-    assert made.memory.total - alone.memory.total > 1.4 * LOGITS / 2
+    # a chunk of them, here all, is there in any case, with a block in a wide format; gradients not
+    assert 0.5 < (made.memory.total - alone.memory.total) / (LOGITS / 2) < 1.05
     assert "ops.linear_cross_entropy(" in alone.module_source()
 
 

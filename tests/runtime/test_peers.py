@@ -53,13 +53,17 @@ def test_every_dtype_is_gathered(mesh: Mesh, dtype: torch.dtype) -> None:
 
 
 def test_rows_of_any_number(mesh: Mesh) -> None:
-    """Rows for this rank come from all, over and over where more of them are asked for."""
+    """Rows for this rank are those that it sends, over and over where more of them are asked for;
+    their experts are this rank's."""
     axis: Axis = mesh["tp"]
     rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     got = transport.all_to_all_rows(rows, [1, 2, 1, 0], [3, 2, 1, 0], axis.group)
-    assert got.flatten().tolist() == [2, 3, 2, 2, 3, 2]
-    nothing = transport.all_to_all_rows(rows, [4, 0, 0, 0], [1, 1, 0, 0], axis.group)
+    assert got.flatten().tolist() == [1, 2, 3, 4, 1, 2]
+    nothing = transport.all_to_all_rows(rows[:0], [0, 0, 0, 0], [1, 1, 0, 0], axis.group)
     assert nothing.flatten().tolist() == [0, 0]
+    numbers = torch.tensor([[0, 7], [2, 3], [5, 0]])  # two experts on a rank, of which 2 and 3 here
+    got = transport.exchange_experts(numbers, [1, 1, 1, 0], [1, 1, 1, 0], 2, axis.group)
+    assert got.tolist() == [[2, 1], [2, 3], [3, 6]]
 
 
 @pytest.mark.parametrize(("load", "expected"), [(1.0, [3, 3, 2, 2]), (1.5, [4, 4, 4, 3])])
