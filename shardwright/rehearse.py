@@ -9,6 +9,7 @@ priced for as many.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def rehearse(folder: Path, rank: int = 0, steps: int = 5) -> Rehearsal:
     notes = list(_notes(plan, layers, device))
     with _file_of(folder, text if layers is None else module_source(small)) as path:
         found = _measured(path, small, rank, steps, device)
-    judged = _why_not_judged(plan.request.cluster, device)
+    judged = why_not_judged(plan.request.cluster, device)
     notes += [judged] if judged else []
     phases = tuple(
         _compared(each, run, rank, device, judged=not judged)
@@ -251,12 +252,12 @@ def _on_cpu(cluster: Cluster) -> bool:
     return cluster.device.startswith("CPU")
 
 
-def _why_not_judged(cluster: str, device: torch.device) -> str:
+def why_not_judged(cluster: str, device: torch.device) -> str:
     """Why times are not judged here; "" where they are."""
     planned = load_cluster(cluster)
     if device.type == "cuda":
         here = torch.cuda.get_device_name(device)
-        if set(here.split()) & set(planned.device.replace(",", "").split()) - _NO_NAMES:
+        if _models(here) & _models(planned.device):
             return ""
         return f"Times are not judged: this device is a {here}, the plan is for {planned.device}."
     if _on_cpu(planned) and cluster not in BUILT_IN:
@@ -268,7 +269,10 @@ def _why_not_judged(cluster: str, device: torch.device) -> str:
     )
 
 
-_NO_NAMES = {"NVIDIA", "AMD", "GPU", "Tensor", "Core", "Instinct", "GeForce", "RTX", "SXM", "PCIe"}
+def _models(device: str) -> set[str]:
+    """What says which GPU it is: `H100`, `4090`."""
+    words = re.findall(r"\b(?:[A-Z]+\d+[A-Z]*|\d{4})\b", device)
+    return {word for word in words if not word.startswith(("SXM", "HBM", "NVL"))}
 
 
 def _notes(plan: PlanData, layers: int | None, device: torch.device) -> Iterator[str]:

@@ -41,7 +41,9 @@ def laid_out_by() -> str:
     return next(r.removeprefix("typer==") for r in extras["dev"] if r.startswith("typer=="))
 
 
-_COMMANDS = ("show", "verify", "solve", "sweep", "explain", "what-if", "compare", "launch")
+_COMMANDS = (
+    "show", "verify", "solve", "sweep", "explain", "what-if", "compare", "launch", "rehearse"
+)  # fmt: skip
 same_layout = pytest.mark.skipif(
     version("typer") != laid_out_by(), reason=f"typer {laid_out_by()} lays help out otherwise"
 )

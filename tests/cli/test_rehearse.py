@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from shardwright import rehearse
@@ -69,6 +70,24 @@ def test_a_time_is_judged_by_a_file_measured_here(run: Run) -> None:
     (step,) = [line for line in said.splitlines() if "a run, without other ranks" in line]
     assert re.search(r"(ok|% longer than predicted|% shorter than predicted)$", step), step
     assert "Times are not judged" not in said
+
+
+@pytest.mark.parametrize(
+    ("here", "cluster", "judged"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100", True),
+        ("NVIDIA A100-SXM4-80GB", "a100", True),
+        ("NVIDIA GeForce RTX 4090", "rtx4090", True),
+        ("NVIDIA GeForce RTX 4090", "rtx5090", False),
+        ("NVIDIA A100-SXM4-80GB", "h100", False),
+    ],
+)
+def test_a_time_is_judged_on_the_gpu_that_was_planned_for(
+    monkeypatch: pytest.MonkeyPatch, here: str, cluster: str, judged: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: here)
+    why = rehearse.why_not_judged(cluster, torch.device("cuda"))
+    assert (not why) == judged and (judged or f"this device is a {here}" in why)
 
 
 def test_experts_get_rows_from_all(run: Run) -> None:
