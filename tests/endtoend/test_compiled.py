@@ -133,6 +133,27 @@ def test_each_class_of_layers_is_one_graph(pool: Pool, name: str, role: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("name", "role", "kept"),
+    [
+        ("llama", "fsdp", 1), ("gpt2", "fsdp tp", 0), ("llama", "cp", 0), ("gemma2", "tp", 1),
+        ("encoder_decoder", "ddp", 1),
+    ],
+)  # fmt: skip
+@pytest.mark.some(1)
+def test_layers_that_are_recomputed(pool: Pool, name: str, role: str, kept: int) -> None:
+    """All, or all but the last `kept`, run forward again in backward, compiled."""
+    of, roles = case(name), role.split()
+    made = builder(name, (2,) * len(roles)).recomputed(kept)
+    text = source_of(made, planned(made, Cut(roles, made.graph, made.network.mesh)))
+    assert "self.recompute(layer" in text
+    ranks = pool(2 ** len(roles))
+    results = ranks.run(run_compiled, text, dict(of.params), dict(of.inputs), True)
+    check(of, results)
+    for _, _, graphs, classes in results:
+        assert graphs == classes
+
+
+@pytest.mark.parametrize(
     ("family", "way"),
     [("mixtral", "EP"), pytest.param("deepseek_v3", "EP x TP", marks=pytest.mark.slow)],
 )
