@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from .codegen.write import module_source
 from .costmodel.machines.cluster import ClusterError, load_cluster
 from .facts.mesh import Mesh
 from .facts.phases import find_phase
+from .facts.units import format_seconds
 from .folder import write_module, write_plan
 from .ir.graph import Graph
 from .ir.ops.registry import operator_of
@@ -33,7 +35,7 @@ from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.check import check_plan
 from .planner.plan.decide import REPLICAS
-from .planner.plan.plan import PlanData
+from .planner.plan.plan import PlanData, Request
 from .planner.plan.store import checked_json, read_plan
 from .planner.report.model_graph import PlannedGraph
 from .planner.report.ops import PlannedOp, planned_ops
@@ -346,6 +348,7 @@ def plan_file(
     return plan_steps(captures, job, several=micro_batches is None)
 
 
+_MORE = 3  # numbers of micro-batches that are tried where layers would be recomputed
 _NOT_MIXED = (
     "mixed precision has nothing to mix here: the model's parameters are neither all in float32 "
     "nor any in fewer bits, and are stored and used as they are"
@@ -380,31 +383,60 @@ def _graph_of(captures: Captures, job: Job, micro_batches: int) -> Graph:
 
 
 def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
-    """The plan without stages of a step of as few micro-batches as fit, if there may be
-    `several`."""
+    """The plan without stages, of as few micro-batches as fit, if there may be `several`.
+
+    Where that recomputes layers, a few more micro-batches whose layers are all kept may be faster.
+    """
     request = job.request
-    try:
-        return planned(captures.graphs(job), job)
-    except InfeasibleError:
-        counts = [n for n in _powers(request.batch) if request.batch % n == 0]
-        if not (several and find_phase(request.phase).backward):
-            raise
-        for count in counts:
-            fewer = replace(request, micro_batches=count)
-            tried = replace(job, request=fewer, builders=job.builders.for_others()).saying(
-                f", {count} micro-batches"
-            )
-            with suppress(InfeasibleError):
-                plan = planned(captures.graphs(tried), tried)
-                whole = f"{request.batch} sequences at once do not fit"
-                note = f"{whole}: a step adds up the gradients of {count} micro-batches"
-                return replace(plan, notes=(*plan.notes, note))
-        raise
+    counts = _micro_batches(request) if several else [request.micro_batches]
+    for at, count in enumerate(counts):
+        tried = job if not at else _of_micro_batches(job, count)
+        try:
+            plan = planned(captures.graphs(tried), tried)
+        except InfeasibleError:
+            if count == counts[-1]:
+                raise
+            continue
+        if at:
+            whole = f"{request.batch} sequences at once do not fit"
+            plan = _noted(plan, f"{whole}: a step adds up the gradients of {count} micro-batches")
+        more = counts[at + 1 : at + 1 + _MORE] if plan.decisions.recompute else []
+        return _kept_instead(captures, job, plan, more)
+    raise AssertionError("a step has a number of micro-batches")
 
 
-def _powers(most: int) -> list[int]:
-    """2, 4, 8, ... up to `most`."""
-    return [2**n for n in range(1, most.bit_length())]
+def _kept_instead(captures: Captures, job: Job, plan: Plan, counts: Sequence[int]) -> Plan:
+    """The plan of the first of these numbers of micro-batches that is faster than `plan`, which
+    recomputes layers, without doing so; else `plan`."""
+    for count in counts:
+        tried = _of_micro_batches(job, count, plan.seconds)
+        with suppress(InfeasibleError):
+            found = planned(captures.graphs(tried), tried)
+            fewer = plan.request.micro_batches
+            note = f"a step adds up the gradients of {count} micro-batches: "
+            note += "in one" if fewer == 1 else f"in {fewer}"
+            note += f" it would recompute layers and take {format_seconds(plan.seconds)}"
+            return _noted(found, note)
+    return plan
+
+
+def _noted(plan: Plan, note: str) -> Plan:
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _of_micro_batches(job: Job, count: int, known_s: float = inf) -> Job:
+    """The job with so many micro-batches a step; what is slower than a plan that is known is not
+    looked for."""
+    request = replace(job.request, micro_batches=count)
+    tried = replace(job, request=request, builders=job.builders.for_others(), known_s=known_s)
+    return tried.saying(f", {count} micro-batches")
+
+
+def _micro_batches(request: Request) -> list[int]:
+    """How many a step may have: 1, 2, 4, ..., where they divide the batch."""
+    powers = [2**n for n in range(request.batch.bit_length())]
+    trains = find_phase(request.phase).backward
+    return [n for n in powers if request.batch % n == 0] if trains else [1]
 
 
 def planned(graphs: tuple[Graph, ...], job: Job) -> Plan:

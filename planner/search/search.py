@@ -75,6 +75,8 @@ class Job:
 
     `mesh` is None where all candidates are tried; `limit` says what may be chosen in a graph, also
     by the `layout` that was asked for, if one was.  `baselines`: ordinary plans are priced, too.
+    `known_s`: seconds of a plan that is known; what is not faster, and what recomputes layers, is
+    not looked for.
     """
 
     cluster: Cluster
@@ -87,6 +89,7 @@ class Job:
     progress: Progress
     layout: Layout | None = None
     baselines: bool = True
+    known_s: float = inf
     builders: Builders = field(default_factory=Builders)
 
     @property
@@ -178,8 +181,10 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
     """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
     job.check(graph)
     searched = Searched[Solved].against(rival)
+    searched.ceiling = min(searched.ceiling, job.known_s)
+    searched.fastest = min(searched.fastest, job.known_s)
     for n, setting in enumerate(job.settings):
-        if n and not _short_of_memory(searched.best or rival, setting):
+        if n and (isfinite(job.known_s) or not _short_of_memory(searched.best or rival, setting)):
             break
         for mesh in job.meshes:
             for order in token_orders(graph, mesh):
