@@ -280,7 +280,8 @@ def plan(
     float32 is cast, as are its buffers; another computes as it is); `own` stores and computes as
     the model has it.  `reduce_dtype` (`float32`, `bfloat16`) is that of gradients between ranks;
     by default float32 in mixed precision.  `micro_batches` of a step are computed one after another
-    (default: one, or as few as fit), and their gradients added up; the inputs are those of all.
+    (default: one, or as few as fit, or a few more where layers would be recomputed, if that is
+    faster), and their gradients added up; the inputs are those of all.
     A `layout` with `pp` is a pipeline, whose `schedule` is `gpipe`, `1f1b` (the default) or
     `interleaved`.
 
@@ -389,20 +390,20 @@ def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
     """
     request = job.request
     counts = _micro_batches(request) if several else [request.micro_batches]
+    none_fits = InfeasibleError()
     for at, count in enumerate(counts):
         tried = job if not at else _of_micro_batches(job, count)
         try:
             plan = planned(captures.graphs(tried), tried)
-        except InfeasibleError:
-            if count == counts[-1]:
-                raise
+        except InfeasibleError as error:
+            none_fits = none_fits if at else error
             continue
         if at:
             whole = f"{request.batch} sequences at once do not fit"
             plan = _noted(plan, f"{whole}: a step adds up the gradients of {count} micro-batches")
         more = counts[at + 1 : at + 1 + _MORE] if plan.decisions.recompute else []
         return _kept_instead(captures, job, plan, more)
-    raise AssertionError("a step has a number of micro-batches")
+    raise none_fits
 
 
 def _kept_instead(captures: Captures, job: Job, plan: Plan, counts: Sequence[int]) -> Plan:

@@ -70,9 +70,13 @@ def solve(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf
         if best.infeasible:
             reason = "no assignment satisfies all edges and memory rows"
             return Solution(None, inf, inf, "infeasible", perf_counter() - started, reason)
+    bound = min(bound, ceiling)  # what costs more was not looked at
     if best.x is None:
         return Solution(None, inf, bound, "unknown", perf_counter() - started)
-    return conclude(problem, formulation.assignment(best.x), bound, perf_counter() - started)
+    found = conclude(problem, formulation.assignment(best.x), bound, perf_counter() - started)
+    if found.cost > ceiling and best.finished:
+        return Solution(None, inf, ceiling, "dearer", found.seconds)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +126,7 @@ class _Result:
     x: FloatArray | None
     bound: float
     infeasible: bool
+    finished: bool = False  # it is the best below a ceiling, or there is none
 
 
 class _Model:
@@ -236,7 +241,7 @@ class _Model:
         found = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
         reason = found.termination.reason
         if reason in _PROVEN_EMPTY:
-            return _Result(None, inf, True)
+            return _Result(None, inf, True, True)
         if reason not in _ANSWERED:
             raise SolverError(f"HiGHS stopped with {reason.name}: {found.termination.detail}")
         bound = found.termination.objective_bounds.dual_bound / self.scale
@@ -244,7 +249,7 @@ class _Model:
         if found.has_primal_feasible_solution():
             values = found.variable_values()
             x = np.fromiter(values.values(), dtype=np.float64, count=len(values))
-        return _Result(x, bound, False)
+        return _Result(x, bound, False, reason == mathopt.TerminationReason.OPTIMAL)
 
 
 def _dense(sparse: sparse_containers_pb2.SparseDoubleVectorProto, size: int) -> FloatArray:
