@@ -26,8 +26,8 @@ from .ir.capture.arguments import Arguments
 from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
 from .planner.plan.plan import OUTPUT_LAYOUTS, Request
-from .planner.search.pipeline import default_micro_batches, refuse_phase
 from .planner.search.search import Clock, Job
+from .planner.search.shapes import default_micro_batches, refuse_phase
 from .planner.strategies.layout import Layout, limited
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given

@@ -18,71 +18,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from ...costmodel.timeline import StageTimes, Timeline, in_flight, played
+from ...costmodel.timeline import StageTimes, Timeline, in_flight, peak_in_flight, played
 from ...facts.mesh import Mesh
-from ...facts.phases import find_phase
-from ...facts.schedules import PipelineSchedule, default_stages, refusal, schedule
+from ...facts.schedules import PipelineSchedule, refusal, schedule
 from ...facts.spec import Spec
 from ...facts.units import format_seconds
 from ...ir.graph import Graph, Param, TensorType, Value
 from ...ir.ops.local import local_bytes
 from ...ir.passes.stages import Stage, cut_into_stages, layer_count, shared_params
 from ...ir.passes.unfuse import unfuse
-from ..errors import InfeasibleError, LayoutError, PlanError
+from ..errors import InfeasibleError, PlanError
 from ..plan.decide import Solved, decide, plan_of
 from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage, Request, Search
 from ..plan.program import Convert, Program
 from ..strategies.build import Decisions
 from ..strategies.conversion import Network
-from ..strategies.layout import Layout
 from ..strategies.regions import scopes
 from ..strategies.setting import Restriction, Setting, Within
 from .cuts import balanced_layers, even_layers, improved_layers, stage_seconds
 from .infeasible import explain
 from .search import Job, token_orders
+from .shapes import Shape, check_runnable
 
 _TRIES = 20_000  # actions played for one move of a layer: more take longer than they are worth
+_FULL = 0.95  # of the memory, what stages are given that take more than equal shares
+_MORE = 1.5  # times those, where no plan fits them
 AXIS = "pp"  # the outermost axis of the mesh, between stages
-_RUNNABLE = ("gpipe", "1f1b", "interleaved")  # schedules that modules run
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a pipeline is before anything is planned: its ranks, the stages of each, the schedule,
-    and the mesh of a stage; `text` is what errors call it."""
-
-    ranks: int
-    per_rank: int
-    schedule: str
-    mesh: Mesh
-    text: str
-
-    @staticmethod
-    def of(request: Request, layout: Layout) -> Shape:
-        """That of a layout, by the schedule that was asked for, else 1F1B, interleaved where ranks
-        have several stages."""
-        name = request.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
-        per_rank = layout.per_rank if layout.per_rank > 1 else default_stages(name)
-        return Shape(layout.pipeline, per_rank, name, layout.mesh, f"--layout {layout.text}")
-
-    @property
-    def gpus(self) -> int:
-        """All of its ranks."""
-        return self.ranks * self.mesh.ranks
-
-    @property
-    def stages(self) -> int:
-        """Stages of all ranks together."""
-        return self.ranks * self.per_rank
-
-
-def check_runnable(name: str) -> None:
-    """Raises PlanError for a schedule that modules do not run."""
-    if name not in _RUNNABLE:
-        raise PlanError(
-            f"--schedule {name} has backward passes in two parts, which modules do not run yet;"
-            f" take {', '.join(_RUNNABLE)}"
-        )
 
 
 def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
@@ -106,15 +67,50 @@ def plan_pipeline(graph: Graph, job: Job, shape: Shape, ceiling: float = inf) ->
         try:
             job.check(variant)
             even = even_layers(layer_count(variant), shape.stages)
-            found.append(_Planning(variant, job, shape, even, ceiling).plan())
+            found.append(_within(variant, job, shape, even, ceiling))
             layers = _better_layers(found[-1], ceiling)
             if layers is not None:
-                found.append(_Planning(variant, job, shape, layers, ceiling).plan())
+                found.append(_within(variant, job, shape, layers, ceiling))
+            best = min(found, key=lambda plan: plan.seconds)
+            if (room := _room(best)) > 1.0:
+                own = [stage.layers for stage in _pipeline(best).stages]
+                roomy = _Planning(variant, job, shape, own, ceiling, room).plan()
+                found += [roomy] if roomy.memory.total <= job.request.memory_bytes else []
         except PlanError as error:
             errors.append(error)
     if not found:
         raise errors[-1]
     return min(found, key=lambda plan: plan.seconds)
+
+
+def _within(
+    graph: Graph, job: Job, shape: Shape, layers: Sequence[int], ceiling: float
+) -> PlanData:
+    """The plan of a cut, whose stages take equal shares of a rank's memory, or more where none fits
+    and the rank's is not full."""
+    try:
+        return _Planning(graph, job, shape, layers, ceiling).plan()
+    except InfeasibleError:
+        if shape.per_rank == 1:
+            raise
+        plan = _Planning(graph, job, shape, layers, ceiling, _MORE).plan()
+        if plan.memory.total > job.request.memory_bytes:
+            raise
+        return plan
+
+
+def _pipeline(plan: PlanData) -> Pipeline:
+    assert plan.pipeline is not None
+    return plan.pipeline
+
+
+def _room(plan: PlanData) -> float:
+    """How much more than equal shares of memory stages may take; 1 where they need no more."""
+    pipeline = _pipeline(plan)
+    short = any(kind.decisions.recompute for kind in pipeline.kinds)
+    if pipeline.per_rank == 1 or not short:
+        return 1.0
+    return _FULL * plan.request.memory_bytes / plan.memory.total
 
 
 def plan_cut(graph: Graph, job: Job, shape: Shape, layers: Sequence[int]) -> PlanData:
@@ -225,7 +221,11 @@ class _Planning:
         shape: Shape,
         layers: Sequence[int],
         ceiling: float = inf,
+        room: float = 1.0,
     ) -> None:
+        """`room`: by how much the stages of a rank may take more than equal shares of its memory,
+        as they are not all at their peaks at once."""
+        self.room = room
         self.graph, self.job, self.shape, self.ceiling = graph, job, shape, ceiling
         self.request, self.mesh = job.request, shape.mesh
         self.table = self._schedule()
@@ -275,7 +275,7 @@ class _Planning:
     def _settings(self, numbers: Sequence[int]) -> list[Setting]:
         """Those to try: layers kept, then recomputed."""
         kept = in_flight(self.table)
-        limit = self.request.memory_bytes / self.shape.per_rank
+        limit = self.room * self.request.memory_bytes / self.shape.per_rank
         most = max(kept[number] for number in numbers)
         order = token_orders(self.graph, self.mesh)[0]
         return [
@@ -337,10 +337,7 @@ class _Planning:
             self.table.name, self.table.ranks, timeline.bubble_share, tuple(rows), tuple(plans)
         )
         mesh = Mesh(((AXIS, self.table.ranks), *names.axes))
-        fullest = max(
-            ([rows[n].kind for n in self.table.stages_of(r)] for r in range(self.table.ranks)),
-            key=lambda kinds: sum(plans[kind].memory.total for kind in kinds),
-        )
+        memory = max((self._memory(r, rows, plans) for r in self._ranks), key=lambda m: m.total)
         proven = all(plan.search.status == "optimal" for plan in plans)
         search = Search(
             self.job.solver, "optimal" if proven else "feasible", 0.0, 1,
@@ -351,9 +348,26 @@ class _Planning:
             self.request, self.graph, mesh, Decisions({}, {}, {}), {}, {}, seconds,
             max(sum(plans[k].optimizer_s for k in self._kinds_of(r)) for r in self._ranks),
             max(sum(plans[k].casts_s for k in self._kinds_of(r)) for r in self._ranks),
-            _together([plans[kind].memory for kind in fullest]), (), search, notes,
+            memory, (), search, notes,
             pipeline=pipeline,
         )  # fmt: skip
+
+    def _memory(self, rank: int, rows: Sequence[PlannedStage], plans: Sequence[PlanData]) -> Memory:
+        """What a rank holds at its peak: all of its stages' states, what micro-batches in flight
+        keep of each, and one operator that runs."""
+        own = self.table.stages_of(rank)
+        parts = [plans[rows[number].kind].memory for number in own]
+        kept = [0.0] * self.table.stages
+        for number, part in zip(own, parts, strict=True):
+            most = _found(self.kinds[rows[number].kind]).builder.setting.in_flight
+            kept[number] = part.activations / most
+        return Memory(
+            sum(part.parameters for part in parts),
+            sum(part.gradients for part in parts),
+            sum(part.optimizer for part in parts),
+            peak_in_flight(self.table, rank, kept),
+            max(part.transient for part in parts),
+        )
 
     @property
     def _ranks(self) -> range:
@@ -486,40 +500,4 @@ def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
     return ahead, back
 
 
-def _together(parts: Sequence[Memory]) -> Memory:
-    """What a rank holds of several stages, were all at their peaks at once."""
-    names = ("parameters", "gradients", "optimizer", "activations", "transient", "cache")
-    return Memory(*(sum(getattr(part, name) for part in parts) for name in names))
-
-
-def default_micro_batches(batch: int, layout: Layout, name: str) -> int:
-    """As many micro-batches as make a small bubble, four times the ranks of the pipeline, where
-    they divide the batch and leave each rank two rows; else as many as there can be."""
-    ways = 1
-    for role, size in zip(layout.roles, layout.mesh.sizes, strict=True):
-        ways *= size if "ddp" in role or "fsdp" in role or "zero" in role else 1
-    per_rank = layout.per_rank if layout.per_rank > 1 else default_stages(name)
-    fitting = [
-        n
-        for n in range(1, batch + 1)
-        if batch % n == 0
-        and (batch // n) % ways == 0
-        and not refusal(name, layout.pipeline, per_rank, n)
-    ]
-    fitting = [n for n in fitting if batch // n >= 2 * ways] or fitting
-    wanted = [n for n in fitting if n >= 4 * layout.pipeline]
-    return wanted[0] if wanted else max(fitting, default=1)
-
-
-def refuse_phase(phase: str, layout: Layout) -> None:
-    """Raises LayoutError for a pipeline outside of training."""
-    if layout.pipeline > 1 and not find_phase(phase).backward:
-        raise LayoutError(
-            f"--layout {layout.text}: pipelines are planned for training, not for phase {phase}"
-        )
-
-
-__all__ = [
-    "Shape", "check_runnable", "default_micro_batches", "make_pipeline_plan", "plan_cut",
-    "plan_pipeline", "refuse_phase",
-]  # fmt: skip
+__all__ = ["make_pipeline_plan", "plan_cut", "plan_pipeline"]

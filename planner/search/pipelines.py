@@ -43,9 +43,10 @@ from ..strategies.regions import scopes
 from ..strategies.setting import Restriction
 from .cuts import even_layers
 from .infeasible import state_bytes
-from .pipeline import Shape, check_runnable, plan_pipeline
+from .pipeline import plan_pipeline
 from .rough import Rough, rough_of
 from .search import Clock, Job, candidate_meshes, token_orders
+from .shapes import Shape, check_runnable
 
 GraphOf: TypeAlias = Callable[[int], Graph]
 """The graph of a micro-batch where a step has so many of them."""

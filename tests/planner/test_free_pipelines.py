@@ -21,9 +21,10 @@ from shardwright.facts.schedules import PipelineSchedule, refusal, schedule
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.graph import Graph
 from shardwright.planner.errors import PlanError
-from shardwright.planner.search.pipeline import Shape, plan_cut, plan_pipeline
+from shardwright.planner.search.pipeline import plan_cut, plan_pipeline
 from shardwright.planner.search.pipelines import least_turns, search_pipelines
 from shardwright.planner.search.search import Job
+from shardwright.planner.search.shapes import Shape
 
 from ..ir.models import TinyGPT
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shardwright
-from shardwright.costmodel.timeline import StageTimes, played
+from shardwright.costmodel.timeline import StageTimes, in_flight, peak_in_flight, played
 from shardwright.facts.schedules import schedule
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.passes.stages import cut_into_stages
@@ -128,6 +128,39 @@ def test_a_stage_keeps_what_micro_batches_in_flight_need() -> None:
 
     one, two, three = map(least, (1, 2, 3))
     assert two - one == three - two > 0
+
+
+def test_a_rank_of_several_stages_has_one_peak() -> None:
+    """Not all of its stages keep most at once, and one operator runs; the rest adds up."""
+    plan = _asked("pp=2,vpp=2", micro_batches=8)
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    table = schedule("interleaved", 2, 2, 8)
+    parts = [pipeline.kinds[stage.kind].memory for stage in pipeline.stages]
+    flying, kinds = in_flight(table), [stage.kind for stage in pipeline.stages]
+    kept = [  # a kind is planned for the stage with most in flight
+        part.activations / max(n for n, other in zip(flying, kinds, strict=True) if other == kind)
+        for part, kind in zip(parts, kinds, strict=True)
+    ]
+    totals: list[float] = []
+    for rank in range(2):
+        own = [parts[number] for number in table.stages_of(rank)]
+        states = sum(part.parameters + part.gradients + part.optimizer for part in own)
+        runs = max(part.transient for part in own)
+        totals.append(states + peak_in_flight(table, rank, kept) + runs)
+        assert totals[-1] < sum(part.total for part in own)
+    assert plan.memory.total == pytest.approx(max(totals))
+
+
+def test_stages_may_take_more_than_equal_shares_of_memory() -> None:
+    """A limit that the stages' own peaks would not keep to, and the rank's does."""
+    free = _asked("pp=2,vpp=2", micro_batches=8)
+    plan = _asked("pp=2,vpp=2", micro_batches=8, memory_bytes=int(1.06 * free.memory.total))
+    for pipeline in (free.pipeline, plan.pipeline):
+        assert pipeline is not None
+        assert not any(kind.decisions.recompute for kind in pipeline.kinds)
+        peaks = sum(pipeline.kinds[pipeline.stages[n].kind].memory.total for n in (0, 2))
+        assert peaks > 1.06 * free.memory.total
 
 
 @pytest.mark.parametrize(
