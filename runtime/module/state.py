@@ -151,8 +151,14 @@ class State:
             local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
 
     def update(self, wholes: Mapping[str, Tensor]) -> None:
-        """Put whole new values into buffers, of which this rank keeps its slices."""
+        """Give buffers whole new values, of which this rank keeps its slices.
+
+        They are new tensors: backward may need what was in the old ones, or bring it again.
+        """
         for name, whole in wholes.items():
+            fresh = torch.empty_like(self.local(name))
+            for key in (name, *self.table[name].aliases):
+                setattr(*owner_of(self.root, key), fresh)
             self._fill(name, StateDict({name: whole.detach()}), name)
 
     def _check_tied(self, name: str, source: Source, key: str) -> None:

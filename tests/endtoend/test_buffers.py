@@ -102,8 +102,47 @@ class Codebook(nn.Module):
         return x + (quantised - x).detach() + 0.1 * x
 
 
+class Queue(nn.Module):
+    """Keys of earlier batches: read, for which backward needs them, and then changed.
+
+    Layers share them, and a number besides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.randn(WIDTH, 12))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(WIDTH))
+        self.layers = nn.ModuleList(Reading(self) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, scale = self.keys.clone(), self.scale
+        for layer in self.layers:
+            x = x + layer(x, keys)
+        with torch.no_grad():
+            rows = (self.place + torch.arange(x.shape[0])) % 12
+            self.keys.index_copy_(1, rows, torch.tanh(x.mean(1)).t())
+            self.place.copy_((self.place + x.shape[0]) % 12)
+            self.scale = 0.9 * scale + 0.1 * x.mean((0, 1))
+        return x * scale
+
+
+class Reading(nn.Module):
+    """A layer of `Queue`, whose buffers it reads."""
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.scale_of = [queue]  # no part of this module
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        q = self.up(x) * self.scale_of[0].scale
+        return (q @ keys).softmax(-1) @ keys.t()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "norms": Norms, "averages": Averages, "table": Table, "codebook": Codebook,
+    "queue": Queue,
 }  # fmt: skip
 
 
