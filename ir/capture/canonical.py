@@ -17,6 +17,7 @@ from ..graph.rewrite import flat, producers, with_args, with_body, with_operands
 from ..ops.live import remove_dead
 from ..reference.evaluate import Constants, describe_mask
 from .dense_experts import whole_experts
+from .four_dims import in_four_dims
 from .written import written_whole
 
 _RESHAPES = frozenset(
@@ -222,19 +223,22 @@ def whole_attention(graph: Graph) -> Graph:
         ->  attention(q, k, v, mask=m, scale=d ** -0.5, causal=False, window=0, softcap=0.0,
                       dropout_p=0.1)
 
-    Operands that are not 4-D (b, heads, s, d) are left as they are.
+    Operands of other ranks get four dims before, the result its own after (`four_dims.py`).
     """
     nodes: list[Node] = []
     for node in flat(graph):
-        if node.op == "aten.scaled_dot_product_attention.default":
-            q, k, v = (node.arg(name) for name in ("query", "key", "value"))
-            assert isinstance(q, Value) and isinstance(k, Value) and isinstance(v, Value)
-            mask, scale = node.arg("attn_mask"), node.arg("scale")
-            if all(len(x.type.shape) == 4 for x in (q, k, v)):
+        if node.op != "aten.scaled_dot_product_attention.default":
+            nodes.append(node)
+            continue
+        for each in in_four_dims(node):
+            if each.op == node.op:
+                q, k, v = (each.arg(name) for name in ("query", "key", "value"))
+                assert isinstance(q, Value)
+                mask, scale = each.arg("attn_mask"), each.arg("scale")
                 scale = q.type.shape[-1] ** -0.5 if scale is None else scale
-                causal, dropout = bool(node.arg("is_causal")), node.arg("dropout_p")
-                node = _attention(node, (q, k, v, mask), (scale, causal, 0, 0.0, dropout))
-        nodes.append(node)
+                causal, dropout = bool(each.arg("is_causal")), each.arg("dropout_p")
+                each = _attention(each, (q, k, v, mask), (scale, causal, 0, 0.0, dropout))
+            nodes.append(each)
     return with_body(graph, nodes, {})
 
 

@@ -459,7 +459,10 @@ def _bind_placeholders(
             if not isinstance(value, Tensor):
                 bound[node] = None
                 continue
-            given = Value(node.name, TensorType(tuple(value.shape), value.dtype))
+            name = node.name
+            while name in params:  # a part of the model that is called as an argument is
+                name = f"given_{name}"
+            given = Value(name, TensorType(tuple(value.shape), value.dtype))
             bound[node] = given
             inputs.append(Input(keywords[node.name], given))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):

@@ -178,8 +178,9 @@ FAMILY.add(
 
 
 def _div_rule(node: Node) -> Rule:
-    by_number = not isinstance(node.arg("other"), Value)
-    return broadcasting("self", passes=True, uneven=by_number)(node)
+    by_number, by_zero = not isinstance(node.arg("other"), Value), node.arg("other") == 0
+    linear = [] if by_zero else ["self"]  # parts of a sum would be infinite, and their sum NaN
+    return broadcasting(*linear, passes=not by_zero, uneven=by_number and not by_zero)(node)
 
 
 FAMILY.add(
