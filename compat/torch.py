@@ -187,6 +187,10 @@ def in_rows(x: Tensor) -> Tensor:
 # -- capture
 
 
+class TooManyOperators(RuntimeError):
+    """More of them ran than were allowed."""
+
+
 def fake_tensors(*, beside_real: bool = False) -> AbstractContextManager[object]:
     """Inside, new tensors have shape, dtype and device, but no memory.
 
@@ -195,6 +199,35 @@ def fake_tensors(*, beside_real: bool = False) -> AbstractContextManager[object]
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=beside_real)
+
+
+@contextmanager
+def at_most(operators: int | None) -> Generator[None]:
+    """Inside, no more operators than these run on fake tensors, or TooManyOperators is raised.
+
+    So a loop over very many tokens ends, also in a decomposition of torch's.  Rows of a tensor that
+    is taken apart count.
+    """
+    if operators is None:
+        yield
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before, left = FakeTensorMode.dispatch, operators
+
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        nonlocal left
+        rows = func is _aten.unbind.int and args[0].shape[args[1] if len(args) > 1 else 0]
+        left -= 1 + rows
+        if left < 0:
+            raise TooManyOperators
+        return before(self, func, types, args, kwargs)
+
+    FakeTensorMode.dispatch = dispatch
+    try:
+        yield
+    finally:
+        FakeTensorMode.dispatch = before
 
 
 def is_fake(x: Tensor) -> bool:
@@ -340,8 +373,10 @@ __all__ = [
     "FunctionBase",
     "HigherOrderOperator",
     "OpOverload",
+    "TooManyOperators",
     "TorchDispatchMode",
     "as_if_exported",
+    "at_most",
     "at_end_of_backward",
     "backward_number",
     "changes",

@@ -21,7 +21,15 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from ...compat.torch import fake_tensors, own_hooks, transient_buffers, tree_unflatten, whole_stacks
+from ...compat.torch import (
+    TooManyOperators,
+    at_most,
+    fake_tensors,
+    own_hooks,
+    transient_buffers,
+    tree_unflatten,
+    whole_stacks,
+)
 from ...compat.transformers import State, is_pretrained
 from ...facts.updated import updated_path
 from ..graph import Graph, Input, Loop, Output, Param, TensorType, Value
@@ -45,6 +53,8 @@ from .location import first_calls, innermost_frame, place
 from .repeat import Repeats, cut, repeats
 from .states import StartsAnew, kept_states
 
+# Operators of a capture at another size: a loop over its tokens would not end.
+_MOST_OPERATORS = 20_000
 # A constant with more elements than this would make the plan file unreadable.
 _CONSTANT_LIMIT = 2**22
 
@@ -56,6 +66,7 @@ def capture(
     training: bool,
     serving: bool = False,
     rebuild: Callable[[], nn.Module] | None = None,
+    most: int | None = None,
 ) -> Graph:
     """The flat, canonical graph of `model(**inputs)`, every layer written out.
 
@@ -63,12 +74,13 @@ def capture(
     `model` and `inputs` may be on the meta device; neither is changed.  `training` decides about
     dropout.  `serving` says that `position_ids` among the inputs tell where new tokens of one
     sequence per row stand, and not that rows are packed.  `rebuild` makes the model anew; it is
-    called only if a non-persistent buffer has no value.  Raises CaptureError.
+    called only if a non-persistent buffer has no value.  Raises CaptureError, also where more than
+    `most` operators run.
     """
     arguments = Arguments.of(model, inputs)
     build = _rebuilding(model, rebuild)
     try:
-        exported = export(model, arguments, training=training, serving=serving)
+        exported = export(model, arguments, training=training, serving=serving, most=most)
         return _finish(model, arguments, *exported, build)
     except StartsAnew:  # whose lines may show a recurrence even so
         exported = export(model, arguments, training=training, serving=serving, states=False)
@@ -121,9 +133,11 @@ def captured(
     build = _rebuilding(model, rebuild)
     once = build and functools.cache(build)
 
-    def folded(given: Arguments, layers: Repeats | None) -> Graph | None:
+    def folded(given: Arguments, layers: Repeats | None, most: int | None = None) -> Graph | None:
         with cut(model, layers.kept if layers else {}):
-            flat = capture(model, given, training=training, serving=serving, rebuild=once)
+            flat = capture(
+                model, given, training=training, serving=serving, rebuild=once, most=most
+            )
             graph = fold(flat, classes)
         whole = _extended(graph, layers) if layers else graph
         return whole and computed_once(raised(whole))
@@ -134,7 +148,7 @@ def captured(
     assert graph is not None
 
     def again(other: Mapping[str, Tensor]) -> Graph:
-        found = folded(arguments.with_tensors(other), layers)
+        found = folded(arguments.with_tensors(other), layers, _MOST_OPERATORS)
         if found is None:
             raise CaptureError("the layers that repeat are others then")
         return found
@@ -196,6 +210,7 @@ def export(
     training: bool,
     serving: bool = False,
     states: bool = True,
+    most: int | None = None,
 ) -> tuple[ExportedProgram, _Tensors]:
     """Run `torch.export` on fake tensors; for serving with the `states` of layers as inputs.
 
@@ -218,6 +233,7 @@ def export(
             own_autocast(),
             whole_stacks(),
             own_hooks(),
+            at_most(most),
         ):
             kept = _states(model, arguments, fake) if serving and states else {}
             given = arguments | {huggingface.state_name(state): x for state, x in kept.items()}
@@ -227,6 +243,8 @@ def export(
         raise CaptureError(str(error)) from error
     except (StartsAnew, CaptureError):
         raise
+    except TooManyOperators as error:
+        raise CaptureError(f"{type(model).__name__} runs more than {most:,} operators") from error
     except Exception as error:  # `forward` is the user's code: it may raise anything
         raise CaptureError(_explain(model, error)) from error
     if random.getstate() != drawn:

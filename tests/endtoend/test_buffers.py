@@ -108,6 +108,10 @@ class Queue(nn.Module):
     Layers share them, and a number besides.
     """
 
+    keys: Tensor
+    place: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keys", torch.randn(WIDTH, 12))

@@ -110,6 +110,31 @@ def over_tokens(net: Net, x: Tensor) -> Tensor:
     return net.down(h) + net.head(h).logsumexp(-1, keepdim=True)
 
 
+def of_any_rank(net: Net, x: Tensor) -> tuple[Tensor, ...]:
+    """Attention without heads, with more dims than usual, over keys that all sequences share."""
+    h, attend = net.down(x), F.scaled_dot_product_attention
+    q, own = h.unflatten(-1, (4, -1)).transpose(1, 2), net.table.weight[:12].unflatten(-1, (4, -1))
+    keys = own.transpose(0, 1)[None]
+    grouped = q.unflatten(1, (2, 2))
+    shown = x[..., None, :, 0] < x[..., 0].amax(1)[:, None, None]  # (b, 1, s)
+    return (
+        attend(h, h, h, is_causal=True),
+        attend(h, h, h, attn_mask=shown),
+        attend(grouped, grouped, grouped),
+        attend(q, keys, keys.flip(2)),
+        attend(q, q[:, :1], q),
+    )
+
+
+def named_alike(net: Net, up: Tensor, average: Tensor) -> Tensor:
+    """Arguments with the names of a part and of a buffer."""
+    return net.up(up[..., :WIDTH])[..., :WIDTH] * average + net.average
+
+
+def _named(batch: int, tokens: int) -> Inputs:
+    return {"up": _x(batch, tokens)["x"], "average": _x(batch, tokens)["x"]}
+
+
 def _x(batch: int, tokens: int) -> Inputs:
     return {"x": torch.randn(batch, tokens, WIDTH, dtype=torch.float64)}
 
@@ -129,6 +154,7 @@ def _pairs(batch: int, tokens: int) -> Inputs:
 MODELS: dict[Callable[..., Any], Callable[[int, int], Inputs]] = {
     strided_heads: _x, spectral_norm: _x, written_out: _x, contrastive: _pairs,
     parts_of_a_vocabulary: _xy, hashed: _y, running_products: _x, pooled: _x, over_tokens: _x,
+    of_any_rank: _x, named_alike: _named,
 }  # fmt: skip
 
 
@@ -169,7 +195,7 @@ def on_rank(source: str, state: Inputs, batches: list[Inputs]) -> list[Any]:
     return found
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("sizes", [(4, 8), (6, 6)], ids=["even", "uneven"])
 @pytest.mark.parametrize("run", MODELS, ids=lambda run: run.__name__)
 def test_ranks_compute_what_the_model_does(
@@ -199,6 +225,25 @@ def _same(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
                 assert found is None or not found.any(), f"{what}: {kind} {name}"
                 continue
             assert_close(found, expected.detach(), 1e-9, f"{what}: {kind} {name}")
+
+
+@pytest.mark.slow
+def test_a_loop_over_very_many_tokens_ends() -> None:
+    """torch itself takes a GRU apart into steps to tell the shape of its result."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.steps(x)[0]
+
+    inputs = {"x": torch.randn(4, 8, WIDTH)}
+    graph = capture_graph(Loaded(Recurrent(), inputs, {"x": ("b", "s", "")}, None), training=True)
+    assert any("runs more than 20,000 operators" in bound for bound in graph.bounds)
+    extent = graph.inputs[0].extents[1]
+    assert extent is not None and extent.most >= 64
 
 
 def test_why_a_size_stays() -> None:
