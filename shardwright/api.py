@@ -30,7 +30,7 @@ from .loading import (
     check_formats,
     in_formats_apart,
 )
-from .planner.errors import InfeasibleError, PlanError
+from .planner.errors import InfeasibleError, LayoutError, PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.check import check_plan
@@ -401,7 +401,9 @@ def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
         if at:
             whole = f"{request.batch} sequences at once do not fit"
             plan = _noted(plan, f"{whole}: a step adds up the gradients of {count} micro-batches")
-        more = counts[at + 1 : at + 1 + _MORE] if plan.decisions.recompute else []
+        asked = job.layout is not None and job.layout.recompute is not None
+        free = plan.decisions.recompute and not asked
+        more = counts[at + 1 : at + 1 + _MORE] if free else []
         return _kept_instead(captures, job, plan, more)
     raise none_fits
 
@@ -411,7 +413,7 @@ def _kept_instead(captures: Captures, job: Job, plan: Plan, counts: Sequence[int
     recomputes layers, without doing so; else `plan`."""
     for count in counts:
         tried = _of_micro_batches(job, count, plan.seconds)
-        with suppress(InfeasibleError):
+        with suppress(InfeasibleError, LayoutError):  # or rows that GPUs do not divide
             found = planned(captures.graphs(tried), tried)
             fewer = plan.request.micro_batches
             note = f"a step adds up the gradients of {count} micro-batches: "

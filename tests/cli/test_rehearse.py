@@ -65,7 +65,7 @@ def test_a_rank_of_eight(run: Run) -> None:
 
 def test_a_time_is_judged_by_a_file_measured_here(run: Run) -> None:
     Path("here.toml").write_text(built_in_text("cpu"))
-    planned(run, LLAMA, "--cluster here.toml --dtype float32 --layout ddp=8")
+    planned(run, LLAMA, "--cluster here.toml --dtype float32 --layout fsdp=8,recompute=full")
     said = rehearsed(run("rehearse", "out", "--steps", "1"))
     (step,) = [line for line in said.splitlines() if "a run, without other ranks" in line]
     assert re.search(r"(ok|% longer than predicted|% shorter than predicted)$", step), step
@@ -115,6 +115,7 @@ def test_all_phases_and_layouts(run: Run, config: dict[str, Any], words: str) ->
     assert said.count("Rank 6 of 8") == (2 if "serve" in words else 1)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_large_has_fewer_layers(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
