@@ -268,8 +268,8 @@ class Captures:
         job.progress("capture the graph")
         with job.clock.step("capture"):
             found = Captured(_graphs_of(loaded, job, self.outputs), _narrow(loaded.model))
-            if self.kept is not None:
-                self.kept.write(self._key(job), found)
+            if self.kept is not None and self.kept == Kept.of(job.request.target):
+                self.kept.write(self._key(job), found)  # the file is as it was when it was read
         return found
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -51,35 +51,50 @@ class Kept:
         if file.suffix != ".json":
             return None
         try:
-            config, library = read_bytes(file, limit=16 * MB), distribution("transformers")
-        except (DataError, PackageNotFoundError):  # loading the model says what is wrong
+            config = read_bytes(file, limit=16 * MB)
+            libraries = [_version(name) for name in ("torch", "transformers")]
+            own = list(_own_files())
+        except (DataError, OSError, PackageNotFoundError):  # loading the model says what is wrong
             return None
-        if '"editable": true' in (library.read_text("direct_url.json") or ""):
+        if None in libraries:
             return None
-        versions = (sys.version, version("torch"), library.version, *_own_files())
-        return Kept(digest(digest(config) + repr(versions)))
+        return Kept(digest(digest(config) + repr((sys.version, libraries, own))))
 
     def read(self, key: tuple[object, ...]) -> Captured | None:
         """What was kept under `key`; None where there is nothing that can be read."""
         with suppress(DataError, OSError, RuntimeError, LookupError, TypeError, ValueError):
             data: Any = read_json(self._file(key), limit=_MOST_BYTES)
             graphs = tuple(graph_from_json(graph) for graph in data["graphs"])
-            return Captured(graphs, bool(data["narrow"]))
+            return Captured(graphs, bool(data["narrow"])) if graphs else None
         return None
 
     def write(self, key: tuple[object, ...], found: Captured) -> None:
         """Keep it under `key`, if the cache folder can be written to."""
-        data = {"graphs": [graph_to_json(graph) for graph in found.graphs], "narrow": found.narrow}
-        with suppress(OSError, RuntimeError):
+        with suppress(OSError, RuntimeError, TypeError, ValueError):
+            graphs = [graph_to_json(graph) for graph in found.graphs]
+            text = json.dumps({"graphs": graphs, "narrow": found.narrow}).encode()
+            if len(text) > _MOST_BYTES:
+                return
             file = self._file(key)
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as draft:
-                draft.write(gzip.compress(json.dumps(data).encode(), compresslevel=1))
+                draft.write(gzip.compress(text, compresslevel=1))
             os.replace(draft.name, file)  # whole, or not there
             _drop_oldest(file.parent)
 
     def _file(self, key: tuple[object, ...]) -> Path:
         return _folder() / f"{digest(self.model + repr(key))}.json.gz"
+
+
+def _version(package: str) -> str | None:
+    """That of an installed package; None for one that is worked on where it lies."""
+    found, spec = distribution(package), find_spec(package)
+    with suppress(ValueError, AttributeError, LookupError):
+        if json.loads(found.read_text("direct_url.json") or "{}")["dir_info"].get("editable"):
+            return None
+    place = Path(str(found.locate_file(package))).resolve()
+    loaded = spec is not None and spec.origin and Path(spec.origin).resolve()
+    return found.version if loaded and loaded.is_relative_to(place) else None
 
 
 def _folder() -> Path:

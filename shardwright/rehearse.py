@@ -204,10 +204,13 @@ def _of_a_kind(order: tuple[int, ...]) -> int:
 
 def _with_layers(plan: PlanData, most: int) -> PlanData:
     """The plan with at most so many layers of each kind in each loop, priced anew."""
-    decode = plan.decode
+    decode, graph = plan.decode, _shortened(plan.graph, most)
+    shortest = min((len(loop.order) for loop in graph.loops), default=1)
+    kept = min(plan.decisions.kept_layers, shortest - 1)  # others are recomputed here, too
     small = replace(
         plan,
-        graph=_shortened(plan.graph, most),
+        graph=graph,
+        decisions=replace(plan.decisions, kept_layers=kept),
         decode=decode and replace(decode, graph=_shortened(decode.graph, most)),
     )
     return Again(small, load_cluster(plan.request.cluster, plan.request.gpus)).same()

@@ -109,6 +109,12 @@ def _check_stages(graph: Graph, pipeline: Pipeline) -> None:
 def _check_decisions(plan: PlanData) -> None:
     """Every node has legal choices and its seconds, every value a spec that can cut it."""
     graph, made, mesh = plan.graph, plan.decisions, plan.mesh
+    longest = max((len(loop.order) for loop in graph.loops), default=0)
+    _check(
+        not made.kept_layers or (made.recompute and made.kept_layers < longest),
+        f"plan field `kept_layers`: {made.kept_layers} of {longest} layers, of which others are"
+        " recomputed, cannot be kept",
+    )
     nodes = {node.name: node for node in graph.nodes}
     _same("choices", made.choices, nodes)
     _same("work", plan.work, nodes)

@@ -100,6 +100,9 @@ class Baseline:
     kept_layers: int = 0
 
 
+SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """How the plan was found: solver status, relative gap, seconds of each planning step."""
@@ -229,6 +232,12 @@ class PlanData:
     def training(self) -> bool:
         """Is this a plan for training steps?"""
         return find_phase(self.request.phase).backward
+
+    @property
+    def may_recompute(self) -> bool:
+        """Is memory so short that recomputing layers may have helped?"""
+        limit = self.request.memory_bytes
+        return self.training and self.memory.total > SHORT_OF_MEMORY * limit
 
     @property
     def spent(self) -> Spent:

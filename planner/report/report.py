@@ -210,8 +210,8 @@ def _versus(plan: PlanData, seconds: float) -> str:
     if plan.request.schedule:
         return f"; {versus}: this plan keeps to its schedule."
     if ratio >= 0.995 and is_proven(plan):
-        return f"; {versus}: no better plan exists under this cost model."
-    if is_proven(plan):
+        return f"; {versus}: no better plan exists{_among(plan)} under this cost model."
+    if is_proven(plan) and not plan.decisions.kept_layers:
         return f"; {versus}, although this one is proven optimal: report this as a bug."
     if plan.search.status == "optimal" and plan.decisions.kept_layers:
         return f"; {versus}: how many layers are recomputed is searched, and not proven."
@@ -318,10 +318,11 @@ def _recomputed(plan: PlanData) -> str:
     parts = [
         f"{plan.program.recomputed(loop)} of {len(loop.order)} layers of {loop.path}"
         for loop in plan.graph.loops
+        if plan.program.recomputed(loop)
     ]
     return (
         f" The first {', '.join(parts)} keep only their inputs and are recomputed in backward: the"
-        " fewest for which a plan fits."
+        " fewest that were found to pay."
     )
 
 
@@ -385,13 +386,16 @@ def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
 
 
 def is_proven(plan: PlanData) -> bool:
-    """Was every problem solved to its end, and is the plan as fast as what they count?
+    """Was every problem solved to its end, and is the plan as fast as what they count?"""
+    return plan.search.status == "optimal" and plan.search.gap < _PROVEN
 
-    How many layers are recomputed, if not all are, is no part of a problem.
-    """
-    search = plan.search
-    whole = not plan.decisions.kept_layers
-    return whole and search.status == "optimal" and search.gap < _PROVEN
+
+def _among(plan: PlanData) -> str:
+    """Among which plans it is proven the best: how many layers are recomputed is no part of a
+    problem."""
+    if plan.decisions.kept_layers:
+        return " for this mesh, order of tokens and number of recomputed layers"
+    return " with all layers kept or all recomputed" if plan.may_recompute else ""
 
 
 def hidden_seconds(plan: PlanData) -> float:
@@ -590,9 +594,7 @@ def _search(plan: PlanData) -> str:
     times = ", ".join(f"{name} {format_seconds(s)}" for name, s in search.seconds)
     proof = search.status
     if is_proven(plan):
-        proof = "proven optimal"
-    elif search.status == "optimal" and plan.decisions.kept_layers:
-        proof = "proven optimal for this mesh and number of recomputed layers"
+        proof = f"proven optimal{_among(plan)}"
     elif search.status == "optimal":
         proof = f"proven within {search.gap:.1%} of the optimum"
     return (

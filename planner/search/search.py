@@ -22,7 +22,7 @@ from ..errors import LayoutError, PlanError
 from ..ilp.problem import ShardingProblem
 from ..ilp.solve import Solution, solve
 from ..plan.decide import Solved, decide, plan_of, spent
-from ..plan.plan import Baseline, PlanData, Request, Search
+from ..plan.plan import SHORT_OF_MEMORY, Baseline, PlanData, Request, Search
 from ..strategies.build import Builder, Built
 from ..strategies.conversion import Network
 from ..strategies.layout import Layout
@@ -33,8 +33,6 @@ from ..strategies.setting import Restriction, Setting
 
 Progress = Callable[[str], None]
 Limit = Callable[[Graph, Mesh], Restriction]
-
-_SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory
 
 
 @dataclass(slots=True)
@@ -199,7 +197,7 @@ def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved])
     the best plan, which recomputes all.
 
     How many is guessed from the memory of both ends, tried beside that, and else found by halving.
-    What these problems prove is of their mesh and number of layers alone.
+    What these problems prove is of their mesh, order of tokens and number of layers alone.
     """
     best = searched.best
     if best is None or not best.builder.setting.recompute or len(job.settings) == 1:
@@ -218,10 +216,15 @@ def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved])
         kept = probes.pop(0) if probes else (fits + over) // 2
         if not fits < kept < over:
             continue
-        found, solution = _solve(built(kept_layers=kept), job, searched.ceiling)
+        try:
+            found, solution = _solve(built(kept_layers=kept), job, searched.ceiling)
+        except PlanError:  # the time is up; there is a plan
+            searched.proven = False
+            return
         searched.proven &= solution.status != "feasible"
         if found is not None and found.seconds < searched.fastest:
             searched.take(found)
+            searched.least = min(searched.least, solution.bound)
             fits = kept
         else:
             over = kept
@@ -280,7 +283,7 @@ def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
         return False
     if best is None or best.builder.setting.recompute:  # also a rival that fits no other way
         return True
-    return best.peak_bytes > _SHORT_OF_MEMORY * setting.memory_bytes
+    return best.peak_bytes > SHORT_OF_MEMORY * setting.memory_bytes
 
 
 def token_orders(graph: Graph, mesh: Mesh) -> list[str]:

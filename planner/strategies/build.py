@@ -92,15 +92,20 @@ class Builder(Prices):
     def recomputed(self, kept_layers: int) -> Builder:
         """The same where layers of loops run forward again in backward, but for so many last ones.
         The two share what does not depend on that."""
-        other = copy(self)
-        other.setting = replace(self.setting, recompute=True, kept_layers=kept_layers)
+        if not kept_layers:
+            return self._recomputed
+        other = copy(self._recomputed)
+        other.setting = replace(other.setting, kept_layers=kept_layers)
         other._runs = {}
-        other._ends = (self, self._recomputed) if kept_layers else None
+        other._ends = self, self._recomputed
         return other
 
     @cached_property
     def _recomputed(self) -> Builder:
-        return self.recomputed(0)
+        other = copy(self)
+        other.setting = replace(self.setting, recompute=True)
+        other._runs = {}
+        return other
 
     def runs(self, me: int) -> Runs:
         """What region number `me` takes."""

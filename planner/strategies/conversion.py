@@ -68,13 +68,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A collective that weights of a block run together: in forward, `again` (in backward, or when
-    forward is run again), or for their gradients; once a step to `refresh` what is kept for its
-    uses, or `late`, for the gradients of all its micro-batches.  `times` of these, on average."""
+    """A collective that weights of a block run together: in forward, `again` where that is run
+    again, `regather` for backward where it is not, or for their gradients; once a step to `refresh`
+    what is kept for its uses, or `late`, for the gradients of all its micro-batches.  `times` of
+    these, on average."""
 
     kind: str
     axes: tuple[int, ...]
-    when: Literal["forward", "again", "gradient", "refresh", "late"]
+    when: Literal["forward", "again", "regather", "gradient", "refresh", "late"]
     times: float = 1.0
 
     @property
@@ -249,10 +250,10 @@ class _Steps:
 class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
-    `gradient` says whether a gradient flows back.  `regather` prices a parameter that backward
-    needs: what collectives bring in forward is not kept, but brought once more, so often.  `again`
-    prices a value of layers of which such a share is recomputed: all that forward does is done
-    once more.  `param`: a
+    `gradient` says whether a gradient flows back.  `again` is the share, 0 to 1, of a value's
+    layers that are recomputed: all that forward does is done once more there.  `regather` is the
+    share of the others, for a parameter that backward needs: what collectives bring in forward is
+    not kept, but brought once more.  `param`: a
     parameter is gathered, never summed up from zero-padded parts, so that it can come again.
     `usual`: ranks know the way by its specs alone, so that each move goes by its own collective.
     `reduced` is the dtype of a gradient on its way, where it is not that of the value.
@@ -477,8 +478,10 @@ class Conversions:
         if forward in BETWEEN_RANKS:
             kind = collective_for(forward, step.by)
             calls.append(Call(kind, step.axes, "forward"))
-            if more := self.regather + self.again:
-                calls.append(Call(kind, step.axes, "again", more))
+            if self.again:
+                calls.append(Call(kind, step.axes, "again", self.again))
+            if self.regather:
+                calls.append(Call(kind, step.axes, "regather", self.regather))
         if self.gradient and back in BETWEEN_RANKS:
             calls.append(Call(collective_for(back, step.by), step.axes, "gradient"))
         return calls
