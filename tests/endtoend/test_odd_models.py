@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shardwright.api import capture_graph
+from shardwright.capturing import capture_graph
 from shardwright.ir.capture.capture import CaptureError, capture
 from shardwright.loading import Loaded
 from shardwright.runtime import RankPool
