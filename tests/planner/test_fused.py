@@ -65,7 +65,7 @@ def test_tensor_parallelism_is_found() -> None:
     assert note.startswith(
         "Fused projections (blocks.*.attention.qkv.weight) are computed in parts; whole: "
     )
-    assert "proven optimal" in str(plan)
+    assert "proven within" in str(plan)  # what computing hides is not in the problem
 
 
 def test_one_product_where_parts_gain_nothing() -> None:
