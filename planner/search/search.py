@@ -176,19 +176,28 @@ Found = TypeVar("Found", bound=Timed)
 
 
 def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Searched[Solved]:
-    """The cheapest plan over all the job's meshes, if any is cheaper than the rival."""
+    """The cheapest plan over all the job's meshes, if any is cheaper than the rival.
+
+    A rival that recomputes some layers is compared with the same: all recomputed, a plan may be
+    slower, and still the better one to start from.
+    """
     job.check(graph)
     searched = Searched[Solved].against(rival)
     searched.ceiling = min(searched.ceiling, job.known_s)
     searched.fastest = min(searched.fastest, job.known_s)
+    partly = rival is not None and rival.builder.setting.kept_layers > 0
+    again = Searched[Solved]() if partly else searched
     for n, setting in enumerate(job.settings):
         if n and (isfinite(job.known_s) or not _short_of_memory(searched.best or rival, setting)):
             break
+        mine = again if setting.recompute else searched
         for mesh in job.meshes:
             for order in token_orders(graph, mesh):
                 built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
-                searched.add(*_solve(built, job, searched.ceiling))
-    _keep_some(graph, job, job.limit, searched)
+                mine.add(*_solve(built, job, mine.ceiling))
+    _keep_some(graph, job, job.limit, again)
+    if partly:
+        searched.join(again)
     return searched
 
 
@@ -261,6 +270,13 @@ class Searched(Generic[Found]):
         # equal ones differ by rounding: the first is kept
         if float(f"{found.seconds:.9e}") < float(f"{self.fastest:.9e}"):
             self.take(found)
+
+    def join(self, other: Searched[Found]) -> None:
+        """With what another search has found."""
+        self.least = min(self.least, other.least)
+        self.proven &= other.proven
+        if other.best is not None and other.fastest < self.fastest:
+            self.take(other.best)
 
     def take(self, found: Found) -> None:
         """The best so far."""

@@ -98,6 +98,8 @@ def test_both_are_planned_with_layers_recomputed() -> None:
     plan = planned(2, 4096, layers=12, memory=2_800_000_000)
     assert plan.decisions.recompute and len(parts(plan)) == 6
     assert plan.seconds <= min(row.seconds for row in plan.baselines if row.seconds)
+    some = planned(2, 4096, layers=12, memory=3_000_000_000)  # whole, with some kept: 65.7 ms
+    assert some.decisions.kept_layers == 3 and len(parts(some)) == 6
 
 
 @pytest.mark.parametrize("pattern", ["*.qkv.weight", "blocks.*.qkv.*", "*.weight_k"])
