@@ -30,7 +30,7 @@ from .loading import (
     check_formats,
     in_formats_apart,
 )
-from .planner.errors import InfeasibleError, LayoutError, PlanError
+from .planner.errors import InfeasibleError, PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.check import check_plan
@@ -413,7 +413,7 @@ def _kept_instead(captures: Captures, job: Job, plan: Plan, counts: Sequence[int
     recomputes layers, without doing so; else `plan`."""
     for count in counts:
         tried = _of_micro_batches(job, count, plan.seconds)
-        with suppress(InfeasibleError, LayoutError):  # or rows that GPUs do not divide
+        with suppress(PlanError):  # none is faster, fits, divides, or was found in the time
             found = planned(captures.graphs(tried), tried)
             fewer = plan.request.micro_batches
             note = f"a step adds up the gradients of {count} micro-batches: "

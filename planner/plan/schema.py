@@ -93,7 +93,7 @@ _BASELINE = Record(
         "whole": ListOf(LINE),
         "refused": LINE,
         "kept_layers": _LAYERS,
-    },  # fmt: skip
+    },
 )
 _SEARCH = Record(
     {
