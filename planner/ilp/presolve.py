@@ -554,28 +554,21 @@ class _Reduction:
         """
         cost, edges = self.cost[n], [_distinct_columns(e) for e in self.adj[n].values()]
         count = cost.size
-        smaller = ~np.eye(count, dtype=bool)
+        i, j = _no_dearer(cost, edges)
         live = self.usages[n]
-        if live is not None:
+        if live is not None and i.size:
             for size in live.bytes[group_rows(live.bytes)[0]]:
-                smaller &= size[:, None] <= size[None, :]
-        # a cheap necessary condition first: the column where j is cheapest (0, normalised)
-        gap = cost[:, None] - cost[None, :]
-        probe = gap.copy()
+                left = np.nonzero(size[i] <= size[j])[0]
+                i, j = i[left], j[left]
+        total = cost[i] - cost[j]
         for e in edges:
-            k = e.argmin(axis=1)
-            probe += e[:, k] - e[np.arange(count), k][None, :]
-        i, j = np.nonzero(smaller & (probe <= 0))
-        total = gap[i, j]
-        for e in edges:
-            left = np.nonzero(total <= 0)[0]
-            if not left.size:
+            if not i.size:
                 return np.ones(count, dtype=bool)
-            i, j, total = i[left], j[left], total[left]
             total = total + _worst_difference(e, i, j)
+            left = np.nonzero(total <= 0)[0]
+            i, j, total = i[left], j[left], total[left]
         wins = np.zeros((count, count), dtype=bool)
-        left = total <= 0
-        wins[i[left], j[left]] = True
+        wins[i, j] = True
         tie_lost = wins & wins.T & (np.arange(count)[:, None] > np.arange(count)[None, :])
         return ~_any_rows(wins & ~tie_lost)
 
@@ -648,6 +641,27 @@ def _as_usages(live: _Live | None) -> tuple[Usage, ...]:
         return ()
     rows = zip(live.first.tolist(), live.stop.tolist(), live.bytes, strict=True)
     return tuple(Usage(first, stop, size) for first, stop, size in rows)
+
+
+def _no_dearer(cost: FloatArray, edges: Sequence[FloatArray]) -> tuple[IntArray, IntArray]:
+    """The pairs of strategies i, j where i is no dearer than j if each neighbour takes what is
+    cheapest with j; without that, none dominates the other.
+
+    An edge that forbids much leaves few pairs for those after it.
+    """
+    i, j = np.nonzero(cost[:, None] <= cost[None, :])
+    other = np.nonzero(i != j)[0]
+    i, j = i[other], j[other]
+    total = cost[i] - cost[j]
+    for edge in sorted(edges, key=lambda e: -np.count_nonzero(e == inf) / e.size):
+        if not i.size:
+            break
+        best = edge.argmin(axis=1)
+        least = edge[np.arange(cost.size), best]
+        total = total + (edge[i, best[j]] - least[j])
+        left = np.nonzero(total <= 0)[0]
+        i, j, total = i[left], j[left], total[left]
+    return i, j
 
 
 def _worst_difference(edge: FloatArray, i: IntArray, j: IntArray) -> FloatArray:

@@ -29,6 +29,9 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 # bytes up to 1 TB are still compared exactly.
 LIMIT_TOLERANCE = 1e-12
 
+# The same for the least that costs add up to.
+_ROUNDING = 1e-12
+
 BRUTE_FORCE_LIMIT = 2_000_000
 
 
@@ -104,6 +107,12 @@ class Edge:
 def _check_costs(costs: FloatArray, where: str) -> None:
     if np.isnan(costs).any() or (costs == -inf).any():
         raise ValueError(f"{where}: a cost is NaN or -inf; costs are finite, or inf to forbid")
+
+
+def least_cost(nodes: Sequence[ProblemNode], edges: Sequence[Edge] = ()) -> float:
+    """What every assignment costs at least: each node and edge for itself at its cheapest."""
+    least = fsum(float(item.costs.min()) for item in (*nodes, *edges))
+    return least - _ROUNDING * abs(least)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,6 +320,6 @@ def live_rows(starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray, Int
 
 __all__ = [
     "BRUTE_FORCE_LIMIT", "Edge", "Evaluation", "FloatArray", "IntArray", "LIMIT_TOLERANCE",
-    "ProblemNode", "ShardingProblem", "Usage", "brute_force", "evaluate", "live_rows",
+    "ProblemNode", "ShardingProblem", "Usage", "brute_force", "evaluate", "least_cost", "live_rows",
     "whole_costs",
 ]  # fmt: skip

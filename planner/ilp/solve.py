@@ -16,7 +16,7 @@ from types import MappingProxyType
 from .heuristic import search
 from .presolve import Infeasible, Part, split
 from .presolve import presolve as reduce
-from .problem import ShardingProblem
+from .problem import ShardingProblem, least_cost
 from .solution import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
 
 # What summing in another order may change, relative to the larger of cost and offset.
@@ -77,6 +77,9 @@ def solve(
         raise ValueError(f"unknown solver `{solver}`{tip} There are {', '.join(SOLVERS)}.")
     if not time_limit_s > 0:
         raise ValueError(f"the time limit must be positive, got {time_limit_s} s")
+    least = least_cost(problem.nodes, problem.edges)
+    if inf > ceiling <= least:
+        return Solution(None, inf, least, "dearer", 0.0)
     return _solve_reduced(
         problem, SOLVERS[solver], time_limit_s, presolve=presolve, searchable=presolve,
         ceiling=ceiling,

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import inf, isfinite
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
@@ -193,7 +193,8 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
         mine = again if setting.recompute else searched
         for mesh in job.meshes:
             for order in token_orders(graph, mesh):
-                built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
+                one = replace(setting, order=order)
+                built = _built(graph, mesh, one, job, job.limit, mine.ceiling)
                 mine.add(*_solve(built, job, mine.ceiling))
     _keep_some(graph, job, job.limit, again)
     if partly:
@@ -205,28 +206,35 @@ def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved])
     """Where memory has room for what some layers keep, recompute only the others: on the mesh of
     the best plan, which recomputes all.
 
-    How many is guessed from the memory of both ends, tried beside that, and else found by halving.
-    What these problems prove is of their mesh, order of tokens and number of layers alone.
+    The number is the largest for which memory may do, else one for which the plan's own memory
+    does if each layer takes what the last does, else found by halving.  What these problems prove
+    is of their mesh, order of tokens and number of layers alone.
     """
     best = searched.best
     if best is None or not best.builder.setting.recompute or len(job.settings) == 1:
         return
     mesh, setting = best.builder.network.mesh, best.builder.setting
 
-    def built(**change: Any) -> Built:
+    @cache
+    def built(kept: int) -> Built:
+        change = {"recompute": False} if kept == layers else {"kept_layers": kept}
         return _built(graph, mesh, replace(setting, **change), job, limit)
 
-    most = built(recompute=False).least_memory() - best.peak_bytes
-    fits, over = 0, max((len(loop.order) for loop in graph.loops), default=0)
-    room = (setting.memory_bytes or 0.0) - best.peak_bytes
-    probes = [int(over * room / most)] if most > 0 else []
-    probes += [probes[0] + 1] if probes else []
+    def least(kept: int) -> float:
+        return built(kept).least_memory()
+
+    layers = max((len(loop.order) for loop in graph.loops), default=0)
+    room = setting.memory_bytes or 0.0
+    fits, over = 0, 1 + most_kept(least, layers, room)
+    layer = max(least(layers) - least(layers - 1), 1.0) if over > 1 else 1.0
+    guess = int((room - best.peak_bytes) / layer)
+    probes = [over - 1, guess, guess + 1]
     while over - fits > 1:
         kept = probes.pop(0) if probes else (fits + over) // 2
         if not fits < kept < over:
             continue
         try:
-            found, solution = _solve(built(kept_layers=kept), job, searched.ceiling)
+            found, solution = _solve(built(kept), job, searched.ceiling)
         except PlanError:  # the time is up; there is a plan
             searched.proven = False
             return
@@ -237,6 +245,19 @@ def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved])
             fits = kept
         else:
             over = kept
+
+
+def most_kept(least: Callable[[int], float], layers: int, room: float) -> int:
+    """The most of some layers, but not all, with which `least` bytes do not exceed `room`; it
+    grows with their number, the steeper the more there are.
+
+    So the line through two numbers that are too many meets `room` at no fewer than those wanted.
+    """
+    above, kept = layers, layers - 1
+    while kept > 0 and least(kept) > room:
+        steps = (least(kept) - room) * (above - kept) / max(least(above) - least(kept), 1.0)
+        above, kept = kept, max(0, min(kept - 1, int(kept - steps)))
+    return max(0, kept)
 
 
 @dataclass(slots=True)
@@ -284,13 +305,15 @@ class Searched(Generic[Found]):
         self.ceiling = min(self.ceiling, max(found.cost, found.seconds))
 
 
-def _built(graph: Graph, mesh: Mesh, setting: Setting, job: Job, limit: Limit) -> Built:
+def _built(
+    graph: Graph, mesh: Mesh, setting: Setting, job: Job, limit: Limit, ceiling: float = inf
+) -> Built:
     kept = f" but for {setting.kept_layers}" if setting.kept_layers else ""
     again = f", layers recomputed{kept}" if setting.recompute else ""
     order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
     job.progress(f"solving {mesh}{again}{order}")
     with job.clock.step("problem"):
-        return job.builder(graph, mesh, setting).build(limit(graph, mesh))
+        return job.builder(graph, mesh, setting).build(limit(graph, mesh), ceiling)
 
 
 def _short_of_memory(best: Solved | None, setting: Setting) -> bool:
@@ -503,6 +526,6 @@ def assemble(
 
 __all__ = [
     "Builders", "Clock", "Found", "Job", "Limit", "Ordinary", "Price", "Progress", "Searched",
-    "assemble", "candidate_meshes", "ordinary_plans", "price_ordinary", "search_meshes",
-    "setting_of",
+    "assemble", "candidate_meshes", "most_kept", "ordinary_plans", "price_ordinary",
+    "search_meshes", "setting_of",
 ]  # fmt: skip

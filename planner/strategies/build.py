@@ -22,6 +22,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
+from math import inf
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from ...facts.spec import R, S, Spec, V, format_spec, is_shard
 from ...facts.updated import updated_buffer
 from ...ir.graph import Graph, Loop, Value
 from ...ir.ops.rule import Choice
-from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage
+from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, least_cost
 from .bringing import USES, Bringing, Use, weighty
 from .conversion import Floats, Network
 from .flows import Flow, User, ValueFlow
@@ -116,9 +117,10 @@ class Builder(Prices):
             self._runs[me] = runs_of(self, me, self._keepers)
         return self._runs[me]
 
-    def build(self, restriction: Restriction) -> Built:
-        """The problem under a restriction, with what its nodes stand for."""
-        return _Building(self, restriction).build()
+    def build(self, restriction: Restriction, ceiling: float = inf) -> Built:
+        """The problem under a restriction, with what its nodes stand for; without edges where
+        nothing fits the memory, or nothing costs less than `ceiling`."""
+        return _Building(self, restriction).build(ceiling)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,13 +233,14 @@ class _Building:
         self.uses: dict[int, Sequence[Use]] = {}
         self.bringing = Bringing(builder, self.times, self.nodes, self.edges, self.uses)
 
-    def build(self) -> Built:
-        """The problem; without edges where nothing fits the memory."""
+    def build(self, ceiling: float) -> Built:
+        """See `Builder.build`.  Edges, which take the most time, never make a plan cheaper."""
         self.add_sources()
         self.add_regions()
         self.add_outputs()
         limit = self.builder.setting.memory_bytes
-        if limit is None or _least_memory(self.nodes, self.times.horizon) <= limit:
+        fits = limit is None or _least_memory(self.nodes, self.times.horizon) <= limit
+        if fits and least_cost(self.nodes) < ceiling:
             self.add_edges()
         return Built(
             self.builder,

@@ -14,7 +14,14 @@ from shardwright.planner.ilp.heuristic import margins
 from shardwright.planner.ilp.highs import relax
 from shardwright.planner.ilp.presolve import Infeasible
 from shardwright.planner.ilp.presolve import presolve as reduce
-from shardwright.planner.ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, brute_force
+from shardwright.planner.ilp.problem import (
+    Edge,
+    ProblemNode,
+    ShardingProblem,
+    Usage,
+    brute_force,
+    least_cost,
+)
 from tests.planner.random_problems import problems
 
 
@@ -123,3 +130,17 @@ def test_a_ceiling_below_the_optimum_ends_the_search(
     assert found.status == ("dearer" if share < 1 else "optimal")
     if share < 1:
         assert found.assignment is None and share * whole.cost <= found.bound <= whole.cost
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_each_for_itself_at_its_cheapest_is_a_bound(problem: ShardingProblem) -> None:
+    best = brute_force(problem)
+    assert best is None or least_cost(problem.nodes, problem.edges) <= best[1]
+
+
+def test_a_bound_that_needs_no_search_is_told_at_once() -> None:
+    problem = ring(30, 7, 15.0)
+    least = least_cost(problem.nodes, problem.edges)
+    found = solvers.solve(problem, ceiling=0.99 * least)
+    assert (found.status, found.bound, found.assignment) == ("dearer", least, None)
