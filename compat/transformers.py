@@ -7,6 +7,7 @@ transformers is imported where a function needs it: plans of other models do wit
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -69,6 +70,22 @@ def load_config(path: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(
         str(path), trust_remote_code=False, local_files_only=True
     )
+
+
+@functools.cache
+def usual(name: str) -> frozenset[int | float]:
+    """The numbers that this field has in configs of transformers where nothing else is said."""
+    from transformers import CONFIG_MAPPING
+
+    found: set[int | float] = set()
+    for kind in CONFIG_MAPPING:
+        try:
+            parameter = inspect.signature(CONFIG_MAPPING[kind]).parameters.get(name)
+        except Exception:  # what needs a package that is not installed
+            continue
+        if parameter is not None and isinstance(parameter.default, (int, float)):
+            found.add(parameter.default)
+    return frozenset(found)
 
 
 def build(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:

@@ -453,9 +453,9 @@ def _references(
 
 
 def _own_inputs(case: _Case) -> dict[str, Tensor]:
-    """The example inputs of the model's file, in the formats of the graph."""
+    """The example inputs of the model's file for one micro-batch, in the formats of the graph."""
     request = case.plan.request
-    given = given_inputs(request.target, _loaded(case.plan).model, request.batch, request.seq)
+    given = given_inputs(request.target, _loaded(case.plan).model, request.rows, request.seq)
     found: dict[str, Tensor] = {}
     for item in case.graph.inputs:
         x, kind = given[item.name], item.value.type

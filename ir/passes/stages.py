@@ -10,7 +10,8 @@ Cuts lie between layers of loops.  A node outside of them runs in the first stag
 makes, and what the model returns is used by the last.  What is made of inputs alone, without a
 gradient (angles of positions, masks), is made again in each stage that uses it; everything else
 that a later stage uses is sent from stage to stage, as an output of one and an input of the next of
-the same name.  Parameters that several stages use (tied embeddings) are in each of them.
+the same name.  Parameters that several stages use (tied embeddings) are in each of them, those that
+none uses in the first.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class _Cutting:
         for loop in graph.loops:
             self.loop_at[loop.name] = before
             before += len(loop.order)
+        read = _read(graph.body, graph.outputs)  # parameters that nothing reads: in the first stage
+        self.unread = {param.value.name for param in graph.params} - read
         self.used: dict[str, list[int]] = {}  # by value the stages that use it
         self.stage_of: dict[str, int] = {}  # by value the stage that makes it
         self._place()
@@ -180,6 +183,8 @@ class _Cutting:
         read = _read(body, outputs)
         inputs = [self._input(name, there) for name, _, there in taken]
         inputs += [each for each in self.graph.inputs if each.value.name in read]
+        if not number:
+            read |= self.unread
         params = tuple(p for p in self.graph.params if p.value.name in read)
         graph = replace(
             self.graph, inputs=tuple(inputs), params=params, body=tuple(body),

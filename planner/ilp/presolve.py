@@ -20,7 +20,7 @@ What remains constant is held by one node with one strategy, named `(fixed)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TypeAlias
 
@@ -132,13 +132,18 @@ class Presolved:
 
 @dataclass(frozen=True, slots=True)
 class Infeasible:
-    """No assignment is feasible; `reason` says which node or time shows it."""
+    """No assignment is feasible; `reason` says which node or time shows it, `node` the former."""
 
     reason: str
+    node: str = ""
 
 
 class _NoAssignment(Exception):
     """Raised inside a reduction that finds a node without strategies or a row without room."""
+
+    def __init__(self, reason: str, node: str = "") -> None:
+        super().__init__(reason)
+        self.node = node
 
 
 # --- the reduction ---------------------------------------------------------------------------
@@ -270,7 +275,8 @@ class _Reduction:
     def shrink(self, n: int, mask: BoolArray) -> None:
         """Keep only the strategies of node n that are true in `mask`."""
         if not mask.any():
-            raise _NoAssignment(f"no strategy of node `{self.name(n)}` is left")
+            name = self.name(n)
+            raise _NoAssignment(f"no strategy of node `{name}` is left", name)
         self.cost[n] = self.cost[n][mask]
         self.keep[n] = self.keep[n][mask]
         live = self.usages[n]
@@ -786,8 +792,17 @@ def presolve(problem: ShardingProblem) -> Presolved | Infeasible:
     try:
         reduction.run()
     except _NoAssignment as stop:
-        return Infeasible(str(stop))
+        return Infeasible(str(stop), stop.node)
     return reduction.result()
 
 
-__all__ = ["FIXED", "Infeasible", "Part", "Presolved", "group_rows", "presolve", "split"]
+def clash(problem: ShardingProblem) -> str:
+    """The node that has no strategy beside any of the others', whatever the memory; "" where
+    reductions find none."""
+    found = presolve(replace(problem, usage_limit=None))
+    return found.node if isinstance(found, Infeasible) else ""
+
+
+__all__ = [
+    "FIXED", "Infeasible", "Part", "Presolved", "clash", "group_rows", "presolve", "split",
+]  # fmt: skip

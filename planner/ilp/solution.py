@@ -27,7 +27,8 @@ class Solution:
     """A solver's answer.
 
     `optimal`: proven within a relative gap of 1e-6 (integer costs: exactly).  `feasible`: the best
-    found in the time.  `infeasible`: proven, `reason` says what shows it.  `unknown`: neither an
+    found in the time.  `infeasible`: proven, `reason` says what shows it, and `clash` the node of
+    which no strategy goes with the others', where it is not memory.  `unknown`: neither an
     assignment nor a proof.  `dearer`: proven that whatever there is costs the given ceiling or
     more.  `assignment` is None for the last three; `cost` is then inf.  `bound` is a proven lower
     bound on every feasible assignment's cost (-inf if none is known).  `seconds` is the wall-clock
@@ -40,6 +41,7 @@ class Solution:
     status: Status
     seconds: float
     reason: str = ""
+    clash: str = ""
 
     @property
     def gap(self) -> float:

@@ -14,7 +14,7 @@ from time import perf_counter
 from types import MappingProxyType
 
 from .heuristic import search
-from .presolve import Infeasible, Part, split
+from .presolve import Infeasible, Part, clash, split
 from .presolve import presolve as reduce
 from .problem import ShardingProblem, least_cost
 from .solution import LEAST_S, RELATIVE_GAP, Solution, Solver, SolverError, Status, conclude
@@ -100,7 +100,8 @@ def _solve_reduced(
     reduced = reduce(problem) if presolve else None
     if isinstance(reduced, Infeasible):
         seconds = perf_counter() - started
-        return Solution(None, inf, inf, "infeasible", seconds, reduced.reason)
+        where = reduced.node and clash(problem)
+        return Solution(None, inf, inf, "infeasible", seconds, reduced.reason, where)
     if reduced is None:
         inner, parts = problem, (Part(problem, tuple(range(len(problem.nodes)))),)
     else:

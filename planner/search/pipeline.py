@@ -27,7 +27,7 @@ from ...ir.graph import Graph, Param, TensorType, Value
 from ...ir.ops.local import local_bytes
 from ...ir.passes.stages import Stage, cut_into_stages, layer_count, shared_params
 from ...ir.passes.unfuse import unfuse
-from ..errors import InfeasibleError, PlanError
+from ..errors import InfeasibleError, LayoutError, PlanError
 from ..plan.decide import Solved, decide, plan_of
 from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage, Request, Search
 from ..plan.program import Convert, Program
@@ -37,7 +37,7 @@ from ..strategies.regions import scopes
 from ..strategies.setting import Restriction, Setting, Within
 from .cuts import balanced_layers, even_layers, improved_layers, stage_seconds
 from .infeasible import explain
-from .search import Job, token_orders
+from .search import Job, clash_at, token_orders
 from .shapes import Shape, check_runnable
 
 _TRIES = 20_000  # actions played for one move of a layer: more take longer than they are worth
@@ -287,6 +287,7 @@ class _Planning:
         """The plan of a kind of stage; InfeasibleError where none fits."""
         graph, job = kind.stage.graph, self.job
         ends = _ends_of(kind.stage)
+        clashes: list[str] = []
         for setting in self._settings(kind.numbers):
             with job.clock.step("problem"):
                 limit = _Ends(job.limit(graph, self.mesh), ends, self.fixed, self.stored)
@@ -294,6 +295,7 @@ class _Planning:
             problem = built.problem()
             solution = job.solution(problem, self.mesh)
             if solution.assignment is None:
+                clashes.append(solution.clash)
                 continue
             solved = decide(built, problem, solution.assignment, solution)
             twice = self._differing(kind.stage, solved)
@@ -302,6 +304,8 @@ class _Planning:
             self.fixed |= twice  # it takes a value otherwise than it gives it
             return self._solved(kind)
         whole = replace(job.request, gpus=self.shape.gpus)
+        if clashes and all(clashes):
+            raise LayoutError(f"{self.shape.text}: {clash_at(clashes[-1], [graph])}")
         raise InfeasibleError(
             f"{self.shape.text}: stages {', '.join(map(str, kind.numbers))} do not fit; "
             + explain(self.graph, job.cluster, job.setting, whole)

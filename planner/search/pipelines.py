@@ -31,6 +31,7 @@ from ...facts.schedules import refusal, schedule
 from ...facts.units import format_seconds
 from ...ir.graph import Graph
 from ...ir.ops.counted import counted_labels
+from ...ir.ops.registry import operator_of
 from ...ir.passes.stages import cut_into_stages, layer_count
 from ..errors import PlanError
 from ..plan.decide import Solved, decide
@@ -121,13 +122,19 @@ def search_pipelines(graph_of: GraphOf, job: Job, ceiling: float, *, several: bo
     if job.request.schedule:
         check_runnable(job.request.schedule)
     with job.clock.step("pipelines"):
-        if why := _no_stages(graph_of(job.request.micro_batches)):
+        if why := no_stages(graph_of(job.request.micro_batches)):
             return Pipelines(None, 0, inf, why=why)
         return _Search(graph_of, job, ceiling).run(several=several)
 
 
-def _no_stages(graph: Graph) -> str:
-    """Why a graph has no stages that modules could run; "" where it has."""
+def no_stages(graph: Graph) -> str:
+    """Why a graph has no stages that modules could run and `plan verify` compare; "" where it has.
+
+    Stages draw random numbers apart from one another, so that no single process has them.
+    """
+    drawn = next((node for node in graph.nodes if operator_of(node).draws), None)
+    if drawn is not None:
+        return f"{drawn.loc} draws random numbers, which could not be compared with one process"
     if layer_count(graph) < 2:
         return f"{graph.name} has no repeated layers to share out"
     if not any(o.value.type.shape == () and o.value.differentiable for o in graph.outputs):
@@ -402,4 +409,7 @@ class _Search:
             self.ceiling = min(self.ceiling, plan.seconds)
 
 
-__all__ = ["Candidate", "GraphOf", "Pipelines", "candidates", "least_turns", "search_pipelines"]
+__all__ = [
+    "Candidate", "GraphOf", "Pipelines", "candidates", "least_turns", "no_stages",
+    "search_pipelines",
+]  # fmt: skip

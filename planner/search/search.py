@@ -272,6 +272,7 @@ class Searched(Generic[Found]):
     best: Found | None = None
     least: float = inf  # no plan costs less; inf where nothing fits the memory
     proven: bool = True  # every problem was solved to its end
+    clash: str | None = None  # where choices do not go together; "": memory is what lacks somewhere
 
     @staticmethod
     def against(rival: Found | None) -> Searched[Found]:
@@ -284,6 +285,8 @@ class Searched(Generic[Found]):
         """The plan of one mesh, None where it has none, and the solver's answer."""
         self.least = min(self.least, solution.bound)
         self.proven &= solution.status != "feasible"
+        if solution.status == "infeasible":
+            self.clash = solution.clash if self.clash is None else self.clash and solution.clash
         if found is None:
             return
         # what a problem counts is a bound from below of the seconds of its plans
@@ -411,9 +414,20 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
             taken = solved.builder.setting
             again, kept = taken.recompute, taken.kept_layers
             return Price(solved.peak_bytes, solved, spent(solved), again, kept)
+        if searched.clash:
+            raise LayoutError(clash_at(searched.clash, [graph]))
         return Price(least)
 
     return price_ordinary(graph, job, best.builder.network.mesh, price)
+
+
+def clash_at(name: str, graphs: Sequence[Graph]) -> str:
+    """What is said where choices do not go together at a node of the problem of these graphs."""
+    made = name.removeprefix("output ").partition(" -> ")[0]
+    nodes = (node for graph in graphs for scope in scopes(graph) for node in scope.nodes)
+    node = next((n for n in nodes if made in (n.name, *(out.name for out in n.outputs))), None)
+    where = f"`{made}`" if node is None else f"{node.loc}, `{made}`"
+    return f"{where} cannot be cut so that it goes with what is before and behind it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,6 +540,6 @@ def assemble(
 
 __all__ = [
     "Builders", "Clock", "Found", "Job", "Limit", "Ordinary", "Price", "Progress", "Searched",
-    "assemble", "candidate_meshes", "most_kept", "ordinary_plans", "price_ordinary",
+    "assemble", "candidate_meshes", "clash_at", "most_kept", "ordinary_plans", "price_ordinary",
     "search_meshes", "setting_of",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from ...facts.spec import Spec
 from ...ir.graph import Graph
 from ...ir.ops.caches import cache_bytes_in, cache_spec, keeps_tokens
 from ...ir.ops.registry import operator_of
-from ..errors import InfeasibleError, PlanError
+from ..errors import InfeasibleError, LayoutError, PlanError
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, evaluate
 from ..ilp.solve import Solution
 from ..plan.decide import Solved, decide, name_axes
@@ -39,6 +39,7 @@ from .search import (
     Price,
     Searched,
     assemble,
+    clash_at,
     price_ordinary,
 )
 from .variants import Variant, Way, forms, plan_variants
@@ -146,9 +147,11 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> Ordinary[_Served]:
 
     def price(mesh: Mesh, limit: Limit) -> Price[_Served]:
         builders = _builders(graphs, mesh, aside)
-        served, _ = _attempt(builders, limit, aside)
+        served, solution = _attempt(builders, limit, aside)
         if served is not None:
             return Price(served.prefill.peak_bytes, served)
+        if solution.clash:
+            raise LayoutError(clash_at(solution.clash, graphs))
         needed = [each.build(limit(each.graph, mesh)).least_memory() for each in builders]
         return Price(max(needed))
 

@@ -12,7 +12,7 @@ from ..errors import InfeasibleError, PlanError
 from ..plan.plan import Baseline, PlanData
 from ..strategies.layout import Layout
 from .pipeline import make_pipeline_plan
-from .pipelines import GraphOf, Pipelines, search_pipelines
+from .pipelines import GraphOf, Pipelines, no_stages, search_pipelines
 from .search import Clock, Job
 
 _RANKS, _PER_RANK = (2, 4, 8, 16), (1, 4)  # of ordinary pipelines
@@ -42,7 +42,8 @@ def with_stages(
     plan = None if isinstance(without, InfeasibleError) else without
     asked = job.request.schedule
     ceiling = plan.seconds if plan is not None and not asked else inf
-    ordinary = _ordinary(graph_of, job, plan)
+    none = no_stages(graph_of(job.request.micro_batches))
+    ordinary = None if none else _ordinary(graph_of, job, plan)
     if ordinary is not None:
         ceiling = min(ceiling, ordinary.seconds)
     found = search_pipelines(graph_of, job, ceiling, several=several)

@@ -20,14 +20,23 @@ from ...ir.graph import Graph, Node
 from ...ir.ops.registry import operator_of
 from ...ir.passes.latent import absorbed, expanded, numbers_per_token
 from ...ir.passes.unfuse import unfuse
-from ..errors import InfeasibleError, PlanError
+from ..errors import InfeasibleError, LayoutError, PlanError
 from ..plan.decide import Solved
 from ..plan.plan import Baseline, PlanData
 from ..strategies.params import all_params
 from ..strategies.pins import Pin, Pins
 from .infeasible import explain
 from .pipeline import make_pipeline_plan
-from .search import Found, Job, Ordinary, Searched, assemble, ordinary_plans, search_meshes
+from .search import (
+    Found,
+    Job,
+    Ordinary,
+    Searched,
+    assemble,
+    clash_at,
+    ordinary_plans,
+    search_meshes,
+)
 
 Form: TypeAlias = Literal["plain", "absorbed", "expanded"]
 _READ: dict[Form, str] = {
@@ -143,7 +152,7 @@ def plan_variants(variants: Sequence[Variant], way: Way[Found], job: Job) -> Pla
             if searched is not None and searched.best is not None:
                 best = variant, searched.best
     if best is None:
-        raise error if any(one.searched is None for one in tried) else way.explain(variants[-1])
+        raise error if any(one.searched is None for one in tried) else _none(tried, way, job)
     rows: list[Sequence[Baseline]] = []
     for variant in (one.variant for one in tried if one.variant.form == best[0].form):
         ordinary = way.ordinary(variant, best[1])
@@ -156,6 +165,20 @@ def plan_variants(variants: Sequence[Variant], way: Way[Found], job: Job) -> Pla
     plan = way.finish(best[1], _better(rows), proven, bound)
     notes = (*plan.notes, *_fused_note(best[0], tried), *_latent_note(best[0], tried))
     return replace(plan, notes=notes)
+
+
+def _none(tried: Sequence[_Tried[Found]], way: Way[Found], job: Job) -> PlanError:
+    """Why there is no plan: what was asked for does not go together, or the memory."""
+    clashes = [one.searched.clash for one in tried if one.searched is not None]
+    if not all(clashes) or clashes[-1] is None:
+        return way.explain(tried[-1].variant)
+    variant, request = tried[-1].variant, job.request
+    asked = [f"--layout {request.layout}"] if request.layout else []
+    asked += [f"--pin {pin}" for pin in request.pins]
+    graphs = [variant.graph, *([variant.decode] if variant.decode else [])]
+    return LayoutError(
+        f"{' '.join(asked) or '--mesh'}: {clash_at(clashes[-1], graphs)}, whatever the memory"
+    )
 
 
 def _known(found: Sequence[Variant], pins: Sequence[str]) -> list[Variant]:

@@ -4,7 +4,8 @@ Dims of values that one factor of a rule ties together are one dim: the columns 
 the heads of attention and the rows of the o projection; the columns of gate and up and the rows of
 down; the vocabulary of a head and of its loss.  Such a dim is *inner* if it is one of a weight, if
 some operator sums over it (or it leaves the model), and if nothing needs it whole, as a norm
-does; the dims that layers hand on, those of the batch and the sequence, and experts are not.
+does, also one that is written out; the dims that inputs have and those that layers hand on,
+those of the batch and the sequence, and experts are not.
 What a weight has beside an inner dim is the dim between the blocks: the *outer* one.
 
 The rank of an adapter (LoRA), between two matrices that stand beside one that is cut, is no inner
@@ -97,6 +98,26 @@ class Sides:
             and not any(factor in dim for dims in rule_of(node).results for dim in dims)
         }
 
+    def _normalised(self) -> set[_Place]:
+        """Dims that products sum over, and of which light operators make a sum or mean that comes
+        back to all of the dim: a norm that is written out."""
+        summed: set[_Place] = set()
+        back: set[_Place] = set()
+        sums: dict[str, set[_Place]] = {}  # what a value is a sum of, or made of such ones
+        for node in self._nodes:
+            own, rule = set[_Place](), rule_of(node)
+            for factor, places in _factors(node):
+                if not any(factor in dim for dims in rule.results for dim in dims):
+                    own.add(self._same[places[0]])
+            if operator_of(node).heavy:
+                summed |= own if operator_of(node).spent_on == "matrix products" else set()
+                continue
+            own = own.union(*(sums.get(value.name, ()) for value in node.operands))
+            for value in node.outputs:
+                sums[value.name] = own
+                back |= own.intersection(self._of(value, dim) for dim in _dims(value))
+        return summed & back
+
     def _narrow(self, inner: set[_Place], weights: list[Value]) -> set[_Place]:
         """Inner dims that weights join to other inner dims, and that are smaller than all that they
         are joined to: the rank of a product of two matrices, as adapters have it.
@@ -120,13 +141,16 @@ class Sides:
         return {self._of(out.value, dim) for out in graph.outputs for dim in _dims(out.value)}
 
     def _refused(self, graph: Graph) -> set[_Place]:
-        """Dims that must stay whole, that count data or experts, or that layers hand on."""
+        """Dims that must stay whole, that count data or experts, or that inputs or layers hand
+        on."""
         refused = {
             self._same[places[0]]
             for node in self._nodes
             for factor, places in _factors(node)
             if factor in rule_of(node).whole or factor == operator_of(node).experts
         }
+        refused |= self._normalised()
+        refused |= {self._of(item.value, dim) for item in graph.inputs for dim in _dims(item.value)}
         for loop in graph.loops:
             refused |= {self._of(value, dim) for value in loop.outputs for dim in _dims(value)}
         labels = label_dims(graph)

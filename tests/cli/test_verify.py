@@ -286,8 +286,8 @@ def example_inputs(batch, seq):
 
 def test_inputs_of_its_own_where_a_model_refuses_others(run: Run) -> None:
     Path("images.py").write_text(IMAGES)
-    words = "images.py --gpus 2 --cluster cpu --batch 4 --seq 8 --mesh 2 --pin project.weight=S0"
-    ran = run(*words.split(), "--out", "out")
+    words = "images.py --gpus 2 --cluster cpu --batch 8 --seq 8 --mesh 2 --pin project.weight=S0"
+    ran = run(*words.split(), "--micro-batches", "2", "--out", "out")
     assert ran.code == 0, ran.err
     assert ".masked_scatter(" in Path("out/sharded_model.py").read_text()
     passed(run("verify", "out"), "Net itself from images.py, on example inputs of its own")

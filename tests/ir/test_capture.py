@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -453,3 +455,21 @@ def test_functions_of_a_forward_name_what_they_compute() -> None:
     names = [node.loc.targets for node in graph.nodes]
     helped = [("_", "best"), ("doubled",)]
     assert names == [(), *helped, ("left",), *helped, ("right",), ()]
+
+
+def test_a_capture_ends_after_so_many_operators() -> None:
+    """In a process of its own: C++ ends one in which an exception comes where it awaits none."""
+    code = (
+        "import torch\n"
+        "from shardwright.ir.capture.capture import CaptureError, capture\n"
+        "inputs = {'input': torch.zeros(4, 2, 8)}\n"
+        "for most in range(8, 30, 2):\n"
+        "    try:\n"
+        "        capture(torch.nn.GRU(8, 8), inputs, training=True, most=most)\n"
+        "    except CaptureError as error:\n"
+        "        print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    wanted = [f"GRU runs more than {most} operators" for most in range(8, 30, 2)]
+    assert ran.stdout.splitlines() == wanted

@@ -56,6 +56,17 @@ def test_the_good_one(tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+def test_a_number_below_zero_that_configs_of_transformers_have(tmp_path: Path) -> None:
+    """DeBERTa's -1 is as many as there are positions."""
+    config = {
+        "model_type": "deberta-v2", "architectures": ["DebertaV2ForMaskedLM"], "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
+        "max_position_embeddings": 64, "max_relative_positions": -1, "relative_attention": True,
+    }  # fmt: skip
+    model = from_config(written(tmp_path, config), dtype=torch.float32)
+    assert type(model).__name__ == "DebertaV2ForMaskedLM"
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: str(change)[:60])
 def test_refused(change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,17 @@ def test_what_later_layers_use_is_passed_on_from_stage_to_stage() -> None:
     assert shared_params(stages) == {"embed.weight": (0, 3)}
 
 
+def test_parameters_that_nothing_uses_are_in_a_stage() -> None:
+    """Checkpoints have them."""
+    model, inputs = _tied()
+    model.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    graph = capture_folded(model, inputs, training=True)
+    stages = cut_into_stages(graph, (2, 2))
+    found = [{param.name for param in stage_params(stage)} for stage in stages]
+    assert found[0] | found[1] >= dict(model.named_parameters()).keys()
+    assert "spare" in found[0] - found[1]
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     model, inputs = _tied()
     graph = capture_folded(model, inputs, training=True)

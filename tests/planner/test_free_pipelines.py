@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
@@ -164,3 +165,20 @@ def test_a_schedule_without_a_layout_is_kept() -> None:
     assert plan.request.schedule == "gpipe" and "gap" in str(plan)
     with pytest.raises(PlanError, match="backward passes in two parts"):
         shardwright.plan(model, inputs, gpus=2, schedule="zb-h1")
+
+
+def test_no_pipelines_of_models_that_draw_random_numbers() -> None:
+    """Stages draw apart from one another: no single process has what they draw."""
+
+    class Noisy(TinyGPT):
+        def forward(
+            self, ids: torch.Tensor, labels: torch.Tensor | None = None
+        ) -> dict[str, torch.Tensor | None]:
+            loss = super().forward(ids, labels)["loss"]
+            return {"loss": None if loss is None else loss * torch.rand(())}
+
+    inputs = {name: torch.zeros(8, 8, dtype=torch.int64) for name in ("ids", "labels")}
+    plan = shardwright.plan(Noisy(layers=4), inputs, gpus=2)
+    assert plan.pipeline is None
+    said = r"No pipelines were considered: .*test_free_pipelines.py:\d+ draws random numbers"
+    assert any(re.search(said, note) for note in plan.notes), plan.notes

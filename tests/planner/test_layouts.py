@@ -21,13 +21,14 @@ from shardwright.facts.spec import format_spec, is_shard
 from shardwright.ir.graph import Graph
 from shardwright.ir.ops.registry import operator_of
 from shardwright.loading import load_target
-from shardwright.planner.errors import PlanError
+from shardwright.planner.errors import LayoutError, PlanError
 from shardwright.planner.report.report import hidden_seconds, split_seconds
 from shardwright.planner.report.throughput import mfu, throughput
 from shardwright.planner.search.variants import make_plan
 from shardwright.planner.strategies.layout import Layout
 from shardwright.planner.strategies.params import all_params
 from shardwright.planner.strategies.regions import scopes
+from shardwright.planner.strategies.sides import Sides
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SMALL = {
@@ -291,6 +292,48 @@ def test_the_price_is_that_of_what_runs(layout: str) -> None:
 def test_impossible_layouts_say_why(layout: str, said: str) -> None:
     with pytest.raises(PlanError, match=f"^--layout {layout}: .*{said}"):
         planned("llama3-8b", layout)
+
+
+class Unlike(nn.Module):
+    """Two blocks that are no loop, with a norm that is written out in front of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.gate, self.back = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.start, self.head = nn.Linear(8, 16), nn.Linear(16, 24)
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.start(x)
+        x = x + self.down(self.up(written_norm(x) * self.scale).relu())
+        x = x + self.back(self.gate(written_norm(x)).tanh())
+        return self.head(written_norm(x))
+
+
+def written_norm(x: torch.Tensor) -> torch.Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1.0)
+
+
+def unlike(layout: str) -> sw.Plan:
+    with torch.device("meta"):
+        return sw.plan(Unlike(), {"x": torch.zeros(4, 8, 8)}, cluster="cpu", layout=layout)
+
+
+def test_a_dim_that_a_written_norm_takes_whole_is_not_cut() -> None:
+    specs = weights(unlike("tp=2"))
+    cut = {"up": "S0", "down": "S1", "gate": "S0", "back": "S1", "head": "S0"}
+    assert {name: specs[name] for name in cut} == cut
+
+
+def test_choices_that_do_not_go_together_are_no_want_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Were the dim that the norm takes whole a dim to cut, no choice of the norm would do."""
+    monkeypatch.setattr(Sides, "_normalised", lambda _: set())
+    with pytest.raises(LayoutError, match=r"--layout tp=2: .*`.*` cannot be cut so that it goes "):
+        unlike("tp=2")
 
 
 def test_words() -> None:
