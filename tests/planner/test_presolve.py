@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.ilp.presolve import FIXED, Infeasible, group_rows, presolve, split
+from shardwright.planner.ilp.presolve import (
+    FIXED,
+    Infeasible,
+    clash,
+    group_rows,
+    presolve,
+    split,
+)
 from shardwright.planner.ilp.problem import (
     Edge,
     ProblemNode,
@@ -107,8 +114,10 @@ def test_infeasible_problems_say_why() -> None:
             "p", (node("a", 0.0), node("b", 0.0)), (Edge(0, 1, np.array([[INF]])),), None
         )
     )
-    assert never == Infeasible("no strategy of node `b` is left")
-    full = presolve(ShardingProblem("p", (node("a", 0.0, 0.0, usage=(7.0, 9.0)),), (), 5.0))
+    assert never == Infeasible("no strategy of node `b` is left", "b")
+    problem = ShardingProblem("p", (node("a", 0.0, 0.0, usage=(7.0, 9.0)),), (), 5.0)
+    full = presolve(problem)
+    assert clash(problem) == ""
     assert full == Infeasible(
         "at time 0 at least 7 bytes are live, whatever is chosen; the limit is 5.0"
     )
