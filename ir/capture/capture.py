@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -50,6 +52,7 @@ from .functions import OwnBackward, keeping_functions
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .hooks import PlainCalls, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
+from .remembered import Watched, as_left, told
 from .repeat import Repeats, cut, repeats
 from .states import StartsAnew, kept_states
 
@@ -75,16 +78,33 @@ def capture(
     dropout.  `serving` says that `position_ids` among the inputs tell where new tokens of one
     sequence per row stand, and not that rows are packed.  `rebuild` makes the model anew; it is
     called only if a non-persistent buffer has no value.  Raises CaptureError, also where more than
-    `most` operators run.
+    `most` operators run, and where the next forward pass would be another one (`remembered.py`;
+    with `most`, this was looked at before).
     """
     arguments = Arguments.of(model, inputs)
     build = _rebuilding(model, rebuild)
-    try:
-        exported = export(model, arguments, training=training, serving=serving, most=most)
-        return _finish(model, arguments, *exported, build)
-    except StartsAnew:  # whose lines may show a recurrence even so
-        exported = export(model, arguments, training=training, serving=serving, states=False)
-        return _finish(model, arguments, *exported, build)
+
+    def once() -> tuple[Graph, Watched]:
+        watched = Watched(model)
+        try:
+            with watched:
+                found = export(model, arguments, training=training, serving=serving, most=most)
+        except StartsAnew:  # whose lines may show a recurrence even so
+            with watched:
+                found = export(model, arguments, training=training, serving=serving, states=False)
+        return _finish(model, arguments, *found, build), watched
+
+    graph, watched = once()
+    if most is None:
+        for left in watched.later():
+            with as_left(model, left):
+                try:
+                    same = repr(once()[0]) == repr(graph)
+                except CaptureError:
+                    same = False
+            if not same:
+                raise CaptureError(told(model, left))
+    return graph
 
 
 def capture_folded(
@@ -222,7 +242,7 @@ def export(
     fake = fake_tensors(beside_real=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.tensors.items()}
     make = functools.partial(_fake, mode=fake)
-    drawn = random.getstate()
+    drawn = _random_states(model)
     try:
         with (
             _mode(model, training),
@@ -234,7 +254,9 @@ def export(
             whole_stacks(),
             own_hooks(),
             at_most(most),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", ".* assigned during export")  # see remembered.py
             kept = _states(model, arguments, fake) if serving and states else {}
             given = arguments | {huggingface.state_name(state): x for state, x in kept.items()}
             with huggingface.states_given(model, tuple(arguments), tuple(kept)):
@@ -247,12 +269,32 @@ def export(
         raise CaptureError(f"{type(model).__name__} runs more than {most:,} operators") from error
     except Exception as error:  # `forward` is the user's code: it may raise anything
         raise CaptureError(_explain(model, error)) from error
-    if random.getstate() != drawn:
-        raise CaptureError(
-            f"{type(model).__name__} draws with Python's `random` while it runs: the plan would"
-            " hold what came out once. Draw a tensor (`torch.rand`), and use `torch.where`"
-        )
+    for whose, state in _random_states(model).items():
+        if state != drawn.get(whose, state):
+            raise CaptureError(
+                f"{type(model).__name__} draws with {whose} while it runs: the plan"
+                " would hold what came out once. Draw a tensor (`torch.rand`), and use"
+                " `torch.where`"
+            )
     return program, tensors
+
+
+def _random_states(model: nn.Module) -> dict[str, str]:
+    """Of the generators that no graph has: those of libraries, and what modules hold."""
+    states = {
+        "Python's `random`": repr(random.getstate()),
+        "numpy's `random`": repr(numpy.random.get_state()),  # noqa: NPY002
+    }
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            shown = f"`{path}.{name}`" if path else f"`{name}`"
+            if isinstance(value, random.Random):
+                states[shown] = repr(value.getstate())
+            elif isinstance(value, numpy.random.Generator):
+                states[shown] = repr(value.bit_generator.state)
+            elif isinstance(value, numpy.random.RandomState):
+                states[shown] = repr(value.get_state())
+    return states
 
 
 def _states(
