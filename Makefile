@@ -25,7 +25,7 @@ RUN_PYTEST = $(BIN)/python -m pytest -q
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo train test test-oldest notebooks test-all lint types bench
+.PHONY: help setup demo train test test-oldest parsers notebooks test-all lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -71,6 +71,9 @@ test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
 
 test-oldest: $(OLDEST_READY) ## the same tests on the oldest versions that pyproject.toml allows
 	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
+
+parsers: $(READY) ## parsers of tools that plans are exported to, which some tests run: 260 MB
+	$(BIN)/python tests/targets/install.py $(VENV)/parsers
 
 notebooks: $(READY) ## run the notebooks, which `make test` leaves out
 	$(RUN_PYTEST) tests/notebooks

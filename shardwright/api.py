@@ -51,6 +51,7 @@ from .planner.strategies.pins import module_of
 from .planner.strategies.prices import network_for
 
 if TYPE_CHECKING:
+    from .exporting import Export
     from .rehearse import Rehearsal
     from .verify import Verification
 
@@ -162,6 +163,16 @@ class Plan(PlanData):
         mesh = dict(zip(self.mesh.names, self.mesh.sizes, strict=True))
         launch = Launch.of(self.graph.name, mesh, node, nodes, program, time_limit, max_restarts)
         return launch.script(by)
+
+    def export(self, to: str) -> Export:
+        """The plan in the words of another tool: `dtensor`, `torchtitan`, `megatron`, `vllm`, ...
+
+        `print` shows the text; `.differences` says what of the plan the tool does not do, and what
+        that costs.  Raises PlanError for an unknown tool, and where it has no such layout.
+        """
+        from .exporting import export
+
+        return export(self, to)
 
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""

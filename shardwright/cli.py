@@ -99,6 +99,7 @@ More commands (`plan COMMAND --help` explains each):
   plan compare A B   which plan is faster, and where they differ
   plan solve FILE    solve a sharding problem in the IOPDDL format
   plan sweep MODEL   plan for many GPUs, clusters and sequences: which to take
+  plan export DIR    print a plan in the words of another tool: Megatron's, vLLM's, ...
   plan launch DIR    print the script that starts a plan on many machines
   plan schema        print the JSON Schema of a plan.json
 
@@ -602,6 +603,48 @@ def launch(
             print(printable(text), end="")
         else:
             out.write_text(text, encoding="utf-8")
+
+
+@tools.command("export")
+def export(
+    folder: FolderArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="dtensor: a file that cuts the original model with torch.distributed.tensor;"
+            " torchtitan: TOML; megatron, vllm, sglang: flags; mlir: LLVM's dialect shard, sdy:"
+            " Shardy's; json: the plan's structure; e.g. --to megatron",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="write it there instead, e.g. --out run.toml"
+        ),
+    ] = None,
+) -> None:
+    """Print a plan in the words of another tool, e.g. `plan export plan_out --to megatron`.
+
+    Where the tool has not the plan's layout, the nearest that it has is planned and written; what
+    differs is said, with its price.
+    """
+    with _errors_as_exit_codes():
+        path = existing_plan(folder)
+        if out is not None and out.exists():
+            raise ValueError(f"--out `{out}` is there already, and is not overwritten")
+        with _Progress() as progress:
+            from .api import load_plan
+            from .exporting import export as exported
+
+            found = exported(load_plan(path), to, progress)
+        if out is None:
+            print(printable(found.text), end="")
+        else:
+            out.write_text(found.text, encoding="utf-8")
+        if found.differences:
+            lines = [f"plan: not as in the plan: {each}" for each in found.differences]
+            say("", *lines, file=sys.stderr)
 
 
 @tools.command("schema")

@@ -39,6 +39,7 @@ ARROWS: dict[str, str] = {
         " ir.passes ir.ops ir.graph facts"
     ),
     "codegen": "planner planner.plan planner.strategies ir.ops ir.graph facts",
+    "codegen.export": "planner planner.plan planner.strategies ir.ops ir.graph facts",
     "runtime.mesh": "facts compat",
     "runtime.gathering": "runtime.mesh facts compat",
     "runtime.cache": "runtime.mesh facts",
@@ -54,7 +55,10 @@ ARROWS: dict[str, str] = {
         " runtime.cache runtime.gathering runtime.mesh facts compat"
     ),
     "shardwright": " ".join(
-        ["codegen planner planner.report planner.search planner.plan planner.strategies"]
+        [
+            "codegen codegen.export planner planner.report planner.search planner.plan",
+            "planner.strategies",
+        ]
         + ["planner.ilp"]
         + ["ir.capture ir.passes ir.reference ir.ops ir.graph costmodel costmodel.machines"]
         + ["runtime runtime.cache runtime.mesh facts compat"]

@@ -10,8 +10,9 @@ from ...ir.ops.labels import label_dims
 from ...ir.ops.registry import operator_of
 from ..plan.plan import PlanData
 from ..plan.program import Compute, LoopCall, Program
+from ..plan.words import choices_text
 from ..strategies.regions import Region, Strategy
-from .report import op_name, strategy_text
+from .report import op_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def planned_ops(plan: PlanData) -> tuple[PlannedOp, ...]:
         if not operator_of(item.node).heavy:
             continue
         work = plan.work[item.node.name]
-        strategy = strategy_text(item, plan.mesh, labels)
+        strategy = choices_text(item.node, item.choices, plan.mesh, labels)
         result = format_spec(item.outputs[0].spec)
         compute_s = work.seconds - work.moving_s
         name = op_name(plan, item.node)
@@ -55,8 +56,7 @@ def ways_of(plan: PlanData, region: Region) -> Callable[[Strategy], str]:
     head = next((i for i, node in enumerate(region.nodes) if operator_of(node).heavy), 0)
 
     def words(way: Strategy) -> str:
-        item = Compute(region.nodes[head], way.choices[head], (), ())
-        return strategy_text(item, plan.mesh, labels)
+        return choices_text(region.nodes[head], way.choices[head], plan.mesh, labels)
 
     return words
 

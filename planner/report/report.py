@@ -13,14 +13,14 @@ from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
 from ...ir.graph import Node
-from ...ir.ops.labels import LABELS, DimLabels, factor_labels, label_dims
-from ...ir.ops.registry import operator_of, rule_of, words_of
-from ...ir.ops.rule import Choice
+from ...ir.ops.labels import DimLabels, label_dims
+from ...ir.ops.registry import operator_of
 from ..plan.plan import MIXED, Baseline, Pipeline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes, state_bytes
 from ..plan.returned import told_outputs
 from ..plan.traffic import Moved, predicted_bytes
+from ..plan.words import choices_text
 from ..strategies.params import all_params
 
 _ROUNDING = 1e-9
@@ -483,7 +483,7 @@ def _row(
     inside = inside if work.moving_s else ""
     return (
         op_name(plan, node),
-        strategy_text(item, plan.mesh, labels),
+        choices_text(item.node, item.choices, plan.mesh, labels),
         format_spec(item.outputs[0].spec),
         ", ".join(filter(None, (_communication(before, plan.mesh), inside))),
         format_seconds(work.seconds - work.moving_s),
@@ -499,29 +499,6 @@ def op_name(plan: PlanData, node: Node) -> str:
     parts = {ref.param.value for ref in all_params(plan.graph) if ref.param.part is not None}
     matrices = [value for value in node.operands if value in parts and len(value.type.shape) == 2]
     return ".".join([name, *(value.name.rsplit(".", 1)[-1] for value in matrices)])
-
-
-def strategy_text(item: Compute, mesh: Mesh, labels: dict[str, DimLabels]) -> str:
-    """`dp: batch, tp: heads`."""
-    known = factor_labels(item.node, labels)
-    parts = [
-        f"{name}: {_choice_text(item.node, choice, known)}"
-        for name, choice in zip(mesh.names, item.choices, strict=True)
-        if choice not in ("R", "V")
-    ]
-    return ", ".join(parts) or "replicated"
-
-
-def _choice_text(node: Node, choice: Choice, known: dict[str, str]) -> str:
-    if words := words_of(node, choice):
-        return words
-    if choice in known:
-        return LABELS.get(known[choice], known[choice])
-    rule = rule_of(node)
-    if choice not in rule.sizes:
-        return "partial sums" if choice.startswith("P") else choice
-    dims = [i for result in rule.results for i, factors in enumerate(result) if choice in factors]
-    return f"dim {dims[0]}" if dims else "partial sums"
 
 
 def _communication(steps: Iterable[PricedStep], mesh: Mesh) -> str:

@@ -132,6 +132,30 @@ def _layout(
     return Layout(text, tuple(role for role, _ in real), mesh, recompute)
 
 
+_TEXTS = {role: word for word, role in _ROLES.items() if word != "dp"}
+_TEXTS |= {"tp+sp": "tp", "fsdp+cp": "cp", "fsdp+ulysses": "ulysses", "fsdp+ep": "ep"}
+
+
+def words_of_roles(axes: Sequence[tuple[str, int]], recompute: bool) -> str:
+    """The words that `Layout.parse` reads as these roles and sizes; neighbours alike are one.
+
+    >>> words_of_roles([("fsdp", 2), ("fsdp", 4), ("tp+sp", 2)], False)
+    'fsdp=8,tp=2,sp'
+    """
+    merged: list[tuple[str, int]] = []
+    for role, size in axes:
+        if merged and merged[-1][0] == role:
+            role, size = role, size * merged.pop()[1]
+        merged.append((role, size))
+    words = [f"{_TEXTS[role]}={size}" for role, size in merged]
+    roles = [role for role, _ in merged]
+    if any(role.startswith("fsdp+") for role in roles) and "fsdp" not in roles:
+        words.insert(0, "fsdp=1")  # which makes those words shard the weights
+    words += [_BETWEEN] if "tp+sp" in roles else []
+    words += ["recompute=full"] if recompute else []
+    return ",".join(words)
+
+
 def _read_size(text: str, word: str, value: str) -> int:
     if not (value.isascii() and value.isdigit() and 0 < int(value) <= MOST_RANKS):
         _refuse(text, f"`{word}` is followed by a number of GPUs, such as {word}=8")
@@ -209,4 +233,4 @@ def limited(pins: Sequence[str], layout: str) -> Callable[[Graph, Mesh], Restric
     return lambda graph, mesh: _Both(by_pins(graph, mesh), by_layout(graph, mesh))
 
 
-__all__ = ["Layout", "limited"]
+__all__ = ["Layout", "limited", "words_of_roles"]

@@ -121,22 +121,21 @@ class Roles(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
-        routed = any(operator_of(node).experts for node in region.nodes)
-        for axis, role in enumerate(self.roles):
-            if routed and _sends(region, strategy, axis) != role.spread:
-                return False
-            if routed and role.spread:
-                continue
-            if role.cuts == "weights":
-                if not self._cuts_weights(region, strategy, axis):
-                    return False
-            elif not self._cuts_data(region, strategy, axis):
-                return False
-        return True
+        return all(self.keeps(region, strategy, axis, role) for axis, role in enumerate(self.roles))
 
-    def _cuts_data(self, region: Region, strategy: Strategy, axis: int) -> bool:
+    def keeps(self, region: Region, strategy: Strategy, axis: int, role: Role) -> bool:
+        """Does a strategy keep one axis to a role?"""
+        if any(operator_of(node).experts for node in region.nodes):
+            if _sends(region, strategy, axis) != role.spread:
+                return False
+            if role.spread:
+                return True
+        if role.cuts == "weights":
+            return self._cuts_weights(region, strategy, axis, role)
+        return self._cuts_data(region, strategy, axis, role)
+
+    def _cuts_data(self, region: Region, strategy: Strategy, axis: int, role: Role) -> bool:
         """Is the batch or the sequence cut, if the region has one, and nothing else?"""
-        role = self.roles[axis]
         cuts = self._cuts(region, strategy, axis)
         if role.label == "s" and any(operator_of(node).attends for node in region.nodes):
             by_heads = self._by_heads(region, strategy, axis)
@@ -155,17 +154,17 @@ class Roles(Restriction):
             if operator_of(node).attends
         )
 
-    def _cuts_weights(self, region: Region, strategy: Strategy, axis: int) -> bool:
+    def _cuts_weights(self, region: Region, strategy: Strategy, axis: int, role: Role) -> bool:
         """Is an inner dim cut, if the region has one; else the sequence between the blocks?"""
         cuts = self._cuts(region, strategy, axis)
-        if not self.roles[axis].between and "s" in cuts:
+        if not role.between and "s" in cuts:
             return False
         if cuts - {"inner", "s"}:
             return False
         must = any(operator_of(n).heavy and self.sides.inner_choices(n) for n in region.nodes)
         if must or self._offers(region, strategy, axis, "inner"):
             return cuts == {"inner"}
-        if self.roles[axis].between and any(map(self._is_between, region.nodes)):
+        if role.between and any(map(self._is_between, region.nodes)):
             return cuts == {"s"} or not self._offers(region, strategy, axis, "s")
         return True
 

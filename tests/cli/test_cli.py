@@ -42,7 +42,8 @@ def laid_out_by() -> str:
 
 
 _COMMANDS = (
-    "show", "verify", "solve", "sweep", "explain", "what-if", "compare", "launch", "rehearse"
+    "show", "verify", "solve", "sweep", "explain", "what-if", "compare", "launch", "rehearse",
+    "export",
 )  # fmt: skip
 same_layout = pytest.mark.skipif(
     version("typer") != laid_out_by(), reason=f"typer {laid_out_by()} lays help out otherwise"

@@ -1,0 +1,164 @@
+"""What a target is: which layouts it has words for, and the function that writes a plan in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from ...facts.phases import find_phase
+from ...facts.units import format_seconds
+from ...ir.ops.registry import operator_of, rule_of
+from ...planner.errors import PlanError
+from ...planner.plan.named import Named
+from ...planner.plan.plan import PlanData
+from ...planner.strategies.layout import Layout, words_of_roles
+from ...planner.strategies.roles import Role
+
+DATA = ("ddp", "fsdp", "zero1", "zero2", "ddp+ep", "fsdp+ep")  # roles that cut the batch
+_SHARDING = ("fsdp", "zero1", "zero2")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A plan as a target has it, and what of it the target has no words for."""
+
+    text: str
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What flags of a target say: options of `plan` by their names in Python, `--layout` among
+    them; and sentences about flags that change how a model is cut and have no such option."""
+
+    options: Mapping[str, object]
+    unread: tuple[str, ...] = ()
+
+
+class Target:
+    """Another tool.  `title`: with the version that its words were tried on.
+
+    One that is `exact` takes any plan.  The others have layouts: `roles` says which of our roles
+    (`strategies/roles.py`) become which of theirs, `order` how axes lie, outermost first.
+    """
+
+    name = ""
+    title = ""
+    comment = "#"
+    exact = False
+    trains = False
+    serves = False
+    pipelines = False
+    recompute = False  # of all layers, and
+    recompute_some = False  # of the first ones only
+    roles: Mapping[str, str] = field(default_factory=dict[str, str])
+    order: tuple[str, ...] = ()
+
+    def check(self, plan: PlanData) -> None:
+        """Raises PlanError for a plan of a phase that the tool is not for."""
+        phase = find_phase(plan.request.phase)
+        if not (self.trains if phase.backward else self.serves):
+            fit = "train" if self.trains else "serve"
+            raise PlanError(
+                f"{self.name} {'trains' if self.trains else 'serves'}, and this plan is for phase "
+                f"{phase.name}; plan with --phase {fit}"
+            )
+
+    def nearest(self, named: Named) -> tuple[Layout, tuple[str, ...]]:
+        """The layout nearest to a plan's that the tool has, and what of the plan's it has not."""
+        layout = named.layout
+        axes, lost = self._axes(layout)
+        if layout.pipeline > 1 and not self.pipelines:
+            raise PlanError(f"{self.name} has no pipelines; plan it with a --layout without pp")
+        recompute = bool(layout.recompute)
+        if named.kept_layers and not self.recompute_some:
+            recompute = True
+            lost.append(f"layers are recomputed but for the last {named.kept_layers}; here all")
+        if recompute and not self.recompute:
+            lost.append("layers are recomputed")
+        words = words_of_roles(axes or [("ddp", 1)], recompute and self.recompute)
+        if layout.pipeline > 1:
+            inner = f"vpp={layout.per_rank}," if layout.per_rank > 1 else ""
+            words = f"pp={layout.pipeline},{inner}{words}"
+        return Layout.parse(words), tuple(lost)
+
+    def _axes(self, layout: Layout) -> tuple[list[tuple[str, int]], list[str]]:
+        """Roles and sizes as the tool has them, and what that changes."""
+        lost: list[str] = []
+        axes: list[tuple[str, int]] = []
+        pairs = list(zip(layout.roles, layout.mesh.sizes, strict=True))
+        sharding = [(size, role) for role, size in pairs if role in _SHARDING and size > 1]
+        for role, size in pairs:
+            if size == 1:
+                continue
+            wanted = max(sharding)[1] if role in _SHARDING else role
+            theirs = self.roles.get(wanted)
+            if theirs is None:
+                raise PlanError(
+                    f"{self.name} has no {Role.parse(role).name}, which is what this plan does over"
+                    f" {size} GPUs; plan with --layout of {', '.join(sorted(self._words()))}"
+                )
+            if theirs != role:
+                lost.append(f"{_name(role)} over {size} GPUs becomes {_name(theirs)}")
+            axes.append((theirs, size))
+        ordered = sorted(axes, key=lambda axis: self.order.index(axis[0]))
+        if ordered != axes:
+            lost.append(
+                f"axes lie, outermost first, as {words_of_roles(ordered, False)}, and not as "
+                f"{words_of_roles(axes, False)}"
+            )
+        return ordered, lost
+
+    def _words(self) -> set[str]:
+        return {word for role in self.roles for word in role.split("+")}
+
+    def write(self, plan: PlanData, layout: Layout | None) -> Written:
+        """The plan as text; unless the target is exact, it is `layout`, which `nearest` gave."""
+        raise NotImplementedError
+
+    def read(self, words: Sequence[str]) -> Flags:
+        """What flags say.  Raises PlanError for what is none of the tool's."""
+        raise PlanError(f"layouts are not read from flags of {self.name}")
+
+
+def _name(role: str) -> str:
+    spread = ", experts spread" if role.endswith("+ep") else ""
+    return Role.parse(role).name + spread
+
+
+def ranks(layout: Layout, *roles: str) -> int:
+    """How many ranks the axes with one of these roles have together."""
+    pairs = zip(layout.roles, layout.mesh.sizes, strict=True)
+    return prod(size for role, size in pairs if role in roles)
+
+
+def rows_per_rank(plan: PlanData, layout: Layout) -> int:
+    """Sequences of a micro-batch on each data-parallel rank."""
+    return max(plan.request.rows // ranks(layout, *DATA), 1)
+
+
+def attention_algorithms(plan: PlanData) -> set[str]:
+    """What a plan, or its stages, run attention by where its tokens are cut."""
+    plans = plan.pipeline.kinds if plan.pipeline is not None else plan.phases
+    return {
+        choice
+        for each in plans
+        for node in each.graph.nodes
+        if operator_of(node).attends
+        for choice in each.decisions.choices[node.name]
+        if choice in rule_of(node).algorithms
+    }
+
+
+def seconds_text(plan: PlanData) -> str:
+    """`811 ms per step`."""
+    if plan.decode is not None:
+        return f"{format_seconds(plan.answer_s)} per answer"
+    return f"{format_seconds(plan.seconds)} per {find_phase(plan.request.phase).run}"
+
+
+__all__ = [
+    "DATA", "Flags", "Target", "Written", "attention_algorithms", "ranks", "rows_per_rank",
+    "seconds_text",
+]  # fmt: skip

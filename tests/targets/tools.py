@@ -1,0 +1,53 @@
+"""Tools of others that tests run: parsers of what plans are exported to, and a browser.
+
+Where one is missing, the test is skipped and says how to have it; with `CI` set it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+_PACKAGES = {
+    "megatron": "megatron", "vllm": "vllm", "sglang": "sglang", "torchtitan": "torchtitan",
+    "sdy": "jaxlib",
+}  # fmt: skip
+
+
+def parsed(target: str, text: str, folder: Path) -> dict[str, Any]:
+    """What the target's own parser makes of a text."""
+    own = Path(os.environ.get("SHARDWRIGHT_PARSERS") or Path(sys.prefix) / "parsers")
+    if not (own / _PACKAGES[target]).is_dir():
+        missing(f"no parser of {target} in {own}; `make parsers` fetches it")
+    file = folder / f"exported.{target}"
+    file.write_text(text)
+    ran = subprocess.run(
+        [sys.executable, HERE / "parse.py", own, target, file],
+        capture_output=True, text=True, timeout=200, cwd=folder,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def program(*names: str) -> str:
+    """The first of these programs that is installed."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    missing(f"{names[0]} is not installed; `.ci/tools` does that on Debian")
+    raise AssertionError
+
+
+def missing(why: str) -> None:
+    """Skips the test, or fails it in CI, which has installed all tools."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
