@@ -27,6 +27,7 @@ from ...compat.torch import (
     TooManyOperators,
     at_most,
     fake_tensors,
+    is_fake,
     own_hooks,
     transient_buffers,
     tree_unflatten,
@@ -323,7 +324,7 @@ def _attention(model: nn.Module, inputs: Mapping[str, Tensor], serving: bool) ->
 @contextmanager
 def _gradients(training: bool) -> Generator[None]:
     """Inside, what says itself how gradients flow is kept or refused, where there are any."""
-    with PlainCalls():
+    with PlainCalls(training=training):
         if not training:
             yield
             return
@@ -608,6 +609,12 @@ def _with_data(
         raise CaptureError(str(error)) from error
     for param in needed:
         value = data[param.name] if param.name in data else lifted[param.name]
+        if is_fake(value):
+            raise CaptureError(
+                f"{graph.name} uses a tensor of shape {tuple(value.shape)} that has no values while"
+                " it is captured, as weights in a gradient that is taken inside of `forward`"
+                " (`torch.autograd.grad`), which cannot be planned; write that gradient out"
+            )
         if value.device.type == "meta":
             raise CaptureError(
                 f"a tensor of shape {tuple(value.shape)} that `forward` uses has no values: it is "

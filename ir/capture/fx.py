@@ -209,6 +209,11 @@ class _Converter:
         """Convert one call of an aten or custom op."""
         target: Any = node.target
         if not isinstance(target, OpOverload):
+            if (getattr(target, "__module__", None) or "").startswith("torch."):
+                raise UnsupportedNode(
+                    "`torch.func` (vmap, grad, scans) cannot be planned; write out what it does,"
+                    " with the batch as a dim"
+                )
             raise UnsupportedNode(f"`{target}` computes with sizes, which must be plain numbers")
         op = str(target)
         if op in _CHECKS:

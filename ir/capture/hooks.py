@@ -8,7 +8,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ...compat.torch import gradient_hooks, gradient_hooks_of_all
@@ -29,14 +31,35 @@ def refusing_hooks() -> Generator[None]:
     """Inside, registering a hook on gradients raises OwnBackward, which says where."""
     kinds: list[tuple[Any, str]] = [(Tensor, name) for name in _OF_TENSORS]
     kinds += [(nn.Module, name) for name in _OF_MODULES]
-    before = [(kind, name, getattr(kind, name)) for kind, name in kinds]
-    for kind, name in kinds:
-        setattr(kind, name, _refusal(name))
+    replaced = {(kind, name): _refusal(name) for kind, name in kinds}
+    replaced[saved_tensors_hooks, "__enter__"] = _kept_otherwise
+    replaced[torch.inference_mode, "__enter__"] = _without_gradients
+    replaced[torch.inference_mode, "__exit__"] = _as_before
+    before = [(kind, name, getattr(kind, name)) for kind, name in replaced]
+    for (kind, name), method in replaced.items():
+        setattr(kind, name, method)
     try:
         yield
     finally:
         for kind, name, method in before:
             setattr(kind, name, method)
+
+
+def _kept_otherwise(hooks: saved_tensors_hooks) -> None:
+    """Refuses what may give backward other tensors than were saved; torch's own give the same."""
+    if not type(hooks).__module__.startswith("torch.") or type(hooks) is saved_tensors_hooks:
+        raise OwnBackward(f"{_here()}: `saved_tensors_hooks` keeps tensors in a way that {_LOST}")
+    _ENTER(hooks)
+
+
+def _without_gradients(region: Any) -> None:
+    """An export does not see `inference_mode`, but `no_grad`, which has the same gradients."""
+    region.instead = torch.no_grad() if region.mode else torch.enable_grad()
+    region.instead.__enter__()
+
+
+def _as_before(region: Any, *error: Any) -> None:
+    region.instead.__exit__(*error)
 
 
 def check_hooks(model: nn.Module) -> None:
@@ -58,7 +81,12 @@ def check_hooks(model: nn.Module) -> None:
 
 class PlainCalls(TorchFunctionMode):
     """Inside, `x.data` is `x.detach()`, as an export takes what it gives for a constant, and what a
-    function writes to `out` is copied there, as an export would take it for a new tensor."""
+    function writes to `out` is copied there, as an export would take it for a new tensor.  Where
+    gradients are captured, no parameter is frozen or thawed."""
+
+    def __init__(self, *, training: bool) -> None:
+        super().__init__()
+        self._training = training
 
     def __torch_function__(
         self,
@@ -70,6 +98,13 @@ class PlainCalls(TorchFunctionMode):
         if func == _DATA:
             return args[0].detach()
         kwargs = kwargs or {}
+        if func in _FREEZING and isinstance(args[0], nn.Parameter):
+            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+            if self._training and wanted != args[0].requires_grad:
+                raise OwnBackward(
+                    f"{_here()}: `requires_grad` of a parameter is changed in the forward pass,"
+                    " which an export does not see; use `parameter.detach()`, or set it before"
+                )
         out = kwargs.get("out")
         if out is None:
             return func(*args, **kwargs)
@@ -91,6 +126,11 @@ def _write(out: Tensor, result: Tensor) -> None:
 
 
 _DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009
+_FREEZING: tuple[Any, ...] = (
+    Tensor.requires_grad_,
+    getattr(Tensor.requires_grad, "__set__"),  # noqa: B009
+)
+_ENTER = saved_tensors_hooks.__enter__
 _LOST = (
     "a plan would lose, with what it does to gradients; remove it, or write what it does as the "
     "backward of a `torch.autograd.Function`"

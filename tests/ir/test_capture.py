@@ -473,3 +473,16 @@ def test_a_capture_ends_after_so_many_operators() -> None:
     assert ran.returncode == 0, ran.stderr
     wanted = [f"GRU runs more than {most} operators" for most in range(8, 30, 2)]
     assert ran.stdout.splitlines() == wanted
+
+
+def test_functions_of_functions_are_refused() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(self.up)(x)
+
+    with pytest.raises(CaptureError, match=r"test_capture.py:\d+: `torch.func` \(vmap"):
+        capture(Mapped(), {"x": torch.zeros(2, 3, 4)}, training=True)

@@ -242,6 +242,23 @@ def in_autocast(x: Tensor, weight: Tensor) -> Tensor:
         return Doubled.apply(x)
 
 
+def frozen(weight: Tensor, x: Tensor) -> Tensor:
+    weight.requires_grad_(False)
+    y = x * weight
+    weight.requires_grad_(True)
+    return y
+
+
+def frozen_by_setting(weight: Tensor, x: Tensor) -> Tensor:
+    weight.requires_grad = False
+    return x * weight
+
+
+def kept_otherwise(x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+        return x.tanh()
+
+
 Moved = type("Moved", (Doubled,), {"__module__": "__main__"})
 REFUSED: list[tuple[Any, str]] = [
     (lambda x, w: Dirty.apply(x * 1), "`Dirty`, which changes a tensor that it is given in place"),
@@ -262,6 +279,9 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (in_autocast, "`Doubled` is called inside of `torch.autocast`"),
     (lambda x, w: x.register_hook(lambda g: g), "`register_hook` sets a hook on gradients"),
+    (lambda x, w: frozen(w, x), "`requires_grad` of a parameter is changed"),
+    (lambda x, w: frozen_by_setting(w, x), "`requires_grad` of a parameter is changed"),
+    (lambda x, w: kept_otherwise(x), "`saved_tensors_hooks` keeps tensors in a way"),
 ]
 
 
@@ -317,6 +337,41 @@ def test_what_is_detached_has_no_gradient(trick: Any, training: bool) -> None:
     graph = capture_folded(Net(trick), {"x": torch.randn(2, 8)}, training=training)
     (cut,) = (node for node in graph.nodes if node.op == "aten.detach.default")
     assert cut.operands[0].differentiable and not cut.output.differentiable
+
+
+@torch.inference_mode()
+def measured(x: Tensor) -> Tensor:
+    return x.mean()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x, w: x * measured(x * w).clone(),
+        lambda x, w: saved_on_cpu(x * w),
+    ],
+)
+def test_what_says_less_than_how_gradients_flow_is_planned(act: Any) -> None:
+    """What is made without gradients has none, and what is kept elsewhere is the same."""
+    net, x = Net(act), torch.randn(2, 8)
+    graph = capture_folded(net, {"x": x}, training=True)
+    (found,) = interpret(graph, dict(net.named_parameters()), {"x": x}).values()
+    wanted = torch.autograd.grad(net(x).sum(), net.weight, allow_unused=True)
+    found = torch.autograd.grad(found.sum(), net.weight, allow_unused=True)
+    torch.testing.assert_close(found, wanted)
+
+
+def saved_on_cpu(x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return x.tanh()
+
+
+def test_a_gradient_inside_of_forward_is_refused() -> None:
+    def act(x: Tensor, w: Tensor) -> Tensor:
+        return torch.autograd.grad((x * w).tanh().sum(), x, create_graph=True)[0]
+
+    with pytest.raises(CaptureError, match=r"a gradient that is taken inside of `forward`"):
+        capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
 
 
 # --- shardwright.rule ----------------------------------------------------------------------------
