@@ -31,6 +31,7 @@ def refusing_hooks() -> Generator[None]:
     """Inside, registering a hook on gradients raises OwnBackward, which says where."""
     kinds: list[tuple[Any, str]] = [(Tensor, name) for name in _OF_TENSORS]
     kinds += [(nn.Module, name) for name in _OF_MODULES]
+    replaced: dict[tuple[Any, str], Callable[..., Any]]
     replaced = {(kind, name): _refusal(name) for kind, name in kinds}
     replaced[saved_tensors_hooks, "__enter__"] = _kept_otherwise
     replaced[torch.inference_mode, "__enter__"] = _without_gradients
@@ -98,8 +99,8 @@ class PlainCalls(TorchFunctionMode):
         if func == _DATA:
             return args[0].detach()
         kwargs = kwargs or {}
-        if func in _FREEZING and isinstance(args[0], nn.Parameter):
-            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+        if args and func in _FREEZING and isinstance(args[0], nn.Parameter):
+            wanted = (*args, kwargs.get("requires_grad", True))[1]
             if self._training and wanted != args[0].requires_grad:
                 raise OwnBackward(
                     f"{_here()}: `requires_grad` of a parameter is changed in the forward pass,"
