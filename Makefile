@@ -25,7 +25,7 @@ RUN_PYTEST = $(BIN)/python -m pytest -q
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo train test test-oldest parsers notebooks test-all lint types bench
+.PHONY: help setup demo train test test-oldest parsers notebooks test-all docs lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -80,6 +80,9 @@ notebooks: $(READY) ## run the notebooks, which `make test` leaves out
 
 test-all: $(READY) ## all tests
 	$(RUN_PYTEST)
+
+docs: $(READY) ## the pages of docs/ as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir build/site
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
