@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from shardwright.api import Plan, plan_file
 from shardwright.costmodel.machines.cluster import built_in_text, load_cluster
 from shardwright.facts.files import DataError
 from shardwright.facts.moves import MOVES
+from shardwright.ir.capture.huggingface import from_config
 from shardwright.planner.errors import PlanError
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.iopddl import format_solution, problem_from_json
@@ -141,7 +143,7 @@ def loaded() -> list[Plan]:
 
 
 def words(source: str) -> set[str]:
-    """Kinds of statements, what is imported, names that nothing binds, and private attributes.
+    """Kinds of nodes, what is imported, names that nothing binds, and private attributes.
 
     Public attributes and keywords are those of torch and the runtime: `codegen.allowed` holds them.
     """
@@ -151,13 +153,12 @@ def words(source: str) -> set[str]:
     bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     found = {name.id for name in names} - bound
     for node in ast.walk(tree):
+        found.add(type(node).__name__)
         match node:
             case ast.Attribute(attr=name) if name.startswith("_"):
                 found.add(name)
             case ast.alias(name=name):
                 found.add(name)
-            case ast.stmt() | ast.Lambda() | ast.NamedExpr() | ast.Await() | ast.comprehension():
-                found.add(type(node).__name__)
             case _:
                 pass
     return found
@@ -218,6 +219,51 @@ def toml(table: Any, prefix: str = "") -> str:
         if isinstance(inner, dict):
             lines += [f"[{prefix}{json.dumps(key)}]", toml(inner, f"{prefix}{json.dumps(key)}.")]
     return "\n".join(lines)
+
+
+# --- configurations of Hugging Face models -------------------------------------------------------
+
+CONFIGS: list[Any] = [
+    {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
+                            "original_max_position_embeddings": 32},
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "dtype": "float32", "bos_token_id": 1, "attention_bias": False, "initializer_range": 0.02,
+    },
+    {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+        "router_aux_loss_coef": 0.001, "output_router_logits": False, "rope_theta": 1e4,
+    },
+    {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8,
+        "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8, "final_logit_softcapping": None,
+    },
+]  # fmt: skip
+
+
+@tried
+@given(data=st.data())
+def test_configs(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Built on the meta device, or refused in a sentence."""
+    number, path, value = data.draw(changes(CONFIGS))
+    folder = tmp_path_factory.getbasetemp() / "config"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(replaced(CONFIGS[number], path, value)))
+
+    def run() -> None:
+        with torch.device("meta"):
+            from_config(folder, dtype=torch.float32)
+
+    ends_well(run, ValueError)
 
 
 PROBLEM = {
