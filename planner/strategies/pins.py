@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,10 +74,9 @@ class Pins(Restriction):
         modules = {module_of(node.loc.module) for scope in scopes(graph) for node in scope.nodes}
         for pin in self.pins:
             if not any(fnmatchcase(name, pin.pattern) for name in (*names, *modules)):
-                some = ", ".join(names[:4])
                 raise PlanError(
-                    f"--pin {pin.pattern}: no parameter or module has such a name; parameters are "
-                    f"named like {some}"
+                    f"--pin {pin.pattern}: no parameter or module has such a name; the nearest are"
+                    f" {', '.join(_nearest(pin.pattern, [*names, *sorted(modules)]))}"
                 )
 
     def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
@@ -156,6 +156,17 @@ class Pins(Restriction):
                 )
 
 
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that are most like a pattern, by their ends, which it may leave the rest of."""
+    wanted = pattern.removeprefix("*").lstrip(".")
+    depth = wanted.count(".") + 1
+    by_end: dict[str, str] = {}
+    for name in filter(None, names):
+        by_end.setdefault(".".join(name.split(".")[-depth:]), name)
+    near = difflib.get_close_matches(wanted, by_end, n=4, cutoff=0.0)
+    return [by_end[end] for end in near]
+
+
 class _Cuts:
     """A pin on operators: which of them it is for, and the choices that it leaves on its axes."""
 
@@ -176,7 +187,12 @@ class _Cuts:
         self.nodes = [n for n in heavy if wanted <= self._names[n.name].keys()]
         if not self.nodes:
             known = sorted({word for words in self._names.values() for word in words})
-            there = f"what can be cut there: {', '.join(known)}" if known else "no module matches"
+            there = f"what can be cut there: {', '.join(known)}"
+            if not known:
+                nodes = [node for scope in scopes(graph) for node in scope.nodes]
+                modules = {module_of(n.loc.module) for n in nodes if operator_of(n).heavy}
+                near = ", ".join(_nearest(pin.pattern, sorted(modules)))
+                there = f"no module matches; the nearest are {near}"
             raise PlanError(f"{self}: {there}; `plan show DIR --ops PATTERN` lists it")
 
     def __str__(self) -> str:

@@ -373,7 +373,9 @@ def test_a_pin_says_what_an_axis_cuts(axis: str) -> None:
     [
         ("*.q_proj=up:out", "the mesh has the axes dp, tp"),
         ("*.q_proj=tp:heads", "what can be cut there: batch, columns, .*out.*rows"),
-        ("*.x_proj=tp:out", "no module matches"),
+        ("*.x_proj=tp:out", r"no module matches; the nearest are .*self_attn.q_proj"),
+        ("*.q_prj.weight=R,S0", r"the nearest are model.layers.\*.self_attn.q_proj.weight"),
+        ("lm_haed.weight=R,S0", r"the nearest are lm_head.weight"),
         ("*.q_proj=tp:", "expected AXIS:WHAT, such as"),
     ],
 )
