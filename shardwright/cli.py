@@ -49,6 +49,7 @@ from .options import (
     GpusOption,
     GpuSpeedOption,
     InterNodeOption,
+    LayoutFromOption,
     LayoutOption,
     LinkOption,
     MemoryOption,
@@ -184,6 +185,7 @@ def plan(
     cluster: ClusterOption = "h100",
     mesh: MeshOption = None,
     layout: LayoutOption = None,
+    layout_from: LayoutFromOption = None,
     schedule: ScheduleOption = None,
     write: WriteOption = None,
     pin: PinOption = None,
@@ -208,13 +210,15 @@ def plan(
         if dump_problem is not None:
             check_problem_file(dump_problem)
         layouts = tuple(layout or ())
-        if gpus is None and not layouts:
+        if gpus is None and not layouts and layout_from is None:
             raise ValueError("how many GPUs? Give --gpus N, e.g. --gpus 8, or a --layout")
-        if write is not None and len(layouts) < 2:
+        if write is not None and len(layouts) + (layout_from is not None) < 2:
             raise ValueError("--write chooses among several --layout; give at least two")
-        options = {
+        options: dict[str, Any] = {
             **asked_of(planning),
             "gpus": gpus,
+            "batch": batch,
+            "seq": seq,
             "cluster": cluster,
             "mesh": mesh,
             "schedule": schedule,
@@ -223,7 +227,10 @@ def plan(
         }
         with _Progress() as progress:
             progress("load PyTorch")
-            tokens = seq or PHASES[planning["phase"]].tokens
+            if layout_from is not None:
+                layouts = (*layouts, _read_layout(layout_from, options))
+            batch = options.pop("batch")
+            tokens = options.pop("seq") or PHASES[options["phase"]].tokens
             made = _made(model, layouts, write, batch, tokens, options, progress)
             if made is None:
                 return
@@ -232,6 +239,18 @@ def plan(
         if note := untried(versions_in_use()):
             say(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json, full=full, dump=dump)
+
+
+def _read_layout(given: str, options: dict[str, Any]) -> str:
+    """The layout that another tool's flags say, told on stderr with what of them it is not; the
+    options that they say are put in."""
+    from .layout_from import layout_from
+
+    read = layout_from(given, options["gpus"])
+    options |= read.joined(options)
+    lines = [f"plan: read as {read}", *(f"plan: not read: {each}" for each in read.unread)]
+    say(*lines, file=sys.stderr)
+    return read.layout
 
 
 def _made(

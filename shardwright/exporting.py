@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .asked import Progress, silent
@@ -54,7 +55,10 @@ def export(plan: PlanData, to: str, progress: Progress = silent) -> Export:
     layout, lost = target.nearest(named)
     made, differences = plan, list(lost)
     if named.differences or layout.text != named.words:
-        made = _planned(plan, layout, target, progress)
+        nearest = layout
+        layout, made = _nearest(plan, layout, target, progress)
+        if layout != nearest:
+            differences.insert(0, f"the nearest layout that it has, {nearest.text}, does not fit")
         differences += [f"{each}" for each in named.differences[:_MOST]]
         more = len(named.differences) - _MOST
         differences += [f"... and {more} more"] if more > 0 else []
@@ -66,17 +70,30 @@ def export(plan: PlanData, to: str, progress: Progress = silent) -> Export:
     return _with_head(found, target)
 
 
-def _planned(plan: PlanData, layout: Layout, target: Target, progress: Progress) -> PlanData:
-    """The plan of the layout that the tool has."""
+def _nearest(
+    plan: PlanData, layout: Layout, target: Target, progress: Progress
+) -> tuple[Layout, PlanData]:
+    """A layout of the tool and its plan; where that does not fit the memory, the fastest that does
+    of those with other sizes of tensor parallelism."""
+    again = Change().again(plan, progress)
     progress(f"price {layout.text}")
+    why: Exception
     try:
-        return Change().again(plan, progress).with_layout(layout.text)
+        return layout, again.with_layout(layout.text)
     except (LayoutError, InfeasibleError) as error:
-        how = "does not fit" if isinstance(error, InfeasibleError) else "is not possible"
-        raise PlanError(
-            f"the layout of {target.name} that is nearest to this plan, {layout.text}, {how}: "
-            f"{error}"
-        ) from error
+        why = error
+    found: list[tuple[Layout, PlanData]] = []
+    for other in target.ordinary(plan.request.gpus):
+        progress(f"price {other.text}")
+        with suppress(LayoutError, InfeasibleError):
+            found.append((other, again.with_layout(other.text)))
+    if found:
+        return min(found, key=lambda each: seconds_of(each[1]))
+    how = "does not fit" if isinstance(why, InfeasibleError) else "is not possible"
+    raise PlanError(
+        f"the layout of {target.name} that is nearest to this plan, {layout.text}, {how}, nor do "
+        f"others: {why}"
+    ) from why
 
 
 def _price(plan: PlanData, made: PlanData, layout: Layout) -> str:

@@ -257,6 +257,15 @@ LayoutOption: TypeAlias = Annotated[
         "the best plan",
     ),
 ]
+LayoutFromOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|'FLAGS'",
+        show_default=False,
+        help="the layout, batch and number formats that another tool is run with: flags of "
+        "Megatron, vLLM or SGLang, or torchtitan's TOML, e.g. --layout-from megatron.sh",
+    ),
+]
 WriteOption: TypeAlias = Annotated[
     int | None,
     typer.Option(

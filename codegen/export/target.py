@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -14,6 +14,7 @@ from ...planner.plan.named import Named
 from ...planner.plan.plan import PlanData
 from ...planner.strategies.layout import Layout, words_of_roles
 from ...planner.strategies.roles import Role
+from .flags import Flags
 
 DATA = ("ddp", "fsdp", "zero1", "zero2", "ddp+ep", "fsdp+ep")  # roles that cut the batch
 _SHARDING = ("fsdp", "zero1", "zero2")
@@ -28,10 +29,11 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
-    """What flags of a target say: options of `plan` by their names in Python, `--layout` among
-    them; and sentences about flags that change how a model is cut and have no such option."""
+class Read:
+    """What flags of a target say: a layout, further options of `plan` by their names in Python,
+    and those flags that change how a model is run and have no such option."""
 
+    layout: str
     options: Mapping[str, object]
     unread: tuple[str, ...] = ()
 
@@ -83,6 +85,17 @@ class Target:
             words = f"pp={layout.pipeline},{inner}{words}"
         return Layout.parse(words), tuple(lost)
 
+    def ordinary(self, gpus: int) -> Iterator[Layout]:
+        """Layouts of the tool for so many GPUs: tensor parallelism over 1, 2, 4, ... of them, and
+        data parallelism, sharded where it has that, over the rest."""
+        data = "fsdp" if "fsdp" in self.roles.values() else "ddp"
+        tensor = "tp" if "tp" in self.roles.values() else "tp+sp"
+        size = 1
+        while gpus % size == 0:
+            axes = [(role, n) for role, n in ((data, gpus // size), (tensor, size)) if n > 1]
+            yield Layout.parse(words_of_roles(axes or [(data, 1)], False))
+            size *= 2
+
     def _axes(self, layout: Layout) -> tuple[list[tuple[str, int]], list[str]]:
         """Roles and sizes as the tool has them, and what that changes."""
         lost: list[str] = []
@@ -117,9 +130,32 @@ class Target:
         """The plan as text; unless the target is exact, it is `layout`, which `nearest` gave."""
         raise NotImplementedError
 
-    def read(self, words: Sequence[str]) -> Flags:
-        """What flags say.  Raises PlanError for what is none of the tool's."""
-        raise PlanError(f"layouts are not read from flags of {self.name}")
+    knows: tuple[str, ...] = ()  # flags that tell a command line of this tool from others
+
+    def read(self, flags: Flags, gpus: int | None) -> Read:
+        """What flags say, for `gpus` in all.  Raises PlanError for what makes no sense."""
+        raise PlanError(f"layouts are not read from what {self.name} is given")
+
+
+def shared_out(gpus: int | None, sizes: Mapping[str, int]) -> int:
+    """How many data-parallel ranks are left of `gpus` by axes of these sizes."""
+    ways = prod(sizes.values())
+    if gpus is None:
+        raise PlanError("how many GPUs? The flags do not say; give --gpus N")
+    if gpus % ways:
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise PlanError(f"--gpus {gpus} is no multiple of {named}")
+    return gpus // ways
+
+
+def words_for(axes: Sequence[tuple[str, int]], stages: tuple[int, int], recompute: str) -> str:
+    """Words of `--layout` for axes, ranks of a pipeline and stages of each; `recompute`: `full`,
+    `none`, or "" where nothing is said."""
+    real = [(role, size) for role, size in axes if size > 1]
+    words = words_of_roles(real or [("ddp", 1)], False)
+    words = f"vpp={stages[1]},{words}" if stages[1] > 1 else words
+    words = f"pp={stages[0]},{words}" if stages[0] > 1 else words
+    return f"{words},recompute={recompute}" if recompute else words
 
 
 def _name(role: str) -> str:
@@ -159,6 +195,6 @@ def seconds_text(plan: PlanData) -> str:
 
 
 __all__ = [
-    "DATA", "Flags", "Target", "Written", "attention_algorithms", "ranks", "rows_per_rank",
-    "seconds_text",
+    "DATA", "Read", "Target", "Written", "attention_algorithms", "ranks", "rows_per_rank",
+    "seconds_text", "shared_out", "words_for",
 ]  # fmt: skip

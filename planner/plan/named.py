@@ -185,7 +185,7 @@ class _Side:
             kept = way is not None and all(
                 self._judge.keeps(region, way, axis, parsed[axis]) for axis in axes
             )
-            if not kept:
+            if not kept and _is_told(region):
                 head = next((n for n in region.nodes if operator_of(n).heavy), region.nodes[0])
                 text = choices_text(
                     head, plan.decisions.choices[head.name], plan.mesh, self._labels
@@ -221,6 +221,12 @@ class _Side:
                 never = {axis for axis in axes if all(spec[axis] != V for spec in specs)}
                 found.setdefault(value.name, set()).update(never)
         return found
+
+
+def _is_told(region: Region) -> bool:
+    """Is it more than a shift of labels, or a count of positions?"""
+    heavy = any(operator_of(node).heavy for node in region.nodes)
+    return heavy or any(value.differentiable for value in region.values)
 
 
 def _taken(region: Region, choices: Mapping[str, tuple[str, ...]]) -> Strategy | None:
