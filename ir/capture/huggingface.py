@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat import transformers as hf
+from ...facts.given import shown
 from ..ops.attention import attention, mask_stand_in
 from .arguments import called_by_name
 from .huggingface_config import load_config, refusals
@@ -215,7 +216,7 @@ def _class_of(config: Any) -> Any:
     cls = hf.model_class(names[0])
     if cls is None:
         raise ValueError(
-            f"`architectures` names `{names[0]}`, which is not in transformers "
+            f"`architectures` names {shown(names[0])}, which is not in transformers "
             f"{hf.version()}; models with their own code need a Python file with "
             "`build_model`"
         )
@@ -239,8 +240,9 @@ def _check_plain(config: Any) -> None:
     if quantised is None:
         return
     method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+    named = shown(method or quantised)
     raise ValueError(
-        f"the config of `{config.model_type}` has a `quantization_config` ({method or quantised}): "
+        f"the config of `{config.model_type}` has a `quantization_config` ({named}): "
         "quantised weights cannot be planned. Plan a copy of the config without it, and load "
         "weights that were converted to bfloat16"
     )

@@ -304,7 +304,7 @@ def test_a_configuration_has_its_own_dtype(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (', "quantization_config": {"quant_method": "fp8"}', "`quantization_config` (fp8)"),
+        (', "quantization_config": {"quant_method": "fp8"}', "`quantization_config` ('fp8'"),
         (', "torch_dtype": "float8_e4m3fn"', "has the dtype torch.float8_e4m3fn"),
         (', "torch_dtype": "int8"', "has the dtype torch.int8"),
         (', "torch_dtype": "auto"', "transformers cannot read this config"),
