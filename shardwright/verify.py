@@ -604,11 +604,18 @@ def _whole_sequences(loaded: Loaded, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 class _WideDtypes(TorchDispatchMode):
-    """Wherever a model names a floating format, it gets float64: what `widened` does to a graph."""
+    """Wherever a model names a floating format, it gets float64: what `widened` does to a graph.
+
+    Numbers that it writes out as a tensor are rounded to their own format first, as in a graph.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = {name: _wide(arg) for name, arg in (kwargs or {}).items()}
-        return func(*map(_wide, args), **keywords)
+        made = func(*map(_wide, args), **keywords)
+        return made.to(wide(made.dtype)) if func is _WRITTEN else made
+
+
+_WRITTEN = torch.ops.aten.lift_fresh.default  # what `torch.tensor(0.1)` ends with
 
 
 def _wide(arg: Any) -> Any:
