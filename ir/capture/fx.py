@@ -99,6 +99,7 @@ class _Converter:
     frames: list[_Frames] = field(default_factory=list)  # of each node
     autocast: Region | None = None  # around what is converted now
     buffers: frozenset[str] = frozenset()  # whose new values are put back after the forward pass
+    cut_off: dict[str, str] = field(default_factory=dict[str, str])  # on the way into a region
     leaves: frozenset[str] = frozenset()  # trained parameters, each cast once in a region
     cast_leaves: dict[tuple[str, torch.dtype], Value] = field(default_factory=dict)
 
@@ -203,7 +204,9 @@ class _Converter:
         if not value.differentiable:
             return value
         args: tuple[tuple[str, Arg], ...] = (("self", value),)
-        return self.emit("aten.detach.default", args, "detach", [value.type], False, origin)[0]
+        made = self.emit("aten.detach.default", args, "detach", [value.type], False, origin)[0]
+        self.cut_off[made.name] = value.name
+        return made
 
     def call(self, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool) -> None:
         """Convert one call of an aten or custom op."""
@@ -377,11 +380,7 @@ class _Converter:
                 continue
             shares = self.bases.get(bound.name, bound.name) == base
             if shares and key.op == "placeholder" and base not in self.buffers:
-                raise UnsupportedNode(
-                    f"`{node.target}` changes the input, parameter or non-persistent buffer "
-                    f"`{bound.name}` in place; compute a new tensor, or register the buffer with "
-                    "persistent=True"
-                )
+                raise UnsupportedNode(f"`{node.target}` changes {self.what_is(bound)}")
             if bound.name in changed:
                 env[key] = changed[bound.name]
             elif shares and any(user not in env for user in key.users):
@@ -390,6 +389,24 @@ class _Converter:
                     "write `x = torch.where(...)` or `x = x.op(...)` instead"
                 )
         self.bases.update({value.name: base for value in changed.values()})
+
+    def what_is(self, changed: Value) -> str:
+        """What a tensor is that may not be changed in place, and what to do instead."""
+        name = self.cut_off.get(changed.name, changed.name)
+        if name in self.leaves:
+            return (
+                f"the parameter `{name}` in place, which a plan keeps as the optimizer"
+                " leaves it; compute with a changed copy, or change it between two steps"
+            )
+        if changed.name in self.cut_off:
+            return (
+                "a tensor in place that comes from outside of this region without gradients (which"
+                " would still flow as if it were the old one); compute a new tensor"
+            )
+        return (
+            f"the input or non-persistent buffer `{name}` in place; compute a new tensor,"
+            " or register the buffer with persistent=True"
+        )
 
     def written_back(self, view: Node, parent: Value, part: Value, origin: fx.Node) -> Value:
         """`parent` with the part that `view` looks at replaced by `part`."""

@@ -254,6 +254,12 @@ def frozen_by_setting(weight: Tensor, x: Tensor) -> Tensor:
     return x * weight
 
 
+def clamped(changed: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        changed.clamp_(max=1)
+    return changed * x
+
+
 def kept_otherwise(x: Tensor) -> Tensor:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
         return x.tanh()
@@ -282,6 +288,9 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda x, w: frozen(w, x), "`requires_grad` of a parameter is changed"),
     (lambda x, w: frozen_by_setting(w, x), "`requires_grad` of a parameter is changed"),
     (lambda x, w: kept_otherwise(x), "`saved_tensors_hooks` keeps tensors in a way"),
+    (lambda x, w: clamped(w, x), "changes the parameter `weight` in place, which a plan keeps"),
+    (lambda x, w: x * w.data.clamp_(max=1), "changes the parameter `weight` in place"),
+    (lambda x, w: clamped(x * w, x), "changes a tensor in place that comes from outside"),
 ]
 
 
