@@ -25,6 +25,7 @@ from ..ir.ops.registry import is_view, local_of, operator_of, rule_of
 from ..ir.ops.views import Dim, reshaped
 from ..planner.plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
 from ..planner.strategies.conversion import Step
+from ..planner.strategies.regions import Recomputed
 from .classes import TorchModule
 from .expressions import nested
 from .names import Base, Names, base_of
@@ -58,6 +59,14 @@ def _module(path: str) -> str:
     return attribute(f"{path}.weight").removesuffix(".weight")
 
 
+# A layer's call, by what is done with it (`Modes`)
+_RUN = {
+    "full": "self.recompute(layer, {})",
+    "part": 'self.recompute(layer, {}, keep="products, attention")',
+    "kept": "layer({})",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What all functions of a program share."""
@@ -68,7 +77,7 @@ class Context:
     parameters: Mapping[str, str]  # by the name of its value, its path in the block or model
     words: Mapping[str, str]  # by the name of a value, what the user calls it
     weights: Mapping[Sharded, str]  # the paths that parameters are used under
-    recomputed: Mapping[str, int]  # by loop, how many first layers are run again in backward
+    layers: Recomputed  # which run again in backward
     training: bool = False
     order: str = "contiguous"  # in which ranks hold tokens
     # what the module calls the user's functions
@@ -428,20 +437,21 @@ class FunctionWriter:
         path = self.function.own(item.loop.path)
         assert path is not None
         passed = ", ".join([*carried, *arguments])
-        for layers, again in self._runs_of(item.loop, _module(path)):
+        for layers, mode in self._runs_of(item.loop, _module(path)):
             self._out.append(f"{pad}for layer in {layers}:")
-            run = f"self.recompute(layer, {passed})" if again else f"layer({passed})"
+            run = _RUN[mode].format(passed)
             call = f"{', '.join(carried)} = {run}"
             self._out += statement(call, self._indent + 1, self.layout(item.outputs[0]))
 
-    def _runs_of(self, loop: Loop, module: str) -> Iterator[tuple[str, bool]]:
-        """The layers of a loop, in parts; are they recomputed?"""
-        again, layers = self.context.recomputed[loop.path], len(loop.order)
-        if 0 < again < layers:
-            yield f"{module}[:{again}]", True
-            yield f"{module}[{again}:]", False
-        else:
-            yield module, again > 0
+    def _runs_of(self, loop: Loop, module: str) -> Iterator[tuple[str, str]]:
+        """The layers of a loop, in parts; how are they recomputed (`Modes`)?"""
+        modes, start, count = self.context.layers.of(loop), 0, len(loop.order)
+        for mode, layers in modes._asdict().items():
+            first = start or ""
+            start += layers
+            end = start if start < count else ""
+            if layers:
+                yield (module if layers == count else f"{module}[{first}:{end}]"), mode
 
     def _conversion_call(self, item: Convert) -> str:
         """The method of `runtime.Axis` for the step (see its table)."""

@@ -212,7 +212,7 @@ class Writer:
             names,
             self.words,
             {weight.item: weight.name for weight in weights},
-            {loop.path: self.program.recomputed(loop) for loop in self.program.graph.loops},
+            self.program.layers,
             self.program.training,
             self.program.order,
             self.users,

@@ -73,6 +73,37 @@ def gradient_hooks_of_all() -> bool:
     return bool(modules._global_backward_hooks or modules._global_backward_pre_hooks)
 
 
+@contextmanager
+def watch_saved_tensors(told: Callable[[Tensor], None]) -> Generator[None]:
+    """Within, autograd tells of each tensor that it saves, before those hooks that are set now."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 (stubs do not know it)
+    hooks = autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        yield
+        return
+    pack, unpack = hooks
+
+    def telling(x: Tensor) -> Any:
+        told(x)
+        return pack(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(telling, unpack):
+        yield
+
+
+def looks_into(operator: OpOverload) -> bool:
+    """Are its results other views of its operand?"""
+    return operator.is_view or operator is torch.ops.aten._unsafe_view.default
+
+
+def written_operands(operator: OpOverload, args: tuple[Any, ...]) -> list[Any]:
+    """Those of the operands that it writes to."""
+    if not operator._schema.is_mutable:
+        return []
+    pairs = zip(operator._schema.arguments, args, strict=False)
+    return [x for each, x in pairs if each.alias_info is not None and each.alias_info.is_write]
+
+
 def registered(module: nn.Module, name: str) -> Tensor:
     """The module's own parameter or buffer `name`, also while an attribute hides it."""
     found = module._parameters.get(name)
@@ -396,6 +427,7 @@ __all__ = [
     "in_rows",
     "is_fake",
     "is_traceable_wrapper_subclass",
+    "looks_into",
     "makes_tensors",
     "operator_name",
     "outside_modes",
@@ -406,5 +438,7 @@ __all__ = [
     "tree_leaves",
     "tree_unflatten",
     "whole_stacks",
+    "watch_saved_tensors",
     "will_run",
+    "written_operands",
 ]

@@ -31,6 +31,9 @@ MOVES: dict[tuple[Holding, Holding], Primitive] = {
 BETWEEN_RANKS: frozenset[Primitive] = frozenset(
     {"all_gather", "all_to_all", "all_reduce", "reduce_scatter"}
 )
+# Where a layer keeps the results of products for backward: of these moves of one the result is kept
+# in its place, while what is gathered is gathered again
+KEPT_MOVES: frozenset[Primitive] = frozenset({"all_to_all", "all_reduce", "reduce_scatter"})
 
 
 def holding(state: State) -> Holding:

@@ -29,6 +29,7 @@ from .mesh import transport
 from .mesh.collectives import Axis
 from .mesh.counter import Phase
 from .mesh.derivatives import first_order
+from .mesh.keeping import keeping_nothing
 from .mesh.opaque import not_compiled
 
 Gating: TypeAlias = Literal["none", "separate", "halves", "pairs"]
@@ -46,6 +47,7 @@ _GROUPED_CAPABILITY = (8, 0)
 
 
 @not_compiled("the routing of experts")
+@keeping_nothing()
 def moe(
     x: Tensor,
     indices: Tensor,

@@ -238,6 +238,7 @@ class Plan(PlanData):
             recompute=decided.recompute,
             order=decided.order,
             kept_layers=decided.kept_layers,
+            part_layers=decided.part_layers,
         )
         return Builder(self.graph, network_for(self.graph, self.mesh, cluster), setting)
 

@@ -176,7 +176,7 @@ class Asked:
                 " model.gather_outputs makes whole"
             )
         layout = None if self.layout is None else Layout.parse(self.layout)
-        if layout is not None and layout.recompute and not kind.backward:
+        if layout is not None and layout.recompute not in (None, "none") and not kind.backward:
             raise PlanError(f"--layout {layout.text}: phase {self.phase} has no backward pass")
         if self.pins and self.mesh is None and layout is None:
             raise PlanError("--pin needs --mesh: a spec has one state per mesh axis")

@@ -92,8 +92,9 @@ def _cells(row: Compared) -> tuple[str, ...]:
     seconds = plan.seconds if plan.decode is None else plan.answer_s
     sizes = "x".join(str(size) for size in plan.mesh.sizes)
     plans = (plan,) if plan.pipeline is None else plan.pipeline.kinds
-    again = any(each.decisions.recompute for each in plans)
-    layers = "recomputed" if again else "kept" if plan.training else ""
+    again = next((each for each in plans if each.decisions.recompute), plans[0])
+    longest = max((len(loop.order) for loop in again.graph.loops), default=0)
+    layers = again.decisions.recomputed.words(longest) if plan.training else ""
     memory = format_bytes(last.memory.total)
     return (row.layout, name, sizes, format_seconds(seconds), memory, layers)
 

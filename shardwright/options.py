@@ -252,9 +252,10 @@ LayoutOption: TypeAlias = Annotated[
         show_default=False,
         help="an ordinary plan instead of the best one: ddp (or dp), fsdp, tp, cp, ulysses and ep, "
         "each with a number of GPUs, outermost first; sp: the GPUs of tp share the sequence "
-        "between the blocks; pp: ranks of a pipeline, vpp: stages of each; recompute=none or full; "
-        "e.g. --layout fsdp=32 or --layout pp=2,ddp=4,tp=8,sp. Repeated: a table of all, beside "
-        "the best plan",
+        "between the blocks; pp: ranks of a pipeline, vpp: stages of each; recompute=none, "
+        "selective (layers keep the results of products and attention), full, or so many first "
+        "layers; e.g. --layout fsdp=32 or --layout pp=2,ddp=4,tp=8,sp. Repeated: a table of all, "
+        "beside the best plan",
     ),
 ]
 LayoutFromOption: TypeAlias = Annotated[

@@ -206,11 +206,11 @@ def _with_layers(plan: PlanData, most: int) -> PlanData:
     """The plan with at most so many layers of each kind in each loop, priced anew."""
     decode, graph = plan.decode, _shortened(plan.graph, most)
     shortest = min((len(loop.order) for loop in graph.loops), default=1)
-    kept = min(plan.decisions.kept_layers, shortest - 1)  # others are recomputed here, too
+    layers = plan.decisions.recomputed.in_fewer(shortest)
     small = replace(
         plan,
         graph=graph,
-        decisions=replace(plan.decisions, kept_layers=kept),
+        decisions=replace(plan.decisions, kept_layers=layers.kept, part_layers=layers.part),
         decode=decode and replace(decode, graph=_shortened(decode.graph, most)),
     )
     return Again(small, load_cluster(plan.request.cluster, plan.request.gpus)).same()

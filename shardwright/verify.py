@@ -270,7 +270,8 @@ def _program(plan: PlanData, graph: Graph) -> Program:
         return free[value.name, a, b]
 
     most = min((len(loop.order) for loop in graph.loops), default=1) - 1
-    decisions = replace(plan.decisions, kept_layers=min(plan.decisions.kept_layers, most))
+    layers = plan.decisions.recomputed.in_fewer(most + 1)
+    decisions = replace(plan.decisions, kept_layers=layers.kept, part_layers=layers.part)
     return lower(graph, decisions, paths, training=plan.training)
 
 

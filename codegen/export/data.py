@@ -62,6 +62,7 @@ def _phase(plan: PlanData) -> dict[str, Any]:
         "memory_bytes": plan.memory.total,
         "recomputed": decided.recompute,
         "kept_layers": decided.kept_layers,
+        "part_layers": decided.part_layers,
         "tokens": decided.order,
         "parameters": {
             ref.name: {

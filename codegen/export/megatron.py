@@ -167,7 +167,7 @@ def _recompute_of(flags: Flags, unread: list[str]) -> str:
     granularity = flags.text("recompute-granularity")
     method, layers = flags.text("recompute-method"), flags.text("recompute-num-layers")
     if flags.is_set("recompute-activations") or granularity == "selective":
-        unread.append("selective recomputation: a layer is recomputed whole or kept")
+        unread.append("selective recomputation: there of attention, whose result is kept here")
         return "none"
     if granularity == "full" and method == "block":
         unread.append(f"--recompute-num-layers {layers}: as many layers as must be are recomputed")
@@ -241,7 +241,7 @@ def _precision(plan: PlanData, lost: list[str]) -> Iterator[str]:
 
 def _recomputed(plan: PlanData, layout: Layout) -> Iterator[str]:
     """Of whole layers; `block` recomputes the first ones of each stage and keeps the rest."""
-    if layout.recompute or plan.decisions.recompute:
+    if layout.recompute == "full" or plan.decisions.recompute:
         kept = plan.decisions.kept_layers
         layers = max((len(loop.order) for loop in plan.graph.loops), default=0)
         yield "--recompute-granularity full"

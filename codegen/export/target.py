@@ -73,13 +73,17 @@ class Target:
         axes, lost = self._axes(layout)
         if layout.pipeline > 1 and not self.pipelines:
             raise PlanError(f"{self.name} has no pipelines; plan it with a --layout without pp")
-        recompute = bool(layout.recompute)
+        recompute = layout.recompute in ("full", "selective")
+        if named.part_layers or layout.recompute == "selective":
+            recompute |= not named.kept_layers
+            lost.append("layers keep the results of products and attention; here no part of them")
         if named.kept_layers and not self.recompute_some:
             recompute = True
             lost.append(f"layers are recomputed but for the last {named.kept_layers}; here all")
         if recompute and not self.recompute:
             lost.append("layers are recomputed")
-        words = words_of_roles(axes or [("ddp", 1)], recompute and self.recompute)
+        full = "full" if recompute and self.recompute else ""
+        words = words_of_roles(axes or [("ddp", 1)], full)
         if layout.pipeline > 1:
             inner = f"vpp={layout.per_rank}," if layout.per_rank > 1 else ""
             words = f"pp={layout.pipeline},{inner}{words}"
@@ -93,7 +97,7 @@ class Target:
         size = 1
         while gpus % size == 0:
             axes = [(role, n) for role, n in ((data, gpus // size), (tensor, size)) if n > 1]
-            yield Layout.parse(words_of_roles(axes or [(data, 1)], False))
+            yield Layout.parse(words_of_roles(axes or [(data, 1)]))
             size *= 2
 
     def _axes(self, layout: Layout) -> tuple[list[tuple[str, int]], list[str]]:
@@ -118,8 +122,8 @@ class Target:
         ordered = sorted(axes, key=lambda axis: self.order.index(axis[0]))
         if ordered != axes:
             lost.append(
-                f"axes lie, outermost first, as {words_of_roles(ordered, False)}, and not as "
-                f"{words_of_roles(axes, False)}"
+                f"axes lie, outermost first, as {words_of_roles(ordered)}, and not as "
+                f"{words_of_roles(axes)}"
             )
         return ordered, lost
 
@@ -150,9 +154,9 @@ def shared_out(gpus: int | None, sizes: Mapping[str, int]) -> int:
 
 def words_for(axes: Sequence[tuple[str, int]], stages: tuple[int, int], recompute: str) -> str:
     """Words of `--layout` for axes, ranks of a pipeline and stages of each; `recompute`: `full`,
-    `none`, or "" where nothing is said."""
+    `selective`, `none`, or "" where nothing is said."""
     real = [(role, size) for role, size in axes if size > 1]
-    words = words_of_roles(real or [("ddp", 1)], False)
+    words = words_of_roles(real or [("ddp", 1)])
     words = f"vpp={stages[1]},{words}" if stages[1] > 1 else words
     words = f"pp={stages[0]},{words}" if stages[0] > 1 else words
     return f"{words},recompute={recompute}" if recompute else words

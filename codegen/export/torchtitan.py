@@ -58,7 +58,7 @@ class Torchtitan(Target):
                 "seq_len": request.seq,
                 **dict(_formats(plan, lost)),
             },
-            "activation_checkpoint": {"mode": "full" if layout.recompute else "none"},
+            "activation_checkpoint": {"mode": "full" if layout.recompute == "full" else "none"},
         }
         if request.micro_batches > 1 and plan.pipeline is None:
             sections["training"] = {
@@ -129,8 +129,10 @@ def _training_of(flags: Flags, data: int) -> dict[str, object]:
 
 def _recompute_of(flags: Flags, unread: list[str]) -> str:
     mode = flags.text("activation-checkpoint.mode") or "selective"
-    if mode not in ("full", "none"):
-        unread.append(f"activation checkpoints by `{mode}`: a layer is recomputed whole or kept")
+    if mode == "selective":
+        unread.append("activation checkpoints: every second product runs again there, too")
+    elif mode not in ("full", "none"):
+        unread.append(f"activation checkpoints by `{mode}`")
         return "none"
     return mode
 

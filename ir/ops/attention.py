@@ -416,6 +416,7 @@ class Attention(Operator):
     """Queries over keys; a cut of both runs one of several algorithms."""
 
     attends = True
+    stays = True
     words = WORDS
     in_eval: Mapping[str, Arg] = MappingProxyType({"dropout_p": 0.0})
     noun = "attended"

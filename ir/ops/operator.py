@@ -136,6 +136,8 @@ class Operator:
     names_module: bool = False
     # may its small result be summed up over ranks inside a region, as the mean of a norm?
     sums_inside: bool = False
+    # where a layer keeps a part of what it makes, is its result kept, and not made again?
+    stays: bool = False
     # does one kernel add up rows and use the sums, as that of a norm?
     rowwise: bool = False
     # do the factors that cannot be cut keep their sizes in a smaller graph?

@@ -24,6 +24,7 @@ class Product(Light):
     """A product of two operands, and what is added to it; declared as `Light` is."""
 
     heavy = True
+    stays = True
     words: Mapping[str, str] = MappingProxyType({"o": "columns", "k": "rows"})
     also: Mapping[str, str] = MappingProxyType({"out": "o", "in": "k"})
     spent_on = "matrix products"

@@ -115,6 +115,11 @@ def _check_decisions(plan: PlanData) -> None:
         f"plan field `kept_layers`: {made.kept_layers} of {longest} layers, of which others are"
         " recomputed, cannot be kept",
     )
+    _check(
+        not made.part_layers or (made.recompute and made.part_layers + made.kept_layers <= longest),
+        f"plan field `part_layers`: {made.part_layers} of {longest} layers, of which"
+        f" {made.kept_layers} keep all, cannot keep a part",
+    )
     nodes = {node.name: node for node in graph.nodes}
     _same("choices", made.choices, nodes)
     _same("work", plan.work, nodes)

@@ -44,13 +44,15 @@ class Named:
 
     `roles` are those of the axes of the plan's mesh (of a stage's, in a pipeline) that have more
     than one rank, as `Role.parse` reads them.  Where layers are recomputed but for the last
-    `kept_layers` of each loop, the layout leaves open whether they are.
+    `kept_layers` of each loop, or some of them in part (`part_layers`) and others not, the layout
+    leaves open whether they are.
     """
 
     layout: Layout
     roles: tuple[str, ...]
     differences: tuple[Difference, ...]
     kept_layers: int = 0
+    part_layers: int = 0
 
     @property
     def words(self) -> str:
@@ -75,8 +77,11 @@ def name_of_plan(plan: PlanData) -> Named:
     if plan.recached:
         found.append(Difference("", "the KV caches lie otherwise in decode than in prefill"))
     kept = tuple(dict.fromkeys(found))
-    layers = plan.decisions.kept_layers if plan.decisions.recompute else 0
-    return Named(Layout.parse(text), tuple(roles[axis] for axis in axes), kept, layers)
+    used = tuple(roles[axis] for axis in axes)
+    if not plan.decisions.recompute or _recompute(plan):
+        return Named(Layout.parse(text), used, kept)
+    layers = plan.decisions.recomputed
+    return Named(Layout.parse(text), used, kept, layers.kept, layers.part)
 
 
 def _one_kind_of_tp(roles: Sequence[str]) -> list[str]:
@@ -105,8 +110,15 @@ def _named_pipeline(plan: PlanData) -> Named:
     return Named(Layout.parse(inner + main.words), main.roles, tuple(dict.fromkeys(found)))
 
 
-def _recompute(plan: PlanData) -> bool:
-    return plan.training and plan.decisions.recompute and not plan.decisions.kept_layers
+def _recompute(plan: PlanData) -> str:
+    """What `--layout` calls it where the same is done with all layers, but keeping them."""
+    if not plan.training or not plan.decisions.recompute:
+        return ""
+    modes = [plan.decisions.recomputed.of(loop) for loop in plan.graph.loops]
+    if any(mode.kept for mode in modes):
+        return ""
+    full, part = (any(counts) for counts in zip(*(mode[:2] for mode in modes), strict=True))
+    return "" if full and part else "selective" if part else "full"
 
 
 class _Side:

@@ -78,7 +78,8 @@ def _moved(
     program: Program, prices: Prices, decisions: Decisions, together: Sequence[Together]
 ) -> dict[Unit, _Moved]:
     unit_of = dict(_units(program))
-    shares = {scope.unit: decisions.again(scope) for scope in scopes(prices.graph)}
+    layers = decisions.recomputed
+    shares = {scope.unit: layers.runs(scope).again for scope in scopes(prices.graph)}
     found: dict[Unit, _Moved] = {}
     for each in together:
         traffic = each.traffic
@@ -111,12 +112,12 @@ def _computed(prices: Prices, decisions: Decisions) -> Mapping[Unit, _Computed]:
     for scope in scopes(prices.graph):
         if not isinstance(scope.place, InLoop):
             continue
-        mine = found[scope.place]
+        mine, again = found[scope.place], decisions.again(scope)
         for node in scope.nodes:
             work = prices.work(node, decisions.choices[node.name])
             mine.forward += work.forward_s - work.forward_moving_s
             mine.backward += work.backward_s - work.backward_moving_s
-            mine.backward += decisions.again(scope) * (work.forward_s - work.forward_moving_s)
+            mine.backward += again[node.name] * (work.forward_s - work.forward_moving_s)
     return found
 
 

@@ -87,7 +87,7 @@ def _runs(plan: PlanData) -> Iterator[tuple[Scope, Node, int, float]]:
     times = plan.request.micro_batches
     for scope in scopes(plan.graph):
         again = plan.decisions.again(scope)
-        yield from ((scope, node, times * scope.weight, again) for node in scope.nodes)
+        yield from ((scope, n, times * scope.weight, again[n.name]) for n in scope.nodes)
 
 
 def _local(plan: PlanData, node: Node) -> Local:

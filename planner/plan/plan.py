@@ -84,8 +84,9 @@ class Baseline:
 
     If it does not fit, `seconds` is None and `peak_bytes` what it needs at least.  `spent` says
     what the seconds go into, as `planner.split` has it; `recompute`, whether layers run forward
-    again in backward, and `kept_layers`, how many last ones of each loop do not; `whole`, which
-    weights stay whole where FSDP's axes do not divide them.
+    again in backward, and `kept_layers`, how many last ones of each loop do not, and `part_layers`,
+    how many of the others keep a part; `whole`, which weights stay whole where FSDP's axes do not
+    divide them.
     `refused`: there is no such plan, and why; then `peak_bytes` is 0.
     """
 
@@ -98,6 +99,7 @@ class Baseline:
     whole: tuple[str, ...] = ()
     refused: str = ""
     kept_layers: int = 0
+    part_layers: int = 0
 
 
 SHORT_OF_MEMORY = 0.8  # a plan that fills more than this share may be held back by memory

@@ -11,7 +11,7 @@ Parameters and buffers are converted by no statement: each block says in which s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -28,7 +28,7 @@ from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions, Step
-from ..strategies.regions import recomputed_layers
+from ..strategies.regions import Recomputed
 from ..strategies.storage import Storage
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]
@@ -206,16 +206,16 @@ class Program:
     weights: tuple[Weight, ...]
     statements: tuple[Statement, ...]
     outputs: tuple[Sharded, ...]
-    recompute: bool = False  # layers run forward again in backward, and keep only their inputs
-    kept_layers: int = 0  # but not so many last ones of each loop
+    layers: Recomputed = field(default_factory=Recomputed)  # which run forward again in backward
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
     training: bool = True  # does a backward pass follow?
     micro_batches: int = 1  # that run it in one step
     reduced: torch.dtype | None = None  # of gradients between ranks; None: as they come
 
     def recomputed(self, loop: Loop) -> int:
-        """How many first layers of a loop are recomputed."""
-        return recomputed_layers(loop, self.kept_layers) if self.recompute else 0
+        """How many first layers of a loop run forward again in backward, whole or in part."""
+        modes = self.layers.of(loop)
+        return modes.full + modes.part
 
     @cached_property
     def zigzag(self) -> dict[str, frozenset[int]]:
@@ -331,8 +331,7 @@ class _Lowering:
             top.weights(),
             tuple(statements),
             outputs,
-            self.decisions.recompute,
-            self.decisions.kept_layers,
+            self.decisions.recomputed,
             self.decisions.order,
             self.training,
         )

@@ -93,6 +93,7 @@ _BASELINE = Record(
         "whole": ListOf(LINE),
         "refused": LINE,
         "kept_layers": _LAYERS,
+        "part_layers": _LAYERS,
     },
 )
 _SEARCH = Record(
@@ -186,6 +187,7 @@ def _plan(decode: Shape, stage: Shape | None) -> Shape:
         },
         optional={
             "kept_layers": _LAYERS,
+            "part_layers": _LAYERS,
             "module_sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}"),
             **({} if stage is None else {"pipeline": _pipeline(stage)}),
         },

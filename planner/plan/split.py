@@ -54,10 +54,10 @@ def spent_in_ops(
     for scope in scopes(graph):
         again = decisions.again(scope)
         for node in scope.nodes:
-            one = work[node.name]
+            one, more = work[node.name], again[node.name]
             runs = times * scope.weight
-            whole = runs * (one.seconds + again * one.forward_s)
-            waits = runs * (one.moving_s + again * one.forward_moving_s)
+            whole = runs * (one.seconds + more * one.forward_s)
+            waits = runs * (one.moving_s + more * one.forward_moving_s)
             computing[operator_of(node).spent_on] += whole - waits
             if one.axes:
                 moving[one.axes] = moving.get(one.axes, 0.0) + waits

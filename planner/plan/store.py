@@ -61,6 +61,7 @@ def plan_to_json(plan: PlanData) -> dict[str, Any]:
         },
         "recompute": d.recompute,
         **({"kept_layers": d.kept_layers} if d.kept_layers else {}),
+        **({"part_layers": d.part_layers} if d.part_layers else {}),
         "order": d.order,
         "work": {name: [w.forward_s, w.backward_s] for name, w in plan.work.items()},
         "moving": {
@@ -176,6 +177,7 @@ def _read_plan(data: Any) -> PlanData:
             data["recompute"],
             data["order"],
             data.get("kept_layers", 0),
+            data.get("part_layers", 0),
         ),
         paths={
             (row["value"], parse_spec(row["from"]), parse_spec(row["to"])): _read_steps(row)

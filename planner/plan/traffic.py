@@ -6,18 +6,20 @@ tokens), and the weights of each block, which move together and come a second ti
 In backward only what a gradient reaches is counted: with a scalar loss among the outputs, the
 gradient starts there alone.
 Layers that are recomputed run forward twice, the second time until everything is back that
-autograd had kept: what comes after in the layer is not run again.
+autograd had kept: what comes after in the layer is not run again.  In those that keep a part, what
+is kept does not run again either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import NamedTuple, TypeAlias
 
 from ...costmodel.collective import messages, wire_bytes
 from ...facts.mesh import Mesh
+from ...facts.moves import KEPT_MOVES
 from ...facts.together import rounds
 from ...facts.traffic import Traffic
 from ...ir.ops.counted import Counted, counted_labels
@@ -156,15 +158,20 @@ class _Walk:
             self._bring(weights, live, 1)
 
     def run(
-        self, statements: Sequence[Statement], live: set[Sharded], known: _Known, *, again: int = 0
+        self,
+        statements: Sequence[Statement],
+        live: set[Sharded],
+        known: _Known,
+        *,
+        again: Collection[int] = (),
     ) -> set[Sharded]:
         """Count `statements`; `live` grows by what a gradient reaches, and is returned.
 
-        `known` are weights that will come again; the first `again` statements run forward twice.
+        `known` are weights that will come again; the statements numbered `again` run forward twice.
         """
         known = _with_views(statements, known)
         for at, item in reversed(list(enumerate(statements))):
-            times = 2 if at < again else 1
+            times = 2 if at in again else 1
             if isinstance(item, LoopCall):
                 live |= self._loop(item, live, known)
             elif isinstance(item, Convert):
@@ -187,14 +194,14 @@ class _Walk:
         carried = tuple(out in live for out in call.outputs)
         layers: dict[tuple[object, ...], tuple[_Count, frozenset[str]]] = {}
         runs: dict[tuple[object, ...], int] = {}
-        recomputed = self.program.recomputed(call.loop)
+        modes = self.program.layers.of(call.loop)
         for layer, kind in reversed(list(enumerate(call.loop.order))):
-            body, again = call.bodies[kind], layer < recomputed
-            entering = {} if again else _entering(call, body, known)
+            body, mode = call.bodies[kind], modes.mode(layer)
+            entering = _entering(call, body, known) if mode == "kept" else {}
             # layers that begin alike count alike, unless they share weights that come once
-            key = (kind, carried, len(self._told), layer if entering else None, again)
+            key = (kind, carried, len(self._told), layer if entering else None, mode)
             if key not in layers:
-                layers[key] = self._counted(body, carried, entering, recomputed=again)
+                layers[key] = self._counted(body, carried, entering, mode)
             runs[key] = runs.get(key, 0) + 1
             names = layers[key][1]
             carried = tuple(value.name in names for value in body.block.inputs[:n])
@@ -205,13 +212,13 @@ class _Walk:
         return reached | {v for v, alive in zip(call.carried, carried, strict=True) if alive}
 
     def _counted(
-        self, body: BlockBody, carried: Sequence[bool], entering: _Known, *, recomputed: bool
+        self, body: BlockBody, carried: Sequence[bool], entering: _Known, mode: str
     ) -> tuple[_Count, frozenset[str]]:
         """The count of one layer, and the names of what a gradient reaches in it, which comes from
-        what is `carried` on."""
+        what is `carried` on.  It is recomputed as `mode` says (see `Modes`)."""
         outside, self.count = self.count, _Count()
         ends = {out for out, alive in zip(body.outputs, carried, strict=True) if alive}
-        again = kept_until(body.statements) if recomputed and ends else 0
+        again = again_at(body.statements, mode if ends else "kept")
         # what comes for the second run of a layer serves its backward
         ours = {} if again else _known(body.weights)
         self._expect(body.statements, _with_views(body.statements, ours))
@@ -324,10 +331,34 @@ def _all_ahead(weight: Weight) -> tuple[Leg, ...]:
     return (*weight.refresh, *weight.forward)
 
 
+def again_at(statements: Sequence[Statement], mode: str) -> Collection[int]:
+    """The numbers of the statements of a layer that run again in backward in a mode (`Modes`)."""
+    until = 0 if mode == "kept" else kept_until(statements)
+    return set(range(until)) - (_kept_results(statements) if mode == "part" else set())
+
+
 def kept_until(statements: Sequence[Statement]) -> int:
     """How many statements run until the last one of which autograd keeps something."""
     kept = [i for i, s in enumerate(statements) if isinstance(s, Compute) and saved_values(s.node)]
     return kept[-1] + 1 if kept else 0
+
+
+def _kept_results(statements: Sequence[Statement]) -> set[int]:
+    """The statements whose results are kept by a layer that keeps a part: products and attention,
+    and what sums these up over ranks or exchanges them."""
+    found, kept = set[int](), set[Sharded]()
+    for at, item in enumerate(statements):
+        if isinstance(item, Compute) and operator_of(item.node).stays:
+            found.add(at)
+            kept.update(item.outputs)
+        elif isinstance(item, Compute) and is_view(item.node) and item.operands[0] in kept:
+            kept.update(item.outputs)
+        elif isinstance(item, Convert) and item.source in kept:
+            if item.primitive in KEPT_MOVES:
+                found.add(at)
+            if item.primitive in KEPT_MOVES or item.primitive == "nothing":
+                kept.add(item.target)
+    return found
 
 
 def _inner(call: LoopCall, body: BlockBody) -> dict[Sharded, Sharded]:
@@ -368,5 +399,5 @@ def _kept(item: Compute, known: _Known) -> list[tuple[_Brought, Sharded]]:
 
 
 __all__ = [
-    "Moved", "Together", "brought_together", "kept_until", "predicted_bytes", "predicted_messages",
+    "Moved", "Together", "again_at", "brought_together", "predicted_bytes", "predicted_messages",
 ]  # fmt: skip

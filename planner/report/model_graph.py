@@ -20,6 +20,7 @@ from ...ir.graph import Graph, Value
 from ...ir.ops.local import local_bytes
 from ..plan.plan import PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded, Weight
+from ..strategies.selected import again_in
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Writer:
     def _loop(self, call: LoopCall, outer: dict[Sharded, _Made]) -> None:
         carried = [outer[item] for item in call.carried]
         n, path = len(carried), call.loop.path
-        recomputed = self.plan.program.recomputed(call.loop)
+        modes = self.plan.program.layers.of(call.loop)
         for index, kind in enumerate(call.loop.order):
             body = call.bodies[kind]
             inputs = body.block.inputs
@@ -119,11 +120,12 @@ class _Writer:
             inner = dict(zip((v.name for v in call.loop.invariants), inputs[n:], strict=True))
             at |= {Sharded(inner[a.value.name], a.spec): outer[a] for a in call.arguments}
             self._weights(f"{path}.{index}.", body.weights, at)
+            again = again_in(body.block.nodes, modes.mode(index))
             for item in body.statements:
                 if isinstance(item, Convert):
                     self._convert(item, at)
                 else:
-                    self._compute(f"{path}.{index}.", item, at, again=index < recomputed)
+                    self._compute(f"{path}.{index}.", item, at, again=item.node.name in again)
             carried = [at[item] for item in body.outputs]
         outer |= dict(zip(call.outputs, carried, strict=True))
 

@@ -22,6 +22,7 @@ from ..plan.returned import told_outputs
 from ..plan.traffic import Moved, predicted_bytes
 from ..plan.words import choices_text
 from ..strategies.params import all_params
+from ..strategies.regions import Recomputed
 
 _ROUNDING = 1e-9
 _PROVEN = 5e-4  # of the time: a gap to the bound that says no more than sums of roundings
@@ -73,7 +74,7 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
             (
                 f"{first} to {last}" if numbers[1:] else f"{first}",
                 _ranks([rank_of[number] for number in numbers]),
-                f"{stage.layers} {'recomputed' if kind.decisions.recompute else 'kept'}",
+                f"{stage.layers} {kind.decisions.recomputed.words(stage.layers)}",
                 format_seconds(stage.forward_s),
                 format_seconds(stage.backward_s),
                 format_seconds(stage.send_s + stage.send_back_s),
@@ -211,9 +212,10 @@ def _versus(plan: PlanData, seconds: float) -> str:
         return f"; {versus}: this plan keeps to its schedule."
     if ratio >= 0.995 and is_proven(plan):
         return f"; {versus}: no better plan exists{_among(plan)} under this cost model."
-    if is_proven(plan) and not plan.decisions.kept_layers:
+    mixed = _is_mixed(plan)
+    if is_proven(plan) and not mixed:
         return f"; {versus}, although this one is proven optimal: report this as a bug."
-    if plan.search.status == "optimal" and plan.decisions.kept_layers:
+    if plan.search.status == "optimal" and mixed:
         return f"; {versus}: how many layers are recomputed is searched, and not proven."
     if plan.search.status == "optimal" or plan.pipeline is not None:
         return f"; {versus}: no plan is more than {plan.search.gap:.1%} faster than this one."
@@ -240,7 +242,8 @@ def _ordinary(plan: PlanData) -> str:
     if possible:
         head = ("ordinary plan", "mesh", "time", "memory per GPU", "layers")
         rows: list[tuple[str, ...]] = [head]
-        rows += [(*_baseline_row(b), _layers(b)) for b in possible]
+        layers = _longest(plan)
+        rows += [(*_baseline_row(b), _layers(b, layers)) for b in possible]
         columns = 5 if any(b.recompute for b in possible) else 4
         lines.append(table([row[:columns] for row in rows]))
     for why, group in groupby(sorted(refused, key=lambda b: b.refused), key=lambda b: b.refused):
@@ -258,11 +261,19 @@ def _baseline_row(b: Baseline) -> tuple[str, str, str, str]:
     return (b.name, b.mesh, format_seconds(b.seconds), format_bytes(b.peak_bytes))
 
 
-def _layers(b: Baseline) -> str:
+def _layers(b: Baseline, layers: int) -> str:
     if b.seconds is None:
         return ""
-    kept = f" but for {b.kept_layers}" if b.kept_layers else ""
-    return f"recomputed{kept}" if b.recompute else "kept"
+    return Recomputed(b.recompute, b.kept_layers, b.part_layers).words(layers)
+
+
+def _longest(plan: PlanData) -> int:
+    return max((len(loop.order) for loop in plan.graph.loops), default=0)
+
+
+def _is_mixed(plan: PlanData) -> bool:
+    """Are not all layers kept, nor all recomputed whole?"""
+    return plan.decisions.kept_layers > 0 or plan.decisions.part_layers > 0
 
 
 def _differences(plan: PlanData) -> str:
@@ -311,19 +322,28 @@ def _binding(plan: PlanData) -> str:
 
 def _recomputed(plan: PlanData) -> str:
     """Which layers run forward again, in a sentence."""
-    if not plan.decisions.recompute:
+    layers = plan.decisions.recomputed
+    if not layers.any:
         return ""
-    if not plan.decisions.kept_layers:
+    loops = [(loop.path, layers.of(loop)) for loop in plan.graph.loops]
+    if not layers.kept and not layers.part:
         return " Layers keep only their inputs and are recomputed in backward."
-    parts = [
-        f"{plan.program.recomputed(loop)} of {len(loop.order)} layers of {loop.path}"
-        for loop in plan.graph.loops
-        if plan.program.recomputed(loop)
-    ]
-    return (
-        f" The first {', '.join(parts)} keep only their inputs and are recomputed in backward: the"
-        " fewest that were found to pay."
-    )
+    if not any(modes.full or modes.kept for _, modes in loops):
+        return f" Layers {_PART}."
+    whole = [f"{m.full} of {sum(m)} layers of {path}" for path, m in loops if m.full]
+    part = [f"{m.part} of {sum(m)} layers of {path}" for path, m in loops if m.part]
+    said = f" The first {', '.join(whole)} keep only their inputs and are recomputed in backward"
+    if whole and part:
+        return f"{said}; the last {', '.join(part)} {_PART}: as many as were found to fit."
+    if part:
+        said = f" The first {', '.join(part)} {_PART}"
+    return f"{said}: the fewest that were found to pay."
+
+
+_PART = (
+    "keep their inputs and the results of products and attention, and run again in backward what is"
+    " between"
+)
 
 
 def _moved(plan: PlanData, unit: str) -> list[str]:
@@ -393,7 +413,7 @@ def is_proven(plan: PlanData) -> bool:
 def _among(plan: PlanData) -> str:
     """Among which plans it is proven the best: how many layers are recomputed is no part of a
     problem."""
-    if plan.decisions.kept_layers:
+    if _is_mixed(plan):
         return " for this mesh, order of tokens and number of recomputed layers"
     return " with all layers kept or all recomputed" if plan.may_recompute else ""
 

@@ -183,8 +183,8 @@ class Again:
         again = plan.decisions.again(region.scope)
         runs = region.scope.weight * plan.request.micro_batches
         pairs = zip(region.nodes, way.choices, strict=True)
-        works = [builder.work(node, choices) for node, choices in pairs]
-        return runs * sum(work.seconds + again * work.forward_s for work in works)
+        works = [(builder.work(node, choices), again[node.name]) for node, choices in pairs]
+        return runs * sum(work.seconds + more * work.forward_s for work, more in works)
 
     def others(self, region: Region) -> Iterator[Strategy]:
         """The ways to run a region that differ from the plan's on one axis."""
@@ -197,7 +197,7 @@ class Again:
         decided = self.plan.decisions
         return replace(
             job.setting, recompute=decided.recompute, order=decided.order,
-            kept_layers=decided.kept_layers,
+            kept_layers=decided.kept_layers, part_layers=decided.part_layers,
         )  # fmt: skip
 
     def _solved(

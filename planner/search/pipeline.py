@@ -129,7 +129,7 @@ def _better_layers(plan: PlanData, ceiling: float) -> list[int] | None:
     stages, kinds = plan.pipeline.stages, plan.pipeline.kinds
     works = [_layer_work(kinds[stage.kind]) for stage in stages]
     each = [stage.forward_s + stage.backward_s for stage in stages]
-    again = [kinds[stage.kind].decisions.recompute for stage in stages]
+    again = [kinds[stage.kind].decisions.recomputed for stage in stages]
     rates = {  # seconds for one of work, where nothing is done besides
         mode: min(s / sum(w) for s, w, m in zip(each, works, again, strict=True) if m == mode)
         for mode in set(again)
@@ -272,7 +272,7 @@ class _Planning:
 
     # --- stages ----------------------------------------------------------------------------------
 
-    def _settings(self, numbers: Sequence[int]) -> list[Setting]:
+    def _settings(self, graph: Graph, numbers: Sequence[int]) -> list[Setting]:
         """Those to try: layers kept, then recomputed."""
         kept = in_flight(self.table)
         limit = self.room * self.request.memory_bytes / self.shape.per_rank
@@ -280,7 +280,7 @@ class _Planning:
         order = token_orders(self.graph, self.mesh)[0]
         return [
             replace(setting, in_flight=most, memory_bytes=limit, order=order)
-            for setting in self.job.settings
+            for setting in self.job.settings(graph)
         ]
 
     def _solved(self, kind: _Kind) -> Solved:
@@ -288,7 +288,7 @@ class _Planning:
         graph, job = kind.stage.graph, self.job
         ends = _ends_of(kind.stage)
         clashes: list[str] = []
-        for setting in self._settings(kind.numbers):
+        for setting in self._settings(graph, kind.numbers):
             with job.clock.step("problem"):
                 limit = _Ends(job.limit(graph, self.mesh), ends, self.fixed, self.stored)
                 built = job.builder(graph, self.mesh, setting).build(limit)
@@ -490,11 +490,11 @@ def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
     """Seconds of forward and backward of a micro-batch, as far as they are told apart."""
     ahead = back = 0.0
     for scope in scopes(plan.graph):
-        again = plan.decisions.recompute and scope.loop is not None
+        again = plan.decisions.again(scope)
         for node in scope.nodes:
             work = plan.work[node.name]
             ahead += scope.weight * work.forward_s
-            back += scope.weight * (work.seconds - (0.0 if again else work.forward_s))
+            back += scope.weight * (work.backward_s + again[node.name] * work.forward_s)
     for item, times in program.flat():
         if isinstance(item, Convert):
             sizes = [sum(t.bytes for t in item.priced.traffic if t.backward == b) for b in (0, 1)]

@@ -27,7 +27,7 @@ from ..strategies.build import Builder, Built
 from ..strategies.conversion import Network
 from ..strategies.layout import Layout
 from ..strategies.prices import network_for
-from ..strategies.regions import scopes
+from ..strategies.regions import Recomputed, scopes
 from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
 from ..strategies.setting import Restriction, Setting
 
@@ -95,13 +95,13 @@ class Job:
         """What the problem builder needs to know of the request."""
         return setting_of(self.request)
 
-    @property
-    def settings(self) -> tuple[Setting, ...]:
+    def settings(self, graph: Graph) -> tuple[Setting, ...]:
         """Those to try, the later only where memory is short: layers kept, layers recomputed."""
-        kept, again = self.setting, replace(self.setting, recompute=True)
-        if self.layout is not None and self.layout.recompute is not None:
-            return (again,) if self.layout.recompute else (kept,)
-        return kept, again
+        asked = None if self.layout is None else self.layout.recomputed(graph)
+        if asked is None:
+            return self.setting, replace(self.setting, recompute=True)
+        how = {"recompute": asked.any, "kept_layers": asked.kept, "part_layers": asked.part}
+        return (replace(self.setting, **how),)
 
     def check(self, graph: Graph) -> None:
         """Raises LayoutError where a layout cannot be that of the graph, whatever the sizes."""
@@ -120,8 +120,9 @@ class Job:
         made, networks = self.builders.made, self.builders.networks
         key = (id(graph), mesh, setting)  # the builder holds the graph, so that it stays the same
         if key not in made and setting.recompute:
-            kept = self.builder(graph, mesh, replace(setting, recompute=False, kept_layers=0))
-            made[key] = kept.recomputed(setting.kept_layers)
+            all_kept = replace(setting, recompute=False, kept_layers=0, part_layers=0)
+            kept = self.builder(graph, mesh, all_kept)
+            made[key] = kept.recomputed(setting.kept_layers, setting.part_layers)
         elif key not in made:
             network = network_for(graph, mesh, self.cluster)
             network = networks.setdefault((mesh, network.cluster), network)
@@ -185,9 +186,9 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
     searched = Searched[Solved].against(rival)
     searched.ceiling = min(searched.ceiling, job.known_s)
     searched.fastest = min(searched.fastest, job.known_s)
-    partly = rival is not None and rival.builder.setting.kept_layers > 0
+    partly = rival is not None and _is_mixed(rival.builder.setting)
     again = Searched[Solved]() if partly else searched
-    for n, setting in enumerate(job.settings):
+    for n, setting in enumerate(job.settings(graph)):
         if n and (isfinite(job.known_s) or not _short_of_memory(searched.best or rival, setting)):
             break
         mine = again if setting.recompute else searched
@@ -202,49 +203,96 @@ def search_meshes(graph: Graph, job: Job, rival: Solved | None = None) -> Search
     return searched
 
 
+def _is_mixed(setting: Setting) -> bool:
+    """Are not all layers recomputed whole, nor all kept?"""
+    return setting.kept_layers > 0 or setting.part_layers > 0
+
+
 def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved]) -> None:
     """Where memory has room for what some layers keep, recompute only the others: on the mesh of
-    the best plan, which recomputes all.
+    the best plan so far.
 
-    The number is the largest for which memory may do, else one for which the plan's own memory
-    does if each layer takes what the last does, else found by halving.  What these problems prove
-    is of their mesh, order of tokens and number of layers alone.
+    Where it has room for the part that selective layers keep, all are so but for as many last ones
+    as fit; else as many last ones are.  Where a part does not pay, the last ones keep all.
+    What these problems prove is of their mesh, order of tokens and number of layers alone.
     """
-    best = searched.best
-    if best is None or not best.builder.setting.recompute or len(job.settings) == 1:
+    best, layers = searched.best, max((len(loop.order) for loop in graph.loops), default=0)
+    if best is None or not layers or len(job.settings(graph)) == 1 or isfinite(job.known_s):
         return
     mesh, setting = best.builder.network.mesh, best.builder.setting
+    if not _short_of_memory(best, setting):
+        return
 
     @cache
-    def built(kept: int) -> Built:
-        change = {"recompute": False} if kept == layers else {"kept_layers": kept}
-        return _built(graph, mesh, replace(setting, **change), job, limit)
+    def built(kept: int, part: int) -> Built:
+        how = {"recompute": True, "kept_layers": kept, "part_layers": part}
+        return _built(graph, mesh, replace(setting, **how), job, limit)
 
-    def least(kept: int) -> float:
-        return built(kept).least_memory()
+    def faster(between: Built) -> bool:
+        found, solution = _solve(between, job, searched.ceiling)
+        searched.proven &= solution.status != "feasible"
+        if found is None or found.seconds >= searched.fastest:
+            return False
+        searched.take(found)
+        searched.least = min(searched.least, solution.bound)
+        return True
 
-    layers = max((len(loop.order) for loop in graph.loops), default=0)
-    room = setting.memory_bytes or 0.0
+    pays = _part_pays(best)
+    try:
+        if pays and faster(built(0, layers)):
+            _find_most(searched, layers, lambda n: built(n, layers - n), faster)
+        elif setting.recompute:
+            _find_most(searched, layers, lambda n: built(0, n) if pays else built(n, 0), faster)
+    except PlanError:  # the time is up; there is a plan
+        searched.proven = False
+
+
+def _find_most(
+    searched: Searched[Solved],
+    layers: int,
+    built: Callable[[int], Built],
+    faster: Callable[[Built], bool],
+) -> None:
+    """Take the plan in which the most last layers keep more than in the best one, but not all do.
+
+    The number is the largest for which memory may do, else one for which the plan's own memory
+    does if each layer takes what the last does, else found by halving.
+    """
+    best = searched.best
+    assert best is not None
+
+    def least(count: int) -> float:
+        return built(count).least_memory()
+
+    room = best.builder.setting.memory_bytes or 0.0
     fits, over = 0, 1 + most_kept(least, layers, room)
     layer = max(least(layers) - least(layers - 1), 1.0) if over > 1 else 1.0
     guess = int((room - best.peak_bytes) / layer)
     probes = [over - 1, guess, guess + 1]
     while over - fits > 1:
-        kept = probes.pop(0) if probes else (fits + over) // 2
-        if not fits < kept < over:
+        count = probes.pop(0) if probes else (fits + over) // 2
+        if fits < count < over:
+            fits, over = (count, over) if faster(built(count)) else (fits, count)
+
+
+def _part_pays(best: Solved) -> bool:
+    """Does a layer that keeps a part save more time for each byte than one that keeps all?"""
+    builder, choices = best.builder, best.decisions.choices
+    full_s = part_s = kept = part = 0.0
+    for me, region in enumerate(builder.regions):
+        if region.scope.block is None:
             continue
-        try:
-            found, solution = _solve(built(kept), job, searched.ceiling)
-        except PlanError:  # the time is up; there is a plan
-            searched.proven = False
-            return
-        searched.proven &= solution.status != "feasible"
-        if found is not None and found.seconds < searched.fastest:
-            searched.take(found)
-            searched.least = min(searched.least, solution.bound)
-            fits = kept
-        else:
-            over = kept
+        taken = tuple(choices[node.name] for node in region.nodes)
+        at = next(i for i, way in enumerate(region.strategies) if way.choices == taken)
+        runs, weight = builder.runs(me), region.scope.weight
+        full_s += weight * float(runs.again[at])
+        part_s += weight * float(runs.again_in_part[at])
+        kept += weight * float(runs.kept[at])
+        part += weight * float(runs.part[at])
+    return (full_s - part_s) * kept > full_s * part
+
+
+_ROUNDING = 1e-6  # of a number of layers
 
 
 def most_kept(least: Callable[[int], float], layers: int, room: float) -> int:
@@ -256,7 +304,7 @@ def most_kept(least: Callable[[int], float], layers: int, room: float) -> int:
     above, kept = layers, layers - 1
     while kept > 0 and least(kept) > room:
         steps = (least(kept) - room) * (above - kept) / max(least(above) - least(kept), 1.0)
-        above, kept = kept, max(0, min(kept - 1, int(kept - steps)))
+        above, kept = kept, max(0, min(kept - 1, int(kept - steps + _ROUNDING)))
     return max(0, kept)
 
 
@@ -311,8 +359,8 @@ class Searched(Generic[Found]):
 def _built(
     graph: Graph, mesh: Mesh, setting: Setting, job: Job, limit: Limit, ceiling: float = inf
 ) -> Built:
-    kept = f" but for {setting.kept_layers}" if setting.kept_layers else ""
-    again = f", layers recomputed{kept}" if setting.recompute else ""
+    layers = max((len(loop.order) for loop in graph.loops), default=0)
+    again = f", layers {setting.recomputed.words(layers)}" if setting.recompute else ""
     order = ", tokens in zigzag order" if setting.order == "zigzag" else ""
     job.progress(f"solving {mesh}{again}{order}")
     with job.clock.step("problem"):
@@ -402,7 +450,7 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
     def price(mesh: Mesh, limit: Limit) -> Price[Solved]:
         """As the plan itself is searched: layers are recomputed where memory is short."""
         searched, least = Searched[Solved](), inf
-        for n, setting in enumerate(job.settings):
+        for n, setting in enumerate(job.settings(graph)):
             if n and not _short_of_memory(searched.best, setting):
                 break
             for order in token_orders(graph, mesh):
@@ -411,9 +459,8 @@ def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
                 least = min(least, built.least_memory())
         _keep_some(graph, aside, limit, searched)
         if (solved := searched.best) is not None:
-            taken = solved.builder.setting
-            again, kept = taken.recompute, taken.kept_layers
-            return Price(solved.peak_bytes, solved, spent(solved), again, kept)
+            how = solved.builder.setting.recomputed
+            return Price(solved.peak_bytes, solved, spent(solved), how)
         if searched.clash:
             raise LayoutError(clash_at(searched.clash, [graph]))
         return Price(least)
@@ -432,15 +479,13 @@ def clash_at(name: str, graphs: Sequence[Graph]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Price(Generic[Found]):
-    """The cheapest plan within a limit, its peak bytes, what its seconds go into, and whether it
-    recomputes layers, and how many it does not; where none fits, None and the least bytes that one
-    would need."""
+    """The cheapest plan within a limit, its peak bytes, what its seconds go into, and which layers
+    it recomputes; where none fits, None and the least bytes that one would need."""
 
     peak_bytes: float
     found: Found | None = None
     spent: tuple[tuple[str, float], ...] = ()
-    recompute: bool = False
-    kept_layers: int = 0
+    recomputed: Recomputed = Recomputed()
 
 
 @dataclass(slots=True)
@@ -502,9 +547,10 @@ def _baseline(
         seconds,
         found.peak_bytes,
         found.spent,
-        found.recompute,
+        found.recomputed.any,
         tuple(whole),
-        kept_layers=found.kept_layers,
+        kept_layers=found.recomputed.kept,
+        part_layers=found.recomputed.part,
     )
     return row, found.found
 

@@ -38,8 +38,9 @@ from .lattice import spec_fits
 from .live import Live
 from .params import ParamRef, all_params
 from .prices import Prices
-from .regions import InLoop, Place, Region, Scope, Strategy, TopLevel, runs_again, units
+from .regions import InLoop, Place, Recomputed, Region, Scope, Strategy, TopLevel, units
 from .runs import Runs, keepers, runs_of
+from .selected import again_in_part
 from .setting import Restriction, Setting
 from .storage import Home, Storage, storages
 from .times import Times
@@ -61,18 +62,24 @@ class Decisions:
     recompute: bool = False  # layers of loops run forward again in backward
     order: str = "contiguous"  # how ranks that share a sequence hold its tokens; or `zigzag`
     kept_layers: int = 0  # but not so many last ones of each
+    part_layers: int = 0  # and of the others so many last ones keep a part
 
-    def again(self, scope: Scope) -> float:
-        """How often backward runs a scope's forward again, on average over its runs."""
-        return runs_again(scope, self.kept_layers) if self.recompute else 0.0
+    @property
+    def recomputed(self) -> Recomputed:
+        """Which layers run again."""
+        return Recomputed(self.recompute, self.kept_layers, self.part_layers)
+
+    def again(self, scope: Scope) -> dict[str, float]:
+        """By node, how often backward runs its forward again, on average over a scope's runs."""
+        full, part = self.recomputed.runs(scope).shares()
+        some = again_in_part(scope.nodes)
+        return {node.name: full + part * (node.name in some) for node in scope.nodes}
 
     def __str__(self) -> str:
         """A line for each spec and for each node's choices."""
-        kept = f" but for the last {self.kept_layers}" if self.kept_layers else ""
-        layers = f"recomputed{kept}" if self.recompute else "kept"
         return "\n".join(
             [
-                f"tokens {self.order}, layers {layers}",
+                f"tokens {self.order}, layers {self.recomputed}",
                 *(f"spec {name} {format_spec(spec)}" for name, spec in self.specs.items()),
                 *(f"home {name} {home}" for name, home in self.homes.items()),
                 *(f"output {name} {format_spec(spec)}" for name, spec in self.outputs.items()),
@@ -88,34 +95,21 @@ class Builder(Prices):
         super().__init__(graph, network, setting)
         self._keepers = keepers(self)
         self._runs: dict[int, Runs] = {}
-        self._ends: tuple[Builder, Builder] | None = None  # with all layers kept, and recomputed
 
-    def recomputed(self, kept_layers: int) -> Builder:
-        """The same where layers of loops run forward again in backward, but for so many last ones.
-        The two share what does not depend on that."""
-        if not kept_layers:
-            return self._recomputed
-        other = copy(self._recomputed)
-        other.setting = replace(other.setting, kept_layers=kept_layers)
-        other._runs = {}
-        other._ends = self, self._recomputed
-        return other
-
-    @cached_property
-    def _recomputed(self) -> Builder:
+    def recomputed(self, kept_layers: int, part_layers: int = 0) -> Builder:
+        """The same where layers of loops run forward again in backward, but for so many last ones;
+        so many of the others keep a part.  The two share what does not depend on that."""
         other = copy(self)
-        other.setting = replace(self.setting, recompute=True)
-        other._runs = {}
+        other.setting = replace(
+            self.setting, recompute=True, kept_layers=kept_layers, part_layers=part_layers
+        )
         return other
 
     def runs(self, me: int) -> Runs:
         """What region number `me` takes."""
-        if me not in self._runs and self._ends is not None:
-            kept, recomputed = (end.runs(me) for end in self._ends)
-            self._runs[me] = kept.towards(recomputed, self.setting.again(self.regions[me].scope))
-        elif me not in self._runs:
+        if me not in self._runs:
             self._runs[me] = runs_of(self, me, self._keepers)
-        return self._runs[me]
+        return self._runs[me].mean(self.setting.recomputed.runs(self.regions[me].scope))
 
     def build(self, restriction: Restriction, ceiling: float = inf) -> Built:
         """The problem under a restriction, with what its nodes stand for; without edges where
@@ -179,8 +173,9 @@ class Built:
             if (home := of[assignment[self.flows[name].node]].home) is not None
         }
         return Decisions(
-            choices, specs, outputs, homes, setting.recompute, setting.order, setting.kept_layers
-        )
+            choices, specs, outputs, homes, setting.recompute, setting.order, setting.kept_layers,
+            setting.part_layers,
+        )  # fmt: skip
 
     def bringing_s(self, assignment: Sequence[int]) -> float:
         """Seconds of a step that the problem counts for bringing weights."""
@@ -227,7 +222,7 @@ class _Building:
             units(builder.graph),
             weighty(builder),
             training=builder.setting.training,
-            keeping=builder.setting.keeping,
+            modes=builder.setting.recomputed.runs,
         )
         self.live = Live(builder, self.times)
         self.uses: dict[int, Sequence[Use]] = {}
@@ -416,7 +411,7 @@ class _Building:
         weight, runs = region.scope.weight, self.builder.runs(me).of(allowed)
         kept_usages: list[Usage] = []
         if self.builder.setting.training:
-            kept_usages = self.live.kept(region, runs.kept)
+            kept_usages = self.live.kept(region, runs)
         elif runs.cached.any():
             kept_usages = [Usage(0, self.times.horizon, weight * runs.cached)]
         self.uses[len(self.nodes)] = _all_for("kept", len(kept_usages))

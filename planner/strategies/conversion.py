@@ -35,7 +35,7 @@ from ...costmodel.compute import Number, elementwise_s
 from ...costmodel.machines.cluster import Cluster
 from ...facts.collectives import collective_for, others
 from ...facts.mesh import Mesh
-from ...facts.moves import BETWEEN_RANKS, Primitive, backward_primitive, primitive
+from ...facts.moves import BETWEEN_RANKS, KEPT_MOVES, Primitive, backward_primitive, primitive
 from ...facts.spec import P, R, S, Spec, State, V, format_spec, format_state, is_shard
 from ...facts.together import GROUP_BYTES
 from ...facts.traffic import Traffic
@@ -168,13 +168,14 @@ class Network:
         again: float = 0.0,
         param: bool = False,
         reduced: torch.dtype | None = None,
+        stays: float = 0.0,
     ) -> Conversions:
         """The conversions of a tensor type, worked out once for all graphs; see there."""
-        key = (kind, gradient, regather, again, param, reduced)
+        key = (kind, gradient, regather, again, param, reduced, stays)
         if key not in self._conversions:
             self._conversions[key] = Conversions(
                 kind, self, gradient=gradient, regather=regather, again=again, param=param,
-                reduced=reduced,
+                reduced=reduced, stays=stays,
             )  # fmt: skip
         return self._conversions[key]
 
@@ -251,7 +252,8 @@ class Conversions:
     """Cheapest conversions between all specs of one tensor type on one network.
 
     `gradient` says whether a gradient flows back.  `again` is the share, 0 to 1, of a value's
-    layers that are recomputed: all that forward does is done once more there.  `regather` is the
+    layers that are recomputed: all that forward does is done once more there, but for the
+    `KEPT_MOVES` in the share `stays`, whose results are kept.  `regather` is the
     share of the others, for a parameter that backward needs: what collectives bring in forward is
     not kept, but brought once more.  `param`: a
     parameter is gathered, never summed up from zero-padded parts, so that it can come again.
@@ -270,12 +272,14 @@ class Conversions:
         param: bool = False,
         usual: bool = False,
         reduced: torch.dtype | None = None,
+        stays: float = 0.0,
     ) -> None:
         self.type = kind
         self.network = network
         self.gradient = gradient
         self.regather = regather
         self.again = again
+        self.stays = stays
         self.param = param
         self.usual = usual
         self._itemsize = kind.dtype.itemsize
@@ -490,8 +494,9 @@ class Conversions:
         """Every move that a step makes."""
         ahead = primitive(step.a, step.b)
         moves: list[tuple[Primitive, bool, bool, float]] = [(ahead, False, False, 1.0)]
-        if self.again:
-            moves.append((ahead, False, False, self.again))
+        again = self.again - self.stays * (ahead in KEPT_MOVES)
+        if again:
+            moves.append((ahead, False, False, again))
         if self.gradient:
             moves.append((backward_primitive(step.a, step.b), True, True, 1.0))
         if self.regather and ahead in BETWEEN_RANKS:

@@ -1,7 +1,7 @@
 """Layouts in words: `ddp=4,fsdp=8`, and what they leave of a graph.
 
 Each word with a size is a mesh axis, the innermost last.  It gives that axis a role (`roles.py`),
-so that a layout is priced as the ordinary plan of that name is; `recompute` says whether layers run
+so that a layout is priced as the ordinary plan of that name is; `recompute` says which layers run
 forward again in backward.
 """
 
@@ -14,13 +14,14 @@ from typing import NoReturn
 
 from ...facts.mesh import MOST_RANKS, Mesh
 from ...ir.graph import Graph, Param, Value
-from ..errors import PlanError
+from ..errors import LayoutError, PlanError
 from .pins import pinned
-from .regions import Region, Strategy
+from .regions import Recomputed, Region, Strategy
 from .roles import Roles, name_of
 from .setting import Restriction
 from .storage import Storage
 
+_MOST_LAYERS = 2**14
 _NAMES = ("x", "y", "z")  # of axes; a plan names them by their use
 _ROLES = {
     "ddp": "ddp",
@@ -34,11 +35,7 @@ _ROLES = {
     "ep": "ddp+ep",
 }
 _BETWEEN = "sp"  # without a size: the ranks of tp share the sequence between the blocks
-_RECOMPUTE = {"none": False, "full": True}
-# What has a name and cannot be planned yet, and why: an entry goes when there is what it names.
-_NOT_YET = {
-    "recompute=selective": "a layer is recomputed whole; recompute=full does that",
-}
+_RECOMPUTE = ("none", "selective", "full")
 _PIPELINE = ("pp", "vpp")  # ranks of a pipeline, and stages of each
 _WORDS = (*_ROLES, _BETWEEN, "recompute", *_PIPELINE)
 
@@ -47,7 +44,8 @@ _WORDS = (*_ROLES, _BETWEEN, "recompute", *_PIPELINE)
 class Layout:
     """A role for each mesh axis, as `Role.parse` reads it; `text` is what the user wrote.
 
-    `recompute`: are layers run forward again in backward?  None: where memory is short.
+    `recompute`: are layers run forward again in backward: none, selective (what is between products
+    and attention), full, or so many first ones of each loop?  None: where memory is short.
     `pipeline`: how many ranks a pipeline has, outside of `mesh`, which is that of a stage; each has
     `per_rank` stages.
     """
@@ -55,7 +53,7 @@ class Layout:
     text: str
     roles: tuple[str, ...]
     mesh: Mesh
-    recompute: bool | None = None
+    recompute: str | int | None = None
     pipeline: int = 1
     per_rank: int = 1
 
@@ -66,16 +64,13 @@ class Layout:
 
     @staticmethod
     def parse(text: str) -> Layout:
-        """`fsdp=32`, `ddp=4,tp=8,sp`, `pp=4,ddp=2,tp=8`, `fsdp=4,ep=8,recompute=full`.  Raises
-        PlanError."""
+        """`fsdp=32`, `ddp=4,tp=8,sp`, `pp=4,ddp=2,tp=8`, `fsdp=4,ep=8,recompute=full`,
+        `fsdp=8,recompute=20`.  Raises PlanError."""
         axes: list[tuple[str, int]] = []
         stages = dict.fromkeys(_PIPELINE, 1)
         between, recompute = False, None
         for part in text.split(","):
             word, sign, value = (piece.strip() for piece in part.partition("="))
-            for name in (word, f"{word}={value}"):
-                if name in _NOT_YET:
-                    _refuse(text, f"`{name}` is not there yet: {_NOT_YET[name]}")
             if word == "recompute":
                 recompute = _read_recompute(text, value)
             elif word == _BETWEEN:
@@ -94,6 +89,8 @@ class Layout:
             _refuse(text, "`vpp` is how many stages each rank of a pipeline has: pp=4,vpp=2")
         if stages["pp"] > 1 and not axes:
             axes.append(("ddp", 1))
+        if stages["pp"] > 1 and isinstance(recompute, int):
+            _refuse(text, "stages of a pipeline recompute none of their layers or all: full")
         made = _layout(text, axes, between, recompute)
         return replace(made, pipeline=stages["pp"], per_rank=stages["vpp"])
 
@@ -103,13 +100,34 @@ class Layout:
         inner = name_of(self.roles, self.mesh)
         return inner if self.pipeline == 1 else f"PP x {inner}"
 
+    def recomputed(self, graph: Graph) -> Recomputed | None:
+        """Which layers of a graph run again; None where nothing is said.  Raises LayoutError for
+        more layers than there are, or loops of which each would have another number of them."""
+        counts = {len(loop.order) for loop in graph.loops}
+        most = max(counts, default=0)
+        match self.recompute:
+            case None:
+                return None
+            case "none":
+                return Recomputed()
+            case int(layers):
+                if layers > most or (layers < most and len(counts) > 1):
+                    there = " and ".join(map(str, sorted(counts))) or "no"
+                    raise LayoutError(
+                        f"--layout {self.text}: there are loops of {there} layers, of which"
+                        f" {layers} cannot be recomputed"
+                    )
+                return Recomputed(True, most - layers)
+            case words:
+                return Recomputed(True, 0, most if words == "selective" else 0)
+
     def limit(self, graph: Graph, mesh: Mesh) -> Restriction:
         """What it leaves of a graph.  Raises LayoutError where a size does not divide."""
         return Roles(self.roles, graph, mesh, f"--layout {self.text}: ")
 
 
 def _layout(
-    text: str, axes: Sequence[tuple[str, int]], between: bool, recompute: bool | None
+    text: str, axes: Sequence[tuple[str, int]], between: bool, recompute: str | int | None
 ) -> Layout:
     """The layout of these words; axes of one rank are none."""
     words = [word for word, _ in axes]
@@ -136,10 +154,10 @@ _TEXTS = {role: word for word, role in _ROLES.items() if word != "dp"}
 _TEXTS |= {"tp+sp": "tp", "fsdp+cp": "cp", "fsdp+ulysses": "ulysses", "fsdp+ep": "ep"}
 
 
-def words_of_roles(axes: Sequence[tuple[str, int]], recompute: bool) -> str:
+def words_of_roles(axes: Sequence[tuple[str, int]], recompute: str = "") -> str:
     """The words that `Layout.parse` reads as these roles and sizes; neighbours alike are one.
 
-    >>> words_of_roles([("fsdp", 2), ("fsdp", 4), ("tp+sp", 2)], False)
+    >>> words_of_roles([("fsdp", 2), ("fsdp", 4), ("tp+sp", 2)])
     'fsdp=8,tp=2,sp'
     """
     merged: list[tuple[str, int]] = []
@@ -152,7 +170,7 @@ def words_of_roles(axes: Sequence[tuple[str, int]], recompute: bool) -> str:
     if any(role.startswith("fsdp+") for role in roles) and "fsdp" not in roles:
         words.insert(0, "fsdp=1")  # which makes those words shard the weights
     words += [_BETWEEN] if "tp+sp" in roles else []
-    words += ["recompute=full"] if recompute else []
+    words += [f"recompute={recompute}"] if recompute else []
     return ",".join(words)
 
 
@@ -162,10 +180,13 @@ def _read_size(text: str, word: str, value: str) -> int:
     return int(value)
 
 
-def _read_recompute(text: str, value: str) -> bool:
+def _read_recompute(text: str, value: str) -> str | int:
+    if value.isascii() and value.isdigit() and 0 < int(value) <= _MOST_LAYERS:
+        return int(value)
     if value not in _RECOMPUTE:
-        _refuse(text, f"recompute is one of {', '.join(_RECOMPUTE)}, not `{value}`")
-    return _RECOMPUTE[value]
+        words = ", ".join(_RECOMPUTE)
+        _refuse(text, f"recompute is one of {words} or a number of layers, not `{value}`")
+    return value
 
 
 def _refuse(text: str, why: str) -> NoReturn:

@@ -12,7 +12,7 @@ from ...ir.graph import Loop, Value
 from ..ilp.problem import Usage
 from .conversion import Bools, Floats
 from .prices import Prices
-from .regions import Region, recomputed_layers
+from .regions import Region
 from .runs import Runs
 from .spans import Span, Spans
 from .times import Times
@@ -32,7 +32,8 @@ class Live:
         if not setting.recompute:
             return ()
         scopes = {id(r.scope): r.scope for r in self._prices.regions if r.scope.loop is loop}
-        layers = recomputed_layers(loop, setting.kept_layers)
+        modes = setting.recomputed.of(loop)
+        layers = modes.full + modes.part
         start = min(self._times.start(scope) for scope in scopes.values())
         size = np.array([float(self._prices.local_bytes(value, spec)) for spec in specs])
         last = max(scopes.values(), key=lambda scope: self._times.back(scope)[0].times.start)
@@ -71,19 +72,25 @@ class Live:
             usages.append(Usage(0, self._times.horizon, layers * size * summed))
         return usages
 
-    def kept(self, region: Region, size: Floats) -> list[Usage]:
+    def kept(self, region: Region, runs: Runs) -> list[Usage]:
         """What autograd keeps of each run of a region until its backward has run."""
         scope, windows = region.scope, self._times.back(region.scope)
-        keeping = self._prices.setting.keeping(scope)
+        modes = self._prices.setting.recomputed.runs(scope)
         start = self._times.start(scope)
         usages: list[Usage] = []
         for window, at in zip(windows, self._times.backward(region), strict=True):
-            if window.done >= keeping:  # one layer at a time, after those that keep theirs
-                usages.append(Usage(window.times.start, at + 1, size))
-            else:
-                usages.append(Usage(start, at + 1, (keeping - window.done) * size))
+            left = max(modes.kept - window.done, 0)
+            some = max(min(modes.part, modes.part + modes.kept - window.done), 0)
+            if not left:  # one layer at a time runs again; it has then what one that keeps all has
+                usages.append(Usage(window.times.start, at + 1, runs.kept))
+            if some and not left:
+                usages.append(Usage(start, window.times.start, runs.part))
+                some -= 1
+            if left or some:
+                usages.append(Usage(start, at + 1, left * runs.kept + some * runs.part))
             start = at + 1
-        return usages + (self._of_others(keeping * size) if keeping else [])
+        kept = modes.kept * runs.kept + modes.part * runs.part
+        return usages + (self._of_others(kept) if modes.kept or modes.part else [])
 
     def running(self, me: int, runs: Runs, allowed: Sequence[int]) -> list[Usage]:
         """What a region holds while it runs, and values, in backward their gradients, from the

@@ -22,7 +22,8 @@ from .fusing import Share, shares
 from .lattice import Ints
 from .params import ParamRef, all_params
 from .pricing import Work, price
-from .regions import TOP_LEVEL, InLoop, Place, make_regions, runs_again, scopes
+from .regions import TOP_LEVEL, InLoop, Place, Recomputed, make_regions, scopes
+from .selected import kept_results
 from .setting import Setting
 from .storage import Held, Storage
 
@@ -62,17 +63,20 @@ class Prices:
         self._shares = shares(graph, compiled=network.cluster.compiled, training=setting.training)
         self._needed_again = _needed_again(graph, self._alias)
         self.block_values = _block_values(graph)
-        self._known_shares: dict[int, Mapping[Place, float]] = {}  # by layers that are kept
+        self.kept_results = kept_results(graph)
+        self._known_shares: dict[Recomputed, Mapping[Place, tuple[float, float]]] = {}
         self.params = frozenset(ref.param.value.name for ref in all_params(graph))
 
     def conversions(self, value: Value, *, param: bool, place: Place = TOP_LEVEL) -> Conversions:
         """The conversions of a value's type; a parameter that backward needs is gathered again.
 
         `place` is where the conversion is made: in layers that are recomputed it runs twice, and
-        what is gathered the second time serves backward.
+        what is gathered the second time serves backward.  In those that keep a part it does, too,
+        unless what it makes is kept.
         """
         gradient = self.setting.training and value.differentiable
-        again = self._again(value, place)
+        full, part = self._again(value, place)
+        again = full + part
         regather = self._regathers(value, again) if param else 0.0
         return self.network.conversions(
             value.type,
@@ -81,7 +85,18 @@ class Prices:
             again=again,
             param=param,
             reduced=self.setting.reduced if param else None,
+            stays=part if value.name in self.kept_results else 0.0,
         )
+
+    def inner_s(self, value: Value, a: Spec, b: Spec) -> tuple[float, float]:
+        """Seconds of a conversion inside a region, and how many more it takes in a layer that runs
+        again."""
+        gradient = self.setting.training and value.differentiable
+        once, twice = (
+            self.network.conversions(value.type, gradient=gradient, again=again).seconds(a, b)
+            for again in (0.0, 1.0)
+        )
+        return once, twice - once
 
     def node_cost(self, node: Node, choices: tuple[Choice, ...]) -> NodeCost:
         """What one run of a node costs under its choices."""
@@ -226,27 +241,28 @@ class Prices:
 
     def comes_again(self, value: Value, place: Place = TOP_LEVEL) -> float:
         """How often backward, or a layer that is run again in it, needs a parameter once more."""
-        again = self._again(value, place)
+        again = sum(self._again(value, place))
         return again + self._regathers(value, again)
 
-    def _again(self, value: Value, place: Place) -> float:
-        """How often a layer that is run again makes a conversion once more, on average."""
+    def _again(self, value: Value, place: Place) -> tuple[float, float]:
+        """The shares of the layers that make a conversion once more: of those that are run again
+        whole, and in part."""
         if not self.setting.recompute:
-            return 0.0
+            return 0.0, 0.0
         where = place if isinstance(place, InLoop) else self.block_values.get(value.name)
-        return 0.0 if where is None else self._shares_again[where]
+        return (0.0, 0.0) if where is None else self._shares_again[where]
 
     def _regathers(self, value: Value, again: float) -> float:
         needed = self.setting.training and value.name in self._needed_again
         return (1.0 - again) * needed
 
     @property
-    def _shares_again(self) -> Mapping[Place, float]:
-        kept = self.setting.kept_layers
-        if kept not in self._known_shares:
+    def _shares_again(self) -> Mapping[Place, tuple[float, float]]:
+        made = self.setting.recomputed
+        if made not in self._known_shares:
             inside = [scope for scope in scopes(self.graph) if scope.loop is not None]
-            self._known_shares[kept] = {s.place: runs_again(s, kept) for s in inside}
-        return self._known_shares[kept]
+            self._known_shares[made] = {s.place: made.runs(s).shares() for s in inside}
+        return self._known_shares[made]
 
 
 def _block_values(graph: Graph) -> Mapping[str, InLoop]:

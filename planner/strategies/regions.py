@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import TypeAlias
+from itertools import pairwise, product
+from typing import Literal, NamedTuple, TypeAlias
 
 import networkx as nx
 import torch
@@ -71,18 +71,74 @@ class Scope:
         return self.stage if isinstance(self.place, TopLevel) else self.place
 
 
-def recomputed_layers(loop: Loop, kept: int) -> int:
-    """How many first layers of a loop run forward again in backward, of which the last `kept` keep
-    what they have made: these are the first whose backward frees it."""
-    return max(len(loop.order) - kept, 0)
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """Which layers of a loop run forward again in backward: none where `any` is False, else all but
+    the last `kept`; of those the last `part` keep the results of products and of attention, and
+    run again what is between these.  Backward frees first what the last layers keep."""
+
+    any: bool = False
+    kept: int = 0
+    part: int = 0
+
+    def of(self, loop: Loop) -> Modes:
+        """How many layers of a loop do what, from the first on."""
+        count = len(loop.order)
+        kept = min(self.kept, count) if self.any else count
+        part = min(self.part, count - kept)
+        return Modes(count - kept - part, part, kept)
+
+    def runs(self, scope: Scope) -> Modes:
+        """The same of the runs of a scope."""
+        if scope.loop is None or not isinstance(scope.place, InLoop):
+            return Modes(0, 0, scope.weight)
+        (full, part, _), order, kind = self.of(scope.loop), scope.loop.order, scope.place.kind
+        ends = 0, full, full + part, len(order)
+        return Modes(*(order[a:b].count(kind) for a, b in pairwise(ends)))
+
+    def in_fewer(self, layers: int) -> Recomputed:
+        """The same where loops have so many layers or more: each mode that others have is left to
+        one at least, if there are as many."""
+        if not self.any:
+            return self
+        kept = min(self.kept, layers - 1)
+        return replace(self, kept=kept, part=min(self.part, max(layers - kept - 1, 1)))
+
+    def words(self, layers: int) -> str:
+        """What is done with the layers of a loop that has so many."""
+        if not self.any:
+            return "kept"
+        others = f" but for {self.kept}" if self.kept else ""
+        if self.part + self.kept >= layers:
+            return f"selective{others}"
+        return f"recomputed{others}" + (f", {self.part} selective" if self.part else "")
+
+    def __str__(self) -> str:
+        if not self.any:
+            return "kept"
+        kept = f" but for the last {self.kept}" if self.kept else ""
+        return f"recomputed{kept}" + (f", the last {self.part} in part" if self.part else "")
 
 
-def runs_again(scope: Scope, kept: int) -> float:
-    """The share of a scope's runs that are among the recomputed layers of its loop."""
-    if scope.loop is None or not isinstance(scope.place, InLoop):
-        return 0.0
-    first = scope.loop.order[: recomputed_layers(scope.loop, kept)]
-    return first.count(scope.place.kind) / scope.weight
+class Modes(NamedTuple):
+    """How many layers, or runs, are recomputed whole, keep a part, and keep all."""
+
+    full: int
+    part: int
+    kept: int
+
+    @property
+    def again(self) -> float:
+        """The share of those that run again, whole or in part."""
+        return (self.full + self.part) / sum(self)
+
+    def mode(self, number: int) -> Literal["full", "part", "kept"]:
+        """What is done with layer `number`."""
+        return "full" if number < self.full else "part" if number < sum(self[:2]) else "kept"
+
+    def shares(self) -> tuple[float, float]:
+        """The shares of those that are recomputed whole, and that keep a part."""
+        return self.full / sum(self), self.part / sum(self)
 
 
 def scopes(graph: Graph) -> Iterator[Scope]:

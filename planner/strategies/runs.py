@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ...ir.ops.registry import saved_values
+from ...ir.ops.registry import operator_of, saved_values
 from .conversion import Floats
 from .prices import Prices
-from .regions import Region, Strategy
+from .regions import Modes, Region, Strategy
+from .selected import again_in_part, reread
 from .spans import while_backward, while_forward
 
 
@@ -18,23 +19,30 @@ from .spans import while_backward, while_forward
 class Runs:
     """One run of a region: seconds, bytes kept for backward, bytes held at the widest node, forward
     and backward, and bytes of KV cache that stay; each by strategy.  What is held is without
-    parameters, and what `Spans` has."""
+    parameters, and what `Spans` has.
+
+    `again` are the seconds more where the layer runs again in backward, and `again_in_part` where
+    it keeps a part of what it makes: `part` bytes.
+    """
 
     seconds: Floats
     kept: Floats
     ahead: Floats
     behind: Floats
     cached: Floats
+    again: Floats
+    again_in_part: Floats
+    part: Floats
 
     def of(self, strategies: Sequence[int]) -> Runs:
         """Of some strategies, by their numbers."""
         k = list(strategies)
-        return Runs(self.seconds[k], self.kept[k], self.ahead[k], self.behind[k], self.cached[k])
+        return Runs(*(getattr(self, each.name)[k] for each in fields(self)))
 
-    def towards(self, other: Runs, share: float) -> Runs:
-        """On average, where such a share of the runs are as in `other`; bytes are alike in both."""
-        mean = (1 - share) * self.seconds + share * other.seconds
-        return Runs(mean, self.kept, self.ahead, self.behind, self.cached)
+    def mean(self, modes: Modes) -> Runs:
+        """On average, where layers run again so."""
+        full, part = modes.shares()
+        return replace(self, seconds=self.seconds + full * self.again + part * self.again_in_part)
 
 
 def keepers(prices: Prices) -> Mapping[str, int]:
@@ -65,29 +73,48 @@ def runs_of(prices: Prices, me: int, kept_by: Mapping[str, int]) -> Runs:
 
 def _measure(
     prices: Prices, region: Region, strategy: Strategy, me: int, kept_by: Mapping[str, int]
-) -> tuple[float, float, float, float, float]:
+) -> tuple[float, ...]:
     """A row of `Runs`."""
     produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
-    again = prices.setting.again(region.scope)
-    seconds = routed = cached = 0.0
+    in_part, stay = again_in_part(region.scope.nodes), prices.kept_results
+    seconds = again = some = routed = routed_in_part = cached = 0.0
     kept: dict[str, float] = {}
     for node, choices in zip(region.nodes, strategy.choices, strict=True):
         cost = prices.node_cost(node, choices)
-        seconds += cost.seconds + again * cost.forward_s
+        seconds += cost.seconds
+        again += cost.forward_s
+        some += cost.forward_s * (node.name in in_part)
         for name, size in cost.kept:
             whole, share = prices.viewed(name)
             if kept_by.get(whole) == me:
                 kept[whole] = size / share
         routed += cost.routed
+        routed_in_part += cost.routed * operator_of(node).stays
         cached += cost.cache
         for value, need in cost.needs:
             if produced.get(value.name, need) != need:  # the result of a reduction
-                conversions = prices.conversions(value, param=False)
-                seconds += conversions.seconds(produced[value.name], need)
+                once, twice = prices.inner_s(value, produced[value.name], need)
+                seconds, again, some = seconds + once, again + twice, some + twice
     training = prices.setting.training
     ahead = while_forward(prices, region, strategy, kept_by if training else {})
     behind = while_backward(prices, region, strategy) if training else 0.0
-    return seconds, sum(kept.values()) + routed, ahead, behind, cached
+    part = sum(size for name, size in kept.items() if name in stay) + routed_in_part
+    part += _reread_bytes(prices, region, strategy) if training else 0.0
+    whole = sum(kept.values()) + routed
+    return seconds, whole, ahead, behind, cached, again, some, part
+
+
+def _reread_bytes(prices: Prices, region: Region, strategy: Strategy) -> float:
+    """Bytes that a layer which keeps a part has for its second run alone."""
+    found, choices = 0.0, dict(zip((n.name for n in region.nodes), strategy.choices, strict=True))
+    for each in reread(region):
+        needs = dict(
+            (value.name, need)
+            for value, need in prices.node_cost(each.node, choices[each.node.name]).needs
+        )
+        size = prices.local_bytes(each.value, needs[each.value.name])
+        found += size / prices.viewed(each.value.name)[1]
+    return found
 
 
 __all__ = ["Runs", "keepers", "runs_of"]

@@ -9,7 +9,7 @@ import torch
 
 from ...facts.spec import Spec
 from ...ir.graph import Param, Value
-from .regions import Region, Scope, Strategy, runs_again
+from .regions import Recomputed, Region, Strategy
 from .storage import Storage
 
 
@@ -18,7 +18,8 @@ class Setting:
     """What is planned for: phase, optimizer, and bytes per GPU (None: no limit).
 
     `recompute`: the layers of loops keep only their inputs, and run forward again in backward; but
-    for the last `kept_layers` of each loop.
+    for the last `kept_layers` of each loop, and of the others the last `part_layers`, which keep
+    the results of products and attention (see `Recomputed`).
     `order`: how ranks that share a sequence hold its tokens, `contiguous` or `zigzag`.
     `expert_imbalance`: load of the busiest rank's experts over the mean; 0 for a power-law router.
     `longest_run`: new tokens of another phase that shares the KV caches.
@@ -40,14 +41,12 @@ class Setting:
     reduced: torch.dtype | None = None
     in_flight: int = 1
     kept_layers: int = 0
+    part_layers: int = 0
 
-    def again(self, scope: Scope) -> float:
-        """How often backward runs a scope's forward again, on average over its runs."""
-        return runs_again(scope, self.kept_layers) if self.recompute else 0.0
-
-    def keeping(self, scope: Scope) -> int:
-        """How many runs of a scope keep what they have made."""
-        return scope.weight - round(scope.weight * self.again(scope))
+    @property
+    def recomputed(self) -> Recomputed:
+        """Which layers run again."""
+        return Recomputed(self.recompute, self.kept_layers, self.part_layers)
 
     @property
     def alone(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .regions import Region, Scope, Unit
+from .regions import Modes, Region, Scope, Unit
 
 _Around: TypeAlias = tuple[Unit | None, Unit | None]
 
@@ -42,12 +42,12 @@ class Times:
         weighty: Collection[Unit],
         *,
         training: bool,
-        keeping: Callable[[Scope], int] = lambda scope: 0,
+        modes: Callable[[Scope], Modes] | None = None,
     ) -> None:
         """`units` as often as they are used, in their order; those in `weighty` have weights.
 
-        `keeping`: how many runs of a scope keep what they have made, those that come first in
-        backward.
+        `modes`: how many runs of a scope keep all that they have made, which come first in
+        backward, and how many a part.
         """
         around = _around(units, weighty)
         self._forward: dict[int, tuple[Window, ...]] = {}
@@ -61,7 +61,8 @@ class Times:
             self._forward[scope] = self._ahead(len(inside), around[inside[0].scope.unit])
         for scope, inside in reversed(members.items()) if training else ():
             of = inside[0].scope
-            self._backward[scope] = self._back(len(inside), around[of.unit][::-1], keeping(of))
+            turns = () if modes is None else _turns(modes(of))
+            self._backward[scope] = self._back(len(inside), around[of.unit][::-1], turns)
         self.horizon = self._now + 1  # the optimizer's step comes last
 
     def _ahead(self, size: int, around: Sequence[_Around]) -> tuple[Window, ...]:
@@ -70,10 +71,12 @@ class Times:
             Window(self._take(size), coming.index(unit), unit) for unit in dict.fromkeys(coming)
         )
 
-    def _back(self, size: int, around: Sequence[_Around], keeping: int) -> tuple[Window, ...]:
+    def _back(
+        self, size: int, around: Sequence[_Around], turns: Collection[int]
+    ) -> tuple[Window, ...]:
         last = {pair: done for done, pair in enumerate(around)}
-        turn = {keeping - 1, keeping} if 0 < keeping < len(around) else set[int]()
-        runs = sorted({*map(around.index, last), *last.values(), *turn})
+        beside = {done for at in turns if 0 < at < len(around) for done in (at - 1, at)}
+        runs = sorted({*map(around.index, last), *last.values(), *beside})
         return tuple(Window(self._take(size), done, *around[done]) for done in runs)
 
     def _take(self, count: int) -> range:
@@ -101,6 +104,11 @@ class Times:
         """The backward times of a region."""
         place = self._place[id(region)]
         return tuple(window.times[-1 - place] for window in self.back(region.scope))
+
+
+def _turns(modes: Modes) -> tuple[int, int]:
+    """After how many runs in backward others come."""
+    return modes.kept, modes.kept + modes.part
 
 
 def _around(units: Sequence[Unit], weighty: Collection[Unit]) -> dict[Unit, list[_Around]]:

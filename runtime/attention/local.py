@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..mesh.collectives import Axis
+from ..mesh.keeping import is_keeping
 from ..mesh.stochastic import dropout
 from . import calls, operator
 from .options import Options
@@ -66,7 +67,7 @@ def attention(
     if axis is not None:
         if mask is not None or dropout_p > 0:
             options.refuse("over an axis attention takes neither mask nor dropout")
-        call = operator.over_shards if torch.compiler.is_compiling() else calls.over_shards
+        call = operator.over_shards if _as_operator() else calls.over_shards
         return call(options, algorithm, axis, zigzag, q, k, v)
     if up is not None or v is None:
         if mask is not None or dropout_p > 0:
@@ -94,6 +95,11 @@ def attention(
     )
 
 
+def _as_operator() -> bool:
+    """Is attention one operator: for a compiler, or for a layer that keeps its result?"""
+    return torch.compiler.is_compiling() or is_keeping()
+
+
 def _is_learned(mask: Tensor, shape: tuple[int, int]) -> bool:
     """Is it a whole bias of the scores that wants a gradient?  Fused kernels give it none."""
     return mask.requires_grad and mask.ndim == 4 and mask.shape[2:] == shape
@@ -108,7 +114,7 @@ def _by_positions(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k = q.to(dtype), k.to(dtype)
         v, up = (None if x is None else x.to(dtype) for x in (v, up))
-    call = operator.by_positions if torch.compiler.is_compiling() else calls.by_positions
+    call = operator.by_positions if _as_operator() else calls.by_positions
     return call(replace(options, up=up), query_start, q, k, v)
 
 

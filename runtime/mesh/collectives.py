@@ -24,10 +24,11 @@ from torch.distributed import ProcessGroup
 
 from ...facts.blocks import Block, block
 from ...facts.collectives import collective_for, find_collective, received_share
-from ...facts.moves import Primitive, primitive
+from ...facts.moves import KEPT_MOVES, Primitive, primitive
 from ...facts.spec import P, R, State, V
 from . import counter, transport
 from .counter import Phase
+from .keeping import is_keeping
 from .layout import from_zigzag, pad_blocks, pad_tail, to_zigzag, trim_blocks
 from .move import Move, moves_between
 from .opaque import known_as, move_opaquely
@@ -213,7 +214,7 @@ class Axis:
 
     def move_with_gradient(self, x: Tensor, forward: Move, backward: Move) -> Tensor:
         """Run primitive `forward`, whose gradient takes `backward`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (is_keeping() and _as_operator(forward)):
             return move_opaquely(x, self.known_as, forward, backward)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Convert.apply(x, self, forward, backward)
@@ -261,6 +262,13 @@ class Axis:
     def record(self, op: str, nbytes: float, phase: Phase) -> None:
         """Tell the active counters of a collective that brings `nbytes` to this rank."""
         counter.record(op, self.name, phase, nbytes, self.sizes)
+
+
+def _as_operator(move: Move) -> bool:
+    """Is a move one operator where a layer keeps a part of what it makes?  The result of a mask is
+    then its operand on no rank: all must keep the same."""
+    kind = primitive(move.source, move.target)
+    return kind in KEPT_MOVES or kind == "mask"
 
 
 def _front(dim: int) -> int:

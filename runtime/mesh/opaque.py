@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...facts.blocks import Block
+from ...facts.moves import KEPT_MOVES, primitive
 from .counter import Phase
 from .move import Move
 
@@ -73,6 +74,11 @@ def not_compiled(what: str) -> Callable[[_F], _F]:
     return mark
 
 
+def is_kept(words: Sequence[int]) -> bool:
+    """Is the result of a move kept where what it moves is (see `KEPT_MOVES`)?"""
+    return primitive(*words[:2]) in KEPT_MOVES
+
+
 def _words(move: Move) -> list[int]:
     return [move.source, move.target, -1 if move.size is None else move.size, *move.zigzag]
 
@@ -112,4 +118,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 _move.register_autograd(_gradient, setup_context=_keep)
 
 
-__all__ = ["axis_known_as", "breaks", "known_as", "move_opaquely", "not_compiled"]
+__all__ = ["axis_known_as", "breaks", "is_kept", "known_as", "move_opaquely", "not_compiled"]

@@ -33,8 +33,8 @@ def compile_layers(model: nn.Module, backend: Backend, *, fullgraph: bool) -> No
             " with `torch.compile`"
         )
     for path, layer in layers.items():
-        whole = fullgraph and not breaks_of(layer)
-        layer.compile_forward(backend=backend, fullgraph=whole)
+        cut = bool(breaks_of(layer))
+        layer.compile_forward(parts=not cut, backend=backend, fullgraph=fullgraph and not cut)
         layer.explain_failures(_explained(path, type(layer).__name__))
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
+from functools import partial
+from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..gathering.weights import Weight
+from ..mesh.keeping import keeping_in_graphs
 from ..mesh.mesh import Mesh
 from .nested import Sharded
 
@@ -27,20 +30,55 @@ class Layer(Sharded):
     """
 
     WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
+    _kept_in_part: ClassVar[Callable[..., Any]]
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__(mesh)
         self._with_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self._explaining: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.keeps_compiled = False  # does it run compiled where it keeps a part of what it makes?
+        self._how = ""  # it runs where it is compiled: so, `eagerly`, or keeping what this names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with its weights as it uses them."""
         with self._with_weights(), self._explaining():
             return super().__call__(*args, **kwargs)
 
-    def compile_forward(self, **options: Any) -> None:
-        """Compile what the class says that it does, without the hooks of users and ours."""
-        self.forward = torch.compile(type(self).forward.__get__(self), **options)
+    def compile_forward(self, *, parts: bool = True, **options: Any) -> None:
+        """Compile what the class says that it does, without the hooks of users and ours.
+
+        `parts`: also for a layer that keeps a part of what it makes; else that runs as it is.
+        """
+        plain = type(self).forward.__get__(self)
+        whole = torch.compile(plain, **options)
+        in_part = torch.compile(_in_part(type(self)).__get__(self), **options)
+        self.keeps_compiled = parts
+
+        def forward(*inputs: Any) -> Any:
+            match self._how:
+                case "":
+                    return whole(*inputs)
+                case "eagerly":
+                    return plain(*inputs)
+                case keep:
+                    return in_part(keep, *inputs)
+
+        self.forward = forward
+
+    def keeping(self, keep: str, *inputs: Any) -> Any:
+        """Run compiled, so that backward finds such results and makes all else again."""
+        return self._run(keep, inputs)
+
+    def eagerly(self, *inputs: Any) -> Any:
+        """Run as it is, even if it is compiled."""
+        return self._run("eagerly", inputs)
+
+    def _run(self, how: str, inputs: Sequence[Any]) -> Any:
+        before, self._how = self._how, how
+        try:
+            return self(*inputs)
+        finally:
+            self._how = before
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not compiled: that of the forward would run this layer."""
@@ -53,6 +91,22 @@ class Layer(Sharded):
     def explain_failures(self, around: Callable[[], AbstractContextManager[None]]) -> None:
         """`around()`, entered while the layer runs, says of failures which layer they are of."""
         self._explaining = around
+
+
+def _in_part(of: type[Layer]) -> Callable[..., Any]:
+    """The forward of a class of layers that keeps a part of what it makes: a function of its own
+    for each, as a compiler knows what it has compiled by the function's code."""
+    if "_kept_in_part" not in vars(of):
+        code = _keeping.__code__.replace(co_name=f"{of.__name__}_in_part")
+        of._kept_in_part = FunctionType(code, _keeping.__globals__)  # pyright: ignore[reportPrivateUsage]
+    return of._kept_in_part  # pyright: ignore[reportPrivateUsage]
+
+
+def _keeping(layer: Layer, keep: str, *inputs: Any) -> Any:
+    return checkpoint(
+        type(layer).forward.__get__(layer), *inputs, use_reentrant=False, preserve_rng_state=False,
+        context_fn=partial(keeping_in_graphs, keep),
+    )  # fmt: skip
 
 
 def per_layer(

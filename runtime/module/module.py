@@ -31,6 +31,7 @@ from ..mesh.batches import (
     shard_inputs,
     tensors_of,
 )
+from ..mesh.keeping import Contexts, both, keeping
 from ..mesh.mesh import Mesh
 from ..mesh.parts import own_part
 from ..mesh.rows import DataShard, data_shard, shard_rows
@@ -150,29 +151,20 @@ class ShardedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with all weights as it uses them (see `gathering/schedule.py`).
 
-        Raises ValueError at the first call if parameters or modules have come or gone since, and
-        where what failed was given other arguments than planned.
+        Raises ValueError at the first call if parameters or modules have come or gone since.
         """
         if self._planned is not None:
             self._planned.refuse_changes(self)
             self._planned = None
         if self._watch is not None:
             self._watch.begin_forward()
-        try:
-            with self._schedule.model():
-                out = super().__call__(*args, **kwargs)
-        except (TypeError, AttributeError, RuntimeError):
-            self._check_arguments(args, kwargs)
-            raise
+        with self._schedule.model():
+            out = super().__call__(*args, **kwargs)
         if self._watch is not None:
             self._watch.end_forward(look_up(out, output.path) for output in self._returned)
         self._state.update(self._updated)  # now that no weight on the move hides a buffer
         self._updated = {}
         return out
-
-    def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises ValueError, naming the input, unless there is a tensor wherever one is planned."""
-        tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
 
     def __getattr__(self, name: str) -> Any:
         """Raises RuntimeError for DistributedDataParallel, which asks for something of its own."""
@@ -193,20 +185,25 @@ class ShardedModule(nn.Module):
         """Random numbers that differ along `sharded_axes` and agree along all others."""
         return self.mesh.generator(sharded_axes)
 
-    def recompute(self, layer: Layer, *inputs: Tensor) -> Any:
+    def recompute(self, layer: Layer, *inputs: Tensor, keep: str = "") -> Any:
         """`layer(*inputs)`, keeping only the inputs: backward runs the layer's forward again.
 
+        With `keep`, such as "products, attention", it keeps the results of these as well, as far as
+        backward or the second run takes them, which does not compute them again.
         Dropout draws the same masks the second time.
         """
         if not torch.is_grad_enabled():
             return layer(*inputs)
+        if keep and layer.keeps_compiled:
+            return layer.keeping(keep, *inputs)
+        run = layer.eagerly if keep else layer
+
+        def contexts() -> Contexts:
+            replayed = self.mesh.replayed_randomness()
+            return both(replayed, keeping(keep)) if keep else replayed
 
         return checkpoint(
-            layer,
-            *inputs,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=self.mesh.replayed_randomness,
+            run, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
     def compile_layers(self, backend: Backend = "inductor", *, fullgraph: bool = True) -> None:

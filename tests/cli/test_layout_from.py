@@ -67,7 +67,7 @@ def test_flags(given: str, gpus: int | None, layout: str, options: dict[str, Any
         (f"{PARALLEL} --fp8-format hybrid --lr 1e-4", ["--fp8-format hybrid"]),
         (
             f"{PARALLEL} --recompute-granularity selective",
-            ["selective recomputation: a layer is recomputed whole or kept"],
+            ["selective recomputation: there of attention, whose result is kept here"],
         ),
         (f"{PARALLEL} --cpu-offloading-num-layers 2", ["--cpu-offloading-num-layers 2"]),
         ("vllm serve x -tp 2 --quantization fp8 --port 80", ["--quantization fp8"]),

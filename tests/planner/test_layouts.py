@@ -251,11 +251,20 @@ def test_experts_are_spread() -> None:
     assert stored["gate_up_proj"].endswith(",S0") and stored["q_proj"] in ("S0,S0", "S1,S1")
 
 
-@pytest.mark.parametrize("layout", ["fsdp=8", "tp=4,sp,recompute=full", "ddp=2,cp=4", "ulysses=8"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fsdp=8", "tp=4,sp,recompute=full", "ddp=2,cp=4", "ulysses=8",
+        "tp=4,sp,recompute=selective", "fsdp=8,recompute=1",
+    ],
+)  # fmt: skip
 def test_the_price_is_that_of_what_runs(layout: str) -> None:
     plan = planned("llama3-8b", layout)
     compute, moving = split_seconds(plan)
-    assert plan.decisions.recompute == ("full" in layout)
+    layers = len(plan.graph.loops[0].order)
+    assert plan.decisions.recompute == ("recompute" in layout)
+    assert plan.decisions.part_layers == layers * ("selective" in layout)
+    assert plan.decisions.kept_layers == (layers - 1) * layout.endswith("=1")
     hidden = compute + sum(moving.values()) + plan.optimizer_s - plan.seconds
     weights = sum(step.seconds * n for each, n in plan.program.brought() for step in each.way)
     assert hidden == pytest.approx(hidden_seconds(plan), abs=1e-6 * plan.seconds)
@@ -278,8 +287,12 @@ def test_the_price_is_that_of_what_runs(layout: str) -> None:
         ("zero2=16", "16 GPUs do not divide the batch of 8"),
         ("vpp=2", "`vpp` is how many stages each rank of a pipeline has: pp=4,vpp=2"),
         ("pp=x,ddp=4", "`pp` is followed by a number of GPUs"),
-        ("ddp=8,recompute=selective", "`recompute=selective` is not there yet"),
-        ("ddp=8,recompute=some", "recompute is one of none, full, not `some`"),
+        (
+            "ddp=8,recompute=some",
+            "recompute is one of none, selective, full or a number of layers, not `some`",
+        ),
+        ("ddp=8,recompute=99", "there are loops of 2 layers, of which 99 cannot be recomputed"),
+        ("pp=2,ddp=4,recompute=2", "stages of a pipeline recompute none of their layers or all"),
         ("fdsp=8", r"unknown word `fdsp`, did you mean `fsdp`\?"),
         ("sp=8", "`sp` shares the GPUs of tp and has no size"),
         ("ddp=8,sp", "`sp` is what the ranks of tp do between the blocks"),
@@ -340,7 +353,7 @@ def test_words() -> None:
     """Outermost first; axes of one rank are none; FSDP's group spans the axes of the sequence."""
     layout = Layout.parse("dp=2, fsdp=4,cp=1,tp=8,sp,recompute=none")
     assert layout.roles == ("ddp", "fsdp", "tp+sp") and layout.mesh.sizes == (2, 4, 8)
-    assert layout.recompute is False and layout.name == "HSDP x TP+SP"
+    assert layout.recompute == "none" and layout.name == "HSDP x TP+SP"
     assert Layout.parse("fsdp=2,cp=4,ep=2").roles == ("fsdp", "fsdp+cp", "fsdp+ep")
     assert Layout.parse("ep=8").roles == ("ddp+ep",) and Layout.parse("ddp=1").mesh.ranks == 1
 

@@ -20,7 +20,8 @@ LAYOUTS = [
     ("llama.py", words)
     for words in (
         "ddp=2", "fsdp=4", "tp=2", "tp=4,sp", "fsdp=2,tp=2,sp", "ddp=2,fsdp=2", "zero1=4",
-        "zero2=4", "cp=2", "fsdp=2,cp=2", "ulysses=2", "fsdp=2,recompute=full", "fsdp=1,cp=4",
+        "zero2=4", "cp=2", "fsdp=2,cp=2", "ulysses=2", "fsdp=2,recompute=full",
+        "ddp=2,recompute=selective", "fsdp=1,cp=4",
         "pp=2,ddp=2",
     )
 ] + [("moe.py", "ep=4"), ("moe.py", "fsdp=2,ep=2")]  # fmt: skip
@@ -71,4 +72,4 @@ def test_words_are_the_inverse_of_reading_them() -> None:
     for words in ("fsdp=8", "ddp=2,fsdp=4", "fsdp=2,tp=4,sp", "fsdp=1,cp=4", "fsdp=2,ulysses=4"):
         layout = Layout.parse(words)
         axes = list(zip(layout.roles, layout.mesh.sizes, strict=True))
-        assert words_of_roles(axes, bool(layout.recompute)) == words
+        assert words_of_roles(axes, str(layout.recompute or "")) == words
