@@ -150,8 +150,10 @@ def _layout(
     return Layout(text, tuple(role for role, _ in real), mesh, recompute)
 
 
-_TEXTS = {role: word for word, role in _ROLES.items() if word != "dp"}
-_TEXTS |= {"tp+sp": "tp", "fsdp+cp": "cp", "fsdp+ulysses": "ulysses", "fsdp+ep": "ep"}
+_TEXTS = {
+    **{role: word for word, role in _ROLES.items() if word != "dp"},
+    "tp+sp": "tp", "fsdp+cp": "cp", "fsdp+ulysses": "ulysses", "fsdp+ep": "ep",
+}  # fmt: skip
 
 
 def words_of_roles(axes: Sequence[tuple[str, int]], recompute: str = "") -> str:
