@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from ...facts.nested import Constant, Path, leaves, spelled, with_leaves
@@ -210,6 +211,12 @@ def _check_leaf(path: Path, leaf: object) -> None:
             "text without quotes and backslashes"
         )
     # a tuple that is a leaf is an empty container
+    if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+        kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+        raise CaptureError(
+            f"{where} is a {kind} tensor; plans cut dense ones: pad it, or give its parts and put "
+            "them together in `forward`"
+        )
     if isinstance(leaf, Tensor) or type(leaf) in (bool, int, float, type(None), tuple):
         return
     if type(leaf) is not str:

@@ -184,6 +184,8 @@ def _check_specs(
 ) -> None:
     for name, spec in specs.items():
         _check_fits(f"{field}.{name}", spec, values[name].type.shape, mesh)
+        text = f"plan field `{field}.{name}`: {format_spec(spec)} is for what has a gradient"
+        _check(values[name].differentiable or V not in spec, text)
 
 
 def _check_fits(field: str, spec: Spec, shape: tuple[int, ...], mesh: Mesh) -> None:

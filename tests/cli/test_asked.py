@@ -75,6 +75,11 @@ def test_wrong_types(changed: dict[str, Any], said: str) -> None:
         ({"inputs": {"input": "a"}}, r"`inputs` has no tensor"),
         ({"inputs": {0: INPUT}}, r"Sequential.forward takes no `0`; it takes `input`"),
         ({"inputs": {"input": {1}}}, r"input `input` is a set, not a tensor"),
+        ({"inputs": {"input": torch.zeros(4, 16).to_sparse()}}, r"input `input` is a sparse_coo"),
+        (
+            {"inputs": {"input": torch.nested.nested_tensor([torch.zeros(2, 16)] * 4)}},
+            r"input `input` is a nested tensor; plans cut dense ones",
+        ),
         ({"inputs": {"input": INPUT[:0]}}, r"input `input` is empty, of shape \(0, 8, 16\)"),
         ({"inputs": {"input": INPUT[:, :0]}}, r"input `input` is empty, of shape \(4, 0, 16\)"),
         ({"gpus": 0}, r"gpus=0: expected 1 or more"),

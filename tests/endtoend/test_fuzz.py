@@ -313,3 +313,8 @@ def test_arguments_that_torch_does_not_look_at(op: str, name: str, value: Any, s
                     plan_from_json(replaced(data, place, value))
                 return
     raise AssertionError(f"no plan has {op}")
+
+
+def test_what_has_no_gradient_has_no_summands_of_one() -> None:
+    with pytest.raises(PlanError, match="`specs.source`: V is for what has a gradient"):
+        plan_from_json(replaced(plans()[2], ("specs", "source"), "V"))

@@ -56,6 +56,7 @@ def test_the_good_one(tmp_path: Path) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_a_number_below_zero_that_configs_of_transformers_have(tmp_path: Path) -> None:
     """DeBERTa's -1 is as many as there are positions."""
     config = {
