@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
+from .compat.transformers import is_pretrained
 from .facts.held import taken
 from .facts.phases import find_phase
 from .facts.updated import updated_buffer
@@ -103,10 +104,14 @@ def phase_graph(loaded: Loaded, name: str, context: int) -> Graph:
             served = _served(*telling, 0 if few else context)
             return _of_few_tokens(loaded, served, context) if few else served
     elif phase.needs_cache:
+        instead = (
+            "plan it for training, or --phase prefill"
+            if is_pretrained(loaded.model)
+            else "add it and use it in place of torch.arange"
+        )
         raise PlanError(
             f"{type(loaded.model).__name__}.forward has no keyword `position_ids` (batch, tokens), "
-            f"so phase {name} cannot tell where new tokens stand; add it and use it in place of "
-            "torch.arange"
+            f"so phase {name} cannot tell where new tokens stand; {instead}"
         )
     return capture_graph(loaded, training=False)
 
