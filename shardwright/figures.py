@@ -28,8 +28,8 @@ class Figures:
     """A point's best plan in numbers: seconds, bytes per GPU, tokens a second, shares of 1.
 
     `tokens_per_s` are tokens trained on, or of prompts; with decode and serve those of answers.
-    `step_s`, `ttft_s` and `tpot_s` are None in phases that have none; costs are None where no price
-    is known, in the currency of that price, for a million tokens.
+    `step_s`, `ttft_s` and `tpot_s` are None in phases that have none, `exposed` for a pipeline;
+    costs are None where no price is known, in the currency of that price, for a million tokens.
     """
 
     point: Point
@@ -39,7 +39,7 @@ class Figures:
     memory_bytes: float
     tokens_per_s: float
     mfu: float
-    exposed: float
+    exposed: float | None
     step_s: float | None
     ttft_s: float | None
     tpot_s: float | None

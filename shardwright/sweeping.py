@@ -350,7 +350,7 @@ def _cells(one: Figures, training: bool, priced: bool) -> list[str]:
     layout = one.layout + (", recomputed" if training and one.recompute else "")
     cells = [layout, *(format_seconds(s) for _, s in times_of(one))]
     cells += [f"{one.tokens_per_s:,.0f}", f"{one.tokens_per_s_per_gpu:,.0f}", f"{one.mfu:.0%}"]
-    cells += [f"{one.exposed:.0%}", format_bytes(one.memory_bytes)]
+    cells += ["" if one.exposed is None else f"{one.exposed:.0%}", format_bytes(one.memory_bytes)]
     cost = one.cost_per_million
     return [*cells, f"{cost:.3g}"] if priced and cost is not None else cells
 

@@ -1,28 +1,19 @@
-"""The default solver: HiGHS through OR-tools' MathOpt, on the tight formulation.
+"""The default solver: HiGHS through highspy, on the tight formulation.
 
-The model is handed over as a protocol buffer of arrays, which takes milliseconds where building
-it expression by expression takes seconds.  Where the memory rows are few they are all in the
-model; else only those that a solution violates are added, and it is solved again.
+The model is handed over as arrays, which takes milliseconds where building it expression by
+expression takes seconds.  Where the memory rows are few they are all in the model; else only those
+that a solution violates are added, and it is solved again from where it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from math import inf
 from time import perf_counter
 
+import highspy
 import numpy as np
-from ortools.math_opt import (
-    callback_pb2,
-    model_parameters_pb2,
-    model_pb2,
-    parameters_pb2,
-    sparse_containers_pb2,
-)
-from ortools.math_opt.core.python import solver as core
-from ortools.math_opt.python import mathopt
 
 from .formulation import Formulation, formulate
 from .problem import FloatArray, IntArray, ShardingProblem, whole_costs
@@ -37,14 +28,13 @@ _ROWS_PER_ROUND = 20
 _ROW_LIMIT = 1e6
 
 _PROVEN_EMPTY = (
-    mathopt.TerminationReason.INFEASIBLE,
-    mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED,  # every variable is bounded
+    highspy.HighsModelStatus.kInfeasible,
+    highspy.HighsModelStatus.kUnboundedOrInfeasible,  # every variable is bounded
+    highspy.HighsModelStatus.kObjectiveBound,  # there is none below the ceiling
 )
-_ANSWERED = (
-    mathopt.TerminationReason.OPTIMAL,
-    mathopt.TerminationReason.FEASIBLE,
-    mathopt.TerminationReason.NO_SOLUTION_FOUND,
-)
+_OPTIMAL = highspy.HighsModelStatus.kOptimal
+_OUT_OF_TIME = highspy.HighsModelStatus.kTimeLimit
+_FEASIBLE = highspy.SolutionStatus.kSolutionStatusFeasible
 
 
 def solve(problem: ShardingProblem, *, time_limit_s: float, ceiling: float = inf) -> Solution:
@@ -129,43 +119,51 @@ class _Result:
     finished: bool = False  # it is the best below a ceiling, or there is none
 
 
+class _Highs(highspy.Highs):
+    """HiGHS that prints nothing: it greets as its callbacks are enabled, when it is made."""
+
+    def enableCallbacks(self) -> None:
+        self.setOptionValue("output_flag", False)
+
+
 class _Model:
-    """The formulation as a MathOpt protocol buffer, with the memory rows added so far."""
+    """The formulation inside HiGHS, with the memory rows added so far."""
 
     def __init__(self, formulation: Formulation) -> None:
         self.formulation = formulation
         self.scale = _objective_scale(formulation.objective)
         self.scales: dict[int, float] = {}  # of the memory rows that were added, in order
-        self.proto = model_pb2.ModelProto()
-        objective = formulation.objective * self.scale
-        count, strategies = objective.size, formulation.strategies
-        variables = self.proto.variables
-        variables.ids.extend(range(count))
-        variables.lower_bounds.extend(np.zeros(count))
+        self.highs = _Highs()
+        self.set(output_flag=False, threads=1, parallel="off")
+        # what presolve could find ours has found: HiGHS' own takes longer than the simplex then
+        self.set(presolve="off")
+        self.highs.passModel(self._program())
+
+    def set(self, **options: bool | float | str) -> None:
+        """Options of HiGHS by their names."""
+        for name, value in options.items():
+            if self.highs.setOptionValue(name, value) != highspy.HighsStatus.kOk:
+                raise SolverError(f"HiGHS has no option `{name}` of {value!r}")
+
+    def _program(self) -> highspy.HighsLp:
+        formulation, matrix = self.formulation, self.formulation.matrix
+        count, equations = formulation.objective.size, formulation.rhs.size
+        program = highspy.HighsLp()
+        program.num_col_, program.num_row_ = count, equations
+        program.col_cost_ = formulation.objective * self.scale
+        program.col_lower_ = np.zeros(count)
         # the equations bound e; a bound of its own would only slow the simplex down
-        variables.upper_bounds.extend(
-            np.where(np.arange(count) < strategies, formulation.upper, inf)
-        )
-        used = np.nonzero(objective)[0]
-        self.proto.objective.linear_coefficients.ids.extend(used)
-        self.proto.objective.linear_coefficients.values.extend(objective[used])
-        self._add_constraints(formulation.rhs, formulation.rhs)
-        matrix = formulation.matrix
-        self._add_terms(matrix.rows, matrix.cols, matrix.values)
-
-    def _add_constraints(self, lower: FloatArray, upper: FloatArray) -> int:
-        rows = self.proto.linear_constraints
-        first = len(rows.ids)
-        rows.ids.extend(range(first, first + lower.size))
-        rows.lower_bounds.extend(lower)
-        rows.upper_bounds.extend(upper)
-        return first
-
-    def _add_terms(self, rows: IntArray, cols: IntArray, values: FloatArray) -> None:
-        matrix = self.proto.linear_constraint_matrix
-        matrix.row_ids.extend(rows)
-        matrix.column_ids.extend(cols)
-        matrix.coefficients.extend(values)
+        first = np.arange(count) < formulation.strategies
+        program.col_upper_ = np.where(first, formulation.upper, inf)
+        program.row_lower_ = program.row_upper_ = formulation.rhs
+        starts = np.concatenate([[0], np.cumsum(np.bincount(matrix.rows, minlength=equations))])
+        program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        program.a_matrix_.start_ = starts
+        program.a_matrix_.index_ = matrix.cols
+        program.a_matrix_.value_ = matrix.values
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+        program.integrality_ = [kinds[whole] for whole in first.tolist()]
+        return program
 
     def add_rows(self, positions: Iterable[int]) -> None:
         """Add memory rows by their position in `formulation.memory.rows`."""
@@ -175,8 +173,9 @@ class _Model:
             room = self.formulation.problem.capacity
             unit = _unit(size)
             scale = min(1 / unit, _ROW_LIMIT / room) if room else 1 / unit
-            row = self._add_constraints(np.array([-inf]), np.array([room * scale]))
-            self._add_terms(np.full(cols.size, row), cols, size * scale)
+            self.highs.addRow(
+                -inf, room * scale, cols.size, cols.astype(np.int32), size * scale
+            )  # fmt: skip
             self.scales[position] = scale
 
     def add_violated(self, x: FloatArray) -> bool:
@@ -192,71 +191,48 @@ class _Model:
         self.add_rows(worst.tolist())
         return bool(worst.size)
 
+    def run(self, time_limit_s: float, *, relaxed: bool) -> highspy.HighsModelStatus:
+        """Solve with the rows added so far, with integrality or without."""
+        # the clock of HiGHS goes on from one run to the next
+        self.set(solve_relaxation=relaxed, time_limit=self.highs.getRunTime() + time_limit_s)
+        self.highs.run()
+        return self.highs.getModelStatus()
+
+    @property
+    def values(self) -> FloatArray:
+        """Of the strategies."""
+        values = np.array(self.highs.getSolution().col_value)
+        return values[: self.formulation.strategies]
+
     def relax(self, time_limit_s: float) -> tuple[FloatArray, FloatArray] | None:
         """(values of the strategies, prices of all rows) of an optimal answer without integrality;
-        None if there is none in the time.
-
-        The solver is called as MathOpt calls it: its own wrapper would make Python objects of the
-        basis, which takes longer than the solver.
-        """
-        del self.proto.variables.integers[:]
-        self.proto.variables.integers.extend(np.zeros(self.formulation.objective.size, dtype=bool))
-        # What presolve could find ours has found: HiGHS' own takes longer than the simplex then.
-        params = mathopt.SolveParameters(
-            time_limit=timedelta(seconds=time_limit_s), presolve=mathopt.Emphasis.OFF
-        )
-        kind = mathopt.SolverType.HIGHS
-        found = core.solve(
-            self.proto, kind.value, parameters_pb2.SolverInitializerProto(), params.to_proto(),
-            model_parameters_pb2.ModelSolveParametersProto(), None,
-            callback_pb2.CallbackRegistrationProto(), None, None,
-        )  # fmt: skip
-        if found.termination.reason != mathopt.TerminationReason.OPTIMAL.value:
+        None if there is none in the time."""
+        if self.run(time_limit_s, relaxed=True) != _OPTIMAL:
             return None
-        best = found.solutions[0]
-        values = _dense(best.primal_solution.variable_values, self.formulation.objective.size)
-        rows = len(self.proto.linear_constraints.ids)
-        prices = _dense(best.dual_solution.dual_values, rows) / self.scale
-        return values[: self.formulation.strategies], prices
+        return self.values, np.array(self.highs.getSolution().row_dual) / self.scale
 
     def solve(self, time_limit_s: float, relaxed: bool, ceiling: float = inf) -> _Result:
         """Solve with the rows added so far, infeasible also where nothing costs less than
         `ceiling`; `relaxed` drops integrality, and knows no ceiling."""
-        formulation = self.formulation
-        integers = self.proto.variables.integers
-        del integers[:]
-        integers.extend(
-            (np.arange(formulation.objective.size) < formulation.strategies) & (not relaxed)
+        whole = whole_costs(self.formulation.problem)
+        self.set(
+            mip_rel_gap=0.0 if whole else RELATIVE_GAP / 2,
+            mip_abs_gap=0.999 * self.scale if whole else 0.0,
+            objective_bound=inf if relaxed else ceiling * self.scale,
         )
-        whole = whole_costs(formulation.problem)
-        params = mathopt.SolveParameters(
-            time_limit=timedelta(seconds=time_limit_s),
-            relative_gap_tolerance=0.0 if whole else RELATIVE_GAP / 2,
-            absolute_gap_tolerance=0.999 * self.scale if whole else 0.0,
-            presolve=mathopt.Emphasis.OFF,  # as in `relax`; it halves the time
-        )
-        if ceiling < inf and not relaxed:
-            params.highs.double_options["objective_bound"] = ceiling * self.scale
-        model = mathopt.Model.from_model_proto(self.proto)
-        found = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
-        reason = found.termination.reason
-        if reason in _PROVEN_EMPTY:
+        status = self.run(time_limit_s, relaxed=relaxed)
+        if status in _PROVEN_EMPTY:
             return _Result(None, inf, True, True)
-        if reason not in _ANSWERED:
-            raise SolverError(f"HiGHS stopped with {reason.name}: {found.termination.detail}")
-        bound = found.termination.objective_bounds.dual_bound / self.scale
-        x = None
-        if found.has_primal_feasible_solution():
-            values = found.variable_values()
-            x = np.fromiter(values.values(), dtype=np.float64, count=len(values))
-        return _Result(x, bound, False, reason == mathopt.TerminationReason.OPTIMAL)
-
-
-def _dense(sparse: sparse_containers_pb2.SparseDoubleVectorProto, size: int) -> FloatArray:
-    """The numbers by id, 0 where there is none."""
-    found = np.zeros(size)
-    found[np.array(sparse.ids, dtype=np.int64)] = sparse.values
-    return found
+        if status not in (_OPTIMAL, _OUT_OF_TIME):
+            raise SolverError(f"HiGHS stopped with {self.highs.modelStatusToString(status)}")
+        info = self.highs.getInfo()
+        found = info.primal_solution_status == int(_FEASIBLE)
+        bound = info.objective_function_value if relaxed else info.mip_dual_bound
+        if relaxed and status == _OUT_OF_TIME:
+            bound = -inf
+        return _Result(
+            self.values if found else None, bound / self.scale, False, status == _OPTIMAL
+        )
 
 
 def _objective_scale(objective: FloatArray) -> float:

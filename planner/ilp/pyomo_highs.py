@@ -1,11 +1,11 @@
 """Pyomo with HiGHS: the tight formulation written down once more, plainly.
 
-Nothing is shared with the default solver but the problem: no grouping of equal rows, no lazy
-memory rows, another modelling layer, another copy of HiGHS.  It is slower and meant for checking.
+Nothing is shared with the default solver but the problem and HiGHS itself: no grouping of equal
+rows, no lazy memory rows, HiGHS' own presolve, another modelling layer.  It is slower and meant for
+checking.
 
 It runs as a program of its own (`python -m`, a pickled call on stdin, the pickled answer on
-stdout): the HiGHS that Pyomo drives and the one inside OR-tools are shared libraries of one
-name, and a process can load only one of them.
+stdout): Pyomo takes long to load, and changes where a process prints to while it solves.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def solve(problem: ShardingProblem, *, time_limit_s: float) -> Solution:
 
 
 def solve_here(problem: ShardingProblem, time_limit_s: float) -> Solution:
-    """What `solve` does, in this process, which must not load OR-tools."""
+    """What `solve` does, in this process."""
     from pyomo.contrib.appsi.base import TerminationCondition
     from pyomo.contrib.appsi.solvers.highs import Highs
 

@@ -30,8 +30,11 @@ def mfu(plan: PlanData, peak: Callable[[str], float]) -> float:
     return at_peak / (plan.seconds * plan.request.gpus)
 
 
-def exposed_share(plan: PlanData) -> float:
-    """The share of a step, or of a forward pass, that is communication which nothing hides."""
+def exposed_share(plan: PlanData) -> float | None:
+    """The share of a step, or of a forward pass, that is communication which nothing hides; None
+    for a pipeline, whose ranks wait at other times each."""
+    if plan.pipeline is not None:
+        return None
     _, communication = split_seconds(plan)
     return (sum(communication.values()) - hidden_seconds(plan)) / plan.seconds
 
@@ -45,8 +48,7 @@ def throughput(plan: PlanData, peak: Callable[[str], float], price: float) -> st
         f"Throughput: {rate:,.0f} tokens/s, {rate / request.gpus:,.0f} tokens/s/GPU, MFU "
         f"{mfu(plan, peak):.1%}"
     )
-    if plan.pipeline is None:
-        share = exposed_share(plan)
+    if (share := exposed_share(plan)) is not None:
         text += f"; {share:.0%} of the time is communication that nothing hides"
     text += "."
     if not price:

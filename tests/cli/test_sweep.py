@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardwright
-from shardwright.figures import Figures, Point
+from shardwright.figures import Figures, Point, figures_of
 from shardwright.page import page_of
 from shardwright.ranges import parse_count, parse_counts, parse_names, parse_price
 from shardwright.sweeping import Asking, Row, Sweep
@@ -199,6 +199,15 @@ def test_a_sweep_has_the_figures_of_the_plans(run: Run, tmp_path: Path) -> None:
     page = Elements((out / "sweep.html").read_text())
     assert not page.open
     assert page.rows == page.points == [f"row{n}" for n in range(4)]
+
+
+def test_a_pipeline_has_figures(run: Run, tmp_path: Path) -> None:
+    words = ("--layout", "pp=2", "--cluster", "cpu", "--batch", "4", "--seq", "32")
+    assert run(str(EXAMPLES / "gpt.py"), *words, "--out", str(tmp_path / "piped")).code == 0
+    plan = shardwright.load_plan(tmp_path / "piped" / "plan.json")
+    found = figures_of(Point(2, "cpu", 32, 4), plan, lambda _: 1e12, 0.0)
+    assert found.exposed is None and found.step_s == plan.seconds and "pp=2" in found.layout
+    assert "pp=2" in str(swept(found))
 
 
 @pytest.mark.slow

