@@ -6,6 +6,7 @@ The reference is the model itself in one process, and no graph of ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shardwright.capturing import capture_graph
-from shardwright.ir.capture.capture import CaptureError, capture
+from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
 from shardwright.loading import Loaded
 from shardwright.runtime import RankPool
 from tests.sharded import (
@@ -215,6 +216,26 @@ def test_ranks_compute_what_the_model_does(
                 if not isinstance(got, str):
                     shapes = [tuple(x.shape) for x in inputs.values()]
                     _same(got, want, f"{run.__name__} {shapes} on {mesh}, seed {seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_of_torch(pool: Pool, kind: type[nn.RNNBase]) -> None:
+    """Whose steps torch writes out, on two and four ranks under any decisions."""
+    torch.manual_seed(0)
+    layer = kind(WIDTH, WIDTH, batch_first=True).double()
+    model, inputs = Net(lambda net, x: layer(net.down(x))), _x(4, 6)
+    model.layer = layer.double()
+    model = model.double()
+    out = {str(path): t for path, t in flatten((model(**inputs),))}
+    combine(out).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    graph = capture_folded(model, inputs, training=True)
+    for seed, mesh in enumerate(((2,), (4,), (2, 2))):
+        builder = builder_of(graph, mesh_of(*mesh))
+        source = source_of(builder, random_decisions(builder, seed))
+        for (found,) in pool(prod(mesh)).run(on_rank, source, model.state_dict(), [inputs]):
+            _same(found, {"outputs": out, "gradients": gradients}, f"{kind.__name__} on {mesh}")
 
 
 def _same(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
