@@ -151,20 +151,29 @@ class ShardedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with all weights as it uses them (see `gathering/schedule.py`).
 
-        Raises ValueError at the first call if parameters or modules have come or gone since.
+        Raises ValueError at the first call if parameters or modules have come or gone since, and
+        where what failed was given other arguments than planned.
         """
         if self._planned is not None:
             self._planned.refuse_changes(self)
             self._planned = None
         if self._watch is not None:
             self._watch.begin_forward()
-        with self._schedule.model():
-            out = super().__call__(*args, **kwargs)
+        try:
+            with self._schedule.model():
+                out = super().__call__(*args, **kwargs)
+        except (TypeError, AttributeError, RuntimeError):
+            self._check_arguments(args, kwargs)
+            raise
         if self._watch is not None:
             self._watch.end_forward(look_up(out, output.path) for output in self._returned)
         self._state.update(self._updated)  # now that no weight on the move hides a buffer
         self._updated = {}
         return out
+
+    def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises ValueError, naming the input, unless there is a tensor wherever one is planned."""
+        tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
 
     def __getattr__(self, name: str) -> Any:
         """Raises RuntimeError for DistributedDataParallel, which asks for something of its own."""

@@ -25,6 +25,22 @@ TRAINED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: m.shard_inputs(input_ids=IDS + 10**6, labels=IDS),
         "ValueError: `input_ids` holds 1000000; the model takes numbers below",
     ),
+    "forward of None": (
+        lambda m: m(input_ids=None, labels=IDS),
+        "ValueError: input `input_ids` is None (NoneType); the plan has a tensor there",
+    ),
+    "forward of a list": (
+        lambda m: m(input_ids=IDS.tolist(), labels=IDS),
+        "ValueError: input `input_ids` is a container; the plan has one tensor or value there",
+    ),
+    "forward without labels": (
+        lambda m: m(IDS),
+        "ValueError: the module takes the inputs input_ids, labels; missing: lab",
+    ),
+    "parts of None": (
+        lambda m: m.shard_inputs(input_ids=None, labels=IDS),
+        "ValueError: input `input_ids` is None (NoneType); the plan has a tensor there",
+    ),
     "state of None": (
         lambda m: type(m).from_state_dict(None),
         "TypeError: a state dict maps names to tensors, got None (NoneType)",
