@@ -6,9 +6,10 @@ Every row is planned as it was run, with `--layout`; memory is no limit, since t
 The software of a run is in the figures of its cluster (`Software`): layers compiled or not, and the
 attention kernels of its time.  What cannot be asked for (pipelines, FP8, ...) is counted with the
 reason.  Where a word is not there yet, the nearest is taken and the row is marked: `*` for other
-recomputation than was run, `+` where what is recomputed by op was added to the time of a plan that
-recomputes nothing.  FILE is `published.csv`, by default that in `shared/data/e2e` beside the
-repository; without it there is nothing to print.
+recomputation than was run, `+` where the run recomputes every second product beside what
+`recompute=selective` does: its time is added, its memory is not taken off.  FILE is
+`published.csv`, by default that in `shared/data/e2e` beside the repository; without it there is
+nothing to print.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def layout_of(row: Mapping[str, str]) -> tuple[str, str]:
     if row["kind"] == "train":
         again = row["act_recompute"]
         marks += "" if again in ("", "none", "full") else "+" if by_op(row) else "*"
-        words.append(f"recompute={'full' if again == 'full' else 'none'}")
+        how = "selective" if by_op(row) else "full" if again == "full" else "none"
+        words.append(f"recompute={how}")
     return ",".join(words), marks
 
 
@@ -166,13 +168,14 @@ def by_op(row: Mapping[str, str]) -> bool:
 
 
 def again_s(plan: Plan) -> float:
-    """Seconds of a step that it takes to do so."""
+    """Seconds of a step that it takes to run every second product again."""
     seconds, products = 0.0, 0
     for scope in scopes(plan.graph):
         for node in scope.nodes if scope.loop is not None else ():
-            kind, once = operator_of(node).spent_on, plan.work[node.name].forward_s
-            products += kind == "matrix products"
-            if kind == "other ops" or (kind == "matrix products" and products % 2 == 0):
+            product = operator_of(node).spent_on == "matrix products"
+            products += product
+            if product and products % 2 == 0:
+                once = plan.work[node.name].forward_s
                 seconds += scope.weight * plan.request.micro_batches * once
     return seconds
 
