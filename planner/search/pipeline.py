@@ -273,14 +273,18 @@ class _Planning:
     # --- stages ----------------------------------------------------------------------------------
 
     def _settings(self, graph: Graph, numbers: Sequence[int]) -> list[Setting]:
-        """Those to try: layers kept, then recomputed."""
+        """Those to try: layers kept, recomputed in part, then whole."""
         kept = in_flight(self.table)
         limit = self.room * self.request.memory_bytes / self.shape.per_rank
         most = max(kept[number] for number in numbers)
         order = token_orders(self.graph, self.mesh)[0]
+        settings = list(self.job.settings(graph))
+        layers = max((len(loop.order) for loop in graph.loops), default=0)
+        if len(settings) > 1 and layers:
+            settings.insert(1, replace(settings[-1], part_layers=layers))
         return [
             replace(setting, in_flight=most, memory_bytes=limit, order=order)
-            for setting in self.job.settings(graph)
+            for setting in settings
         ]
 
     def _solved(self, kind: _Kind) -> Solved:
@@ -497,8 +501,8 @@ def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
             back += scope.weight * (work.backward_s + again[node.name] * work.forward_s)
     for item, times in program.flat():
         if isinstance(item, Convert):
-            sizes = [sum(t.bytes for t in item.priced.traffic if t.backward == b) for b in (0, 1)]
-            share = sizes[0] / sum(sizes) if sum(sizes) else 0.5
+            first, total = item.priced.forward, sum(t.bytes for t in item.priced.traffic)
+            share = (first.bytes if first else 0) / total if total else 0.5  # others come again
             ahead += times * share * item.priced.seconds
             back += times * (1 - share) * item.priced.seconds
     return ahead, back

@@ -371,9 +371,13 @@ class _Search:
         """Its rough time, layers recomputed where they are not kept by the first rank."""
         shape = candidate.shape
         table = schedule(shape.schedule, shape.ranks, shape.per_rank, candidate.micro_batches)
-        kept = peak_in_flight(table, 0, [rough.kept / shape.stages] * shape.stages)
-        if self.state + kept > self.asked.request.memory_bytes:
-            rough = rough.again()
+        room = self.asked.request.memory_bytes - self.state
+        ways = (rough, rough.in_part(), rough.recomputed())
+
+        def fits(way: Rough) -> bool:
+            return peak_in_flight(table, 0, [way.kept / shape.stages] * shape.stages) <= room
+
+        rough = next(filter(fits, ways), ways[-1])
         seconds = played(table, rough.stages(shape.stages)).seconds
         if seconds >= self.ceiling:
             self._note(seconds, candidate)

@@ -10,23 +10,36 @@ from ..plan.decide import Solved
 from ..strategies.launches import launches_s
 from ..strategies.regions import scopes
 from .cuts import balanced_layers
+from .partly import in_layers
 
 
 @dataclass(frozen=True, slots=True)
 class Rough:
     """Seconds of a micro-batch: of each layer, of what is before and behind all of them; the part
-    of these that is forward; and bytes that a GPU keeps of all of it for backward."""
+    of these that is forward; and bytes that a GPU keeps of all of it for backward.
+
+    `part`: bytes where layers keep a part alone; then the share `again` of them is done once more.
+    """
 
     layers: tuple[float, ...]
     before: float
     behind: float
     forward: float
     kept: float
+    part: float
+    again: float
 
-    def again(self) -> Rough:
+    def recomputed(self) -> Rough:
         """The same where layers run forward again in backward."""
-        layers = tuple((1 + self.forward) * each for each in self.layers)
-        return replace(self, layers=layers, forward=self.forward / (1 + self.forward), kept=0.0)
+        return self._longer(self.forward, 0.0)
+
+    def in_part(self) -> Rough:
+        """The same where layers keep a part."""
+        return self._longer(self.again, self.part)
+
+    def _longer(self, share: float, kept: float) -> Rough:
+        layers = tuple((1 + share) * each for each in self.layers)
+        return replace(self, layers=layers, forward=self.forward / (1 + share), kept=kept)
 
     def stages(self, count: int) -> list[StageTimes]:
         """Those of so many stages, of which the slowest takes as little as it can."""
@@ -69,7 +82,12 @@ def rough_of(solved: Solved, gpus: int = 1) -> Rough:
     outside = [(scope.stage, s) for scope, s in seconds if scope.block is None]
     before = sum(s for stage, s in outside if stage == 0)
     behind = sum(s for _, s in outside) - before
-    return Rough(tuple(layers), before, behind, ahead / total, solved.live["kept"] / gpus)
+    kept, inside = solved.live["kept"], in_layers(solved)
+    return Rough(
+        tuple(layers), before, behind, ahead / total, kept / gpus,
+        max(kept - inside.kept + inside.part, 0.0) / gpus,
+        scale * inside.part_s / max(sum(layers) * gpus, 1e-12),
+    )  # fmt: skip
 
 
 def _shared(seconds: float, launches: float, gpus: int) -> float:

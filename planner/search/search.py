@@ -30,6 +30,7 @@ from ..strategies.prices import network_for
 from ..strategies.regions import Recomputed, scopes
 from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
 from ..strategies.setting import Restriction, Setting
+from .partly import in_layers
 
 Progress = Callable[[str], None]
 Limit = Callable[[Graph, Mesh], Restriction]
@@ -237,7 +238,7 @@ def _keep_some(graph: Graph, job: Job, limit: Limit, searched: Searched[Solved])
         searched.least = min(searched.least, solution.bound)
         return True
 
-    pays = _part_pays(best)
+    pays = in_layers(best).part_pays
     try:
         if pays and faster(built(0, layers)):
             _find_most(searched, layers, lambda n: built(n, layers - n), faster)
@@ -273,23 +274,6 @@ def _find_most(
         count = probes.pop(0) if probes else (fits + over) // 2
         if fits < count < over:
             fits, over = (count, over) if faster(built(count)) else (fits, count)
-
-
-def _part_pays(best: Solved) -> bool:
-    """Does a layer that keeps a part save more time for each byte than one that keeps all?"""
-    builder, choices = best.builder, best.decisions.choices
-    full_s = part_s = kept = part = 0.0
-    for me, region in enumerate(builder.regions):
-        if region.scope.block is None:
-            continue
-        taken = tuple(choices[node.name] for node in region.nodes)
-        at = next(i for i, way in enumerate(region.strategies) if way.choices == taken)
-        runs, weight = builder.runs(me), region.scope.weight
-        full_s += weight * float(runs.again[at])
-        part_s += weight * float(runs.again_in_part[at])
-        kept += weight * float(runs.kept[at])
-        part += weight * float(runs.part[at])
-    return (full_s - part_s) * kept > full_s * part
 
 
 _ROUNDING = 1e-6  # of a number of layers

@@ -54,14 +54,16 @@ def example_inputs(batch, seq):
 def test_a_pipeline_is_compared_and_a_wrong_one_is_found(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tied.py").write_text(MODEL)
     out = tmp_path / "out"
-    asked = ("--layout", "pp=2", "--micro-batches", "2", "--batch", "4", "--seq", "8")
-    ran = run(str(tmp_path / "tied.py"), *asked, "--cluster", "cpu", "--out", str(out))
+    asked = ("--layout", "pp=2,recompute=selective", "--micro-batches", "2", "--batch", "4")
+    sizes = ("--seq", "8", "--cluster", "cpu")
+    ran = run(str(tmp_path / "tied.py"), *asked, *sizes, "--out", str(out))
     assert ran.code == 0, ran.err
     assert "Pipeline: 2 stages over pp=2, 2 micro-batches of 2 sequences by 1f1b" in ran.out
     found = verify(out)
     assert found.ok and "gradients" in found.comparisons[0].errors, str(found)
     assert len(found.comparisons) == 2  # the graph, and the original
     path = out / "sharded_model.py"
+    assert path.read_text().count('keep="products, attention"') == 2
     path.write_text(re.sub(r"torch\.tanh\(", "torch.sin(", path.read_text()))
     assert not verify(out).ok
     with pytest.raises(PlanError, match="on its own 2 ranks"):

@@ -163,6 +163,20 @@ def test_stages_may_take_more_than_equal_shares_of_memory() -> None:
         assert peaks > 1.06 * free.memory.total
 
 
+@pytest.mark.slow
+def test_stages_keep_a_part_before_nothing() -> None:
+    """With memory for that, all that recompute do so, and the step is shorter than in full."""
+    free, part, full = (
+        _asked(f"pp=2,recompute={how}", micro_batches=8) for how in ("none", "selective", "full")
+    )
+    assert full.memory.total < part.memory.total < free.memory.total
+    plan = _asked("pp=2", micro_batches=8, memory_bytes=int(1.001 * part.memory.total))
+    assert plan.pipeline is not None
+    again = [kind.decisions for kind in plan.pipeline.kinds if kind.decisions.recompute]
+    assert again and all(made.part_layers for made in again)
+    assert free.seconds < plan.seconds <= part.seconds < full.seconds
+
+
 @pytest.mark.parametrize(
     ("layout", "options", "said"),
     [
