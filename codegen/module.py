@@ -471,6 +471,8 @@ class Writer:
                 args.append(f"high={high}")
             if source.path:
                 args.append(f"path={path_text(source.path)}")
+            if item.value.differentiable:
+                args.append("gradient=True")
             lines += statement(f'"{source.name}": Input({", ".join(args)}),', 2)
         text = "\n".join(lines)
         told = [
@@ -479,6 +481,7 @@ class Writer:
             *(["`least`: the smallest that they may be"] if "least=" in text else []),
             *(["`most`: the largest, 0 for any"] if "most=" in text else []),
             *(["`high`: numbers are below it"] if "high=" in text else []),
+            *(["`gradient`: each rank gets that of its part"] if "gradient=" in text else []),
         ]
         bounds = [
             f"        # {line}"

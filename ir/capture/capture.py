@@ -410,7 +410,7 @@ def _finish(
     rebuild: Callable[[], nn.Module] | None,
 ) -> Graph:
     """Convert and canonicalise."""
-    bound, inputs, params, lifted = _bind_placeholders(program, tensors)
+    bound, inputs, params, lifted = _bind_placeholders(program, tensors, arguments)
     for spec in program.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(
@@ -501,7 +501,7 @@ def _keywords(program: ExportedProgram) -> dict[str, str]:
 
 
 def _bind_placeholders(
-    program: ExportedProgram, tensors: _Tensors
+    program: ExportedProgram, tensors: _Tensors, arguments: Arguments
 ) -> tuple[dict[fx.Node, Value | None], tuple[Input, ...], tuple[Param, ...], dict[str, Tensor]]:
     """Values of the graph's placeholders; all inputs; all parameters, buffers and constants of the
     model; the tensors of those constants that are no buffers, by name."""
@@ -523,7 +523,9 @@ def _bind_placeholders(
             name = node.name
             while name in params:  # a part of the model that is called as an argument is
                 name = f"given_{name}"
-            given = Value(name, TensorType(tuple(value.shape), value.dtype))
+            passed = arguments.tensors.get(keywords[node.name])
+            wanted = passed is not None and passed.requires_grad
+            given = Value(name, TensorType(tuple(value.shape), value.dtype), wanted)
             bound[node] = given
             inputs.append(Input(keywords[node.name], given))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):

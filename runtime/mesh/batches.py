@@ -42,7 +42,7 @@ class Input:
     `path` says where in the arguments it stands; `()` is for an argument of the table's name.
     Dims in `free` may have other sizes than planned: multiples of `step`, from `least` to `most`
     (0: no limit), each of one number per dim.  Integers are below `high` where it is not 0: they
-    are indices.
+    are indices.  `gradient`: each rank gets that of its part.
     """
 
     spec: str
@@ -54,6 +54,7 @@ class Input:
     path: Path = ()
     least: tuple[int, ...] = ()
     most: tuple[int, ...] = ()
+    gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,24 @@ def arguments_of(
 def path_of(name: str, wanted: Input) -> Path:
     """Where in the arguments an input of the table stands."""
     return wanted.path or (name,)
+
+
+def wants_gradient(item: object) -> bool:
+    """Is a tensor that wants a gradient in arguments of any form?"""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for _, leaf in leaves(item))
+
+
+def refuse_gradients(inputs: Mapping[str, Input], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a tensor that wants a gradient which was not planned: each rank would
+    get its own summand of it."""
+    for name, x in tensors.items():
+        if x.requires_grad and not inputs[name].gradient:
+            place = spelled(path_of(name, inputs[name]))
+            raise ValueError(
+                f"input `{place}` wants a gradient, and was planned without one, so that ranks"
+                " would get parts of it: plan with example inputs that have `requires_grad`, or"
+                f" give `{place}.detach()`"
+            )
 
 
 def _check_paths(planned: Sequence[Path], found: Mapping[Path, object]) -> None:

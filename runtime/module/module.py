@@ -28,8 +28,10 @@ from ..mesh.batches import (
     look_up,
     named_arguments,
     pack,
+    refuse_gradients,
     shard_inputs,
     tensors_of,
+    wants_gradient,
 )
 from ..mesh.keeping import Contexts, both, keeping
 from ..mesh.mesh import Mesh
@@ -151,14 +153,18 @@ class ShardedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`, with all weights as it uses them (see `gathering/schedule.py`).
 
-        Raises ValueError at the first call if parameters or modules have come or gone since, and
-        where what failed was given other arguments than planned.
+        Raises ValueError at the first call if parameters or modules have come or gone since, for an
+        input that wants a gradient which was not planned, and where what failed was given other
+        arguments than planned.
         """
         if self._planned is not None:
             self._planned.refuse_changes(self)
             self._planned = None
         if self._watch is not None:
             self._watch.begin_forward()
+        if torch.is_grad_enabled() and wants_gradient((args, kwargs)):
+            given = named_arguments(self.forward, args, kwargs)
+            refuse_gradients(self.INPUTS, tensors_of(self.INPUTS, given, self.FIXED))
         try:
             with self._schedule.model():
                 out = super().__call__(*args, **kwargs)

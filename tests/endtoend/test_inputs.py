@@ -6,6 +6,7 @@ import json
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import pytest
@@ -284,6 +285,51 @@ def test_other_inputs_than_planned_are_refused(pool: Pool, name: str) -> None:
         assert len(said) == len(rows)
         for text, (_, wanted) in zip(said, rows, strict=True):
             assert wanted in text, text
+
+
+class Fed(nn.Module):
+    """What a model is given, as by a prompt that is learned outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def gradients_of_inputs(
+    source: str, state: dict[str, Tensor], x: Tensor, gradient: Tensor
+) -> list[Tensor]:
+    """In a rank: the gradient that it got, and its part of the right one."""
+    model = import_source(source).ShardedModel.from_state_dict(state)
+    local = model.shard_inputs(x=x, scale=torch.ones(8, dtype=x.dtype))
+    local["x"].requires_grad_()
+    out = model(**local)
+    (out * out.detach()).sum().backward()
+    spec = model.INPUTS["x"].spec
+    with pytest.raises(ValueError, match="input `scale` wants a gradient, and was planned without"):
+        model(local["x"], local["scale"].requires_grad_())
+    return [local["x"].grad, model.local_part(gradient, spec)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.some(2)
+def test_gradients_of_inputs(pool: Pool, seed: int) -> None:
+    """Of example inputs that have `requires_grad`, under any decisions; others are refused."""
+    torch.manual_seed(seed)
+    model = Fed().double()
+    x = torch.randn(4, 8, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.ones(8, dtype=torch.float64)
+    graph = capture_folded(model, {"x": x, "scale": scale}, training=True)
+    out = model(x, scale)
+    (out * out.detach()).sum().backward()
+    for sizes in ((2,), (2, 2)):
+        made = builder_of(graph, mesh_of(*sizes))
+        source = source_of(made, random_decisions(made, seed))
+        given = (source, model.state_dict(), x.detach(), x.grad)
+        for got, wanted in pool(prod(sizes)).run(gradients_of_inputs, *given):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 def other_value(source: str, state: dict[str, Tensor], inputs: Any) -> None:
