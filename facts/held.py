@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # by every class in it, and by the model alone; `tests/runtime/test_module.py` compares
 BY_ALL = frozenset({
-    "MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "compile_forward", "device",
-    "explain_failures", "generator", "mesh",
+    "MODULES", "OPTIONS", "WEIGHTS", "bring_weights", "compile_forward", "device", "eagerly",
+    "explain_failures", "generator", "keeping", "mesh",
 })  # fmt: skip
 BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "FIRST_LAYERS", "FIXED", "INPUTS", "LABELS", "LAYERS", "MESH",

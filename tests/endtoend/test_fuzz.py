@@ -133,6 +133,7 @@ def vocabulary() -> frozenset[str]:
     own = {name for each in held for name in dir(each) if not name.startswith("_")}
     moves = {str(name) for name in MOVES.values()} | {"copy", "shard", "partial", "own_gradient"}
 
+    own |= {"Block"}  # a layer whose class has no name that could be one
     own |= {"bool", "complex", "float", "int", "len", "max", "min", "range", "tuple"}
     return frozenset().union(own, moves, *(words(made.module_source()) for made in loaded()))
 
