@@ -87,6 +87,30 @@ class Plan(PlanData):
     def __str__(self) -> str:
         return format_plan(self, self._throughput())
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sentence, the ordinary plans, and memory at its peak."""
+        from .plan_page import fragment_of
+
+        return fragment_of(self)
+
+    def to_html(self) -> str:
+        """The plan as one page that needs nothing else.
+
+        Raises ClusterError where the plan's cluster file is not here.
+        """
+        from .plan_page import page_of_plan
+
+        return page_of_plan(self)
+
+    def trace(self) -> dict[str, Any]:
+        """The predicted step as a Chrome trace, which Perfetto opens, as JSON data.
+
+        Raises ClusterError where the plan's cluster file is not here.
+        """
+        from .plan_page import trace_of
+
+        return trace_of(self)
+
     def _throughput(self) -> str:
         """Tokens per second, MFU and costs; "" where the cluster's file is not here."""
         try:

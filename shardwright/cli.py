@@ -27,11 +27,13 @@ from .facts.phases import PHASES
 from .folder import (
     MODULE_FILE,
     check_output,
+    check_page_file,
     check_problem_file,
     check_sweep_output,
     existing_plan,
     module_is_the_plans,
     write_folder,
+    write_page,
     write_sweep,
 )
 from .options import (
@@ -351,10 +353,31 @@ def show(
             "'*.q_proj'; --pin takes them",
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="write it as one page that needs nothing else instead: mesh, memory and both"
+            " streams over time, layers, parameters, ordinary plans, e.g. --html plan.html",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="write the predicted step as a trace for Perfetto or chrome://tracing instead,"
+            " e.g. --trace step.json",
+        ),
+    ] = None,
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
         path = existing_plan(folder)
+        if html is not None or trace is not None:
+            _write_pages(path, html, trace)
+            return
         if module:
             _print_module(folder / MODULE_FILE)
             return
@@ -369,6 +392,21 @@ def show(
             say_report(saved, full=full)
         if not module_is_the_plans(folder) and (folder / MODULE_FILE).exists():
             say(f"plan: {folder / MODULE_FILE} is not as it was written", file=sys.stderr)
+
+
+def _write_pages(plan: Path, html: Path | None, trace: Path | None) -> None:
+    """A plan as a page, and its step as a trace."""
+    for option, path in (("--html", html), ("--trace", trace)):
+        if path is not None:
+            check_page_file(option, path)
+    from .api import load_plan
+    from .plan_page import page_of_plan, trace_text
+
+    saved = load_plan(plan)
+    for path, text_of in ((html, page_of_plan), (trace, trace_text)):
+        if path is not None:
+            write_page(path, text_of(saved))
+            say(f"written {path}")
 
 
 def _print_module(path: Path) -> None:

@@ -25,6 +25,7 @@ PLAN_FILE = "plan.json"
 MODULE_FILE = "sharded_model.py"
 SWEEP_FILES = ("sweep.csv", "sweep.json", "sweep.html")
 _DRAFT = ".plan-draft-"
+_GENERATOR = b"shardwright"  # which pages and traces name near their begin
 _PATIENCE_S = 30.0  # for another writer, who needs milliseconds
 _MODULE = re.compile(r"^class ShardedModel\((Sharded|Pipelined)Module\):", re.MULTILINE)
 
@@ -122,6 +123,32 @@ def check_sweep_output(out: Path) -> None:
             f"--out `{out}` holds {shown}, which is not a sweep; nothing there is overwritten: "
             f"name a new folder, as in `--out {out / 'sweep_out'}`"
         )
+
+
+def check_page_file(option: str, path: Path) -> None:
+    """Refuse, before any work, a place that holds anything but an earlier page or trace of ours.
+
+    Raises ValueError.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} `{path}` is a folder; name a file")
+    if path.exists() and not _is_page(path):
+        raise ValueError(f"{option} `{path}` exists and was not written here; name a new file")
+    _check_parents(path)
+
+
+def _is_page(path: Path) -> bool:
+    """Is this a page of ours, or a trace?"""
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR in file.read(1000)
+    except OSError:
+        return False
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page or a trace, whole or not at all, over what `check_page_file` allows."""
+    _replace(path, lambda draft: _write_text(draft, text))
 
 
 def _check_parents(path: Path) -> None:
@@ -322,7 +349,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 __all__ = [
-    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_problem_file",
-    "check_sweep_output", "existing_plan", "module_is_the_plans", "write_folder", "write_module",
-    "write_plan", "write_sweep",
+    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_page_file",
+    "check_problem_file", "check_sweep_output", "existing_plan", "module_is_the_plans",
+    "write_folder", "write_module", "write_page", "write_plan", "write_sweep",
 ]  # fmt: skip

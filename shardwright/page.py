@@ -3,93 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from math import ceil, floor, log10
 
 from .facts.units import format_bytes, format_seconds
 from .figures import Figures
+from .markup import COLOURS, document, legend, safe
 from .sweeping import Row, Sweep, times_of
-from .terminal import printable
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 16, 52
 _DECADES = 3  # more of them on one axis are marked by powers of ten alone
 _ROOM = 0.06  # of the plot's width on each side of its points
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --back: #fff;
-  --mark: #fff3cd; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --soft: #a0a0a0; --line: #3a3a3a; --back: #16181c; --mark: #4a3f14; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.35rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-p.answer { font-size: 1.05rem; } p.soft, .legend { color: var(--soft); }
-svg { width: 100%; max-width: 760px; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 13px; }
-svg .grid { stroke: var(--line); } svg .front { fill: none; stroke: var(--soft); }
+svg .front { fill: none; stroke: var(--soft); }
 svg .point { stroke: var(--back); stroke-width: 1.5; cursor: pointer; }
 svg .best { stroke: var(--ink); stroke-width: 2.5; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
 th:nth-child(-n+6), td:nth-child(-n+6) { text-align: left; }
 tr.best td { font-weight: 600; } tr.lit td { background: var(--mark); }
-.legend span { display: inline-block; margin-right: 1rem; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px;
-  margin-right: 5px; }
-#tip { position: fixed; display: none; pointer-events: none; background: var(--ink);
-  color: var(--back); padding: 6px 10px; border-radius: 4px; font-size: 13px; max-width: 300px;
-  white-space: pre-line; }
-code { font-size: 13px; overflow-wrap: anywhere; }
-"""
-
-_SCRIPT = """
-const tip = document.getElementById('tip');
-for (const point of document.querySelectorAll('[data-row]')) {
-  const row = document.getElementById(point.dataset.row);
-  const show = event => {
-    tip.textContent = point.dataset.text;
-    tip.style.display = 'block';
-    const width = tip.offsetWidth, right = window.innerWidth - width - 8;
-    tip.style.left = Math.max(8, Math.min(event.clientX + 12, right)) + 'px';
-    tip.style.top = event.clientY + 12 + 'px';
-    row.classList.add('lit');
-  };
-  const hide = () => { tip.style.display = 'none'; row.classList.remove('lit'); };
-  point.addEventListener('mousemove', show);
-  point.addEventListener('click', show);
-  point.addEventListener('mouseleave', hide);
-}
 """
 
 
 def page_of(sweep: Sweep) -> str:
     """The page as text."""
     title = f"{sweep.asking.model}: {len(sweep.rows)} points"
-    answer = "".join(f'<p class="answer">{_text(line)}</p>' for line in _lines(sweep.answer()))
+    answer = "".join(f'<p class="answer">{safe(line)}</p>' for line in _lines(sweep.answer()))
     plots = "".join(_plot(sweep, seq) for seq in sweep.asking.seqs)
     commands = "".join(
-        f"<p><code>{_text(sweep.command(best))}</code></p>"
+        f"<p><code>{safe(sweep.command(best))}</code></p>"
         for seq in sweep.asking.seqs
         if (best := sweep.best(seq)) is not None
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n{answer}\n{commands}\n{_legend(sweep)}\n{plots}\n"
+    body = (
+        f"<h1>{safe(title)}</h1>\n{answer}\n{commands}\n{_legend(sweep)}\n{plots}\n"
         f"<h2>All points</h2>\n{_table(sweep)}\n"
         '<p class="soft">Predicted by the cost model of shardwright; =&gt; to take, * no other is '
-        'better both ways.</p>\n<div id="tip"></div>\n'
-        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        "better both ways.</p>"
     )
-
-
-def _text(text: str) -> str:
-    return escape(printable(text))
+    return document(title, body, _STYLE)
 
 
 def _lines(text: str) -> list[str]:
@@ -97,15 +48,11 @@ def _lines(text: str) -> list[str]:
 
 
 def _colour(sweep: Sweep, cluster: str) -> str:
-    return _COLOURS[sweep.asking.clusters.index(cluster) % len(_COLOURS)]
+    return COLOURS[sweep.asking.clusters.index(cluster) % len(COLOURS)]
 
 
 def _legend(sweep: Sweep) -> str:
-    items = (
-        f'<span><i style="background:{_colour(sweep, name)}"></i>{_text(name)}</span>'
-        for name in sweep.asking.clusters
-    )
-    return f'<p class="legend">{"".join(items)}</p>'
+    return legend([(name, _colour(sweep, name)) for name in sweep.asking.clusters])
 
 
 # -- the plot -------------------------------------------------------------------------------------
@@ -197,7 +144,7 @@ def _dot(sweep: Sweep, number: int, one: Figures, across: Scale, up: Scale) -> s
         f'<circle class="point{" best" if best else ""}" cx="{across.place(x):.1f}" '
         f'cy="{up.place(-y):.1f}" r="{8 if best else 6}" '
         f'fill="{_colour(sweep, one.point.cluster)}" data-row="row{number}" '
-        f'data-text="{_text(text)}"><title>{_text(text)}</title></circle>'
+        f'data-text="{safe(text)}"><title>{safe(text)}</title></circle>'
     )
 
 
@@ -217,7 +164,7 @@ def _short(value: float) -> str:
 
 def _table(sweep: Sweep) -> str:
     head, *lines = sweep.cells()
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    top = "".join(f"<th>{safe(cell)}</th>" for cell in head)
     rows = [
         _line(sweep, n, row, line)
         for n, (row, line) in enumerate(zip(sweep.rows, lines, strict=True))
@@ -230,7 +177,7 @@ def _table(sweep: Sweep) -> str:
 
 def _line(sweep: Sweep, number: int, row: Row, cells: Sequence[str]) -> str:
     best = row.figures is not None and row.figures == sweep.best(row.point.seq)
-    inside = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+    inside = "".join(f"<td>{safe(cell)}</td>" for cell in cells)
     return f'<tr id="row{number}"{" class=best" if best else ""}>{inside}</tr>'
 
 

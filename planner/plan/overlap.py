@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from ...ir.graph import Graph
 from ..strategies.build import Decisions
+from ..strategies.conversion import Network
 from ..strategies.prices import Prices
 from ..strategies.regions import InLoop, Unit, scopes
 from .program import LoopCall, Program, Sharded
@@ -30,7 +31,7 @@ _GATHERS = ("all_gather",)
 
 
 @dataclass(slots=True)
-class _Moved:
+class MovedWeights:
     """Seconds of a step that the collectives of a unit's weights take, forward and backward, and
     those of the latter that bring weights again."""
 
@@ -54,38 +55,40 @@ def hidden_s(
     free = 1 - prices.network.cluster.contention
     if not free or not together:
         return 0.0
-    moved, computed = _moved(program, prices, decisions, together), _computed(prices, decisions)
+    moved = moved_by_unit(program, prices.network, decisions, together)
+    computed = _computed(prices, decisions)
     runs, hidden, last = prices.setting.micro_batches, 0.0, _Computed()
     for stage, loop in enumerate(prices.graph.loops, start=1):
         layers = len(loop.order)
         for kind in range(len(loop.blocks)):
             unit = InLoop(loop.path, kind)
             windows = runs * loop.order.count(kind) * (layers - 1) / layers
-            mine, own = moved.get(unit, _Moved()), computed[unit]
+            mine, own = moved.get(unit, MovedWeights()), computed[unit]
             each = runs * loop.order.count(kind)
             hidden += windows * min(free * mine.forward / each, own.forward)
             hidden += windows * min(free * mine.backward / each, own.backward)
             left = own.backward - min(free * mine.backward / each, own.backward)
             last = _Computed(own.forward, left)
-        after = moved.get(stage, _Moved())
+        after = moved.get(stage, MovedWeights())
         leaving = after.backward - after.again
         hidden += runs * min(free * after.forward / runs, last.forward)
         hidden += runs * min(free * leaving / runs, last.backward)
     return hidden
 
 
-def _moved(
-    program: Program, prices: Prices, decisions: Decisions, together: Sequence[Together]
-) -> dict[Unit, _Moved]:
+def moved_by_unit(
+    program: Program, network: Network, decisions: Decisions, together: Sequence[Together]
+) -> dict[Unit, MovedWeights]:
+    """What the collectives of each unit's weights take in a step."""
     unit_of = dict(_units(program))
     layers = decisions.recomputed
-    shares = {scope.unit: layers.runs(scope).again for scope in scopes(prices.graph)}
-    found: dict[Unit, _Moved] = {}
+    shares = {scope.unit: layers.runs(scope).again for scope in scopes(program.graph)}
+    found: dict[Unit, MovedWeights] = {}
     for each in together:
         traffic = each.traffic
-        seconds = each.times * prices.network.seconds(traffic.kind, traffic.axes, traffic.bytes)
+        seconds = each.times * network.seconds(traffic.kind, traffic.axes, traffic.bytes)
         unit = unit_of[each.shares[0][0]]
-        moved = found.setdefault(unit, _Moved())
+        moved = found.setdefault(unit, MovedWeights())
         if traffic.backward:
             moved.backward += seconds
             moved.again += seconds * (traffic.kind in _GATHERS)
@@ -127,4 +130,4 @@ def _blocks(graph: Graph) -> Iterator[Unit]:
             yield InLoop(loop.path, kind)
 
 
-__all__ = ["hidden_s"]
+__all__ = ["MovedWeights", "hidden_s", "moved_by_unit"]

@@ -15,9 +15,10 @@ from ...ir.graph import Graph, Param
 from ..errors import PlanError
 from ..plan.decide import Solved, decide, plan_of
 from ..plan.plan import PlanData, Search
-from ..strategies.build import Decisions
+from ..strategies.bringing import Use
+from ..strategies.build import Built, Decisions
 from ..strategies.layout import Layout, limited
-from ..strategies.regions import Region, Strategy
+from ..strategies.regions import InLoop, Region, Strategy
 from ..strategies.setting import Restriction, Setting, Within
 from ..strategies.storage import Storage
 from .search import Builders, Clock, Job, Progress
@@ -79,6 +80,35 @@ def _taken(region: Region, decisions: Decisions) -> tuple[tuple[str, ...], ...]:
 
 def _silent(step: str) -> None:
     """No progress is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Bytes that are live while a region of `place` (`model.layers.3`, "" outside of layers) runs,
+    `forward` or `backward`, by what they are for."""
+
+    place: str
+    phase: str
+    bytes: dict[Use, float]
+
+
+def _times(built: Built) -> Iterator[tuple[str, str, int]]:
+    """(place, phase, time) of every time of a problem, in order."""
+    found: dict[int, tuple[str, str]] = {}
+    for region in built.builder.regions:
+        scope = region.scope
+        for phase, windows in (
+            ("forward", built.times.ahead(scope)),
+            ("backward", built.times.back(scope)),
+        ):
+            for window in windows:
+                name = ""
+                if scope.loop is not None and isinstance(scope.place, InLoop):
+                    kinds = [i for i, k in enumerate(scope.loop.order) if k == scope.place.kind]
+                    done = window.done if phase == "forward" else len(kinds) - 1 - window.done
+                    name = f"{scope.loop.path}.{kinds[done]}"
+                found |= dict.fromkeys(window.times, (name, phase))
+    yield from ((*found[time], time) for time in sorted(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +183,22 @@ class Again:
         if self.plan.decode is not None:
             return make_serving_plan(self.plan.graph, self.plan.decode.graph, job)
         return make_plan(self.plan.graph, job)
+
+    def memory(self) -> list[Live]:
+        """What is live when, in a step of the plan's own decisions.
+
+        Of a loop's layers those that the problem has times for: the first and the last of each
+        kind that have the same weights on their way.
+        """
+        plan, job = self.plan, self.job(self.plan.mesh)
+        setting = replace(self._setting(job), memory_bytes=None)
+        built = job.builder(plan.graph, plan.mesh, setting).build(Decided(plan.decisions))
+        solution = job.solution(built.problem(), plan.mesh)
+        assert solution.assignment is not None  # what was decided was possible before
+        return [
+            Live(place, phase, built.memory_at(solution.assignment, time))
+            for place, phase, time in _times(built)
+        ]
 
     # -- one operator -----------------------------------------------------------------------------
 
@@ -233,4 +279,4 @@ def _axes_apart(one: Strategy, other: Strategy) -> set[int]:
     }
 
 
-__all__ = ["Again", "Choosing", "Decided"]
+__all__ = ["Again", "Choosing", "Decided", "Live"]

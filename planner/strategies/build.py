@@ -138,7 +138,12 @@ class Built:
     output_nodes: Mapping[str, Flow]
     uses: Mapping[int, Sequence[Use]]
     bringing: tuple[int, ...]
-    horizon: int  # after all times at which anything is live
+    times: Times  # at which anything may be live
+
+    @property
+    def horizon(self) -> int:
+        """After all times at which anything is live."""
+        return self.times.horizon
 
     def problem(self) -> ShardingProblem:
         """What a solver sees."""
@@ -148,7 +153,7 @@ class Built:
 
     def least_memory(self) -> float:
         """Bytes that are live at the fullest time when every node takes its smallest strategy."""
-        return _least_memory(self.nodes, self.horizon)
+        return _least_memory(self.nodes, self.times.horizon)
 
     def read(self, assignment: Sequence[int]) -> Decisions:
         """The decisions that an assignment stands for."""
@@ -248,7 +253,7 @@ class _Building:
             self.output_nodes,
             self.uses,
             tuple(self.bringing.paid),
-            self.times.horizon,
+            self.times,
         )
 
     # 1. sources ---------------------------------------------------------------------------------

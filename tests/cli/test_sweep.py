@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +19,7 @@ from shardwright.page import page_of
 from shardwright.ranges import parse_count, parse_counts, parse_names, parse_price
 from shardwright.sweeping import Asking, Row, Sweep
 from shardwright.targets import parse_target
+from tests.targets.tools import page_width
 
 from .conftest import Run
 
@@ -267,18 +266,9 @@ def test_a_folder_that_is_no_sweep_is_left_alone(run: Run, tmp_path: Path) -> No
     assert "`mine.txt`, which is not a sweep" in ran.err
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_the_page_fits_the_window(width: int, tmp_path: Path) -> None:
     """Nothing but the table, which scrolls by itself, is wider than the window."""
     found = [figures(gpus, 100.0 * gpus) for gpus in (8, 16, 32)]
-    probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
-    page = tmp_path / "page.html"
-    page.write_text(page_of(swept(*found)).replace("</body>", probe))
-    ran = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-         f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    measured = int(ran.stdout.partition("<title>")[2].partition("</title>")[0])
+    measured = page_width(page_of(swept(*found)), width, tmp_path)
     assert measured <= max(width, 500)  # a window of Chromium is no narrower

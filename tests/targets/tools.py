@@ -47,6 +47,21 @@ def program(*names: str) -> str:
     raise AssertionError
 
 
+def page_width(page: str, width: int, folder: Path, *, dark: bool = False) -> int:
+    """How wide a page is, in pixels, in a window of a headless Chromium."""
+    probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+    file = folder / "page.html"
+    file.write_text(page.replace("</body>", probe))
+    ran = subprocess.run(
+        [program("chromium"), "--headless", "--no-sandbox", "--disable-gpu",
+         f"--window-size={width},900", f"--user-data-dir={folder / 'user'}",
+         *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+         "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return int(ran.stdout.partition("<title>")[2].partition("</title>")[0])
+
+
 def missing(why: str) -> None:
     """Skips the test, or fails it where all tools are said to be installed."""
     if os.environ.get("SHARDWRIGHT_TOOLS"):
