@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -193,7 +193,10 @@ class _Run:
         """The first run is over: what is read after the last saved tensor alone is not needed."""
         self.known.clear()
         for found in tree_leaves(list(self.results.values())):
-            if isinstance(found, _Result) and found.read_at == self.saved:
+            if not isinstance(found, _Result):
+                continue
+            found.alive = None  # which knows it, too
+            if found.read_at == self.saved:
                 found.storage, found.again = None, True
 
     def given(self, operator: Any, call: int) -> Any:
@@ -274,7 +277,23 @@ def keeping(keep: str) -> Contexts:
         with _on_this_thread(), _Second(run):
             yield
 
-    return first(), second()
+    return first(), Each(second)
+
+
+class Each(AbstractContextManager[None]):
+    """A context that is made anew each time that it is entered: once for every backward pass."""
+
+    def __init__(self, made: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._made = made
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        context = self._made()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 @contextmanager
@@ -294,7 +313,7 @@ def both(outer: Contexts, inner: Contexts) -> Contexts:
         with first, then:
             yield
 
-    return entered(outer[0], inner[0]), entered(outer[1], inner[1])
+    return entered(outer[0], inner[0]), Each(lambda: entered(outer[1], inner[1]))
 
 
 def keeping_in_graphs(keep: str) -> Contexts:
@@ -313,6 +332,6 @@ def keeping_in_graphs(keep: str) -> Contexts:
 
 
 __all__ = [
-    "KINDS", "Contexts", "both", "is_keeping", "keeping", "keeping_in_graphs", "keeping_nothing",
-    "operators_of",
+    "KINDS", "Contexts", "Each", "both", "is_keeping", "keeping", "keeping_in_graphs",
+    "keeping_nothing", "operators_of",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ...compat.torch import flattened
 from . import transport
 from .collectives import Axis
+from .keeping import Each
 from .opaque import not_compiled
 
 
@@ -196,7 +197,7 @@ class Mesh:
                 for key, state in now.items():
                     self._generators[key].set_state(state)
 
-        return first(), second()
+        return first(), Each(second)
 
     def manual_seed(self, seed: int) -> None:
         """Start all generators of this mesh anew from `seed`, the same on every rank."""
