@@ -212,10 +212,7 @@ def plan(
         if dump_problem is not None:
             check_problem_file(dump_problem)
         layouts = tuple(layout or ())
-        if gpus is None and not layouts and layout_from is None:
-            raise ValueError("how many GPUs? Give --gpus N, e.g. --gpus 8, or a --layout")
-        if write is not None and len(layouts) + (layout_from is not None) < 2:
-            raise ValueError("--write chooses among several --layout; give at least two")
+        _check_layouts(gpus, len(layouts) + (layout_from is not None), write)
         options: dict[str, Any] = {
             **asked_of(planning),
             "gpus": gpus,
@@ -241,6 +238,14 @@ def plan(
         if note := untried(versions_in_use()):
             say(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json, full=full, dump=dump)
+
+
+def _check_layouts(gpus: int | None, layouts: int, write: int | None) -> None:
+    """Raises ValueError where neither GPUs nor layouts are given, or there is none to choose."""
+    if gpus is None and not layouts:
+        raise ValueError("how many GPUs? Give --gpus N, e.g. --gpus 8, or a --layout")
+    if write is not None and layouts < 2:
+        raise ValueError("--write chooses among several --layout; give at least two")
 
 
 def _read_layout(given: str, options: dict[str, Any]) -> str:
