@@ -179,7 +179,8 @@ class ShardedModule(nn.Module):
 
     def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises ValueError, naming the input, unless there is a tensor wherever one is planned."""
-        tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
+        if self.INPUTS:  # a module written by hand may say nothing of them
+            tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
 
     def __getattr__(self, name: str) -> Any:
         """Raises RuntimeError for DistributedDataParallel, which asks for something of its own."""
