@@ -81,6 +81,7 @@ def test_what_changes_the_layout_and_is_not_read_is_named(given: str, unread: li
     assert list(layout_from(given, 16).unread) == unread
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("to", ["megatron", "torchtitan"])
 @pytest.mark.parametrize("layout", ["fsdp=2,tp=2,sp,recompute=full", "pp=2,ddp=2", "ddp=4"])
 def test_what_is_exported_is_read_again(to: str, layout: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("model", "layout", "micro_batches"), LAYOUTS)
 def test_it_takes_what_is_priced(model: str, layout: str, micro_batches: int | None) -> None:
     plan = planned(model, layout, micro_batches=micro_batches)
@@ -73,6 +73,7 @@ def test_a_pipelines_ranks_run_their_schedule() -> None:
     assert max(m.end for m in found.moments) == pytest.approx(plan.seconds)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", ["fsdp=4", "fsdp=2,recompute=full"])
 def test_memory_over_a_step_peaks_where_the_plan_says(layout: str) -> None:
     plan = planned("llama.py", layout)

@@ -36,7 +36,7 @@ def planned(model: str, layout: str | None, **options: Any) -> Plan:
     )  # fmt: skip
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("model", "words"), LAYOUTS)
 def test_a_layout_is_known_again(model: str, words: str) -> None:
     micro_batches = 2 if "zero" in words else None

@@ -73,7 +73,7 @@ def run_in_float64(model: str, source: str) -> tuple[Tensor, dict[str, Tensor]]:
     ("model", "layout"),
     [
         ("llama.py", "tp=2"),
-        ("llama.py", "fsdp=2,recompute=full"),
+        pytest.param("llama.py", "fsdp=2,recompute=full", marks=pytest.mark.slow),
         pytest.param("gpt.py", "ddp=2", marks=pytest.mark.slow),
         pytest.param("llama.py", "fsdp=2,tp=2", marks=pytest.mark.slow),
         pytest.param("llama.py", "ddp=2,tp=2,recompute=full", marks=pytest.mark.slow),

@@ -62,6 +62,7 @@ MEGATRON = {
 }  # fmt: skip
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", MEGATRON)
 def test_megatron(layout: str) -> None:
     exported = export(
@@ -149,6 +150,7 @@ def test_what_a_tool_has_not_is_planned_as_its_nearest_and_told_with_its_price()
     assert "#   ZeRO-2 over 2 GPUs becomes FSDP" in exported.text.splitlines()
 
 
+@pytest.mark.slow
 def test_what_differs_from_every_layout_is_named() -> None:
     pins = ("*.q_proj=x:batch", "*.k_proj=x:batch", "*.v_proj=x:batch", "*.o_proj=x:batch")
     plan = planned(gpus=2, mesh="2", pins=("*.mlp.*_proj.weight=S0", *pins))
