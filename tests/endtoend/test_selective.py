@@ -164,7 +164,7 @@ def predicted(role: str, batch: int, kept: int, part: int, layers: int) -> tuple
 @pytest.mark.parametrize(
     ("role", "kept", "part"),
     [
-        ("tp", 0, ALL), ("ddp", 2, 2),
+        ("tp", 0, ALL), pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
         *(
             pytest.param(role, *layers, marks=pytest.mark.slow)
             for role in ("ddp", "fsdp", "tp")
