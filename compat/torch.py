@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
+from types import ClassMethodDescriptorType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import Node
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 # -- names as they are, and what for
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import CheckpointFunction
 # TorchDispatchMode     sees every operator that runs: live bytes on a CPU, dtypes in `plan verify`
 # is_traceable_wrapper_subclass  is a tensor made of others (quantised weights, DTensor)?
 # tree_leaves           tensors in what a model or an operator returns
+# tree_map_only         changes the tensors in what an operator returns
 # tree_unflatten        from the placeholders of an export to the keywords that they stand for
 # DDP_ASKS              what DistributedDataParallel asks a module for before it takes it
 # CheckpointFunction    the class behind `checkpoint(use_reentrant=True)`, which capture leaves out
@@ -40,8 +42,12 @@ EXPORT_PRINTS = "torch.export._trace"
 
 _aten: Any = torch.ops.aten
 
-FunctionBase: Any = _SingleLevelFunction
-"""The base of `autograd.Function`, whose `apply` all ways to call one end in."""
+BINDS_EARLY = isinstance(vars(torch.autograd.Function).get("apply"), ClassMethodDescriptorType)
+"""From torch 2.14 on `Function.apply` is C: what was bound before (`f = Doubled.apply`) does not
+see another one that is put in its place, and ends in the class's own `forward`."""
+
+FunctionBase: Any = torch.autograd.Function if BINDS_EARLY else _SingleLevelFunction
+"""The class in whose `apply` all ways to call a function end, but for those."""
 
 
 # -- tensors and modules
@@ -401,6 +407,7 @@ def compile_failures() -> tuple[type[Exception], ...]:
 
 
 __all__ = [
+    "BINDS_EARLY",
     "DDP_ASKS",
     "EXPORT_PRINTS",
     "CheckpointFunction",
@@ -436,6 +443,7 @@ __all__ = [
     "storage_key",
     "transient_buffers",
     "tree_leaves",
+    "tree_map_only",
     "tree_unflatten",
     "whole_stacks",
     "watch_saved_tensors",

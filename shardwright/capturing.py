@@ -8,12 +8,12 @@ from functools import cached_property
 
 from torch import nn
 
-from .compat.transformers import is_pretrained
 from .facts.held import taken
 from .facts.phases import find_phase
 from .facts.updated import updated_buffer
 from .formats import MIXED
 from .ir.capture.capture import captured
+from .ir.capture.huggingface import is_pretrained
 from .ir.graph import Graph
 from .ir.passes.extents import Again, extents_as_in, served_extents, with_extents
 from .ir.passes.masters import with_masters

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ...compat.torch import CheckpointFunction, FunctionBase
+from ...compat.torch import BINDS_EARLY, CheckpointFunction, FunctionBase
 from ...compat.transformers import WRAPPERS
 from .location import innermost_frame, place
 from .trial import Called, Refused, Slot, tried
@@ -75,12 +75,22 @@ def keeping_functions() -> Generator[None]:
     Reentrant checkpoints run as what they wrap.
     """
     checkpoints: Any = CheckpointFunction
+    before = vars(FunctionBase).get("apply")
+    keeping = _Keeping()
     checkpoints.apply = staticmethod(_plain)
-    FunctionBase.apply = classmethod(_apply())
+    FunctionBase.apply = classmethod(keeping.applied)
+    bound_before = keeping.watched() if BINDS_EARLY else []
     try:
         yield
     finally:
+        for cls, own in bound_before:
+            if own is None:
+                del cls.forward
+            else:
+                cls.forward = own
         del checkpoints.apply, FunctionBase.apply  # those of their base classes show again
+        if before is not None:
+            FunctionBase.apply = before
 
 
 def _plain(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -88,25 +98,53 @@ def _plain(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -
     return function(*args)
 
 
-def _apply() -> Callable[..., Any]:
-    """`FunctionBase.apply`, in which every way to call a function ends."""
-    trying = False  # functions that another one calls are a part of it
+class _Keeping:
+    """Calls of functions, recorded whole; of those that another one calls each is a part of it."""
 
-    def apply(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal trying
-        if trying or kwargs or _is_of_torch(cls):
+    def __init__(self) -> None:
+        self.trying = False
+
+    def applied(self, cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        """`FunctionBase.apply`."""
+        if self.trying or kwargs or _is_of_torch(cls):
             return super(FunctionBase, cls).apply(*args, **kwargs)
-        trying = True
+        return self._recorded(cls, args)
+
+    def watched(self) -> list[tuple[type[Any], Any]]:
+        """Have the `forward` of all functions there are record a call, too; what each had of its
+        own."""
+        found = [cls for cls in _all_below(torch.autograd.Function) if not _is_of_torch(cls)]
+        known = [(cls, vars(cls).get("forward")) for cls in found]
+        watching = [self._watching(cls, cls.forward) for cls in found]
+        for cls, forward in zip(found, watching, strict=True):
+            cls.forward = staticmethod(forward)
+        return known
+
+    def _watching(self, cls: type[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+        # without `setup_context` of its own, a forward is given the context first
+        with_context = cls.setup_context is torch.autograd.Function.setup_context
+
+        def watching(*args: Any) -> Any:
+            if self.trying:
+                return forward(*args)
+            return self._recorded(cls, args[1:] if with_context else args)
+
+        return watching
+
+    def _recorded(self, cls: type[Any], args: tuple[Any, ...]) -> Any:
+        self.trying = True
         try:
             call = tried(cls, args)
         except Refused as error:
             said = f"{_here()}: the model calls `{cls.__qualname__}`, {error}"
             raise OwnBackward(said) from error
         finally:
-            trying = False
+            self.trying = False
         return _record(call, [arg for arg in args if isinstance(arg, Tensor)])
 
-    return apply
+
+def _all_below(cls: type[Any]) -> list[type[Any]]:
+    return [each for below in cls.__subclasses__() for each in (below, *_all_below(below))]
 
 
 def _here() -> str:

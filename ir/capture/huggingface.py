@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat import transformers as hf
+from ...compat.transformers import is_pretrained
 from ...facts.given import shown
 from ..ops.attention import attention, mask_stand_in
 from .arguments import called_by_name
@@ -93,7 +94,7 @@ def shardwright_attention(
     attend over a cache, where attention in chunks must not pass for causal while it is short.
     """
     hf.register_attention(NAME, _attention_forward, _mask)
-    models: list[Any] = [module for module in model.modules() if hf.is_pretrained(module)]
+    models: list[Any] = [module for module in model.modules() if is_pretrained(module)]
     configs: dict[int, Any] = {id(module.config): module.config for module in models}
     # submodels that write attention out themselves keep doing so
     switched: dict[int, Any] = {
@@ -371,6 +372,6 @@ def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 __all__ = [
-    "MaskInfo", "from_config", "rebuild", "shardwright_attention", "state_name", "state_shapes",
-    "states_given", "with_weights",
+    "MaskInfo", "from_config", "is_pretrained", "rebuild", "shardwright_attention", "state_name",
+    "state_shapes", "states_given", "with_weights",
 ]  # fmt: skip

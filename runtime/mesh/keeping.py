@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ...compat.torch import (
@@ -28,6 +27,8 @@ from ...compat.torch import (
     TorchDispatchMode,
     looks_into,
     storage_key,
+    tree_leaves,
+    tree_map_only,
     watch_saved_tensors,
     written_operands,
 )

@@ -94,7 +94,9 @@ def test_torch_has_all_of_it() -> None:
     x = torch.zeros(1)
     mesh = torch.distributed.device_mesh.DeviceMesh
     one = torch.library.custom_op("shardwright_tests::one", _one, mutates_args=())
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 (stubs do not know it)
     owners: dict[str, object] = {
+        "_autograd": torch._C,
         "_backward_hooks": x,
         "_backward_pre_hooks": nn.Module(),
         "_buffers": nn.Module(),
@@ -110,6 +112,7 @@ def test_torch_has_all_of_it() -> None:
         "_qualname": one,
         "_record_forward_stack_traces_only": TracerBase,
         "_schema": torch.ops.aten.relu.default,
+        "_top_saved_tensors_default_hooks": autograd,
         "_version": x,
     }
     assert missing((COMPAT / "torch.py").read_text(), owners) == []

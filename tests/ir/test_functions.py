@@ -163,6 +163,34 @@ def test_two_calls_stay_two() -> None:
     assert len(in_body) + 2 * len(in_layers) == 4
 
 
+class Inherited(Clipped):
+    """Has a backward of its own alone."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 9 * gradients[0]
+
+
+clipped, masked, inherited = Clipped.apply, Masked.apply, Inherited.apply
+
+
+@pytest.mark.parametrize(
+    ("act", "function"),
+    [
+        (lambda x, w: clipped(x), "Clipped"),
+        (lambda x, w: masked(x, 0.5), "Masked"),
+        (lambda x, w: inherited(x), "Inherited"),
+    ],
+)
+def test_what_was_bound_before_is_kept(act: Any, function: str) -> None:
+    """`f = Doubled.apply` at the top of a file is how most call one."""
+    graph = capture_folded(Net(act), {"x": torch.randn(2, 8)}, training=True)
+    (node,) = [node for node in graph.nodes if node.op == FUNCTION]
+    assert function in str(node)
+    assert all("forward" not in vars(cls) for cls in (Inherited,))
+    assert Inherited.forward is Clipped.forward
+
+
 class Layer(nn.Linear):
     """Gives its function a number."""
 
