@@ -96,6 +96,8 @@ def capture(
         return _finish(model, arguments, *found, build), watched
 
     graph, watched = once()
+    if watched.installs:
+        graph, watched = once()
     if most is None:
         for left in watched.later():
             with as_left(model, left):

@@ -39,14 +39,18 @@ class Watched(TorchFunctionMode):
         self._objects: dict[str, _Held] = {}  # those that `_before` has copies of
         self._tables: dict[int, Tensor] = {}  # which keeps them, so that no id is used twice
         self._hooks: list[Any] = []
+        self._hooked = 0
+        self.installs = False  # hooks, once and for all: the next pass is the one to look at
 
     def __enter__(self) -> Watched:
         def begin(*_: object) -> None:
             self._before = _held(self._model)
             self._objects = {path: dict(vars(m)) for path, m in self._model.named_modules()}
+            self._hooked = _hooks(self._model)
 
         def end(*_: object) -> None:
             self._after = _held(self._model)
+            self.installs = self._hooked != _hooks(self._model)
 
         self._hooks = [
             self._model.register_forward_pre_hook(begin),
@@ -58,7 +62,8 @@ class Watched(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)
-        self._restore()
+        if not self.installs:
+            self._restore()
 
     def _restore(self) -> None:
         """Modules hold what they held before, also where containers were changed in place."""
@@ -148,6 +153,12 @@ def told(model: nn.Module, left: Mapping[str, _Held]) -> str:
         " what is left there: a plan would hold what it was when the model was captured. Register a"
         " persistent buffer and change that in place, or pass it to `forward` as a tensor"
     )
+
+
+def _hooks(model: nn.Module) -> int:
+    """How many hooks on results its modules have."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    return sum(len(vars(module)[name]) for module in model.modules() for name in names)
 
 
 def _held(model: nn.Module) -> dict[str, _Held]:

@@ -126,3 +126,19 @@ def test_draws_that_no_graph_has_are_refused(run: Forward, whose: str) -> None:
     net.log, net.table = random.Random(0), np.random.default_rng(0)
     with pytest.raises(CaptureError, match=f"Net draws with {whose} while it runs"):
         capture(net, {"x": torch.zeros(2, 3, 4)}, training=True)
+
+
+def test_hooks_that_the_first_pass_installs_stay() -> None:
+    """As transformers does to record hidden states, and marks that it did."""
+
+    def recorded(net: Any, x: Tensor) -> Tensor:
+        if not getattr(net, "installed", False):
+            net.up.register_forward_hook(lambda module, given, result: result * 2)
+            net.installed = True
+        return net.up(x)
+
+    net: Any = Net(recorded)
+    graphs = [capture(net, {"x": torch.zeros(2, 3, 4)}, training=True) for _ in range(3)]
+    assert [node.op for node in graphs[0].nodes] == ["aten.linear.default", "aten.mul.Tensor"]
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert net.installed
