@@ -113,6 +113,7 @@ def test_refusals(given: str, message: str) -> None:
         layout_from(PARALLEL)
 
 
+@pytest.mark.slow
 def test_the_command(run: Run, tmp_path: Path) -> None:
     given = "--tensor-model-parallel-size 2 --micro-batch-size 4 --seq-length 64 --fp16-lm-cross"
     command = (GPT, "--gpus", "2", "--cluster", "cpu", "--layout-from", given)

@@ -72,6 +72,7 @@ def _names(plan: Plan) -> list[str]:
 
 
 @pytest.mark.parametrize(("layout", "phase"), [("pp=2,ddp=2", "train"), ("ddp=2,tp=2", "serve")])
+@pytest.mark.some(1)
 def test_pages_of_pipelines_and_servers(layout: str, phase: str) -> None:
     page = page_of_plan(planned(layout=layout, phase=phase))
     Elements(page)

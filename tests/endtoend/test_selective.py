@@ -46,7 +46,7 @@ ALL = 99  # layers: as many as there are
         ("encoder_decoder", "fsdp", 1, ALL), ("gemma2", "fsdp cp", 0, 1),
     ],
 )  # fmt: skip
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 def test_outputs_gradients_and_messages(
     pool: Pool, name: str, role: str, kept: int, part: int
 ) -> None:
@@ -58,7 +58,7 @@ def test_outputs_gradients_and_messages(
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "encoder_decoder", "phi3", "bert"])
-@pytest.mark.some(1)
+@pytest.mark.slow
 def test_any_decisions(pool: Pool, name: str, seed: int | None) -> None:
     """Also sums over ranks of what is a summand on the first one alone, and padding."""
     made = builder(name, (2, 2)).recomputed(0, ALL)
@@ -164,7 +164,7 @@ def predicted(role: str, batch: int, kept: int, part: int, layers: int) -> tuple
 @pytest.mark.parametrize(
     ("role", "kept", "part"),
     [
-        ("tp", 0, ALL), pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
+        pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
         *(
             pytest.param(role, *layers, marks=pytest.mark.slow)
             for role in ("ddp", "fsdp", "tp")
