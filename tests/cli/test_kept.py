@@ -116,6 +116,7 @@ def test_what_may_change_unseen_is_not_kept(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("graphs", ["", "{}", '{"graphs": [{}]', '{"graphs": []', "[1]"])
+@pytest.mark.some(1)
 def test_a_damaged_file_is_captured_again(folder: Path, loads: list[str], graphs: str) -> None:
     first = planned(folder)
     (file,) = (folder.parent / "cache" / "shardwright" / "captures").iterdir()

@@ -35,7 +35,7 @@ from shardwright.planner.plan.store import plan_from_json
 from shardwright.terminal import printable
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIES = int(os.environ.get("SHARDWRIGHT_FUZZ", "15"))
+TRIES = int(os.environ.get("SHARDWRIGHT_FUZZ", "8"))
 TEXTS = (
     'x"""); import os #', "x\nimport os", "__class__", "a'b", 'a"b', "\\", "", "\u202e", "\x1b[2J",
     "\r", "os.system", "x" * 5000, "9" * 30, "S0", "V", "P", "P0", "S9", "S0,R,R,R", "../../x",

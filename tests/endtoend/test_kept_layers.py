@@ -38,7 +38,7 @@ LAYERS = SIZES["layers"]
         ("encoder_decoder", 1, ""), ("encoder_decoder", 1, "fsdp"), ("llama", 1, "fsdp"),
     ],
 )  # fmt: skip
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 def test_outputs_gradients_and_messages(pool: Pool, name: str, kept: int, role: str) -> None:
     """As in one process; and messages are those that are counted for both kinds of layers."""
     made = builder(name, (2, 2)).recomputed(kept)
