@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 from ...facts.phases import find_phase
 from ...facts.units import format_seconds
@@ -54,7 +55,7 @@ class Target:
     pipelines = False
     recompute = False  # of all layers, and
     recompute_some = False  # of the first ones only
-    roles: Mapping[str, str] = field(default_factory=dict[str, str])
+    roles: Mapping[str, str] = MappingProxyType({})
     order: tuple[str, ...] = ()
 
     def check(self, plan: PlanData) -> None:
@@ -83,10 +84,7 @@ class Target:
         if recompute and not self.recompute:
             lost.append("layers are recomputed")
         full = "full" if recompute and self.recompute else ""
-        words = words_of_roles(axes or [("ddp", 1)], full)
-        if layout.pipeline > 1:
-            inner = f"vpp={layout.per_rank}," if layout.per_rank > 1 else ""
-            words = f"pp={layout.pipeline},{inner}{words}"
+        words = words_for(axes, (layout.pipeline, layout.per_rank), full)
         return Layout.parse(words), tuple(lost)
 
     def ordinary(self, gpus: int) -> Iterator[Layout]:
