@@ -71,6 +71,7 @@ def unify(graph: Graph) -> Graph:
     """One name for ops that mean the same.
 
         view(x, [-1, 8])          ->  reshape(x, shape=(32, 8))
+        expand_as(x, y)           ->  expand(x, size of y)   (as in `F.normalize`)
         numpy_T(x), t(x)          ->  transpose(x, dim0=0, dim1=1)   (2-D)
         x.__and__(y)              ->  bitwise_and(x, y)
         multiply(x, y)            ->  mul(x, y)            (and other second names)
@@ -97,6 +98,10 @@ def _unified(node: Node) -> Node:
             return node
         args = (("self", value), ("dim0", dim0), ("dim1", dim1))
         return replace(node, op="aten.transpose.int", args=args)
+    if node.op == "aten.expand_as.default":
+        size = node.output.type.shape
+        args = (("self", node.operands[0]), ("size", size), ("implicit", False))
+        return replace(node, op="aten.expand.default", args=args)
     return replace(node, op=_OTHER_NAMES.get(node.op, node.op))
 
 

@@ -104,6 +104,13 @@ def test_identities_vanish() -> None:
     assert ops(graph) == ["aten.mul.Tensor"]
 
 
+def test_of_what_is_expanded_to_only_the_shape_counts() -> None:
+    graph = captured(lambda x, w: x[:, :1].expand_as(w) * x, normal(3, 4), 3, 4)
+    expand = next(node for node in graph.nodes if "expand" in node.op)
+    assert (expand.op, expand.arg("size")) == ("aten.expand.default", (3, 4))
+    assert [value.type.shape for value in expand.operands] == [(3, 1)]
+
+
 def test_an_empty_rest_vanishes() -> None:
     """As a rotary embedding of all of the head's width."""
     graph = captured(
