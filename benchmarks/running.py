@@ -49,7 +49,7 @@ from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.decide import program_of
 from shardwright.planner.strategies.build import Builder
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool

@@ -24,8 +24,8 @@ from ..ir.ops.labels import DimLabels
 from ..ir.ops.registry import is_view, local_of, operator_of, rule_of
 from ..ir.ops.views import Dim, reshaped
 from ..planner.plan.program import Compute, Convert, LoopCall, PricedStep, Sharded
-from ..planner.strategies.conversion import Step
 from ..planner.strategies.regions import Recomputed
+from ..planner.strategies.steps import Step
 from .classes import TorchModule
 from .expressions import nested
 from .names import Base, Names, base_of

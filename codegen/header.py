@@ -22,7 +22,7 @@ from ..ir.ops.registry import operator_of, words_of
 from ..planner.plan.plan import Pipeline, PlanData
 from ..planner.plan.program import Compute, LoopCall, Program, Sharded, Weight
 from ..planner.plan.returned import told_outputs
-from ..planner.strategies.conversion import Step
+from ..planner.strategies.steps import Step
 
 _SHOWN = 8  # rows and columns of ranks
 # what an axis may cut, by what time is spent on, and whether modules are named

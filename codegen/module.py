@@ -180,7 +180,7 @@ class Writer:
         self.prefix = _DECODING if name == _DECODING else ""  # of the classes' names
         self.second = second  # the program for decoding beside this one, if there is one
         self.recached = recached  # ways of caches to its layout, by node
-        self.labels: dict[str, DimLabels] = label_dims(program.graph)
+        self.labels: Mapping[str, DimLabels] = label_dims(program.graph)
         self.loops = [s for s in program.statements if isinstance(s, LoopCall)]
         self.tables: Mapping[str, int] = {}  # of page tables that caches share, by their names
         self.words = words_of(program.statements)

@@ -128,14 +128,15 @@ class Plan(PlanData):
     def check(self) -> None:
         """Raises PlanError where decisions, prices and graph do not fit together.
 
-        What is loaded and what is saved is held to it; a plan that was made by hand may not be.
+        What is loaded and what is saved is held to it, but that operators give what the graph says
+        is looked at here and in loading; a plan that was made by hand may not be.
         """
         check_plan(self)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON data, of the schema that `plan schema` prints.
 
-        Raises PlanError as `check` does.
+        Raises PlanError where what belongs together does not fit.
         """
         return checked_json(self)
 

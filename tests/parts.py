@@ -8,7 +8,7 @@ from shardwright.costmodel.collective import messages, wire_bytes
 from shardwright.facts.traffic import Traffic
 from shardwright.ir.ops.algorithms.part import Part
 from shardwright.ir.ops.algorithms.quantities import kernels_of, traffic_of
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.pricing import pass_seconds
 
 # (operation, phase) -> (bytes, messages) that one rank receives, as `CollectiveCounter` counts them

@@ -34,7 +34,7 @@ from shardwright.planner.plan.program import Program
 from shardwright.planner.plan.traffic import predicted_bytes, predicted_messages
 from shardwright.planner.search.search import Clock, Job, Limit
 from shardwright.planner.strategies.build import Builder, Built, Decisions
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.regions import Region, Strategy
 from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import RankPool, count_collectives

@@ -118,6 +118,12 @@ class Node:
     args: tuple[tuple[str, Arg], ...]
     outputs: tuple[Value, ...]
     loc: Loc = field(default_factory=Loc)
+    operands: tuple[Value, ...] = field(init=False, compare=False, repr=False)
+    """Tensor operands in argument order, lists flattened, repeats kept."""
+
+    def __post_init__(self) -> None:
+        operands = tuple(value for _, arg in self.args for value in values_in(arg))
+        object.__setattr__(self, "operands", operands)
 
     def arg(self, name: str) -> Arg:
         """The argument called `name` in the op's schema."""
@@ -132,17 +138,6 @@ class Node:
         if not isinstance(value, int):
             raise ValueError(f"{self.loc}: argument `{name}` of `{self.op}` is {value}, no integer")
         return value
-
-    @property
-    def operands(self) -> tuple[Value, ...]:
-        """Tensor operands in argument order, lists flattened, repeats kept."""
-        found: list[Value] = []
-        for _, arg in self.args:
-            if isinstance(arg, Value):
-                found.append(arg)
-            elif isinstance(arg, tuple):
-                found.extend(values_in(arg))
-        return tuple(found)
 
     @property
     def output(self) -> Value:
@@ -300,7 +295,7 @@ class Signature:
     fixed: tuple[tuple[Path, Constant], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Graph:
     """A captured model.  `body` is in topological order.
 

@@ -136,11 +136,14 @@ def _first_column(
     rest = [x[~moved] * sign for x, sign in zip(there, (1, -1), strict=True)]
     if any(bool((x != ignored).any()) for x in rest):
         return None
-    found = (there[0][moved] - _BASE).sort().values
+    found = there[0][moved] - _BASE
+    if (found >= len(places)).any():
+        return None
+    times = torch.bincount(found, minlength=len(places))
     columns = shape[-1] if len(shape) > 1 else 1
-    first = int(found[0]) % columns if len(found) else 0
-    wanted = places[places % columns >= first]
-    return first if torch.equal(found, wanted) else None
+    first = int(times.argmax()) % columns
+    wanted = (places % columns >= first).long()
+    return first if torch.equal(times, wanted) else None
 
 
 def _run(way: Sequence[Node], name: str, known: Mapping[str, Tensor]) -> Tensor:

@@ -7,16 +7,19 @@ things for people (reports, comments, baselines); no decision about correctness 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from ..graph import Graph, Loop, Node, Value
+from ..graph.remember import once_for_each
 from .registry import rule_of
 
 LABELS = {"b": "batch", "s": "sequence"}  # in words
 DimLabels: TypeAlias = tuple[tuple[str, ...], ...]  # per dim the labels of its factors
 
 
-def label_dims(graph: Graph) -> dict[str, DimLabels]:
+@once_for_each
+def label_dims(graph: Graph) -> Mapping[str, DimLabels]:
     """Labels of every value, by the value's name.
 
     Labels run forward from the inputs and backward from later uses: `arange(4096)` whose result is
@@ -40,7 +43,7 @@ def label_dims(graph: Graph) -> dict[str, DimLabels]:
 Sources: TypeAlias = dict[str, tuple[frozenset[str], ...]]
 
 
-def size_labels(graph: Graph, labels: dict[str, DimLabels]) -> Sources:
+def size_labels(graph: Graph, labels: Mapping[str, DimLabels]) -> Sources:
     """By value, the labels of inputs on which the size of each dim may depend.
 
     Of a dim without a label, as that of a slice or of a convolution, those of what became of it:
@@ -91,7 +94,7 @@ def _add_sources(name: str, more: tuple[frozenset[str], ...], found: Sources) ->
         found[name] = tuple(a | b for a, b in zip(known, more, strict=True))
 
 
-def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
+def factor_labels(node: Node, labels: Mapping[str, DimLabels]) -> dict[str, str]:
     """Label of each factor of the node's rule that has one; an algorithm has its first cut's."""
     found: dict[str, str] = {}
     rule = rule_of(node)
@@ -106,6 +109,13 @@ def factor_labels(node: Node, labels: dict[str, DimLabels]) -> dict[str, str]:
         if label := found.get(way.cuts[0], way.label):
             found[algorithm] = label
     return found
+
+
+@once_for_each
+def factors_of_nodes(graph: Graph) -> Mapping[str, Mapping[str, str]]:
+    """By node, the label of each factor that has one."""
+    labels = label_dims(graph)
+    return {node.name: factor_labels(node, labels) for node in graph.nodes}
 
 
 def _label_item(item: Node | Loop, labels: dict[str, DimLabels], backward: bool = False) -> None:

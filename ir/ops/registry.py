@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from weakref import ref
 
 import torch
 
 from ..graph import Node, Value
+from ..graph.remember import once_for_each
 from . import (
     along,
     attention,
@@ -89,17 +89,10 @@ def is_ruled(node: Node) -> bool:
     return find_op(node.op) is not None or RULE in dict(node.args)
 
 
+@once_for_each
 def rule_of(node: Node) -> Rule:
-    """The factor rule of `node`; an op without one keeps every dim whole.
-
-    A rule is made once per node and forgotten with it.
-    """
-    known = _rules.get(id(node))
-    if known is not None and known[0]() is node:
-        return known[1]
-    key, rule = id(node), _added_up(node, operator_of(node).rule(node))
-    _rules[key] = (ref(node, lambda _: _rules.pop(key, None)), rule)
-    return rule
+    """The factor rule of `node`; an op without one keeps every dim whole."""
+    return _added_up(node, operator_of(node).rule(node))
 
 
 def _added_up(node: Node, rule: Rule) -> Rule:
@@ -111,10 +104,6 @@ def _added_up(node: Node, rule: Rule) -> Rule:
     if not any(group & logical for group in rule.linear):
         return rule
     return replace(rule, linear=tuple(group for group in rule.linear if not group & logical))
-
-
-# By identity: hashing a node means hashing every argument, dearer than making its rule anew.
-_rules: dict[int, tuple[ref[Node], Rule]] = {}
 
 
 def is_view(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from ...facts.nested import dotted
 from ...facts.spec import Spec
 from ...facts.units import format_bytes
 from ...ir.graph import Graph, Node, Value
-from ...ir.ops.labels import factor_labels, label_dims
+from ...ir.ops.labels import DimLabels, factor_labels, label_dims
 from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_ruled, local_of, operator_of, rule_of
 from ...ir.ops.users import is_users
@@ -232,7 +232,7 @@ def name_axes(graph: Graph, mesh: Mesh, decisions: Decisions) -> Mesh:
     return Mesh(tuple((name, size) for name, (_, size) in zip(names, mesh.axes, strict=True)))
 
 
-def _use_of(node: Node, choice: str, labels: dict[str, tuple[tuple[str, ...], ...]]) -> str:
+def _use_of(node: Node, choice: str, labels: Mapping[str, DimLabels]) -> str:
     if operator_of(node).experts in rule_of(node).cuts(choice):
         return "ep"
     label = factor_labels(node, labels).get(choice, "")

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 from ...costmodel.timeline import StageTimes, played
 from ...facts.schedules import schedule
 from ...ir.ops.registry import operator_of
-from ..strategies.conversion import Network
+from ..strategies.network import Network
 from ..strategies.regions import InLoop, Unit, scopes, units
 from ..strategies.selected import again_in
 from .overlap import MovedWeights, moved_by_unit

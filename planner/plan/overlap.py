@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ...ir.graph import Graph
 from ..strategies.build import Decisions
-from ..strategies.conversion import Network
+from ..strategies.network import Network
 from ..strategies.prices import Prices
 from ..strategies.regions import InLoop, Unit, scopes
 from .program import LoopCall, Program, Sharded

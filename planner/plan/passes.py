@@ -13,8 +13,8 @@ from ...facts.work import Kernel, Product, Scores
 from ...ir.graph import Node
 from ...ir.ops.local import Local
 from ...ir.ops.registry import local_of, operator_of
-from ..strategies.conversion import Network
 from ..strategies.fusing import streams
+from ..strategies.network import Network
 from ..strategies.pricing import kernel_seconds
 from ..strategies.regions import InLoop, Scope, scopes
 from .plan import PlanData

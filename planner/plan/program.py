@@ -27,8 +27,9 @@ from ...ir.ops.order import token_dims
 from ...ir.ops.registry import rule_of
 from ...ir.ops.rule import Choice
 from ..strategies.build import Decisions
-from ..strategies.conversion import Conversions, Step
+from ..strategies.conversion import Conversions
 from ..strategies.regions import Recomputed
+from ..strategies.steps import Step
 from ..strategies.storage import Storage
 
 Paths: TypeAlias = Callable[[Value, Spec, Spec], "tuple[PricedStep, ...]"]

@@ -25,7 +25,8 @@ from ...ir.ops.attention import cached_per_head
 from ...ir.ops.caches import cache_bytes_in, cache_name, cache_spec, keeps_tokens
 from ...ir.ops.registry import operator_of, rule_of
 from ..strategies.build import Decisions
-from ..strategies.conversion import Conversions, Network
+from ..strategies.conversion import Conversions
+from ..strategies.network import Network
 from ..strategies.regions import Place, Scope, scopes
 from .plan import PlanData, Recache
 from .program import priced_path

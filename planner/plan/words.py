@@ -15,7 +15,7 @@ def choices_text(
     node: Node, choices: Sequence[Choice], mesh: Mesh, labels: Mapping[str, DimLabels]
 ) -> str:
     """`dp: batch, tp: heads`."""
-    known = factor_labels(node, dict(labels))
+    known = factor_labels(node, labels)
     parts = [
         f"{name}: {_choice_text(node, choice, known)}"
         for name, choice in zip(mesh.names, choices, strict=True)

@@ -454,7 +454,7 @@ def _block_table(
     plan: PlanData,
     statements: Iterable[Compute | Convert],
     weights: Iterable[Weight],
-    labels: dict[str, DimLabels],
+    labels: Mapping[str, DimLabels],
 ) -> str:
     """A row per heavy op, with what was moved for it since the last; weights at their first use."""
     rows: list[tuple[str, ...]] = [("op", "strategy", "result", "communication", "time")]
@@ -495,7 +495,7 @@ def _light_rows(plan: PlanData, items: list[Compute]) -> list[tuple[str, ...]]:
 
 
 def _row(
-    plan: PlanData, item: Compute, before: list[PricedStep], labels: dict[str, DimLabels]
+    plan: PlanData, item: Compute, before: list[PricedStep], labels: Mapping[str, DimLabels]
 ) -> tuple[str, ...]:
     node = item.node
     work = plan.work[node.name]

@@ -32,7 +32,7 @@ from ..plan.decide import Solved, decide, plan_of
 from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage, Request, Search
 from ..plan.program import Convert, Program
 from ..strategies.build import Decisions
-from ..strategies.conversion import Network
+from ..strategies.network import Network
 from ..strategies.regions import scopes
 from ..strategies.setting import Restriction, Setting, Within
 from .cuts import balanced_layers, even_layers, improved_layers, stage_seconds

@@ -37,8 +37,8 @@ from ..errors import PlanError
 from ..plan.decide import Solved, decide
 from ..plan.plan import PlanData
 from ..strategies.build import Builder, Built
-from ..strategies.conversion import Network
 from ..strategies.launches import launches_s
+from ..strategies.network import Network
 from ..strategies.params import all_params
 from ..strategies.regions import scopes
 from ..strategies.setting import Restriction

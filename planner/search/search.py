@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from math import inf, isfinite
 from typing import Generic, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
 from ...ir.graph import Graph
+from ...ir.graph.remember import once_for_each
 from ...ir.graph.schema import DTYPES
 from ...ir.ops.order import token_dims
 from ...ir.ops.registry import operator_of
@@ -24,8 +25,8 @@ from ..ilp.solve import Solution, solve
 from ..plan.decide import Solved, decide, plan_of, spent
 from ..plan.plan import SHORT_OF_MEMORY, Baseline, PlanData, Request, Search
 from ..strategies.build import Builder, Built
-from ..strategies.conversion import Network
 from ..strategies.layout import Layout
+from ..strategies.network import Network
 from ..strategies.prices import network_for
 from ..strategies.regions import Recomputed, scopes
 from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
@@ -520,8 +521,13 @@ def _baseline(
     try:
         if fused and cuts_weights(roles):
             raise LayoutError(_FUSED)
-        whole = Roles(roles, graph, mesh).left_whole(graph)
-        found = price(mesh, partial(Roles, roles))
+
+        @once_for_each
+        def ordinary(graph: Graph) -> Roles:
+            return Roles(roles, graph, mesh)
+
+        whole = ordinary(graph).left_whole(graph)
+        found = price(mesh, lambda graph, _: ordinary(graph))
     except LayoutError as error:
         return Baseline(name, size, None, 0.0, refused=str(error)), None
     seconds = None if found.found is None else found.found.seconds

@@ -28,7 +28,7 @@ from ..plan.decide import Solved, decide, name_axes
 from ..plan.plan import Baseline, PlanData
 from ..plan.recache import Cached, Key, Recaching, all_cached, key_of, recaches
 from ..strategies.build import Builder, Built
-from ..strategies.conversion import Floats
+from ..strategies.lattice import Floats
 from ..strategies.params import all_params
 from .infeasible import explain
 from .search import (

@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from ...facts.spec import Spec, V, format_spec, is_shard
 from ...facts.together import GROUP_BYTES
 from ..ilp.problem import Edge, ProblemNode, Usage
-from .conversion import Bools, Call, Floats, Ints
+from .conversion import Call
 from .flows import User, ValueFlow
+from .lattice import Bools, Floats, Ints
 from .params import ParamRef
 from .prices import Prices
 from .regions import InLoop, Place, Region, Scope, Unit
@@ -59,7 +60,7 @@ class Stay:
     def usages(
         self,
         times: Times,
-        scopes: Mapping[Scope, Region | None],
+        scopes: Sequence[tuple[Scope, Region | None]],
         size: Floats,
         leaving: Floats,
         made: Floats,
@@ -75,8 +76,8 @@ class Stay:
         here, gone, beside = copies
         if not self.users:  # only handed on
             here[:-1] = 1
-        used = [i for i, s in enumerate(scopes) if any(r.scope is s for r in self.users)]
-        for i, (scope, needing) in enumerate(scopes.items()):
+        used = [i for i, (s, _) in enumerate(scopes) if any(r.scope is s for r in self.users)]
+        for i, (scope, needing) in enumerate(scopes):
             between = bool(used) and used[0] <= i <= used[-1]
             for window in times.ahead(scope):
                 here[_slice(window.times)] += between + (window.coming == self.unit)
@@ -391,13 +392,14 @@ class Bringing:
                 self._allow(node, index, ~ran[:, None] | np.array([False, True]))
 
 
-def _needing(prices: Prices) -> dict[Scope, Region | None]:
+def _needing(prices: Prices) -> list[tuple[Scope, Region | None]]:
     """The last region of each scope that takes a weight, if one does."""
-    found: dict[Scope, Region | None] = {}
+    found: list[tuple[Scope, Region | None]] = []
     for region in prices.regions:
-        found.setdefault(region.scope, None)
+        if not found or found[-1][0] is not region.scope:
+            found.append((region.scope, None))
         if any(prices.outer_name(value.name) in prices.params for value in region.operands):
-            found[region.scope] = region
+            found[-1] = (region.scope, region)
     return found
 
 

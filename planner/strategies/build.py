@@ -32,10 +32,10 @@ from ...ir.graph import Graph, Loop, Value
 from ...ir.ops.rule import Choice
 from ..ilp.problem import Edge, ProblemNode, ShardingProblem, Usage, least_cost
 from .bringing import USES, Bringing, Use, weighty
-from .conversion import Floats, Network
 from .flows import Flow, User, ValueFlow
-from .lattice import spec_fits
+from .lattice import Floats, spec_fits
 from .live import Live
+from .network import Network
 from .params import ParamRef, all_params
 from .prices import Prices
 from .regions import InLoop, Place, Recomputed, Region, Scope, Strategy, TopLevel, units
@@ -350,7 +350,9 @@ class _Building:
         for region in self.builder.regions:
             names = [self.builder.outer_name(operand.name) for operand in region.operands]
             own = [(i, name) for i, name in enumerate(names) if name in self.builder.params]
-            allowed = [s for s in region.strategies if own and self.restriction.allows(region, s)]
+            if not own:
+                continue
+            allowed = [s for s in region.strategies if self.restriction.allows(region, s)]
             for i, name in own:
                 taken = {spec for strategy in allowed for spec in strategy.requires[i]}
                 axes = range(len(self.builder.sizes))

@@ -13,6 +13,8 @@ from ...facts.blocks import local_shape, moved_numel
 from ...facts.spec import R, Spec, State, is_shard
 
 Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
 
 
 def spec_fits(shape: tuple[int, ...], spec: Spec, sizes: tuple[int, ...]) -> bool:
@@ -78,4 +80,4 @@ class Lattice:
         return self._row_of_code[digits @ self._powers]
 
 
-__all__ = ["Ints", "Lattice", "spec_fits"]
+__all__ = ["Bools", "Floats", "Ints", "Lattice", "spec_fits"]

@@ -6,7 +6,7 @@ from ...costmodel.compute import matmul_s
 from ...facts.work import Kernel, Product, Scores, Stream
 from ...ir.graph import Node
 from ...ir.ops.registry import local_of, operator_of
-from .conversion import Network
+from .network import Network
 from .prices import Prices
 from .regions import Scope
 

@@ -10,7 +10,7 @@ import numpy as np
 from ...facts.spec import P, Spec
 from ...ir.graph import Loop, Value
 from ..ilp.problem import Usage
-from .conversion import Bools, Floats
+from .lattice import Bools, Floats
 from .prices import Prices
 from .regions import Region
 from .runs import Runs

@@ -215,7 +215,7 @@ def _names(node: Node, labels: Mapping[str, DimLabels]) -> dict[str, set[Choice]
     """What a pin may call the cuts of a node, and the choices that are meant: the factor, its
     words in reports, other names of it, `batch` and `sequence`, and `whole`."""
     found: dict[str, set[Choice]] = {"whole": {"R", "V"}}
-    operator, known = operator_of(node), factor_labels(node, dict(labels))
+    operator, known = operator_of(node), factor_labels(node, labels)
     for choice in rule_of(node).choices():
         if choice in ("R", "V") or choice.startswith("P"):
             continue

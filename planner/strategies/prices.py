@@ -17,9 +17,10 @@ from ...ir.graph import Graph, Node, Value
 from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
-from .conversion import Conversions, Floats, Network
+from .conversion import Conversions, conversions
 from .fusing import Share, shares
-from .lattice import Ints
+from .lattice import Floats, Ints
+from .network import Network
 from .params import ParamRef, all_params
 from .pricing import Work, price
 from .regions import TOP_LEVEL, InLoop, Place, Recomputed, make_regions, scopes
@@ -78,8 +79,9 @@ class Prices:
         full, part = self._again(value, place)
         again = full + part
         regather = self._regathers(value, again) if param else 0.0
-        return self.network.conversions(
+        return conversions(
             value.type,
+            self.network,
             gradient=gradient,
             regather=regather,
             again=again,
@@ -93,7 +95,7 @@ class Prices:
         again."""
         gradient = self.setting.training and value.differentiable
         once, twice = (
-            self.network.conversions(value.type, gradient=gradient, again=again).seconds(a, b)
+            conversions(value.type, self.network, gradient=gradient, again=again).seconds(a, b)
             for again in (0.0, 1.0)
         )
         return once, twice - once
@@ -172,7 +174,7 @@ class Prices:
         """Those between where a trained parameter is stored and where it is kept for its uses:
         there once a step, in the dtype of its uses."""
         kind, reduced = ref.param.value.type, self.setting.reduced
-        return self.network.conversions(kind, gradient=True, param=True, reduced=reduced)
+        return conversions(kind, self.network, gradient=True, param=True, reduced=reduced)
 
     def trains(self, ref: ParamRef) -> bool:
         """Does a step change the parameter?"""

@@ -15,8 +15,8 @@ from ...facts.work import Kernel, Product, Scores, Stream
 from ...ir.graph import Node
 from ...ir.ops.registry import local_of, operator_of
 from ...ir.ops.rule import Choice
-from .conversion import Network
 from .fusing import Share
+from .network import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +117,18 @@ def kernel_seconds(kernel: Kernel, network: Network) -> float:
         case Product(m, n, k, batch, dtype):
             return network.once(
                 ("matmul", m, n, k, batch, dtype),
-                lambda: matmul_s(m, n, k, batch, dtype, network.cluster),
+                lambda: float(matmul_s(m, n, k, batch, dtype, network.cluster)),
             )
         case Scores():
             return kernel.times * network.once(
                 (kernel,),
-                lambda: attention_s(
-                    kernel.batch, kernel.heads, kernel.kv_heads, kernel.queries, kernel.keys,
-                    kernel.head_dim, kernel.dtype, network.cluster, kernel.share,
-                    values_in_keys=kernel.values_in_keys, split_keys=kernel.split_keys,
-                    backward=kernel.backward,
+                lambda: float(
+                    attention_s(
+                        kernel.batch, kernel.heads, kernel.kv_heads, kernel.queries, kernel.keys,
+                        kernel.head_dim, kernel.dtype, network.cluster, kernel.share,
+                        values_in_keys=kernel.values_in_keys, split_keys=kernel.split_keys,
+                        backward=kernel.backward,
+                    )
                 ),
             )  # fmt: skip
 

@@ -14,7 +14,7 @@ from math import prod
 from ...facts.mesh import Mesh
 from ...facts.spec import R, S, Spec, State, is_shard
 from ...ir.graph import Graph, Node, Param
-from ...ir.ops.labels import factor_labels, label_dims
+from ...ir.ops.labels import factors_of_nodes
 from ...ir.ops.registry import operator_of, rule_of, words_of
 from ...ir.ops.rule import Choice
 from ..errors import LayoutError
@@ -22,7 +22,7 @@ from .params import all_params
 from .pins import module_of
 from .regions import Region, Strategy, scopes
 from .setting import Restriction
-from .sides import Sides
+from .sides import sides_of
 from .storage import Storage
 
 
@@ -88,12 +88,10 @@ class Roles(Restriction):
         self.roles = tuple(map(Role.parse, roles))
         self._of_experts = {value.name for node in _experts(graph) for value in node.operands}
         self.mesh = mesh
-        self.sides = Sides(graph)
-        labels = label_dims(graph)
-        self._labels = {
-            node.name: factor_labels(node, labels) for s in scopes(graph) for node in s.nodes
-        }
+        self.sides = sides_of(graph)
+        self._labels = factors_of_nodes(graph)
         self._all_cuts: dict[int, list[list[set[str]]]] = {}
+        self._allowed: dict[int, tuple[Strategy, bool]] = {}  # by identity of the strategy
         self._kinds: dict[tuple[str, Choice], str] = {}
         self._stored: dict[str, frozenset[Spec]] = {}
         self._check_data(graph)
@@ -121,7 +119,12 @@ class Roles(Restriction):
 
     def allows(self, region: Region, strategy: Strategy) -> bool:
         """Does the strategy keep every axis to its role?"""
-        return all(self.keeps(region, strategy, axis, role) for axis, role in enumerate(self.roles))
+        known = self._allowed.get(id(strategy))
+        if known is None or known[0] is not strategy:
+            roles = enumerate(self.roles)
+            known = strategy, all(self.keeps(region, strategy, *each) for each in roles)
+            self._allowed[id(strategy)] = known
+        return known[1]
 
     def keeps(self, region: Region, strategy: Strategy, axis: int, role: Role) -> bool:
         """Does a strategy keep one axis to a role?"""

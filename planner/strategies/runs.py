@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from ...ir.ops.registry import operator_of, saved_values
-from .conversion import Floats
+from .lattice import Floats
 from .prices import Prices
 from .regions import Modes, Region, Strategy
-from .selected import again_in_part, reread
+from .selected import Reread, again_in_part, reread
 from .spans import while_backward, while_forward
 
 
@@ -67,16 +67,32 @@ def keepers(prices: Prices) -> Mapping[str, int]:
 def runs_of(prices: Prices, me: int, kept_by: Mapping[str, int]) -> Runs:
     """What region number `me` takes; `kept_by` is what `keepers` gives."""
     region = prices.regions[me]
-    rows = [_measure(prices, region, strategy, me, kept_by) for strategy in region.strategies]
+    twice = _Twice(again_in_part(region.scope.nodes), tuple(reread(region)))
+    rows = [
+        _measure(prices, region, strategy, me, kept_by, twice) for strategy in region.strategies
+    ]
     return Runs(*np.array(rows).T)
 
 
+@dataclass(frozen=True, slots=True)
+class _Twice:
+    """Of a layer that keeps a part: the nodes that run again, and what a region reads again."""
+
+    nodes: frozenset[str]
+    reread: tuple[Reread, ...]
+
+
 def _measure(
-    prices: Prices, region: Region, strategy: Strategy, me: int, kept_by: Mapping[str, int]
+    prices: Prices,
+    region: Region,
+    strategy: Strategy,
+    me: int,
+    kept_by: Mapping[str, int],
+    twice: _Twice,
 ) -> tuple[float, ...]:
     """A row of `Runs`."""
     produced = dict(zip((v.name for v in region.values), strategy.produces, strict=True))
-    in_part, stay = again_in_part(region.scope.nodes), prices.kept_results
+    in_part, stay = twice.nodes, prices.kept_results
     seconds = again = some = routed = routed_in_part = cached = 0.0
     kept: dict[str, float] = {}
     for node, choices in zip(region.nodes, strategy.choices, strict=True):
@@ -93,21 +109,23 @@ def _measure(
         cached += cost.cache
         for value, need in cost.needs:
             if produced.get(value.name, need) != need:  # the result of a reduction
-                once, twice = prices.inner_s(value, produced[value.name], need)
-                seconds, again, some = seconds + once, again + twice, some + twice
+                once, more = prices.inner_s(value, produced[value.name], need)
+                seconds, again, some = seconds + once, again + more, some + more
     training = prices.setting.training
     ahead = while_forward(prices, region, strategy, kept_by if training else {})
     behind = while_backward(prices, region, strategy) if training else 0.0
     part = sum(size for name, size in kept.items() if name in stay) + routed_in_part
-    part += _reread_bytes(prices, region, strategy) if training else 0.0
+    part += _reread_bytes(prices, region, strategy, twice.reread) if training else 0.0
     whole = sum(kept.values()) + routed
     return seconds, whole, ahead, behind, cached, again, some, part
 
 
-def _reread_bytes(prices: Prices, region: Region, strategy: Strategy) -> float:
+def _reread_bytes(
+    prices: Prices, region: Region, strategy: Strategy, again: Sequence[Reread]
+) -> float:
     """Bytes that a layer which keeps a part has for its second run alone."""
     found, choices = 0.0, dict(zip((n.name for n in region.nodes), strategy.choices, strict=True))
-    for each in reread(region):
+    for each in again:
         needs = dict(
             (value.name, need)
             for value, need in prices.node_cost(each.node, choices[each.node.name]).needs

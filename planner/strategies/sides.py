@@ -24,6 +24,7 @@ from typing import TypeAlias
 from networkx.utils import UnionFind
 
 from ...ir.graph import Graph, Loop, Node, Value
+from ...ir.graph.remember import once_for_each
 from ...ir.ops.labels import DimLabels, label_dims
 from ...ir.ops.registry import operator_of, rule_of
 from ...ir.ops.rule import Choice, Dim, Rule
@@ -163,6 +164,10 @@ class Sides:
         }
 
 
+sides_of = once_for_each(Sides)
+"""The dims of a graph, found once."""
+
+
 def _is_data(labels: DimLabels, dim: int) -> bool:
     return dim < len(labels) and bool(labels[dim]) and labels[dim][0] in _DATA
 
@@ -204,4 +209,4 @@ def _pairs(loop: Loop) -> Iterator[tuple[Value, Value]]:
     yield from zip(loop.carried, loop.outputs, strict=True)
 
 
-__all__ = ["Sides"]
+__all__ = ["Sides", "sides_of"]

@@ -25,7 +25,7 @@ from itertools import product
 import numpy as np
 
 from ...facts.spec import Spec, V, format_spec, is_shard
-from .conversion import Floats
+from .lattice import Floats
 
 
 @dataclass(frozen=True, slots=True)

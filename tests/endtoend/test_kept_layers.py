@@ -19,7 +19,7 @@ from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.report.report import format_plan
 from shardwright.planner.search.variants import make_plan
 from shardwright.planner.strategies.build import Builder, Built
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import RankPool

@@ -22,7 +22,7 @@ from shardwright.facts.mesh import Mesh
 from shardwright.planner.errors import PlanError
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
 from shardwright.planner.plan.traffic import predicted_bytes, predicted_messages
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.runtime import Mesh as Ranks
 from shardwright.runtime import RankPool, count_collectives
 from shardwright.runtime.mesh import transport

@@ -17,7 +17,7 @@ from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.strategies.build import Builder
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool

@@ -31,7 +31,8 @@ from shardwright.costmodel.machines.cluster import Cluster, load_cluster
 from shardwright.facts.spec import S
 from shardwright.ir.graph import TensorType
 from shardwright.ir.ops.algorithms.part import Part
-from shardwright.planner.strategies.conversion import Conversions, Network
+from shardwright.planner.strategies.conversion import Conversions
+from shardwright.planner.strategies.network import Network
 from shardwright.runtime import (
     Layout,
     Mesh,

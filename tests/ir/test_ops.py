@@ -39,8 +39,8 @@ from shardwright.planner.plan.program import PricedStep, Program, lower, priced_
 from shardwright.planner.plan.traffic import predicted_bytes
 from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.conversion import Conversions as TypeConversions
-from shardwright.planner.strategies.conversion import Network
 from shardwright.planner.strategies.lattice import spec_fits
+from shardwright.planner.strategies.network import Network
 from shardwright.runtime import RankPool, count_collectives
 from tests.sharded import assert_close, flatten, mesh_of, total, weights_like, whole_outputs
 

@@ -28,7 +28,7 @@ from shardwright.loading import load_target
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.strategies.build import Builder, Decisions
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Restriction, Setting
 from shardwright.runtime import Layout

@@ -13,7 +13,7 @@ from shardwright.costmodel.collective import wire_bytes
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.facts.mesh import Mesh
 from shardwright.ir.ops.moe import Layer, exchanges, kernels, usual_imbalance
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.pricing import pass_seconds
 from shardwright.runtime import Mesh as RuntimeMesh
 from shardwright.runtime import RankPool, count_collectives, moe

@@ -26,7 +26,7 @@ from shardwright.ir.passes.latent import expanded
 from shardwright.ir.reference.shrink import Planned, shrink, state_of
 from shardwright.planner.errors import InfeasibleError
 from shardwright.planner.plan.store import plan_from_json, plan_to_json
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.pricing import price
 from tests.parts import seconds
 

@@ -30,7 +30,7 @@ from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.split import spent_in_ops
 from shardwright.planner.strategies.build import Builder, Decisions
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.regions import Region, Strategy, scopes
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Restriction, Setting

@@ -18,7 +18,7 @@ from shardwright.loading import Loaded
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.decide import Solved, decide
 from shardwright.planner.strategies.build import Builder
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.regions import scopes
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting

@@ -23,7 +23,7 @@ from shardwright.planner.plan.plan import PlanData, Request
 from shardwright.planner.plan.recache import Recaching, all_cached
 from shardwright.planner.search.serving import _joined, make_serving_plan
 from shardwright.planner.strategies.build import Builder
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.setting import Restriction, Setting
 from tests.sharded import Laid, job_of
 

@@ -15,7 +15,7 @@ from shardwright.ir.ops.moe import exchanges, layer_of
 from shardwright.ir.ops.registry import local_of, operator_of
 from shardwright.planner.plan.plan import PlanData
 from shardwright.planner.report.report import hidden_seconds, split_seconds
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.regions import scopes
 
 LAYERS = 2

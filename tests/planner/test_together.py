@@ -25,7 +25,7 @@ from shardwright.planner.plan.decide import Solved, decide, plan_of
 from shardwright.planner.plan.plan import Request, Search
 from shardwright.planner.plan.program import LoopCall, Program, Weight
 from shardwright.planner.strategies.build import Builder, Built
-from shardwright.planner.strategies.conversion import Network
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Restriction, Setting
 from tests.sharded import mesh_of, program_of
