@@ -55,7 +55,7 @@ from .planner.plan.program import PricedStep, Program, lower
 from .planner.plan.store import read_plan
 from .runtime import PipelinedModule, RankError, RankPool
 from .runtime.cache.declared import TOKENS
-from .runtime.mesh.batches import arguments_of
+from .runtime.mesh.batches import arguments_of, tensors_of
 from .trusted import import_source, import_users, module_in
 from .written import wrote
 
@@ -482,11 +482,11 @@ def _captured(
         with _float64_by_default():
             expected = by_graph(case.graph, state, steps, inputs["input_ids"])
         return _Reference(title, (expected, {}))
-    leaves = _leaves(case, state)
+    leaves, given = _leaves(case, state), _given(case, inputs)
     with torch.set_grad_enabled(case.plan.training), _float64_by_default(), Replayed(draws):
-        entries = {str(path): t for path, t in interpret(case.graph, leaves, inputs).items()}
+        entries = {str(path): t for path, t in interpret(case.graph, leaves, given).items()}
     title = "the captured graph in one process, float64"
-    return _Reference(title, _expected(case, entries, leaves))
+    return _Reference(title, _expected(case, entries, leaves, given))
 
 
 def _original(
@@ -516,7 +516,8 @@ def _original(
         if value.type.dtype != dtypes[name]:
             raise _OtherFormats(f"`{name}` is {dtypes[name]}, and {value.type.dtype} in the plan")
     leaves = {n: p for n, p in model.named_parameters() if n in state}
-    call = _call_of(case, inputs, steps)
+    given = _given(case, inputs)
+    call = _call_of(case, given, steps)
     with (
         torch.set_grad_enabled(case.plan.training),
         _float64_by_default(),
@@ -548,7 +549,7 @@ def _original(
     if steps:
         expected = by_whole(entries[paths[0]], steps), {}
     else:
-        expected = _expected(case, entries, leaves)
+        expected = _expected(case, entries, leaves, given)
     return _Reference(title, expected)
 
 
@@ -640,15 +641,32 @@ def _leaves(case: _Case, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.clone().requires_grad_(train and name in trained) for name, t in state.items()}
 
 
+def _given(case: _Case, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, those of which gradients were planned as leaves."""
+    wanted = {item.name for item in case.graph.inputs if item.value.differentiable}
+    train = case.plan.training
+    return {name: x.clone().requires_grad_() if train and name in wanted else x
+            for name, x in inputs.items()}  # fmt: skip
+
+
 def _expected(
-    case: _Case, entries: dict[str, Tensor], leaves: Mapping[str, Tensor]
+    case: _Case,
+    entries: dict[str, Tensor],
+    leaves: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs, and the gradients of the loss (or of `_combined` outputs)."""
+    """Outputs, and the gradients of the loss (or of `_combined` outputs), those of inputs too."""
     if case.plan.training:
         weights = {path: _weights_like(t) for path, t in entries.items()}
         _combined(entries, weights).backward()
-    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    every = {**leaves, **{_input(name): x for name, x in given.items()}}
+    gradients = {name: leaf.grad for name, leaf in every.items() if leaf.grad is not None}
     return {path: t.detach() for path, t in entries.items()}, gradients
+
+
+def _input(name: str) -> str:
+    """What the gradient of an input is called among those of parameters."""
+    return f"input {name}"
 
 
 def _combined(entries: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
@@ -785,11 +803,13 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     wanted = torch.load(Path(folder) / "expected.pt", mmap=True, weights_only=True)
     if isinstance(model, PipelinedModule):
         return _compare_step(model, case, wanted)
+    leaves: dict[str, Tensor] = {}
     if steps := [Step(*step) for step in case["steps"]]:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
     else:
         local = _own_arguments(model, case)
+        leaves = _input_leaves(model, local) if training else {}
         with torch.set_grad_enabled(training), _float64_by_default():
             out = model(**local)
         if training:
@@ -798,14 +818,25 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
             outputs = {str(path): t for path, t in _flatten(model.gather_outputs(out))}
         state = model.full_state_dict() if _updates(model) else {}
         outputs |= {str(updated_path(name)): state[name] for name in _updates(model)}
-    gradients = model.full_gradients() if training else {}
-    return [
-        {
-            **_output_errors(outputs, expected[0]),
-            **({"gradients": _errors(gradients, expected[1])} if training else {}),
-        }
-        for expected in wanted
-    ]
+    found: list[Errors] = []
+    for expected, all_gradients in wanted:
+        errors = _output_errors(outputs, expected)
+        if training:
+            own = {
+                _input(name): model.local_part(all_gradients[_input(name)], model.INPUTS[name].spec)
+                for name in leaves
+                if _input(name) in all_gradients
+            }
+            got = model.full_gradients() | {_input(name): x.grad for name, x in leaves.items()}
+            errors["gradients"] = _errors(got, all_gradients | own)
+        found.append(errors)
+    return found
+
+
+def _input_leaves(model: Any, local: Mapping[str, object]) -> dict[str, Tensor]:
+    """The inputs among this rank's arguments of which it gets its part of the gradient."""
+    tensors = tensors_of(model.INPUTS, local, model.FIXED)
+    return {name: x.requires_grad_() for name, x in tensors.items() if model.INPUTS[name].gradient}
 
 
 def _compare_step(

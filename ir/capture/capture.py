@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -53,7 +51,7 @@ from .functions import OwnBackward, keeping_functions
 from .fx import EXPERTS_HINT, UnsupportedNode, convert
 from .hooks import PlainCalls, check_hooks, refusing_hooks
 from .location import first_calls, innermost_frame, place
-from .remembered import Watched, as_left, told
+from .remembered import Watched
 from .repeat import Repeats, cut, repeats
 from .states import StartsAnew, kept_states
 
@@ -100,13 +98,13 @@ def capture(
         graph, watched = once()
     if most is None:
         for left in watched.later():
-            with as_left(model, left):
+            with watched.as_left(left):
                 try:
                     same = repr(once()[0]) == repr(graph)
                 except CaptureError:
                     same = False
             if not same:
-                raise CaptureError(told(model, left))
+                raise CaptureError(watched.told(left))
     return graph
 
 
@@ -245,7 +243,6 @@ def export(
     fake = fake_tensors(beside_real=True)
     arguments = {name: _fake(value, fake) for name, value in inputs.tensors.items()}
     make = functools.partial(_fake, mode=fake)
-    drawn = _random_states(model)
     try:
         with (
             _mode(model, training),
@@ -272,32 +269,7 @@ def export(
         raise CaptureError(f"{type(model).__name__} runs more than {most:,} operators") from error
     except Exception as error:  # `forward` is the user's code: it may raise anything
         raise CaptureError(_explain(model, error)) from error
-    for whose, state in _random_states(model).items():
-        if state != drawn.get(whose, state):
-            raise CaptureError(
-                f"{type(model).__name__} draws with {whose} while it runs: the plan"
-                " would hold what came out once. Draw a tensor (`torch.rand`), and use"
-                " `torch.where`"
-            )
     return program, tensors
-
-
-def _random_states(model: nn.Module) -> dict[str, str]:
-    """Of the generators that no graph has: those of libraries, and what modules hold."""
-    states = {
-        "Python's `random`": repr(random.getstate()),
-        "numpy's `random`": repr(numpy.random.get_state()),  # noqa: NPY002
-    }
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            shown = f"`{path}.{name}`" if path else f"`{name}`"
-            if isinstance(value, random.Random):
-                states[shown] = repr(value.getstate())
-            elif isinstance(value, numpy.random.Generator):
-                states[shown] = repr(value.bit_generator.state)
-            elif isinstance(value, numpy.random.RandomState):
-                states[shown] = repr(value.get_state())
-    return states
 
 
 def _states(
@@ -356,6 +328,7 @@ def _on_meta(
         _attention(model, inputs, serving),
         _gradients(training),
         _replaced(model, functools.partial(torch.empty_like, device="meta")),
+        Watched(model),
     ):
         yield
 

@@ -1,59 +1,76 @@
-"""What a forward pass leaves in attributes of modules for the next one, other than buffers.
+"""What a forward pass leaves in Python for the next one, other than buffers.
 
-A plan holds one forward pass.  A counter in Python, or a tensor that is kept as a plain attribute,
-would be in it as it was when the model was captured.  So a model that changes such attributes is
-captured again as it was left: where its graph is another one then, the next pass would compute
-something else.  What is only written (statistics for a log, the loss of a router that the same pass
-adds up) makes no difference.  Tables that follow from no input and no weight may be kept.
+A plan holds one forward pass.  A counter in an attribute of a module, a global variable or a
+closure, or a tensor that is kept there, would be in it as it was when the model was captured.  So a
+model that changes such values (`reached.py`) is captured again as it was left: where its graph is
+another one then, the next pass would compute something else.  What is only written (statistics for
+a log, the loss of a router that the same pass adds up) makes no difference.  Tables that follow
+from no input and no weight may be kept.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, TypeAlias, cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...compat.torch import tree_leaves
+from .errors import CaptureError
+from .reached import Holder, Reached, turned
 
-_Held: TypeAlias = dict[str, Any]  # attributes of a module by name
+_Held: TypeAlias = dict[str, Any]  # values by name
+_Left: TypeAlias = dict[int, _Held]  # by the number of their holder
 _MANY = 999_983  # passes later: odd, so that what alternates differs
-_OWN = frozenset(vars(nn.Module())) | {"forward"}
 _DRAWS = ("rand", "bernoulli", "multinomial", "normal", "poisson", "dropout", "exponential")
 _MISSING = object()
+_MAPPINGS = (dict, defaultdict, OrderedDict, Counter)
 
 
 class Watched(TorchFunctionMode):
-    """Inside, what `model` holds is noted when its forward begins and ends, and which tensors are
-    tables: made of nothing but numbers and other tables."""
+    """Inside, what `model` holds and its code reaches is noted when its forward begins and ends,
+    and which tensors are tables: made of nothing but numbers and other tables."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self._before: dict[str, _Held] = {}
-        self._after: dict[str, _Held] = {}
-        self._objects: dict[str, _Held] = {}  # those that `_before` has copies of
+        self._reached: list[Holder] = []
+        self._before: list[_Held] = []
+        self._after: list[_Held] = []
+        self._objects: list[_Held] = []  # those that `_before` has copies of
         self._tables: dict[int, Tensor] = {}  # which keeps them, so that no id is used twice
+        self._caches: list[Any] = []
         self._hooks: list[Any] = []
         self._hooked = 0
+        self._drawn: dict[str, str] = {}
         self.installs = False  # hooks, once and for all: the next pass is the one to look at
+        self.clocks = False  # its code names what gives another answer each time
 
     def __enter__(self) -> Watched:
         def begin(*_: object) -> None:
-            self._before = _held(self._model)
-            self._objects = {path: dict(vars(m)) for path, m in self._model.named_modules()}
+            reached = Reached(self._model)
+            self._reached, self.clocks = reached.holders, reached.clocks
+            self._caches = reached.caches
+            self._forget()
+            self._objects = [holder.held() for holder in self._reached]
+            self._before = [_copied(held) for held in self._objects]
             self._hooked = _hooks(self._model)
+            self._drawn = self._generators()
 
         def end(*_: object) -> None:
-            self._after = _held(self._model)
+            self._check_generators()
+            self._after = [_copied(holder.held()) for holder in self._reached]
             self.installs = self._hooked != _hooks(self._model)
 
         self._hooks = [
-            self._model.register_forward_pre_hook(begin),
+            self._model.register_forward_pre_hook(begin, prepend=True),
             self._model.register_forward_hook(end),
         ]
         return cast("Watched", super().__enter__())
@@ -62,18 +79,40 @@ class Watched(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*error)
+        self._forget()
         if not self.installs:
-            self._restore()
+            for holder, held, objects in self._all(self._before):
+                _put(holder, held, objects)
 
-    def _restore(self) -> None:
-        """Modules hold what they held before, also where containers were changed in place."""
-        modules = dict(self._model.named_modules())
-        for path, before in self._before.items():
-            now, objects = vars(modules[path]), self._objects[path]
-            for name in [name for name in now if name not in _OWN and name not in before]:
-                del now[name]
-            for name, value in before.items():
-                now[name] = _refilled(objects[name], value)
+    def _forget(self) -> None:
+        """Functions that remember (`functools.cache`) keep no tensor without values."""
+        for function in self._caches:
+            function.cache_clear()
+
+    def _all(self, values: list[_Held]) -> Iterator[tuple[Holder, _Held, _Held]]:
+        return zip(self._reached, values, self._objects, strict=False)  # none where none began
+
+    def _generators(self) -> dict[str, str]:
+        """States of generators that no graph has: those of libraries, and what is reached."""
+        states = {
+            "Python's `random`": repr(random.getstate()),
+            "numpy's `random`": repr(numpy.random.get_state()),  # noqa: NPY002
+        }
+        for holder, held in zip(self._reached, self._objects, strict=True):
+            for name, value in held.items():
+                state = turned(value)
+                states |= {holder.told(name): state} if state else {}
+        return states
+
+    def _check_generators(self) -> None:
+        """Raises CaptureError where one of them was asked."""
+        for whose, state in self._generators().items():
+            if state != self._drawn.get(whose, state):
+                raise CaptureError(
+                    f"{type(self._model).__name__} draws with {whose} while it runs: the plan"
+                    " would hold what came out once. Draw a tensor (`torch.rand`), and use"
+                    " `torch.where`"
+                )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -88,12 +127,11 @@ class Watched(TorchFunctionMode):
     def _is_table(self, x: Tensor) -> bool:
         return type(x) is Tensor or id(x) in self._tables  # not fake: a constant of the model's
 
-    def left(self) -> dict[str, _Held]:
-        """By module the attributes that a pass leaves otherwise than it finds them, but for modules
+    def left(self) -> _Left:
+        """By holder the values that a pass leaves otherwise than it finds them, but for holders
         that keep tables."""
-        found: dict[str, _Held] = {}
-        for path, after in self._after.items():
-            before = self._before.get(path, {})
+        found: _Left = {}
+        for number, (before, after) in enumerate(zip(self._before, self._after, strict=False)):
             changed = {
                 name: value
                 for name, value in after.items()
@@ -102,57 +140,56 @@ class Watched(TorchFunctionMode):
             known = {id(x) for x in tree_leaves(before)}
             new = [x for x in tree_leaves(changed) if isinstance(x, Tensor) and id(x) not in known]
             if changed and not any(map(self._is_table, new)):
-                found[path] = changed
+                found[number] = changed
         return found
 
-    def later(self) -> Iterator[dict[str, _Held]]:
-        """What modules hold after one pass, and, where they count passes, after very many."""
+    def later(self) -> Iterator[_Left]:
+        """What is held after one pass, and, where passes are counted, after very many."""
         left = self.left()
-        if not left:
-            return
-        yield left
+        if left or self.clocks:
+            yield left
         counts = {
-            (path, name): value + (value - before) * _MANY
-            for path, held in left.items()
+            (number, name): value + (value - before) * _MANY
+            for number, held in left.items()
             for name, value in held.items()
-            if isinstance(before := self._before[path].get(name), int)
+            if isinstance(before := self._before[number].get(name), int)
             and isinstance(value, int)
             and abs(value - before) == 1
         }
         if counts:
             yield {
-                path: {name: counts.get((path, name), value) for name, value in held.items()}
-                for path, held in left.items()
+                number: {name: counts.get((number, name), value) for name, value in held.items()}
+                for number, held in left.items()
             }
 
+    @contextmanager
+    def as_left(self, left: _Left) -> Generator[None]:
+        """Inside, holders have these values, tensors among them without values."""
+        before = {number: self._reached[number].held() for number in left}
+        copies = {number: _copied(held) for number, held in before.items()}
+        for number, held in left.items():
+            now = copies[number] | {name: _without_values(value) for name, value in held.items()}
+            _put(self._reached[number], now, before[number])
+        try:
+            yield
+        finally:
+            for number, held in copies.items():
+                _put(self._reached[number], held, before[number])
 
-@contextmanager
-def as_left(model: nn.Module, left: Mapping[str, _Held]) -> Generator[None]:
-    """Inside, modules hold these attributes, tensors among them without values."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    before = {path: dict(vars(modules[path])) for path in left}
-    for path, held in left.items():
-        vars(modules[path]).update({name: _without_values(value) for name, value in held.items()})
-    try:
-        yield
-    finally:
-        for path, held in left.items():
-            for name in held:
-                if name in before[path]:
-                    vars(modules[path])[name] = before[path][name]
-                else:
-                    vars(modules[path]).pop(name, None)
-
-
-def told(model: nn.Module, left: Mapping[str, _Held]) -> str:
-    """The sentence for a model whose next pass depends on these attributes."""
-    names = [f"`{path}.{name}`".replace("`.", "`") for path, held in left.items() for name in held]
-    kept = ", ".join(names[:3])
-    return (
-        f"{type(model).__name__} changes {kept} in its forward pass, and the next one computes with"
-        " what is left there: a plan would hold what it was when the model was captured. Register a"
-        " persistent buffer and change that in place, or pass it to `forward` as a tensor"
-    )
+    def told(self, left: _Left) -> str:
+        """The sentence for a model whose next pass depends on these values."""
+        names = [self._reached[number].told(name) for number, held in left.items() for name in held]
+        name, kept = type(self._model).__name__, ", ".join(names[:3])
+        if not names:
+            return (
+                f"{name} computes with what gives another answer each time (the clock): a plan"
+                " would hold the one of its capture. Pass it to `forward` as a tensor"
+            )
+        return (
+            f"{name} changes {kept} in its forward pass, and the next one computes with what is"
+            " left there: a plan would hold what it was when the model was captured. Register a"
+            " persistent buffer and change that in place, or pass it to `forward` as a tensor"
+        )
 
 
 def _hooks(model: nn.Module) -> int:
@@ -161,34 +198,55 @@ def _hooks(model: nn.Module) -> int:
     return sum(len(vars(module)[name]) for module in model.modules() for name in names)
 
 
-def _held(model: nn.Module) -> dict[str, _Held]:
-    """All attributes of all modules but for parameters, buffers and parts."""
-    return {
-        path: {name: _copied(value) for name, value in vars(module).items() if name not in _OWN}
-        for path, module in model.named_modules()
-    }
+def _put(holder: Holder, values: _Held, objects: _Held) -> None:
+    """Have it hold these values and no others, in the `objects` that hold them, where they do."""
+    for name in holder.held().keys() - values.keys():
+        del holder.space[name]
+    now = holder.held()
+    for name, value in values.items():
+        put = _refilled(objects.get(name, value), value)
+        if now.get(name, _MISSING) is not put:
+            holder.space[name] = put
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, within: tuple[int, ...] = ()) -> Any:
     """Containers anew, with the same leaves."""
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in cast("dict[Any, Any]", value).items()}
-    if type(value) in (list, tuple, set, deque):
-        return type(value)(_copied(item) for item in value)
-    return value
+    if id(value) in within:  # it holds itself
+        return value
+    within = (*within, id(value))
+    if type(value) in _MAPPINGS:
+        anew = copy(value)
+        for key, item in value.items():
+            anew[key] = _copied(item, within)
+        return anew
+    if type(value) in (list, tuple, deque):
+        return type(value)(_copied(item, within) for item in value)
+    return copy(value) if isinstance(value, (set, numpy.ndarray)) else value
 
 
-def _refilled(held: Any, copy: Any) -> Any:
-    """The container that was held, with what it had then; anything else as it is."""
-    if _same(held, copy):
+def _refilled(held: Any, then: Any) -> Any:
+    """The container that was held, with what it has in the copy `then`; else what `then` is."""
+    if type(held) is not type(then):
+        return then
+    if _same(held, then):
         return held
-    if type(held) is dict:
-        items = {key: _refilled(held.get(key, item), item) for key, item in copy.items()}
+    if type(held) in _MAPPINGS:
+        items = {key: _refilled(held.get(key, item), item) for key, item in then.items()}
         held.clear()
         held.update(items)
-    elif type(held) in (set, deque, list):
+    elif type(held) in (list, deque):
         held.clear()
-        (held.update if type(held) is set else held.extend)(copy)
+        held.extend(then)
+    elif type(held) is set:
+        held.clear()
+        held.update(then)
+    elif isinstance(held, numpy.ndarray) and held.shape == then.shape:
+        held[...] = then
+    elif type(held) is tuple and len(held) == len(then):
+        parts = tuple(map(_refilled, held, then))
+        return held if _same(held, parts) else parts
+    else:
+        return then
     return held
 
 
@@ -198,27 +256,32 @@ def _same(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return not (_plain(one) or _plain(other))
-    if type(other) is dict:
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in other)
-    if type(other) in (list, tuple, deque):
-        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in other)  # pyright: ignore
+    if isinstance(other, (list, tuple, deque)):
+        return len(one) == len(other) and all(map(_same, one, other))  # pyright: ignore
+    if isinstance(other, numpy.ndarray):
+        return numpy.array_equal(one, other)
     return not _plain(other) or (not isinstance(other, Tensor) and bool(one == other))
 
 
 def _plain(value: Any) -> bool:
     """Is it a number, text, a tensor, a container of such, or nothing at all?"""
-    kinds = (int, float, complex, str, Tensor, dict, list, tuple, set, deque)
+    kinds = (int, float, complex, str, Tensor, numpy.ndarray, dict, list, tuple, set, deque)
     return value is None or value is _MISSING or isinstance(value, kinds)
 
 
 def _without_values(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    if type(value) is dict:
-        return {key: _without_values(item) for key, item in cast("dict[Any, Any]", value).items()}
-    if type(value) in (list, tuple, set, deque):
+    if type(value) in _MAPPINGS:
+        anew = copy(value)
+        for key, item in value.items():
+            anew[key] = _without_values(item)
+        return anew
+    if type(value) in (list, tuple, deque):
         return type(value)(_without_values(item) for item in value)
     return value
 
 
-__all__ = ["Watched", "as_left", "told"]
+__all__ = ["Watched"]

@@ -168,8 +168,8 @@ class ShardedModule(nn.Module):
         try:
             with self._schedule.model():
                 out = super().__call__(*args, **kwargs)
-        except (TypeError, AttributeError, RuntimeError):
-            self._check_arguments(args, kwargs)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            self._check_arguments(args, kwargs, error)
             raise
         if self._watch is not None:
             self._watch.end_forward(look_up(out, output.path) for output in self._returned)
@@ -177,10 +177,16 @@ class ShardedModule(nn.Module):
         self._updated = {}
         return out
 
-    def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises ValueError, naming the input, unless there is a tensor wherever one is planned."""
+    def _check_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    ) -> None:
+        """Raises ValueError from `error`, naming the input, unless there is a tensor wherever one
+        is planned."""
         if self.INPUTS:  # a module written by hand may say nothing of them
-            tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
+            try:
+                tensors_of(self.INPUTS, named_arguments(self.forward, args, kwargs), self.FIXED)
+            except ValueError as mistake:
+                raise mistake from error
 
     def __getattr__(self, name: str) -> Any:
         """Raises RuntimeError for DistributedDataParallel, which asks for something of its own."""

@@ -291,3 +291,36 @@ def test_inputs_of_its_own_where_a_model_refuses_others(run: Run) -> None:
     assert ran.code == 0, ran.err
     assert ".masked_scatter(" in Path("out/sharded_model.py").read_text()
     passed(run("verify", "out"), "Net itself from images.py, on example inputs of its own")
+
+
+FED = (
+    TINY[: TINY.index("class Tiny")]
+    + """class Fed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).tanh())
+
+def build_model():
+    return Fed()
+
+def example_inputs(batch, seq):
+    return {"x": torch.randn(batch, seq, 8, requires_grad=True)}
+"""
+)
+
+
+def test_gradients_of_inputs_are_compared(run: Run) -> None:
+    Path("fed.py").write_text(FED)
+    ran = run("fed.py", "--out", "out", *SMALL.split(), "--layout", "tp=2")
+    assert ran.code == 0, ran.err
+    passed(run("verify", "out"), "Fed itself from fed.py")
+    path = Path("out/sharded_model.py")
+    broken = path.read_text().replace("tp.copy(x)", "tp.copy(x).detach() + 0 * x")
+    assert broken != path.read_text()
+    path.write_text(broken)
+    ran = run("verify", "out")
+    assert ran.code == 1, ran.out
+    assert re.search(r"gradients +\S+ +input x +TOO LARGE", ran.out), ran.out

@@ -262,6 +262,25 @@ class Replicated(ShardedTied):
     }
 
 
+class Failing(Replicated):
+    """Whose forward raises `own`, whatever it is given."""
+
+    own = RuntimeError("of the user's own")
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        raise self.own
+
+
+def test_an_error_of_the_users_own_stays() -> None:
+    """Arguments are looked at after a failure: it is the cause of what is said of wrong ones."""
+    with pytest.raises(RuntimeError) as right:
+        Failing()(**batch())
+    assert right.value is Failing.own and right.value.__cause__ is None
+    with pytest.raises(ValueError, match="input `ids` is None") as wrong:
+        Failing()(**{**batch(), "ids": None})
+    assert wrong.value.__cause__ is Failing.own
+
+
 def reset() -> dict[str, Tensor]:
     model = ShardedTied()
     model.reset_parameters(seed=3)
