@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..facts.users import import_user as import_user
 from .attention.cached_operator import cached_attention as cached_attention
 from .attention.local import attention as attention
+from .changed import replaced as replaced
 from .convolution import cached_convolution as cached_convolution
 from .convolution import causal_convolution as causal_convolution
 from .loss import cross_entropy as cross_entropy

@@ -537,10 +537,10 @@ def _original(
             raise _OtherInputs from error
     found = {str(path): t for path, t in _flatten(out)}
     paths = [str(output.path) for output in case.graph.outputs]
-    buffers = dict(model.named_buffers())
+    buffers = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     for output in case.graph.outputs:
         if name := updated_buffer(output.path):
-            found[str(output.path)] = buffers[name]
+            found[str(output.path)] = buffers[name].detach()
     entries = {path: found[path] for path in paths if path in found}
     at_once = ", whole sequences at once" if steps else ""
     at_once += ", `flex_attention` replaced by its formula" if written_out else ""

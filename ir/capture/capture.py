@@ -393,8 +393,7 @@ def _finish(
                 "state yet"
             )
     try:
-        buffers = [param.value.name for param in params if param.kind == "buffer"]
-        nodes, returned, updated = convert(program.graph_module, bound, first_calls(model), buffers)
+        nodes, returned, updated = convert(program.graph_module, bound, first_calls(model), params)
     except UnsupportedNode as error:
         raise CaptureError(str(error)) from error
     body, inputs, outputs = kept_states(nodes, inputs, _outputs(program, returned), arguments.paths)

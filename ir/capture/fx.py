@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
-from ..graph import Arg, Call, Loc, Node, TensorType, Value
+from ..graph import Arg, Call, Loc, Node, Param, TensorType, Value
 from ..ops.operator import PLACEMENT
 from ..ops.random import is_draw
 from ..ops.registry import find_op
@@ -55,6 +55,7 @@ _SAME_VALUE = frozenset(
         "aten.requires_grad_.default",
     }
 )
+REPLACED = "shardwright.replaced"
 _CASTS = frozenset(
     {
         "aten._to_copy.default",
@@ -98,9 +99,12 @@ class _Converter:
     views: dict[str, Node] = field(default_factory=dict)  # value -> the node that views its operand
     frames: list[_Frames] = field(default_factory=list)  # of each node
     autocast: Region | None = None  # around what is converted now
-    buffers: frozenset[str] = frozenset()  # whose new values are put back after the forward pass
+    buffers: frozenset[str] = frozenset()  # and parameters that are not trained
     cut_off: dict[str, str] = field(default_factory=dict[str, str])  # on the way into a region
-    leaves: frozenset[str] = frozenset()  # trained parameters, each cast once in a region
+    parameters: frozenset[str] = frozenset()  # trained ones, which are changed before they are read
+    leaves: frozenset[str] = frozenset()  # what gradients are of, each cast once in a region
+    uncovered: dict[str, Value] = field(default_factory=dict[str, Value])  # detached -> parameter
+    stands_for: dict[str, Value] = field(default_factory=dict[str, Value])  # changed -> parameter
     cast_leaves: dict[tuple[str, torch.dtype], Value] = field(default_factory=dict)
 
     # ---- naming and types ----------------------------------------------------------------------
@@ -143,8 +147,6 @@ class _Converter:
     def run(self, module: fx.GraphModule, env: dict[fx.Node, _Bound], grad: bool) -> _Bound:
         """Convert one fx graph whose placeholders are bound in `env`; what it returns."""
         for node in module.graph.nodes:
-            if node.op == "output":
-                return _bind(node.args[0], env)
             # placeholders are bound by the caller; get_attr names a region's body
             if node.op == "call_function":
                 try:
@@ -152,7 +154,7 @@ class _Converter:
                 except UnsupportedNode as error:
                     error.where = error.where or _where(module, node)
                     raise
-        raise UnsupportedNode("the exported graph has no output")
+        return _bind(_returned(module), env)
 
     def step(
         self, module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool
@@ -188,16 +190,18 @@ class _Converter:
         if grad and not inner:
             bound = [self.detached(b, node) if isinstance(b, Value) else b for b in bound]
         within: dict[fx.Node, _Bound] = dict(zip(placeholders, bound, strict=True))
-        returned = self.run(submodule, within, bool(inner))
+        self.run(submodule, within, bool(inner))
         for placeholder, before in zip(placeholders, bound, strict=True):
-            if within[placeholder] != before:  # changed in place
-                env.update({k: within[placeholder] for k, v in env.items() if v == before})
+            after = within[placeholder]
+            if isinstance(before, Value) and isinstance(after, Value) and after != before:
+                new = self.changed_in_place(before, after, env, node)
+                within.update({k: new for k in within if _is_same_tensor(k, placeholder)})
         self.autocast = around
         if (
             around is None
         ):  # autocast forgets its casts of parameters where its outermost region ends
             self.cast_leaves.clear()
-        return returned
+        return _bind(_returned(submodule), within)
 
     def detached(self, value: Value, origin: fx.Node) -> Value:
         """`value`, cut off from its gradient if it has one."""
@@ -206,6 +210,7 @@ class _Converter:
         args: tuple[tuple[str, Arg], ...] = (("self", value),)
         made = self.emit("aten.detach.default", args, "detach", [value.type], False, origin)[0]
         self.cut_off[made.name] = value.name
+        self.note_leaf(made, value)
         return made
 
     def call(self, node: fx.Node, env: dict[fx.Node, _Bound], grad: bool) -> None:
@@ -251,6 +256,8 @@ class _Converter:
         outputs = self.emit(op, args, node.name, _tensor_types(node), differentiable, node)
         _checked(lambda: check_rule(self.nodes[-1]))
         self.note_views(target, operands, outputs)
+        if op == "aten.detach.default":
+            self.note_leaf(outputs[0], operands[0])
         is_tuple = isinstance(node.meta["val"], (tuple, list))
         env[node] = outputs if is_tuple else outputs[0]
         if written is not None:
@@ -375,11 +382,15 @@ class _Converter:
             changed[parent.name] = written
             old, new = parent, written
         base = self.bases.get(old.name, old.name)
+        if (leaf := self.uncovered.get(old.name)) and leaf.name == base:
+            made = self.of_leaf(old, new, node)
+            changed |= dict.fromkeys(self.names_of(leaf), made)
         for key, bound in list(env.items()):
             if not isinstance(bound, Value) or key is node:
                 continue
             shares = self.bases.get(bound.name, bound.name) == base
-            if shares and key.op == "placeholder" and base not in self.buffers:
+            kept = base in changed or base in self.buffers or base in self.uncovered
+            if shares and key.op == "placeholder" and not kept:
                 raise UnsupportedNode(f"`{node.target}` changes {self.what_is(bound)}")
             if bound.name in changed:
                 env[key] = changed[bound.name]
@@ -390,10 +401,51 @@ class _Converter:
                 )
         self.bases.update({value.name: base for value in changed.values()})
 
+    def note_leaf(self, detached: Value, value: Value) -> None:
+        """Remember of which parameter, if any, `detached` has the numbers."""
+        leaf = value if value.name in self.parameters else self.stands_for.get(value.name)
+        if leaf is not None:
+            self.uncovered[detached.name] = leaf
+
+    def names_of(self, leaf: Value) -> set[str]:
+        """A parameter and what it was changed to."""
+        return {leaf.name} | {name for name, of in self.stands_for.items() if of == leaf}
+
+    def changed_in_place(
+        self, before: Value, after: Value, env: dict[fx.Node, _Bound], origin: fx.Node
+    ) -> Value:
+        """What is read as `before` in `env` is `after` from now on, or the result, which has a
+        gradient: a region has changed it."""
+        leaf = self.uncovered.get(before.name)
+        old = {before.name} if leaf is None else self.names_of(leaf)
+        new = self.of_leaf(before, after, origin)
+        env.update({k: new for k, v in env.items() if isinstance(v, Value) and v.name in old})
+        return new
+
+    def of_leaf(self, old: Value, new: Value, origin: fx.Node) -> Value:
+        """`new`, the value of what was `old`, with the gradient of the parameter that `old` is.
+
+        Raises UnsupportedNode where the parameter was read before.
+        """
+        leaf = self.uncovered.get(old.name)
+        if leaf is None:
+            return new
+        known = self.names_of(leaf)
+        reads = [node for node in self.nodes if known & {value.name for value in node.operands}]
+        if any(node.op != REPLACED and node.output.name not in self.uncovered for node in reads):
+            raise UnsupportedNode(
+                f"`{origin.target}` changes the parameter `{leaf.name}` in place after it was read,"
+                " and backward would take the new numbers; change it before, or between two steps"
+            )
+        args: tuple[tuple[str, Arg], ...] = (("old", leaf), ("new", new))
+        (made,) = self.emit(REPLACED, args, "replaced", [leaf.type], True, origin)
+        self.stands_for[made.name], self.bases[made.name] = leaf, leaf.name
+        return made
+
     def what_is(self, changed: Value) -> str:
         """What a tensor is that may not be changed in place, and what to do instead."""
         name = self.cut_off.get(changed.name, changed.name)
-        if name in self.leaves:
+        if name in self.parameters:
             return (
                 f"the parameter `{name}` in place, which a plan keeps as the optimizer"
                 " leaves it; compute with a changed copy, or change it between two steps"
@@ -452,6 +504,22 @@ _WRITE_BACK = {
 }
 
 
+def _returned(module: fx.GraphModule) -> Any:
+    """What the graph of a region returns."""
+    (output,) = module.graph.find_nodes(op="output")
+    return output.args[0]
+
+
+def _is_same_tensor(node: fx.Node, placeholder: fx.Node) -> bool:
+    """Is it the tensor of the placeholder, as an operator in place gives it back?"""
+    while node.op == "call_function" and isinstance(node.target, OpOverload):
+        first = node.args[0] if node.args else None
+        if _written(node.target) is None or not isinstance(first, fx.Node):
+            return False
+        node = first
+    return node is placeholder
+
+
 def _with_operand(view: Node, operand: Value) -> Node:
     """`view` looking at `operand`, its first argument."""
     name, _ = view.args[0]
@@ -462,10 +530,10 @@ def convert(
     module: fx.GraphModule,
     bound: dict[fx.Node, Value | None],
     modules: Mapping[str, Call],
-    buffers: Iterable[str] = (),
+    params: Iterable[Param] = (),
 ) -> tuple[list[Node], _Bound, dict[str, Value]]:
     """Nodes and returned structure of an exported graph whose placeholders are `bound`, and the new
-    values of those `buffers` that it changes, by name.
+    values of those `params` that it changes, by name.
 
     `modules` has the first call of each of the model's modules, by path.
 
@@ -473,7 +541,10 @@ def convert(
     """
     values = [value for value in bound.values() if value is not None]
     leaves = frozenset(value.name for value in values if value.differentiable)
-    converter = _Converter(modules=modules, leaves=leaves, buffers=frozenset(buffers))
+    kept = [param.value for param in params if param.kind != "constant"]
+    trained = frozenset(value.name for value in kept if value.differentiable)
+    others = frozenset(value.name for value in kept) - trained
+    converter = _Converter(modules=modules, leaves=leaves, buffers=others, parameters=trained)
     converter.names.update(value.name for value in values)
     env: dict[fx.Node, _Bound] = dict(bound)
     result = converter.run(module, env, True)

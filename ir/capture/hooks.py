@@ -1,5 +1,5 @@
 """What an export would not see: hooks on gradients, which are refused with their place, `x.data`,
-which cuts gradients, and results that are written to a tensor that is there (`out=`)."""
+which cuts gradients, and what is written to a tensor that is there (`out=`, `x.data =`)."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def check_hooks(model: nn.Module) -> None:
 
 
 class PlainCalls(TorchFunctionMode):
-    """Inside, `x.data` is `x.detach()`, as an export takes what it gives for a constant, and what a
-    function writes to `out` is copied there, as an export would take it for a new tensor.  Where
-    gradients are captured, no parameter is frozen or thawed."""
+    """Inside, `x.data` is `x.detach()`, as an export takes what it gives for a constant.  What a
+    function writes to `out`, or `x.data` is set to, is copied there, as an export would take it for
+    a new tensor.  Where gradients are captured, no parameter is frozen or thawed."""
 
     def __init__(self, *, training: bool) -> None:
         super().__init__()
@@ -98,6 +98,8 @@ class PlainCalls(TorchFunctionMode):
     ) -> Any:
         if func == _DATA:
             return args[0].detach()
+        if func == _SET_DATA:
+            return _write(args[0].detach(), args[1])
         kwargs = kwargs or {}
         if args and func in _FREEZING and isinstance(args[0], nn.Parameter):
             wanted = (*args, kwargs.get("requires_grad", True))[1]
@@ -120,13 +122,14 @@ def _write(out: Tensor, result: Tensor) -> None:
     """Raises CaptureError where `out` would get another shape, which old readers would see."""
     if out.shape != result.shape:
         raise CaptureError(
-            f"{_here()}: `out` has shape {tuple(out.shape)}, and the result {tuple(result.shape)}; "
-            "give it that shape, or leave it out"
+            f"{_here()}: what is written to has shape {tuple(out.shape)}, and the result"
+            f" {tuple(result.shape)}; give it that shape"
         )
     out.copy_(result)
 
 
 _DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009
+_SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009
 _FREEZING: tuple[Any, ...] = (
     Tensor.requires_grad_,
     getattr(Tensor.requires_grad, "__set__"),  # noqa: B009

@@ -151,11 +151,15 @@ class State:
             local[tuple(slice(0, rows) for rows in own.shape)] = own.to(local.device)
 
     def update(self, wholes: Mapping[str, Tensor]) -> None:
-        """Give buffers whole new values, of which this rank keeps its slices.
+        """Give buffers and parameters whole new values, of which this rank keeps its slices.
 
-        They are new tensors: backward may need what was in the old ones, or bring it again.
+        Buffers are new tensors: backward may need what was in the old ones, or bring it again.
+        Parameters stay, as optimizers know them: they were read after they changed.
         """
         for name, whole in wholes.items():
+            if self.originals[name].kind == "parameter":
+                self._fill(name, StateDict({name: whole.detach()}), name)
+                continue
             fresh = torch.empty_like(self.local(name))
             for key in (name, *self.table[name].aliases):
                 setattr(*owner_of(self.root, key), fresh)

@@ -1,4 +1,5 @@
-"""Buffers that a forward pass changes: after several steps they are those of one process."""
+"""Buffers and parameters that a forward pass changes: after several steps they are those of one
+process."""
 
 from __future__ import annotations
 
@@ -144,9 +145,31 @@ class Reading(nn.Module):
         return (q @ keys).softmax(-1) @ keys.t()
 
 
+class Bounded(nn.Module):
+    """Parameters that are changed before they are read, whole and in part, once and twice, and one
+    without a gradient that follows the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.unit, self.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH))
+        self.follows = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer.weight.data.clamp_(-0.2, 0.2)
+            x = x + torch.tanh(layer(x))
+        with torch.no_grad():
+            self.unit.weight.copy_(F.normalize(self.unit.weight, dim=1))
+            self.follows.lerp_(x.mean((0, 1)), 0.1)
+        self.scale.data[:3].mul_(0.5)
+        self.scale.data = self.scale.data.clamp(min=-1)
+        return self.unit(x) * self.scale + self.follows
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "norms": Norms, "averages": Averages, "table": Table, "codebook": Codebook,
-    "queue": Queue,
+    "queue": Queue, "bounded": Bounded,
 }  # fmt: skip
 
 

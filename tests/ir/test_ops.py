@@ -589,6 +589,7 @@ example(
     lambda d: _linear_loss(d, 8, bias=d.x(8), label_smoothing=0.1),
 )
 example("shardwright.softcap", lambda d: {"x": d.x(4, 6, 8), "cap": 1.5})
+example("shardwright.replaced", lambda d: {"old": d.x(4, 6, 8), "new": d.x(4, 6, 8)})
 
 
 def _linear_loss(d: Draw, classes: int, **options: Any) -> Args:
