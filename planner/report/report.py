@@ -12,7 +12,7 @@ from ...facts.schedules import schedule
 from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
-from ...ir.graph import Node
+from ...ir.graph import Node, originals
 from ...ir.ops.labels import DimLabels, label_dims
 from ...ir.ops.registry import operator_of
 from ..plan.plan import MIXED, Baseline, Pipeline, PlanData
@@ -106,13 +106,19 @@ def _notes(plan: PlanData) -> str:
 
 def _changed_buffers(plan: PlanData) -> Iterator[str]:
     """That a forward pass changes buffers, and of what its sums and means are."""
-    names = [name for out in plan.graph.outputs if (name := updated_buffer(out.path))]
-    if names:
-        more = ", ..." if len(names) > 1 else ""
-        yield (
-            f"A forward pass changes {len(names)} buffers ({names[0]}{more}) as one process does "
-            "that has the whole batch: statistics of batch norms are those of all ranks together."
-        )
+    changed = [name for out in plan.graph.outputs if (name := updated_buffer(out.path))]
+    parameters = {p.value.name for p in originals(plan.graph.params) if p.kind == "parameter"}
+    for what, names in (
+        ("buffers", [name for name in changed if name not in parameters]),
+        ("parameters", [name for name in changed if name in parameters]),
+    ):
+        if names:
+            more = ", ..." if len(names) > 1 else ""
+            yield (
+                f"A forward pass changes {len(names)} {what} ({names[0]}{more}) as one process does"
+                " that has the whole batch: statistics of batch norms are those of all ranks"
+                " together."
+            )
 
 
 def _format_serving(plan: PlanData, decode: PlanData) -> str:
