@@ -382,14 +382,15 @@ class _Converter:
             changed[parent.name] = written
             old, new = parent, written
         base = self.bases.get(old.name, old.name)
+        kept = base in self.buffers or base in self.uncovered
         if (leaf := self.uncovered.get(old.name)) and leaf.name == base:
+            kept = True
             made = self.of_leaf(old, new, node)
             changed |= dict.fromkeys(self.names_of(leaf), made)
         for key, bound in list(env.items()):
             if not isinstance(bound, Value) or key is node:
                 continue
             shares = self.bases.get(bound.name, bound.name) == base
-            kept = base in changed or base in self.buffers or base in self.uncovered
             if shares and key.op == "placeholder" and not kept:
                 raise UnsupportedNode(f"`{node.target}` changes {self.what_is(bound)}")
             if bound.name in changed:

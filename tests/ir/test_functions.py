@@ -315,8 +315,11 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda x, w: frozen(w, x), "`requires_grad` of a parameter is changed"),
     (lambda x, w: frozen_by_setting(w, x), "`requires_grad` of a parameter is changed"),
     (lambda x, w: kept_otherwise(x), "`saved_tensors_hooks` keeps tensors in a way"),
-    (lambda x, w: clamped(w, x), "changes the parameter `weight` in place, which a plan keeps"),
-    (lambda x, w: x * w.data.clamp_(max=1), "changes the parameter `weight` in place"),
+    (lambda x, w: clamped(w, x * w), "changes the parameter `weight` in place after it was read"),
+    (
+        lambda x, w: x * w * w.data.clamp_(max=1),
+        "the parameter `weight` in place after it was read",
+    ),
     (lambda x, w: clamped(x * w, x), "changes a tensor in place that comes from outside"),
 ]
 
