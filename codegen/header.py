@@ -13,7 +13,6 @@ import torch
 from ..facts.mesh import Mesh
 from ..facts.moves import primitive
 from ..facts.phases import find_phase
-from ..facts.schedules import schedule
 from ..facts.spec import R, V
 from ..facts.units import format_bytes, format_seconds
 from ..ir.graph import Graph, Param
@@ -88,7 +87,7 @@ def pipeline_docstring(plan: PlanData, pipeline: Pipeline) -> str:
 def schedule_picture(pipeline: Pipeline, micro_batches: int) -> list[str]:
     """The first actions of each rank, one behind the other in a grid in which every action takes a
     place; `.` where a rank waits."""
-    table = schedule(pipeline.schedule, pipeline.ranks, pipeline.per_rank, micro_batches)
+    table = pipeline.table(micro_batches)
     several = pipeline.per_rank > 1
     width = 1 + max(len(str(action)) for each in table.actions for action in each) - (not several)
     done: dict[tuple[str, int, int], int] = {}

@@ -199,6 +199,51 @@ class Plan(PlanData):
 
         return export(self, to)
 
+    def explain(self, pattern: str, *, flip: str | None = None) -> str:
+        """Why operators of modules that match `pattern` run as they do: what other ways would cost.
+
+        `flip` (`link`, `inter-node`, `gpu`): how many times as fast these must be for another to
+        win.  Raises PlanError where no module matches.
+        """
+        from .explaining import explain
+
+        return explain(self, pattern, flip=flip)
+
+    def why_not(self, layout: str) -> str:
+        """What an ordinary layout (`"tp=8"`) would take beside the plan, part by part."""
+        from .questions import why_not
+
+        return why_not(self, layout)
+
+    def what_if(
+        self,
+        *,
+        cluster: str | None = None,
+        link: float = 1.0,
+        inter_node: float = 1.0,
+        gpu_speed: float = 1.0,
+        memory_bytes: int | None = None,
+        batch: float = 1.0,
+    ) -> str:
+        """What the plan takes on another machine, or with `batch` times as many sequences, and
+        whether another is better then.  Factors are of speeds.
+
+        Raises PlanError where nothing is other, or sequences need a capture.
+        """
+        from .questions import Change, what_if
+
+        memory = None if memory_bytes is None else int(memory_bytes)
+        return what_if(self, Change(cluster, link, inter_node, gpu_speed, memory, batch))
+
+    def compare(self, other: Plan, names: tuple[str, str] = ("this plan", "the other")) -> str:
+        """Which of two plans is faster, and where their time, bytes and memory differ.
+
+        Raises PlanError where one serves and the other does not.
+        """
+        from .questions import compare
+
+        return compare(self, other, names)
+
     def dump_problem(self, path: str | Path) -> None:
         """Write the sharding problem on this plan's mesh in the IOPDDL format."""
         write_problem(self._problem(), Path(path))
@@ -426,7 +471,7 @@ def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
     Where that recomputes layers, a few more micro-batches whose layers are all kept may be faster.
     """
     request = job.request
-    counts = _micro_batches(request) if several else [request.micro_batches]
+    counts = micro_batch_counts(request) if several else [request.micro_batches]
     none_fits = InfeasibleError()
     for at, count in enumerate(counts):
         tried = job if not at else _of_micro_batches(job, count)
@@ -472,7 +517,7 @@ def _of_micro_batches(job: Job, count: int, known_s: float = inf) -> Job:
     return tried.saying(f", {count} micro-batches")
 
 
-def _micro_batches(request: Request) -> list[int]:
+def micro_batch_counts(request: Request) -> list[int]:
     """How many a step may have: 1, 2, 4, ..., where they divide the batch."""
     powers = [2**n for n in range(request.batch.bit_length())]
     trains = find_phase(request.phase).backward
@@ -536,5 +581,6 @@ def rehearse(folder: str | Path, rank: int = 0, steps: int = 5) -> Rehearsal:
 
 
 __all__ = [
-    "Plan", "load_plan", "plan", "plan_file", "plan_steps", "planned", "rehearse", "verify",
+    "Plan", "load_plan", "micro_batch_counts", "plan", "plan_file", "plan_steps", "planned",
+    "rehearse", "verify",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from .facts.phases import PHASES
 from .folder import (
     MODULE_FILE,
     check_output,
-    check_page_file,
+    check_pages,
     check_problem_file,
     check_sweep_output,
     existing_plan,
@@ -39,6 +39,7 @@ from .folder import (
 from .options import (
     AsJsonOption,
     BatchesOption,
+    BatchFactorOption,
     BatchOption,
     ClusterOption,
     ClustersOption,
@@ -50,10 +51,12 @@ from .options import (
     GpuCountsOption,
     GpusOption,
     GpuSpeedOption,
+    HtmlOption,
     InterNodeOption,
     LayoutFromOption,
     LayoutOption,
     LinkOption,
+    MaxSeqOption,
     MemoryOption,
     MeshOption,
     ModelArgument,
@@ -76,6 +79,7 @@ from .options import (
     SweepOutOption,
     TargetOption,
     TokensPerStepOption,
+    TraceOption,
     WhyNotOption,
     WriteOption,
     asked_of,
@@ -197,6 +201,8 @@ def plan(
     full: FullOption = False,
     dump: DumpOption = None,
     dump_problem: DumpProblemOption = None,
+    html: HtmlOption = None,
+    trace: TraceOption = None,
     version: _Version = False,
     **planning: Unpack[Planning],
 ) -> None:
@@ -211,6 +217,7 @@ def plan(
             raise ValueError("--dump and --json both print to stdout; give one of them")
         if dump_problem is not None:
             check_problem_file(dump_problem)
+        check_pages(html, trace)
         layouts = tuple(layout or ())
         _check_layouts(gpus, len(layouts) + (layout_from is not None), write)
         options: dict[str, Any] = {
@@ -235,6 +242,7 @@ def plan(
                 return
             progress("write the module")
             written = write_folder(made, out, dump_problem)
+            written += _write_pages(made, html, trace)
         if note := untried(versions_in_use()):
             say(f"plan: {note}", file=sys.stderr)
         _report(made, out, written, as_json=as_json, full=full, dump=dump)
@@ -293,6 +301,7 @@ def sweep(
     seq: SeqsOption = None,
     batch: BatchesOption = None,
     tokens_per_step: TokensPerStepOption = None,
+    max_seq: MaxSeqOption = False,
     target: TargetOption = None,
     price: PriceOption = None,
     out: SweepOutOption = Path("sweep_out"),
@@ -313,6 +322,7 @@ def sweep(
             "batch": _batches(batch),
             "tokens_per_step": tokens_per_step
             and parse_count("--tokens-per-step", tokens_per_step),
+            "max_seq": max_seq,
             "prices": dict(parse_price(text) for text in price or ()),
         }
         options: dict[str, Any] = {**asked_of(planning), **points, "target": target}
@@ -358,30 +368,18 @@ def show(
             "'*.q_proj'; --pin takes them",
         ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="write it as one page that needs nothing else instead: mesh, memory and both"
-            " streams over time, layers, parameters, ordinary plans, e.g. --html plan.html",
-        ),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="write the predicted step as a trace for Perfetto or chrome://tracing instead,"
-            " e.g. --trace step.json",
-        ),
-    ] = None,
+    html: HtmlOption = None,
+    trace: TraceOption = None,
 ) -> None:
     """Print a saved plan again, e.g. `plan show plan_out`."""
     with _errors_as_exit_codes():
         path = existing_plan(folder)
         if html is not None or trace is not None:
-            _write_pages(path, html, trace)
+            check_pages(html, trace)
+            from .api import load_plan
+
+            written = _write_pages(load_plan(path), html, trace)
+            say(*(f"written {each}" for each in written))
             return
         if module:
             _print_module(folder / MODULE_FILE)
@@ -399,19 +397,15 @@ def show(
             say(f"plan: {folder / MODULE_FILE} is not as it was written", file=sys.stderr)
 
 
-def _write_pages(plan: Path, html: Path | None, trace: Path | None) -> None:
-    """A plan as a page, and its step as a trace."""
-    for option, path in (("--html", html), ("--trace", trace)):
-        if path is not None:
-            check_page_file(option, path)
-    from .api import load_plan
+def _write_pages(made: Plan, html: Path | None, trace: Path | None) -> tuple[Path, ...]:
+    """A plan as a page, and its step as a trace; the paths of what is written."""
     from .plan_page import page_of_plan, trace_text
 
-    saved = load_plan(plan)
-    for path, text_of in ((html, page_of_plan), (trace, trace_text)):
-        if path is not None:
-            write_page(path, text_of(saved))
-            say(f"written {path}")
+    asked = [(html, page_of_plan), (trace, trace_text)]
+    given = [(path, text_of) for path, text_of in asked if path is not None]
+    for path, text_of in given:
+        write_page(path, text_of(made))
+    return tuple(path for path, _ in given)
 
 
 def _print_module(path: Path) -> None:
@@ -447,10 +441,11 @@ def what_if(
     inter_node: InterNodeOption = "1x",
     gpu_speed: GpuSpeedOption = "1x",
     memory: MemoryOption = None,
+    batch: BatchFactorOption = "1x",
     cluster: OtherClusterOption = None,
     full: FullOption = False,
 ) -> None:
-    """Price a plan on another machine, and say whether another plan would be better there.
+    """Price a plan on another machine or batch, and say whether another plan would be better.
 
     The model is not captured again: `plan what-if plan_out --link 0.5x`.
     """
@@ -467,6 +462,7 @@ def what_if(
                 parse_factor("--inter-node", inter_node),
                 parse_factor("--gpu-speed", gpu_speed),
                 memory,
+                parse_factor("--batch", batch),
             )
             text = answer(load_plan(path), change, progress)
         say_report(text, full=full)
@@ -493,7 +489,7 @@ def explain(
             raise ValueError("--flip is asked of an operator; give a PATTERN, as in '*.q_proj'")
         with _Progress() as progress:
             from .api import load_plan
-            from .questions import explain as explained
+            from .explaining import explain as explained
             from .questions import why_not as not_why
 
             plan = load_plan(path)

@@ -125,11 +125,21 @@ def check_sweep_output(out: Path) -> None:
         )
 
 
-def check_page_file(option: str, path: Path) -> None:
-    """Refuse, before any work, a place that holds anything but an earlier page or trace of ours.
+def check_pages(html: Path | None, trace: Path | None) -> None:
+    """Refuse, before any work, places of a page and a trace that hold anything but earlier ones, or
+    that may not be written.
 
     Raises ValueError.
     """
+    given = {"--html": html, "--trace": trace}
+    for option, path in given.items():
+        if path is not None:
+            _check_page_file(option, path)
+    if html is not None and trace is not None and html.resolve() == trace.resolve():
+        raise ValueError(f"--html and --trace both name `{html}`; give them a file each")
+
+
+def _check_page_file(option: str, path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{option} `{path}` is a folder; name a file")
     if path.exists() and not _is_page(path):
@@ -156,6 +166,8 @@ def _check_parents(path: Path) -> None:
     ancestor = next(parent for parent in path.absolute().parents if parent.exists())
     if not ancestor.is_dir():
         raise ValueError(f"cannot write `{path}`: `{ancestor}` is a file, not a folder")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write `{path}`: you may not write to the folder `{ancestor}`")
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -349,7 +361,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 __all__ = [
-    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_page_file",
+    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_pages",
     "check_problem_file", "check_sweep_output", "existing_plan", "module_is_the_plans",
     "write_folder", "write_module", "write_page", "write_plan", "write_sweep",
 ]  # fmt: skip

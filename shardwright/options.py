@@ -362,6 +362,28 @@ DumpOption: TypeAlias = Annotated[
 ]
 
 
+HtmlOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        show_default=False,
+        help="write it as one page that needs nothing else: mesh, memory and both streams over"
+        " time, layers, parameters, ordinary plans, e.g. --html plan.html",
+    ),
+]
+TraceOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        show_default=False,
+        help="write the predicted step as a trace for Perfetto or chrome://tracing,"
+        " e.g. --trace step.json",
+    ),
+]
+
+
 class Planning(TypedDict):
     """What commands that plan have in common: how a model is run, and how a plan is looked for."""
 
@@ -477,6 +499,14 @@ TokensPerStepOption: TypeAlias = Annotated[
         help="tokens of a training step instead of --batch, e.g. --tokens-per-step 4M",
     ),
 ]
+MaxSeqOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--max-seq",
+        help="find the longest sequences that fit, from --seq on (to a sixteenth), without stages, "
+        "e.g. --gpus 8..64 --max-seq",
+    ),
+]
 TargetOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -547,6 +577,12 @@ GpuSpeedOption: TypeAlias = Annotated[
     typer.Option(
         metavar="X",
         help="FLOP/s and memory bandwidth of GPUs so many times as high, e.g. --gpu-speed 1.5x",
+    ),
+]
+BatchFactorOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--batch", metavar="X", help="so many times as many sequences a step, e.g. --batch 2x"
     ),
 ]
 OtherClusterOption: TypeAlias = Annotated[

@@ -84,11 +84,12 @@ class Scale:
 
 
 def _plot(sweep: Sweep, seq: int) -> str:
-    rows = [(n, row) for n, row in enumerate(sweep.rows) if row.point.seq == seq]
+    rows = [(n, row) for n, row in enumerate(sweep.rows) if sweep.group(row.point) == seq]
     found = [(n, row.figures) for n, row in rows if row.figures is not None]
     if not found:
         return ""
-    answers = found[0][1].tpot_s is not None
+    longest = sweep.asking.max_seq
+    answers = found[0][1].tpot_s is not None and not longest
     xs = [sweep.axes(one)[0] for _, one in found]
     ys = [-sweep.axes(one)[1] for _, one in found]
     across = Scale(xs, _LEFT, _WIDTH - _RIGHT)
@@ -108,7 +109,7 @@ def _plot(sweep: Sweep, seq: int) -> str:
         for y in up.ticks()
     ]
     name = "time per output token" if answers else "cost per hour" if sweep.priced else "GPUs"
-    upward = "tokens/s per GPU" if answers else "tokens/s"
+    upward = "tokens of a sequence" if longest else "tokens/s per GPU" if answers else "tokens/s"
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text text-anchor="middle" x="{middle}" y="{_HEIGHT - 10}">{name}</text>')
     parts.append(
@@ -117,23 +118,24 @@ def _plot(sweep: Sweep, seq: int) -> str:
     )
     parts.append(_front_line(sweep, seq, across, up))
     parts += [_dot(sweep, n, one, across, up) for n, one in found]
-    label = f"{upward} against {name}, sequences of {seq} tokens"
+    title = "The longest sequences" if longest else f"Sequences of {seq:,} tokens"
+    label = f"{upward} against {name}: {title}"
     return (
-        f"<h2>Sequences of {seq:,} tokens</h2>\n"
+        f"<h2>{title}</h2>\n"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>\n"
     )
 
 
 def _front_line(sweep: Sweep, seq: int, across: Scale, up: Scale) -> str:
-    ends = sorted(sweep.axes(one) for one in sweep.front() if one.point.seq == seq)
+    ends = sorted(sweep.axes(one) for one in sweep.front() if sweep.group(one.point) == seq)
     points = " ".join(f"{across.place(x):.1f},{up.place(-y):.1f}" for x, y in ends)
     return f'<polyline class="front" points="{points}"/>'
 
 
 def _dot(sweep: Sweep, number: int, one: Figures, across: Scale, up: Scale) -> str:
     x, y = sweep.axes(one)
-    best = one == sweep.best(one.point.seq)
+    best = one == sweep.best(sweep.group(one.point))
     times = "\n".join(f"{name} {format_seconds(s)}" for name, s in times_of(one))
     text = (
         f"{one.point}\n{one.layout}\n{times}\n{one.tokens_per_s:,.0f} tokens/s, "
@@ -176,7 +178,7 @@ def _table(sweep: Sweep) -> str:
 
 
 def _line(sweep: Sweep, number: int, row: Row, cells: Sequence[str]) -> str:
-    best = row.figures is not None and row.figures == sweep.best(row.point.seq)
+    best = row.figures is not None and row.figures == sweep.best(sweep.group(row.point))
     inside = "".join(f"<td>{safe(cell)}</td>" for cell in cells)
     return f'<tr id="row{number}"{" class=best" if best else ""}>{inside}</tr>'
 

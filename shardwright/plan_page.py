@@ -20,6 +20,7 @@ from .planner.plan.program import Compute, Convert, LoopCall, Sharded
 from .planner.plan.words import choices_text
 from .planner.report.report import format_plan
 from .planner.search.again import Again, Live
+from .planner.search.ways import Ways, ways_of_plan
 from .planner.strategies.bringing import Use
 from .planner.strategies.params import ParamRef, all_params
 from .planner.strategies.prices import network_for
@@ -58,24 +59,29 @@ def page_of_plan(plan: PlanData) -> str:
     """The page as text.  Raises ClusterError where the plan's cluster file is not here."""
     machine = load_cluster(plan.request.cluster, plan.request.gpus)
     parts = [_head(plan), _mesh(plan, machine), _baselines(plan), _memory_bars(plan)]
-    names = ("Prefill", "Decode of one token") if plan.decode is not None else ("",)
-    for name, phase in zip(names, plan.phases, strict=True):
-        parts += [f"<h2>{name}</h2>" if name else ""]
-        parts += _phase(phase, machine, alone=plan.decode is None)
-    parts += [_search(plan)]
+    programs = ways_of_plan(Again(plan, machine))
+    if plan.pipeline is not None:
+        parts.append(_timeline(_moments(plan, machine)))
+    for program in programs:
+        parts += _program(program, machine)
+    parts.append(_search(plan))
     return document(f"{plan.graph.name}: a plan", "\n".join(filter(None, parts)), _STYLE)
 
 
-def _phase(plan: PlanData, machine: Cluster, *, alone: bool) -> list[str]:
-    """What a phase, or each kind of stage, takes and does."""
-    parts = [_timeline(moments_of(plan, network_for(plan.graph, plan.mesh, machine)))]
-    if plan.pipeline is not None:
-        for number, kind in enumerate(plan.pipeline.kinds):
-            parts += [f"<h2>Stages of kind {number}</h2>", _layers(kind), _tensors(kind)]
-        return parts
-    if alone:
-        parts.append(_memory(plan, Again(plan, machine).memory()))
-    return [*parts, _layers(plan), _tensors(plan)]
+def _program(program: Ways, machine: Cluster) -> list[str]:
+    """What one program takes and does: a phase of a server, or a kind of stages of a pipeline,
+    whose time is in that of all ranks."""
+    plan = program.plan
+    title = {"prefill": "Prefill", "decode": "Decode of one token"}.get(program.name, program.name)
+    parts = [f"<h2>{safe(title[0].upper() + title[1:])}</h2>"] if title else []
+    if program.whole.pipeline is None:
+        parts.append(_timeline(_moments(plan, machine)))
+    found = program.again.memory()
+    return [*parts, _memory(program, found), _layers(plan), _tensors(plan)]
+
+
+def _moments(plan: PlanData, machine: Cluster) -> Moments:
+    return moments_of(plan, network_for(plan.graph, plan.mesh, machine))
 
 
 def fragment_of(plan: PlanData) -> str:
@@ -94,7 +100,7 @@ def trace_of(plan: PlanData) -> dict[str, Any]:
     machine = load_cluster(plan.request.cluster, plan.request.gpus)
     events: list[dict[str, Any]] = []
     for number, phase in enumerate(plan.phases):
-        found = moments_of(phase, network_for(phase.graph, phase.mesh, machine))
+        found = _moments(phase, machine)
         title = f"{phase.request.phase}, {phase.mesh}"
         if plan.decode is not None:
             title = f"{('prefill', 'decode')[number]}, {phase.mesh}"
@@ -287,8 +293,9 @@ def _bytes_of(memory: Memory, kind: str) -> float:
     }[kind]  # fmt: skip
 
 
-def _memory(plan: PlanData, found: Sequence[Live]) -> str:
+def _memory(program: Ways, found: Sequence[Live]) -> str:
     """Bytes over time, one kind on the other."""
+    plan = program.plan
     if not found:
         return ""
     height, left = 220.0, 70.0
@@ -326,8 +333,19 @@ def _memory(plan: PlanData, found: Sequence[Live]) -> str:
     words = "Operator by operator"
     words += "; of layers the first and the last of each kind" if plan.graph.loops else ""
     words += f"; the limit is {format_bytes(limit)}."
+    words += _counted(program)
     words = f'<p class="soft">{words}</p>'
     return f"<h2>Memory over a step</h2>\n{picture}\n{legend(named)}\n{words}"
+
+
+def _counted(program: Ways) -> str:
+    """What is counted in memory over time beside what the program itself runs."""
+    if program.whole.pipeline is not None:
+        many = program.again.in_flight
+        return f" With {many} micro-batches in flight; a rank has all of its stages' states."
+    if program.name == "prefill":
+        return " With caches of the prompt alone."
+    return " With caches of the longest context." if program.name == "decode" else ""
 
 
 def _line(

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from math import sqrt
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from .asked import Progress, silent
-from .costmodel.machines.cluster import Cluster, load_cluster
+from .costmodel.machines.cluster import load_cluster
 from .facts.phases import find_phase
 from .facts.units import format_bytes, format_seconds
-from .ir.ops.registry import operator_of
 from .planner.errors import InfeasibleError, LayoutError, PlanError
 from .planner.plan.plan import PlanData
 from .planner.report.differences import Side, main_difference, side_by_side
-from .planner.report.ops import ways_of
-from .planner.report.report import table
 from .planner.search.again import Again
-from .planner.strategies.pins import module_of
-from .planner.strategies.regions import Region, Strategy
+from .planner.search.larger import in_micro_batches, with_sequences
+from .planner.search.search import Builders
 
-_ALIKE = 0.001  # relative differences below this are rounding
-_FURTHEST = 64.0  # a figure is followed to so many times its value, and as far below
-_NEAR = 1.02  # the break-even value is known to this factor
+ALIKE = 0.001  # relative differences below this are rounding
 
 _FACTOR = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)x")
 
@@ -37,15 +30,6 @@ def seconds_of(plan: PlanData) -> float:
 
 def _unit(plan: PlanData) -> str:
     return "answer" if plan.decode is not None else find_phase(plan.request.phase).run
-
-
-def _check_no_pipeline(plan: PlanData, command: str) -> None:
-    """Raises PlanError where a plan is a pipeline."""
-    if plan.pipeline is not None:
-        raise PlanError(
-            f"plan {command} does not take pipelines apart yet, and this plan is one: `plan show` "
-            "has its stages, `plan compare` sets it beside another"
-        )
 
 
 def parse_factor(option: str, text: str) -> float:
@@ -78,7 +62,7 @@ def _faster(one: Side, other: Side) -> str:
     first, second = seconds_of(one.plan), seconds_of(other.plan)
     unit = _unit(one.plan)
     times = f"{format_seconds(first)} per {unit}, {other.name} {format_seconds(second)}"
-    if abs(first - second) <= _ALIKE * max(first, second):
+    if abs(first - second) <= ALIKE * max(first, second):
         return f"{one.name} and {other.name} take the same: {format_seconds(first)} per {unit}."
     quick, slow = (one, other) if first < second else (other, one)
     ratio = max(first, second) / min(first, second)
@@ -112,13 +96,15 @@ def _tables(sides: Sequence[Side]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What would be other: another cluster, factors on its speeds, bytes of memory per GPU."""
+    """What would be other: another cluster, factors on its speeds, bytes of memory per GPU, and so
+    many times as many sequences."""
 
     cluster: str | None = None
     links: float = 1.0
     between_nodes: float = 1.0
     gpu: float = 1.0
     memory_bytes: int | None = None
+    batch: float = 1.0
 
     def __str__(self) -> str:
         texts = [f"on {self.cluster}"] if self.cluster else []
@@ -130,6 +116,8 @@ class Change:
             texts += [f"with {what} {factor:g} times as fast"] if factor != 1 else []
         if self.memory_bytes is not None:
             texts.append(f"with {format_bytes(self.memory_bytes)} per GPU")
+        if self.batch != 1:
+            texts.append(f"with {self.batch:g} times as many sequences")
         return ", ".join(texts)
 
     def again(self, plan: PlanData, progress: Progress = silent) -> Again:
@@ -140,7 +128,17 @@ class Change:
         if memory is None and self.cluster is not None:
             memory = int(machine.memory_bytes)
         changed = machine.changed(links=self.links, between_nodes=self.between_nodes, gpu=self.gpu)
-        return Again(plan, changed, memory, progress)
+        return Again(self._of_batch(plan), changed, memory, progress)
+
+    def _of_batch(self, plan: PlanData) -> PlanData:
+        """The plan with as many sequences as are asked for.  Raises PlanError."""
+        batch = plan.request.batch * self.batch
+        if batch != int(batch) or batch < 1:
+            raise PlanError(
+                f"--batch {self.batch:g}x: the plan is for {plan.request.batch} sequences, and "
+                f"{batch:g} of them are none"
+            )
+        return with_sequences(plan, int(batch))
 
 
 def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
@@ -148,9 +146,8 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
     if change == Change():
         raise PlanError(
             "what would be other? Give --link 0.5x, --inter-node 0.5x, --gpu-speed 2x, --memory "
-            "40GB or --cluster NAME"
+            "40GB, --batch 2x or --cluster NAME"
         )
-    _check_no_pipeline(plan, "what-if")
     again = change.again(plan, progress)
     progress("price the plan")
     same = again.same()
@@ -160,7 +157,7 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
     head = f"{str(change)[0].upper()}{str(change)[1:]}"
     takes = f"{format_seconds(then)} per {unit}, now {format_seconds(now)} ({then / now:.2f}x)"
     try:
-        best = again.best()
+        best = _best(again, plan)
     except InfeasibleError as error:
         return f"{head} no plan fits: {error}"
     sides = [Side("now", plan), Side("then", same)]
@@ -169,7 +166,7 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
         text += f" The best that does takes {format_seconds(seconds_of(best))} per {unit}"
         text += f" (now {format_seconds(now)}), on mesh {best.mesh}."
         sides[1] = Side("best then", best)
-    elif seconds_of(best) >= then * (1 - _ALIKE):
+    elif seconds_of(best) >= then * (1 - ALIKE):
         text = f"this plan takes {takes}, and no other is better."
     else:
         ratio = then / seconds_of(best)
@@ -179,9 +176,28 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
     return "\n\n".join([f"{head} {text}", _tables(sides)])
 
 
+def _best(again: Again, before: PlanData) -> PlanData:
+    """The best plan then; of more sequences than `before` also in micro-batches of as many as it
+    has.  Raises InfeasibleError where none fits."""
+    batch, several = again.plan.request.batch, before.training and before.pipeline is None
+    found: list[PlanData] = []
+    error = InfeasibleError()
+    tries = [again]
+    if several and batch > before.request.batch:
+        with suppress(PlanError):  # they do not divide
+            tries.append(replace(again, plan=in_micro_batches(before, batch), builders=Builders()))
+    for each in tries:
+        try:
+            found.append(each.best())
+        except InfeasibleError as none_fits:
+            error = none_fits
+    if not found:
+        raise error
+    return min(found, key=seconds_of)
+
+
 def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
     """What an ordinary layout would take beside the plan, and what it would take it for."""
-    _check_no_pipeline(plan, "explain")
     again = Change().again(plan, progress)
     try:
         other = again.with_layout(layout)
@@ -191,7 +207,7 @@ def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
         return f"{layout} does not fit: {error}"
     first, second = seconds_of(plan), seconds_of(other)
     sides = Side("this plan", plan), Side(layout, other)
-    if abs(first - second) <= _ALIKE * first:
+    if abs(first - second) <= ALIKE * first:
         text = f"{layout} takes the same: {format_seconds(first)} per {_unit(plan)}."
     else:
         relation = "slower" if second > first else "faster"
@@ -205,136 +221,4 @@ def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
     return "\n\n".join([text, _tables(sides)])
 
 
-# -- one operator ---------------------------------------------------------------------------------
-
-
-def explain(
-    plan: PlanData, pattern: str, *, flip: str | None = None, progress: Progress = silent
-) -> str:
-    """Why operators of modules that match `pattern` run as they do: what each other way would cost.
-
-    Of ways that differ from the plan's on one axis, all else decided anew around them; layers
-    recomputed or kept, mesh and order of tokens as in the plan.  `flip`: `link`, `inter-node` or
-    `gpu`: how many times as fast it must be for another way to win.  Raises PlanError where no
-    module matches.
-    """
-    _check_no_pipeline(plan, "explain")
-    if plan.decode is not None:
-        raise PlanError(
-            "an operator of a serve plan is decided for both phases together, which explain does "
-            "not take apart yet: plan --phase prefill or --phase decode, and explain that"
-        )
-    again = Change().again(plan, progress)
-    regions = _matching(plan, again.regions(), pattern)
-    return "\n\n".join(_explained(again, region, flip) for region in regions)
-
-
-def _matching(plan: PlanData, regions: Sequence[Region], pattern: str) -> list[Region]:
-    def names(region: Region) -> set[str]:
-        heavy = [node for node in region.nodes if operator_of(node).heavy]
-        modules = {module_of(node.loc.module) for node in heavy or region.nodes}
-        return {name for name in (*modules, region.name) if name}
-
-    found = [r for r in regions if any(fnmatchcase(name, pattern) for name in names(r))]
-    if not found:
-        known = sorted({name for region in regions for name in names(region)})
-        near = get_close_matches(pattern.strip("*."), known, n=4, cutoff=0.3) or known[:4]
-        raise PlanError(f"no operator is called `{pattern}`; there are {', '.join(near)}")
-    return found
-
-
-def _explained(again: Again, region: Region, flip: str | None) -> str:
-    plan, now = again.plan, again.taken(region)
-    module = module_of(region.nodes[0].loc.module) or region.name
-    words = ways_of(plan, region)
-    rows: list[tuple[float, tuple[str, ...]]] = []
-    for way in again.others(region):
-        again.progress(f"{module}: {words(way)}")
-        found = again.run_so(region, lambda other, way=way: other == way)
-        if found is None:
-            rows.append((float("inf"), ("", words(way), "not possible, or does not fit", "", "")))
-            continue
-        more = found.seconds - plan.seconds
-        own = again.seconds_of(region, way) - again.seconds_of(region, now)
-        cells = (format_seconds(found.seconds), _change(own), _change(more - own))
-        rows.append((found.seconds, ("", words(way), *cells)))
-    rows.sort(key=lambda row: row[0])
-    head = ("", f"{module} ({region.scope.weight} times)", "step", "itself", "around it")
-    mine = ("*", words(now), format_seconds(plan.seconds), "", "")
-    text = [_verdict(plan, module, words(now), rows)]
-    if flip is not None:
-        text.append(_flips(again, region, now, flip, words))
-    return "\n".join([*text, table([head, mine, *(cells for _, cells in rows)])])
-
-
-def _verdict(
-    plan: PlanData, module: str, now: str, rows: Sequence[tuple[float, tuple[str, ...]]]
-) -> str:
-    possible = [row for row in rows if row[0] < float("inf")]
-    if not possible:
-        return f"{module} runs {now}: no other way differs on one axis and is possible."
-    seconds, cells = possible[0]
-    more = seconds - plan.seconds
-    if more <= _ALIKE * plan.seconds:
-        return f"{module} runs {now}; {cells[1]} would take the same."
-    dearer = "itself" if cells[3].startswith("+") else "what is around it"
-    return (
-        f"{module} runs {now}: the next best, {cells[1]}, makes a step {more / plan.seconds:.1%} "
-        f"longer, for {dearer}."
-    )
-
-
-def _change(seconds: float) -> str:
-    if abs(seconds) < 1e-9:
-        return "same"
-    sign = "+" if seconds > 0 else "-"
-    return f"{sign}{format_seconds(abs(seconds))}"
-
-
-_FLIPS: dict[str, tuple[str, Callable[[Cluster, float], Cluster]]] = {
-    "link": ("links", lambda machine, factor: machine.changed(links=factor)),
-    "inter-node": (
-        "links between nodes",
-        lambda machine, factor: machine.changed(between_nodes=factor),
-    ),
-    "gpu": ("GPUs", lambda machine, factor: machine.changed(gpu=factor)),
-}
-
-
-def _flips(
-    again: Again, region: Region, now: Strategy, flip: str, words: Callable[[Strategy], str]
-) -> str:
-    """From which speed on another way wins, by planning again."""
-    what, changed = _FLIPS[flip]
-    first, plan = again.cluster, again.plan
-
-    def taken_at(factor: float) -> Strategy | None:
-        again.progress(f"{what} {factor:.3g} times as fast")
-        asked = Again(plan, changed(first, factor), again.memory_bytes, again.progress)
-        found = asked.run_so(region, lambda way: True)
-        return None if found is None else asked.taken(region, found)
-
-    found: list[str] = []
-    for direction in (0.5, 2.0):
-        inside, outside = 1.0, direction
-        while taken_at(outside) in (now, None):
-            inside, outside = outside, outside * direction
-            if not 1 / _FURTHEST <= outside <= _FURTHEST:
-                break
-        else:
-            while max(inside / outside, outside / inside) > _NEAR:
-                middle = sqrt(inside * outside)
-                inside, outside = (middle, outside) if taken_at(middle) == now else (inside, middle)
-            other = taken_at(outside)
-            assert other is not None
-            found.append(f"{words(other)} wins at {outside:.3g} times their speed")
-    if not found:
-        return f"No speed of {what} from 1/{_FURTHEST:g} to {_FURTHEST:g} times theirs changes it."
-    return f"{what[0].upper()}{what[1:]}: {'; '.join(found)} (found by planning again)."
-
-
-FLIPS = tuple(_FLIPS)
-
-__all__ = [
-    "FLIPS", "Change", "compare", "explain", "parse_factor", "seconds_of", "what_if", "why_not",
-]  # fmt: skip
+__all__ = ["ALIKE", "Change", "compare", "parse_factor", "seconds_of", "what_if", "why_not"]

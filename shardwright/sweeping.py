@@ -27,12 +27,16 @@ from .facts.mesh import MOST_RANKS
 from .facts.phases import TRAIN, find_phase
 from .facts.units import format_bytes, format_seconds
 from .figures import Figures, Point, figures_of
+from .ir.capture.errors import CaptureError
+from .longest import fits_memory, longest
 from .planner.errors import InfeasibleError, PlanError
 from .planner.report.report import table
+from .planner.search.search import Job
 from .targets import Target, parse_target
 
 _ALIKE = 0.01  # relative difference of rates that is none
 _GAIN = 1.02  # of the rate, for which a batch twice as large is worth it
+_NEAR = 0.1  # of tokens a step, which need not be a whole number of sequences
 _FEW = 4  # points that are planned sooner than another process is started
 _OPTIONS: dict[str, Any] = {  # of a plan, and what they are where nobody says
     "context": None,
@@ -58,7 +62,8 @@ AUTO = "auto"  # a batch that is doubled while that gains
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A point and the figures of its best plan, None where there is none, and why."""
+    """A point and the figures of its best plan, None where there is none, and why; or why there is
+    none of longer sequences, where memory is not what lacks."""
 
     point: Point
     figures: Figures | None
@@ -71,7 +76,8 @@ class Asking:
 
     `batches`: numbers of sequences, none: one per GPU, or `AUTO`.  `tokens_per_step` decides the
     batch by the sequence instead.  `prices` of a GPU hour are by cluster.  `options` are the
-    further ones of `plan_file`.
+    further ones of `plan_file`.  `max_seq`: of each point the longest sequences that fit are
+    planned, from the one of `seqs` on.
     """
 
     model: str
@@ -82,6 +88,7 @@ class Asking:
     tokens_per_step: int | None
     prices: Mapping[str, float]
     options: Mapping[str, Any]
+    max_seq: bool = False
 
     @property
     def phase(self) -> str:
@@ -99,25 +106,58 @@ class Asking:
                 f"--price {sorted(unknown)[0]}=...: no such cluster is asked for, only "
                 f"{', '.join(self.clusters)}"
             )
-        if self.tokens_per_step is not None and self.batches:
+        if self.tokens_per_step is not None and self.batches not in ((), AUTO):
             raise PlanError("--tokens-per-step decides the batch by --seq; leave out --batch")
-        for seq in self.seqs:
-            if self.tokens_per_step is not None and self.tokens_per_step % seq:
-                raise PlanError(
-                    f"--tokens-per-step {self.tokens_per_step} is no multiple of --seq {seq}"
-                )
+        for seq in self.seqs if self.tokens_per_step is not None else ():
+            for gpus in self.gpus:
+                self._sequences(seq, gpus)
+        if self.max_seq:
+            self._check_max_seq()
+
+    def _check_max_seq(self) -> None:
+        """Raises PlanError for what is not asked together with the longest sequences."""
+        phase = find_phase(self.phase)
+        if phase.context or phase.tokens == 1:
+            raise PlanError(
+                f"--max-seq is about --seq, and what grows in phase {self.phase} is --context: "
+                "--phase serve has both"
+            )
+        if len(self.seqs) > 1:
+            raise PlanError("--max-seq tries longer and longer --seq: give the shortest alone")
+        if self.tokens_per_step is not None or self.batches == AUTO:
+            raise PlanError(
+                "--max-seq is asked of a number of sequences: give --batch N, or nothing for one "
+                "per GPU"
+            )
 
     def tasks(self) -> list[Task]:
         """The points, in groups that share what is captured of the model."""
         found: list[Task] = []
         for seq in self.seqs:
             if self.tokens_per_step is not None:
-                found.append(Task(seq, self.tokens_per_step // seq, self.gpus))
+                batches = {gpus: self._sequences(seq, gpus) for gpus in self.gpus}
+                for batch in dict.fromkeys(batches.values()):
+                    same = tuple(gpus for gpus in self.gpus if batches[gpus] == batch)
+                    found.append(Task(seq, batch, same))
             elif isinstance(self.batches, tuple) and self.batches:
                 found += [Task(seq, batch, self.gpus) for batch in self.batches]
             else:
                 auto = self.batches == AUTO
                 found += [Task(seq, gpus, (gpus,), auto) for gpus in self.gpus]
+        return found
+
+    def _sequences(self, seq: int, gpus: int) -> int:
+        """The sequences of a step of `tokens_per_step`; where these are no whole number of them, as
+        many for each GPU as come nearest.  Raises PlanError where none come near."""
+        tokens = self.tokens_per_step or 0
+        if tokens % seq == 0:
+            return tokens // seq
+        found = round(tokens / seq / gpus) * gpus
+        if abs(found * seq - tokens) > _NEAR * tokens:
+            raise PlanError(
+                f"--tokens-per-step {tokens} is no whole number of sequences of {seq} tokens, nor "
+                f"near to one for each of {gpus} GPUs; take a multiple of {seq}"
+            )
         return found
 
     def points(self) -> int:
@@ -153,9 +193,14 @@ class Sweep:
         """Is the price of a GPU hour known everywhere?"""
         return all(each.cost_per_hour is not None for each in self.found)
 
+    def group(self, point: Point) -> int:
+        """Tokens of a sequence as they were asked for: points of one group are compared."""
+        return self.asking.seqs[0] if self.asking.max_seq else point.seq
+
     def front(self) -> list[Figures]:
-        """Those that no other of the same sequence beats in both ways: answers per token and GPU
-        where tokens are answered one by one, else tokens a second and cost (GPUs without prices).
+        """Those that no other of the same group beats in both ways: answers per token and GPU where
+        tokens are answered one by one, else tokens a second and cost (GPUs without prices); where
+        the longest sequences are asked for, their tokens and cost.
         """
         return [
             one for one in self.found if not any(self._beats(other, one) for other in self.found)
@@ -163,23 +208,28 @@ class Sweep:
 
     def axes(self, one: Figures) -> tuple[float, float]:
         """The two figures by which points are compared, the less the better."""
+        if self.asking.max_seq:
+            return self._expense(one)[0], -float(one.point.seq)
         if one.tpot_s is not None:
             return one.tpot_s, -one.tokens_per_s_per_gpu
         return self._expense(one)
 
     def _beats(self, other: Figures, one: Figures) -> bool:
-        if other.point.seq != one.point.seq:
+        if self.group(other.point) != self.group(one.point):
             return False
         a, b = self.axes(other), self.axes(one)
         return a[0] <= b[0] and a[1] <= b[1] and a != b
 
     def best(self, seq: int) -> Figures | None:
-        """The one to take for sequences of `seq` tokens, None where none meets the target.
+        """The one to take of a group, None where none meets the target.
 
         Without a target it is that of most tokens per money, per GPU without prices; with one the
-        cheapest that meets it, of fewest GPUs without prices.
+        cheapest that meets it, of fewest GPUs without prices.  Of the longest sequences it is the
+        longest, or the cheapest of these.
         """
-        rows = [one for one in self.found if one.point.seq == seq]
+        rows = [one for one in self.found if self.group(one.point) == seq]
+        if self.asking.max_seq:
+            return min(rows, key=lambda one: (-one.point.seq, self._expense(one)), default=None)
         if self.target is not None:
             rows = [one for one in rows if self.target.holds(one)]
             return min(rows, key=self._expense, default=None)
@@ -234,21 +284,24 @@ class Sweep:
         return "\n".join(lines)
 
     def _sentence(self, seq: int) -> str:
-        rows = [one for one in self.found if one.point.seq == seq]
+        rows = [one for one in self.found if self.group(one.point) == seq]
         if not rows:
             return f"Sequences of {seq} tokens: no point fits."
         best = self.best(seq)
         if best is None and self.target is not None:
             return f"Sequences of {seq} tokens: {self.target.missed(rows)}"
         assert best is not None
-        if self.target is not None:
+        if self.asking.max_seq:
+            why = "none longer fit any point" if len(self.rows) > 1 else "none longer fit"
+        elif self.target is not None:
             what = "the cheapest" if self.priced else "the fewest GPUs"
             why = f"{what} for {self.target}"
         else:
             why = f"most tokens per {'money' if self.priced else 'GPU'}"
         times = ", ".join(f"{name} {format_seconds(s)}" for name, s in times_of(best))
+        longest = "The longest sequences, " if self.asking.max_seq else "Sequences of "
         return (
-            f"Sequences of {seq} tokens: {best.point.gpus} x {best.point.cluster}, batch "
+            f"{longest}{best.point.seq} tokens: {best.point.gpus} x {best.point.cluster}, batch "
             f"{best.point.batch}, {best.layout}: {times}, {best.tokens_per_s:,.0f} tokens/s "
             f"({best.tokens_per_s_per_gpu:,.0f} per GPU): {why}."
         )
@@ -278,15 +331,20 @@ class Sweep:
         return f"{table(self.cells())}\n=> to take, * no other is better both ways ({self._ways()})"
 
     def _ways(self) -> str:
+        if self.asking.max_seq:
+            return f"tokens of a sequence and {'cost' if self.priced else 'GPUs'}"
         if any(one.tpot_s is not None for one in self.found):
             return "TPOT and tokens/s per GPU"
         return f"tokens/s and {'cost' if self.priced else 'GPUs'}, among equal sequences"
 
     def _whys(self) -> Iterator[str]:
-        """Why points have no plan: those that memory does not explain, each reason once."""
+        """Why points have no plan, or no longer sequences; each reason once."""
         whys = dict.fromkeys(row.why for row in self.rows if row.figures is None)
         if whys:
             yield "\n".join(["No plan", *(f"  {why}" for why in whys)])
+        limits = dict.fromkeys(row.why for row in self.rows if row.figures is not None and row.why)
+        if limits:
+            yield "\n".join(["No longer sequences", *(f"  {why}" for why in limits)])
 
     # -- as data ----------------------------------------------------------------------------------
 
@@ -307,7 +365,7 @@ class Sweep:
             "layout": None if one is None else one.layout,
             **{name: None if one is None else getattr(one, name) for name in names},
             "front": one is not None and one in self.front(),
-            "best": one is not None and one == self.best(point.seq),
+            "best": one is not None and one == self.best(self.group(point)),
             "why": row.why,
         }
 
@@ -375,6 +433,7 @@ def sweep(
     phase: str = TRAIN.name,
     tokens_per_step: int | None = None,
     target: str | None = None,
+    max_seq: bool = False,
     prices: Mapping[str, float] = MappingProxyType({}),
     workers: int = 1,
     told: Told = _nobody,
@@ -383,7 +442,9 @@ def sweep(
     """Plan a model, named as on the command line, at every point of these lists.
 
     `batch`: sequences over all GPUs, by default one per GPU; `"auto"`: one per GPU, doubled while
-    that gives more tokens/s; or `tokens_per_step` of training say it.  `target` is such as
+    that gives more tokens/s; or `tokens_per_step` of training say it, as near as whole sequences
+    for each GPU come to them.  `max_seq`: of each point the
+    longest sequences that fit without stages are planned, from `seq` on.  `target` is such as
     `"TTFT <= 500 ms, TPOT <= 30 ms"`, `prices` those of a GPU hour by cluster, `options` further
     ones of `shardwright.plan`.  `workers` processes share the points where there are more than a
     few; in a script of your own that needs `if __name__ == "__main__"`.  `told` is called with each
@@ -404,7 +465,10 @@ def sweep(
         tokens_per_step,
         prices,
         given,
+        max_seq,
     )
+    if max_seq and target is not None:
+        raise PlanError("--max-seq asks what fits, and no plan is tried for --target; give one")
     machines = [load_cluster(name, max(asking.gpus)) for name in asking.clusters]
     if goal is not None:
         known = (
@@ -479,6 +543,9 @@ def _rows(asking: Asking, task: Task) -> Iterator[Row]:
     for gpus in task.gpus:
         for cluster in asking.clusters:
             point = Point(gpus, cluster, task.seq, task.batch)
+            if asking.max_seq:
+                yield _longest_row(asking, point)
+                continue
             row = _row(asking, point, known)
             while task.auto and row.figures is not None:
                 point = replace(point, batch=2 * point.batch)
@@ -494,18 +561,39 @@ def _gains(more: Figures, now: Figures) -> bool:
     return more.tokens_per_s > _GAIN * now.tokens_per_s and more.micro_batches == 1
 
 
-def _row(asking: Asking, point: Point, known: dict[tuple[int, str], Captures]) -> Row:
-    """The row of a point; what is captured for it is `known` afterwards, by batch and formats."""
+def _longest_row(asking: Asking, point: Point) -> Row:
+    """The row of the longest sequences of a point; that of the point itself where they do not fit,
+    which says why."""
+    several = asking.options.get("micro_batches") is None
+
+    def fits(seq: int) -> bool:
+        job, captures = _job(asking, replace(point, seq=seq))
+        return fits_memory(captures, job, several=several)
+
+    try:
+        found = longest(fits, point.seq)
+    except (PlanError, CaptureError) as error:
+        return Row(point, None, f"{point}: {str(error).splitlines()[0]}")
+    row = _row(asking, replace(point, seq=found.seq or point.seq), {})
+    return row if row.figures is None else replace(row, why=found.why)
+
+
+def _job(asking: Asking, point: Point) -> tuple[Job, Captures]:
+    """What is planned at a point, and of what.  Raises PlanError."""
     options = asking.options
     asked = Asked(
         **options, gpus=point.gpus, cluster=point.cluster, mesh=None, pins=(), progress=silent
     )
+    job = replace(asked.job(asking.model, point.batch, point.seq), baselines=False)
+    return job, Captures.of_target(job, options["outputs"], kept=asked.cache)
+
+
+def _row(asking: Asking, point: Point, known: dict[tuple[int, str], Captures]) -> Row:
+    """The row of a point; what is captured for it is `known` afterwards, by batch and formats."""
     try:
-        job = replace(asked.job(asking.model, point.batch, point.seq), baselines=False)
-        key = point.batch, job.request.formats
-        if key not in known:
-            known[key] = Captures.of_target(job, options["outputs"], kept=asked.cache)
-        plan = plan_steps(known[key], job, several=options.get("micro_batches") is None)
+        job, captures = _job(asking, point)
+        captures = known.setdefault((point.batch, job.request.formats), captures)
+        plan = plan_steps(captures, job, several=asking.options.get("micro_batches") is None)
     except InfeasibleError as error:
         return Row(point, None, f"{point}: {str(error).splitlines()[0]}")
     except PlanError as error:

@@ -36,7 +36,7 @@ ARROWS: dict[str, str] = {
     "planner.report": "planner.plan planner.strategies costmodel ir.ops ir.graph facts",
     "planner.search": (
         "planner planner.plan planner.strategies planner.ilp costmodel costmodel.machines"
-        " ir.passes ir.ops ir.graph facts"
+        " ir.passes ir.reference ir.ops ir.graph facts"
     ),
     "codegen": "planner planner.plan planner.strategies ir.ops ir.graph facts",
     "codegen.export": "planner planner.plan planner.strategies ir.ops ir.graph facts",

@@ -176,16 +176,21 @@ def with_batch(graph: Graph, size: int) -> Graph | None:
     """The graph of a batch of so many sequences, as a capture of the model would give it.
 
     None where that is not told without one: where what the model does may depend on their number,
-    and for more of them than `graph` has.
+    for more of them where constants of the model are made for as many as `graph` has, where it has
+    only one, whose dims are told from no others, and where it reads a KV cache.
     """
+    if any(operator_of(node).remembers for node in graph.nodes):
+        return None
     known = {n for item in graph.inputs for n, label in _dims(item) if label == "b"}
     free = all(_may_have(item, size) for item in graph.inputs)
-    if not free or len(known) != 1 or size > max(known):
+    if not free or len(known) != 1:
         return None
     atoms = Sizes()
     tie_graph(atoms, graph)
     found = {a for item in labelled(atoms, graph, "b") for a in atoms.flat([item])}
     if len(found) != 1 or any(atom.fixed or atom.size not in known for atom in found):
+        return None
+    if size > max(known) and found & _of_constants(atoms, graph):
         return None
     made = rewrite(graph, atoms, dict.fromkeys(found, size), {})
     return made if size > 1 else replace(made, inputs=tuple(map(_of_one, made.inputs)))
@@ -193,6 +198,12 @@ def with_batch(graph: Graph, size: int) -> Graph | None:
 
 def _dims(item: Input) -> Iterator[tuple[int, str]]:
     return zip(item.value.type.shape, item.labels, strict=False)
+
+
+def _of_constants(atoms: Sizes, graph: Graph) -> set[Size]:
+    """The sizes of parameters whose values the graph has."""
+    known = (param.value for param in params_of(graph) if param.data is not None)
+    return {atom for value in known for dim in atoms.all_of(value) for atom in atoms.flat([dim])}
 
 
 def _may_have(item: Input, size: int) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ...costmodel.timeline import StageTimes, played
-from ...facts.schedules import schedule
 from ...ir.ops.registry import operator_of
 from ..strategies.network import Network
 from ..strategies.regions import InLoop, Unit, scopes, units
@@ -261,9 +260,7 @@ def _both_ways(priced: PricedStep, network: Network) -> tuple[float, float]:
 
 def _piped(plan: PlanData, pipeline: Pipeline) -> Moments:
     """The actions of all ranks of a pipeline."""
-    table = schedule(
-        pipeline.schedule, pipeline.ranks, pipeline.per_rank, plan.request.micro_batches
-    )
+    table = pipeline.table(plan.request.micro_batches)
     stages = [
         StageTimes(s.forward_s, s.backward_s, 0.0, s.send_s, s.send_back_s) for s in pipeline.stages
     ]

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
+from ...facts.schedules import PipelineSchedule, schedule
 from ...facts.spec import Spec, format_spec
 from ...ir.graph import Graph, Value
 from ...ir.graph.schema import DTYPES
@@ -182,6 +183,10 @@ class Pipeline:
     def per_rank(self) -> int:
         """Stages of a rank."""
         return len(self.stages) // self.ranks
+
+    def table(self, micro_batches: int) -> PipelineSchedule:
+        """Who runs what when in a step of so many micro-batches."""
+        return schedule(self.schedule, self.ranks, self.per_rank, micro_batches)
 
 
 @dataclass(frozen=True)

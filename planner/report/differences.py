@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from ...facts.collectives import find_collective
@@ -23,13 +23,32 @@ class Side:
     plan: PlanData
 
     def seconds(self) -> dict[str, float]:
-        """By part, what a step takes: they add up to its seconds."""
+        """By part, what a step takes: they add up to its seconds.
+
+        Of a pipeline those of the rank that works longest, which waits for the others besides.
+        """
         plan = self.plan
+        if plan.pipeline is not None:
+            parts = _added(Side("", kind).seconds() for kind in self._stages())
+            return {**parts, "waiting for other ranks": plan.seconds - sum(parts.values())}
         _, moving = split_seconds(plan)
         parts = dict(plan.spent.computing)
         parts |= {f"communication over {axis}": s for axis, s in moving.items()}
         parts |= {"casts": plan.casts_s, "optimizer": plan.optimizer_s}
         return {**parts, "other": plan.seconds - sum(parts.values())}
+
+    def _stages(self) -> list[PlanData]:
+        """The plans of the stages of a pipeline's rank that works longest."""
+        pipeline, many = self.plan.pipeline, self.plan.request.micro_batches
+        assert pipeline is not None
+        table = pipeline.table(many)
+
+        def works_s(rank: int) -> float:
+            own = [pipeline.stages[n] for n in table.stages_of(rank)]
+            return sum(many * (s.forward_s + s.backward_s) + s.once_s for s in own)
+
+        longest = max(range(pipeline.ranks), key=works_s)
+        return [pipeline.kinds[pipeline.stages[n].kind] for n in table.stages_of(longest)]
 
     def whole(self) -> dict[str, float]:
         """By part, what a step takes, or a whole answer in phase `serve`."""
@@ -43,6 +62,8 @@ class Side:
 
     def received(self) -> dict[str, float]:
         """By axis and collective, the bytes that a GPU receives in a step."""
+        if self.plan.pipeline is not None:
+            return _added(Side("", kind).received() for kind in self._stages())
         found: dict[str, float] = {}
         for (op, axis, _), n in predicted_bytes(self.plan.program, self.plan.mesh).items():
             what = f"{axis.replace('_', '+')} {find_collective(op).words}"
@@ -57,29 +78,32 @@ class Side:
 def side_by_side(sides: Sequence[Side]) -> str:
     """Three tables; with two plans, differences too (those of the second to the first).
 
-    Where one is a pipeline there is the memory alone: ranks of its stages do different things.
+    Of a pipeline they are of the rank that works longest, and memory of the one that holds most;
+    what stages send each other is not among what is received.
     """
     run = find_phase(sides[0].plan.request.phase).run
-    memory = _table("memory at the peak", [side.memory() for side in sides], sides, format_bytes)
-    if _any_pipeline(sides):
-        return memory
+    inside = ", between stages apart" if any(s.plan.pipeline for s in sides) else ""
     parts = [
         _table(f"time of a {run}", [side.seconds() for side in sides], sides, _time),
-        _table(f"received per {run}", [side.received() for side in sides], sides, format_bytes),
-        memory,
+        _table(
+            f"received per {run}{inside}", [side.received() for side in sides], sides, format_bytes
+        ),
+        _table("memory at the peak", [side.memory() for side in sides], sides, format_bytes),
     ]
     return "\n\n".join(parts)
 
 
-def _any_pipeline(sides: Sequence[Side]) -> bool:
-    return any(side.plan.pipeline is not None for side in sides)
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By part, the sum of all."""
+    found: dict[str, float] = {}
+    for each in parts:
+        for what, amount in each.items():
+            found[what] = found.get(what, 0.0) + amount
+    return found
 
 
 def main_difference(slower: Side, faster: Side) -> str:
-    """The part that the slower plan spends most more on, in words; "" where there is none, or
-    one of them is a pipeline."""
-    if _any_pipeline([slower, faster]):
-        return ""
+    """The part that the slower plan spends most more on, in words; "" where there is none."""
     a, b = slower.whole(), faster.whole()
     more = {what: a.get(what, 0.0) - b.get(what, 0.0) for what in {**a, **b}}
     moved = {what for what in more if what.startswith("communication")}

@@ -8,7 +8,6 @@ from itertools import groupby
 from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.schedules import schedule
 from ...facts.spec import S, Spec, format_spec
 from ...facts.units import format_bytes, format_seconds
 from ...facts.updated import updated_buffer
@@ -64,9 +63,7 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
     rows: list[tuple[str, ...]] = [
         ("stage", "rank", "layers", "forward", "backward", "sends", "once a step", "memory", "plan")
     ]
-    rank_of = schedule(
-        pipeline.schedule, pipeline.ranks, pipeline.per_rank, request.micro_batches
-    ).rank_of
+    rank_of = pipeline.table(request.micro_batches).rank_of
     for which, same in groupby(enumerate(pipeline.stages), key=lambda each: each[1].kind):
         numbers, kind = [number for number, _ in same], pipeline.kinds[which]
         first, last, stage = numbers[0], numbers[-1], pipeline.stages[numbers[0]]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from ...costmodel.machines.cluster import Cluster
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Param
-from ..errors import PlanError
+from ...ir.reference.resizing import with_batch
+from ..errors import InfeasibleError, PlanError
 from ..plan.decide import Solved, decide, plan_of
-from ..plan.plan import PlanData, Search
+from ..plan.plan import Pipeline, PlanData, Search
 from ..strategies.bringing import Use
 from ..strategies.build import Built, Decisions
 from ..strategies.layout import Layout, limited
@@ -23,6 +25,9 @@ from ..strategies.setting import Restriction, Setting, Within
 from ..strategies.storage import Storage
 from .search import Builders, Clock, Job, Progress
 from .serving import make_serving_plan, serving_plan_on
+from .shapes import default_micro_batches, refuse_phase
+from .staged import may_have_stages, with_stages
+from .stages import join, most_in_flight
 from .variants import make_plan
 
 _TIME_LIMIT_S = 60.0
@@ -50,7 +55,7 @@ class Decided(Restriction):
         return storage.home == self._decisions.homes.get(param.value.name)
 
 
-class _NoWay(Exception):
+class NoWay(Exception):
     """A region cannot run as it was chosen to."""
 
 
@@ -70,12 +75,20 @@ class Choosing(Within):
     def no_strategy(self, region: Region, sizes: tuple[int, ...]) -> None:
         """That region cannot run so."""
         if region.name == self._name:
-            raise _NoWay
+            raise NoWay
         super().no_strategy(region, sizes)
 
 
 def _taken(region: Region, decisions: Decisions) -> tuple[tuple[str, ...], ...]:
     return tuple(decisions.choices[node.name] for node in region.nodes)
+
+
+Narrower: TypeAlias = Callable[[Restriction], Restriction]
+
+
+def _as_it_is(restriction: Restriction) -> Restriction:
+    """The same restriction."""
+    return restriction
 
 
 def _silent(step: str) -> None:
@@ -113,13 +126,17 @@ def _times(built: Built) -> Iterator[tuple[str, str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """A plan, and the machine that it is asked about; bytes of memory per GPU, None: the plan's."""
+    """A plan, and the machine that it is asked about; bytes of memory per GPU, None: the plan's.
+
+    `in_flight`: the micro-batches that a stage keeps at once, if the plan is that of one.
+    """
 
     plan: PlanData
     cluster: Cluster
     memory_bytes: float | None = None
     progress: Progress = _silent
     builders: Builders = field(default_factory=Builders)
+    in_flight: int = 1
 
     def job(self, mesh: Mesh | None = None, layout: str = "", *, pinned: bool = True) -> Job:
         """What is searched for on `mesh` (None: on all candidates); pins and layout of the plan
@@ -148,6 +165,8 @@ class Again:
         plan = self.plan
         if plan.decode is not None:
             return self._same_served(plan, plan.decode)
+        if plan.pipeline is not None:
+            return self._same_staged(plan, plan.pipeline)
         job = self.job(plan.mesh)
         solved = self._solved(job, Decided(plan.decisions), limited_memory=False)
         assert solved is not None  # it has no limit, and its decisions were possible before
@@ -163,26 +182,95 @@ class Again:
         assert served is not None
         return served
 
+    def _same_staged(self, plan: PlanData, pipeline: Pipeline) -> PlanData:
+        kinds = [kind.same() for kind in self.kinds()]
+        joined = join(
+            pipeline.table(plan.request.micro_batches), pipeline.stages, kinds, self.cluster
+        )
+        return replace(
+            plan, seconds=joined.seconds, optimizer_s=joined.optimizer_s, casts_s=joined.casts_s,
+            memory=joined.memory, pipeline=joined.pipeline,
+        )  # fmt: skip
+
+    def kinds(self) -> list[Again]:
+        """The plans of the stages of a pipeline, each to be asked about by itself, with as much of
+        a rank's memory as its stages have at most."""
+        plan, found = self.plan, list[Again]()
+        pipeline = plan.pipeline
+        assert pipeline is not None
+        limit = (self.memory_bytes or plan.request.memory_bytes) / pipeline.per_rank
+        table = pipeline.table(plan.request.micro_batches)
+        for number, kind in enumerate(pipeline.kinds):
+            stages = [n for n, stage in enumerate(pipeline.stages) if stage.kind == number]
+            most = most_in_flight(table, stages)
+            room = max(limit, kind.memory.total)  # stages with more than equal shares have them
+            found.append(
+                Again(kind, self.cluster, room, self.progress, self.builders, in_flight=most)
+            )
+        return found
+
     def best(self) -> PlanData:
-        """The best plan here, on any mesh that was tried for the plan, or on its own if that was
-        given.  Raises InfeasibleError where nothing fits."""
+        """The best plan here, with as many micro-batches as the plan has: on any mesh that was
+        tried for it, or on its own if that was given, with stages if it may have them.  Raises
+        InfeasibleError where nothing fits."""
         plan = self.plan
-        one = plan.mesh if plan.search.meshes == 1 or plan.request.pins else None
-        job = self.job(one)
+        one = plan.mesh if plan.search.meshes == 1 and plan.pipeline is None else None
+        job = self.job(plan.mesh if plan.request.pins else one)
         if plan.decode is not None:
             return make_serving_plan(plan.graph, plan.decode.graph, job)
-        return make_plan(plan.graph, job)
+        found: PlanData | InfeasibleError
+        try:
+            found = make_plan(plan.graph, job)
+        except InfeasibleError as error:
+            found = error
+        if may_have_stages(job):
+            return with_stages(lambda _: plan.graph, job, found, several=False)
+        if isinstance(found, InfeasibleError):
+            raise found
+        return found
 
     def with_layout(self, layout: str) -> PlanData:
-        """The plan that an ordinary layout gives.  Raises LayoutError where it is not possible,
-        InfeasibleError where it does not fit."""
-        ranks, gpus = Layout.parse(layout).ranks, self.plan.request.gpus
-        if ranks != gpus:
-            raise PlanError(f"--why-not {layout}: it is for {ranks} GPUs, the plan for {gpus}")
-        job = self.job(layout=layout)
+        """The plan that an ordinary layout gives, with the micro-batches of the plan; a pipeline
+        beside one without stages with as many as it wants, and that beside a pipeline with as few
+        as fit.
+
+        Raises LayoutError where it is not possible, InfeasibleError where it does not fit.
+        """
+        asked, request = Layout.parse(layout), self.plan.request
+        if asked.ranks != request.gpus:
+            raise PlanError(
+                f"--why-not {layout}: it is for {asked.ranks} GPUs, the plan for {request.gpus}"
+            )
+        refuse_phase(request.phase, asked)
+        job, graph = self.job(layout=layout), self.plan.graph
         if self.plan.decode is not None:
-            return make_serving_plan(self.plan.graph, self.plan.decode.graph, job)
-        return make_plan(self.plan.graph, job)
+            return make_serving_plan(graph, self.plan.decode.graph, job)
+        error: PlanError | None = None
+        for many, smaller in self._micro_batches(asked):
+            try:
+                return make_plan(
+                    smaller, replace(job, request=replace(job.request, micro_batches=many))
+                )
+            except InfeasibleError as none_fits:
+                error = error or none_fits
+        assert error is not None  # there is one number of micro-batches at least
+        raise error
+
+    def _micro_batches(self, asked: Layout) -> Iterator[tuple[int, Graph]]:
+        """Numbers of micro-batches to try for a layout, and the graph of one: those of the plan,
+        but where the plan has stages and the layout has none or the other way round, and the graph
+        tells what it is of other numbers of sequences."""
+        request, graph = self.plan.request, self.plan.graph
+        if (asked.pipeline > 1) == (self.plan.pipeline is not None):
+            yield request.micro_batches, graph
+            return
+        counts = [2**k for k in range(request.batch.bit_length())]
+        if asked.pipeline > 1:
+            name = "interleaved" if asked.per_rank > 1 else "1f1b"
+            counts = [default_micro_batches(request.batch, asked, name)]
+        sizes = [(n, request.batch // n) for n in counts if request.batch % n == 0]
+        found = [(n, made) for n, rows in sizes if (made := with_batch(graph, rows)) is not None]
+        yield from found or [(request.micro_batches, graph)]
 
     def memory(self) -> list[Live]:
         """What is live when, in a step of the plan's own decisions.
@@ -207,20 +295,22 @@ class Again:
         plan, job = self.plan, self.job(self.plan.mesh)
         return job.builder(plan.graph, plan.mesh, self._setting(job)).regions
 
-    def taken(self, region: Region, solved: Solved | None = None) -> Strategy:
-        """How the plan, or another solution, runs it."""
-        choices = _taken(region, self.plan.decisions if solved is None else solved.decisions)
+    def taken(self, region: Region, decided: Decisions) -> Strategy:
+        """How decisions run it."""
+        choices = _taken(region, decided)
         return next(way for way in region.strategies if way.choices == choices)
 
-    def run_so(self, region: Region, allowed: Callable[[Strategy], bool]) -> Solved | None:
-        """The best on the plan's mesh in which a region runs as `allowed` says; None if there is
-        none, or none fits.  Raises PlanError where the time was too short to find out.
+    def solved_with(
+        self, region: Region, allowed: Callable[[Strategy], bool], within: Narrower = _as_it_is
+    ) -> Solved | None:
+        """The best on the plan's mesh in which a region runs as `allowed` says, and that is
+        `within` a restriction made of the plan's; None if there is none, or none fits.
 
-        What the plan does with layers (kept or recomputed) and the order of tokens stay.
+        Raises PlanError where the time was too short to find out.
         """
         plan, job = self.plan, self.job(self.plan.mesh)
-        only = Choosing(job.limit(plan.graph, plan.mesh), region.name, allowed)
-        return self._solved(job, only)
+        inner = within(job.limit(plan.graph, plan.mesh))
+        return self._solved(job, Choosing(inner, region.name, allowed))
 
     def seconds_of(self, region: Region, way: Strategy) -> float:
         """Seconds of a step that the nodes of a region take by themselves."""
@@ -234,9 +324,10 @@ class Again:
 
     def others(self, region: Region) -> Iterator[Strategy]:
         """The ways to run a region that differ from the plan's on one axis."""
-        now = self.taken(region)
+        now, sizes = self.taken(region, self.plan.decisions), self.plan.mesh.sizes
         for way in region.strategies:
-            if way != now and len(_axes_apart(way, now)) == 1:
+            apart = _axes_apart(way, now)
+            if len(apart) == 1 and sizes[min(apart)] > 1:
                 yield way
 
     def _setting(self, job: Job) -> Setting:
@@ -244,6 +335,7 @@ class Again:
         return replace(
             job.setting, recompute=decided.recompute, order=decided.order,
             kept_layers=decided.kept_layers, part_layers=decided.part_layers,
+            in_flight=self.in_flight,
         )  # fmt: skip
 
     def _solved(
@@ -255,7 +347,7 @@ class Again:
             setting = replace(setting, memory_bytes=None)
         try:
             built = job.builder(graph, mesh, setting).build(restriction)
-        except _NoWay:
+        except NoWay:
             return None
         problem = built.problem()
         solution = job.solution(problem, mesh)
@@ -279,4 +371,4 @@ def _axes_apart(one: Strategy, other: Strategy) -> set[int]:
     }
 
 
-__all__ = ["Again", "Choosing", "Decided", "Live"]
+__all__ = ["Again", "Choosing", "Decided", "Live", "Narrower", "NoWay"]

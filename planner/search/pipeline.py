@@ -18,32 +18,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from ...costmodel.timeline import StageTimes, Timeline, in_flight, peak_in_flight, played
+from ...costmodel.timeline import StageTimes, played
 from ...facts.mesh import Mesh
 from ...facts.schedules import PipelineSchedule, refusal, schedule
 from ...facts.spec import Spec
 from ...facts.units import format_seconds
-from ...ir.graph import Graph, Param, TensorType, Value
-from ...ir.ops.local import local_bytes
+from ...ir.graph import Graph
 from ...ir.passes.stages import Stage, cut_into_stages, layer_count, shared_params
 from ...ir.passes.unfuse import unfuse
 from ..errors import InfeasibleError, LayoutError, PlanError
 from ..plan.decide import Solved, decide, plan_of
-from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage, Request, Search
-from ..plan.program import Convert, Program
+from ..plan.plan import Pipeline, PlanData, PlannedStage, Request, Search
 from ..strategies.build import Decisions
-from ..strategies.network import Network
 from ..strategies.regions import scopes
-from ..strategies.setting import Restriction, Setting, Within
+from ..strategies.setting import Setting
 from .cuts import balanced_layers, even_layers, improved_layers, stage_seconds
 from .infeasible import explain
 from .search import Job, clash_at, token_orders
 from .shapes import Shape, check_runnable
+from .stages import AXIS, End, Ends, ends_of, join, most_in_flight, specs_of
 
 _TRIES = 20_000  # actions played for one move of a layer: more take longer than they are worth
 _FULL = 0.95  # of the memory, what stages are given that take more than equal shares
 _MORE = 1.5  # times those, where no plan fits them
-AXIS = "pp"  # the outermost axis of the mesh, between stages
 
 
 def make_pipeline_plan(graph: Graph, job: Job) -> PlanData:
@@ -148,10 +145,7 @@ def _better_layers(plan: PlanData, ceiling: float) -> list[int] | None:
         ]
         return played(table, times).seconds
 
-    table = schedule(
-        plan.pipeline.schedule, plan.pipeline.ranks, plan.pipeline.per_rank,
-        plan.request.micro_batches,
-    )  # fmt: skip
+    table = plan.pipeline.table(plan.request.micro_batches)
     now = [stage.layers for stage in stages]
     layers: Sequence[int] = balanced_layers(flat, besides, paces)
     if len(stages) ** 3 * plan.request.micro_batches <= _TRIES:
@@ -168,34 +162,6 @@ def _layer_work(plan: PlanData) -> list[float]:
         if scope.block is not None
     }
     return [of_block[id(loop.blocks[kind])] for loop in plan.graph.loops for kind in loop.order]
-
-
-class _Ends(Within):
-    """What `inner` allows of a stage whose ends, and shared parameters, lie as `fixed` says.
-
-    Keys are names of inputs and outputs with their types, and names of parameters.
-    """
-
-    def __init__(
-        self,
-        inner: Restriction,
-        ends: dict[str, tuple[str, TensorType]],
-        fixed: dict[tuple[str, TensorType], Spec],
-        stored: dict[str, Spec],
-    ) -> None:
-        super().__init__(inner)
-        self._ends, self._fixed, self._stored = ends, fixed, stored
-
-    def allows_storage(self, param: Param, name: str, spec: Spec) -> bool:
-        """May the parameter be stored so?"""
-        as_shared = self._stored.get(name, spec) == spec
-        return as_shared and super().allows_storage(param, name, spec)
-
-    def allows_end(self, value: Value, spec: Spec) -> bool:
-        """May an input or output come and go so?"""
-        end = self._ends.get(value.name)
-        as_sent = end is None or self._fixed.get(end, spec) == spec
-        return as_sent and super().allows_end(value, spec)
 
 
 @dataclass(slots=True)
@@ -235,7 +201,7 @@ class _Planning:
             raise PlanError(f"{shape.text}: {error}") from error
         self.shared = shared_params(self.stages)
         self.kinds = _kinds(self.stages)
-        self.fixed: dict[tuple[str, TensorType], Spec] = {}
+        self.fixed: dict[End, Spec] = {}
         self.stored: dict[str, Spec] = {}
 
     def _schedule(self) -> PipelineSchedule:
@@ -274,9 +240,8 @@ class _Planning:
 
     def _settings(self, graph: Graph, numbers: Sequence[int]) -> list[Setting]:
         """Those to try: layers kept, recomputed in part, then whole."""
-        kept = in_flight(self.table)
         limit = self.room * self.request.memory_bytes / self.shape.per_rank
-        most = max(kept[number] for number in numbers)
+        most = most_in_flight(self.table, numbers)
         order = token_orders(self.graph, self.mesh)[0]
         settings = list(self.job.settings(graph))
         layers = max((len(loop.order) for loop in graph.loops), default=0)
@@ -290,11 +255,11 @@ class _Planning:
     def _solved(self, kind: _Kind) -> Solved:
         """The plan of a kind of stage; InfeasibleError where none fits."""
         graph, job = kind.stage.graph, self.job
-        ends = _ends_of(kind.stage)
+        ends = ends_of(kind.stage.graph, kind.stage.taken, kind.stage.given)
         clashes: list[str] = []
         for setting in self._settings(graph, kind.numbers):
             with job.clock.step("problem"):
-                limit = _Ends(job.limit(graph, self.mesh), ends, self.fixed, self.stored)
+                limit = Ends(job.limit(graph, self.mesh), ends, self.fixed, self.stored)
                 built = job.builder(graph, self.mesh, setting).build(limit)
             problem = built.problem()
             solution = job.solution(problem, self.mesh)
@@ -315,14 +280,14 @@ class _Planning:
             + explain(self.graph, job.cluster, job.setting, whole)
         )
 
-    def _differing(self, stage: Stage, solved: Solved) -> dict[tuple[str, TensorType], Spec]:
+    def _differing(self, stage: Stage, solved: Solved) -> dict[End, Spec]:
         """What a stage gives in another spec than it takes under the same name."""
-        taken, given = _specs_of(stage, solved)
+        taken, given = specs_of(stage.graph, solved.decisions, stage.taken, stage.given)
         return {end: given[end] for end in taken if end in given and taken[end] != given[end]}
 
     def _fix(self, stage: Stage, solved: Solved) -> None:
         """Other stages take and give as this one does, and store what they share with it alike."""
-        taken, given = _specs_of(stage, solved)
+        taken, given = specs_of(stage.graph, solved.decisions, stage.taken, stage.given)
         self.fixed |= {**taken, **given, **self.fixed}
         for param in stage.graph.params:
             if param.name in self.shared:
@@ -335,17 +300,9 @@ class _Planning:
         plans = [self._plan_of(_found(kind), own) for kind in self.kinds]
         names = plans[max(range(len(plans)), key=lambda n: self.kinds[n].layers)].mesh
         plans = [replace(plan, mesh=names) for plan in plans]
-        rows = [self._row(number, plans) for number in range(len(self.stages))]
-        timeline = played(
-            self.table,
-            [StageTimes(r.forward_s, r.backward_s, 0.0, r.send_s, r.send_back_s) for r in rows],
-        )
-        seconds = self._seconds(timeline, rows)
-        pipeline = Pipeline(
-            self.table.name, self.table.ranks, timeline.bubble_share, tuple(rows), tuple(plans)
-        )
+        places = [self._place(number) for number in range(len(self.stages))]
+        joined = join(self.table, places, plans, self.job.cluster)
         mesh = Mesh(((AXIS, self.table.ranks), *names.axes))
-        memory = max((self._memory(r, rows, plans) for r in self._ranks), key=lambda m: m.total)
         proven = all(plan.search.status == "optimal" for plan in plans)
         search = Search(
             self.job.solver, "optimal" if proven else "feasible", 0.0, 1,
@@ -353,36 +310,15 @@ class _Planning:
         )  # fmt: skip
         notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
         return PlanData(
-            self.request, self.graph, mesh, Decisions({}, {}, {}), {}, {}, seconds,
-            max(sum(plans[k].optimizer_s for k in self._kinds_of(r)) for r in self._ranks),
-            max(sum(plans[k].casts_s for k in self._kinds_of(r)) for r in self._ranks),
-            memory, (), search, notes,
-            pipeline=pipeline,
+            self.request, self.graph, mesh, Decisions({}, {}, {}), {}, {}, joined.seconds,
+            joined.optimizer_s, joined.casts_s,
+            joined.memory, (), search, notes,
+            pipeline=joined.pipeline,
         )  # fmt: skip
-
-    def _memory(self, rank: int, rows: Sequence[PlannedStage], plans: Sequence[PlanData]) -> Memory:
-        """What a rank holds at its peak: all of its stages' states, what micro-batches in flight
-        keep of each, and one operator that runs."""
-        own = self.table.stages_of(rank)
-        parts = [plans[rows[number].kind].memory for number in own]
-        kept = [0.0] * self.table.stages
-        for number, part in zip(own, parts, strict=True):
-            most = _found(self.kinds[rows[number].kind]).builder.setting.in_flight
-            kept[number] = part.activations / most
-        return Memory(
-            sum(part.parameters for part in parts),
-            sum(part.gradients for part in parts),
-            sum(part.optimizer for part in parts),
-            peak_in_flight(self.table, rank, kept),
-            max(part.transient for part in parts),
-        )
 
     @property
     def _ranks(self) -> range:
         return range(self.table.ranks)
-
-    def _kinds_of(self, rank: int) -> list[int]:
-        return [self._kind_of(number) for number in self.table.stages_of(rank)]
 
     def _kind_of(self, number: int) -> int:
         return next(n for n, kind in enumerate(self.kinds) if number in kind.numbers)
@@ -392,40 +328,13 @@ class _Planning:
         search = Search(self.job.solver, status, 0.0, 1, ())
         return plan_of(solved, request, search, ())
 
-    def _row(self, number: int, plans: Sequence[PlanData]) -> PlannedStage:
-        stage, kind = self.stages[number], self._kind_of(number)
-        plan = plans[kind]
-        forward, backward, once = _times(plan)
-        send, back = self._sending(stage, plan)
+    def _place(self, number: int) -> PlannedStage:
+        """A stage, before its seconds are known."""
+        stage = self.stages[number]
         return PlannedStage(
-            kind, layer_count(stage.graph), stage.first, stage.taken, stage.given,
-            forward, backward, once, send, back,
+            self._kind_of(number), layer_count(stage.graph), stage.first, stage.taken, stage.given,
+            0.0, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
-
-    def _sending(self, stage: Stage, plan: PlanData) -> tuple[float, float]:
-        """Seconds to send what a stage gives, and gradients of what it took."""
-        mesh = Mesh(((AXIS, self.table.ranks), *self.mesh.axes))
-        network = Network(mesh, self.job.cluster)
-        sizes = self.mesh.sizes
-        ahead = sum(
-            local_bytes(out.value, plan.decisions.outputs[out.value.name], sizes)
-            for out in stage.graph.outputs
-            if out.path and out.path[0] in stage.given
-        )
-        back = sum(
-            local_bytes(each.value, plan.decisions.specs[each.value.name], sizes)
-            for each in stage.graph.inputs
-            if each.name in stage.taken and each.value.differentiable
-        )
-        found = [network.seconds("send_recv", (0,), n) if n else 0.0 for n in (ahead, back)]
-        return found[0], found[1]
-
-    def _seconds(self, timeline: Timeline, rows: Sequence[PlannedStage]) -> float:
-        """Of a step: when the last rank has done what it does once a step, too."""
-        return max(
-            timeline.ends(rank) + sum(rows[n].once_s for n in self.table.stages_of(rank))
-            for rank in self._ranks
-        )
 
 
 def _found(kind: _Kind) -> Solved:
@@ -442,70 +351,6 @@ def _kinds(stages: Sequence[Stage]) -> list[_Kind]:
         else:
             found.append(_Kind(stage, [number]))
     return found
-
-
-def _ends_of(stage: Stage) -> dict[str, tuple[str, TensorType]]:
-    """By value what it is called between stages, with its type: names alone may be of several."""
-    graph = stage.graph
-    ends = {x.value.name: (x.name, x.value.type) for x in graph.inputs if x.name in stage.taken}
-    for out in graph.outputs:
-        if out.path and out.path[0] in stage.given:
-            ends[out.value.name] = (str(out.path[0]), out.value.type)
-    return ends
-
-
-def _specs_of(
-    stage: Stage, solved: Solved
-) -> tuple[dict[tuple[str, TensorType], Spec], dict[tuple[str, TensorType], Spec]]:
-    """How a stage takes and gives what goes between stages."""
-    decisions, graph = solved.decisions, stage.graph
-    taken = {
-        (x.name, x.value.type): decisions.specs[x.value.name]
-        for x in graph.inputs
-        if x.name in stage.taken
-    }
-    given = {
-        (str(out.path[0]), out.value.type): decisions.outputs[out.value.name]
-        for out in graph.outputs
-        if out.path and out.path[0] in stage.given
-    }
-    return taken, given
-
-
-def _times(plan: PlanData) -> tuple[float, float, float]:
-    """Seconds of a stage: forward and backward of a micro-batch, and once a step.
-
-    What a step takes is that of its plan; between forward and backward it is divided as the work
-    of nodes is, and conversions by the traffic that they have there.
-    """
-    program = plan.program
-    home = sum(
-        layers * sum(step.seconds for step in weight.homecoming)
-        for weight, layers in program.brought()
-    )
-    once = plan.optimizer_s + plan.casts_s + home
-    ahead, back = _shares(plan, program)
-    each = max(plan.seconds - once, 0.0) / plan.request.micro_batches
-    share = ahead / (ahead + back) if ahead + back else 1 / 3
-    return share * each, (1 - share) * each, once
-
-
-def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
-    """Seconds of forward and backward of a micro-batch, as far as they are told apart."""
-    ahead = back = 0.0
-    for scope in scopes(plan.graph):
-        again = plan.decisions.again(scope)
-        for node in scope.nodes:
-            work = plan.work[node.name]
-            ahead += scope.weight * work.forward_s
-            back += scope.weight * (work.backward_s + again[node.name] * work.forward_s)
-    for item, times in program.flat():
-        if isinstance(item, Convert):
-            first, total = item.priced.forward, sum(t.bytes for t in item.priced.traffic)
-            share = (first.bytes if first else 0) / total if total else 0.5  # others come again
-            ahead += times * share * item.priced.seconds
-            back += times * (1 - share) * item.priced.seconds
-    return ahead, back
 
 
 __all__ = ["make_pipeline_plan", "plan_cut", "plan_pipeline"]

@@ -428,6 +428,14 @@ def _solve(built: Built, job: Job, ceiling: float = inf) -> tuple[Solved | None,
     return decide(built, problem, solution.assignment, solution), solution
 
 
+def fits_on(graph: Graph, mesh: Mesh, job: Job) -> bool:
+    """Is there a plan on a mesh that fits the memory, its layers run again if they may be?"""
+    setting = job.settings(graph)[-1]
+    order = token_orders(graph, mesh)[0]
+    built = _built(graph, mesh, replace(setting, order=order), job, job.limit)
+    return job.solution(built.problem(), mesh).assignment is not None
+
+
 def ordinary_plans(graph: Graph, best: Solved, job: Job) -> Ordinary[Solved]:
     """The ordinary plans of a graph, on meshes that were searched, the winner's among them."""
     aside = replace(job, clock=Clock(), progress=lambda _: None)
@@ -576,6 +584,6 @@ def assemble(
 
 __all__ = [
     "Builders", "Clock", "Found", "Job", "Limit", "Ordinary", "Price", "Progress", "Searched",
-    "assemble", "candidate_meshes", "clash_at", "most_kept", "ordinary_plans", "price_ordinary",
-    "search_meshes", "setting_of",
+    "assemble", "candidate_meshes", "clash_at", "fits_on", "most_kept", "ordinary_plans",
+    "price_ordinary", "search_meshes", "setting_of",
 ]  # fmt: skip

@@ -66,13 +66,7 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
     Raises PlanError where the graphs do not have the same layers, InfeasibleError if no
     mesh has the memory.
     """
-    _check_alike(prefill, decode)
-    decodes = {form.form: form.graph for form in forms(decode)}
-    pairs = [
-        (form, decodes.get("absorbed" if form.form == "expanded" else form.form))
-        for form in forms(prefill)
-    ]
-    variants = [replace(form, decode=graph) for form, graph in pairs if graph is not None]
+    variants = _variants(prefill, decode)
 
     def search(variant: Variant, rival: _Served | None) -> Searched[_Served]:
         return _search(_graphs(variant), job.saying(variant.way), rival)
@@ -88,6 +82,22 @@ def make_serving_plan(prefill: Graph, decode: Graph, job: Job) -> PlanData:
         return InfeasibleError(explain(graph, job.cluster, job.setting, job.request))
 
     return plan_variants(variants, Way(search, ordinary, finish, explained), job)
+
+
+def _variants(prefill: Graph, decode: Graph) -> list[Variant]:
+    """The forms of attention in both.  Raises PlanError where they have not the same layers."""
+    _check_alike(prefill, decode)
+    decodes = {form.form: form.graph for form in forms(decode)}
+    pairs = [
+        (form, decodes.get("absorbed" if form.form == "expanded" else form.form))
+        for form in forms(prefill)
+    ]
+    return [replace(form, decode=graph) for form, graph in pairs if graph is not None]
+
+
+def serving_variants(prefill: Graph, decode: Graph) -> list[_Graphs]:
+    """The graphs of these in all forms of attention; raises as `make_serving_plan` does."""
+    return [_graphs(variant) for variant in _variants(prefill, decode)]
 
 
 def serving_plan_on(prefill: Graph, decode: Graph, mesh: Mesh, job: Job) -> PlanData | None:
@@ -277,4 +287,4 @@ def _caches(built: Built) -> dict[Key, _Cache]:
     return found
 
 
-__all__ = ["make_serving_plan", "serving_plan_on"]
+__all__ = ["make_serving_plan", "serving_plan_on", "serving_variants"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 
 from shardwright.api import Plan, plan_file
+from shardwright.explaining import explain
 from shardwright.facts.phases import find_phase
+from shardwright.facts.units import format_seconds
 from shardwright.planner.errors import PlanError
 from shardwright.planner.report.differences import Side
-from shardwright.planner.search.again import Again
+from shardwright.planner.search.ways import Ways, ways_of_plan
 from shardwright.planner.strategies.regions import Region
-from shardwright.questions import Change, compare, explain, parse_factor, what_if, why_not
+from shardwright.questions import Change, compare, parse_factor, what_if, why_not
 
 from .conftest import Run
 
@@ -40,17 +43,41 @@ def planned(**options: Any) -> Plan:
     return plan_file(GPT, **asked)
 
 
-def up(again: Again) -> Region:
+def served() -> Plan:
+    """The same, to serve."""
+    return planned(phase="serve", output_tokens=8)
+
+
+def piped() -> Plan:
+    """The same in two stages, of four micro-batches."""
+    return planned(gpus=None, layout="pp=2", micro_batches=4)
+
+
+def programs(plan: Plan, change: Change | None = None) -> list[Ways]:
+    """What of a plan can be asked about, as things are or would be."""
+    return ways_of_plan((change or Change()).again(plan))
+
+
+def up(ways: Ways) -> Region:
     """The product of a block's MLP that makes it wider."""
-    return next(r for r in again.regions() if r.nodes[0].loc.module == "blocks.0.mlp.up")
+    return next(r for r in ways.regions() if r.nodes[0].loc.module == "blocks.0.mlp.up")
 
 
-def test_the_same_machine_gives_the_same_plan() -> None:
-    for plan in (planned(), planned(phase="serve", output_tokens=8)):
-        same = Change().again(plan).same()
-        assert [p.seconds for p in same.phases] == pytest.approx([p.seconds for p in plan.phases])
-        assert same.memory.total == pytest.approx(plan.memory.total)
-        assert same.decisions.choices == plan.decisions.choices
+@pytest.mark.some(1)
+@pytest.mark.parametrize("make", [planned, served, piped])
+def test_the_same_machine_gives_the_same_plan(make: Callable[[], Plan]) -> None:
+    plan = make()
+    same = Change().again(plan).same()
+    assert [p.seconds for p in same.phases] == pytest.approx([p.seconds for p in plan.phases])
+    assert same.memory.total == pytest.approx(plan.memory.total)
+    assert same.decisions.choices == plan.decisions.choices
+    assert same.optimizer_s == pytest.approx(plan.optimizer_s)
+    for program in programs(plan):  # nothing is asked for otherwise: the plan's own way is found
+        region = up(program)
+        found = program.run_so(region, lambda way: True)
+        assert found is not None
+        assert found.seconds == pytest.approx(program.seconds)
+        assert program.seconds in (plan.seconds, plan.decode and plan.answer_s)
 
 
 def test_a_layout_on_slower_links_is_that_layout_planned_there(tmp_path: Path) -> None:
@@ -78,7 +105,6 @@ def test_what_if_says_what_would_be_better_then() -> None:
     best = re.search(r"best that does takes ([\d.]+ \w+) per step", text)
     assert best is not None
     assert best[1] in str(again).splitlines()[0]
-    assert "no plan fits" in what_if(planned(), Change(memory_bytes=1000))
 
 
 def test_why_not_is_that_layout() -> None:
@@ -101,33 +127,72 @@ def test_the_parts_of_a_plan_add_up() -> None:
         compare(planned(), planned(phase="serve", output_tokens=8), ("a", "b"))
 
 
-def test_pipelines_are_compared_and_not_taken_apart() -> None:
-    plan, other = planned(), planned(gpus=None, layout="pp=2", micro_batches=4)
+def test_pipelines_are_compared() -> None:
+    plan, other = planned(), piped()
     ratio = max(plan.seconds, other.seconds) / min(plan.seconds, other.seconds)
     text = compare(plan, other, ("a", "b"))
     assert f" is {ratio:.2f}x faster" in text
     assert "memory at the peak" in text
-    assert "time of a step" not in text
+    parts = Side("", other).seconds()
+    assert sum(parts.values()) == pytest.approx(other.seconds)
+    assert parts["waiting for other ranks"] > 0
     assert "per step, " in why_not(plan, "pp=2")
-    for ask in (
-        lambda: what_if(other, Change(links=0.5)),
-        lambda: why_not(other, "ddp=2"),
-        lambda: explain(other, "*"),
-    ):
-        with pytest.raises(PlanError, match="does not take pipelines apart"):
-            ask()
+    without = planned(gpus=None, layout="ddp=2")
+    halves = planned(gpus=None, layout="pp=2", micro_batches=2)
+    assert f"{format_seconds(without.seconds)} per step" in why_not(halves, "ddp=2")
+
+
+def test_what_if_of_a_pipeline_is_that_layout_planned_there() -> None:
+    text = what_if(piped(), Change(batch=2))
+    more = planned(gpus=None, layout="pp=2", micro_batches=8, batch=8)
+    assert f"this plan takes {format_seconds(more.seconds)} per step" in text
+    assert "no plan fits" in what_if(piped(), Change(memory_bytes=10**6))
+
+
+def test_more_sequences_are_that_plan_planned_for_them() -> None:
+    text = what_if(planned(gpus=None, layout="ddp=2"), Change(batch=2))
+    more = planned(gpus=None, layout="ddp=2", batch=8)
+    assert text.startswith(
+        f"With 2 times as many sequences this plan takes {format_seconds(more.seconds)} per step"
+    )
+    with pytest.raises(PlanError, match="planned for their number"):
+        what_if(served(), Change(batch=2))
+    with pytest.raises(PlanError, match="and 6.4 of them are none"):
+        what_if(planned(), Change(batch=1.6))
+
+
+def test_programs_of_servers_and_pipelines_are_explained() -> None:
+    text = explain(served(), "blocks.*.mlp.up")
+    assert "in prefill runs" in text and "in decode runs" in text
+    assert f" {format_seconds(served().answer_s)}" in text
+    text = explain(piped(), "blocks.*.mlp.up")
+    assert "in stage 0 runs" in text and "in stage 1 runs" in text
+    with pytest.raises(PlanError, match=r"no operator is called `\*\.upp`; there are .*mlp.up"):
+        explain(piped(), "*.upp")
+
+
+@pytest.mark.slow
+def test_a_way_in_one_stage_leaves_the_others_as_they_are() -> None:
+    """On two ranks for each stage: what a way costs is what the schedule takes with it."""
+    plan = planned(gpus=None, layout="pp=2,ddp=2", micro_batches=2)
+    first, _ = programs(plan)
+    for way in first.others(up(first)):
+        found = first.run_so(up(first), lambda other, way=way: other == way)
+        if found is not None:
+            assert found.seconds >= plan.seconds * (1 - 1e-9)
+            assert first.taken(up(first), found) == way
 
 
 def test_other_ways_cost_what_they_cost_when_pinned() -> None:
     """All else is decided anew around a way, as it is around a pin."""
     plan = planned(mesh="tp=2")
-    again = Change().again(plan)
-    region = up(again)
+    (program,) = programs(plan)
+    region = up(program)
     costs: dict[str, float] = {}
-    for way in again.others(region):
-        found = again.run_so(region, lambda other, way=way: other == way)
+    for way in program.others(region):
+        found = program.run_so(region, lambda other, way=way: other == way)
         assert found is not None
-        assert found.cost >= again.run_so(region, lambda way: True).cost - 1e-12  # type: ignore[union-attr]
+        assert program.taken(region, found) == way
         costs[way.choices[0][0]] = found.seconds
     for what, factor in (("batch", "b"), ("columns", "o")):
         if factor in costs:
@@ -145,9 +210,10 @@ def test_from_which_speed_on_another_way_wins() -> None:
     for factor in re.findall(r"wins at ([\d.]+) times", text):
         ways: list[str] = []
         for speed in (float(factor) / 1.03, float(factor) * 1.03):
-            again = Change(links=speed).again(plan)
-            region = up(again)
-            ways.append(str(again.taken(region, again.run_so(region, lambda way: True)).choices[0]))
+            (program,) = programs(plan, Change(links=speed))
+            region = up(program)
+            found = program.run_so(region, lambda way: True)
+            ways.append(str(program.taken(region, found).choices[0]))
         assert ways[0] != ways[1]
     assert "Links: " in text or "No speed of links" in text
 
@@ -165,6 +231,10 @@ def test_the_commands(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "planned"
     folder.mkdir()
     planned().save(folder / "plan.json")
+    plan = planned()
+    assert plan.why_not("fsdp=2") == why_not(plan, "fsdp=2")
+    assert plan.compare(plan, ("a", "b")) == compare(plan, plan, ("a", "b"))
+    assert "no plan fits" in plan.what_if(memory_bytes=1000)
     same = run("compare", out, out).out
     assert " ".join(same.split()).startswith(f"{out} and {out} take the same")
     assert run("what-if", out, "--memory", "1MB").out.startswith("With 1 MB per GPU no plan fits")

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 import shardwright
 from shardwright.figures import Figures, Point, figures_of
+from shardwright.longest import Longest, longest
 from shardwright.page import page_of
+from shardwright.planner.errors import PlanError
 from shardwright.ranges import parse_count, parse_counts, parse_names, parse_price
-from shardwright.sweeping import Asking, Row, Sweep
+from shardwright.sweeping import Asking, Row, Sweep, sweep
 from shardwright.targets import parse_target
-from tests.targets.tools import page_width
+from tests.targets.tools import beyond
 
 from .conftest import Run
 
@@ -56,6 +58,16 @@ def test_words_between_commas() -> None:
     for text in ("h100", "h100=", "=2", "h100=-1", "h100=nan", "h100=0"):
         with pytest.raises(ValueError, match="--price"):
             parse_price(text)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "want"), [(4_194_304, (512, 512)), (4_000_000, (488, 512)), (8192, (1, 1))]
+)
+def test_tokens_of_a_step_in_sequences(tokens: int, want: tuple[int, ...]) -> None:
+    """All of them where they are a whole number, else as near as so many for each GPU come."""
+    asking = Asking("m.py", (8, 64), ("h100",), (8192,), "auto", tokens, {}, {"phase": "train"})
+    tasks = [(gpus, task.batch) for task in asking.tasks() for gpus in task.gpus]
+    assert sorted(tasks) == list(zip((8, 64), want, strict=True))
 
 
 # -- which is best --------------------------------------------------------------------------------
@@ -142,6 +154,48 @@ def test_with_a_target_the_fewest_gpus_that_meet_it() -> None:
 def test_targets_that_make_no_sense(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_target(text)
+
+
+# -- the longest sequences -------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 10**6))
+def test_the_longest_fits_and_a_sixteenth_more_does_not(least: int, limit: int) -> None:
+    found = longest(lambda seq: seq <= limit, least)
+    if found.seq is None:
+        assert limit < least
+        return
+    assert least <= found.seq <= limit < found.seq + max(1, found.seq // 16) + 1
+    assert found.why == ""
+
+
+def test_the_longest_that_a_model_takes_says_why() -> None:
+    def fits(seq: int) -> bool:
+        if seq > 100:
+            raise PlanError("it has 100 positions\nand no more")
+        return True
+
+    assert longest(fits, 64) == Longest(100, "it has 100 positions")
+    with pytest.raises(PlanError):
+        longest(fits, 128)  # not even the shortest is taken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["train", "serve"])
+def test_the_longest_sequences_are_the_last_that_have_a_plan(phase: str) -> None:
+    options: dict[str, Any] = {"memory_bytes": 60 * 10**6, "output_tokens": None}
+    if phase == "serve":
+        options = {"memory_bytes": 26 * 10**6, "output_tokens": 8}
+    words = {"gpus": (2,), "cluster": ("cpu",), "seq": (32,), "batch": (2,)}
+    model = str(EXAMPLES / "llama.py")
+    found = sweep(model, **words, phase=phase, max_seq=True, **options)
+    (row,) = found.rows
+    assert row.figures is not None and not row.why
+    seq = row.point.seq
+    assert seq > 32 and f"The longest sequences, {seq} tokens: 2 x cpu" in found.answer()
+    for other, fits in ((seq, True), (seq + max(1, seq // 16), False)):
+        planned = sweep(model, **{**words, "seq": (other, 1)}, phase=phase, **options).rows[0]
+        assert (planned.figures is not None) == fits
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -242,7 +296,11 @@ def test_a_page_escapes_what_it_is_told() -> None:
         ("--gpus 2 --cluster h1000", "h100"),
         ("--gpus 2 --cluster h100,", "a name is empty"),
         ("--gpus 2 --batch 2 --tokens-per-step 4k", "leave out --batch"),
-        ("--gpus 2 --tokens-per-step 1000 --seq 512", "no multiple of --seq 512"),
+        ("--gpus 2 --tokens-per-step 1500 --seq 512", "nor near to one for each of 2 GPUs"),
+        ("--gpus 2 --max-seq --batch auto", "give --batch N"),
+        ("--gpus 2 --max-seq --seq 32,64", "give the shortest alone"),
+        ("--gpus 2 --max-seq --phase decode", "--phase serve has both"),
+        ("--gpus 2 --max-seq --target MFU>=1%", "give one"),
         ("--gpus 2 --price h200=3", "no such cluster is asked for"),
         ("--gpus 2 --target TTFT<=1ms", "phase train has none"),
         ("--gpus 2 --target cost<=1", "give --price"),
@@ -270,5 +328,7 @@ def test_a_folder_that_is_no_sweep_is_left_alone(run: Run, tmp_path: Path) -> No
 def test_the_page_fits_the_window(width: int, tmp_path: Path) -> None:
     """Nothing but the table, which scrolls by itself, is wider than the window."""
     found = [figures(gpus, 100.0 * gpus) for gpus in (8, 16, 32)]
-    measured = page_width(page_of(swept(*found)), width, tmp_path)
-    assert measured <= max(width, 500)  # a window of Chromium is no narrower
+    page = page_of(swept(*found))
+    assert beyond(page, width, tmp_path) == 0
+    wide = page.replace("<h1>", '<h1 style="width:1500px">')
+    assert beyond(wide, width, tmp_path) > 0

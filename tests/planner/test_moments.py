@@ -10,6 +10,7 @@ from shardwright.api import Plan
 from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.planner.plan.moments import Moments, by_unit, moments_of
 from shardwright.planner.report.report import split_seconds
+from shardwright.planner.search.ways import ways_of_plan
 from shardwright.planner.strategies.prices import network_for
 from shardwright.planner.strategies.regions import scopes
 from shardwright.questions import Change
@@ -71,6 +72,14 @@ def test_a_pipelines_ranks_run_their_schedule() -> None:
     found = moments(plan)
     assert {m.rank for m in found.moments} == {0, 1}
     assert max(m.end for m in found.moments) == pytest.approx(plan.seconds)
+
+
+def test_memory_of_each_kind_of_stages_peaks_where_its_plan_says() -> None:
+    programs = ways_of_plan(Change().again(planned("llama.py", "pp=2,vpp=2,ddp=2")))
+    assert [program.name for program in programs] == ["stage 0", "stages 1, 2", "stage 3"]
+    for program in programs:
+        peak = max(sum(each.bytes.values()) for each in program.again.memory())
+        assert peak == pytest.approx(program.plan.memory.total)
 
 
 @pytest.mark.some(1)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,31 @@ def program(*names: str) -> str:
     raise AssertionError
 
 
-def page_width(page: str, width: int, folder: Path, *, dark: bool = False) -> int:
-    """How wide a page is, in pixels, in a window of a headless Chromium."""
-    probe = "<script>document.title = document.documentElement.scrollWidth</script></body>"
+def beyond(page: str, width: int, folder: Path, *, dark: bool = False) -> int:
+    """By how many pixels a page is wider than a frame of that width in a headless Chromium.
+
+    A frame, as a window is 500 pixels wide at least; what a page asks of the width is asked of it.
+    """
     file = folder / "page.html"
-    file.write_text(page.replace("</body>", probe))
+    file.write_text(
+        f'<body style="margin:0"><iframe width="{width}" height="900" style="border:0" srcdoc="'
+        + escape(page)
+        + """"></iframe><script>onload = () => {
+          const root = document.querySelector('iframe').contentDocument.documentElement;
+          document.title = [root.clientWidth, root.scrollWidth].join(' ');
+        }</script></body>"""
+    )
     ran = subprocess.run(
-        [program("chromium"), "--headless", "--no-sandbox", "--disable-gpu",
-         f"--window-size={width},900", f"--user-data-dir={folder / 'user'}",
+        [program("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--window-size={max(width, 500)},900", f"--user-data-dir={folder / 'user'}",
          *(["--blink-settings=preferredColorScheme=0"] if dark else []),
          "--dump-dom", file.as_uri()],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    return int(ran.stdout.partition("<title>")[2].partition("</title>")[0])
+    titles = ran.stdout.rpartition("<title>")[2].partition("</title>")[0]
+    inside, needed = map(int, titles.split())
+    assert inside == width
+    return needed - inside
 
 
 def missing(why: str) -> None:
