@@ -107,7 +107,7 @@ class Plan(PlanData):
 
         Raises ClusterError where the plan's cluster file is not here.
         """
-        from .plan_page import trace_of
+        from .plan_time import trace_of
 
         return trace_of(self)
 

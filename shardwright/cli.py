@@ -399,7 +399,8 @@ def show(
 
 def _write_pages(made: Plan, html: Path | None, trace: Path | None) -> tuple[Path, ...]:
     """A plan as a page, and its step as a trace; the paths of what is written."""
-    from .plan_page import page_of_plan, trace_text
+    from .plan_page import page_of_plan
+    from .plan_time import trace_text
 
     asked = [(html, page_of_plan), (trace, trace_text)]
     given = [(path, text_of) for path, text_of in asked if path is not None]

@@ -157,8 +157,14 @@ def _is_page(path: Path) -> bool:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page or a trace, whole or not at all, over what `check_page_file` allows."""
-    _replace(path, lambda draft: _write_text(draft, text))
+    """Write a page or a trace, whole or not at all, over what `check_pages` allows.
+
+    Raises OSError, in a sentence, where it cannot be written.
+    """
+    try:
+        _replace(path, lambda draft: _write_text(draft, text))
+    except OSError as error:
+        raise OSError(f"cannot write `{path}`: {error.strerror or error}") from error
 
 
 def _check_parents(path: Path) -> None:

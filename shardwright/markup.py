@@ -23,7 +23,7 @@ p.answer { font-size: 1.05rem; } p.soft, .legend { color: var(--soft); }
 svg { width: 100%; max-width: 760px; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 13px; }
 svg .grid { stroke: var(--line); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .picture svg { min-width: 560px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }

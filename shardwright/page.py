@@ -122,8 +122,8 @@ def _plot(sweep: Sweep, seq: int) -> str:
     label = f"{upward} against {name}: {title}"
     return (
         f"<h2>{title}</h2>\n"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>\n"
+        f'<div class="scroll picture"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{label}">{"".join(parts)}</svg></div>\n'
     )
 
 

@@ -36,7 +36,7 @@ def parse_factor(option: str, text: str) -> float:
     """`0.5x` as 0.5.  Raises PlanError."""
     found = _FACTOR.fullmatch(text.strip())
     if found is None or not float(found[1]) > 0:
-        raise PlanError(f"{option} `{text}`: expected how many times as fast, such as 0.5x or 2x")
+        raise PlanError(f"{option} `{text}`: expected a factor above 0, such as 0.5x or 2x")
     return float(found[1])
 
 
@@ -136,7 +136,7 @@ class Change:
         if batch != int(batch) or batch < 1:
             raise PlanError(
                 f"--batch {self.batch:g}x: the plan is for {plan.request.batch} sequences, and "
-                f"{batch:g} of them are none"
+                f"{batch:g} is no number of them"
             )
         return with_sequences(plan, int(batch))
 

@@ -36,6 +36,8 @@ def parse_counts(option: str, text: str) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for part in text.split(","):
         first, dots, last = part.partition("..")
+        if dots and not (first.strip() and last.strip()):
+            raise ValueError(f"{option} {text}: a range has two ends, as 8..64")
         least = parse_count(option, first)
         most = parse_count(option, last) if dots else least
         if most < least:

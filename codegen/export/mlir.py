@@ -315,7 +315,7 @@ class _Function:
     def _stored(self, param: Param, spec: Spec | None, prefix: str) -> str:
         name, rank = self._new(param.name), len(param.value.type.shape)
         lies = "" if spec is None else self._dialect.argument(spec, rank, self._mesh)
-        known = f"shardwright.name = {json.dumps(prefix + param.name)}"
+        known = f"shardwright.name = {_quoted(prefix + param.name)}"
         attributes = f"{lies[:-1]}, {known}}}" if lies else f" {{{known}}}"
         self._arguments.append(f"{name}: {_stored_type(param)}{attributes}")
         return name
@@ -341,7 +341,7 @@ class _Function:
         attributes = ", ".join(filter(None, pairs))
         many = f":{len(item.outputs)}" if len(item.outputs) > 1 else ""
         self._lines.append(
-            f"{name}{many} = {json.dumps(item.node.op)}({', '.join(operands)})"
+            f"{name}{many} = {_quoted(item.node.op)}({', '.join(operands)})"
             f" {{{attributes}}} : ({types}) -> ({results})"
         )
         for i, out in enumerate(item.outputs):
@@ -425,13 +425,19 @@ def _attribute(arg: object) -> str | None:
         bits = struct.unpack(">Q", struct.pack(">d", arg))[0]
         return f"{arg:.17e} : f64" if math.isfinite(arg) else f"0x{bits:016X} : f64"
     if isinstance(arg, (str, torch.dtype)):
-        return json.dumps(str(arg))
+        return _quoted(str(arg))
     if isinstance(arg, complex):
         return f"[{_attribute(arg.real)}, {_attribute(arg.imag)}]"
     if isinstance(arg, tuple):
         inner = [_attribute(each) for each in arg]
         return f"[{', '.join(filter(None, inner))}]" if any(inner) or not inner else None
     return None
+
+
+def _quoted(text: str) -> str:
+    """A text as MLIR has it: letters of all languages as they are, which JSON would write as
+    `\\u00e9`."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _symbol(text: str) -> str:

@@ -10,7 +10,7 @@ pipeline's ranks run the actions of its schedule.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ...costmodel.timeline import StageTimes, played
@@ -292,10 +292,7 @@ def by_unit(moments: Sequence[Moment]) -> Iterator[Moment]:
     last: Moment | None = None
     for moment in sorted(moments, key=lambda m: (m.rank, m.stream, m.start)):
         if last is not None and _alike(last, moment):
-            last = Moment(
-                last.stream, last.name, last.unit, last.phase, last.start,
-                moment.end - last.start, last.rank,
-            )  # fmt: skip
+            last = replace(last, seconds=moment.end - last.start)
             continue
         if last is not None:
             yield last

@@ -11,7 +11,8 @@ import pytest
 
 from shardwright.api import Plan
 from shardwright.folder import write_folder
-from shardwright.plan_page import fragment_of, page_of_plan, trace_of
+from shardwright.plan_page import fragment_of, page_of_plan
+from shardwright.plan_time import trace_of
 from tests.codegen.export.test_targets import planned
 from tests.targets.tools import beyond
 

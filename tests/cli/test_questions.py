@@ -157,7 +157,7 @@ def test_more_sequences_are_that_plan_planned_for_them() -> None:
     )
     with pytest.raises(PlanError, match="planned for their number"):
         what_if(served(), Change(batch=2))
-    with pytest.raises(PlanError, match="and 6.4 of them are none"):
+    with pytest.raises(PlanError, match="and 6.4 is no number of them"):
         what_if(planned(), Change(batch=1.6))
 
 
@@ -244,7 +244,7 @@ def test_the_commands(run: Run, tmp_path: Path) -> None:
         (("explain", out, "--why-not", "tp=2", "--flip", "gpu"), "--flip is asked of an operator"),
         (("explain", out, "blocks.*.mlp.upc"), "no operator is called `blocks.*.mlp.upc`"),
         (("what-if", out), "what would be other?"),
-        (("what-if", out, "--link", "0"), "expected how many times"),
+        (("what-if", out, "--link", "0"), "expected a factor above 0"),
         (("what-if", out, "--cluster", "h1000"), "h100"),
         (("compare", out, str(tmp_path / "none")), "none"),
     ):

@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import shardwright as sw
 from shardwright.exporting import export
 from tests.codegen.export.test_targets import planned
 from tests.targets.tools import parsed, program
@@ -70,3 +73,22 @@ def test_summands_are_attributes_where_the_dialect_has_none() -> None:
     exported = export(planned(layout="fsdp=2,tp=2"), "mlir")
     assert any("partial sums have no place" in each for each in exported.differences)
     assert accepted(exported.text).count("shardwright.partial = [1]") >= 2
+
+
+def test_names_in_any_letters_are_accepted() -> None:
+    """MLIR has no `\\u00f6`, which JSON would write."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.größe = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.größe(x).sum()
+
+    inputs = {"x": torch.zeros(4, 2, 8, device="meta")}
+    with torch.device("meta"):
+        plan = sw.plan(Named(), inputs, gpus=2, cluster="cpu", layout="ddp=2")
+    text = export(plan, "mlir").text
+    assert 'shardwright.name = "größe.weight"' in text
+    accepted(text)
