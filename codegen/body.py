@@ -29,7 +29,7 @@ from ..planner.strategies.steps import Step
 from .classes import TorchModule
 from .expressions import nested
 from .names import Base, Names, base_of
-from .nesting import Function, ModuleCall, makes_of, reads_of
+from .nesting import Function, ModuleCall, UserCall, makes_of, reads_of
 from .nesting import Step as Item
 from .source import WIDTH, number_text, statement
 
@@ -82,6 +82,7 @@ class Context:
     order: str = "contiguous"  # in which ranks hold tokens
     # what the module calls the user's functions
     users: Mapping[Import, str] = field(default_factory=dict[Import, str])
+    functions: frozenset[str] = frozenset()  # names of the user's functions that no variable hides
 
 
 @dataclass(slots=True)
@@ -120,11 +121,13 @@ class FunctionWriter:
     goes; of values that are moved between ranks no more than one in a statement.
     """
 
-    def __init__(self, function: Function, context: Context) -> None:
+    def __init__(self, function: Function, context: Context, *, comments: bool = True) -> None:
         self.function = function
+        self._comments = comments
         self.context = context
         self.mesh, self.labels, self.zigzag = context.mesh, context.labels, context.zigzag
-        self.names = Names([*_axis_names(context.mesh), *context.users.values()])
+        taken = [*axis_names(context.mesh), *context.users.values(), *context.functions]
+        self.names = Names(taken)
         self.axes_used: set[tuple[str, ...]] = set()  # single axes, and axes joined
         self.baked: set[str] = set()  # labels of dims whose planned size is written as a number
         self.calls: dict[ModuleCall, list[str]] = {}  # with what the caller calls the arguments
@@ -234,14 +237,14 @@ class FunctionWriter:
         """Does the user's name stand for something else that is used after statement `at`?"""
         named = [i for i in self.function.inputs if i in self.names and self.names[i] == name]
         for step in self.function.statements[:at]:
-            if isinstance(step, Compute | ModuleCall) and len(makes_of(step)) == 1:
+            if isinstance(step, Compute | ModuleCall | UserCall) and len(makes_of(step)) == 1:
                 base = base_of(step, self.names, self.function.call)
                 named += makes_of(step) if base.users and base.name == name else ()
         return any(max(self._users.get(item, [-1])) > at for item in named)
 
     # -- statements ---------------------------------------------------------------------------
 
-    def _statement(self, at: int, item: Compute | Convert | ModuleCall) -> None:
+    def _statement(self, at: int, item: Compute | Convert | ModuleCall | UserCall) -> None:
         base, made = self._base(at, item), makes_of(item)
         self.names.note(made[0], base)
         text, pending = self._expression(at, item, base)
@@ -251,7 +254,7 @@ class FunctionWriter:
         self._write(at, pending, text)
 
     def _expression(
-        self, at: int, item: Compute | Convert | ModuleCall, base: Base
+        self, at: int, item: Compute | Convert | ModuleCall | UserCall, base: Base
     ) -> tuple[str, _Pending]:
         """The statement's expression, with all that can be nested in it; the rest gets names."""
         while True:
@@ -327,7 +330,7 @@ class FunctionWriter:
         used = [value for value in made if self._users.get(value)] or [made[0]]
         results = dict.fromkeys(map(self.layout, used))
         shown = [] if set(results) <= layouts else [", ".join(results)]
-        comment = "; ".join([*shown, *pending.notes])
+        comment = "; ".join([*shown, *pending.notes]) if self._comments else ""
         self._out += statement(f"{', '.join(names)} = {text}", self._indent, comment)
 
     def _bases(self, item: Item, base: Base) -> list[Base]:
@@ -335,7 +338,11 @@ class FunctionWriter:
         made = makes_of(item)
         if len(made) == 1:
             return [base]
+        words: Sequence[str | None]
         words = [self.context.words.get(value.value.name) for value in made]
+        call = item.function.call if isinstance(item, UserCall) else None
+        if call is not None and len(call.targets) == len(made):
+            words = [name if name != "_" else None for name in call.targets]
         return [Base(w, True) if w else base.numbered(n) for n, w in enumerate(words)]
 
     def _target(self, at: int, item: Item, base: Base) -> str:
@@ -349,7 +356,7 @@ class FunctionWriter:
     def _is_parameter(self, item: Sharded) -> bool:
         return item.value.name in self.context.parameters
 
-    def _base(self, at: int, item: Compute | Convert | ModuleCall) -> Base:
+    def _base(self, at: int, item: Compute | Convert | ModuleCall | UserCall) -> Base:
         """What the result of a statement would best be called."""
         base = base_of(item, self.names, self.function.call)
         if not isinstance(item, Convert):
@@ -359,11 +366,13 @@ class FunctionWriter:
         stays = self.names.last.get(item.source, -1) > at and item.source not in self._pending
         return base.converted(item) if stays else base
 
-    def _render(self, item: Compute | Convert | ModuleCall) -> str:
+    def _render(self, item: Compute | Convert | ModuleCall | UserCall) -> str:
         if isinstance(item, Convert):
             return self._conversion_call(item)
         if isinstance(item, Compute):
             return self._leaf(item) or render(item, self)
+        if isinstance(item, UserCall):
+            return f"{item.name}({', '.join(map(self.text, item.inputs))})"
         self.calls[item] = [self._natural(read) for read in item.inputs]
         self.held[item.path] = None
         return f"{_module(item.path)}({', '.join(map(self.text, item.inputs))})"
@@ -420,7 +429,9 @@ class FunctionWriter:
             reads = {self.layout(r) for r in parts[0].reads if not self._is_parameter(r)}
             notes = ([] if self.layout(out) in reads else [self.layout(out)]) + notes
         self._out += statement(
-            f"return {returns.format(full or text)}", self._indent, "; ".join(notes)
+            f"return {returns.format(full or text)}",
+            self._indent,
+            "; ".join(notes) if self._comments else "",
         )
 
     def _loop(self, at: int, item: LoopCall) -> None:
@@ -531,7 +542,7 @@ def traffic_parts(steps: Sequence[PricedStep]) -> list[str]:
     return [*kinds, format_seconds(sum(step.seconds for step in steps))]
 
 
-def _axis_names(mesh: Mesh) -> list[str]:
+def axis_names(mesh: Mesh) -> list[str]:
     """Names of all axes and of all joined axes."""
     counts = range(1, len(mesh.names) + 1)
     return ["_".join(names) for n in counts for names in combinations(mesh.names, n)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..facts.users import Import
+from ..ir.graph import FunctionCall
 from ..ir.graph.names import is_identifier
 from .source import WIDTH, statement
 
@@ -17,7 +18,7 @@ RUNTIME = (
     "SequenceState", "Sharded", "ShardedModule", "Stage", "Weight",
     "ops",
 )  # fmt: skip
-_RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "F", "torch"})
+RESERVED = frozenset({*RUNTIME, "ShardedModel", "Decoding", "Tensor", "F", "torch"})
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Classes:
     """
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
-        self._taken = _RESERVED | set(taken)
+        self._taken = RESERVED | set(taken)
         self._made: dict[tuple[str, str, tuple[str, ...]], _Class] = {}
 
     def add(self, wanted: str, base: str, body: Sequence[str], origin: str) -> str:
@@ -75,7 +76,7 @@ def names_of(imports: Iterable[Import], taken: Iterable[str]) -> dict[Import, st
         if not item.function:
             continue
         wanted = item.function.rpartition(".")[2]
-        used = {*found.values(), *taken, *_RESERVED, *dir(builtins), "nn", "self"}
+        used = {*found.values(), *taken, *RESERVED, *dir(builtins), "nn", "self"}
         numbered = (f"{wanted}{count}" for count in itertools.count(2))
         found[item] = next(n for n in itertools.chain([wanted], numbered) if n not in used)
     return found
@@ -149,4 +150,27 @@ def argument_names(known: Sequence[str], wanted: Iterable[str]) -> list[str]:
     return names
 
 
-__all__ = ["RUNTIME", "Classes", "Modules", "TorchModule", "argument_names", "names_of"]
+def parameter_names(call: FunctionCall, words: Sequence[str], *, raised: bool) -> list[str]:
+    """What a function of the user's calls what it is given, which the caller calls so, in the order
+    in which its statements take it.
+
+    An argument that the caller calls as the function does is that.  The others are in the order in
+    which the function's own operators take them, unless some of these are `raised` to one, or that
+    does not fit to what is known; then in the order of its arguments.
+    """
+    taken, known = call.taken, set(call.arguments)
+    if len(set(taken)) != len(words) or not known.issuperset(taken):
+        return argument_names(call.arguments, words)
+    in_order = not raised and all(
+        word == name or word not in known for word, name in zip(words, taken, strict=True)
+    )
+    if in_order:
+        return list(taken)
+    left = iter(name for name in call.arguments if name in taken and name not in words)
+    return [word if word in taken else next(left, word) for word in words]
+
+
+__all__ = [
+    "RESERVED", "RUNTIME", "Classes", "Modules", "TorchModule", "argument_names", "names_of",
+    "parameter_names",
+]  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from math import lcm, prod
@@ -16,7 +17,7 @@ from ..facts.blocks import local_shape
 from ..facts.mesh import Mesh
 from ..facts.spec import Spec, format_spec
 from ..facts.users import Import
-from ..ir.graph import Extent, Param
+from ..ir.graph import Call, Extent, FunctionCall, Param
 from ..ir.graph import Input as GraphInput
 from ..ir.ops.attention import values_in_keys
 from ..ir.ops.caches import cache_name, cache_spec, keeps_tokens, owning_axis
@@ -37,9 +38,10 @@ from ..planner.plan.program import (
     Weight,
 )
 from ..planner.plan.returned import spec_text
-from .body import Context, FunctionWriter, traffic_parts
-from .classes import RUNTIME, Classes, Modules, argument_names, names_of
+from .body import Context, FunctionWriter, axis_names, traffic_parts
+from .classes import RUNTIME, Classes, Modules, argument_names, names_of, parameter_names
 from .constants import Constants
+from .functions import Functions
 from .inputs import fixed_table, path_text, taken_in
 from .names import words_of
 from .nesting import Function, nest
@@ -78,28 +80,32 @@ def write_source(
     graphs = [each.graph for each in (program, decode) if each is not None]
     imports = list(dict.fromkeys(item for graph in graphs for item in imports_in(graph)))
     users = names_of(imports, mesh.names)
-    classes = Classes(users.values())
+    functions = Functions(graphs, [*users.values(), *axis_names(mesh)])
+    classes = Classes([*users.values(), *functions.names])
     if decode is not None:
-        second = [Writer(decode, mesh, "decode", optimizer, classes, users, _DECODING)]
+        second = [Writer(decode, mesh, "decode", optimizer, classes, functions, users, _DECODING)]
     first = Writer(
-        program, mesh, phase, optimizer, classes, users, second=second, recached=recached
-    )
+        program, mesh, phase, optimizer, classes, functions, users, second=second,
+        recached=recached,
+    )  # fmt: skip
     tables = _page_tables([writer.caches() for writer in (first, *second)])
     for writer in (first, *second):
         writer.tables = tables
     models = [writer.model_class() for writer in (*second, first)]
-    return file_of(summary, [*classes.parts(), *models], legend, imports, users)
+    return file_of(summary, [*classes.parts(), *models], functions, legend, imports, users)
 
 
 def file_of(
     summary: str,
     parts: Sequence[Sequence[str]],
+    functions: Functions,
     legend: Legend,
     imports: Sequence[Import],
     users: Mapping[Import, str],
 ) -> str:
     """The text of a module: what it is, its imports (`imports` are of the user's files, called as
-    in `users`), its classes in `parts`, and its demonstration."""
+    in `users`), the user's functions, its classes in `parts`, and its demonstration."""
+    parts = [*functions.parts(line for part in parts for line in part), *parts]
     lines = [line for part in parts for line in part]
     signs = list(legend("\n".join(lines)))
     summary = "\n".join([summary, "", *signs]) if signs else summary
@@ -163,6 +169,7 @@ class Writer:
         phase: str,
         optimizer: str,
         classes: Classes,
+        functions: Functions,
         users: Mapping[Import, str],
         name: str = "ShardedModel",
         second: Sequence[Writer] = (),
@@ -175,6 +182,7 @@ class Writer:
         self.phase = phase
         self.optimizer = optimizer
         self.classes = classes
+        self.functions = functions
         self.users = users  # what the module calls the user's functions
         self.name = name
         self.prefix = _DECODING if name == _DECODING else ""  # of the classes' names
@@ -204,7 +212,6 @@ class Writer:
     ) -> tuple[Function, Context]:
         """The tree of functions of a block of `loop`, or of the model, and what they share."""
         names = {weight.param.value.name: weight.param.name for weight in weights}
-        function = nest(statements, inputs, outputs, names, loop)
         context = Context(
             self.mesh,
             self.labels,
@@ -216,8 +223,36 @@ class Writer:
             self.program.training,
             self.program.order,
             self.users,
+            self.functions.names,
         )
-        return function, context
+
+        def define(function: Function) -> Function | None:
+            return self._define(function, context)
+
+        return nest(statements, inputs, outputs, names, loop, define), context
+
+    def _define(self, function: Function, context: Context) -> Function | None:
+        """Write a function of the user's, if it takes tensors alone."""
+        call = function.call
+        assert isinstance(call, FunctionCall)
+        words = [self.words.get(item.value.name) or item.value.name for item in function.inputs]
+        ops = [step.node.op for step in function.statements if isinstance(step, Compute)]
+        raised = any(not op.startswith("aten.") for op in ops)
+        names = parameter_names(call, words, raised=raised)
+        place = {name: at for at, name in enumerate(call.arguments)}
+        pairs = sorted(
+            zip(names, function.inputs, strict=True),
+            key=lambda pair: place.get(pair[0], len(place)),
+        )
+        function = replace(function, inputs=tuple(item for _, item in pairs))
+        writer = FunctionWriter(function, context, comments=False)
+        arguments = [writer.define(item, name) for name, item in pairs]
+        body = writer.lines(1)
+        alone = not (writer.axes_used or writer.held)
+        made = alone and self.functions.add(
+            call, arguments, len(function.outputs), body, writer.baked
+        )
+        return function if made else None
 
     def _modules(self, writer: FunctionWriter, context: Context) -> Modules:
         """Classes of the modules that a function calls, written first."""
@@ -225,7 +260,7 @@ class Writer:
         for call, names in writer.calls.items():
             function = call.function
             inner = FunctionWriter(function, context)
-            assert function.call is not None
+            assert isinstance(function.call, Call)
             arguments = [
                 inner.define(item, name)
                 for item, name in zip(
@@ -341,6 +376,7 @@ class Writer:
         ]
         lines = writer.lines(2, "self.pack({})")
         self.baked |= writer.baked
+        self.baked |= self.functions.baked
         modules = self._modules(writer, context)
         arguments, unpacked = taken_in(program.graph, names)
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)

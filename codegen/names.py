@@ -8,10 +8,10 @@ import keyword
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..ir.graph import Call, Node
+from ..ir.graph import Call, FunctionCall, Node
 from ..ir.ops.registry import is_view, operator_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement
-from .nesting import ModuleCall
+from .nesting import ModuleCall, UserCall, makes_of
 
 # What generated functions use by these names
 _RESERVED = frozenset({"self", "torch", "F", "ops", "nn", "Tensor", "layer", "device"})
@@ -149,7 +149,11 @@ class Names:
         return same and 0 <= at and self.last.get(holder, -1) <= at
 
 
-def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | None = None) -> Base:
+def base_of(
+    item: Compute | Convert | ModuleCall | UserCall,
+    names: Names,
+    within: Call | FunctionCall | None = None,
+) -> Base:
     """What the result of a statement in the forward of `within` would best be called.
 
     In order: the name the user's line assigns it to, if that is one of this forward; for a layer
@@ -164,6 +168,10 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | N
         own = tail.lstrip("0123456789") or "x"
         target = next((name for name in call.targets if name != "_"), "") if call else ""
         return Base(target, True, other=own) if target else Base(own)
+    if isinstance(item, UserCall):
+        call = item.function.call
+        target = next((name for name in call.targets if name != "_"), "") if call else ""
+        return Base(target, True) if target else _last_word(item, names)
     node, noun = item.node, _noun(item.node)
     tail = node.loc.module.rpartition(".")[2]
     own = tail if tail and not tail.isdigit() and operator_of(node).names_module else ""
@@ -180,6 +188,12 @@ def base_of(item: Compute | Convert | ModuleCall, names: Names, within: Call | N
         return Base(name, False, first, f"{name}_{str(dtype).partition('.')[2]}" if cast else "")
     made_of = (names.base(operand).name for operand in item.operands)
     return Base(next((w for n in made_of if (w := _MADE_OF.get((noun, n)))), noun))
+
+
+def _last_word(item: UserCall, names: Names) -> Base:
+    """What the statement that makes a function's result would call it."""
+    last = next(s for s in item.function.statements if item.outputs[0] in makes_of(s))
+    return Base("x") if isinstance(last, LoopCall) else base_of(last, names)
 
 
 def words_of(statements: Iterable[Statement]) -> dict[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ..ir.graph import Call, Node
+from ..ir.graph import Call, FunctionCall, Node
 from ..ir.ops.registry import operator_of
 from ..planner.plan.program import Compute, Convert, LoopCall, Sharded, Statement
 from .outline import Item, Outline, outline
@@ -33,11 +33,35 @@ class ModuleCall:
 
 
 @dataclass(frozen=True, slots=True)
+class UserCall:
+    """`outputs = name(inputs)`: a call of a function of the user's, which takes tensors alone."""
+
+    function: Function
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        assert isinstance(self.function.call, FunctionCall)
+        return self.function.call.name
+
+    @property
+    def inputs(self) -> tuple[Sharded, ...]:
+        """What it takes."""
+        return self.function.inputs
+
+    @property
+    def outputs(self) -> tuple[Sharded, ...]:
+        """What it gives."""
+        return self.function.outputs
+
+
+@dataclass(frozen=True, slots=True)
 class Function:
-    """The forward of one module; `path` is that of the module, from the block or model on."""
+    """The forward of one module, or a function that one calls; `path` is that of the module, from
+    the block or model on."""
 
     path: str
-    call: Call | None
+    call: Call | FunctionCall | None
     inputs: tuple[Sharded, ...]
     statements: tuple[Step, ...]
     outputs: tuple[Sharded, ...]
@@ -50,7 +74,9 @@ class Function:
         return path[len(prefix) :] if path.startswith(prefix) else None
 
 
-Step: TypeAlias = Statement | ModuleCall
+Step: TypeAlias = Statement | ModuleCall | UserCall
+Define: TypeAlias = Callable[[Function], Function | None]
+_Within: TypeAlias = Call | FunctionCall
 
 
 def reads_of(item: Step) -> tuple[Sharded, ...]:
@@ -59,7 +85,7 @@ def reads_of(item: Step) -> tuple[Sharded, ...]:
         return (item.source,)
     if isinstance(item, Compute):
         return item.operands
-    if isinstance(item, ModuleCall):
+    if isinstance(item, ModuleCall | UserCall):
         return item.inputs
     return (*item.carried, *item.arguments)
 
@@ -75,14 +101,17 @@ def nest(
     outputs: Sequence[Sharded],
     parameters: Mapping[str, str],
     loop: str = "",
+    define: Define = lambda function: None,
 ) -> Function:
     """The forward of a block of `loop`, or of the model where that is empty.
 
     `parameters` has the paths of parameters in the block or model, by the names of their values.
+    `define` writes a function of the user's, and gives it with its inputs in the order of its
+    arguments; where it refuses to, the function is written where it is called.
     What stands before a loop stays before it: a call that has statements on both sides is written
     in the model's own forward.
     """
-    scopes = [() if isinstance(s, Convert) else _calls(s, loop, parameters) for s in statements]
+    scopes = [() if isinstance(s, Convert) else _within(s, loop, parameters) for s in statements]
     where = [sum(isinstance(s, LoopCall) for s in statements[:i]) for i in range(len(statements))]
     crossing = _crossing(scopes, where)
     for item, calls in zip(statements, scopes, strict=True):
@@ -104,13 +133,31 @@ def nest(
             )
             for n in body
         ]
-        tree = outline(
-            items, results, everywhere=everywhere - made, form_of=lambda item: item.value.name
-        )
         flat = [statements[n] for n in body]
-        steps += _steps(tree, flat, "", _Root(loop, flat))
+        steps += _outlined(items, flat, results, everywhere - made, _Root(loop, flat), define)
         steps += [statements[n] for n in numbers if n not in body]
     return Function("", _first_call(statements, loop), tuple(inputs), tuple(steps), tuple(outputs))
+
+
+def _outlined(
+    items: Sequence[Item[Sharded, _Within]],
+    flat: Sequence[Statement],
+    results: Collection[Sharded],
+    everywhere: Collection[Sharded],
+    root: _Root,
+    define: Define,
+) -> list[Step]:
+    """The items, nested, without the functions that cannot be written."""
+    while True:
+        tree = outline(items, results, everywhere=everywhere, form_of=lambda item: item.value.name)
+        refused: set[_Within] = set()
+        steps = _steps(tree, flat, "", root, define, refused)
+        if not refused:
+            return steps
+        items = [
+            replace(item, calls=tuple(call for call in item.calls if call not in refused))
+            for item in items
+        ]
 
 
 class _Root:
@@ -150,6 +197,14 @@ def _prefix(loop: str, statements: Sequence[Statement]) -> str:
     return f"{call.path}." if call else ""
 
 
+def _within(
+    item: Compute | LoopCall, loop: str, parameters: Mapping[str, str]
+) -> tuple[_Within, ...]:
+    """The calls of modules and then of functions that a statement ran in."""
+    functions = () if isinstance(item, LoopCall) else item.node.loc.functions
+    return (*_calls(item, loop, parameters), *functions)
+
+
 def _calls(item: Compute | LoopCall, loop: str, parameters: Mapping[str, str]) -> tuple[Call, ...]:
     """The calls within the block or model that a statement ran in, of modules that can be classes.
 
@@ -183,27 +238,50 @@ def _is_path(path: str) -> bool:
     return all(part.isidentifier() or part.isdigit() for part in path.split("."))
 
 
-def _crossing(scopes: Sequence[tuple[Call, ...]], where: Sequence[int]) -> set[Call]:
+def _crossing(scopes: Sequence[tuple[_Within, ...]], where: Sequence[int]) -> set[_Within]:
     """Calls on both sides of a loop, and of modules that are called several times."""
-    sides: dict[Call, set[int]] = {}
+    sides: dict[_Within, set[int]] = {}
     for calls, side in zip(scopes, where, strict=True):
         for call in calls:
             sides.setdefault(call, set()).add(side)
-    times = Counter(call.path for call in sides)
-    return {call for call, found in sides.items() if len(found) > 1 or times[call.path] > 1}
+    times = Counter(call.path for call in sides if isinstance(call, Call))
+    return {
+        call
+        for call, found in sides.items()
+        if len(found) > 1 or (isinstance(call, Call) and times[call.path] > 1)
+    }
 
 
 def _steps(
-    tree: Outline[Sharded, Call], flat: Sequence[Statement], path: str, root: _Root
+    tree: Outline[Sharded, _Within],
+    flat: Sequence[Statement],
+    path: str,
+    root: _Root,
+    define: Define,
+    refused: set[_Within],
 ) -> list[Step]:
+    """The statements of a function; notes which of the user's that it calls are `refused`."""
     steps: list[Step] = []
     for part in tree.body:
         if isinstance(part, int):
             steps.append(flat[part])
             continue
-        assert part.call is not None
-        full = root.path(part.call)
-        inner = tuple(_steps(part, flat, full, root))
-        function = Function(full, part.call, part.inputs, inner, part.outputs)
-        steps.append(ModuleCall(full.removeprefix(f"{path}.") if path else full, function))
+        call = part.call
+        assert call is not None
+        full = root.path(call) if isinstance(call, Call) else path
+        inner = tuple(_steps(part, flat, full, root, define, refused))
+        function = Function(full, call, part.inputs, inner, part.outputs)
+        if isinstance(call, Call):
+            steps.append(ModuleCall(full.removeprefix(f"{path}.") if path else full, function))
+            continue
+        whole = len(part.outputs) == call.results and not any(map(_is_more, inner))
+        defined = define(function) if whole else None
+        if defined is None:
+            refused.add(call)
+        steps.append(UserCall(defined or function))
     return steps
+
+
+def _is_more(step: Step) -> bool:
+    """Does a statement need more than what the function that it stands in is given?"""
+    return isinstance(step, Convert | ModuleCall)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from ..facts.mesh import Mesh
 from ..ir.ops.users import imports_in
 from ..planner.plan.program import Program
+from .body import axis_names
 from .classes import Classes, names_of
+from .functions import Functions
 from .module import Legend, Writer, file_of, no_legend
 from .source import comment_lines, statement
 
@@ -48,10 +50,12 @@ def write_pipeline(
     users = names_of(imports, mesh.names)
     kinds = [row.kind for row in rows]
     names = [f"Stage{kinds.index(kind)}" for kind in range(len(programs))]
-    classes = Classes([*users.values(), *names])
+    graphs = [program.graph for program in programs]
+    functions = Functions(graphs, [*users.values(), *names, *axis_names(mesh)])
+    classes = Classes([*users.values(), *names, *functions.names])
     writers = [
         Writer(
-            program, mesh, "train", optimizer, classes, users, name,
+            program, mesh, "train", optimizer, classes, functions, users, name,
             title=_title(rows, kind, program),
         )
         for kind, (name, program) in enumerate(zip(names, programs, strict=True))
@@ -60,7 +64,8 @@ def write_pipeline(
     whole = _model(
         rows, names, programs[0], mesh, ranks, schedule, micro_batches, optimizer, picture
     )
-    return file_of(summary, [*classes.parts(), *models, whole], legend, imports, users)
+    parts = [*classes.parts(), *models, whole]
+    return file_of(summary, parts, functions, legend, imports, users)
 
 
 def _title(rows: Sequence[Row], kind: int, program: Program) -> str:

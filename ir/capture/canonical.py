@@ -72,6 +72,7 @@ def unify(graph: Graph) -> Graph:
 
         view(x, [-1, 8])          ->  reshape(x, shape=(32, 8))
         expand_as(x, y)           ->  expand(x, size of y)   (as in `F.normalize`)
+        broadcast_tensors([x, y]) ->  expand(x, size of both), y   (as in `F.mse_loss`)
         numpy_T(x), t(x)          ->  transpose(x, dim0=0, dim1=1)   (2-D)
         x.__and__(y)              ->  bitwise_and(x, y)
         multiply(x, y)            ->  mul(x, y)            (and other second names)
@@ -79,7 +80,28 @@ def unify(graph: Graph) -> Graph:
 
     Reshapes get their whole target shape, without -1; dims of transposes count from the front.
     """
-    return with_body(graph, [_unified(node) for node in flat(graph)], {})
+    same: dict[str, Value] = {}
+    nodes = [
+        _unified(with_operands(one, same))
+        for node in flat(graph)
+        for one in _each_alone(node, same)
+    ]
+    return with_body(graph, nodes, same)
+
+
+def _each_alone(node: Node, same: dict[str, Value]) -> list[Node]:
+    """A node for each of several tensors that one broadcasts together, but for those that have the
+    size of all, which are the `same` as before."""
+    if node.op != "aten.broadcast_tensors.default":
+        return [node]
+    alone: list[Node] = []
+    for value, out in zip(node.operands, node.outputs, strict=True):
+        if value.type.shape == out.type.shape:
+            same[out.name] = same.get(value.name, value)
+        else:
+            args = (("self", value), ("size", out.type.shape), ("implicit", False))
+            alone.append(Node(out.name, "aten.expand.default", args, (out,), node.loc))
+    return alone
 
 
 def _unified(node: Node) -> Node:

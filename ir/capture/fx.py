@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compat.torch import HigherOrderOperator, OpOverload, schema_arguments, tree_leaves
-from ..graph import Arg, Call, Loc, Node, Param, TensorType, Value
+from ..graph import Arg, Call, FunctionCall, Loc, Node, Param, TensorType, Value
 from ..ops.operator import PLACEMENT
 from ..ops.random import is_draw
 from ..ops.registry import find_op
@@ -33,7 +33,7 @@ from ..ops.users import (
 from .autocast import Region
 from .batch_norm import BATCH_NORM, counts, written_out
 from .functions import Called, Slot, called
-from .location import Frame, model_frames, place, statement
+from .location import Frame, definition, model_frames, place, statement
 
 _T = TypeVar("_T")
 _Bound: TypeAlias = Value | tuple["_Bound", ...] | int | float | bool | str | None
@@ -724,6 +724,9 @@ def _where(module: fx.GraphModule, node: fx.Node) -> str:
 _Key: TypeAlias = tuple[str, int, str]  # a statement: path, first line, path of the module
 
 
+_Called: TypeAlias = Call | FunctionCall
+
+
 @dataclass(frozen=True, slots=True)
 class _Frames:
     """The statements that a node belongs to, and those that made the calls in which it ran.
@@ -732,7 +735,7 @@ class _Frames:
     """
 
     own: tuple[_Key, ...]
-    callers: Mapping[Call, tuple[_Key, tuple[str, ...]]]  # with the names that each assigns
+    callers: Mapping[_Called, tuple[_Key, tuple[str, ...]]]  # with the names that each assigns
 
 
 def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
@@ -744,7 +747,7 @@ def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
         call = modules.get(name) or Call(name)
         calls.append(replace(call, number=int(again) if again.isdigit() else 0))
     own = [call for call in calls if call.file]
-    callers: dict[Call, tuple[_Key, tuple[str, ...]]] = {}
+    callers: dict[_Called, tuple[_Key, tuple[str, ...]]] = {}
     for outer, inner, frame in zip(own, own[1:], _forwards(own, frames), strict=False):
         around, index = statement(frame.path, frame.line), inner.path.rpartition(".")[2]
         turn = f"[{index}]" if index.isdigit() else ""  # of a loop over modules
@@ -757,7 +760,28 @@ def _locate(node: fx.Node, modules: Mapping[str, Call]) -> tuple[Loc, _Frames]:
     for frame in frames[begin:]:
         keys.append((frame.path, frame.line, owner))
         owner += f" {frame.line}"  # what is called elsewhere runs other statements
-    return Loc(frames[-1].file, frames[-1].line, tuple(calls)), _Frames(tuple(keys), callers)
+    functions = _functions(own[-1], frames[begin:]) if own else ()
+    for function in functions:
+        path, line, owner = keys[len(function.site) - 1]
+        around = statement(path, line)
+        callers[function] = (path, around.line, owner), around.targets
+    loc = Loc(frames[-1].file, frames[-1].line, tuple(calls), (), functions)
+    return loc, _Frames(tuple(keys), callers)
+
+
+def _functions(owner: Call, frames: Sequence[Frame]) -> tuple[FunctionCall, ...]:
+    """The calls of the user's functions in the `forward` of `owner`, whose frame is the first;
+    up to one that has no name, a lambda or a comprehension."""
+    found: list[FunctionCall] = []
+    for at, frame in enumerate(frames[1:], start=1):
+        if not frame.function.isidentifier():
+            break
+        known = definition(frame.path, frame.line)
+        if known is not None and known.name == frame.function:
+            site = tuple(each.line for each in frames[:at])
+            given = (known.arguments, known.taken, known.results, frame.file, known.line)
+            found.append(FunctionCall(known.name, owner.path, owner.number, site, *given))
+    return tuple(found)
 
 
 def _forwards(calls: Sequence[Call], frames: Sequence[Frame]) -> Iterator[Frame]:
@@ -782,13 +806,17 @@ def _with_targets(nodes: list[Node], frames: list[_Frames], read: set[str]) -> l
     for index, frame in enumerate(frames):
         last.update((_begun(key), index) for key in frame.own)
         last.update((key, index) for key, _ in frame.callers.values())
-    named: dict[Call, Call] = {}
+    named: dict[_Called, Any] = {}
     for index, frame in enumerate(frames):
         for call, (key, targets) in frame.callers.items():
             named[call] = replace(call, targets=targets if last[key] == index else ())
     result: list[Node] = []
     for index, (node, frame) in enumerate(zip(nodes, frames, strict=True)):
-        loc = replace(node.loc, calls=tuple(named.get(call, call) for call in node.loc.calls))
+        calls, functions = (
+            tuple(named.get(call, call) for call in known)
+            for known in (node.loc.calls, node.loc.functions)
+        )
+        loc = replace(node.loc, calls=calls, functions=functions)
         ends = (key for key in reversed(frame.own) if last[_begun(key)] == index)
         found = (_fitting(statement(path, line).targets, node, read) for path, line, _ in ends)
         result.append(replace(node, loc=replace(loc, targets=next(filter(None, found), ()))))

@@ -36,6 +36,19 @@ class Statement:
 
 
 @dataclass(frozen=True, slots=True)
+class Definition:
+    """A function: its name, its first line, what it takes, those of it that may be tensors in the
+    order in which operators take them, and how many results it returns, 0 where its `return`s
+    differ in that or it has none."""
+
+    name: str
+    line: int
+    arguments: tuple[str, ...]
+    taken: tuple[str, ...]
+    results: int
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """A line of a function that ran."""
 
@@ -89,15 +102,86 @@ def statement(path: str, line: int) -> Statement:
     return _statements(path).get(line, Statement(line, ()))
 
 
+def definition(path: str, line: int) -> Definition | None:
+    """The innermost function of file `path` that `line` stands in; no lambda, and no method."""
+    around = [each for each in _definitions(path) if each[0] <= line <= each[1]]
+    return max(around, key=lambda each: each[0])[2] if around else None
+
+
+@lru_cache(maxsize=256)
+def _definitions(path: str) -> tuple[tuple[int, int, Definition | None], ...]:
+    """First and last line of each function of a file, and what it is; None for methods."""
+    found: list[tuple[int, int, Definition | None]] = []
+    for node in ast.walk(_tree(path)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        given = node.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        taken = _taken(node, set(names) - _numbers(given))
+        known = Definition(node.name, node.lineno, tuple(names), taken, _results(node))
+        is_method = names[:1] in (["self"], ["cls"])
+        found.append((node.lineno, node.end_lineno or node.lineno, None if is_method else known))
+    return tuple(found)
+
+
+def _numbers(given: ast.arguments) -> set[str]:
+    """The arguments whose default is a number, a flag or a text."""
+    places = [*given.posonlyargs, *given.args]
+    late = zip(reversed(places), reversed(given.defaults), strict=False)
+    pairs = [*late, *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    return {
+        each.arg
+        for each, default in pairs
+        if isinstance(default, ast.Constant) and default.value is not None
+    }
+
+
+_OPERATIONS = (ast.AugAssign, ast.BinOp, ast.Call, ast.Compare, ast.Subscript, ast.UnaryOp)
+_FACTS = frozenset({"device", "dim", "dtype", "ndim", "shape", "size"})  # no operator takes these
+
+
+def _taken(function: ast.FunctionDef | ast.AsyncFunctionDef, names: set[str]) -> tuple[str, ...]:
+    """These arguments, in the order in which operations first take them."""
+    found: dict[str, None] = {}
+
+    def left(node: ast.AST) -> list[str]:
+        """The arguments in an expression that no operation in it takes."""
+        if isinstance(node, ast.Name):
+            return [node.id] if node.id in names else []
+        if isinstance(node, ast.Attribute) and node.attr in _FACTS:
+            return []
+        inside = [name for child in ast.iter_child_nodes(node) for name in left(child)]
+        if isinstance(node, _OPERATIONS):
+            found.update(dict.fromkeys(inside))
+            return []
+        return inside if isinstance(node, (ast.expr, ast.keyword)) else []
+
+    for statement in function.body:
+        left(statement)
+    return tuple(found)
+
+
+def _results(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many values it returns, 0 where that is not one number."""
+    returned = [each.value for each in ast.walk(function) if isinstance(each, ast.Return)]
+    counts = {len(v.elts) if isinstance(v, ast.Tuple) else 1 for v in returned if v is not None}
+    return counts.pop() if len(counts) == 1 and None not in returned else 0
+
+
+@lru_cache(maxsize=256)
+def _tree(path: str) -> ast.Module:
+    """A file, empty for one of another language, or changed since it was imported."""
+    try:
+        return ast.parse("".join(linecache.getlines(path)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 @lru_cache(maxsize=256)
 def _statements(path: str) -> dict[int, Statement]:
     """Line -> statement, for every line of a simple (not compound) statement of the file."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(path)))
-    except SyntaxError:  # a file of another language, or changed since it was imported
-        return {}
     table: dict[int, Statement] = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.stmt) and not hasattr(node, "body"):
             entry = Statement(node.lineno, _targets(node))
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):

@@ -5,6 +5,7 @@ from .nodes import (
     Block,
     Call,
     Extent,
+    FunctionCall,
     Graph,
     Input,
     Loc,
@@ -22,7 +23,7 @@ from .nodes import (
 )
 
 __all__ = [
-    "Arg", "Block", "Call", "Extent", "Graph", "Input", "Loc", "Loop", "Node", "Output", "Param",
-    "Part", "Signature", "TensorType", "Value", "originals", "reads",
+    "Arg", "Block", "Call", "Extent", "FunctionCall", "Graph", "Input", "Loc", "Loop", "Node",
+    "Output", "Param", "Part", "Signature", "TensorType", "Value", "originals", "reads",
     "values_in",
 ]  # fmt: skip

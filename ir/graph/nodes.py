@@ -79,6 +79,25 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """One call of a function of the user's, no method, in the `forward` of a module."""
+
+    name: str
+    path: str  # of the module; empty for the model itself
+    number: int  # of the call of the module, as `Call` has it
+    site: tuple[int, ...]  # lines of the calls that led to it, from `forward` on
+    arguments: tuple[str, ...] = ()  # names of what it takes, in its order
+    taken: tuple[str, ...] = ()  # those that may be tensors, as its operators first take them
+    results: int = 1  # how many it returns
+    file: str = ""  # where it stands
+    line: int = 0
+    targets: tuple[str, ...] = ()  # names that the caller's line assigns just what it returns to
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
 class Loc:
     """Where a node comes from in the user's program."""
 
@@ -86,6 +105,7 @@ class Loc:
     line: int = 0
     calls: tuple[Call, ...] = ()  # in which it ran, outermost (the model's) first
     targets: tuple[str, ...] = ()  # names that the source line assigns the results to, if any
+    functions: tuple[FunctionCall, ...] = ()  # in the innermost `forward`, outermost first
 
     @property
     def module(self) -> str:

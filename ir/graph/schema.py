@@ -26,6 +26,7 @@ from .names import (
     is_call_path,
     is_class_name,
     is_held,
+    is_identifier,
     is_op,
     is_path,
     is_word,
@@ -63,6 +64,20 @@ _CALL = Record(
         "number": _INDEX,
         "class_name": Text("the name of a class", "", is_class_name),
         "arguments": ListOf(WORD),
+        "file": LINE,
+        "line": _INDEX,
+        "targets": ListOf(LINE),
+    }
+)
+_FUNCTION_CALL = Record(
+    {
+        "function": Text("an identifier", r"\w+", is_identifier),
+        "path": Text("names with dots between", "", is_call_path),
+        "number": _INDEX,
+        "site": ListOf(_INDEX, 64),
+        "arguments": ListOf(WORD),
+        "taken": ListOf(WORD),
+        "results": _INDEX,
         "file": LINE,
         "line": _INDEX,
         "targets": ListOf(LINE),
@@ -150,7 +165,7 @@ GRAPH = Named(
     Record(
         {
             "name": LINE,
-            "calls": ListOf(_CALL),
+            "calls": ListOf(Either(_FUNCTION_CALL, _CALL)),
             "inputs": ListOf(_INPUT),
             "signature": Either(Null(), _SIGNATURE),
             "bounds": ListOf(Text("one line of text"), 64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,6 +21,7 @@ from .nodes import (
     Block,
     Call,
     Extent,
+    FunctionCall,
     Graph,
     Input,
     Loc,
@@ -35,14 +36,16 @@ from .nodes import (
 )
 from .schema import DTYPES, GRAPH
 
+_Numbers: TypeAlias = dict[Call | FunctionCall, int]
+
 # ---- writing -----------------------------------------------------------------------------------
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
     """Dicts, lists, strings, numbers, bools and None only; finite numbers, so strict JSON."""
-    calls: dict[Call, int] = {}
+    calls: _Numbers = {}
     for node in graph.nodes:
-        for call in node.loc.calls:
+        for call in (*node.loc.calls, *node.loc.functions):
             calls.setdefault(call, len(calls))
     return {
         "name": graph.name,
@@ -115,7 +118,20 @@ def _number(number: float | complex) -> Any:
     return number if math.isfinite(number) else {"float": str(number)}
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: Call | FunctionCall) -> dict[str, Any]:
+    if isinstance(call, FunctionCall):
+        return {
+            "function": call.name,
+            "path": call.path,
+            "number": call.number,
+            "site": list(call.site),
+            "arguments": list(call.arguments),
+            "taken": list(call.taken),
+            "results": call.results,
+            "file": call.file,
+            "line": call.line,
+            "targets": list(call.targets),
+        }
     return {
         "path": call.path,
         "number": call.number,
@@ -127,14 +143,19 @@ def _call(call: Call) -> dict[str, Any]:
     }
 
 
-def _node(node: Node, calls: Mapping[Call, int]) -> dict[str, Any]:
+def _node(node: Node, calls: _Numbers) -> dict[str, Any]:
     loc = node.loc
     return {
         "name": node.name,
         "op": node.op,
         "args": [[name, _arg(arg)] for name, arg in node.args],
         "outputs": [_value(value) for value in node.outputs],
-        "loc": [loc.file, loc.line, [calls[call] for call in loc.calls], list(loc.targets)],
+        "loc": [
+            loc.file,
+            loc.line,
+            [calls[call] for call in (*loc.calls, *loc.functions)],
+            list(loc.targets),
+        ],
     }
 
 
@@ -148,7 +169,7 @@ def _arg(arg: Arg) -> Any:
     return _number(arg) if isinstance(arg, (float, complex)) else arg
 
 
-def _loop(loop: Loop, calls: Mapping[Call, int]) -> dict[str, Any]:
+def _loop(loop: Loop, calls: _Numbers) -> dict[str, Any]:
     return {
         "loop": loop.name,
         "path": loop.path,
@@ -160,7 +181,7 @@ def _loop(loop: Loop, calls: Mapping[Call, int]) -> dict[str, Any]:
     }
 
 
-def _block(block: Block, calls: Mapping[Call, int]) -> dict[str, Any]:
+def _block(block: Block, calls: _Numbers) -> dict[str, Any]:
     return {
         "class_name": block.class_name,
         "params": [_param(param) for param in block.params],
@@ -189,7 +210,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._names: set[str] = set()  # of all values: each is defined once
-        self._calls: tuple[Call, ...] = ()
+        self._calls: tuple[Call | FunctionCall, ...] = ()
 
     def graph(self, data: Any) -> Graph:
         """The whole graph."""
@@ -244,9 +265,12 @@ class _Reader:
         args = tuple((name, _read_arg(arg, scope)) for name, arg in data["args"])
         if any(number >= len(self._calls) for number in within):
             raise GraphError(f"node `{data['name']}` is in a call that is not there")
-        calls = tuple(self._calls[number] for number in within)
+        known = [self._calls[number] for number in within]
+        calls = tuple(call for call in known if isinstance(call, Call))
+        functions = tuple(call for call in known if isinstance(call, FunctionCall))
         outputs = tuple(self._value(value, scope) for value in data["outputs"])
-        return Node(data["name"], data["op"], args, outputs, Loc(file, line, calls, tuple(targets)))
+        loc = Loc(file, line, calls, tuple(targets), functions)
+        return Node(data["name"], data["op"], args, outputs, loc)
 
     def _loop(self, data: Any, scope: dict[str, Value]) -> Loop:
         carried = tuple(_known(name, scope) for name in data["carried"])
@@ -271,10 +295,10 @@ def _known(name: str, scope: Mapping[str, Value]) -> Value:
     return scope[name]
 
 
-def _read_call(data: Any) -> Call:
-    lists = {name: tuple(data[name]) for name in ("arguments", "targets")}
-    fields: dict[str, Any] = {**data, **lists}
-    return Call(**fields)
+def _read_call(data: Any) -> Call | FunctionCall:
+    lists = ("arguments", "site", "taken", "targets")
+    fields: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in data.items()}
+    return FunctionCall(fields.pop("function"), **fields) if "function" in data else Call(**fields)
 
 
 def _read_signature(data: Any) -> Signature:

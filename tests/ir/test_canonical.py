@@ -111,6 +111,16 @@ def test_of_what_is_expanded_to_only_the_shape_counts() -> None:
     assert [value.type.shape for value in expand.operands] == [(3, 1)]
 
 
+def test_what_is_broadcast_together_is_expanded_alone() -> None:
+    """Which of several tensors has the size of all is only named."""
+    graph = captured(
+        lambda x, w: torch.mul(*torch.broadcast_tensors(x[:, :1], w)), normal(3, 4), 3, 4
+    )
+    assert ops(graph)[-2:] == ["aten.expand.default", "aten.mul.Tensor"]
+    graph = captured(lambda x, w: torch.nn.functional.mse_loss(x, w), normal(3, 4), 3, 4)
+    assert len(graph.nodes) == 1
+
+
 def test_an_empty_rest_vanishes() -> None:
     """As a rotary embedding of all of the head's width."""
     graph = captured(
