@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -75,6 +75,12 @@ class PipelineSchedule:
     def splits(self) -> bool:
         """Are there backward passes in two parts?"""
         return any(action.kind == "I" for each in self.actions for action in each)
+
+    @property
+    def forwards(self) -> PipelineSchedule:
+        """Its forwards alone, in their order: what evaluates a batch."""
+        ahead = tuple(tuple(a for a in each if a.kind == "F") for each in self.actions)
+        return replace(self, actions=ahead)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that `rank` runs."""

@@ -425,18 +425,30 @@ class ShardedModule(nn.Module):
                 " --phase train to take steps"
             )
         named = named_arguments(self.forward, args, rows)
-        trained = Trained(
-            self.mesh, self.INPUTS, self.FIXED, self._returned, self.LABELS, self, self._schedule,
-            tuple(self.parameters()),
-        )  # fmt: skip
         count = self.MICRO_BATCHES if micro_batches is None else micro_batches
-        loss = trained.take_step(named, count)
+        loss = self._trained.take_step(named, count)
         if error_if_nonfinite and not bool(loss.isfinite()):
             raise RuntimeError(
                 f"the loss of this step is {loss.item()}; do not use its gradients: skip the step,"
                 " or go on from the last checkpoint with a lower learning rate"
             )
         return loss
+
+    def evaluate(self, /, *args: Any, micro_batches: int | None = None, **rows: Any) -> Tensor:
+        """The loss () that `step` would return of these rows, without gradients.
+
+        Takes what `step` takes.  Call `eval()` before, where the model has dropout.
+        """
+        named = named_arguments(self.forward, args, rows)
+        count = self.MICRO_BATCHES if micro_batches is None else micro_batches
+        return self._trained.evaluate(named, count)
+
+    @property
+    def _trained(self) -> Trained:
+        return Trained(
+            self.mesh, self.INPUTS, self.FIXED, self._returned, self.LABELS, self, self._schedule,
+            tuple(self.parameters()),
+        )  # fmt: skip
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False

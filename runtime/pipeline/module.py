@@ -83,10 +83,11 @@ class PipelinedModule(nn.Module):
         self._run_of: Checkpoints | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """A pipeline runs whole steps: `step`."""
+        """A pipeline runs whole steps: `step`, or `evaluate`."""
         raise RuntimeError(
             f"{type(self).__name__} is a pipeline of {len(self.STAGES)} stages, which runs whole"
-            " steps of several micro-batches: loss = model.step(**rows)"
+            " steps of several micro-batches: loss = model.step(**rows), or without gradients"
+            " model.evaluate(**rows)"
         )
 
     # --- a step ----------------------------------------------------------------------------------
@@ -105,33 +106,55 @@ class PipelinedModule(nn.Module):
         Raises ValueError where rows do not divide, or there is no such schedule.
         """
         count = self.MICRO_BATCHES if micro_batches is None else micro_batches
-        table = self._table(count)
-        parts = self._parts(rows, count)
-        shares = self._shares(parts)
-        running = {
-            number: RunningStage(self.STAGES[number], module, self._row(number + 1))
-            for number, module in zip(self._numbers, self._modules_here, strict=True)
-        }
-        post = self._links.open(table, self._forms())
-        with ExitStack() as stack:
-            for stage in running.values():
-                stack.enter_context(stage.module.moved_weights.step())
-            losses = self._run(table, running, post, parts, shares)
-            post.close()
+        running = self._running(trains=True)
+        loss = self._played(self._table(count), running, rows)
         for stage in running.values():
             stage.end()
         self._add_tied()
-        dtype = torch.float64 if self._dtype() == torch.float64 else torch.float32
-        mean = torch.zeros((), dtype=dtype, device=self.mesh.device)
-        if losses:
-            mean = torch.stack(losses).to(dtype).mean()
-        loss = self.mesh[self.mesh.names[0]].reduce(mean)  # only the last stage has one
         if error_if_nonfinite and not bool(loss.isfinite()):
             raise RuntimeError(
                 f"the loss of this step is {loss.item()}; do not use its gradients: skip the step,"
                 " or go on from the last checkpoint with a lower learning rate"
             )
         return loss
+
+    @torch.no_grad()
+    def evaluate(self, *, micro_batches: int | None = None, **rows: Any) -> Tensor:
+        """The loss () that `step` would return of these rows, without gradients: the forward
+        passes of its schedule.
+
+        Takes what `step` takes.  Call `eval()` before, where the model has dropout.
+        """
+        count = self.MICRO_BATCHES if micro_batches is None else micro_batches
+        return self._played(self._table(count).forwards, self._running(trains=False), rows)
+
+    def _running(self, *, trains: bool) -> dict[int, RunningStage]:
+        """This rank's stages in a new step."""
+        return {
+            number: RunningStage(self.STAGES[number], module, self._row(number + 1), trains=trains)
+            for number, module in zip(self._numbers, self._modules_here, strict=True)
+        }
+
+    def _played(
+        self,
+        table: PipelineSchedule,
+        running: Mapping[int, RunningStage],
+        rows: Mapping[str, object],
+    ) -> Tensor:
+        """The mean loss () of all micro-batches, on all ranks."""
+        parts = self._parts(rows, table.micro_batches)
+        shares = self._shares(parts)
+        post = self._links.open(table, self._forms())
+        with ExitStack() as stack:
+            for stage in running.values():
+                stack.enter_context(stage.module.moved_weights.step())
+            self._run(table, running, post, parts, shares)
+            post.close()
+        dtype = torch.float64 if self._dtype() == torch.float64 else torch.float32
+        mean = torch.zeros((), dtype=dtype, device=self.mesh.device)
+        for stage in running.values():
+            mean += torch.stack(stage.losses).to(dtype).mean() if stage.last else 0
+        return self.mesh[self.mesh.names[0]].reduce(mean)  # only the last stage has one
 
     def _run(
         self,
@@ -140,10 +163,9 @@ class PipelinedModule(nn.Module):
         post: Post,
         parts: Sequence[Mapping[str, Any]],
         shares: Tensor | None,
-    ) -> list[Tensor]:
-        """This rank's actions one after another; the losses, where it has the last stage."""
+    ) -> None:
+        """This rank's actions one after another."""
         here: dict[tuple[str, int, int], Sequence[Tensor]] = {}  # what goes from stage to stage
-        losses: list[Tensor] = []
         axes, count = self._rows_over, len(parts)
         for action in table.actions[self._place]:
             stage, batch = running[action.stage], action.batch
@@ -157,7 +179,6 @@ class PipelinedModule(nn.Module):
             with share_of_step(share):
                 if action.kind == "F":
                     made = stage.forward(batch, taken, parts[batch], axes)
-                    losses += [stage.loss_of(batch)] if stage.last else []
                 else:
                     made = stage.backward(batch, taken, count)
             receiver = receiver_of(action, table)
@@ -165,7 +186,6 @@ class PipelinedModule(nn.Module):
                 here[key_of(action)] = [x.detach() for x in made]
             elif receiver is not None:
                 post.send(key_of(action), receiver, made)
-        return losses
 
     def _table(self, count: int) -> PipelineSchedule:
         """The schedule of so many micro-batches."""

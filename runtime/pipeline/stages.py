@@ -15,7 +15,7 @@ from ..mesh.batches import Input, look_up
 from ..mesh.rows import data_axes, shard_rows
 from ..module.module import ShardedModule
 from ..module.parameters import Param
-from ..training.step import WideGradients, scalar_loss
+from ..training.step import WideGradients, loss_of
 from .messages import Form
 
 
@@ -94,13 +94,17 @@ class _Running:
 class RunningStage:
     """One stage of this rank, in one step."""
 
-    def __init__(self, row: Stage, module: ShardedModule, following: Stage | None) -> None:
+    def __init__(
+        self, row: Stage, module: ShardedModule, following: Stage | None, *, trains: bool
+    ) -> None:
+        """`following`: the next stage, if there is one; `trains`: a backward comes."""
         self.row = row
         self.module = module
-        self.last = following is None
+        self.last, self._trains = following is None, trains
         self._returned = () if following is None else following.with_gradient
         self._wide = WideGradients(tuple(module.parameters()))
         self._running: dict[int, _Running] = {}
+        self.losses: list[Tensor] = []  # of micro-batches that have run forward, in a last stage
 
     def forward(
         self, batch: int, taken: Sequence[Tensor], rows: Mapping[str, Any], axes: Sequence[int]
@@ -108,20 +112,17 @@ class RunningStage:
         """Of a micro-batch with these rows of this rank; what goes to the next stage."""
         module, row = self.module, self.row
         inputs = dict(zip(row.taken, taken, strict=True))
-        for name in row.with_gradient:
+        for name in row.with_gradient if self._trains else ():
             inputs[name].requires_grad_()
         own, local = {name: rows[name] for name in row.own_inputs}, dict[str, Any]()
         if own:
             local = shard_rows(row.own_inputs, own, module.mesh, module.FIXED, axes)
         out = module(**inputs, **local)
         given = {name: look_up(out, (name,)) for name in row.given}
-        loss = scalar_loss(module.OUTPUTS, out) if self.last else None
-        if self.last and loss is None:
-            raise ValueError(
-                "a step needs a loss: no output is a single number with a gradient (outputs:"
-                f" {[output.path for output in module.OUTPUTS]}); let the model return its loss"
-            )
-        self._running[batch] = _Running(inputs, given, loss)
+        loss = loss_of(module.OUTPUTS, out, trains=self._trains) if self.last else None
+        self.losses += [] if loss is None else [loss.detach()]
+        if self._trains:
+            self._running[batch] = _Running(inputs, given, loss)
         return list(given.values())
 
     def backward(self, batch: int, gradients: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -143,12 +144,6 @@ class RunningStage:
     def end(self) -> None:
         """The sums of gradients are in `.grad`."""
         self._wide.put_back()
-
-    def loss_of(self, batch: int) -> Tensor:
-        """The loss of a micro-batch that has run forward."""
-        loss = self._running[batch].loss
-        assert loss is not None
-        return loss.detach()
 
 
 __all__ = ["RunningStage", "Stage"]

@@ -68,30 +68,47 @@ class Trained:
 
     def take_step(self, rows: Mapping[str, object], count: int) -> Tensor:
         """See `ShardedModule.step`; `rows` are the arguments, of `count` micro-batches together."""
+        wide = WideGradients(self.parameters if count > 1 else ())
+
+        def backward(loss: Tensor) -> Tensor:
+            (loss if count == 1 else loss / count).backward()
+            wide.take()
+            return loss.detach()
+
+        loss = self._mean(rows, count, then=backward)
+        wide.put_back()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, rows: Mapping[str, object], count: int) -> Tensor:
+        """See `ShardedModule.evaluate`; `rows` as in `take_step`."""
+        return self._mean(rows, count)
+
+    def _mean(
+        self,
+        rows: Mapping[str, object],
+        count: int,
+        then: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of all micro-batches, of which `then` gets that of each after its forward."""
         parts = self.parts(rows, count)
         shares = self._shares(parts)
-        wide = WideGradients(self.parameters if count > 1 else ())
         losses: list[Tensor] = []
         with self.weights.step():
             for number, part in enumerate(parts):
                 self.weights.micro_batch(first=number == 0, last=number == count - 1)
                 with share_of_step(None if shares is None else shares[number]):
-                    out = self.run(**shard_rows(self.inputs, part, self.mesh, self.fixed))
-                    loss = scalar_loss(self.outputs, out)
-                    if loss is None:
-                        raise ValueError(
-                            "a step needs a loss: no output is a single number with a gradient"
-                            f" (outputs: {[output.path for output in self.outputs]}); let the"
-                            " model return its loss, and call step with gradients enabled"
-                        )
-                    del out
-                    (loss if count == 1 else loss / count).backward()
-                losses.append(loss.detach())
-                del loss
-                wide.take()
-        wide.put_back()
+                    if then is None:
+                        losses.append(self._loss(part, trains=False))
+                    else:
+                        losses.append(then(self._loss(part, trains=True)))
         dtype = torch.promote_types(losses[0].dtype, torch.float32)
         return torch.stack(losses).to(dtype).mean()
+
+    def _loss(self, part: Mapping[str, object], *, trains: bool) -> Tensor:
+        """Of a micro-batch, with these rows of this rank."""
+        out = self.run(**shard_rows(self.inputs, part, self.mesh, self.fixed))
+        return loss_of(self.outputs, out, trains=trains)
 
     def parts(self, rows: Mapping[str, object], count: int) -> list[dict[str, Any]]:
         """The arguments of each micro-batch; ValueError naming an input that does not divide."""
@@ -143,10 +160,33 @@ class Trained:
         return counts * len(parts) / counts.sum()
 
 
-def scalar_loss(outputs: Sequence[Output], out: Any) -> Tensor | None:
-    """The first output of a program that is one number with a gradient."""
+def scalar_loss(outputs: Sequence[Output], out: Any, *, trains: bool = True) -> Tensor | None:
+    """The first output of a program that is one number with a gradient.
+
+    Without gradients, the only output that is one number; ValueError if there are several.
+    """
     results = (look_up(out, output.path) for output in outputs)
-    return next((x for x in results if x.ndim == 0 and x.requires_grad), None)
+    numbers = [x for x in results if x.ndim == 0 and x.is_floating_point()]
+    if trains:
+        return next((x for x in numbers if x.requires_grad), None)
+    if len(numbers) > 1:
+        raise ValueError(
+            f"several outputs are single numbers (of {[output.path for output in outputs]}), and"
+            " without gradients nothing tells which is the loss: let the model return one"
+        )
+    return numbers[0] if numbers else None
+
+
+def loss_of(outputs: Sequence[Output], out: Any, *, trains: bool = True) -> Tensor:
+    """As `scalar_loss`; ValueError if there is none."""
+    loss = scalar_loss(outputs, out, trains=trains)
+    if loss is None:
+        raise ValueError(
+            "a step needs a loss: no output is a single number with a gradient (outputs:"
+            f" {[output.path for output in outputs]}); let the model return its loss, and call step"
+            " with gradients enabled"
+        )
+    return loss
 
 
 class WideGradients:
@@ -176,4 +216,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-__all__ = ["Labels", "Trained", "WideGradients", "scalar_loss"]
+__all__ = ["Labels", "Trained", "WideGradients", "loss_of", "scalar_loss"]

@@ -223,6 +223,7 @@ def train(
             model.zero_grad()
             with count_collectives() as counter:
                 loss = model.step(**own, micro_batches=many)
+            assert torch.equal(model.evaluate(**own, micro_batches=many), loss)
             gradients = {n: x for n, x in model.full_gradients().items() if x is not None}
             found.append((loss, gradients))
             with torch.no_grad():
