@@ -38,7 +38,7 @@ def docstring(plan: PlanData) -> str:
         unit = f"{unit}, {format_seconds(plan.decode.seconds)} per output token"
     made = request.target or "a model given to shardwright.plan"
     batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan)}"
-    conversion = sum(recache.seconds for recache in plan.recached)
+    conversion = plan.conversion_s
     converted = f"KV caches are converted between the two in {format_seconds(conversion)}."
     return "\n".join(
         [
@@ -64,22 +64,24 @@ def pipeline_docstring(plan: PlanData, pipeline: Pipeline) -> str:
     made = request.target or "a model given to shardwright.plan"
     batch = f"batch {request.batch} x {request.seq} tokens, {_formats(plan)}"
     count = len(pipeline.stages)
+    step = "A step runs" if plan.training else "Sequences pass in"
+    unit = "step" if plan.training else find_phase(find_phase(request.phase).programs[0]).run
+    if plan.decode is not None:
+        unit += f", {format_seconds(plan.decode.seconds)} per output token"
     return "\n".join(
         [
             f"{plan.graph.name} over {request.gpus} x {request.cluster}: {plan.mesh}.",
             "",
             f"{count} stages over pp={pipeline.ranks}, each on {inner}: rank r is in group"
-            f" r // {inner.ranks} of pp. A step runs",
+            f" r // {inner.ranks} of pp. {step}",
             f"{request.micro_batches} micro-batches by schedule {pipeline.schedule}, of which the"
             " picture at SCHEDULE shows the first.",
             "",
             fill(f"Made from {made}, {batch}.", _WIDTH),
-            f"Predicted: {format_seconds(plan.seconds)} per step, {pipeline.bubble:.0%} of it"
+            f"Predicted: {format_seconds(plan.seconds)} per {unit}, {pipeline.bubble:.0%} of it"
             f" waiting for others, {format_bytes(plan.memory.total)} per GPU.",
             "",
-            f"    torchrun {_ranks_text(request.gpus)}",
-            '    model = ShardedModel.from_checkpoint("folder with .safetensors")',
-            "    loss = model.step(**rows)    forward and backward of all micro-batches",
+            *_usage(plan),
         ]
     )
 
@@ -174,7 +176,7 @@ def _usage(plan: PlanData) -> Iterator[str]:
     yield '    model = ShardedModel.from_checkpoint("folder with .safetensors")'
     if any(operator_of(node).remembers for node in plan.graph.nodes):
         yield "    model.generate(input_ids, max_new_tokens=256)"
-    elif plan.request.micro_batches > 1:
+    elif plan.request.micro_batches > 1 or plan.pipeline is not None:
         yield "    loss = model.step(**rows)    forward and backward of all micro-batches"
     elif plan.training and any(out.path == ("loss",) for out in plan.graph.outputs):
         yield "    model(**model.shard_inputs(**batch)).loss.backward()"

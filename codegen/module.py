@@ -47,7 +47,7 @@ from .names import words_of
 from .nesting import Function, nest
 from .source import WIDTH, check, comment_lines, statement
 
-_DECODING = "Decoding"  # the class of the second program, where a module has two
+DECODING = "Decoding"  # the class of the second program, where a module has two; its name ends so
 
 # From the text of a module's classes to the lines that say how to read its signs
 Legend: TypeAlias = Callable[[str], Iterable[str]]
@@ -83,15 +83,12 @@ def write_source(
     functions = Functions(graphs, [*users.values(), *axis_names(mesh)])
     classes = Classes([*users.values(), *functions.names])
     if decode is not None:
-        second = [Writer(decode, mesh, "decode", optimizer, classes, functions, users, _DECODING)]
+        second = [Writer(decode, mesh, "decode", optimizer, classes, functions, users, DECODING)]
     first = Writer(
         program, mesh, phase, optimizer, classes, functions, users, second=second,
         recached=recached,
     )  # fmt: skip
-    tables = _page_tables([writer.caches() for writer in (first, *second)])
-    for writer in (first, *second):
-        writer.tables = tables
-    models = [writer.model_class() for writer in (*second, first)]
+    models = [writer.model_class() for writer in sharing_tables((*second, first))]
     return file_of(summary, [*classes.parts(), *models], functions, legend, imports, users)
 
 
@@ -113,6 +110,14 @@ def file_of(
     foot = ['if __name__ == "__main__":', "    ShardedModel.demo()"]
     text = "\n\n\n".join("\n".join(part) for part in (head, *parts, foot)) + "\n"
     return check(text, imports)
+
+
+def sharing_tables(writers: Sequence[Writer]) -> Sequence[Writer]:
+    """The writers of a module's programs, told which caches share a page table."""
+    tables = _page_tables([writer.caches() for writer in reversed(writers)])
+    for writer in writers:
+        writer.tables = tables
+    return writers
 
 
 def _page_tables(programs: Sequence[Mapping[str, Compute]]) -> dict[str, int]:
@@ -185,7 +190,7 @@ class Writer:
         self.functions = functions
         self.users = users  # what the module calls the user's functions
         self.name = name
-        self.prefix = _DECODING if name == _DECODING else ""  # of the classes' names
+        self.prefix = DECODING if name.endswith(DECODING) else ""  # of the classes' names
         self.second = second  # the program for decoding beside this one, if there is one
         self.recached = recached  # ways of caches to its layout, by node
         self.labels: Mapping[str, DimLabels] = label_dims(program.graph)
@@ -380,7 +385,7 @@ class Writer:
         modules = self._modules(writer, context)
         arguments, unpacked = taken_in(program.graph, names)
         sizes = ", ".join(f'"{name}": {size}' for name, size in self.mesh.axes)
-        what = " for one token of each sequence" if self.name == _DECODING else ""
+        what = " for one token of each sequence" if self.prefix else ""
         return [
             f"class {self.name}(ShardedModule):",
             f'    """{self.title} as one rank of {self.mesh} runs it{what}."""',
@@ -399,7 +404,7 @@ class Writer:
             *self._labels_line(),
             *self._outputs_table(),
             *self._caches_table(),
-            *([f"    DECODE = {_DECODING}"] if self.second else []),
+            *[f"    DECODE = {second.name}" for second in self.second],
             "",
             *arguments,
             *unpacked,
@@ -439,7 +444,7 @@ class Writer:
 
     def _parameters_table(self) -> list[str]:
         if self.second:  # the same parameters, stored alike
-            return [f"    PARAMETERS = {_DECODING}.PARAMETERS"]
+            return [f"    PARAMETERS = {self.second[0].name}.PARAMETERS"]
         lines = ["    PARAMETERS = {"]
         for param, spec in _stored(self.program.weights):
             lines += self._param_line("", param, spec)
@@ -614,12 +619,12 @@ class Writer:
     def _caches_table(self) -> list[str]:
         """KV caches by their path, `model.layers.{0..31}.kv`."""
         if self.second and not self.recached:
-            return [f"    CACHES = {_DECODING}.CACHES"]
+            return [f"    CACHES = {self.second[0].name}.CACHES"]
         rows = [
             line for name, item in self.caches().items() for line in self._cache_row(name, item)
         ]
         if self.recached:
-            way = "from `spec` along `path` to the layout of `Decoding`"
+            way = f"from `spec` along `path` to the layout of `{self.second[0].name}`"
             rows.insert(0, f"        # After prefill a cache is converted {way}.")
         return ["    CACHES = {", *rows, "    }"] if rows else []
 

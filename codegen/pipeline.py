@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..facts.mesh import Mesh
+from ..facts.phases import DECODE, TRAIN
+from ..facts.schedules import FORWARD
+from ..facts.spec import Spec
 from ..ir.ops.users import imports_in
 from ..planner.plan.program import Program
 from .body import axis_names
 from .classes import Classes, names_of
 from .functions import Functions
-from .module import Legend, Writer, file_of, no_legend
+from .module import DECODING, Legend, Writer, file_of, no_legend, sharing_tables
 from .source import comment_lines, statement
 
 AXIS = "pp"  # the mesh axis of a pipeline, the outermost
@@ -40,27 +43,45 @@ def write_pipeline(
     optimizer: str,
     picture: Sequence[str] = (),
     legend: Legend = no_legend,
+    phase: str = TRAIN.name,
+    decodes: Sequence[Program] = (),
+    recached: Sequence[Mapping[str, Sequence[Spec]]] = (),
 ) -> str:
     """The generated module of a pipeline over `ranks` times the stages' `mesh`, as text.
 
     `programs` are those of the kinds of stages that `rows`, in the model's order, consist of;
-    `picture` shows the schedule, a line for each rank.
+    `picture` shows the schedule, a line for each rank.  Of a pipeline that serves `decodes` are the
+    kinds' programs for single tokens, and `recached` as in `write_source`, of each kind.
     """
-    imports = list(dict.fromkeys(item for each in programs for item in imports_in(each.graph)))
+    graphs = [each.graph for each in (*programs, *decodes)]
+    imports = list(dict.fromkeys(item for graph in graphs for item in imports_in(graph)))
     users = names_of(imports, mesh.names)
     kinds = [row.kind for row in rows]
     names = [f"Stage{kinds.index(kind)}" for kind in range(len(programs))]
-    graphs = [program.graph for program in programs]
     functions = Functions(graphs, [*users.values(), *names, *axis_names(mesh)])
     classes = Classes([*users.values(), *names, *functions.names])
-    writers = [
-        Writer(
-            program, mesh, "train", optimizer, classes, functions, users, name,
-            title=_title(rows, kind, program),
-        )
-        for kind, (name, program) in enumerate(zip(names, programs, strict=True))
-    ]  # fmt: skip
-    models = [writer.model_class() for writer in writers]
+    models: list[list[str]] = []
+    for kind, (name, program) in enumerate(zip(names, programs, strict=True)):
+        title = _title(rows, kind, program)
+        second = [
+            Writer(
+                each,
+                mesh,
+                DECODE.name,
+                optimizer,
+                classes,
+                functions,
+                users,
+                f"{name}{DECODING}",
+                title=title,
+            )  # fmt: skip
+            for each in decodes[kind : kind + 1]
+        ]
+        first = Writer(
+            program, mesh, phase, optimizer, classes, functions, users, name, second,
+            recached[kind] if recached else {}, title,
+        )  # fmt: skip
+        models += [writer.model_class() for writer in sharing_tables((*second, first))]
     whole = _model(
         rows, names, programs[0], mesh, ranks, schedule, micro_batches, optimizer, picture
     )
@@ -98,6 +119,8 @@ def _model(
         table += statement(f"Stage({', '.join(args)}),", 2)
     what = f"{program.graph.name} in {len(rows)} stages over {AXIS}={ranks}, each on {mesh}."
     told = f"ranks 0 to {ranks - 1} of {AXIS} over time: F a forward, B a backward, . waits"
+    if schedule == FORWARD:
+        told = told.replace(", B a backward", " of micro-batch 0, 1, ...")
     return [
         "class ShardedModel(PipelinedModule):",
         f'    """{what}"""',

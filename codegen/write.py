@@ -7,6 +7,7 @@ from functools import partial
 
 from ..facts.mesh import Mesh
 from ..facts.phases import find_phase
+from ..facts.spec import Spec
 from ..planner.plan.plan import Pipeline, PlanData
 from ..planner.plan.program import Program
 from .header import docstring, legend, pipeline_docstring, schedule_picture
@@ -37,6 +38,7 @@ def _pipeline_source(plan: PlanData, pipeline: Pipeline) -> str:
         values = {each.name: each.value for each in graph.inputs}
         constant = tuple(name for name in stage.taken if not values[name].differentiable)
         rows.append(Row(stage.kind, stage.first, stage.taken, stage.given, constant))
+    then = None if plan.decode is None else plan.decode.pipeline
     widest = max(pipeline.kinds, key=lambda kind: kind.mesh.ranks)
     return write_pipeline(
         [kind.program for kind in pipeline.kinds],
@@ -49,7 +51,15 @@ def _pipeline_source(plan: PlanData, pipeline: Pipeline) -> str:
         optimizer=plan.request.optimizer,
         picture=schedule_picture(pipeline, plan.request.micro_batches),
         legend=partial(legend, widest),
+        phase=find_phase(plan.request.phase).programs[0],
+        decodes=[] if then is None else [kind.program for kind in then.kinds],
+        recached=[_recached(kind) for kind in pipeline.kinds],
     )
+
+
+def _recached(plan: PlanData) -> dict[str, tuple[Spec, ...]]:
+    """By attention the ways of caches to the layout for decoding."""
+    return {recache.node: recache.path for recache in plan.recached}
 
 
 def programs_source(
@@ -69,6 +79,6 @@ def programs_source(
         phase=find_phase(plan.request.phase).programs[0],
         optimizer=optimizer,
         decode=None if plan.decode is None else programs[1],
-        recached={recache.node: recache.path for recache in plan.recached},
+        recached=_recached(plan),
         legend=legend,
     )

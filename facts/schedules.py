@@ -128,12 +128,15 @@ class PipelineSchedule:
         for stage in range(self.stages):
             for batch in range(self.micro_batches):
                 times = [count.pop(Action(kind, stage, batch), 0) for kind in ("F", "B", "I", "W")]
-                if times not in ([1, 1, 0, 0], [1, 0, 1, 1]):
+                if times not in ([[1, 0, 0, 0]] if self.name == FORWARD else _WHOLE):
                     wrong.append(f"stage {stage} of micro-batch {batch}")
         wrong += [f"{action}" for action in count]
         if wrong:
             raise ValueError(f"schedule {self.name} is not one: {', '.join(wrong[:5])}")
         _ = self.order
+
+
+_WHOLE = ([1, 1, 0, 0], [1, 0, 1, 1])  # how often F, B, I and W
 
 
 def _result(kind: Kind) -> Kind:
@@ -144,6 +147,7 @@ def _result(kind: Kind) -> Kind:
 # --- the schedules -------------------------------------------------------------------------------
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
+FORWARD = "forward"  # of inference: forwards alone
 _SEVERAL = ("interleaved", "zbv", "dualpipev")  # with several stages a rank
 _IN_A_V = ("zbv", "dualpipev")  # rank 0 has the first stage and the last
 
@@ -155,6 +159,8 @@ def default_stages(name: str) -> int:
 
 def refusal(name: str, ranks: int, per_rank: int, micro_batches: int) -> str:
     """Why there is no such schedule, in words that end a sentence; "" where there is one."""
+    if name == FORWARD:
+        return f"{name} has one stage on each rank, not {per_rank}" if per_rank != 1 else ""
     if name not in SCHEDULES:
         return f"there is no schedule `{name}`; there are {', '.join(SCHEDULES)}"
     if name not in _SEVERAL and per_rank != 1:
@@ -239,6 +245,10 @@ class _Counting:
         return (action for action in self.found if action.batch < micro_batches)
 
 
+def _forward(ranks: int, rank: int, per_rank: int, micro_batches: int) -> list[Action]:
+    return _Counting([rank]).run("F0", micro_batches).found
+
+
 def _gpipe(ranks: int, rank: int, per_rank: int, micro_batches: int) -> list[Action]:
     return _Counting([rank]).run("F0", micro_batches).run("B0", micro_batches).found
 
@@ -312,6 +322,7 @@ def _dualpipev(ranks: int, rank: int, per_rank: int, micro_batches: int) -> list
 
 
 _LISTS: dict[str, Callable[[int, int, int, int], Sequence[Action] | Iterator[Action]]] = {
+    FORWARD: _forward,
     "gpipe": _gpipe,
     "1f1b": _one_f_one_b,
     "interleaved": _interleaved,
@@ -322,5 +333,6 @@ _LISTS: dict[str, Callable[[int, int, int, int], Sequence[Action] | Iterator[Act
 
 
 __all__ = [
-    "SCHEDULES", "Action", "Kind", "PipelineSchedule", "default_stages", "refusal", "schedule",
+    "FORWARD", "SCHEDULES", "Action", "Kind", "PipelineSchedule", "default_stages", "refusal",
+    "schedule",
 ]  # fmt: skip

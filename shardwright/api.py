@@ -42,6 +42,7 @@ from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
 from .planner.report.throughput import throughput
 from .planner.search.search import Job, setting_of
+from .planner.search.served_stages import make_served_pipeline
 from .planner.search.serving import make_serving_plan
 from .planner.search.staged import may_have_stages, with_stages
 from .planner.search.variants import make_plan
@@ -526,6 +527,9 @@ def micro_batch_counts(request: Request) -> list[int]:
 
 def planned(graphs: tuple[Graph, ...], job: Job) -> Plan:
     """The plan of the graphs of a request."""
+    stages = job.layout is not None and job.layout.pipeline > 1
+    if stages and not find_phase(job.request.phase).backward:
+        return Plan.of(make_served_pipeline(graphs, job))
     if len(graphs) == 1:
         return Plan.of(_with_names(make_plan(graphs[0], job), job.mesh))
     prefill, decode = graphs

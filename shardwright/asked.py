@@ -27,7 +27,7 @@ from .planner.errors import PlanError
 from .planner.ilp.solve import SOLVERS
 from .planner.plan.plan import OUTPUT_LAYOUTS, Request
 from .planner.search.search import Clock, Job
-from .planner.search.shapes import default_micro_batches, refuse_phase
+from .planner.search.shapes import check_phase, default_in_flight, default_micro_batches
 from .planner.strategies.layout import Layout, limited
 
 AXES = ("x", "y", "z", "u")  # names of a mesh whose sizes alone are given
@@ -150,10 +150,13 @@ class Asked:
                 )
             if not find_phase(self.phase).backward:
                 raise PlanError(
-                    f"--schedule is for training: pipelines are not planned for phase {self.phase}"
+                    f"--schedule is for training: in phase {self.phase} micro-batches pass the"
+                    " stages of a pipeline one behind the other"
                 )
         if layout is not None and layout.pipeline > 1:
-            refuse_phase(self.phase, layout)
+            check_phase(self.phase, layout)
+            if self.micro_batches is None and not find_phase(self.phase).backward:
+                return default_in_flight(batch, layout)
             if self.micro_batches is None:
                 name = self.schedule or ("interleaved" if layout.per_rank > 1 else "1f1b")
                 return default_micro_batches(batch, layout, name)
@@ -183,9 +186,10 @@ class Asked:
         gpus = self.ranks
         machine = load_cluster(self.cluster, gpus)
         passes = self._passes(batch, layout)
-        if passes > 1 and not kind.backward:
+        if passes > 1 and not kind.backward and (layout is None or layout.pipeline == 1):
             raise PlanError(
-                f"--micro-batches is for training: phase {self.phase} adds up no gradients"
+                f"--micro-batches is for training and for pipelines: phase {self.phase} adds up no"
+                " gradients"
             )
         if batch % passes:
             raise PlanError(

@@ -31,7 +31,7 @@ def page_of_plan(plan: PlanData) -> str:
     """The page as text.  Raises ClusterError where the plan's cluster file is not here."""
     machine = load_cluster(plan.request.cluster, plan.request.gpus)
     parts = [_head(plan), _mesh(plan, machine), _baselines(plan), memory_at_the_peak(plan)]
-    programs = ways_of_plan(Again(plan, machine))
+    programs = [] if plan.serves_in_stages else ways_of_plan(Again(plan, machine))
     if plan.pipeline is not None:
         parts.append(timeline(moments_on(plan, machine)))
     for program in programs:

@@ -801,10 +801,11 @@ def compare_on_rank(folder: str, training: bool) -> list[Errors]:
     """Run `folder`/generated.py on the numbers in `folder`/case.pt; errors per reference."""
     case, model = _loaded_on_rank(folder)
     wanted = torch.load(Path(folder) / "expected.pt", mmap=True, weights_only=True)
-    if isinstance(model, PipelinedModule):
+    steps = [Step(*step) for step in case["steps"]]
+    if not steps and _in_stages(model):
         return _compare_step(model, case, wanted)
     leaves: dict[str, Tensor] = {}
-    if steps := [Step(*step) for step in case["steps"]]:
+    if steps:
         with _float64_by_default():
             outputs = by_module(model, steps, case["inputs"]["input_ids"])
     else:
@@ -868,9 +869,14 @@ def _compare_step(
     return found
 
 
+def _in_stages(model: Any) -> bool:
+    """Is it a pipeline?"""
+    return isinstance(model, PipelinedModule)
+
+
 def _updates(model: Any) -> list[str]:
     """The buffers that the module's program changes."""
-    if isinstance(model, PipelinedModule):
+    if _in_stages(model):
         return []
     return [name for output in model.OUTPUTS if (name := updated_buffer(output.path))]
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
-from ...facts.schedules import refusal
+from ...facts.schedules import FORWARD, refusal
 from ...facts.spec import Spec, V, format_spec
 from ...ir.graph import Graph, Node, Value
 from ...ir.graph.check import GraphError, check_graph
@@ -33,7 +34,9 @@ def check_plan(plan: PlanData, *, operators: bool = True) -> None:
     they give what the graph says, and running them loads a third of torch.
     """
     if plan.pipeline is not None:
-        _check_pipeline(plan, plan.pipeline, operators)
+        for each, pipeline in _pipelines(plan):
+            _check_pipeline(each, pipeline)
+        _check_kinds(plan, operators)
         return
     phases = find_phase(plan.request.phase).programs
     _check(len(plan.phases) == len(phases), f"phase {plan.request.phase} is {' and '.join(phases)}")
@@ -55,11 +58,23 @@ def check_plan(plan: PlanData, *, operators: bool = True) -> None:
     _check_recached(plan)
 
 
-def _check_pipeline(plan: PlanData, pipeline: Pipeline, operators: bool) -> None:
-    """Stages follow one another in the model and in what they exchange; each kind has a plan."""
+def _pipelines(plan: PlanData) -> list[tuple[PlanData, Pipeline]]:
+    """Those of both phases, with the same stages in both."""
+    found = [(each, each.pipeline) for each in plan.phases if each.pipeline is not None]
+    alike = len({tuple((s.kind, s.first) for s in own.stages) for _, own in found}) == 1
+    complete = len(found) == len(plan.phases) and (
+        plan.decode is None or plan.decode.decode is None
+    )
+    same = alike and len({len(own.kinds) for _, own in found}) == 1
+    _check(complete and same, "plan field `pipeline`: decode has other stages than prefill")
+    return found
+
+
+def _check_pipeline(plan: PlanData, pipeline: Pipeline) -> None:
+    """Stages follow one another in the model and in what they exchange."""
     field, request = "plan field `pipeline`", plan.request
-    _check(plan.training and plan.decode is None, f"{field}: it is for training")
-    _check(not plan.decisions.choices and not plan.paths, f"{field}: its stages alone are decided")
+    decided = plan.decisions.choices or plan.paths or plan.recached
+    _check(not decided, f"{field}: its stages alone are decided")
     stages, kinds = pipeline.stages, pipeline.kinds
     _check(
         bool(stages) and len(stages) % pipeline.ranks == 0,
@@ -67,18 +82,32 @@ def _check_pipeline(plan: PlanData, pipeline: Pipeline, operators: bool) -> None
     )
     why = refusal(pipeline.schedule, pipeline.ranks, pipeline.per_rank, request.micro_batches)
     _check(not why, f"{field}: {why}")
+    forward = pipeline.schedule == FORWARD
+    _check(forward != plan.training, f"{field}: {pipeline.schedule} in phase {request.phase}")
     numbers = {stage.kind for stage in stages}
     _check(numbers == set(range(len(kinds))), f"{field}: its stages are not of its kinds")
     for kind in kinds:
-        _check(kind.pipeline is None, f"{field}: a stage is a pipeline")
-        check_plan(kind, operators=operators)
         _check(kind.mesh == kinds[0].mesh, f"{field}: stages have different meshes")
-        same = kind.request.micro_batches == request.micro_batches and kind.training
+        passes = request.micro_batches if plan.training else 1
+        same = kind.request.micro_batches == passes and kind.training == plan.training
         _check(same, f"{field}: a stage has other micro-batches")
     ranks = pipeline.ranks * kinds[0].mesh.ranks
     _check(request.gpus == plan.mesh.ranks == ranks, f"`mesh` has not {request.gpus} ranks")
     _check(plan.mesh.axes[1:] == kinds[0].mesh.axes, f"{field}: `mesh` is not that of its stages")
     _check_stages(plan.graph, pipeline)
+
+
+def _check_kinds(plan: PlanData, operators: bool) -> None:
+    """Each kind of stage has a plan, that of decode beside that of prefill."""
+    kinds = [own.kinds for _, own in _pipelines(plan)]
+    for kind, *then in zip(*kinds, strict=True):
+        phases = (kind, *then)
+        single = all(each.pipeline is None and each.decode is None for each in phases)
+        _check(single, "plan field `pipeline`: a stage is a pipeline, or has a plan of decode")
+        if then:
+            request = replace(kind.request, phase=plan.request.phase)
+            kind = replace(kind, request=request, decode=then[0])
+        check_plan(kind, operators=operators)
 
 
 def _check_stages(graph: Graph, pipeline: Pipeline) -> None:

@@ -150,7 +150,8 @@ class PlannedStage:
     `first` has by the path of a loop the first of the model's layers that it runs; `taken` are the
     inputs that the stage before sends, `given` the outputs that go to the next.  Seconds are those
     of a micro-batch, forward, backward, and to send what it gives and the gradients of what it
-    took; `once_s` are those of a step besides.
+    took (in inference the last stage sends logits back to all others); `once_s` are those of a step
+    besides.
     """
 
     kind: int
@@ -200,8 +201,9 @@ class PlanData:
     `paths` holds every conversion that the program runs: (value, from, to) -> priced steps.
     In phase `serve` this is the plan of prefill, and `decode` that of one output token, with the
     same mesh and parameters; `recached` are the caches that decode wants laid out otherwise.
-    With a `pipeline` decisions are those of its stages, and here are none; `mesh` has the axis of
-    the pipeline before those of a stage, and `memory` is that of the rank that holds most.
+    With a `pipeline`, which the plan of decode then has too, decisions are those of its stages, and
+    here are none; `mesh` has the axis of the pipeline before those of a stage, and `memory` is that
+    of the rank that holds most.
     """
 
     request: Request
@@ -227,8 +229,16 @@ class PlanData:
         output tokens."""
         if self.decode is None:
             raise ValueError(f"a plan for phase {self.request.phase} has no answers")
-        conversion = sum(recache.seconds for recache in self.recached)
-        return self.seconds + conversion + self.request.decode_steps * self.decode.seconds
+        tokens = self.request.decode_steps * self.decode.seconds
+        return self.seconds + self.conversion_s + tokens
+
+    @property
+    def conversion_s(self) -> float:
+        """Seconds in which caches are converted once an answer: in a pipeline those of the stage
+        that takes longest, of all micro-batches."""
+        if self.pipeline is None:
+            return sum(recache.seconds for recache in self.recached)
+        return self.request.micro_batches * max(kind.conversion_s for kind in self.pipeline.kinds)
 
     @property
     def phases(self) -> tuple[PlanData, ...]:
@@ -239,6 +249,11 @@ class PlanData:
     def training(self) -> bool:
         """Is this a plan for training steps?"""
         return find_phase(self.request.phase).backward
+
+    @property
+    def serves_in_stages(self) -> bool:
+        """Is this a pipeline for inference?"""
+        return self.pipeline is not None and not self.training
 
     @property
     def may_recompute(self) -> bool:

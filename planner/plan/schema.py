@@ -12,7 +12,7 @@ from ...costmodel.memory import OPTIMIZERS
 from ...facts.collectives import COLLECTIVES
 from ...facts.mesh import MOST_RANKS, can_be_axis
 from ...facts.phases import PHASES
-from ...facts.schedules import SCHEDULES
+from ...facts.schedules import FORWARD, SCHEDULES
 from ...facts.schema import (
     Either,
     Flag,
@@ -150,7 +150,7 @@ _STAGE = Record(
 def _pipeline(plan: Shape) -> Shape:
     return Record(
         {
-            "schedule": OneOf(SCHEDULES),
+            "schedule": OneOf((*SCHEDULES, FORWARD)),
             "ranks": Whole(2, MOST_RANKS),
             "bubble": Number(0, 1),
             "stages": ListOf(_STAGE, 2**14),
@@ -194,7 +194,7 @@ def _plan(decode: Shape, stage: Shape | None) -> Shape:
     )
 
 
-PLAN = nesting("plan", _plan(Null(), None), lambda inner: _plan(Either(Null(), inner), inner), 1)
+PLAN = nesting("plan", _plan(Null(), None), lambda inner: _plan(Either(Null(), inner), inner), 2)
 
 
 def json_schema() -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Side:
             return parts
         steps = self.plan.request.decode_steps
         later = {what: steps * s for what, s in Side(self.name, decode).seconds().items()}
-        parts["conversion of caches"] = sum(each.seconds for each in self.plan.recached)
+        parts["conversion of caches"] = self.plan.conversion_s
         return {what: parts.get(what, 0.0) + later.get(what, 0.0) for what in {**parts, **later}}
 
     def received(self) -> dict[str, float]:

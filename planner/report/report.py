@@ -60,33 +60,36 @@ def format_plan(plan: PlanData, throughput: str = "") -> str:
 def _stages(plan: PlanData, pipeline: Pipeline) -> str:
     """The schedule, and a line for each stage."""
     count, request = len(pipeline.stages), plan.request
-    rows: list[tuple[str, ...]] = [
-        ("stage", "rank", "layers", "forward", "backward", "sends", "once a step", "memory", "plan")
-    ]
+    head = ("stage", "rank", "layers", "forward", "backward", "sends", "once a step")
+    rows: list[tuple[str, ...]] = [(*_of_phase(plan, head), "memory", "plan")]
     rank_of = pipeline.table(request.micro_batches).rank_of
     for which, same in groupby(enumerate(pipeline.stages), key=lambda each: each[1].kind):
         numbers, kind = [number for number, _ in same], pipeline.kinds[which]
         first, last, stage = numbers[0], numbers[-1], pipeline.stages[numbers[0]]
-        rows.append(
-            (
-                f"{first} to {last}" if numbers[1:] else f"{first}",
-                _ranks([rank_of[number] for number in numbers]),
-                f"{stage.layers} {kind.decisions.recomputed.words(stage.layers)}",
-                format_seconds(stage.forward_s),
-                format_seconds(stage.backward_s),
-                format_seconds(stage.send_s + stage.send_back_s),
-                format_seconds(stage.once_s),
-                format_bytes(kind.memory.total),
-                f"{kind.mesh}",
-            )
+        kept = kind.decisions.recomputed.words(stage.layers)
+        row = (
+            f"{first} to {last}" if numbers[1:] else f"{first}",
+            _ranks([rank_of[number] for number in numbers]),
+            f"{stage.layers} {kept}" if plan.training else f"{stage.layers}",
+            format_seconds(stage.forward_s),
+            format_seconds(stage.backward_s),
+            format_seconds(stage.send_s + stage.send_back_s),
+            format_seconds(stage.once_s),
         )
+        rows.append((*_of_phase(plan, row), format_bytes(kind.memory.total), f"{kind.mesh}"))
     each = f", {pipeline.per_rank} on each rank" if pipeline.per_rank > 1 else ""
-    head = (
+    by = f"by {pipeline.schedule}" if plan.training else "one behind the other"
+    told = (
         f"Pipeline: {count} stages over pp={pipeline.ranks}{each}, {request.micro_batches}"
-        f" micro-batches of {request.rows} sequences by {pipeline.schedule}; ranks wait for others"
-        f" {pipeline.bubble:.0%} of a step."
+        f" micro-batches of {request.rows} sequences {by}; ranks wait for others"
+        f" {pipeline.bubble:.0%} of a {_unit(plan)}."
     )
-    return f"{head}\n{table(rows)}"
+    return f"{told}\n{table(rows)}"
+
+
+def _of_phase(plan: PlanData, row: tuple[str, ...]) -> tuple[str, ...]:
+    """Without what inference does not have: backward passes, and what is done once a step."""
+    return row if plan.training else tuple(x for n, x in enumerate(row) if n not in (4, 6))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -137,10 +140,8 @@ def _format_serving(plan: PlanData, decode: PlanData) -> str:
     parts = [
         head,
         _ordinary(plan),
-        "\n".join([f"Prefill of {tokens}", _binding(plan), *_moved(plan, "prefill")]),
-        *_tables(plan),
-        "\n".join(["Decode of one token", _binding(decode), *_moved(decode, "output token")]),
-        *_tables(decode),
+        *_phase(f"Prefill of {tokens}", plan, "prefill"),
+        *_phase("Decode of one token", decode, "output token"),
         _memory(decode),
         _search(plan),
         _notes(plan),
@@ -148,15 +149,22 @@ def _format_serving(plan: PlanData, decode: PlanData) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _phase(title: str, plan: PlanData, unit: str) -> list[str]:
+    """What one of two phases does, its stages where it has some."""
+    if plan.pipeline is not None:
+        return [f"{title}\n{_stages(plan, plan.pipeline)}"]
+    return ["\n".join([title, _binding(plan), *_moved(plan, unit)]), *_tables(plan)]
+
+
 def _conversion_time(plan: PlanData) -> str:
-    if not plan.recached:
-        return ""
-    seconds = sum(recache.seconds for recache in plan.recached)
-    return f"  conversion of the KV caches      {format_seconds(seconds)}\n"
+    seconds = plan.conversion_s
+    return f"  conversion of the KV caches      {format_seconds(seconds)}\n" if seconds else ""
 
 
 def _layouts(plan: PlanData) -> str:
     """What both phases share, and which caches are converted between them."""
+    if plan.pipeline is not None and plan.conversion_s:
+        return "One set of weights serves both phases; after prefill stages convert KV caches."
     if not plan.recached:
         return "One set of weights and one cache layout serve both phases."
     lines = ["One set of weights serves both phases; after prefill KV caches are converted:"]
@@ -227,7 +235,7 @@ def _versus(plan: PlanData, seconds: float) -> str:
 
 def _unit(plan: PlanData) -> str:
     """What the seconds are for."""
-    return find_phase(plan.request.phase).run
+    return find_phase(find_phase(plan.request.phase).programs[0]).run
 
 
 def _rate(plan: PlanData) -> str:

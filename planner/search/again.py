@@ -25,7 +25,7 @@ from ..strategies.setting import Restriction, Setting, Within
 from ..strategies.storage import Storage
 from .search import Builders, Clock, Job, Progress
 from .serving import make_serving_plan, serving_plan_on
-from .shapes import default_micro_batches, refuse_phase
+from .shapes import default_micro_batches
 from .staged import may_have_stages, with_stages
 from .stages import join, most_in_flight
 from .variants import make_plan
@@ -160,9 +160,19 @@ class Again:
             builders=self.builders,
         )
 
+    def check(self) -> None:
+        """Raises PlanError for a plan that is not asked again."""
+        plan = self.plan
+        if plan.serves_in_stages:
+            raise PlanError(
+                f"{plan.graph.name} is served in stages, and such a plan is not asked again: plan"
+                f" it anew, --layout {plan.request.layout}, or ask a plan without stages"
+            )
+
     def same(self) -> PlanData:
         """The plan's own decisions as they are priced here, whether or not they fit the memory."""
         plan = self.plan
+        self.check()
         if plan.decode is not None:
             return self._same_served(plan, plan.decode)
         if plan.pipeline is not None:
@@ -241,7 +251,12 @@ class Again:
             raise PlanError(
                 f"--why-not {layout}: it is for {asked.ranks} GPUs, the plan for {request.gpus}"
             )
-        refuse_phase(request.phase, asked)
+        self.check()
+        if asked.pipeline > 1 and not self.plan.training:
+            raise PlanError(
+                f"--why-not {layout}: a plan of phase {request.phase} is not set beside one with"
+                f" stages; plan that, --layout {layout}, and compare the two"
+            )
         job, graph = self.job(layout=layout), self.plan.graph
         if self.plan.decode is not None:
             return make_serving_plan(graph, self.plan.decode.graph, job)

@@ -102,7 +102,7 @@ def serving_variants(prefill: Graph, decode: Graph) -> list[_Graphs]:
 
 def serving_plan_on(prefill: Graph, decode: Graph, mesh: Mesh, job: Job) -> PlanData | None:
     """The plan of both graphs, as they are, on one mesh; None where nothing fits."""
-    served, solution = _attempt(_builders((prefill, decode), mesh, job), job.limit, job)
+    served, solution = attempt(_builders((prefill, decode), mesh, job), job.limit, job)
     return served and _assembled(served, (), solution.status != "feasible", job)
 
 
@@ -118,7 +118,7 @@ def _search(graphs: _Graphs, job: Job, rival: _Served | None) -> Searched[_Serve
     searched = Searched[_Served].against(rival)
     for mesh in job.meshes:
         job.progress(f"solving {mesh}")
-        searched.add(*_attempt(_builders(graphs, mesh, job), job.limit, job, searched.ceiling))
+        searched.add(*attempt(_builders(graphs, mesh, job), job.limit, job, searched.ceiling))
     return searched
 
 
@@ -127,7 +127,7 @@ def _builders(graphs: _Graphs, mesh: Mesh, job: Job) -> list[Builder]:
         return [job.builder(graph, mesh, job.setting) for graph in graphs]
 
 
-def _attempt(
+def attempt(
     builders: Sequence[Builder], limit: Limit, job: Job, ceiling: float = inf
 ) -> tuple[_Served | None, Solution]:
     """The optimum of both phases on one mesh, None if nothing fits its memory or is below the
@@ -157,7 +157,7 @@ def _baselines(graphs: _Graphs, best: _Served, job: Job) -> Ordinary[_Served]:
 
     def price(mesh: Mesh, limit: Limit) -> Price[_Served]:
         builders = _builders(graphs, mesh, aside)
-        served, solution = _attempt(builders, limit, aside)
+        served, solution = attempt(builders, limit, aside)
         if served is not None:
             return Price(served.prefill.peak_bytes, served)
         if solution.clash:
@@ -213,7 +213,8 @@ def _joined(parts: Sequence[Built], decodes: int) -> ShardingProblem:
     shift = len(prefill.nodes)
     late = prefill.horizon + 1
     ours, theirs = _caches(prefill), _caches(decode)
-    pools = {cache.index: _pool(cache, theirs[key], late) for key, cache in ours.items()}
+    many = prefill.builder.setting.in_flight
+    pools = {cache.index: _pool(cache, theirs[key], late, many) for key, cache in ours.items()}
     nodes: list[ProblemNode] = []
     for index, node in enumerate(prefill.nodes):
         kept = prefill.uses.get(index, ()).count("kept")  # the cache of the prompt alone
@@ -242,13 +243,14 @@ class _Cache:
     sizes: tuple[int, ...]
 
 
-def _pool(prefill: _Cache, decode: _Cache, until: int) -> Usage:
-    """The cache in prefill's layout, which has room for the whole answer from the start."""
+def _pool(prefill: _Cache, decode: _Cache, until: int, many: int) -> Usage:
+    """The cache in prefill's layout, which has room for the whole answer from the start; of `many`
+    micro-batches."""
     node, specs = decode.cached.node, prefill.specs
     ours = prefill.cached.node
     run = ours.operands[0].type.shape[2] if keeps_tokens(ours) else 0  # tokens that come at once
     size = {spec: cache_bytes_in(node, spec, prefill.sizes, run) for spec in set(specs)}
-    return Usage(0, until, np.array([prefill.cached.count * size[spec] for spec in specs]))
+    return Usage(0, until, np.array([many * prefill.cached.count * size[spec] for spec in specs]))
 
 
 def _ties(

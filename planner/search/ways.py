@@ -148,7 +148,11 @@ class _Staged(Ways):
 
 
 def ways_of_plan(again: Again) -> list[Ways]:
-    """One for each program of a plan, on the machine that it is asked about."""
+    """One for each program of a plan, on the machine that it is asked about.
+
+    Raises PlanError for one that is not asked again.
+    """
+    again.check()
     plan = again.plan
     if (decode := plan.decode) is not None:
         alone = replace(plan, decode=None)

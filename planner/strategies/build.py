@@ -420,7 +420,8 @@ class _Building:
         if self.builder.setting.training:
             kept_usages = self.live.kept(region, runs)
         elif runs.cached.any():
-            kept_usages = [Usage(0, self.times.horizon, weight * runs.cached)]
+            all_cached = self.builder.setting.in_flight * weight * runs.cached
+            kept_usages = [Usage(0, self.times.horizon, all_cached)]
         self.uses[len(self.nodes)] = _all_for("kept", len(kept_usages))
         usages = (*kept_usages, *self.live.running(me, runs, allowed))
         return ProblemNode(region.name, weight * self.times_a_step * runs.seconds, usages)

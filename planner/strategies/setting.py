@@ -26,7 +26,7 @@ class Setting:
     `whole_outputs`: every rank returns all of each output, and not its part.
     `micro_batches`: of a step; the graph is that of one.  `reduced`: the dtype of gradients on
     their way between ranks, None: that of the weights.  `in_flight`: micro-batches of which a stage
-    of a pipeline keeps what their backward needs, the one that runs among them.
+    of a pipeline keeps what their backward needs, or caches, the one that runs among them.
     """
 
     training: bool

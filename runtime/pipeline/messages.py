@@ -44,7 +44,7 @@ class Links:
         self.rank, self.ranks = mesh.coordinates[0], mesh.sizes[0]
         self._stride = mesh.size // self.ranks
         self._place = mesh.rank % self._stride
-        self._device = mesh.device
+        self.device = mesh.device
         self._groups: dict[tuple[str, bool], Any] = {}
         if mesh.device.type != "cuda" or self.ranks == 1:
             return
@@ -75,7 +75,7 @@ class Links:
 
     def empty(self, form: Form) -> Tensor:
         """Room for a tensor."""
-        return torch.empty(form.shape, dtype=form.dtype, device=self._device)
+        return torch.empty(form.shape, dtype=form.dtype, device=self.device)
 
     def count(self, kind: str, x: Tensor) -> None:
         """Tell counters of what has come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import lcm
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
@@ -14,14 +15,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...facts.phases import APPEND, DECODE, PREFILL, Phase, find_phase
 from ...facts.schedules import PipelineSchedule, refusal, schedule
+from ...facts.spec import parse_spec
+from ..cache.cache import KVCache
+from ..cache.declared import BATCH, caches_in, specs_of
+from ..cache.state import StateCache
 from ..mesh.batches import Input, tensors_of
 from ..mesh.mesh import Mesh, stable_seed
+from ..mesh.parts import ways
 from ..mesh.rows import DataShard, add_over_shards, data_shard
 from ..module.checkpoint import Safetensors, Source, StateDict
-from ..module.demo import Clock, OptimizerName, compiled_unless_asked, random_rows, started_mesh
+from ..module.demo import (
+    Clock,
+    OptimizerName,
+    compiled_unless_asked,
+    demonstrate_serving,
+    random_rows,
+    started_mesh,
+)
 from ..module.demo import make_optimizer as demo_optimizer
 from ..module.module import ShardedModule
+from ..serving.conversing import Conversing
+from ..serving.program import Program, Served
 from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
@@ -30,13 +46,14 @@ from ..training.shares import share_of_step
 from ..training.step import Labels, Trained
 from .messages import Form, Links, Post, key_of, receiver_of
 from .names import OfStage, held, originals, shared
+from .serving import Group, Line, StagedServing, StageProgram, alike
 from .stages import RunningStage, Stage
 
 if TYPE_CHECKING:
     from ..training.saving import Checkpoints, Resumed
 
 
-class PipelinedModule(nn.Module):
+class PipelinedModule(Conversing, nn.Module):
     """A model in stages, of which this rank holds its parts of some; see `ShardedModule`.
 
     A subclass states `MESH`, whose outermost axis is that of the pipeline, `STAGES`, in the order
@@ -73,7 +90,8 @@ class PipelinedModule(nn.Module):
         self.stages = nn.ModuleList(
             self._classes[number](self._inner, compile=compile) for number in self._numbers
         )
-        self._shared = shared(self._classes)
+        self._trains = find_phase(self._classes[0].PHASE).backward
+        self._shared = shared(self._classes) if self._trains else {}
         self._holders = {  # by original the stages that have it
             name: [n for n, each in enumerate(self._classes) if name in originals([each])]
             for name in originals(self._classes)
@@ -83,7 +101,12 @@ class PipelinedModule(nn.Module):
         self._run_of: Checkpoints | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """A pipeline runs whole steps: `step`, or `evaluate`."""
+        """A pipeline runs whole steps, `step` or `evaluate`, or serves: `generate`."""
+        if not self._trains:
+            raise RuntimeError(
+                f"{type(self).__name__} is a pipeline of {len(self.STAGES)} stages that serves:"
+                " generate, or prefill, decode and append"
+            )
         raise RuntimeError(
             f"{type(self).__name__} is a pipeline of {len(self.STAGES)} stages, which runs whole"
             " steps of several micro-batches: loss = model.step(**rows), or without gradients"
@@ -105,6 +128,7 @@ class PipelinedModule(nn.Module):
         together, which are all stages' inputs; each rank of the pipeline is given the same.
         Raises ValueError where rows do not divide, or there is no such schedule.
         """
+        self._check_trains()
         count = self.MICRO_BATCHES if micro_batches is None else micro_batches
         running = self._running(trains=True)
         loss = self._played(self._table(count), running, rows)
@@ -125,8 +149,17 @@ class PipelinedModule(nn.Module):
 
         Takes what `step` takes.  Call `eval()` before, where the model has dropout.
         """
+        self._check_trains()
         count = self.MICRO_BATCHES if micro_batches is None else micro_batches
         return self._played(self._table(count).forwards, self._running(trains=False), rows)
+
+    def _check_trains(self) -> None:
+        """Raises RuntimeError for a pipeline that serves."""
+        if not self._trains:
+            raise RuntimeError(
+                f"this pipeline was planned for {self._classes[0].PHASE}, which has no backward"
+                " pass; plan with --phase train to take steps"
+            )
 
     def _running(self, *, trains: bool) -> dict[int, RunningStage]:
         """This rank's stages in a new step."""
@@ -223,6 +256,99 @@ class PipelinedModule(nn.Module):
                         f"stage {number} gives `{name}` as {outputs[(name,)]}, stage {number + 1}"
                         f" takes it as {spec}"
                     )
+
+    # --- serving ---------------------------------------------------------------------------------
+
+    def _serve(
+        self, batch: int, tokens: int, total_tokens: int | None, capture: bool | None
+    ) -> StagedServing:
+        if self._trains:
+            raise RuntimeError(
+                "this pipeline was planned for training; to serve, plan with --phase serve, and"
+                " load the full_state_dict() of this there"
+            )
+        (number,), (module,) = self._numbers, self._modules_here
+        line = Line(self._links, len(self.STAGES) - 1)
+        phases = self._programs(number, module, line)
+        parts = lcm(*(self._rows_cut(each) for each in self._classes))
+        groups: list[Group] = []
+        tokens_of = phases[PREFILL.name].tokens
+        rows = tokens_of.shape[0]  # of a group, where they are as they were planned
+        count = self.MICRO_BATCHES if 0 in tokens_of.free else -(-batch // rows)
+        for _ in range(count):
+            caches: dict[str, KVCache | StateCache | None] = {}
+            served = Served(
+                type(self).__name__, self._inner, phases, caches.__setitem__, (module,), self.mesh,
+                parts,
+            )  # fmt: skip
+            groups.append(Group(served, caches, module.set_cache))
+        return StagedServing(groups, line, batch, tokens, total_tokens, capture)
+
+    def _programs(self, number: int, module: ShardedModule, line: Line) -> dict[str, StageProgram]:
+        """What runs in each phase on this rank, whose stage is `number`."""
+        own = [module, *module.decoding]
+        of_phases = [
+            [each, *([] if each.DECODE is None else [each.DECODE])] for each in self._classes
+        ]
+        made = [
+            self._program(number, runs, [each[at] for each in of_phases], line)
+            for at, runs in enumerate(own)
+        ]
+        first, last = made[0], made[-1]
+        return {
+            module.PHASE: first, PREFILL.name: first, APPEND.name: first, DECODE.name: last,
+        }  # fmt: skip
+
+    def _planned(self) -> dict[Phase, Program]:
+        """The programs as they were planned, of all groups of sequences together."""
+        (number,), (module,) = self._numbers, self._modules_here
+        programs = self._programs(number, module, Line(self._links, len(self.STAGES) - 1))
+        phases = [find_phase(module.PHASE), *([DECODE] if module.decoding else [])]
+        found: dict[Phase, Program] = {}
+        for phase in phases:
+            program = programs[phase.name]
+            inputs = {
+                name: replace(x, shape=(x.shape[0] * self.MICRO_BATCHES, *x.shape[1:]))
+                for name, x in program.inputs.items()
+            }
+            found[phase] = replace(program, inputs=inputs)
+        return found
+
+    def _program(
+        self,
+        number: int,
+        module: ShardedModule,
+        classes: Sequence[type[ShardedModule]],
+        line: Line,
+    ) -> StageProgram:
+        row, tables = self.STAGES[number], [each.INPUTS for each in classes]
+        named = {"input_ids": tables[:1], "position_ids": tables}
+        tokens = alike([x[name] for name, some in named.items() for x in some if name in x])
+        inputs = {
+            name: replace(tokens, high=min((x[name].high for x in some if name in x), default=0))
+            for name, some in named.items()
+        }
+        others = [each.CACHES for n, each in enumerate(classes) if n != number]
+        return StageProgram(
+            inputs, classes[-1].OUTPUTS, module.CACHES, module, module.CONTEXT,
+            elsewhere=[cache for each in others for cache in each.values()],
+            row=row,
+            taken={name: module.INPUTS[name] for name in row.taken},
+            own=[name for name in module.INPUTS if name not in row.taken],
+            line=line,
+        )  # fmt: skip
+
+    def _rows_cut(self, stage: type[ShardedModule]) -> int:
+        """Into how many parts a stage's caches cut a batch, or a multiple."""
+        both = [stage, *([] if stage.DECODE is None else [stage.DECODE])]
+        specs = [spec for each in both for spec in specs_of(each.CACHES).values()]
+        specs += [
+            parse_spec(text)
+            for each in both
+            for cache in caches_in(each.CACHES).values()
+            for text in cache.path
+        ]
+        return lcm(1, *(ways(spec, self._inner, BATCH) for spec in specs))
 
     # --- rows and labels -------------------------------------------------------------------------
 
@@ -495,6 +621,9 @@ class PipelinedModule(nn.Module):
         model = cls(started_mesh(cls.MESH), compile=compiled_unless_asked())
         model.reset_parameters()
         clock = Clock(model.mesh, steps)
+        if not model._trains:
+            demonstrate_serving(model.room, model._planned(), clock)
+            return
         rows: dict[str, Any] = dict(random_rows(model.inputs, model.data_shard, cls.MICRO_BATCHES))
         optimizer = demo_optimizer(cls.OPTIMIZER, model)
 

@@ -35,15 +35,9 @@ class Stage:
     constant: tuple[str, ...] = ()
 
     def module_class(self) -> type[ShardedModule]:
-        """The class of the stage, with the names that its parameters have in the whole model."""
+        """The class of the stage, with the names that its tensors have in the whole model."""
         moved = {path: n for path, n in self.first.items() if n}
-        if not moved:
-            return self.runs
-        table = {
-            _moved(name, moved): _moved_param(param, moved)
-            for name, param in self.runs.PARAMETERS.items()
-        }
-        return type(self.runs.__name__, (self.runs,), {"PARAMETERS": table, "FIRST_LAYERS": moved})
+        return _with_names(self.runs, moved) if moved else self.runs
 
     @property
     def own_inputs(self) -> dict[str, Input]:
@@ -66,6 +60,18 @@ class Stage:
     def with_gradient(self) -> tuple[str, ...]:
         """What is taken of which a gradient goes back."""
         return tuple(name for name in self.taken if name not in self.constant)
+
+
+def _with_names(runs: type[ShardedModule], moved: Mapping[str, int]) -> type[ShardedModule]:
+    """A stage's class whose layers have other numbers than those that are written."""
+    table = {
+        _moved(name, moved): _moved_param(param, moved) for name, param in runs.PARAMETERS.items()
+    }
+    caches = {_moved(name, moved): cache for name, cache in runs.CACHES.items()}
+    named: dict[str, Any] = {"PARAMETERS": table, "CACHES": caches, "FIRST_LAYERS": moved}
+    if runs.DECODE is not None:
+        named["DECODE"] = _with_names(runs.DECODE, moved)
+    return type(runs.__name__, (runs,), named)
 
 
 def _moved(name: str, first: Mapping[str, int]) -> str:

@@ -60,12 +60,13 @@ class Caches:
     @property
     def windowed(self) -> bool:
         """Does any of them drop tokens that no query can reach any more?"""
-        return any(shared.table.window for shared in self._pools.tables)
+        own = any(shared.table.window for shared in self._pools.tables)
+        return own or self._served.windowed_elsewhere
 
     @property
     def stateful(self) -> bool:
         """Do layers keep states, which take tokens in order and cannot go back?"""
-        return bool(self._pools.states)
+        return bool(self._pools.states) or self._served.stateful_elsewhere
 
     def of_rows(self, numbers: Tensor) -> Tensor:
         """Numbers of the sequences (batch,), and 0 for each padding row behind."""
@@ -112,7 +113,7 @@ class Caches:
         ]
         if self.windowed or self.stateful:
             lost = [reason for table, rows in own if (reason := table.lost(rows))]
-            if highest(len(lost), self._mesh):
+            if highest(len(lost), self._served.agreeing):
                 raise ValueError(lost[0] if lost else "another rank has dropped what is needed")
         for table, rows in own:
             table.truncate(rows)
@@ -177,7 +178,7 @@ class Caches:
             each.table.shortage(kept(positions, spec, each.spec, self._mesh))
             for each in self._pools.tables
         )
-        return highest(max(own, default=0), self._mesh)
+        return highest(max(own, default=0), self._served.agreeing)
 
     # --- steps that the host does not follow -----------------------------------------------------
 

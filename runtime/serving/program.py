@@ -15,7 +15,16 @@ from ...facts.nested import Constant, Path
 from ...facts.phases import DECODE, PREFILL
 from ...facts.spec import format_spec, parse_spec
 from ..cache.cache import KVCache
-from ..cache.declared import BATCH, Declared, caches_in, specs_of, states_in
+from ..cache.declared import (
+    BATCH,
+    TOKENS,
+    Cache,
+    Declared,
+    SequenceState,
+    caches_in,
+    specs_of,
+    states_in,
+)
 from ..cache.recache import Path as SpecPath
 from ..cache.recache import change_between
 from ..cache.state import StateCache
@@ -30,7 +39,7 @@ class Program:
 
     `run` takes this rank's part of the inputs by name, and returns its part of the outputs.
     `context` are the tokens of each sequence that were planned to be cached before; `fixed` are
-    inputs that are no tensors.
+    inputs that are no tensors; `elsewhere` what other stages of a pipeline cache.
     """
 
     inputs: Mapping[str, Input]
@@ -39,6 +48,7 @@ class Program:
     run: Callable[..., Any]
     context: int = 0
     fixed: Fixed = field(default_factory=dict[Path, Constant])
+    elsewhere: Sequence[Declared] = ()
 
     @property
     def tokens(self) -> Input:
@@ -60,6 +70,19 @@ class Program:
     def cuts_tokens(self, mesh: Mesh) -> bool:
         """Do ranks get some of the new tokens of a sequence?"""
         return any(ways(parse_spec(each.spec), mesh, 1) > 1 for each in self.inputs.values())
+
+    def led_by_host(self, mesh: Mesh) -> str:
+        """Why the host must lead its steps, or nothing."""
+        return "its program cuts the new tokens of a sequence" if self.cuts_tokens(mesh) else ""
+
+    @property
+    def shares_elsewhere(self) -> bool:
+        """Do ranks of other stages share the cached tokens of a sequence?"""
+        found = (each for each in self.elsewhere if isinstance(each, Cache))
+        return any(TOKENS in parse_spec(cache.spec) for cache in found)
+
+    def wait(self) -> None:
+        """Until all logits that `next_logits` gave are there."""
 
     @torch.no_grad()
     def next_logits(self, mesh: Mesh, ids: Tensor, positions: Tensor) -> Tensor:
@@ -83,7 +106,8 @@ class Served:
 
     `title` is what errors call it; `programs` has one for each phase, by its name.  `put` is told
     of each new cache of this rank by its name, and with None that the cache of that name must go.
-    `models` are the modules that run, whose parts errors name.
+    `models` are the modules that run, whose parts errors name.  Of a stage of a pipeline `mesh` is
+    its own, `everyone` that of all stages, and `parts` into how many parts others cut a batch.
     """
 
     title: str
@@ -91,6 +115,25 @@ class Served:
     programs: Mapping[str, Program]
     put: Callable[[str, KVCache | StateCache | None], None]
     models: Sequence[nn.Module] = ()
+    everyone: Mesh | None = None
+    parts: int = 1
+
+    @property
+    def agreeing(self) -> Mesh:
+        """The ranks that must agree on what there is room for."""
+        return self.mesh if self.everyone is None else self.everyone
+
+    @property
+    def windowed_elsewhere(self) -> bool:
+        """Do other stages drop tokens that no query can reach any more?"""
+        others = self.programs[PREFILL.name].elsewhere
+        return any(isinstance(each, Cache) and each.window > 0 for each in others)
+
+    @property
+    def stateful_elsewhere(self) -> bool:
+        """Do other stages keep states?"""
+        others = self.programs[PREFILL.name].elsewhere
+        return any(isinstance(each, SequenceState) for each in others)
 
     @property
     def caches(self) -> Mapping[str, Declared]:
@@ -130,7 +173,7 @@ class Served:
         """Into how many parts of equal size all programs and caches cut a batch, or a multiple."""
         specs = [spec for path in self.paths().values() for spec in path]
         specs += [parse_spec(program.tokens.spec) for program in self.programs.values()]
-        return lcm(*(ways(spec, self.mesh, BATCH) for spec in specs))
+        return lcm(self.parts, *(ways(spec, self.mesh, BATCH) for spec in specs))
 
     def padded_rows(self, batch: int) -> int:
         """Sequences with padding: a multiple of what all programs and caches cut a batch into."""

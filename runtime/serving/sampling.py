@@ -68,6 +68,14 @@ class Choice:
         # The first of clocks that run as fast as a token is likely: what `multinomial` does, too.
         return (self.sampling.probabilities(logits) / numbers).argmax(-1)
 
+    def numbers(self, logits: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+        """New ones for `rows` rows of such `logits` (.., v)."""
+        if self.sampling is None:
+            return logits.new_empty(rows, 0)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        made = logits.new_empty(rows, logits.shape[-1], dtype=dtype)
+        return made.exponential_(generator=generator)
+
     def go_on(self, alive: Tensor, tokens: Tensor, stops: Tensor) -> Tensor:
         """Which sequences (b,), of those that are `alive`, do not end with `tokens` (b,)."""
         return alive & (tokens[:, None] != stops).all(1)

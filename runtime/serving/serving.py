@@ -46,10 +46,13 @@ class Serving:
     ) -> None:
         graphs = Graphs(capture, served.mesh.device, *served.models)
         self._served, self._graphs = served, graphs
-        self._caches = Caches(served, batch, tokens, total_tokens)
+        self._caches = self._empty(batch, tokens, total_tokens)
         self._steppers: dict[str, Stepper] = {}
         self._needs_host: dict[int, str] = {}  # by program, why the host must lead its steps
         self._in_use = torch.zeros(batch, dtype=torch.bool)
+
+    def _empty(self, batch: int, tokens: int, total_tokens: int | None) -> Caches:
+        return Caches(self._served, batch, tokens, total_tokens)
 
     @property
     def mesh(self) -> Mesh:
@@ -76,6 +79,10 @@ class Serving:
         """Do layers keep states, so that no sequence can go back?"""
         return self._caches.stateful
 
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self._caches.clear()
+
     @property
     def lengths(self) -> Tensor:
         """Cached tokens of each sequence (batch,), int64 on the CPU."""
@@ -87,7 +94,7 @@ class Serving:
         """Start new sequences with prompts (b, t); logits (b, v)."""
         self._check_batch(input_ids, 2)
         counts = checked_lengths(lengths, input_ids, least=1)
-        self._caches.clear()
+        self.clear()
         self._in_use.fill_(True)
         return self.step(PREFILL, input_ids, counts)
 
@@ -205,8 +212,10 @@ class Serving:
             stop = start + limit
             some = (counts - start).clamp(0, limit)
             new = self._run(phase, ids[:, start:stop], some)
-            fresh = (some > 0).to(new.device)[:, None]
-            logits = new if logits is None else torch.where(fresh, new, logits)
+            if logits is not None:
+                program.wait()
+                new = torch.where((some > 0).to(new.device)[:, None], new, logits)
+            logits = new
         assert logits is not None
         return logits
 
@@ -269,10 +278,7 @@ class Serving:
         caches.check_room(positions, parse_spec(program.tokens.spec), counts)
         logits = program.next_logits(self.mesh, given, positions)
         caches.lengths = caches.lengths + counts
-        cut = program.cuts_tokens(self.mesh)
-        self._needs_host[id(program)] = (
-            "its program cuts the new tokens of a sequence" if cut else caches.needs_host()
-        )
+        self._needs_host[id(program)] = program.led_by_host(self.mesh) or caches.needs_host()
         return logits[: self.batch]
 
     def _arranged(self, program: Program, counts: Tensor) -> Tensor:
@@ -283,4 +289,5 @@ class Serving:
         rows, starts = caches.of_rows(counts), caches.of_rows(caches.lengths)
         if caches.stateful:
             return arrange_in_order(rows, sharing, width=width, step=step)
-        return arrange(starts, rows, sharing, balanced=caches.cut_tokens, width=width, step=step)
+        balanced = caches.cut_tokens or program.shares_elsewhere
+        return arrange(starts, rows, sharing, balanced=balanced, width=width, step=step)

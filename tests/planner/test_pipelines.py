@@ -186,7 +186,8 @@ def test_stages_keep_a_part_before_nothing() -> None:
         ("pp=2", {"schedule": "1f2b"}, "unknown schedule `1f2b`"),
         ("ddp=2", {"schedule": "1f1b"}, "--schedule 1f1b is that of a pipeline"),
         ("pp=2", {"schedule": "gpipe", "layout": "pp=2,vpp=2"}, "gpipe has one stage on each rank"),
-        ("pp=2", {"phase": "prefill"}, "pipelines are planned for training"),
+        ("pp=2", {"phase": "prefill"}, "has no caches in phase prefill"),
+        ("pp=2,vpp=2", {"phase": "prefill"}, "each rank of a pipeline has one stage"),
     ],
 )
 def test_what_is_no_pipeline_is_refused(layout: str, options: dict[str, Any], said: str) -> None:
