@@ -49,7 +49,9 @@ ARROWS: dict[str, str] = {
     "runtime.module": (
         "runtime.training runtime.serving runtime.cache runtime.gathering runtime.mesh facts compat"
     ),
-    "runtime.pipeline": "runtime.module runtime.training runtime.mesh facts",
+    "runtime.pipeline": (
+        "runtime.module runtime.training runtime.serving runtime.cache runtime.mesh facts"
+    ),
     "runtime": (
         "runtime.pipeline runtime.module runtime.training runtime.serving runtime.attention"
         " runtime.cache runtime.gathering runtime.mesh facts compat"
