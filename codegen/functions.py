@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..ir.graph import FunctionCall, Graph
 from .classes import RESERVED
 from .names import hides
-from .source import statement
+from .source import signature
 
 
 @dataclass(slots=True)
@@ -52,8 +52,8 @@ class Functions:
         if call.name not in self.names or re.search(r"\bself\b", "\n".join(body)):
             return False
         returned = "Tensor" if results == 1 else f"tuple[{', '.join(['Tensor'] * results)}]"
-        typed = ", ".join(f"{name}: Tensor" for name in arguments)
-        head = tuple(statement(f"def {call.name}({typed}) -> {returned}:", 0))
+        typed = [f"{name}: Tensor" for name in arguments]
+        head = tuple(signature(call.name, typed, returned, 0))
         made = self._made.setdefault(call.name, _Written(head, tuple(body)))
         if (made.head, made.body) != (head, tuple(body)):
             return False

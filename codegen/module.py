@@ -45,7 +45,7 @@ from .functions import Functions
 from .inputs import fixed_table, path_text, taken_in
 from .names import words_of
 from .nesting import Function, nest
-from .source import WIDTH, check, comment_lines, statement
+from .source import WIDTH, check, comment_lines, signature, statement
 
 DECODING = "Decoding"  # the class of the second program, where a module has two; its name ends so
 
@@ -299,13 +299,10 @@ class Writer:
         returned = "Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]"
         typed = [f"{name}: Tensor" for name in names]
         layouts = [f"{n} {writer.layout(i)}" for n, i in zip(names, inputs, strict=True)]
-        head = f"    def forward({', '.join(['self', *typed])}) -> {returned}:"
-        lines = [head]
-        if len(head) > WIDTH:
-            lines = ["    def forward(", *_arguments(["self", *typed]), f"    ) -> {returned}:"]
+        lines = signature("forward", ["self", *typed], returned, 1)
         comment = "  # " + "; ".join(layouts)
-        if len(lines) == 1 and len(head + comment) <= WIDTH:
-            return [head + comment]
+        if len(lines) == 1 and len(lines[0] + comment) <= WIDTH:
+            return [lines[0] + comment]
         return [*lines, *comment_lines("; ".join(layouts), 2)]
 
     # -- blocks -------------------------------------------------------------------------------
@@ -720,11 +717,6 @@ def _import_lines(names: Sequence[str]) -> list[str]:
 
 def _quoted(name: str) -> str:
     return f'"{name}"'
-
-
-def _arguments(names: Sequence[str]) -> list[str]:
-    joined = "        " + ", ".join(names)
-    return [joined] if len(joined) <= 100 else [f"        {name}," for name in names]
 
 
 def _one_per_line(head: str, args: list[str], comment: str) -> list[str]:

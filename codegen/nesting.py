@@ -274,7 +274,8 @@ def _steps(
         if isinstance(call, Call):
             steps.append(ModuleCall(full.removeprefix(f"{path}.") if path else full, function))
             continue
-        whole = len(part.outputs) == call.results and not any(map(_is_more, inner))
+        once = len({item.value.name for item in part.inputs}) == len(part.inputs)
+        whole = once and len(part.outputs) == call.results and not any(map(_is_more, inner))
         defined = define(function) if whole else None
         if defined is None:
             refused.add(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cmath
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from ..facts.users import Import
 from .allowed import check_module
@@ -30,6 +30,21 @@ def statement(text: str, indent: int, comment: str = "") -> list[str]:
         return [*above, pad + text]
     row = text.removesuffix(",")  # of a table
     return [*above, *_wrapped(row, indent, text[len(row) :])]
+
+
+def signature(name: str, arguments: Sequence[str], returned: str, indent: int) -> list[str]:
+    """`def name(...) -> returned:`, its arguments on one line if they fit, else each on its own.
+
+    >>> signature("forward", ["self", "x: Tensor"], "Tensor", 1)
+    ['    def forward(self, x: Tensor) -> Tensor:']
+    """
+    pad, inner = "    " * indent, "    " * (indent + 1)
+    head = f"{pad}def {name}({', '.join(arguments)}) -> {returned}:"
+    if len(head) <= WIDTH:
+        return [head]
+    joined = inner + ", ".join(arguments)
+    rows = [joined] if len(joined) <= WIDTH else [f"{inner}{argument}," for argument in arguments]
+    return [f"{pad}def {name}(", *rows, f"{pad}) -> {returned}:"]
 
 
 def comment_lines(comment: str, indent: int) -> list[str]:

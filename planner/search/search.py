@@ -30,7 +30,7 @@ from ..strategies.network import Network
 from ..strategies.prices import network_for
 from ..strategies.regions import Recomputed, scopes
 from ..strategies.roles import Roles, cuts_weights, name_of, ordinary_roles
-from ..strategies.setting import Restriction, Setting
+from ..strategies.setting import OfNodes, Restriction, Setting
 from .partly import in_layers
 
 Progress = Callable[[str], None]
@@ -60,8 +60,8 @@ class Builders:
     networks: dict[tuple[Mesh, Cluster], Network] = field(
         default_factory=dict[tuple[Mesh, Cluster], Network]
     )
-    made: dict[tuple[int, Mesh, Setting], Builder] = field(
-        default_factory=dict[tuple[int, Mesh, Setting], Builder]
+    made: dict[tuple[int, Mesh, OfNodes], Builder] = field(
+        default_factory=dict[tuple[int, Mesh, OfNodes], Builder]
     )
 
     def for_others(self) -> Builders:
@@ -120,16 +120,12 @@ class Job:
     def builder(self, graph: Graph, mesh: Mesh, setting: Setting) -> Builder:
         """What builds the problems of a graph on a mesh."""
         made, networks = self.builders.made, self.builders.networks
-        key = (id(graph), mesh, setting)  # the builder holds the graph, so that it stays the same
-        if key not in made and setting.recompute:
-            all_kept = replace(setting, recompute=False, kept_layers=0, part_layers=0)
-            kept = self.builder(graph, mesh, all_kept)
-            made[key] = kept.recomputed(setting.kept_layers, setting.part_layers)
-        elif key not in made:
+        key = (id(graph), mesh, setting.of_nodes)  # the builder holds the graph: it stays the same
+        if key not in made:
             network = network_for(graph, mesh, self.cluster)
             network = networks.setdefault((mesh, network.cluster), network)
             made[key] = Builder(graph, network, setting)
-        return made[key]
+        return made[key].under(setting)
 
     def saying(self, way: str) -> Job:
         """The same, with `way` said after each step."""

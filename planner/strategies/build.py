@@ -96,14 +96,18 @@ class Builder(Prices):
         self._keepers = keepers(self)
         self._runs: dict[int, Runs] = {}
 
+    def under(self, setting: Setting) -> Builder:
+        """The same under another setting, in which each node costs what it does in this one
+        (`Setting.of_nodes`).  The two share all that depends on no more than that."""
+        other = copy(self)
+        other.setting = setting
+        return other
+
     def recomputed(self, kept_layers: int, part_layers: int = 0) -> Builder:
         """The same where layers of loops run forward again in backward, but for so many last ones;
-        so many of the others keep a part.  The two share what does not depend on that."""
-        other = copy(self)
-        other.setting = replace(
-            self.setting, recompute=True, kept_layers=kept_layers, part_layers=part_layers
-        )
-        return other
+        so many of the others keep a part."""
+        how = {"recompute": True, "kept_layers": kept_layers, "part_layers": part_layers}
+        return self.under(replace(self.setting, **how))
 
     def runs(self, me: int) -> Runs:
         """What region number `me` takes."""

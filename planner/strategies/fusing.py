@@ -42,6 +42,12 @@ class Share:
     forward: dict[int, int] = field(default_factory=dict[int, int])
     backward: dict[int, int] = field(default_factory=dict[int, int])
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from others."""
+        sides = (tuple(sorted(side.items())) for side in (self.forward, self.backward))
+        return self.first, self.fused, *sides
+
     def bytes(self, local: Local) -> tuple[int, int]:
         """Bytes moved forward and backward on one rank."""
         values = (*local.node.operands, *local.node.outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from ...costmodel.memory import StateBytes, optimizer_step_bytes, parameter_stat
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
+from ...ir.graph.kinds import kind_of
 from ...ir.ops.local import local_bytes
 from ...ir.ops.registry import is_view, local_of, operator_of, saved_values
 from ...ir.ops.rule import Choice
@@ -56,7 +57,6 @@ class Prices:
         self.regions = make_regions(
             graph, self.sizes, training=setting.training, order=setting.order
         )
-        self._work: dict[tuple[str, tuple[Choice, ...]], Work] = {}
         self._bytes: dict[tuple[str, Spec], int] = {}
         self._costs: dict[tuple[str, tuple[Choice, ...]], NodeCost] = {}
         self._alias = _aliases(graph)
@@ -104,35 +104,53 @@ class Prices:
         """What one run of a node costs under its choices."""
         key = (node.name, choices)
         if key not in self._costs:
-            setting = self.setting
-            local = local_of(
-                node,
-                choices,
-                self.sizes,
-                training=setting.training,
-                order=setting.order,
-                imbalance=setting.expert_imbalance,
+            alike = self.network.once(
+                self._alike("cost", node, choices), lambda: self._cost(node, choices)
             )
-            operator = operator_of(node)
-            needs, gives = local.specs()
-            specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
-            buffers = (0.0, 0.0) if operator.free else operator.both_buffers(local)
-            rows = operator.extra_bytes(local)
-            if setting.training and not self.network.cluster.fused_norms:
-                rows += operator.unfused_bytes(local)
-            kept = saved_values(node) if setting.training else ()
-            work = self.work(node, choices)
-            self._costs[key] = NodeCost(
-                work.forward_s,
-                work.seconds,
-                buffers[0] + rows,
-                buffers[1] + rows,
-                operator.remembered(local, setting.longest_run),
-                rows if setting.training else 0.0,
-                tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
-                tuple(zip(node.operands, needs, strict=True)),
+            kept = saved_values(node) if self.setting.training else ()
+            names = [value.name for value in kept]
+            self._costs[key] = replace(
+                alike,
+                kept=tuple((n, size) for n, (_, size) in zip(names, alike.kept, strict=True)),
+                needs=tuple(
+                    (v, spec) for v, (_, spec) in zip(node.operands, alike.needs, strict=True)
+                ),
             )
         return self._costs[key]
+
+    def _alike(self, what: str, node: Node, choices: tuple[Choice, ...]) -> tuple[object, ...]:
+        """What all nodes share, of any graph, that cost the same on this network."""
+        share = self.share_of(node)
+        return what, kind_of(node), choices, self.setting.of_nodes, share and share.key
+
+    def _cost(self, node: Node, choices: tuple[Choice, ...]) -> NodeCost:
+        setting, operator = self.setting, operator_of(node)
+        local = local_of(
+            node,
+            choices,
+            self.sizes,
+            training=setting.training,
+            order=setting.order,
+            imbalance=setting.expert_imbalance,
+        )
+        needs, gives = local.specs()
+        specs = dict(zip((*node.operands, *node.outputs), (*needs, *gives), strict=True))
+        buffers = (0.0, 0.0) if operator.free else operator.both_buffers(local)
+        rows = operator.extra_bytes(local)
+        if setting.training and not self.network.cluster.fused_norms:
+            rows += operator.unfused_bytes(local)
+        kept = saved_values(node) if setting.training else ()
+        work = self.work(node, choices)
+        return NodeCost(
+            work.forward_s,
+            work.seconds,
+            buffers[0] + rows,
+            buffers[1] + rows,
+            operator.remembered(local, setting.longest_run),
+            rows if setting.training else 0.0,
+            tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
+            tuple(zip(node.operands, needs, strict=True)),
+        )
 
     def local_bytes(self, value: Value, spec: Spec) -> int:
         """Bytes that one rank holds of `value` in `spec`."""
@@ -143,10 +161,10 @@ class Prices:
 
     def work(self, node: Node, choices: tuple[Choice, ...]) -> Work:
         """Seconds of one node under its choices."""
-        key = (node.name, choices)
-        if key not in self._work:
-            setting = self.setting
-            self._work[key] = price(
+        setting = self.setting
+        return self.network.once(
+            self._alike("work", node, choices),
+            lambda: price(
                 node,
                 choices,
                 self.network,
@@ -154,8 +172,8 @@ class Prices:
                 order=setting.order,
                 imbalance=setting.expert_imbalance,
                 share=self.share_of(node),
-            )
-        return self._work[key]
+            ),
+        )
 
     def share_of(self, node: Node) -> Share | None:
         """What a node moves of its chain of light operators; None where it does more than that."""

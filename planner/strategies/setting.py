@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -11,6 +12,8 @@ from ...facts.spec import Spec
 from ...ir.graph import Param, Value
 from .regions import Recomputed, Region, Strategy
 from .storage import Storage
+
+OfNodes: TypeAlias = tuple[bool, str, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,11 @@ class Setting:
     in_flight: int = 1
     kept_layers: int = 0
     part_layers: int = 0
+
+    @property
+    def of_nodes(self) -> OfNodes:
+        """On what in it depends what nodes cost, each by itself."""
+        return self.training, self.order, self.expert_imbalance, self.longest_run
 
     @property
     def recomputed(self) -> Recomputed:
@@ -124,4 +132,4 @@ class Within(Restriction):
         self._inner.no_strategy(region, sizes)
 
 
-__all__ = ["Restriction", "Setting", "Within"]
+__all__ = ["OfNodes", "Restriction", "Setting", "Within"]
