@@ -104,17 +104,15 @@ class Prices:
         """What one run of a node costs under its choices."""
         key = (node.name, choices)
         if key not in self._costs:
-            alike = self.network.once(
-                self._alike("cost", node, choices), lambda: self._cost(node, choices)
-            )
+            of_all = self._alike("cost", node, choices)
+            alike = self.network.once(of_all, lambda: self._cost(node, choices))
             kept = saved_values(node) if self.setting.training else ()
-            names = [value.name for value in kept]
+            sizes = (size for _, size in alike.kept)
+            needs = (spec for _, spec in alike.needs)
             self._costs[key] = replace(
                 alike,
-                kept=tuple((n, size) for n, (_, size) in zip(names, alike.kept, strict=True)),
-                needs=tuple(
-                    (v, spec) for v, (_, spec) in zip(node.operands, alike.needs, strict=True)
-                ),
+                kept=tuple(zip((value.name for value in kept), sizes, strict=True)),
+                needs=tuple(zip(node.operands, needs, strict=True)),
             )
         return self._costs[key]
 
