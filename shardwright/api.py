@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from .asked import AXES, Asked, Progress, check_inputs, check_model, silent
 from .capturing import Captures
 from .codegen.write import module_source
 from .costmodel.machines.cluster import ClusterError, load_cluster
+from .facts.given import shown, whole
 from .facts.mesh import Mesh
 from .facts.phases import find_phase
 from .facts.units import format_seconds
@@ -30,7 +32,7 @@ from .loading import (
     check_formats,
     in_formats_apart,
 )
-from .planner.errors import InfeasibleError, PlanError
+from .planner.errors import InfeasibleError, LayoutError, PlanError
 from .planner.ilp.problem import ShardingProblem
 from .planner.iopddl import write_problem
 from .planner.plan.check import check_plan
@@ -481,6 +483,10 @@ def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:
         except InfeasibleError as error:
             none_fits = none_fits if at else error
             continue
+        except LayoutError:  # of so few rows; that the whole batch does not fit is what is told
+            if not at:
+                raise
+            break
         if at:
             whole = f"{request.batch} sequences at once do not fit"
             plan = _noted(plan, f"{whole}: a step adds up the gradients of {count} micro-batches")
@@ -555,7 +561,14 @@ def _with_names(made: PlanData, asked: Mesh | None) -> PlanData:
 
 def load_plan(path: str | Path) -> Plan:
     """A plan that `Plan.save` wrote.  Raises PlanError naming the field that is malformed."""
-    return Plan.load(path)
+    return Plan.load(_path("path", path))
+
+
+def _path(name: str, given: object) -> Path:
+    """Raises TypeError for what names no file."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"`{name}` must be the path of a plan, got {shown(given)}")
+    return Path(given)
 
 
 def verify(
@@ -570,7 +583,9 @@ def verify(
     """
     from .verify import verify as run
 
-    return run(Path(folder), ranks, model)
+    if ranks is not None:
+        whole("ranks", ranks, 1)
+    return run(_path("folder", folder), ranks, model)
 
 
 def rehearse(folder: str | Path, rank: int = 0, steps: int = 5) -> Rehearsal:

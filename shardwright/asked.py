@@ -7,7 +7,7 @@ both say what was given and what would do.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .codegen.names import may_be_an_axis
 from .costmodel.machines.cluster import Cluster, load_cluster
+from .costmodel.memory import OPTIMIZERS
 from .facts.given import finite, shown, text, whole
 from .facts.mesh import MOST_RANKS, Mesh
 from .facts.nested import spelled
@@ -87,7 +88,7 @@ class Asked:
         if self.mesh is not None:
             text("mesh", self.mesh, " such as '2x4' or 'dp=2,tp=4'")
         if self.optimizer is not None:
-            text("optimizer", self.optimizer)
+            _known("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("dtype", "precision", "reduce_dtype", "schedule"):
             if getattr(self, name) is not None:
                 text(name, getattr(self, name))
@@ -105,13 +106,8 @@ class Asked:
             raise PlanError(f"the time limit must be above 0 s, got {self.time_limit_s:g} s")
         _texts("pins", self.pins, "'*.q_proj.weight=R,S0'")
         _texts("outputs", self.outputs, "'loss'")
-        if self.output_layout not in OUTPUT_LAYOUTS:
-            raise PlanError(
-                f"unknown output layout {shown(self.output_layout)}; expected one of"
-                f" {', '.join(OUTPUT_LAYOUTS)}"
-            )
-        if self.solver not in SOLVERS:
-            raise PlanError(f"unknown solver `{self.solver}`; expected one of {', '.join(SOLVERS)}")
+        _known("output layout", self.output_layout, OUTPUT_LAYOUTS)
+        _known("solver", self.solver, SOLVERS)
         if not callable(self.progress):
             raise TypeError(f"`progress` must be a function, got {self.progress!r}")
 
@@ -225,6 +221,12 @@ def _faster(machine: Cluster) -> bool:
     """Are products in bfloat16 faster than those in float32?"""
     rates = dict(machine.flops)
     return rates.get("bf16", 0.0) > rates.get("fp32", 0.0)
+
+
+def _known(name: str, given: object, known: Iterable[str]) -> None:
+    """Raises TypeError unless `given` is text, PlanError unless it is one of those."""
+    if text(name, given) not in known:
+        raise PlanError(f"unknown {name} `{given}`; expected one of {', '.join(known)}")
 
 
 def _texts(name: str, given: object, such: str) -> None:

@@ -62,10 +62,11 @@ def _check(file: Path, data: object) -> None:
             raise ValueError(f"{file}: `{place}` is {shown(value)}; expected one of {known}")
         most = _MOST_LAYERS if _LAYERS.fullmatch(name) else _MOST
         sizes = _LAYERS.fullmatch(name) or _SIZES.fullmatch(name)
-        if sizes and isinstance(value, (int, float)) and not 0 <= value <= most:
+        least = int(name == "vocab_size")
+        if sizes and isinstance(value, (int, float)) and not least <= value <= most:
             if value in hf.usual(name):  # -1 for none, or counted from the last layer
                 continue
-            raise ValueError(f"{file}: `{place}` is {value}; expected 0 to {most}")
+            raise ValueError(f"{file}: `{place}` is {value}; expected {least} to {most}")
 
 
 def _are_texts(names: object) -> bool:

@@ -32,6 +32,11 @@ def explain(graph: Graph, cluster: Cluster, setting: Setting, request: Request) 
     if share >= 0.9 * limit:
         least = max(needed, request.gpus + 1)
         return f"{text}; at least {least} GPUs of this size are needed{_more(request, least)}"
+    if request.layout:
+        return (
+            f"{text}; as --layout {request.layout} lays them out, they and the activations of batch"
+            f" {request.batch} do not fit: without --layout a plan may"
+        )
     text += _without_outputs(graph, request)
     if request.batch > 1:
         return (

@@ -83,8 +83,9 @@ class Layout:
                 axes.append((word, _read_size(text, word, value)))
             else:
                 near = difflib.get_close_matches(word, _WORDS, n=1)
+                what = f"unknown word `{word}`" if word else "a word is missing"
                 hint = f", did you mean `{near[0]}`?" if near else "."
-                _refuse(text, f"unknown word `{word}`{hint} There are {', '.join(_WORDS)}")
+                _refuse(text, f"{what}{hint} There are {', '.join(_WORDS)}")
         if stages["vpp"] > 1 and stages["pp"] == 1:
             _refuse(text, "`vpp` is how many stages each rank of a pipeline has: pp=4,vpp=2")
         if stages["pp"] > 1 and not axes:

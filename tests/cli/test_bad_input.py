@@ -338,6 +338,14 @@ def test_too_little_memory(run: Run) -> None:
     assert said.startswith("plan: no plan fits") and "parameters" in said
 
 
+def test_a_layout_of_too_little_memory(run: Run) -> None:
+    """Fewer rows at once cannot be cut so; what is told is that the memory is too small."""
+    target = model(FORWARD + BUILD + INPUTS)
+    words = ["--gpus", "2", *OPTIONS, "--batch", "2", "--layout", "ddp=2", "--memory", "1KB"]
+    said = refused(run, target, *words, code=1)
+    assert "no plan fits" in said and "GPUs do not divide" not in said
+
+
 def test_an_output_folder_that_holds_something_else(run: Run) -> None:
     Path("folder/out").mkdir(parents=True)
     Path("folder/out/thesis.tex").write_text("x")
