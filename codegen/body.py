@@ -202,10 +202,14 @@ class FunctionWriter:
         self._nests: set[int] = set()
         self._users = users
         self._runs = [*range(end), end]  # where each statement is written
+        # weights come and go with loops: nothing is written behind one that is before it
+        loops = [at for at, item in enumerate(steps) if _has_loop(item)]
         for at in reversed(range(end)):
             made = makes_of(steps[at])
             if len(made) == 1 and len(users.get(made[0], ())) == 1:
                 user = users[made[0]][0]
+                if any(at < loop < self._runs[user] for loop in loops):
+                    continue
                 if self._may_nest(at, None if user == end else steps[user]):
                     self._nests.add(at)
                     self._runs[at] = self._runs[user]
@@ -496,6 +500,12 @@ class FunctionWriter:
                 return f"{axis}.pad({source}, {step.a}{size}{order})"
             case _:
                 return f"{axis}.copy({source})" if step.b == V else f"{axis}.own_gradient({source})"
+
+
+def _has_loop(item: Item) -> bool:
+    """Does a loop over layers run in it?"""
+    inside = item.function.statements if isinstance(item, ModuleCall) else ()
+    return isinstance(item, LoopCall) or any(map(_has_loop, inside))
 
 
 def _flowing(item: Item) -> tuple[tuple[Sharded, ...], tuple[str, ...]]:

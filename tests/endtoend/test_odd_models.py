@@ -6,6 +6,7 @@ The reference is the model itself in one process, and no graph of ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from shardwright.capturing import capture_graph
 from shardwright.ir.capture.capture import CaptureError, capture, capture_folded
 from shardwright.loading import Loaded
+from shardwright.planner.ilp.solve import solve
+from shardwright.planner.strategies.roles import Roles
 from shardwright.runtime import RankPool
 from tests.sharded import (
     assert_close,
@@ -246,6 +249,51 @@ def _same(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
                 assert found is None or not found.any(), f"{what}: {kind} {name}"
                 continue
             assert_close(found, expected.detach(), 1e-9, f"{what}: {kind} {name}")
+
+
+class Layer(nn.Linear):
+    """A layer with its residual, as loops are made of."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(input).tanh()
+
+
+class Towers(nn.Module):
+    """Words are looked up before a loop over images runs, and get them afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(ROWS, WIDTH), nn.Linear(WIDTH, ROWS)
+        self.layers = nn.ModuleList(Layer(WIDTH, WIDTH) for _ in range(2))
+        self.double()
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        words, places = self.table(y), (y % 2 == 0)[..., None]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(words.masked_scatter(places, x.flatten(0, 1)))
+
+
+def test_a_weight_is_read_before_the_loop_that_it_stands_before(pool: Pool) -> None:
+    """Its gradient is added up then: behind the loop it would be each rank's own."""
+    torch.manual_seed(0)
+    model, inputs = Towers(), _xy(4, 6)
+    out = {str(path): t for path, t in flatten((model(**inputs),))}
+    combine(out).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    graph = capture_folded(model, inputs, training=True)
+    labelled = [
+        replace(item, labels=("b", "s", "")[: len(item.value.type.shape)]) for item in graph.inputs
+    ]
+    builder = builder_of(replace(graph, inputs=tuple(labelled)), mesh_of(2))
+    built = builder.build(Roles(("ddp",), builder.graph, builder.network.mesh))
+    solution = solve(built.problem())
+    assert solution.assignment is not None
+    source = source_of(builder, built.read(solution.assignment))
+    places = [source.index(text) for text in ("self.table(", "for layer", ".masked_scatter(")]
+    assert places == sorted(places)
+    for (found,) in pool(2).run(on_rank, source, model.state_dict(), [inputs]):
+        _same(found, {"outputs": out, "gradients": gradients}, "towers")
 
 
 @pytest.mark.slow
