@@ -258,6 +258,10 @@ def _emit_clamp(node: Node, render: Render) -> str:
 
 
 FAMILY.add("aten.clamp.default", Light(broadcasting(), _emit_clamp, saves=("self",)))
+FAMILY.add("aten.clamp.Tensor", Light(broadcasting(), _emit_clamp, saves=("self", "min", "max")))
+for _bound in ("min", "max"):
+    _text = f"torch.clamp({{self}}, {_bound}={{{_bound}}})"
+    FAMILY.add(f"aten.clamp_{_bound}.Tensor", Light(broadcasting(), _text, saves=("self", _bound)))
 
 
 def _emit_like(function: str, *names: str) -> Callable[[Node, Render], str]:

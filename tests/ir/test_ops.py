@@ -165,6 +165,13 @@ example(
     lambda d: {"self": d.x(), "min": -0.5, "max": 0.5},
     lambda d: {"self": d.x(), "max": 0.5},
 )
+example(
+    "aten.clamp.Tensor",
+    lambda d: {"self": d.x(4, 5, 8), "min": -d.positive(8), "max": d.positive(4, 1, 8)},
+    lambda d: {"self": d.x(), "max": d.scalar()},
+)
+example("aten.clamp_min.Tensor", lambda d: {"self": d.x(), "min": d.scalar()})
+example("aten.clamp_max.Tensor", lambda d: {"self": d.x(), "max": d.scalar()})
 example("aten.full_like.default", lambda d: {"self": d.x(), "fill_value": 1.5})
 example(
     "aten.isnan.default aten.isinf.default aten.isfinite.default",
