@@ -18,6 +18,7 @@ from ..plan.plan import MIXED, Baseline, Pipeline, PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Weight
 from ..plan.recache import recached_bytes, state_bytes
 from ..plan.returned import told_outputs
+from ..plan.tied import tied_parameters
 from ..plan.traffic import Moved, predicted_bytes
 from ..plan.words import choices_text
 from ..strategies.params import all_params
@@ -84,7 +85,17 @@ def _stages(plan: PlanData, pipeline: Pipeline) -> str:
         f" micro-batches of {request.rows} sequences {by}; ranks wait for others"
         f" {pipeline.bubble:.0%} of a {_unit(plan)}."
     )
-    return f"{told}\n{table(rows)}"
+    return "\n".join([told, table(rows), *_tied(plan, pipeline)])
+
+
+def _tied(plan: PlanData, pipeline: Pipeline) -> Iterator[str]:
+    """A line for each parameter that several stages have."""
+    schedule_ = pipeline.table(plan.request.micro_batches)
+    for tied in tied_parameters(schedule_, pipeline.stages, pipeline.kinds):
+        yield (
+            f"Stages {' and '.join(map(str, tied.stages))} have `{tied.name}`: its gradients,"
+            f" {format_bytes(tied.gradient_bytes)} on each rank, are added up once a step."
+        )
 
 
 def _of_phase(plan: PlanData, row: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ...ir.graph import Graph, Param, TensorType, Value
 from ...ir.ops.local import local_bytes
 from ..plan.plan import Memory, Pipeline, PlanData, PlannedStage
 from ..plan.program import Convert, Program
+from ..plan.tied import tied_parameters
 from ..strategies.build import Decisions
 from ..strategies.network import Network
 from ..strategies.regions import scopes
@@ -144,6 +145,7 @@ def join(
 ) -> Joined:
     """The stages at these places with the seconds of `plans`, those of their kinds."""
     stages = [stage_of(plans[each.kind], each, table.ranks, machine) for each in places]
+    stages = _with_tied(table, stages, plans, machine)
     timeline, ranks = played_stages(table, stages), range(table.ranks)
     seconds = max(  # when the last rank has done what it does once a step, too
         timeline.ends(rank) + sum(stages[n].once_s for n in table.stages_of(rank)) for rank in ranks
@@ -154,6 +156,29 @@ def join(
     optimizer_s = max(sum(plan.optimizer_s for plan in each) for each in own)
     casts_s = max(sum(plan.casts_s for plan in each) for each in own)
     return Joined(pipeline, seconds, optimizer_s, casts_s, memory)
+
+
+def _with_tied(
+    table: PipelineSchedule,
+    stages: Sequence[PlannedStage],
+    plans: Sequence[PlanData],
+    machine: Cluster,
+) -> list[PlannedStage]:
+    """The stages with the seconds in which gradients of what several of them have are added up.
+
+    That is an all-reduce in a ring of the ranks that have it, whose hops are those between stages;
+    a rank that has it in two stages does it once.
+    """
+    network = Network(Mesh(((AXIS, table.ranks), *plans[0].mesh.axes)), machine)
+    found = list(stages)
+    for tied in tied_parameters(table, stages, plans):
+        many = len(tied.ranks)
+        hop = network.seconds("send_recv", (0,), tied.gradient_bytes / many)
+        for rank in tied.ranks:
+            at = next(number for number in tied.stages if table.rank_of[number] == rank)
+            once = found[at].once_s + 2 * (many - 1) * hop
+            found[at] = replace(found[at], once_s=once)
+    return found
 
 
 def _memory(

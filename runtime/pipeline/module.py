@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...facts.collectives import find_collective
 from ...facts.phases import APPEND, DECODE, PREFILL, Phase, find_phase
 from ...facts.schedules import PipelineSchedule, refusal, schedule
 from ...facts.spec import parse_spec
@@ -22,6 +23,7 @@ from ..cache.cache import KVCache
 from ..cache.declared import BATCH, caches_in, specs_of
 from ..cache.state import StateCache
 from ..mesh.batches import Input, tensors_of
+from ..mesh.counter import record
 from ..mesh.mesh import Mesh, stable_seed
 from ..mesh.parts import ways
 from ..mesh.rows import DataShard, add_over_shards, data_shard
@@ -408,31 +410,34 @@ class PipelinedModule(Conversing, nn.Module):
 
     def _tie(
         self, name: str, numbers: Sequence[int], rank_of: Sequence[int]
-    ) -> tuple[str, list[int], Any]:
-        """A parameter of stages `numbers`, those of them that are here, and the group of ranks
-        that have one at this rank's place."""
+    ) -> tuple[str, list[int], int, Any]:
+        """A parameter of stages `numbers`, those of them that are here, how many ranks have one at
+        this rank's place, and their group."""
         ranks = sorted({rank_of[number] for number in numbers})
         inner = self._inner
         mine = None
         for place in range(inner.size):
             group = dist.new_group([place + rank * inner.size for rank in ranks])
             mine = group if place == inner.rank else mine
-        return name, [n for n in numbers if n in self._numbers], mine
+        return name, [n for n in numbers if n in self._numbers], len(ranks), mine
 
     @torch.no_grad()
     def _add_tied(self) -> None:
         """A parameter of several stages has in each the sum of their gradients."""
         modules = dict(zip(self._numbers, self._modules_here, strict=True))
-        for name, numbers, group in self._tied:
-            if not numbers:
-                continue
+        for name, numbers, ranks, group in self._tied:
             own = [modules[number].tensors.local(name) for number in numbers]
-            total = torch.zeros_like(own[0])
-            for x in own:
-                total += 0 if x.grad is None else x.grad
-            dist.all_reduce(total, group=group)
-            for x in own:
-                x.grad = total.clone()
+            if not own:
+                continue
+            gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in own]
+            total = sum(gradients[1:], gradients[0])
+            if ranks > 1:
+                dist.all_reduce(total, group=group)
+                size = total.numel() * total.element_size()
+                brought = find_collective("all_reduce").received(ranks) * size
+                record("all_reduce", self.mesh.names[0], "backward", brought, (ranks,))
+            for number, x in enumerate(own):
+                x.grad = total.clone() if number else total
 
     def pieces(self) -> list[Piece]:
         """What this rank holds of the model's tensors; of one that several stages have each holds a

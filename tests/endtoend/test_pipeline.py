@@ -22,6 +22,7 @@ from shardwright.ir.passes.stages import Stage, cut_into_stages, layer_count
 from shardwright.ir.reference.interpret import interpret
 from shardwright.ir.reference.widen import widened
 from shardwright.planner.plan.program import Program
+from shardwright.planner.plan.tied import tied_parameters
 from shardwright.runtime import RankPool, count_collectives
 
 from ..ir.models import TinyGPT
@@ -116,8 +117,9 @@ def _ends(stages: int) -> tuple[list[int], list[int]]:
 
 def step_on_rank(
     source: str, state: dict[str, Tensor], rows: dict[str, Tensor], times: int
-) -> tuple[Tensor, dict[str, Tensor | None], float, float, list[str]]:
-    """In one rank: `times` steps of a pipelined module; what the last gives, and moves."""
+) -> tuple[Tensor, dict[str, Tensor | None], float, float, list[str], float]:
+    """In one rank: `times` steps of a pipelined module; what the last gives, and moves, also for
+    parameters of several stages."""
     model = import_source(source).ShardedModel.from_state_dict(state)
     own_rows = model.shard_rows_of(**rows)
     for _ in range(times - 1):
@@ -125,6 +127,7 @@ def step_on_rank(
         model.zero_grad(set_to_none=True)
     with count_collectives() as counter:
         loss = model.step(**own_rows)
+    tied = counter.bytes("all_reduce", "pp", "backward")
     ahead, back = (counter.bytes("send_recv", "pp", way) for way in ("forward", "backward"))
     evaluated = model.eval().evaluate(**own_rows)
     assert torch.allclose(evaluated, loss, rtol=1e-9, atol=0) and not evaluated.requires_grad
@@ -136,7 +139,7 @@ def step_on_rank(
     own = model.full_gradients()
     parts = [g.square().sum() for g in own.values() if g is not None]
     assert torch.allclose(norm.double(), torch.stack(parts).sum().sqrt(), rtol=1e-6)
-    return loss, own, ahead, back, names
+    return loss, own, ahead, back, names, tied
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,12 @@ def test_a_planned_pipeline_takes_the_step_of_one_process(
         loss.backward()
         total = total + loss.detach()
     state = {n: x.detach() for n, x in model.state_dict().items()}
-    source = plan.module_source()
+    source, pipeline = plan.module_source(), plan.pipeline
+    assert pipeline is not None
+    (tied,) = tied_parameters(pipeline.table(count), pipeline.stages, pipeline.kinds)
+    assert (tied.name, tied.stages) == ("tokens.weight", (0, len(pipeline.stages) - 1))
+    assert "Stages 0 and " in str(plan) and "have `tokens.weight`: its gradients" in str(plan)
     for rank, found in enumerate(pool(4).run(step_on_rank, source, state, whole, 2)):
+        assert found[5] == tied.received_bytes > 0
         assert torch.allclose(found[0], total.double(), rtol=1e-9, atol=0), rank
         _compare(found[1], {n: x.grad for n, x in model.named_parameters() if x.grad is not None})

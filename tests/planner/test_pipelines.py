@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import shardwright
+from examples import llama
+from shardwright.costmodel.machines.cluster import load_cluster
 from shardwright.costmodel.timeline import StageTimes, in_flight, peak_in_flight, played
+from shardwright.facts.mesh import Mesh
 from shardwright.facts.schedules import schedule
 from shardwright.ir.capture.capture import capture_folded
 from shardwright.ir.passes.stages import cut_into_stages
@@ -20,6 +23,7 @@ from shardwright.planner.errors import PlanError
 from shardwright.planner.plan.store import plan_from_json
 from shardwright.planner.search.cuts import balanced_layers, even_layers
 from shardwright.planner.strategies.build import Builder
+from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.setting import Restriction, Setting
 
 from ..ir.models import TinyGPT
@@ -59,6 +63,23 @@ def test_layers_are_balanced_as_by_brute_force() -> None:
         assert sum(found) == count and slowest(found) == best
 
 
+@pytest.mark.slow
+def test_prompts_one_by_one_want_tensor_parallelism_and_many_a_pipeline() -> None:
+    """As DistServe found for prefill (2401.09670): TP is sooner for one prompt, PP gives more."""
+    with torch.device("meta"):
+        model = llama.Llama(llama.LlamaConfig(32000, 16, 4096, 32, 8, 14336)).bfloat16()
+
+    def seconds(layout: str, batch: int) -> float:
+        ids = torch.zeros(batch, 2048, dtype=torch.int64, device="meta")
+        inputs = {"tokens": ids, "position_ids": ids}
+        return shardwright.plan(
+            model, inputs, layout=layout, cluster="h100", phase="prefill"
+        ).seconds
+
+    assert seconds("tp=8", 1) < 0.5 * seconds("pp=8", 1)
+    assert seconds("tp=8", 64) > seconds("pp=8", 64)
+
+
 def test_a_stage_that_does_more_besides_has_fewer_layers() -> None:
     """The products of a large vocabulary are in the last stage."""
     model = TinyGPT(layers=4, width=16)
@@ -81,9 +102,12 @@ def test_a_step_takes_what_its_schedule_takes_played_through() -> None:
     ends = [timeline.ends(n) + stage.once_s for n, stage in enumerate(pipeline.stages)]
     assert plan.seconds == max(ends)
     assert pipeline.bubble == timeline.bubble_share
-    for stage in pipeline.stages:  # the plan of a stage takes as long
+    network = Network(Mesh((("pp", 2), ("dp", 2))), load_cluster("cpu", 4))
+    half = TinyGPT().tokens.weight.numel() * 4 / 2
+    tied = 2 * network.seconds("send_recv", (0,), half)  # two ranks, each the other half twice
+    for stage in pipeline.stages:  # the plan of a stage takes as long, without what is tied
         each = 4 * (stage.forward_s + stage.backward_s) + stage.once_s
-        assert each == pytest.approx(pipeline.kinds[stage.kind].seconds)
+        assert each == pytest.approx(pipeline.kinds[stage.kind].seconds + tied)
 
 
 def test_tied_embeddings_are_stored_alike_at_both_ends() -> None:
