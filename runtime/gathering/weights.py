@@ -137,6 +137,14 @@ class Item:
             return _communicates(self.ways.to_use)
         return cast or _communicates(self.ways.there)
 
+    @property
+    def is_plain(self) -> bool:
+        """Is it used as it is stored, and are gradients as they come, on a mesh with axes of one
+        rank where they would move?"""
+        ways = self.ways
+        as_stored = ways.dtype in (None, self.source().dtype) and self.used == self.stored
+        return as_stored and not ways.there and not ways.back
+
     def way_there(self) -> tuple[Tensor, Way]:
         """What its way to its use begins with now; a copy that is to be kept is made on it."""
         if self.held.copy is not None:

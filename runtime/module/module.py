@@ -577,11 +577,6 @@ class ShardedModule(Conversing, nn.Module):
         return Serving(served, batch, tokens, total_tokens, capture)
 
     @property
-    def decoding(self) -> tuple[ShardedModule, ...]:
-        """The program for decoding, if there is one."""
-        return self._decoding
-
-    @property
     def _program(self) -> Program:
         return Program(self.INPUTS, self._returned, self.CACHES, self, self.CONTEXT, self.FIXED)
 
@@ -604,7 +599,7 @@ class ShardedModule(Conversing, nn.Module):
             planned = {phase: model._program}
             for decoding in model._decoding:
                 planned[DECODE] = decoding._program
-            demonstrate_serving(model.room, planned, clock)
+            demonstrate_serving(model._room, planned, clock)
         else:
             optimizer = cls.OPTIMIZER if phase.backward else None
             demonstrate(model, model._program, optimizer, clock, model.step, cls.MICRO_BATCHES)

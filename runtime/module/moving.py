@@ -40,16 +40,16 @@ def make_schedule(
     stages: list[list[tuple[Item, int]]] = [[] for _ in range(len(loops) + 1)]
     for name, weight in weights.items():
         first, last = weight.stages
-        stages[first].append((item(model, "", name, weight), last))
+        if not (one := item(model, "", name, weight)).is_plain:
+            stages[first].append((one, last))
     units: list[list[Unit]] = []
     for path, layers in zip(paths, loops, strict=True):
         units.append([])
         for index, layer in enumerate(layers, numbers.get(path, 0)):
             assert isinstance(layer, Layer)
-            rows = layer.WEIGHTS.items()
-            units[-1].append(
-                tuple(item(layer, f"{path}.{index}.", name, weight) for name, weight in rows)
-            )
+            prefix, rows = f"{path}.{index}.", layer.WEIGHTS.items()
+            unit = (item(layer, prefix, name, weight) for name, weight in rows)
+            units[-1].append(tuple(one for one in unit if not one.is_plain))
     if not any((*stages, *(unit for loop in units for unit in loop))):
         return Schedule([[]], [])  # nothing comes or goes, so no layer need say when it runs
     schedule = Schedule(stages, units, mesh.everywhere)

@@ -288,7 +288,7 @@ class PipelinedModule(Conversing, nn.Module):
 
     def _programs(self, number: int, module: ShardedModule, line: Line) -> dict[str, StageProgram]:
         """What runs in each phase on this rank, whose stage is `number`."""
-        own = [module, *module.decoding]
+        own = _programs_of(module)
         of_phases = [
             [each, *([] if each.DECODE is None else [each.DECODE])] for each in self._classes
         ]
@@ -305,7 +305,7 @@ class PipelinedModule(Conversing, nn.Module):
         """The programs as they were planned, of all groups of sequences together."""
         (number,), (module,) = self._numbers, self._modules_here
         programs = self._programs(number, module, Line(self._links, len(self.STAGES) - 1))
-        phases = [find_phase(module.PHASE), *([DECODE] if module.decoding else [])]
+        phases = [find_phase(module.PHASE), *([DECODE] if len(_programs_of(module)) > 1 else [])]
         found: dict[Phase, Program] = {}
         for phase in phases:
             program = programs[phase.name]
@@ -627,7 +627,7 @@ class PipelinedModule(Conversing, nn.Module):
         model.reset_parameters()
         clock = Clock(model.mesh, steps)
         if not model._trains:
-            demonstrate_serving(model.room, model._planned(), clock)
+            demonstrate_serving(model._room, model._planned(), clock)
             return
         rows: dict[str, Any] = dict(random_rows(model.inputs, model.data_shard, cls.MICRO_BATCHES))
         optimizer = demo_optimizer(cls.OPTIMIZER, model)
@@ -641,6 +641,12 @@ class PipelinedModule(Conversing, nn.Module):
 
         best = clock.best("step", run)
         clock.say(f"best {best * 1e3:.1f} ms per step")
+
+
+def _programs_of(module: ShardedModule) -> list[ShardedModule]:
+    """A stage's own program, and that for decoding, if it is another."""
+    decode = module.programs()[DECODE.name].run
+    return [module, decode] if isinstance(decode, ShardedModule) and decode != module else [module]
 
 
 __all__ = ["PipelinedModule"]
