@@ -73,6 +73,11 @@ def gradient_hooks(item: nn.Module | Tensor) -> bool:
     return bool(item._backward_hooks or item._backward_pre_hooks)
 
 
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What is called before and after the module's `forward`."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
 def gradient_hooks_of_all() -> bool:
     """Does anything do so for every module?"""
     modules: Any = torch.nn.modules.module
@@ -429,6 +434,7 @@ __all__ = [
     "flash",
     "flash_backward",
     "flattened",
+    "forward_hooks",
     "gradient_hooks",
     "gradient_hooks_of_all",
     "in_rows",

@@ -17,7 +17,7 @@ BY_MODEL = frozenset({
     "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate",
     "load_checkpoint", "load_from", "local", "local_part", "moved_weights", "new_cache",
     "optimizer", "pack", "prefill",
-    "programs", "recompute", "reset_parameters", "save_checkpoint",
+    "programs", "recompute", "reset_parameters", "room", "save_checkpoint",
     "save_pretrained", "serving", "set_cache",
     "shard_inputs", "shard_rows", "step", "tensors", "truncate", "unpack", "wait_for_checkpoint",
 })  # fmt: skip

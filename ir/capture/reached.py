@@ -32,6 +32,7 @@ from typing import Any, cast
 import numpy
 from torch import Tensor, nn
 
+from ...compat.torch import forward_hooks
 from .location import place
 
 _OF_MODULES = frozenset(vars(nn.Module())) | {"forward"}
@@ -164,8 +165,7 @@ class Reached:
         self._seen |= {id(module): module for module in model.modules()}
         for path, module in model.named_modules():
             self._object(f"{path}.{{}}" if path else "{}", module)
-            hooks = (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore
-            self._later("hook", [*hooks[0].values(), *hooks[1].values()])
+            self._later("hook", forward_hooks(module))
         while self._to_visit:
             self._visit(*self._to_visit.popleft())
         for space, names, codes in self._globals.values():

@@ -599,7 +599,7 @@ class ShardedModule(Conversing, nn.Module):
             planned = {phase: model._program}
             for decoding in model._decoding:
                 planned[DECODE] = decoding._program
-            demonstrate_serving(model._room, planned, clock)
+            demonstrate_serving(model.room, planned, clock)
         else:
             optimizer = cls.OPTIMIZER if phase.backward else None
             demonstrate(model, model._program, optimizer, clock, model.step, cls.MICRO_BATCHES)

@@ -627,7 +627,7 @@ class PipelinedModule(Conversing, nn.Module):
         model.reset_parameters()
         clock = Clock(model.mesh, steps)
         if not model._trains:
-            demonstrate_serving(model._room, model._planned(), clock)
+            demonstrate_serving(model.room, model._planned(), clock)
             return
         rows: dict[str, Any] = dict(random_rows(model.inputs, model.data_shard, cls.MICRO_BATCHES))
         optimizer = demo_optimizer(cls.OPTIMIZER, model)

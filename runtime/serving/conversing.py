@@ -136,14 +136,14 @@ class Conversing:
         Uses the cache that is there if it is large enough, and made with that `capture` (see
         `new_cache`; None: any), else makes a new one.
         """
-        room = partial(self._room, capture=capture)
+        room = partial(self.room, capture=capture)
         return generate(
             room, input_ids, max_new_tokens, lengths=lengths, attention_mask=attention_mask,
             eos_token_id=eos_token_id, pad_token_id=pad_token_id, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
         )  # fmt: skip
 
-    def _room(self, batch: int, tokens: int, capture: bool | None = None) -> Serving:
+    def room(self, batch: int, tokens: int, capture: bool | None = None) -> Serving:
         """The serving state, with new caches unless those that are there are large enough."""
         serving = self._serving
         if serving is None or not serving.suits(batch, tokens, capture):

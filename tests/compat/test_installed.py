@@ -103,6 +103,8 @@ def test_torch_has_all_of_it() -> None:
         "_cdata": x.untyped_storage(),
         "_filter_traceback_frames": TracerBase,
         "_flatten": mesh,
+        "_forward_hooks": nn.Module(),
+        "_forward_pre_hooks": nn.Module(),
         "_global_backward_hooks": nn.modules.module,
         "_global_backward_pre_hooks": nn.modules.module,
         "_init_fn": one,
