@@ -15,34 +15,10 @@ from .outline import Item, Outline, outline
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleCall:
-    """`outputs = self.path(inputs)`: a call of a module of the user's."""
-
-    path: str  # from the module whose forward calls it: `attention`, `experts.3`
-    function: Function
-
-    @property
-    def inputs(self) -> tuple[Sharded, ...]:
-        """What the module takes."""
-        return self.function.inputs
-
-    @property
-    def outputs(self) -> tuple[Sharded, ...]:
-        """What it gives."""
-        return self.function.outputs
-
-
-@dataclass(frozen=True, slots=True)
-class UserCall:
-    """`outputs = name(inputs)`: a call of a function of the user's, which takes tensors alone."""
+class _Called:
+    """A call of what is a function of its own."""
 
     function: Function
-
-    @property
-    def name(self) -> str:
-        """The function's."""
-        assert isinstance(self.function.call, FunctionCall)
-        return self.function.call.name
 
     @property
     def inputs(self) -> tuple[Sharded, ...]:
@@ -53,6 +29,24 @@ class UserCall:
     def outputs(self) -> tuple[Sharded, ...]:
         """What it gives."""
         return self.function.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall(_Called):
+    """`outputs = self.path(inputs)`: a call of a module of the user's."""
+
+    path: str  # from the module whose forward calls it: `attention`, `experts.3`
+
+
+@dataclass(frozen=True, slots=True)
+class UserCall(_Called):
+    """`outputs = name(inputs)`: a call of a function of the user's, which takes tensors alone."""
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        assert isinstance(self.function.call, FunctionCall)
+        return self.function.call.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +266,7 @@ def _steps(
         inner = tuple(_steps(part, flat, full, root, define, refused))
         function = Function(full, call, part.inputs, inner, part.outputs)
         if isinstance(call, Call):
-            steps.append(ModuleCall(full.removeprefix(f"{path}.") if path else full, function))
+            steps.append(ModuleCall(function, full.removeprefix(f"{path}.") if path else full))
             continue
         once = len({item.value.name for item in part.inputs}) == len(part.inputs)
         whole = once and len(part.outputs) == call.results and not any(map(_is_more, inner))
