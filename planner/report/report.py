@@ -433,8 +433,10 @@ def is_proven(plan: PlanData) -> bool:
 
 
 def _among(plan: PlanData) -> str:
-    """Among which plans it is proven the best: how many layers are recomputed is no part of a
-    problem."""
+    """Among which plans it is proven the best: how many layers are recomputed, and what a stage is
+    given by another, are no parts of a problem."""
+    if plan.pipeline is not None:
+        return " for each kind of stage, one after the other, with this cut"
     if _is_mixed(plan):
         return " for this mesh, order of tokens and number of recomputed layers"
     return " with all layers kept or all recomputed" if plan.may_recompute else ""
