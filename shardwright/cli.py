@@ -399,14 +399,15 @@ def show(
 
 def _write_pages(made: Plan, html: Path | None, trace: Path | None) -> tuple[Path, ...]:
     """A plan as a page, and its step as a trace; the paths of what is written."""
-    from .plan_page import page_of_plan
-    from .plan_time import trace_text
+    if html is not None:
+        from .plan_page import page_of_plan
 
-    asked = [(html, page_of_plan), (trace, trace_text)]
-    given = [(path, text_of) for path, text_of in asked if path is not None]
-    for path, text_of in given:
-        write_page(path, text_of(made))
-    return tuple(path for path, _ in given)
+        write_page(html, page_of_plan(made))
+    if trace is not None:
+        from .plan_time import trace_text
+
+        write_page(trace, trace_text(made))
+    return tuple(path for path in (html, trace) if path is not None)
 
 
 def _print_module(path: Path) -> None:
