@@ -28,6 +28,7 @@ from ..strategies.build import Decisions
 from ..strategies.conversion import Conversions
 from ..strategies.network import Network
 from ..strategies.regions import Place, Scope, scopes
+from ..strategies.steps import Moving
 from .plan import PlanData, Recache
 from .program import priced_path
 from .traffic import Moved
@@ -81,7 +82,7 @@ class Recaching:
         kind = TensorType(
             (sizes["b"], sizes["n"], tokens, cached_per_head(node)), node.output.type.dtype
         )
-        return Conversions(kind, self._network, gradient=False, param=True, usual=True)
+        return Conversions(Moving(kind, False, param=True, usual=True), self._network)
 
     def seconds(self, ours: Sequence[Spec], theirs: Sequence[Spec]) -> _Floats:
         """Seconds of all layers from each of `ours` (rows) to each of `theirs` (columns)."""

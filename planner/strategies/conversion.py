@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...facts.collectives import collective_for
@@ -22,10 +21,9 @@ from ...facts.moves import BETWEEN_RANKS, KEPT_MOVES, Primitive, backward_primit
 from ...facts.spec import Spec, format_spec
 from ...facts.together import GROUP_BYTES
 from ...facts.traffic import Traffic
-from ...ir.graph import TensorType
 from .lattice import Bools, Floats, Ints
 from .network import LOCAL, Network
-from .steps import STEP_S, Moved, Step, Steps, applied
+from .steps import ONCE, STEP_S, Moving, Repeats, Step, Steps, applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,42 +87,17 @@ class Brought:
 
 
 class Conversions:
-    """Cheapest conversions between all specs of one tensor type on one network.
+    """Cheapest conversions between all specs of what is moved on one network."""
 
-    `gradient` says whether a gradient flows back.  `again` is the share, 0 to 1, of a value's
-    layers that are recomputed: all that forward does is done once more there, but for the
-    `KEPT_MOVES` in the share `stays`, whose results are kept.  `regather` is the
-    share of the others, for a parameter that backward needs: what collectives bring in forward is
-    not kept, but brought once more.  `param`: a
-    parameter is gathered, never summed up from zero-padded parts, so that it can come again.
-    `usual`: ranks know the way by its specs alone, so that each move goes by its own collective.
-    `reduced` is the dtype of a gradient on its way, where it is not that of the value.
-    """
-
-    def __init__(
-        self,
-        kind: TensorType,
-        network: Network,
-        *,
-        gradient: bool,
-        regather: float = 0.0,
-        again: float = 0.0,
-        param: bool = False,
-        usual: bool = False,
-        reduced: torch.dtype | None = None,
-        stays: float = 0.0,
-    ) -> None:
-        self.type = kind
+    def __init__(self, moving: Moving, network: Network, repeats: Repeats = ONCE) -> None:
+        self.type = moving.kind
         self.network = network
-        self.gradient = gradient
-        self.regather = regather
-        self.again = again
-        self.stays = stays
-        self._moved = Moved(kind, gradient, param, usual, reduced)
+        self._moving = moving
+        self._repeats = repeats
 
     def canonical(self, spec: Spec) -> Spec:
         """Without a gradient `V` and `R` are the same state."""
-        return self._moved.canonical(spec)
+        return self._moving.canonical(spec)
 
     def seconds(self, a: Spec, b: Spec) -> float:
         """Seconds of the cheapest conversion, forward and backward; inf where there is none."""
@@ -173,12 +146,12 @@ class Conversions:
                 for move_of in self._runs(step):
                     if move_of.kind in LOCAL:
                         seconds = back if move_of.gradient else ahead
-                        size = self._moved.sized(n_bytes, gradient=move_of.gradient)
+                        size = self._moving.sized(n_bytes, gradient=move_of.gradient)
                         one = self.network.seconds_of(move_of.kind, step.axes, size)
                         seconds[where] += move_of.times * one
                 for call in self._calls(step):
                     start, each = self.network.line(call.kind, call.axes, message)
-                    size = self._moved.sized(n_bytes, gradient=call.when == "gradient")
+                    size = self._moving.sized(n_bytes, gradient=call.when == "gradient")
                     ran = calls.setdefault(call, np.zeros(at.shape, dtype=bool))
                     fills = np.minimum(size / GROUP_BYTES, 1.0)
                     alone = np.where(ran[where], 1.0, fills)  # twice on a way: once by itself
@@ -211,14 +184,14 @@ class Conversions:
     def _priced(self, step: Step, spec: Spec, runs: Iterable[_Run]) -> Iterator[float]:
         n_bytes = self._steps.bytes_of(step, spec)
         for run in runs:
-            size = self._moved.sized(n_bytes, gradient=run.gradient)
+            size = self._moving.sized(n_bytes, gradient=run.gradient)
             yield run.times * self.network.seconds(run.kind, step.axes, size)
 
     def step_traffic(self, step: Step, spec: Spec) -> tuple[Traffic, ...]:
         """The collectives of one step from `spec`."""
         n_bytes = self._steps.bytes_of(step, spec)
         return tuple(
-            Traffic(r.kind, step.axes, self._moved.sized(n_bytes, gradient=r.gradient), r.backward)
+            Traffic(r.kind, step.axes, self._moving.sized(n_bytes, gradient=r.gradient), r.backward)
             for r in self._runs(step)
             if r.kind not in LOCAL
         )
@@ -227,12 +200,12 @@ class Conversions:
 
     @cached_property
     def _steps(self) -> Steps:
-        return self.network.once(("steps", self._moved), lambda: Steps(self._moved, self.network))
+        return self.network.once(("steps", self._moving), lambda: Steps(self._moving, self.network))
 
     @cached_property
     def _seconds(self) -> Floats:
         """Of each step, in all its runs."""
-        return self._steps.seconds(self.again, self.regather, self.stays)
+        return self._steps.seconds(self._repeats)
 
     def _row(self, spec: Spec) -> int:
         return self._steps.row(spec)
@@ -274,11 +247,11 @@ class Conversions:
         if forward in BETWEEN_RANKS:
             kind = collective_for(forward, step.by)
             calls.append(Call(kind, step.axes, "forward"))
-            if self.again:
-                calls.append(Call(kind, step.axes, "again", self.again))
-            if self.regather:
-                calls.append(Call(kind, step.axes, "regather", self.regather))
-        if self.gradient and back in BETWEEN_RANKS:
+            if self._repeats.again:
+                calls.append(Call(kind, step.axes, "again", self._repeats.again))
+            if self._repeats.regather:
+                calls.append(Call(kind, step.axes, "regather", self._repeats.regather))
+        if self._moving.gradient and back in BETWEEN_RANKS:
             calls.append(Call(collective_for(back, step.by), step.axes, "gradient"))
         return calls
 
@@ -286,13 +259,13 @@ class Conversions:
         """Every move that a step makes."""
         ahead = primitive(step.a, step.b)
         moves: list[tuple[Primitive, bool, bool, float]] = [(ahead, False, False, 1.0)]
-        again = self.again - self.stays * (ahead in KEPT_MOVES)
+        again = self._repeats.again - self._repeats.stays * (ahead in KEPT_MOVES)
         if again:
             moves.append((ahead, False, False, again))
-        if self.gradient:
+        if self._moving.gradient:
             moves.append((backward_primitive(step.a, step.b), True, True, 1.0))
-        if self.regather and ahead in BETWEEN_RANKS:
-            moves.append((ahead, True, False, self.regather))
+        if self._repeats.regather and ahead in BETWEEN_RANKS:
+            moves.append((ahead, True, False, self._repeats.regather))
         return [
             _Run(collective_for(move, step.by), backward, gradient, times)
             for move, backward, gradient, times in moves
@@ -300,25 +273,10 @@ class Conversions:
         ]
 
 
-def conversions(
-    kind: TensorType,
-    network: Network,
-    *,
-    gradient: bool,
-    regather: float = 0.0,
-    again: float = 0.0,
-    param: bool = False,
-    reduced: torch.dtype | None = None,
-    stays: float = 0.0,
-) -> Conversions:
-    """The conversions of a tensor type, worked out once for all graphs; see there."""
-    return network.once(
-        ("conversions", kind, gradient, regather, again, param, reduced, stays),
-        lambda: Conversions(
-            kind, network, gradient=gradient, regather=regather, again=again, param=param,
-            reduced=reduced, stays=stays,
-        ),
-    )  # fmt: skip
+def conversions(moving: Moving, network: Network, repeats: Repeats = ONCE) -> Conversions:
+    """The conversions of what is moved, worked out once for all graphs."""
+    key = "conversions", moving, repeats
+    return network.once(key, lambda: Conversions(moving, network, repeats))
 
 
 __all__ = ["Brought", "Call", "Conversions", "conversions"]

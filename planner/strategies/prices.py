@@ -27,6 +27,7 @@ from .pricing import Work, price
 from .regions import TOP_LEVEL, InLoop, Place, Recomputed, make_regions, scopes
 from .selected import kept_results
 from .setting import Setting
+from .steps import Moving, Repeats
 from .storage import Held, Storage
 
 
@@ -79,24 +80,17 @@ class Prices:
         full, part = self._again(value, place)
         again = full + part
         regather = self._regathers(value, again) if param else 0.0
-        return conversions(
-            value.type,
-            self.network,
-            gradient=gradient,
-            regather=regather,
-            again=again,
-            param=param,
-            reduced=self.setting.reduced if param else None,
-            stays=part if value.name in self.kept_results else 0.0,
-        )
+        reduced = self.setting.reduced if param else None
+        stays = part if value.name in self.kept_results else 0.0
+        moving = Moving(value.type, gradient, param, reduced=reduced)
+        return conversions(moving, self.network, Repeats(again, regather, stays))
 
     def inner_s(self, value: Value, a: Spec, b: Spec) -> tuple[float, float]:
         """Seconds of a conversion inside a region, and how many more it takes in a layer that runs
         again."""
-        gradient = self.setting.training and value.differentiable
+        moving = Moving(value.type, self.setting.training and value.differentiable)
         once, twice = (
-            conversions(value.type, self.network, gradient=gradient, again=again).seconds(a, b)
-            for again in (0.0, 1.0)
+            conversions(moving, self.network, Repeats(again)).seconds(a, b) for again in (0.0, 1.0)
         )
         return once, twice - once
 
@@ -189,8 +183,8 @@ class Prices:
     def home_conversions(self, ref: ParamRef) -> Conversions:
         """Those between where a trained parameter is stored and where it is kept for its uses:
         there once a step, in the dtype of its uses."""
-        kind, reduced = ref.param.value.type, self.setting.reduced
-        return conversions(kind, self.network, gradient=True, param=True, reduced=reduced)
+        moving = Moving(ref.param.value.type, True, True, reduced=self.setting.reduced)
+        return conversions(moving, self.network)
 
     def trains(self, ref: ParamRef) -> bool:
         """Does a step change the parameter?"""

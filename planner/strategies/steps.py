@@ -53,8 +53,13 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
-    """What a dtype and the directions of a tensor's conversions make of them; see `Conversions`."""
+class Moving:
+    """What moves: a tensor type, and whether a gradient flows back.
+
+    `param`: a parameter is gathered, never summed up from zero-padded parts, so that it can come
+    again.  `usual`: ranks know the way by its specs alone, so that each move goes by its own
+    collective.  `reduced` is the dtype of a gradient on its way, where it is not that of the value.
+    """
 
     kind: TensorType
     gradient: bool
@@ -79,6 +84,24 @@ class Moved:
         return n_bytes // itemsize * reduced if gradient and reduced != itemsize else n_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """What is moved once more.
+
+    `again` is the share, 0 to 1, of a value's layers that are recomputed: all that forward does is
+    done once more there, but for the `KEPT_MOVES` in the share `stays`, whose results are kept.
+    `regather` is the share of the others, for a parameter that backward needs: what collectives
+    bring in forward is not kept, but brought once more.
+    """
+
+    again: float = 0.0
+    regather: float = 0.0
+    stays: float = 0.0
+
+
+ONCE = Repeats()
+
+
 class Steps:
     """Every legal step, on one axis or on several together, as columns of a table that is ordered
     by the row of a lattice that they leave.
@@ -88,11 +111,11 @@ class Steps:
     of collectives, and `back`, for the gradient.
     """
 
-    def __init__(self, moved: Moved, network: Network) -> None:
-        self._moved = moved
+    def __init__(self, moving: Moving, network: Network) -> None:
+        self._moving = moving
         self._network = network
         sizes = network.mesh.sizes
-        self.lattice = Lattice(moved.states, moved.kind.shape, sizes)
+        self.lattice = Lattice(moving.states, moving.kind.shape, sizes)
         tables = [self._of(number, move) for number, move in enumerate(self.every)]
         rows, *columns = (np.concatenate(column) for column in zip(*tables, strict=True))
         order = np.argsort(rows, kind="stable")
@@ -106,7 +129,7 @@ class Steps:
 
     def row(self, spec: Spec) -> int:
         """The row of a spec."""
-        return self.lattice.row[self._moved.canonical(spec)]
+        return self.lattice.row[self._moving.canonical(spec)]
 
     def following(self, row: int) -> Ints:
         """Positions in the table of the steps that leave `row`."""
@@ -118,9 +141,10 @@ class Steps:
         leaving = self.following(at)
         return int(self.bytes[leaving[self.columns[leaving] == to][0]])
 
-    def seconds(self, again: float, regather: float, stays: float) -> Floats:
-        """What each takes where forward runs so often again, as `Conversions` has it."""
-        more = again - stays * self.kept + regather * self.fetched
+    def seconds(self, repeats: Repeats) -> Floats:
+        """What each takes in all its runs."""
+        again = repeats.again - repeats.stays * self.kept
+        more = again + repeats.regather * self.fetched
         return STEP_S + (1.0 + more) * self.ahead + self.back
 
     @cached_property
@@ -130,8 +154,8 @@ class Steps:
         single = [
             ((axis,), a, b)
             for axis in axes
-            for a, b in product(self._moved.states, repeat=2)
-            if a != b and not (self._moved.param and a == P)
+            for a, b in product(self._moving.states, repeat=2)
+            if a != b and not (self._moving.param and a == P)
         ]
         joint = [
             (subset, a, b)
@@ -146,10 +170,10 @@ class Steps:
 
     def _ways(self, axes: tuple[int, ...], a: State, b: State) -> tuple[str, ...]:
         """What a step may go by: its usual collectives, or another that does one of its moves."""
-        if self._moved.usual:
+        if self._moving.usual:
             return ("",)
         moves: set[Primitive] = {primitive(a, b)}
-        if self._moved.gradient:
+        if self._moving.gradient:
             moves.add(backward_primitive(a, b))
         sizes = tuple(self._network.mesh.sizes[axis] for axis in axes)
         return ("", *others(moves, sizes))
@@ -157,11 +181,11 @@ class Steps:
     @property
     def _joint_moves(self) -> tuple[tuple[State, State], ...]:
         """Conversions that several axes make in one collective."""
-        dims = [state for state in self._moved.states if is_shard(state)]
-        wholes = (R, V) if self._moved.gradient else (R,)
-        moves = [(R, V)] if self._moved.gradient else []
+        dims = [state for state in self._moving.states if is_shard(state)]
+        wholes = (R, V) if self._moving.gradient else (R,)
+        moves = [(R, V)] if self._moving.gradient else []
         moves += [(state, whole) for state in dims for whole in wholes]
-        if not self._moved.param:
+        if not self._moving.param:
             moves += [(P, other) for other in (*wholes, *dims)]
         return tuple(moves)
 
@@ -169,11 +193,11 @@ class Steps:
         """The columns of the table for a kind of step, wherever it is legal."""
         axes, a, b = move.axes, move.a, move.b
         rows, columns = self.lattice.moves(axes, a, b)
-        n_bytes = self.lattice.moved_numel(rows, axes, a, b) * self._moved.kind.dtype.itemsize
+        n_bytes = self.lattice.moved_numel(rows, axes, a, b) * self._moving.kind.dtype.itemsize
         ahead = self._seconds(primitive(a, b), move, n_bytes)
         back = np.zeros(len(rows))
-        if self._moved.gradient:
-            size = self._moved.sized(n_bytes, gradient=True)
+        if self._moving.gradient:
+            size = self._moving.sized(n_bytes, gradient=True)
             back = self._seconds(backward_primitive(a, b), move, size)
         return rows, columns, np.full(len(rows), number), n_bytes, ahead, back
 
@@ -188,4 +212,4 @@ def applied(spec: Spec, step: Step) -> Spec:
     return tuple(step.b if axis in step.axes else state for axis, state in enumerate(spec))
 
 
-__all__ = ["Moved", "Sized", "Step", "Steps", "STEP_S", "applied"]
+__all__ = ["ONCE", "Moving", "Repeats", "Sized", "Step", "Steps", "STEP_S", "applied"]

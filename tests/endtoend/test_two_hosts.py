@@ -33,6 +33,7 @@ from shardwright.ir.graph import TensorType
 from shardwright.ir.ops.algorithms.part import Part
 from shardwright.planner.strategies.conversion import Conversions
 from shardwright.planner.strategies.network import Network
+from shardwright.planner.strategies.steps import Moving
 from shardwright.runtime import (
     Layout,
     Mesh,
@@ -248,7 +249,7 @@ def priced(cluster: Cluster) -> dict[str, float]:
         (HEADS, heads, tokens),
     ):  # fmt: skip
         kind = TensorType((BATCH, n, LENGTH, DIM), torch.float32)
-        moving += Conversions(kind, grid, gradient=False).seconds(a, b)
+        moving += Conversions(Moving(kind, False), grid).seconds(a, b)
     ring_part = local(
         "ring", ranks=2, heads=HEADS // 2, kv_heads=KEY_HEADS // 2, queries=2 * rows, keys=2 * rows
     )

@@ -41,6 +41,7 @@ from shardwright.planner.strategies.build import Decisions
 from shardwright.planner.strategies.conversion import Conversions as TypeConversions
 from shardwright.planner.strategies.lattice import spec_fits
 from shardwright.planner.strategies.network import Network
+from shardwright.planner.strategies.steps import Moving, Repeats
 from shardwright.runtime import RankPool, count_collectives
 from tests.sharded import assert_close, flatten, mesh_of, total, weights_like, whole_outputs
 
@@ -852,11 +853,7 @@ class Conversions:
             key = (value.type, value.differentiable, value.name in params)
             if key not in self.known:
                 self.known[key] = TypeConversions(
-                    value.type,
-                    self.network,
-                    gradient=key[1],
-                    regather=key[1] and key[2],
-                    param=key[2],
+                    Moving(*key), self.network, Repeats(regather=float(key[1] and key[2]))
                 )
             return priced_path(self.known[key], a, b)
 
