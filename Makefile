@@ -76,7 +76,7 @@ parsers: $(READY) ## parsers of tools that plans are exported to, which some tes
 	$(BIN)/python tests/targets/install.py $(VENV)/parsers
 
 notebooks: $(READY) ## run the notebooks, which `make test` leaves out
-	$(RUN_PYTEST) tests/notebooks
+	$(RUN_PYTEST) -n 2 --dist worksteal tests/notebooks
 
 test-all: $(READY) ## all tests
 	$(RUN_PYTEST)
