@@ -22,6 +22,8 @@ READY = $(VENV)/.ready
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.ready
 RUN_PYTEST = $(BIN)/python -m pytest -q
+# Tests start hundreds of processes, each of which would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
