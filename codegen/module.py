@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -395,6 +395,7 @@ class Writer:
             *self._step_lines(),
             *self._layers_table(),
             *self._parameters_table(),
+            *self._matrices_line(),
             *self._weights_table(program.weights, program.stages()),
             *self._inputs_table(),
             *fixed_table(program.graph),
@@ -443,15 +444,32 @@ class Writer:
         if self.second:  # the same parameters, stored alike
             return [f"    PARAMETERS = {self.second[0].name}.PARAMETERS"]
         lines = ["    PARAMETERS = {"]
-        for param, spec in _stored(self.program.weights):
-            lines += self._param_line("", param, spec)
+        for prefix, param, spec in self._all_stored():
+            lines += self._param_line(prefix, param, spec)
+        return [*self.constants.lines(), *lines, "    }"]
+
+    def _all_stored(self) -> Iterator[tuple[str, Param, Spec]]:
+        """What stands before the name of each parameter, and how it is stored."""
+        yield from (("", *row) for row in _stored(self.program.weights))
         for call in self.loops:
             for kind, body in enumerate(call.bodies):
                 layers = [i for i, k in enumerate(call.loop.order) if k == kind]
-                for param, spec in _stored(body.weights):
-                    prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
-                    lines += self._param_line(prefix, param, spec)
-        return [*self.constants.lines(), *lines, "    }"]
+                prefix = f"{call.loop.path}.{{{_range_text(layers)}}}."
+                yield from ((prefix, *row) for row in _stored(body.weights))
+
+    def _matrices_line(self) -> list[str]:
+        """What optimizers of whole matrices leave to others."""
+        if not self.program.training:
+            return []
+        names = dict.fromkeys(
+            prefix + (param.part.name if param.part else param.name)
+            for prefix, param, _ in self._all_stored()
+            if _trained(param) and len(param.value.type.shape) in (2, 3) and not param.matrix
+        )
+        if not names:
+            return []
+        told = "Muon leaves them to AdamW"
+        return statement(f"NOT_MATRICES = {_strings(list(names))}", 1, told)
 
     def _param_line(self, prefix: str, param: Param, spec: Spec) -> list[str]:
         name = prefix + param.name
@@ -679,6 +697,10 @@ def _stored(weights: Sequence[Weight]) -> list[tuple[Param, Spec]]:
     """Each parameter once, as it is stored."""
     found = {weight.param.name: (weight.param, weight.stored) for weight in weights}
     return list(found.values())
+
+
+def _trained(param: Param) -> bool:
+    return param.kind == "parameter" and param.value.differentiable
 
 
 def _through(start: Spec, steps: Sequence[PricedStep]) -> list[str]:

@@ -10,9 +10,23 @@ from dataclasses import dataclass
 # Tensors of the parameter's size and dtype that the optimizer keeps between steps.
 OPTIMIZERS = {
     "adamw": 2,  # torch.optim.AdamW: exp_avg and exp_avg_sq, made with zeros_like(parameter)
+    "muon": 1,  # torch.optim.Muon: momentum_buffer
     "sgd": 0,  # torch.optim.SGD with its default momentum=0 keeps none; momentum would be 1
     "none": 0,  # gradients are computed but no step is taken
 }
+# Passes over tensors of the parameter's size that one step makes: the gradient is read, the
+# parameter and each state are read and written.
+_PASSES = {
+    "adamw": 7,  # one fused kernel
+    "muon": 10,  # runtime/training/muon.py: 3 momentum, 2.5 what is sent, 4.5 parameter, each apart
+    "sgd": 3,
+    "none": 0,
+}
+
+
+def stepped_by(optimizer: str, *, matrix: bool) -> str:
+    """The optimizer that steps a parameter: Muon leaves what is no matrix to AdamW."""
+    return "adamw" if optimizer == "muon" and not matrix else optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +65,12 @@ def parameter_state_bytes(
 
 
 def optimizer_step_bytes(numel_local: int, dtype_bytes: int, optimizer: str) -> int:
-    """Bytes that one fused optimizer step reads and writes for one parameter.
-
-    The gradient is read; the parameter and each state are read and written; without an optimizer
-    nothing moves.
+    """Bytes that one optimizer step reads and writes for one parameter.
 
     >>> optimizer_step_bytes(1000, 4, "adamw")  # 1 + 2 + 2 * 2 passes over 4000 bytes
     28000
     """
-    states = _checked(OPTIMIZERS, optimizer, "optimizer")
-    passes = 0 if optimizer == "none" else 1 + 2 + 2 * states
-    return numel_local * dtype_bytes * passes
+    return numel_local * dtype_bytes * _checked(_PASSES, optimizer, "optimizer")
 
 
 def _checked(table: dict[str, int], key: str, what: str) -> int:

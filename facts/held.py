@@ -9,7 +9,7 @@ BY_ALL = frozenset({
 })  # fmt: skip
 BY_MODEL = frozenset({
     "CACHES", "CONTEXT", "DECODE", "FIRST_LAYERS", "FIXED", "INPUTS", "LABELS", "LAYERS", "MESH",
-    "MICRO_BATCHES",
+    "MICRO_BATCHES", "NOT_MATRICES",
     "OPTIMIZER", "OUTPUTS", "PARAMETERS", "PHASE", "REDUCE", "admit", "append",
     "cached_lengths",
     "clip_grad_norm_", "compile_layers", "data_shard", "decode", "demo", "evaluate", "free",

@@ -48,6 +48,7 @@ class Optimizer(StrEnum):
 
     ADAMW = "adamw"
     SGD = "sgd"
+    MUON = "muon"
     NONE = "none"
 
 
@@ -307,7 +308,7 @@ OptimizerOption: TypeAlias = Annotated[
     Optimizer | None,
     typer.Option(
         show_default="adamw; none in inference",
-        help="the optimizer whose states take memory, e.g. --optimizer sgd",
+        help="the optimizer whose states take memory, e.g. --optimizer muon",
     ),
 ]
 SolverOption: TypeAlias = Annotated[

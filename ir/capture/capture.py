@@ -39,6 +39,7 @@ from ..ops.live import remove_dead
 from ..ops.random import draws_otherwise
 from ..passes.fold import fold
 from ..passes.invariants import computed_once
+from ..passes.matrices import with_matrices
 from ..passes.raising import raised
 from . import huggingface
 from .arguments import Arguments
@@ -159,7 +160,7 @@ def captured(
             flat = capture(
                 model, given, training=training, serving=serving, rebuild=once, most=most
             )
-            graph = fold(flat, classes)
+            graph = fold(with_matrices(flat) if training else flat, classes)
         whole = _extended(graph, layers) if layers else graph
         return whole and computed_once(raised(whole))
 

@@ -198,6 +198,9 @@ class Param:
 
     A parameter may be stored in another dtype, `stored`, than that of its value, in which it is
     used: float32 for products in bfloat16, say.
+
+    `matrix`: it is a matrix of a hidden layer, or a stack of them (see `ir/passes/matrices.py`); of
+    a part, the whole original is.
     """
 
     name: str
@@ -207,6 +210,7 @@ class Param:
     data: tuple[object, ...] | float | int | bool | None = None
     part: Part | None = None
     stored: torch.dtype | None = None
+    matrix: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +231,9 @@ def originals(params: Iterable[Param]) -> tuple[Param, ...]:
             shape[dim] += found[name].value.type.shape[dim]
         whole = TensorType(tuple(shape), param.value.type.dtype)
         value = Value(name, whole, param.value.differentiable)
-        found[name] = Param(name, value, param.kind, param.aliases, stored=param.stored)
+        found[name] = Param(
+            name, value, param.kind, param.aliases, stored=param.stored, matrix=param.matrix
+        )
     return tuple(found.values())
 
 

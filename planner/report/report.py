@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from math import prod
 
 from ...facts.collectives import find_collective
 from ...facts.mesh import Mesh
@@ -21,6 +22,7 @@ from ..plan.returned import told_outputs
 from ..plan.tied import tied_parameters
 from ..plan.traffic import Moved, predicted_bytes
 from ..plan.words import choices_text
+from ..strategies.orthogonal import matrices_of, received_bytes
 from ..strategies.params import all_params
 from ..strategies.regions import Recomputed
 
@@ -384,6 +386,8 @@ def _step(plan: PlanData) -> Iterator[str]:
             "Trained parameters, their gradients and optimizer states are in float32, products in "
             f"bfloat16; gradients between ranks are {reduced}."
         )
+    if request.optimizer == "muon":
+        yield _muon(plan)
     if request.micro_batches > 1:
         yield (
             f"A step has {request.micro_batches} micro-batches of {request.rows} sequences: "
@@ -430,6 +434,17 @@ def split_seconds(plan: PlanData) -> tuple[float, dict[str, float]]:
 def is_proven(plan: PlanData) -> bool:
     """Was every problem solved to its end, and is the plan as fast as what they count?"""
     return plan.search.status == "optimal" and plan.search.gap < _PROVEN
+
+
+def _muon(plan: PlanData) -> str:
+    """What Muon does with matrices in a step."""
+    found = matrices_of(plan.graph).values()
+    many = sum(matrix.layers * prod(matrix.shape[:-2]) * matrix.share for matrix in found)
+    text = f"Muon makes {many:,.0f} matrices orthogonal, each on one GPU"
+    if plan.pipeline is not None or plan.mesh.ranks == 1:
+        return f"{text}; AdamW steps the rest."
+    received = received_bytes(plan.graph, plan.decisions.specs, plan.mesh.sizes)
+    return f"{text}, for which each receives {format_bytes(received)} a step; AdamW steps the rest."
 
 
 def _among(plan: PlanData) -> str:

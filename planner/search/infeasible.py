@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...costmodel.machines.cluster import Cluster
-from ...costmodel.memory import parameter_state_bytes
+from ...costmodel.memory import parameter_state_bytes, stepped_by
 from ...facts.nested import dotted
 from ...facts.units import format_bytes
 from ...ir.graph import Graph, Output
@@ -59,7 +59,7 @@ def state_bytes(graph: Graph, setting: Setting) -> list[float]:
         state = parameter_state_bytes(
             kind.numel,
             ref.param.dtype.itemsize,
-            setting.optimizer,
+            stepped_by(setting.optimizer, matrix=ref.param.matrix),
             ref.trainable and setting.training,
         )
         for i, part in enumerate((state.parameter, state.gradient, state.optimizer)):

@@ -10,7 +10,12 @@ import numpy as np
 
 from ...costmodel.compute import elementwise_s
 from ...costmodel.machines.cluster import Cluster
-from ...costmodel.memory import StateBytes, optimizer_step_bytes, parameter_state_bytes
+from ...costmodel.memory import (
+    StateBytes,
+    optimizer_step_bytes,
+    parameter_state_bytes,
+    stepped_by,
+)
 from ...facts.mesh import Mesh
 from ...facts.spec import Spec
 from ...ir.graph import Graph, Node, Value
@@ -22,6 +27,7 @@ from .conversion import Conversions, conversions
 from .fusing import Share, shares
 from .lattice import Floats, Ints
 from .network import Network
+from .orthogonal import Orthogonal
 from .params import ParamRef, all_params
 from .pricing import Work, price
 from .regions import TOP_LEVEL, InLoop, Place, Recomputed, make_regions, scopes
@@ -200,17 +206,25 @@ class Prices:
         return parameter_state_bytes(
             self.numel(ref.param.value, spec),
             ref.param.dtype.itemsize,
-            self.setting.optimizer,
+            self._stepped_by(ref),
             trainable=self.trains(ref),
         )
 
     def optimizer_s(self, ref: ParamRef, spec: Spec) -> float:
-        """Seconds that one parameter adds to the (fused) optimizer step when stored in `spec`."""
+        """Seconds that one parameter adds to the optimizer's step when stored in `spec`."""
         if not self.trains(ref):
             return 0.0
-        numel = self.numel(ref.param.value, spec)
-        moved = optimizer_step_bytes(numel, ref.param.dtype.itemsize, self.setting.optimizer)
-        return moved * self.byte_s
+        numel, by = self.numel(ref.param.value, spec), self._stepped_by(ref)
+        seconds = optimizer_step_bytes(numel, ref.param.dtype.itemsize, by) * self.byte_s
+        return seconds + (self.orthogonal.seconds(ref, spec) if by == "muon" else 0.0)
+
+    def _stepped_by(self, ref: ParamRef) -> str:
+        return stepped_by(self.setting.optimizer, matrix=ref.param.matrix)
+
+    @cached_property
+    def orthogonal(self) -> Orthogonal:
+        """What Muon does with whole matrices."""
+        return Orthogonal(self.graph, self.network)
 
     @cached_property
     def byte_s(self) -> float:

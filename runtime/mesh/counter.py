@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from ...facts.collectives import message_count
 
-Phase: TypeAlias = Literal["forward", "backward"]
+Phase: TypeAlias = Literal["forward", "backward", "step"]  # of an optimizer
 
 
 class Key(NamedTuple):

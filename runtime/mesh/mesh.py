@@ -127,6 +127,11 @@ class Mesh:
         """The axes, outermost first."""
         return tuple(self[name] for name in self.names)
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The coordinates of every rank."""
+        return tuple(_unravel(rank, self.sizes) for rank in range(self.size))
+
     def __getitem__(self, names: str | tuple[str, ...]) -> Axis:
         key = (names,) if isinstance(names, str) else names
         axis = self._axes.get(key)

@@ -6,10 +6,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,22 @@ from ..mesh.mesh import Mesh, WrongRanks
 from ..mesh.rows import DataShard, data_shard
 from ..serving.program import Program
 from ..serving.serving import Serving
+from ..training.optimizer import Kind as OptimizerKind
 from ..training.step import scalar_loss
 
-OptimizerName: TypeAlias = Literal["adamw", "sgd", "none"]
+OptimizerName: TypeAlias = Literal["adamw", "sgd", "muon", "none"]
+
+
+class Stepped(Protocol):
+    """A module that makes its own optimizer."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's."""
+        ...
+
+    def optimizer(self, kind: OptimizerKind, *, lr: float, **options: Any) -> torch.optim.Optimizer:
+        """One over them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +94,19 @@ def compiled_unless_asked() -> bool | None:
 def demonstrate(
     model: nn.Module,
     program: Program,
-    optimizer: OptimizerName | None,
+    optimizer: torch.optim.Optimizer | None,
     clock: Clock,
     take_step: Callable[..., Tensor],
     micro_batches: int,
+    *,
+    trains: bool,
 ) -> None:
-    """Steps of training, or, where `optimizer` is None, forward passes of `model`.
+    """Steps of training, or forward passes of `model`.
 
     Steps of several `micro_batches` are those of `take_step`, which takes rows.
     """
-    trains = optimizer is not None
-    stepper = None if optimizer is None else make_optimizer(optimizer, model)
     step = demonstrated_step(
-        model, program, clock.mesh, stepper, take_step, micro_batches, trains=trains
+        model, program, clock.mesh, optimizer, take_step, micro_batches, trains=trains
     )
 
     def told() -> str:
@@ -247,13 +260,13 @@ def _step(
     return loss
 
 
-def make_optimizer(kind: OptimizerName, model: nn.Module) -> torch.optim.Optimizer | None:
+def make_optimizer(kind: OptimizerName, model: Stepped) -> torch.optim.Optimizer | None:
     """What steps the demonstration; None where nothing does."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    if kind == "none" or not trained:
+    if kind == "none" or not any(param.requires_grad for param in model.parameters()):
         return None
-    make = torch.optim.AdamW if kind == "adamw" else torch.optim.SGD
-    return make(trained, fused=all(x.is_cuda and x.is_floating_point() for x in trained))
+    if kind == "muon":
+        return model.optimizer(kind, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    return model.optimizer(kind, lr=1e-3)
 
 
 def _wait_for_all(mesh: Mesh) -> None:

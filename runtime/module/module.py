@@ -45,6 +45,7 @@ from ..training.optimizer import make_optimizer
 from ..training.pieces import Piece, trained
 from ..training.step import Labels, Trained, Weights
 from ..training.watch import Watch
+from ..training.wholes import Matrices
 from .checkpoint import Experts, Safetensors, StateDict
 from .compiled import Backend, by_default, compile_layers
 from .demo import (
@@ -55,10 +56,11 @@ from .demo import (
     demonstrate_serving,
     started_mesh,
 )
+from .demo import make_optimizer as make_demo_optimizer
 from .layers import Layer, install_layers, per_layer
 from .moving import AsPlanned, make_schedule
 from .nested import install_modules
-from .parameters import Original, Param, originals, param_of_layer
+from .parameters import Original, Param, matrices, originals, param_of_layer
 from .pretrained import Config, config_of, save_pretrained
 from .state import Gathered, State
 from .tree import owner_of
@@ -76,10 +78,11 @@ class ShardedModule(Conversing, nn.Module):
     model's layers its own begin with.  Every tensor of `PARAMETERS` is registered under its
     dotted name and holds this rank's slice: zeros until it is loaded or `reset_parameters` is
     called.  `WEIGHTS` has those outside the layers that `forward` uses in another layout or dtype;
-    gradients go between ranks in dtype `REDUCE` (None: that in which they come).  `MICRO_BATCHES`
-    and `LABELS` serve `step`; the labels are an input, or None where every row has as many, or a
-    sentence that says why it is not known which count.  `FIXED` are inputs that are no tensors, by
-    path: they must be as they were planned.  `PHASE` and `OPTIMIZER` serve `demo`.
+    gradients go between ranks in dtype `REDUCE` (None: that in which they come).  Trained
+    parameters of two or three dims that are no matrices of hidden layers are in `NOT_MATRICES`.
+    `MICRO_BATCHES` and `LABELS` serve `step`; the labels are an input, or None where every row has
+    as many, or a sentence that says why it is not known which count.  `FIXED` are inputs that are
+    no tensors, by path: they must be as they were planned.  `PHASE` and `OPTIMIZER` serve `demo`.
     """
 
     MESH: ClassVar[Mapping[str, int]]
@@ -94,6 +97,7 @@ class ShardedModule(Conversing, nn.Module):
     OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     WEIGHTS: ClassVar[Mapping[str, Weight]] = {}
     REDUCE: ClassVar[torch.dtype | None] = None
+    NOT_MATRICES: ClassVar[Sequence[str]] = ()
     MICRO_BATCHES: ClassVar[int] = 1
     LABELS: ClassVar[Labels | str | None] = None
     PHASE: ClassVar[str] = TRAIN.name
@@ -145,6 +149,9 @@ class ShardedModule(Conversing, nn.Module):
             table = per_layer(cls.PARAMETERS, param_of_layer)
             cls.PARAMETERS = table  # pyright: ignore[reportConstantRedefinition]
             cls._originals = originals(table)
+        if "NOT_MATRICES" in cls.__dict__:
+            others = tuple(per_layer(dict.fromkeys(cls.NOT_MATRICES)))
+            cls.NOT_MATRICES = others  # pyright: ignore[reportConstantRedefinition]
         if "CACHES" in cls.__dict__:
             cls.CACHES = per_layer(cls.CACHES)  # pyright: ignore[reportConstantRedefinition]
 
@@ -388,14 +395,19 @@ class ShardedModule(Conversing, nn.Module):
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Optimizer:
-        """`torch.optim`'s AdamW or SGD over this rank's parts, fused on CUDA.
+        """`torch.optim`'s AdamW or SGD over this rank's parts, fused on CUDA; or Muon.
 
         `groups` has options for parameters by pattern of original name, of which the first that
         matches counts: `{"*norm*": {"weight_decay": 0.0}}`; `options` are those of the others.
         Any other optimizer that is elementwise runs over `parameters()` as it is.  Raises
         ValueError for a pattern that matches nothing.
+
+        `muon` is `torch.optim.Muon` of the original's matrices, gathered for it on one rank each;
+        what is in `NOT_MATRICES`, and all that has other dims, is stepped by AdamW, of which
+        `adamw` has the options.  `{"*router*": {"kind": "adamw"}}` in `groups` moves more there.
         """
-        return make_optimizer(self._state.pieces(), kind, lr, groups or {}, options)
+        own = Matrices(matrices(self.PARAMETERS, self.NOT_MATRICES), self.tensors.wholes, self.mesh)
+        return make_optimizer(self._state.pieces(), kind, lr, groups or {}, options, own)
 
     def step(
         self,
@@ -601,5 +613,8 @@ class ShardedModule(Conversing, nn.Module):
                 planned[DECODE] = decoding._program
             demonstrate_serving(model.room, planned, clock)
         else:
-            optimizer = cls.OPTIMIZER if phase.backward else None
-            demonstrate(model, model._program, optimizer, clock, model.step, cls.MICRO_BATCHES)
+            optimizer = make_demo_optimizer(cls.OPTIMIZER, model) if phase.backward else None
+            demonstrate(
+                model, model._program, optimizer, clock, model.step, cls.MICRO_BATCHES,
+                trains=phase.backward,
+            )  # fmt: skip

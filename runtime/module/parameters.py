@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -76,6 +76,18 @@ def originals(table: Mapping[str, Param]) -> dict[str, Original]:
             tuple(shape), param.dtype, param.kind, param.aliases, part.dim, (*before, name)
         )
     return found
+
+
+def matrices(table: Mapping[str, Param], others: Collection[str]) -> set[str]:
+    """Names of the trained originals that are matrices, or stacks of them, but for `others`."""
+    return {
+        name
+        for name, original in originals(table).items()
+        if len(original.shape) in (2, 3)
+        and original.kind == "parameter"
+        and any(table[part].trainable for part in original.params)
+        and name not in others
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from ...facts.blocks import blocks, local_shape
 from ...facts.spec import is_shard, parse_spec
 from ..mesh.mesh import Mesh, stable_seed
 from ..mesh.parts import gather_whole
-from ..training.pieces import Piece
+from ..training.pieces import Box, Piece, Whole
 from .checkpoint import Experts, OwnNames, Source, StateDict, Writer
 from .parameters import Original, Param
 from .tree import find, owner_of
@@ -175,10 +175,11 @@ class State:
                     "there"
                 )
 
-    def _slices(self, param: Param) -> tuple[slice, ...]:
-        """What this rank holds of the original tensor that `param` is, or is part of."""
-        spec = parse_spec(param.spec)
-        own = blocks(param.shape, spec, self.mesh.sizes, self.mesh.coordinates)
+    def _slices(self, param: Param, coordinates: tuple[int, ...] | None = None) -> Box:
+        """What this rank, or that at `coordinates`, holds of the original tensor that `param` is,
+        or is part of."""
+        spec, place = parse_spec(param.spec), coordinates or self.mesh.coordinates
+        own = blocks(param.shape, spec, self.mesh.sizes, place)
         first = [0] * len(own)
         if param.part is not None:
             first[param.part.dim] = param.part.start
@@ -194,6 +195,27 @@ class State:
             if original.kind != "constant"
             for part in original.params
         ]
+
+    def wholes(self, names: Collection[str]) -> list[Whole]:
+        """The trained parameters of those names that are here, as the mesh's ranks hold them."""
+        return [
+            self._whole(name, original)
+            for name, original in self.originals.items()
+            if name in names and any(self.local(part).requires_grad for part in original.params)
+        ]
+
+    def _whole(self, name: str, original: Original) -> Whole:
+        params = [self.table[part] for part in original.params]
+        specs = [parse_spec(param.spec) for param in params]
+        return Whole(
+            tuple(self._piece(name, original, part) for part in original.params),
+            tuple(tuple(self._slices(p, place) for p in params) for place in self.mesh.places),
+            tuple(
+                tuple(axis for axis, state in enumerate(spec) if not is_shard(state))
+                for spec in specs
+            ),
+            self.mesh.places,
+        )
 
     def _piece(self, name: str, original: Original, part: str) -> Piece:
         param = self.table[part]

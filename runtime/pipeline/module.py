@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import lcm
@@ -43,11 +43,12 @@ from ..serving.program import Program, Served
 from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
-from ..training.pieces import Piece, trained
+from ..training.pieces import Piece, Whole, trained
 from ..training.shares import share_of_step
 from ..training.step import Labels, Trained
+from ..training.wholes import Matrices
 from .messages import Form, Links, Post, key_of, receiver_of
-from .names import OfStage, held, originals, shared
+from .names import OfStage, held, matrices, originals, shared
 from .serving import Group, Line, StagedServing, StageProgram, alike
 from .stages import RunningStage, Stage
 
@@ -574,7 +575,12 @@ class PipelinedModule(Conversing, nn.Module):
         """As that of `ShardedModule`, over this rank's parts of its stages."""
         pieces, own = self.pieces(), groups or {}
         names = originals(self._classes, trained=True)
-        return make_optimizer(pieces, kind, lr, own, options, names)
+        whole = Matrices(matrices(self._classes), self._wholes, self._inner)
+        return make_optimizer(pieces, kind, lr, own, options, whole, names)
+
+    def _wholes(self, names: Collection[str]) -> list[Whole]:
+        """Those of this rank's stages, which the ranks of the inner mesh share."""
+        return [whole for module in self._modules_here for whole in module.tensors.wholes(names)]
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False

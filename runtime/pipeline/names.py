@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..module.checkpoint import Source
 from ..module.module import ShardedModule
+from ..module.parameters import matrices as matrices_of
 
 
 class OfStage:
@@ -55,6 +56,12 @@ def originals(classes: Sequence[type[ShardedModule]], *, trained: bool = False) 
     }
 
 
+def matrices(classes: Sequence[type[ShardedModule]]) -> set[str]:
+    """Names of the trained originals of all stages that are matrices of hidden layers."""
+    tables = [matrices_of(each.PARAMETERS, each.NOT_MATRICES) for each in classes]
+    return {name for table in tables for name in table}
+
+
 def shared(classes: Sequence[type[ShardedModule]]) -> dict[str, tuple[int, ...]]:
     """The trained parameters that several stages have, with the stages' numbers.
 
@@ -72,4 +79,4 @@ def shared(classes: Sequence[type[ShardedModule]]) -> dict[str, tuple[int, ...]]
     return {name: tuple(numbers) for name, numbers in found.items() if len(numbers) > 1}
 
 
-__all__ = ["OfStage", "held", "originals", "shared"]
+__all__ = ["OfStage", "held", "matrices", "originals", "shared"]

@@ -68,7 +68,10 @@ def _with_names(runs: type[ShardedModule], moved: Mapping[str, int]) -> type[Sha
         _moved(name, moved): _moved_param(param, moved) for name, param in runs.PARAMETERS.items()
     }
     caches = {_moved(name, moved): cache for name, cache in runs.CACHES.items()}
-    named: dict[str, Any] = {"PARAMETERS": table, "CACHES": caches, "FIRST_LAYERS": moved}
+    others = tuple(_moved(name, moved) for name in runs.NOT_MATRICES)
+    named: dict[str, Any] = {
+        "PARAMETERS": table, "NOT_MATRICES": others, "CACHES": caches, "FIRST_LAYERS": moved,
+    }  # fmt: skip
     if runs.DECODE is not None:
         named["DECODE"] = _with_names(runs.DECODE, moved)
     return type(runs.__name__, (runs,), named)

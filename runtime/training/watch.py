@@ -26,6 +26,7 @@ from ..mesh import transport
 from ..mesh.collectives import Axis
 from ..mesh.mesh import Mesh
 from .elementwise import not_elementwise
+from .muon import Muon
 from .pieces import Piece, trained
 
 FIRST_STEPS = 3
@@ -224,11 +225,14 @@ class _Stepped:
         """Raise RuntimeError for an optimizer that is wrong for parts of parameters."""
         parts = [piece for piece in self.own if not piece.is_whole(self.ranks)]
         optimizer = self.optimizer()
+        if isinstance(optimizer, Muon):  # which gathers whole parameters
+            return
         if parts and optimizer is not None and (why := not_elementwise(optimizer)):
             raise RuntimeError(
                 f"{type(optimizer).__name__} can't step `{parts[0].original}`, of which each rank"
                 f" holds a part: {why}. Use an elementwise one, such as model.optimizer() (AdamW),"
-                " or plan with the parameters it steps whole on each GPU (--pin)"
+                ' model.optimizer("muon"), or plan with the parameters it steps whole on each GPU'
+                " (--pin)"
             )
 
     def refuse_states(self) -> None:

@@ -44,7 +44,9 @@ def test_step_traffic(optimizer: str, want: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="unknown optimizer `lion`; expected one of adamw, sgd"):
+    with pytest.raises(
+        ValueError, match="unknown optimizer `lion`; expected one of adamw, muon, sgd"
+    ):
         parameter_state_bytes(1, 2, "lion")
     with pytest.raises(ValueError, match="impossible size"):
         parameter_state_bytes(-1, 2)

@@ -152,6 +152,7 @@ class ShardedModel(ShardedModule):
         # [512, 5632] per rank
         "layers.{0..3}.mlp.down_proj.weight": Param((2048, 5632), torch.float32, "S0,S0"),
     }
+    NOT_MATRICES = ("embedding.weight", "head.weight")  # Muon leaves them to AdamW
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
         "embedding.weight": Weight("S0,S1", "S0,S1", dtype=torch.bfloat16),

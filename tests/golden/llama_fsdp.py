@@ -147,6 +147,7 @@ class ShardedModel(ShardedModule):
         # [512, 5632] per rank
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "S0"),
     }
+    NOT_MATRICES = ("embedding.weight", "head.weight")  # Muon leaves them to AdamW
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
         # all-gather 4.1 kB; backward reduce-scatter; <0.1 us

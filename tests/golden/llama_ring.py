@@ -133,6 +133,7 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.mlp.up_proj.weight": Param((5632, 768), torch.bfloat16, "R"),
         "layers.{0..1}.mlp.down_proj.weight": Param((768, 5632), torch.bfloat16, "R"),
     }
+    NOT_MATRICES = ("embedding.weight", "head.weight")  # Muon leaves them to AdamW
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
         # all-gather 1.54 kB; backward reduce-scatter; <0.1 us

@@ -129,6 +129,7 @@ class ShardedModel(ShardedModule):
         "layers.{0..1}.mlp.up_proj.weight": Param((5632, 2048), torch.bfloat16, "R"),
         "layers.{0..1}.mlp.down_proj.weight": Param((2048, 5632), torch.bfloat16, "R"),
     }
+    NOT_MATRICES = ("embedding.weight", "head.weight")  # Muon leaves them to AdamW
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
         "norm.weight": Weight("R", "V", stages=(1, 1)),  # backward all-reduce 4.1 kB; 9.71 us

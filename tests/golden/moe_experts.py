@@ -129,6 +129,7 @@ class ShardedModel(ShardedModule):
         # [4, 1024, 2816] per rank
         "layers.{0..1}.moe.experts.down": Param((16, 1024, 2816), torch.bfloat16, "S0"),
     }
+    NOT_MATRICES = ("embedding.weight", "head.weight")  # Muon leaves them to AdamW
     WEIGHTS = {
         # `stages`: loops over layers that run before its first use and its last
         "embedding.weight": Weight("S0", "V"),  # all-gather 8.39 MB; backward reduce-scatter; 77 us
