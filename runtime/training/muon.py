@@ -55,7 +55,7 @@ def make_muon(
 
 def _defaults(lr: float, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The options that were given, by kind of group."""
-    own = {"lr": lr, **options}
+    own: dict[str, Any] = {"lr": lr, **options}
     others: dict[str, Any] | None = own.pop("adamw", None)
     if others is None and own.get("adjust_lr_fn") != "match_rms_adamw":
         raise ValueError(
