@@ -19,11 +19,14 @@ has `local` ranks in a node has just their `local` cards, whatever the other gro
 GPUs of a node share cards (`node_bytes_per_s`), what comes in for all of them passes there too.
 Meanwhile the links inside pass on the same chunks; the slower of the two counts, for chunks are
 pipelined.  Hops inside and between nodes add up.
+
+Where a group of as many ranks on as many nodes was measured on this very machine (`Measured`), what
+was measured counts instead, in straight lines between its messages and beyond the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2, prod
 from typing import TypeAlias
@@ -39,7 +42,7 @@ from ..facts.collectives import (
     received_share,
 )
 from ..facts.mesh import Mesh
-from .machines.cluster import Cluster, Link
+from .machines.cluster import Cluster, Link, Measured
 
 _EXCHANGE_BYTES = 32e3  # half of `exchange_s` is paid here; all-to-all rows of nccl_*.csv
 
@@ -53,7 +56,8 @@ class AxisLink:
 
     `size` ranks in a group, spread over `nodes` nodes, `local` of them in one node; `span` GPUs
     lie between the first and the last of a group in its node, both counted: they are all busy, as
-    the groups in between run the same collective.  `groups` have ranks in one node.
+    the groups in between run the same collective.  `groups` have ranks in one node.  `measured` is
+    what such groups took.
 
     Invariants: local * nodes >= size; local <= span; all at least 1.
     """
@@ -65,6 +69,7 @@ class AxisLink:
     intra: Link
     inter: Link
     groups: int = 1
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         if min(self.size, self.nodes, self.local, self.groups) < 1 or self.local > self.span:
@@ -114,6 +119,7 @@ def joint_link(mesh: Mesh, cluster: Cluster, axes: tuple[int, ...]) -> AxisLink:
         intra=cluster.intra_node,
         inter=cluster.inter_node,
         groups=max(min(per_node, mesh.ranks) // local, 1),
+        measured=cluster.between(size, nodes),
     )
 
 
@@ -154,6 +160,9 @@ def collective_s(kind: str, tensor_bytes: Number, axis: AxisLink) -> Number:
     data = np.asarray(tensor_bytes, dtype=float)
     if axis.size == 1:
         return _plain(0.0 * data)
+    known = dict(() if axis.measured is None else axis.measured.seconds)
+    if kind in known:
+        return _plain(np.where(data > 0, _between(data, known[kind]), 0.0))
     moving = _inside_s(collective, data, axis, at)
     if axis.nodes > 1:
         moving = np.maximum(moving, _across_s(collective, data, axis, at))
@@ -165,6 +174,14 @@ def collective_s(kind: str, tensor_bytes: Number, axis: AxisLink) -> Number:
         wire = data * collective.received(axis.size)
         copying = copying + axis.intra.exchange_s * wire / (wire + _EXCHANGE_BYTES)
     return _plain(np.where(data > 0, latency + moving + copying, 0.0))
+
+
+def _between(data: Floats, pairs: Sequence[tuple[float, float]]) -> Floats:
+    """Seconds in straight lines between (bytes, seconds) `pairs`; beyond the last as before it, and
+    below the first as of that."""
+    sizes, seconds = np.array(pairs).T
+    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+    return np.interp(data, sizes, seconds) + slope * np.maximum(data - sizes[-1], 0.0)
 
 
 def _inside_s(collective: Collective, data: Floats, axis: AxisLink, at: Placement) -> Floats:

@@ -19,7 +19,7 @@ from .machines.cluster import Cluster, Kernel, Tiles, short_dtype
 
 Floats: TypeAlias = NDArray[np.float64]
 Number: TypeAlias = "float | Floats"
-Kind: TypeAlias = Literal["matmul", "attention", "decode", "memory", "mixed"]
+Kind: TypeAlias = Literal["matmul", "attention", "decode", "memory", "mixed", "optimizer"]
 
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1}
 
@@ -40,7 +40,7 @@ def op_s(
     """Seconds for an operation of `flops` FLOP that reads and writes `bytes_moved` bytes.
 
     Works elementwise on arrays.  For `kind="memory"` (elementwise ops, copies) and `"mixed"`
-    (casts, norms, optimizer steps, each a kernel of torch's) only the traffic counts: their
+    (casts, norms, each a kernel of torch's), `"optimizer"` only the traffic counts: their
     arithmetic always hides behind it, and integers have no FLOP rate.
     An operation of 0 FLOP and 0 bytes still pays the kernel's floor.
 
@@ -50,7 +50,7 @@ def op_s(
     1.5
     """
     kernel = _kernel(cluster, kind)
-    streams = kind in ("memory", "mixed")
+    streams = kind in ("memory", "mixed", "optimizer")
     rate = 1.0 if streams else _rate(cluster, dtype)
     work = 0.0 * np.asarray(flops) if streams else np.asarray(flops)
     return _plain(
@@ -239,6 +239,7 @@ def _kernel(cluster: Cluster, kind: str) -> Kernel:
         "decode": cluster.decode,
         "memory": cluster.memory,
         "mixed": cluster.mixed,
+        "optimizer": cluster.optimizer,
     }
     if kind not in kernels:
         raise ValueError(f"unknown kind of kernel `{kind}`; expected one of {', '.join(kernels)}")

@@ -588,15 +588,19 @@ def verify(
     return run(_path("folder", folder), ranks, model)
 
 
-def rehearse(folder: str | Path, rank: int = 0, steps: int = 5) -> Rehearsal:
+def rehearse(
+    folder: str | Path, rank: int = 0, steps: int = 5, *, model: str | None = None
+) -> Rehearsal:
     """Run rank `rank` of the plan in `folder` on this device alone, its peers played.
 
+    `model` is a Python file that may be run: what a plan from elsewhere imports is imported from
+    there alone.
     `print` shows seconds by layer and kind of kernel, and bytes at the peak, beside what was
     predicted.  Raises PlanError where the plan can't be run so.
     """
     from .rehearse import rehearse as run
 
-    return run(Path(folder), rank, steps)
+    return run(_path("folder", folder), rank, steps, model)
 
 
 __all__ = [

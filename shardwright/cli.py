@@ -26,6 +26,7 @@ from .facts.files import read_text
 from .facts.phases import PHASES
 from .folder import (
     MODULE_FILE,
+    check_cluster_file,
     check_output,
     check_pages,
     check_problem_file,
@@ -101,6 +102,7 @@ More commands (`plan COMMAND --help` explains each):
   plan show DIR      print a saved plan again
   plan verify DIR    run a plan's module on CPU processes and compare it with the original model
   plan rehearse DIR  run one rank alone, and compare time and memory with the plan
+  plan calibrate     measure this machine, and write its cluster file
   plan explain DIR   why operators run as they do, or why the plan is not another layout
   plan what-if DIR   price a plan on another machine
   plan compare A B   which plan is faster, and where they differ
@@ -552,6 +554,15 @@ def rehearse(
     steps: Annotated[
         int, typer.Option(metavar="N", min=1, help="steps to time, e.g. --steps 20")
     ] = 5,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default=False,
+            help="a Python file that may be run, e.g. --model model.py; to be given where the plan"
+            " was written elsewhere, and its module takes functions from that file",
+        ),
+    ] = None,
 ) -> None:
     """Run one rank of a plan here, its peers played, e.g. `plan rehearse plan_out`.
 
@@ -566,10 +577,57 @@ def rehearse(
             progress("rehearse")
             from .api import rehearse as run_rehearsal
 
-            rehearsal = run_rehearsal(folder, rank, steps)
+            rehearsal = run_rehearsal(folder, rank, steps, model=model)
         say(rehearsal)
     if not rehearsal.ok:
         raise typer.Exit(1)
+
+
+@tools.command("calibrate")
+def calibrate(
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="the cluster file to write, e.g. --out here.toml"),
+    ],
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="one for each core",
+            help="ranks to start on this machine, e.g. --ranks 4; all work at once",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=1, help="begin no round later, e.g. --time-limit 300"),
+    ] = 120.0,
+    spread: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            min=0.01,
+            help="refuse a machine whose rounds are farther apart, e.g. --spread 0.5",
+        ),
+    ] = 0.3,
+) -> None:
+    """Measure this machine and write its cluster file, e.g. `plan calibrate --out here.toml`.
+
+    Products, attention, light operators and the optimizer as ranks on CPUs run them, and every
+    collective between them; `plan MODEL --cluster here.toml` plans on that. Under torchrun also
+    between machines: `torchrun --nnodes 2 ... --no-python plan calibrate --out here.toml`. Each
+    figure says when it was measured, and its spread.
+    """
+    with _errors_as_exit_codes():
+        check_cluster_file(out)
+        with _Progress() as progress:
+            progress("load PyTorch")
+            from .calibrating import calibrate as measured
+
+            text = measured(ranks, time_limit, spread, progress)
+        if text is not None:
+            out.write_text(text, encoding="utf-8")
+            say("Written", f"  {out}", "Next", f"  plan MODEL --cluster {shlex.quote(str(out))}")
 
 
 @tools.command("solve")

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
 
+from .costmodel.machines.cluster import MEASURED
 from .facts.files import DataError, read_json, read_text
 from .written import digest, remember, wrote
 
@@ -101,6 +102,20 @@ def check_problem_file(path: Path) -> None:
         )
     if path.exists() and not _is_problem(path):
         raise ValueError(f"--dump-problem `{path}` exists and is no problem; name a new file")
+    _check_parents(path)
+
+
+def check_cluster_file(path: Path) -> None:
+    """Refuse, before any work, a place that a measured cluster may not be written to.
+
+    Raises ValueError.
+    """
+    if path.is_dir() or path.suffix != ".toml":
+        raise ValueError(f"--out `{path}` is not named as a cluster's file is: here.toml")
+    if path.exists() and not read_text(path).startswith(MEASURED):
+        raise ValueError(
+            f"--out `{path}` exists, and `plan calibrate` has not written it; name a new file"
+        )
     _check_parents(path)
 
 
@@ -367,7 +382,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 __all__ = [
-    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_output", "check_pages",
+    "MODULE_FILE", "PLAN_FILE", "SWEEP_FILES", "check_cluster_file", "check_output", "check_pages",
     "check_problem_file", "check_sweep_output", "existing_plan", "module_is_the_plans",
     "write_folder", "write_module", "write_page", "write_plan", "write_sweep",
 ]  # fmt: skip

@@ -104,15 +104,16 @@ class Rehearsal:
         return "\n\n".join([*map(str, self.phases), notes])
 
 
-def rehearse(folder: Path, rank: int = 0, steps: int = 5) -> Rehearsal:
+def rehearse(folder: Path, rank: int = 0, steps: int = 5, model: str | None = None) -> Rehearsal:
     """Run rank `rank` of the plan in `folder` here, and hold it against the plan.
 
+    `model` is a file that may be imported for a plan from elsewhere.
     Raises PlanError for what can't be run here.
     """
     plan = read_plan(folder)
     _check(plan, rank, steps)
     text, _ = module_in(folder, plan)
-    import_users(plan, None, wrote(folder / PLAN_FILE))
+    import_users(plan, model, wrote(folder / PLAN_FILE))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, layers = _that_fits(plan, device)
     notes = list(_notes(plan, layers, device))
@@ -265,7 +266,7 @@ def why_not_judged(cluster: str, device: torch.device) -> str:
         return f"Times are not judged: this device is a {here}, the plan is for {planned.device}."
     if _on_cpu(planned) and cluster not in BUILT_IN:
         return ""
-    measured = "`python -m shardwright.costmodel.calibration.calibrate --cpu > here.toml`"
+    measured = "`plan calibrate --out here.toml`"
     return (
         "Times are not judged: a CPU's are held against a plan whose cluster file was measured on "
         f"it, and this one is for {planned.device}; {measured}, then plan with --cluster here.toml."

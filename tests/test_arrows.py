@@ -62,7 +62,8 @@ ARROWS: dict[str, str] = {
             "planner.strategies",
         ]
         + ["planner.ilp"]
-        + ["ir.capture ir.passes ir.reference ir.ops ir.graph costmodel costmodel.machines"]
+        + ["ir.capture ir.passes ir.reference ir.ops ir.graph"]
+        + ["costmodel.calibration costmodel costmodel.machines"]
         + ["runtime runtime.cache runtime.mesh facts compat"]
     ),
 }

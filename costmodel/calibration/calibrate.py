@@ -1,10 +1,10 @@
-"""Fits the figures in `clusters/*.toml` on measurements, and measures this machine.
+"""Fits the figures in `clusters/*.toml` on measurements.
 
     python -m shardwright.costmodel.calibration.calibrate FOLDER     # fits on a folder of CSV files
-    python -m shardwright.costmodel.calibration.calibrate --cpu      # measures CPU and gloo links
 
-Both print TOML lines to paste into a cluster file.  Four fifths of the rows stay unseen by the
-fit (three fifths for the small tables of collectives); `held_out` computes the errors on them.
+prints TOML lines to paste into a cluster file; `plan calibrate` measures the machine at hand.
+Four fifths of the rows stay unseen by the fit (three fifths for the small tables of collectives);
+`held_out` computes the errors on them.
 
 The fit minimises the mean |log(predicted / measured)| over the logarithms of the parameters, by the
 Nelder-Mead simplex: robust against outliers, with no gradient needed through `max` and `ceil`.
@@ -374,17 +374,10 @@ def _is_number(text: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("folder", nargs="?", type=Path, help="folder with the CSV files")
-    parser.add_argument("--cpu", action="store_true", help="measure this machine instead")
-    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks to measure with")
+    parser.add_argument("folder", type=Path, help="folder with the CSV files")
     options = parser.parse_args(arguments)
-    if options.cpu:
-        from .measure import measure_cpu
-
-        print(measure_cpu(options.ranks))
-        return 0
-    if options.folder is None or not options.folder.is_dir():
-        parser.error("give a folder with measurements (nccl_h100_sxm.csv, ...), or --cpu")
+    if not options.folder.is_dir():
+        parser.error("give a folder with measurements (nccl_h100_sxm.csv, ...)")
     for device in sorted(path.stem[5:] for path in options.folder.glob("nccl_*.csv")):
         name = device.removesuffix("_sxm")
         if name in BUILT_IN:

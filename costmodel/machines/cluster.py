@@ -27,12 +27,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ...facts.collectives import COLLECTIVES
 from ...facts.files import DataError, read_toml
 
 _FOLDER = resources.files(__name__.rpartition(".")[0]) / "clusters"
 BUILT_IN = tuple(
     sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if ".toml" in file.name)
 )
+
+MEASURED = "# Measured "
+"""How the file of a cluster begins that `plan calibrate` has measured."""
 
 _DTYPES = {
     "bfloat16": "bf16",
@@ -118,6 +122,28 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What collectives took between `ranks` ranks on `nodes` nodes, while all others did the same.
+
+    `seconds` has for each collective (bytes of its tensor, seconds) pairs, in the order of bytes.
+    """
+
+    ranks: int
+    nodes: int
+    seconds: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+
+    def times(self, factor: float) -> Measured:
+        """The same over links so many times as fast; what the smallest message takes stays."""
+        return replace(
+            self,
+            seconds=tuple(
+                (kind, tuple((size, row[0][1] + (s - row[0][1]) / factor) for size, s in row))
+                for kind, row in self.seconds
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """`gpus` equal devices, `gpus_per_node` in a node; every figure is per GPU.
 
@@ -129,7 +155,8 @@ class Cluster:
     seconds a kernel takes longer for each second of a collective beside it; 1: nothing is won by
     running them side by side.  `compiled`: are layers compiled unless asked otherwise (as on CUDA),
     or does each operator run its own kernels?  `fused_norms`: has torch a kernel for every norm
-    there, which keeps nothing but its operand for backward?
+    there, which keeps nothing but its operand for backward?  `measured`: what collectives took
+    between groups of ranks on this very machine, which is their price there.
 
     `steps` says how a step of one token runs.  `captured`: as a CUDA graph, in which a light kernel
     takes `captured_s` at least.  `compiled`: so, and by a compiler, which writes chains of light
@@ -156,6 +183,8 @@ class Cluster:
     inter_node: Link
     attention_backward: Kernel
     mixed: Kernel
+    optimizer: Kernel
+    measured: tuple[Measured, ...] = ()
     price_per_gpu_hour: float = 0.0
     clock: float = 1.0
     contention: float = 1.0
@@ -201,7 +230,16 @@ class Cluster:
             flops=tuple((name, gpu * rate) for name, rate in self.flops),
             intra_node=self.intra_node.times(links),
             inter_node=self.inter_node.times(links * between_nodes),
+            measured=tuple(
+                each.times(links * (between_nodes if each.nodes > 1 else 1.0))
+                for each in self.measured
+            ),
         )
+
+    def between(self, ranks: int, nodes: int) -> Measured | None:
+        """What was measured between so many ranks on so many nodes."""
+        found = (m for m in self.measured if (m.ranks, m.nodes) == (ranks, nodes))
+        return next(found, None)
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of one GPU for `bf16`, `bfloat16`, `torch.bfloat16`, ...
@@ -236,6 +274,7 @@ class _Rule(NamedTuple):
 
 
 _SECONDS = _Rule("seconds, 0 or more", strict=False)
+_TIME = _Rule("seconds above 0")
 _SHARE = _Rule("a share of the datasheet's figure, above 0 and at most 1", high=1.0)
 _RATE = _Rule("bytes/s above 0")
 _CONTENTION = _Rule(
@@ -289,8 +328,9 @@ _TEXT = ("base", "device")
 _TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
 _KERNELS = ("matmul", "attention", "decode", "memory")
 # which a file may leave out: the kernel of which they are a variant
-_VARIANTS = {"attention_backward": "attention", "mixed": "memory"}
+_VARIANTS = {"attention_backward": "attention", "mixed": "memory", "optimizer": "mixed"}
 _FLOPS = ("bf16", "fp16", "fp32", "fp64", "fp8")
+_MEASURED = "measured"  # an array of tables, which a file may leave out
 
 _Part = TypeVar("_Part", Kernel, Tiles, Link)
 
@@ -360,7 +400,7 @@ def _built_in(name: str) -> dict[str, Any]:
 
 def _inherit(table: dict[str, Any], where: str) -> dict[str, Any]:
     """`table` over the tables of its `base`, field by field."""
-    known = (*_TEXT, *_TOP_RULES, *_OPTIONAL, *_FLAGS, "steps", *_TABLES)
+    known = (*_TEXT, *_TOP_RULES, *_OPTIONAL, *_FLAGS, "steps", *_TABLES, _MEASURED)
     _refuse_unknown(table, known, where, "")
     base = table.get("base")
     if base is None:
@@ -448,6 +488,8 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
         memory=parts["memory"],
         attention_backward=parts["attention_backward"],
         mixed=parts["mixed"],
+        optimizer=parts["optimizer"],
+        measured=_measured(table.get(_MEASURED, []), where),
         steps=steps,
         **given,
         **flags,
@@ -481,6 +523,49 @@ def _link(table: dict[str, Any], key: str, where: str) -> Link:
         )
     pairs = sorted((int(k), _number(groups, k, _RATE, where, section)) for k in groups)
     return replace(link, group_bytes_per_s=tuple(pairs))
+
+
+def _measured(rows: object, where: str) -> tuple[Measured, ...]:
+    """The tables `[[measured]]`: numbers of ranks and nodes, and for each collective a table of
+    bytes = seconds."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ClusterError(f"{where}: [[{_MEASURED}]]: expected tables, got {rows!r}")
+    found: dict[tuple[int, int], Measured] = {}
+    for row in rows:
+        body: dict[str, Any] = dict(row)
+        _refuse_unknown(body, ("ranks", "nodes", *COLLECTIVES), where, _MEASURED)
+        ranks, nodes = (
+            int(
+                _number(
+                    body,
+                    key,
+                    _Rule("a whole number, at least 1", 1, strict=False),
+                    where,
+                    _MEASURED,
+                )
+            )
+            for key in ("ranks", "nodes")
+        )
+        kinds = [kind for kind in COLLECTIVES if kind in body]
+        rows_of = ((kind, _seconds_of(body[kind], where, f"{_MEASURED}.{kind}")) for kind in kinds)
+        if (ranks, nodes) in found:
+            raise ClusterError(
+                f"{where}: [[{_MEASURED}]]: {ranks} ranks on {nodes} nodes stand twice"
+            )
+        found[ranks, nodes] = Measured(ranks=ranks, nodes=nodes, seconds=tuple(rows_of))
+    return tuple(found.values())
+
+
+def _seconds_of(table: object, where: str, section: str) -> tuple[tuple[float, float], ...]:
+    if not isinstance(table, dict) or len(table) < 2 or not all(k.isdigit() for k in table):
+        raise ClusterError(
+            f"{where}: [{section}]: expected two sizes in bytes or more = seconds, such as "
+            f"1024 = 1e-4, got {table!r}"
+        )
+    pairs = sorted((float(size), _number(table, size, _TIME, where, section)) for size in table)
+    if any(b < a for (_, a), (_, b) in zip(pairs, pairs[1:], strict=False)):
+        raise ClusterError(f"{where}: [{section}]: more bytes take fewer seconds")
+    return tuple(pairs)
 
 
 def _part(

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ...costmodel.compute import elementwise_s
+from ...costmodel.compute import Kind, op_s
 from ...costmodel.machines.cluster import Cluster
 from ...costmodel.memory import (
     StateBytes,
@@ -215,7 +215,8 @@ class Prices:
         if not self.trains(ref):
             return 0.0
         numel, by = self.numel(ref.param.value, spec), self._stepped_by(ref)
-        seconds = optimizer_step_bytes(numel, ref.param.dtype.itemsize, by) * self.byte_s
+        moved = optimizer_step_bytes(numel, ref.param.dtype.itemsize, by)
+        seconds = moved * self._byte_s("optimizer")
         return seconds + (self.orthogonal.seconds(ref, spec) if by == "muon" else 0.0)
 
     def _stepped_by(self, ref: ParamRef) -> str:
@@ -226,12 +227,20 @@ class Prices:
         """What Muon does with whole matrices."""
         return Orthogonal(self.graph, self.network)
 
-    @cached_property
+    @property
     def byte_s(self) -> float:
-        """Seconds that a byte adds to a cast or to the optimizer's step that moves it."""
+        """Seconds that a byte adds to a cast that moves it."""
+        return self._byte_s("mixed")
+
+    def _byte_s(self, kind: Kind) -> float:
+        """Seconds that a byte adds to a kernel that moves it."""
         cluster, many = self.network.cluster, 1e9
-        both = (elementwise_s(size, cluster, mixed=True) for size in (many, 0.0))
-        return float(next(both) - next(both)) / many
+
+        def added() -> float:
+            both = (op_s(0.0, size, "bf16", cluster, kind) for size in (many, 0.0))
+            return float(next(both) - next(both)) / many
+
+        return self.network.once(("byte", kind), added)
 
     def held(
         self, ref: ParamRef, storages: Sequence[Storage], used: Sequence[Spec]

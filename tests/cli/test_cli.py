@@ -43,7 +43,7 @@ def laid_out_by() -> str:
 
 _COMMANDS = (
     "show", "verify", "solve", "sweep", "explain", "what-if", "compare", "launch", "rehearse",
-    "export",
+    "export", "calibrate",
 )  # fmt: skip
 same_layout = pytest.mark.skipif(
     version("typer") != laid_out_by(), reason=f"typer {laid_out_by()} lays help out otherwise"

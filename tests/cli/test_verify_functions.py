@@ -110,8 +110,12 @@ def test_a_strangers_plan_imports_no_function(run: Run) -> None:
     assert other.code == 2 and "plan was not written here by you: nothing is run" in other.err
     assert "model file runs" not in other.out + other.err
     assert run("show", "out").code == 0
+    alone = run("rehearse", "out", "--steps", "1")
+    assert alone.code == 2 and "plan was not written here by you: nothing is run" in alone.err
     asked = run("verify", "out", "--model", "model.py")
     assert asked.code == 0 and "model file runs" in asked.err
+    rehearsed = run("rehearse", "out", "--steps", "1", "--model", "model.py")
+    assert rehearsed.code in (0, 1) and rehearsed.out.startswith("Rank 0 of "), rehearsed.err
 
 
 CHANGES = [

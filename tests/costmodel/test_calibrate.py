@@ -9,13 +9,6 @@ import pytest
 
 from shardwright.costmodel.calibration import calibrate
 from shardwright.costmodel.calibration.calibrate import Errors, held_out, nelder_mead
-from shardwright.costmodel.calibration.measure import (
-    CpuFigures,
-    HostFigures,
-    format_cpu,
-    format_hosts,
-    measure_cpu,
-)
 from shardwright.costmodel.machines.cluster import Kernel, load_cluster
 
 _FOLDER = Path(__file__).parents[2].parent / "shared" / "data" / "silicon"
@@ -92,38 +85,3 @@ def test_collectives_held_out(name: str, device: str, bounds: tuple[int, int]) -
 def _below(errors: Errors, median: float, p90: float) -> None:
     assert errors.rows >= 100
     assert errors.median < median and errors.p90 < p90, str(errors)
-
-
-def test_cpu_file_by_hand(tmp_path: Path) -> None:
-    # 1 kB over 2 ranks: 3 ms = launch + 2 hops; 16 MB takes 19 ms, so 16 ms for 16.8e6 bytes
-    figures = CpuFigures(
-        {"fp32": 1e10, "bf16": 1e9}, 5e9, 2e-6, {2: (3e-3, 19e-3), 4: (9e-3, 50e-3)}
-    )
-    path = tmp_path / "here.toml"
-    path.write_text(format_cpu(figures, 16e9, 2))
-    cluster = load_cluster(path)
-    assert cluster.peak("float32") == 1e10
-    assert cluster.memory_bytes == pytest.approx(1.7e9)
-    assert cluster.intra_node.hop_s == cluster.intra_node.launch_s == pytest.approx(1e-3)
-    assert cluster.intra_node.group_bytes_per_s[0] == (2, pytest.approx(2**24 / 16e-3, rel=0.01))
-
-
-def test_file_of_hosts_by_hand(tmp_path: Path) -> None:
-    # 4 MiB in 40 ms inside, in 160 ms across alone; in 320 ms where both ranks of a host send
-    figures = HostFigures({"fp32": 1e10}, 5e9, 2e-6, (1e-4, 0.0401), (4e-4, 0.1604), (6e-4, 0.3206))
-    path = tmp_path / "hosts.toml"
-    path.write_text(format_hosts(figures, 16e9, 2))
-    cluster = load_cluster(path)
-    assert cluster.gpus_per_node == 2 and cluster.memory_bytes == pytest.approx(6.8e9)
-    assert cluster.intra_node.bytes_per_s == pytest.approx(2**22 / 0.04, rel=0.01)
-    assert cluster.inter_node.bytes_per_s == pytest.approx(2**22 / 0.16, rel=0.01)
-    assert cluster.inter_node.node_bytes_per_s == pytest.approx(2 * 2**22 / 0.32, rel=0.01)
-    assert cluster.inter_node.launch_s == cluster.inter_node.hop_s == pytest.approx(3e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_this_machine_can_be_measured(tmp_path: Path) -> None:
-    path = tmp_path / "here.toml"
-    path.write_text(measure_cpu(ranks=2))
-    assert load_cluster(path).peak("fp32") > 1e8
