@@ -107,7 +107,8 @@ def calibrate(
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        found = measured_here(int(os.environ["LOCAL_WORLD_SIZE"]), time_limit_s, told)
+        hears = told if dist.get_rank() == 0 else None
+        found = measured_here(int(os.environ["LOCAL_WORLD_SIZE"]), time_limit_s, hears)
         check_calm(found, most_spread)
         return cluster_text(found) if dist.get_rank() == 0 else None
     finally:
@@ -336,7 +337,7 @@ def _collectives(
     found: dict[tuple[int, int], dict[str, dict[int, Action]]] = {}
     for shape, (outer, inner, name) in _shapes(ranks, per_node).items():
         if told is not None:
-            told(f"find messages for groups of {shape[0]} ranks on {shape[1]} machines")
+            told(f"try messages between {shape[0]} ranks{' of several machines' * (shape[1] > 1)}")
         axis = Mesh.create({"outer": outer, "inner": inner}, "cpu")[name]
         found[shape] = {kind: _messages(kind, axis) for kind in COLLECTIVES}
     return found
