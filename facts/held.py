@@ -12,7 +12,7 @@ BY_MODEL = frozenset({
     "MICRO_BATCHES", "NOT_MATRICES",
     "OPTIMIZER", "OUTPUTS", "PARAMETERS", "PHASE", "REDUCE", "admit", "append",
     "cached_lengths",
-    "clip_grad_norm_", "compile_layers", "data_shard", "decode", "demo", "evaluate", "free",
+    "clip_grad_norm_", "compile_layers", "data_shard", "decode", "demo", "ema", "evaluate", "free",
     "from_checkpoint",
     "from_state_dict", "full_gradients", "full_state_dict", "gather_outputs", "generate",
     "load_checkpoint", "load_from", "local", "local_part", "moved_weights", "new_cache",

@@ -39,6 +39,7 @@ from ..mesh.rows import DataShard, data_shard, shard_rows
 from ..serving.conversing import Conversing
 from ..serving.program import Program, Served
 from ..serving.serving import Serving
+from ..training.ema import Ema
 from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
@@ -409,6 +410,14 @@ class ShardedModule(Conversing, nn.Module):
         own = Matrices(matrices(self.PARAMETERS, self.NOT_MATRICES), self.tensors.wholes, self.mesh)
         return make_optimizer(self._state.pieces(), kind, lr, groups or {}, options, own)
 
+    def ema(self, decay: float) -> Ema:
+        """A moving average of the trained parameters, of this rank's parts, float32 or wider.
+
+        Its `update()` follows each step of the optimizer; `with ema.applied():` the module has the
+        averages as its parameters; `save_checkpoint` and `load_checkpoint` take it.
+        """
+        return Ema(self._state.pieces(), decay)
+
     def step(
         self,
         /,
@@ -480,10 +489,11 @@ class ShardedModule(Conversing, nn.Module):
         optimizer: Optimizer | None = None,
         *,
         step: int,
+        ema: Ema | None = None,
         extra: Any = None,
         keep: int = 2,
     ) -> None:
-        """Save parameters, buffers, the optimizer's states, `step` and `extra` in `folder`.
+        """Save parameters, buffers, the optimizer's states, `ema`, `step` and `extra` in `folder`.
 
         All ranks call it together, on a file system that they share.  The tensors are copied to
         the CPU at once and written while training goes on; the next call, or
@@ -497,7 +507,7 @@ class ShardedModule(Conversing, nn.Module):
         if self._watch is not None:
             self._watch.at_checkpoint()
         pieces = self._state.pieces()
-        self._checkpoints.save(Path(folder), pieces, optimizer, step, extra, keep)
+        self._checkpoints.save(Path(folder), pieces, optimizer, step, ema, extra, keep)
 
     def wait_for_checkpoint(self) -> None:
         """Until the last checkpoint is complete.
@@ -506,14 +516,20 @@ class ShardedModule(Conversing, nn.Module):
         """
         self._checkpoints.wait()
 
-    def load_checkpoint(self, folder: str | Path, optimizer: Optimizer | None = None) -> Resumed:
-        """The last complete checkpoint in `folder` into this module and `optimizer`.
+    def load_checkpoint(
+        self,
+        folder: str | Path,
+        optimizer: Optimizer | None = None,
+        *,
+        ema: Ema | None = None,
+    ) -> Resumed:
+        """The last complete checkpoint in `folder` into this module, `optimizer` and `ema`.
 
         It may come from any other plan of the model, on any mesh and number of ranks.  Random
         numbers start anew, from the run's seed and the step.  Raises FileNotFoundError if there is
         none, ValueError listing names and shapes if it is one of another model.
         """
-        return self._checkpoints.load(Path(folder), self._state.pieces(), optimizer)
+        return self._checkpoints.load(Path(folder), self._state.pieces(), optimizer, ema)
 
     @property
     def _checkpoints(self) -> Checkpoints:

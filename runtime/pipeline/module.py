@@ -40,6 +40,7 @@ from ..module.demo import make_optimizer as demo_optimizer
 from ..module.module import ShardedModule
 from ..serving.conversing import Conversing
 from ..serving.program import Program, Served
+from ..training.ema import Ema
 from ..training.norm import clip_gradients
 from ..training.optimizer import Kind as OptimizerKind
 from ..training.optimizer import make_optimizer
@@ -582,6 +583,10 @@ class PipelinedModule(Conversing, nn.Module):
         """Those of this rank's stages, which the ranks of the inner mesh share."""
         return [whole for module in self._modules_here for whole in module.tensors.wholes(names)]
 
+    def ema(self, decay: float) -> Ema:
+        """As that of `ShardedModule`, of this rank's parts of its stages."""
+        return Ema(self.pieces(), decay)
+
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> Tensor:
@@ -599,19 +604,26 @@ class PipelinedModule(Conversing, nn.Module):
         optimizer: Optimizer | None = None,
         *,
         step: int,
+        ema: Ema | None = None,
         extra: Any = None,
         keep: int = 2,
     ) -> None:
         """As that of `ShardedModule`: it loads into any other plan, with stages and without."""
-        self._checkpoints.save(Path(folder), self.pieces(), optimizer, step, extra, keep)
+        self._checkpoints.save(Path(folder), self.pieces(), optimizer, step, ema, extra, keep)
 
     def wait_for_checkpoint(self) -> None:
         """As that of `ShardedModule`."""
         self._checkpoints.wait()
 
-    def load_checkpoint(self, folder: str | Path, optimizer: Optimizer | None = None) -> Resumed:
+    def load_checkpoint(
+        self,
+        folder: str | Path,
+        optimizer: Optimizer | None = None,
+        *,
+        ema: Ema | None = None,
+    ) -> Resumed:
         """As that of `ShardedModule`: from any other plan, with stages and without."""
-        resumed = self._checkpoints.load(Path(folder), self.pieces(), optimizer)
+        resumed = self._checkpoints.load(Path(folder), self.pieces(), optimizer, ema)
         name = self.mesh.names[0]
         self._inner.manual_seed(stable_seed(self.mesh.seed, name, self._place))
         return resumed

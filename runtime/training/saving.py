@@ -1,9 +1,9 @@
 """Checkpoints of a run through torch's DCP: they load into any other plan of the model.
 
 A checkpoint is a folder `step-00000100` in the run's folder.  Tensors have the original's names
-(`model.<name>`, `optimizer.<name>.exp_avg`) and are written as the ranks hold them: one item for
-each piece, at its place in the original, by one of the ranks that hold it.  DCP writes its
-`.metadata` last, when every rank has written: what has one is complete.
+(`model.<name>`, `optimizer.<name>.exp_avg`, `ema.<name>`) and are written as the ranks hold them:
+one item for each piece, at its place in the original, by one of the ranks that hold it.  DCP writes
+its `.metadata` last, when every rank has written: what has one is complete.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.optim import Optimizer
 
 from ..mesh.mesh import Mesh, stable_seed
+from .ema import Ema
 from .pieces import Piece
 from .states import Group, Kept, Numbers, OptimizerStates, merged
 
@@ -104,6 +105,7 @@ class Checkpoints:
         pieces: Sequence[Piece],
         optimizer: Optimizer | None,
         step: int,
+        ema: Ema | None,
         extra: Any,
         keep: int,
     ) -> None:
@@ -117,7 +119,7 @@ class Checkpoints:
                 " go on from that one with load_checkpoint, or save in another folder"
             )
         states = OptimizerStates.of(optimizer, pieces)
-        slots = _slots(pieces, states.tensors)
+        slots = _slots(pieces, states.tensors, ema)
         run = {"step": step, "extra": extra, "seed": self._mesh.seed}
         numbers, groups = self._everywhere(states)
         run |= {"numbers": numbers, "groups": groups}
@@ -150,7 +152,9 @@ class Checkpoints:
             for old in complete(folder)[:-keep]:
                 shutil.rmtree(old)
 
-    def load(self, folder: Path, pieces: Sequence[Piece], optimizer: Optimizer | None) -> Resumed:
+    def load(
+        self, folder: Path, pieces: Sequence[Piece], optimizer: Optimizer | None, ema: Ema | None
+    ) -> Resumed:
         """See `ShardedModule.load_checkpoint`."""
         self.wait()
         found = complete(folder)
@@ -159,9 +163,10 @@ class Checkpoints:
         reader = dcp.FileSystemReader(found[-1])
         metadata = reader.read_metadata()
         states = OptimizerStates.planned(optimizer, pieces, _tensors(metadata))
-        slots = _slots(pieces, states.tensors)
+        slots = _slots(pieces, states.tensors, ema)
         saved = {name: x for name, x in _tensors(metadata).items() if self._is_here(name, pieces)}
-        _check(found[-1], slots, saved, with_optimizer=optimizer is not None)
+        asked = [*(["optimizer."] if optimizer else []), *(["ema."] if ema else [])]
+        _check(found[-1], slots, saved, ("model.", *asked))
         first: dict[str, Slot] = {}
         for slot in slots:
             first.setdefault(slot.key, slot)
@@ -192,7 +197,7 @@ class Checkpoints:
         """Is a tensor of a checkpoint for this rank?  No rank has those that the model has not."""
         own = {piece.original for piece in pieces}
         kind, _, rest = name.partition(".")
-        of = rest if kind == "model" else rest.rpartition(".")[0]
+        of = rest.rpartition(".")[0] if kind == "optimizer" else rest
         return of in own or of not in self._names
 
     def _gloo(self) -> dist.ProcessGroup | None:
@@ -227,10 +232,11 @@ def _named(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths) or "none"
 
 
-def _slots(pieces: Sequence[Piece], states: Sequence[Kept]) -> list[Slot]:
+def _slots(pieces: Sequence[Piece], states: Sequence[Kept], ema: Ema | None) -> list[Slot]:
     """Every tensor of a checkpoint that this rank holds some of."""
     own = [(f"model.{piece.original}", piece, piece.tensor) for piece in pieces]
-    return [Slot(name, piece, piece.rows(x.detach())) for name, piece, x in (*own, *states)]
+    every = (*own, *states, *(ema.kept if ema else ()))
+    return [Slot(name, piece, piece.rows(x.detach())) for name, piece, x in every]
 
 
 def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -246,16 +252,14 @@ def _check(
     path: Path,
     slots: Sequence[Slot],
     saved: Mapping[str, TensorStorageMetadata],
-    *,
-    with_optimizer: bool,
+    asked: tuple[str, ...],
 ) -> None:
-    """Refuse a checkpoint of another model, naming what differs."""
+    """Refuse a checkpoint of another model, naming what differs.  `asked`: beginnings of the names
+    of what is loaded."""
     wanted = {slot.name: slot.piece.shape for slot in slots}
     problems = [f"missing: {name}" for name in sorted(set(wanted) - set(saved))]
     problems += [
-        f"unexpected: {name}"
-        for name in sorted(set(saved) - set(wanted))
-        if with_optimizer or name.startswith("model.")
+        f"unexpected: {name}" for name in sorted(set(saved) - set(wanted)) if name.startswith(asked)
     ]
     problems += [
         f"wrong shape: {name} is {tuple(saved[name].size)}, the plan has {shape}"
