@@ -306,7 +306,8 @@ def _group_lines(
     lines += [f"ranks = {ranks}", f"nodes = {nodes}"]
     for kind, row in kinds.items():
         latency, rate, spread = latency_and_rate(row)
-        seconds = np.maximum.accumulate([row[size].seconds for size in sorted(row)])
+        largest_first = [row[size].seconds for size in sorted(row, reverse=True)]
+        seconds = np.minimum.accumulate(largest_first)[::-1]  # what disturbs takes longer
         pairs = (f"{b} = {s:.3g}" for b, s in zip(sorted(row), seconds, strict=True))
         said = f"{latency * 1e6:.0f} us, {rate / 1e6:.3g} MB/s, spread {spread:.0%}"
         lines.append(f"{kind} = {{ {', '.join(pairs)} }}  # {said}")
