@@ -7,8 +7,9 @@ by a cable of 2 Gbit/s (`fast`) and of 200 Mbit/s (`slow`; see `benchmarks.hosts
 the ranks measure themselves and their links (`costmodel.calibration`), and every layout is planned
 on the cluster file that comes of it, as is the plan that the search chooses.  Mixtures are optima
 of the same problem with costs that are changed at random.  All run in turns, in the same processes,
-with an optimizer's step each; a round's time is that of its slowest rank, and medians of rounds are
-compared.
+with an optimizer's step each; a round's time is that of its slowest rank, and lower quartiles of
+rounds are compared: what else runs on the machine only ever adds time.  Plans that were chosen in
+other settings run, too.
 
 Spearman is the correlation of the orders of predicted and measured times; regret is how much longer
 the chosen plan takes than the best of all that were measured.  How far the machine agrees with
@@ -22,6 +23,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -49,6 +51,7 @@ from shardwright.planner.errors import PlanError
 from shardwright.planner.ilp.problem import ShardingProblem
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.plan.decide import decide, program_of
+from shardwright.planner.search.again import Again
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.layout import Layout
 from shardwright.planner.strategies.network import Network
@@ -68,7 +71,6 @@ LAYOUTS = (
 )  # fmt: skip
 CALIBRATION_S = 60.0
 _SPREAD = 0.7  # of the logarithm by which costs of mixtures are changed
-_CHOSEN = "chosen"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def main() -> None:
     parser.add_argument("--mixtures", type=int, default=10)
     parser.add_argument("--keep", type=Path, help="a folder to leave cluster files in")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts and ranks are cleared away
+    chosen: dict[str, Plan] = {}
     for name in args.settings:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             try:
@@ -97,7 +101,8 @@ def main() -> None:
                 continue
             place = Path(folder) if args.keep is None else args.keep / name
             place.mkdir(parents=True, exist_ok=True)
-            found = regret(place, hosts, args.rounds, args.mixtures)
+            found, plan = regret(place, hosts, args.rounds, args.mixtures, chosen)
+            chosen[f"chosen where {name}"] = plan
             print(f"\n{name}\n{found}", flush=True)
 
 
@@ -119,6 +124,11 @@ class Found:
 
     @property
     def measured(self) -> list[float]:
+        """Lower quartiles, by candidate: what else runs on the machine only ever adds time."""
+        return [float(np.quantile(rounds, 0.25)) for rounds in self.rounds]
+
+    @property
+    def medians(self) -> list[float]:
         """Medians, by candidate."""
         return [median(rounds) for rounds in self.rounds]
 
@@ -141,7 +151,7 @@ class Found:
     @property
     def fair_regret(self) -> float:
         """The same, of the best of one half of the rounds as it is in the other: the least of many
-        medians is less than it would be again."""
+        is less than it would be again."""
         shares: list[float] = []
         for one, other in (self.halves, self.halves[::-1]):
             best = int(np.argmin(one.measured))
@@ -155,17 +165,20 @@ class Found:
         return Found(self.candidates, one), Found(self.candidates, other)
 
     def __str__(self) -> str:
-        rows = sorted(zip(self.candidates, self.measured, strict=True), key=lambda row: row[1])
-        lines = [f"{'layout':<28}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
-        for each, seconds in rows:
+        rows = sorted(
+            zip(self.candidates, self.measured, self.medians, strict=True), key=lambda row: row[1]
+        )
+        lines = [f"{'layout':<30}{'predicted':>12}{'measured':>12}{'ratio':>8}{'median':>12}"]
+        for each, seconds, middle in rows:
             ms = f"{each.predicted * 1e3:9.1f} ms{seconds * 1e3:9.1f} ms"
-            lines.append(f"{each.name:<28}{ms}{each.predicted / seconds:8.2f}")
+            ratio = each.predicted / seconds
+            lines.append(f"{each.name:<30}{ms}{ratio:8.2f}{middle * 1e3:9.1f} ms")
         ratios = [p / s for p, s in zip(self.predicted, self.measured, strict=True)]
         lines += [
-            f"Spearman {self.spearman:.3f}; of every other round with those between "
-            f"{self.repeated:.3f}",
-            f"regret of the chosen plan {self.regret:.1%}; against the best of the other half of "
-            f"the rounds {self.fair_regret:.1%}",
+            f"Spearman {self.spearman:.3f} (of every other round with those between "
+            f"{self.repeated:.3f}; of medians {spearman(self.predicted, self.medians):.3f})",
+            f"regret of the chosen plan {self.regret:.1%} (against the best of the other half of "
+            f"the rounds {self.fair_regret:.1%})",
             f"predicted / measured {median(ratios):.2f} in the median, {min(ratios):.2f} to "
             f"{max(ratios):.2f}",
         ]
@@ -186,11 +199,23 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return np.array([((x < each).sum() + (x <= each).sum()) / 2 for each in x])
 
 
-def regret(folder: Path, hosts: Hosts | None, rounds: int, mixtures: int) -> Found:
-    """Measure the machine, plan on what was measured, and run all plans."""
+def regret(
+    folder: Path,
+    hosts: Hosts | None,
+    rounds: int,
+    mixtures: int,
+    others: Mapping[str, Plan] | None = None,
+) -> tuple[Found, Plan]:
+    """Measure the machine, plan on what was measured, and run all plans and `others`; what was
+    found, and the plan that was chosen."""
     (folder / "per_node").write_text(str(RANKS if hosts is None else PER_HOST))
     run_ranks("benchmarks.regret:calibrate", folder, RANKS, hosts, timeout_s=300.0)
-    candidates = list(planned(str(folder / "here.toml"), mixtures))
+    cluster = str(folder / "here.toml")
+    chosen = choose(cluster)
+    candidates = [_chosen(chosen), *planned(chosen, cluster, mixtures)]
+    for name, plan in (others or {}).items():
+        again = Again(plan, load_cluster(cluster, RANKS)).same()
+        candidates.append(Candidate(name, plan.module_source(), again.seconds))
     for number, each in enumerate(candidates):
         (folder / f"candidate_{number:02d}.py").write_text(each.source)
     (folder / "rounds").write_text(str(rounds))
@@ -200,22 +225,29 @@ def regret(folder: Path, hosts: Hosts | None, rounds: int, mixtures: int) -> Fou
         [max(of_round) for of_round in zip(*(rank[n] for rank in ranks), strict=True)]
         for n in range(len(candidates))
     ]
-    return Found(candidates, slowest)
+    return Found(candidates, slowest), chosen
+
+
+def _chosen(plan: Plan) -> Candidate:
+    return Candidate(f"chosen: {plan.mesh}", plan.module_source(), plan.seconds)
 
 
 # --- what is planned -----------------------------------------------------------------------------
 
 
-def planned(cluster: str, mixtures: int) -> Iterator[Candidate]:
-    """The plan of the search, then all layouts that the model can have, then mixtures."""
+def choose(cluster: str) -> Plan:
+    """The plan of the search."""
     with torch.device("meta"):
         model = Llama(CONFIG)
     rows = torch.zeros(BATCH, SEQ, dtype=torch.int64, device="meta")
-    chosen = shardwright.plan(
+    return shardwright.plan(
         model, {"tokens": rows, "labels": rows}, gpus=RANKS, cluster=cluster,
         optimizer=OPTIMIZER, precision="own", micro_batches=1,
     )  # fmt: skip
-    yield Candidate(f"{_CHOSEN}: {chosen.mesh}", chosen.module_source(), chosen.seconds)
+
+
+def planned(chosen: Plan, cluster: str, mixtures: int) -> Iterator[Candidate]:
+    """All layouts that the model can have, then mixtures."""
     for text in LAYOUTS:
         layout = Layout.parse(text)
         again = layout.recomputed(chosen.graph) or Recomputed()

@@ -2,8 +2,7 @@
 
 What is measured runs in all ranks at once, as in a step: operators by autograd, collectives by the
 runtime's own transfers in all groups along an axis together.  A round runs everything once (what is
-short, many times over); figures are medians of rounds, so that what else runs here meanwhile
-disturbs all of them alike.
+short, many times over), so that what else runs here meanwhile disturbs all figures alike.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is measured is in `Found`: seconds of operators as a module runs them, and of collectives
 between groups of ranks.  Laws of kernels are fitted on the former, the latter are written as they
 are.  Every figure has its spread beside it: the distance of the quartiles of its rounds, as a share
-of the median.
+of the lower one.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ class BusyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Seconds of one run, in the median of all rounds, and how far these are apart."""
+    """Seconds of one run, and how far the rounds are apart.
+
+    Seconds are the lower quartile of all rounds: what else runs on the machine only ever adds time.
+    """
 
     seconds: float
     spread: float
 
     @staticmethod
     def of(rounds: Sequence[float]) -> Figure:
-        """The median of some rounds, and the distance of their quartiles as a share of it."""
-        low, middle, high = np.quantile(np.asarray(rounds), (0.25, 0.5, 0.75))
-        return Figure(float(middle), float((high - low) / middle))
+        """The lower quartile, and the distance to the upper one as a share of it."""
+        low, high = np.quantile(np.asarray(rounds), (0.25, 0.75))
+        return Figure(float(low), float((high - low) / low))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Found:
 
     @property
     def spread(self) -> float:
-        """That of computing, in the median of all figures: what other work takes shows there."""
+        """That of computing, in the median of all figures: there shows what other work takes."""
         computed = (
             *self.products.values(),
             *(f for of in self.streams.values() for f in of.values()),
@@ -98,7 +101,7 @@ class Found:
 
 
 def check_calm(found: Found, most: float) -> None:
-    """Raises BusyError where rounds are farther apart than `most`, a share of the median."""
+    """Raises BusyError where rounds are farther apart than `most`, as a share."""
     if found.spread > most:
         raise BusyError(
             f"this machine is too busy to be measured: half of the rounds are {found.spread:.0%} "
@@ -230,7 +233,7 @@ def _head(found: Found, made: Cluster, source: str) -> list[str]:
     return [
         f"{MEASURED}{found.when} by `plan calibrate` on {found.machine}:",
         f"# {ranks} ranks of one thread, {per_node} on each machine, all at work at once.",
-        "# Spread: the distance of the quartiles of all rounds, as a share of their median.",
+        "# Spread: the distance of the quartiles of all rounds, as a share of the lower one.",
         f'device = "{made.device}"',
         f"gpus_per_node = {per_node}  # ranks on each machine",
         f"memory_bytes = {made.memory_bytes:.3g}  # 85 % of RAM, shared by {per_node} ranks",
