@@ -29,8 +29,8 @@ from .mesh import transport
 from .mesh.collectives import Axis
 from .mesh.counter import Phase
 from .mesh.derivatives import first_order
-from .mesh.keeping import keeping_nothing
-from .mesh.opaque import not_compiled
+from .mesh.keeping import is_keeping
+from .mesh.opaque import axis_known_as, not_compiled
 
 Gating: TypeAlias = Literal["none", "separate", "halves", "pairs"]
 
@@ -47,7 +47,6 @@ _GROUPED_CAPABILITY = (8, 0)
 
 
 @not_compiled("the routing of experts")
-@keeping_nothing()
 def moe(
     x: Tensor,
     indices: Tensor,
@@ -258,11 +257,9 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.ends, ctx.transposed = ends, transposed
-        out = rows.new_empty(len(rows), weight.shape[2 if transposed else 1])
-        for expert, first, last in _spans(ends):
-            matrix = weight[expert] if transposed else weight[expert].t()
-            torch.mm(rows[first:last], matrix, out=out[first:last])
-        return out
+        if is_keeping():
+            return _product_operator(rows, weight, list(ends), transposed)
+        return _product(rows, weight, ends, transposed)
 
     @staticmethod
     @first_order("a product of experts")
@@ -284,6 +281,20 @@ class _Product(torch.autograd.Function):
                     left, right = right, left
                 torch.mm(left.t(), right, out=of_weight[expert])
         return of_rows, of_weight, None, None
+
+
+def _product(rows: Tensor, weight: Tensor, ends: Sequence[int], transposed: bool) -> Tensor:
+    out = rows.new_empty(len(rows), weight.shape[2 if transposed else 1])
+    for expert, first, last in _spans(ends):
+        matrix = weight[expert] if transposed else weight[expert].t()
+        torch.mm(rows[first:last], matrix, out=out[first:last])
+    return out
+
+
+@torch.library.custom_op("shardwright::product_of_experts", mutates_args=())
+def _product_operator(rows: Tensor, weight: Tensor, ends: list[int], transposed: bool) -> Tensor:
+    """`_product` as one operator, of a layer that keeps its result."""
+    return _product(rows, weight, ends, transposed)
 
 
 def _spans(ends: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -360,11 +371,13 @@ def _own_part(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
 def _dispatched(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
     """Send each token to the ranks of its experts, run them there, and add up what comes back."""
     tokens, place, sent = _destinations(chosen.experts // experts.count, axis.size)
-    axis.record("all_to_all", (axis.size - 1) * sent.element_size(), "forward")
-    received, sent = transport.tell_rows(sent, axis.group).tolist(), sent.tolist()
+    tell, exchange = (
+        (_tell_operator, _exchange_operator) if is_keeping() else (_tell_rows, _exchange_experts)
+    )
+    told = tell(sent, axis.known_as).clone()  # an operator, which says that what is kept is read
+    received, sent = told.tolist(), sent.tolist()
     numbers = chosen.experts.index_select(0, tokens).to(torch.int32)
-    axis.record("all_to_all", _bytes_received(axis, numbers, received), "forward")
-    numbers = transport.exchange_experts(numbers, sent, received, experts.count, axis.group).long()
+    numbers = exchange(numbers, axis.known_as, sent, received, experts.count).long()
     rows, weights = _Exchange.apply(
         axis,
         sent,
@@ -375,6 +388,44 @@ def _dispatched(chosen: _Chosen, experts: _Experts, axis: Axis) -> Tensor:
     out = _own_part(_Chosen(rows, numbers, weights), experts, axis)
     (back,) = _Exchange.apply(axis, received, sent, out)
     return _Collect.apply(back, tokens, place)
+
+
+def _tell_rows(sent: Tensor, axis: str) -> Tensor:
+    """How many rows come from each rank of the axis that is `known_as` this."""
+    over = axis_known_as(axis)
+    over.record("all_to_all", (over.size - 1) * sent.element_size(), "forward")
+    return transport.tell_rows(sent, over.group)
+
+
+def _exchange_experts(
+    numbers: Tensor, axis: str, sent: list[int], received: list[int], count: int
+) -> Tensor:
+    """Numbers of the experts of rows, of which each rank has `count`."""
+    over = axis_known_as(axis)
+    over.record("all_to_all", _bytes_received(over, numbers, received), "forward")
+    return transport.exchange_experts(numbers, sent, received, count, over.group)
+
+
+def _exchange_ahead(x: Tensor, axis: str, sent: list[int], received: list[int]) -> Tensor:
+    """Rows of a forward pass."""
+    return _exchange_rows(axis_known_as(axis), x, sent, received, "forward")
+
+
+# The same as operators, of a layer that keeps their results.
+_tell_operator = torch.library.custom_op(
+    "shardwright::tell_rows",
+    _tell_rows,
+    mutates_args=(),
+    schema="(Tensor sent, str axis) -> Tensor",
+)
+_exchange_operator = torch.library.custom_op(
+    "shardwright::exchange_experts", _exchange_experts, mutates_args=(),
+    schema="(Tensor numbers, str axis, int[] sent, int[] received, int count) -> Tensor",
+)  # fmt: skip
+_ahead_operator = torch.library.custom_op(
+    "shardwright::exchange_rows", _exchange_ahead, mutates_args=(),
+    schema="(Tensor x, str axis, int[] sent, int[] received) -> Tensor",
+)  # fmt: skip
 
 
 def _destinations(owners: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,7 +452,8 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, axis: Axis, sent: list[int], received: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.axis, ctx.sent, ctx.received = axis, sent, received
-        return tuple(_exchange_rows(axis, x, sent, received, "forward") for x in tensors)
+        run = _ahead_operator if is_keeping() else _exchange_ahead
+        return tuple(run(x, axis.known_as, sent, received) for x in tensors)
 
     @staticmethod
     @first_order("an exchange of tokens between experts")

@@ -100,6 +100,16 @@ class Layer:
         gated = self.hidden if self.matrices == 2 else 0
         return self.sorted_bytes + self.pairs * gated * self.itemsize
 
+    @property
+    def part_bytes(self) -> float:
+        """Bytes of what a layer keeps that keeps a part: what products and exchanges give."""
+        given = self.pairs * (self.matrices * self.hidden + self.out)
+        if not self.sends or self.ranks == 1:
+            return given * self.itemsize
+        rows = self.rows_sent * self.imbalance
+        come = rows * (self.width + self.out + self.choices) * self.itemsize
+        return given * self.itemsize + come + rows * self.choices * _INDEX_BYTES
+
 
 def layer_of(local: Local) -> Layer:
     """The part under the choices of `local`; its `imbalance` of 0 is `usual_imbalance`."""
@@ -270,6 +280,17 @@ class Experts(Operator):
     def traffic(self, local: Local) -> tuple[Traffic, ...]:
         """What is expected of balanced routing, times the load of the busiest rank."""
         return exchanges(layer_of(local), backward=local.backward)
+
+    def part_bytes(self, local: Local) -> float:
+        """What products and exchanges give."""
+        return layer_of(local).part_bytes
+
+    def spares(self, local: Local) -> tuple[tuple[Kernel, ...], tuple[Traffic, ...]]:
+        """Products and exchanges; rows are sorted and gated again."""
+        layer = layer_of(local)
+        steps = kernels(layer, backward=False).forward
+        products = tuple(each for step in steps for each in step if isinstance(each, Product))
+        return products, exchanges(layer, backward=False)
 
     def ties(self, sizes: Sizes, node: Node) -> bool:
         """Experts and choices stay, since indices name experts; gate and up are as large."""

@@ -20,7 +20,7 @@ import torch
 from ...compat.torch import OpOverload, schema_arguments
 from ...facts.traffic import Traffic
 from ...facts.users import Import
-from ...facts.work import Kernels, Stream
+from ...facts.work import Kernel, Kernels, Stream
 from ..graph import Arg, Node, TensorType, Value, values_in
 from .local import Local
 from .rule import Choice, Rule, opaque_rule
@@ -258,6 +258,16 @@ class Operator:
     def extra_bytes(self, local: Local) -> float:
         """Bytes that autograd keeps, and that it holds while it runs, besides `saves`."""
         return 0.0
+
+    def part_bytes(self, local: Local) -> float:
+        """Of those that autograd keeps what a layer keeps that keeps a part of what it makes, and
+        what it keeps of `spares`."""
+        return self.extra_bytes(local) if self.stays else 0.0
+
+    def spares(self, local: Local) -> tuple[tuple[Kernel, ...], tuple[Traffic, ...]]:
+        """Where such a layer runs it again, the kernels and collectives of its forward pass whose
+        results are kept, so that they do not run."""
+        return (), ()
 
     def unfused_bytes(self, local: Local) -> float:
         """Bytes that autograd keeps besides where torch has no kernel for it."""

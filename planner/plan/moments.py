@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 from ...costmodel.timeline import StageTimes, played
 from ...ir.ops.registry import operator_of
 from ..strategies.network import Network
+from ..strategies.pricing import IN_PART
 from ..strategies.regions import InLoop, Unit, scopes, units
 from ..strategies.selected import again_in
 from .overlap import MovedWeights, moved_by_unit
@@ -61,24 +62,26 @@ class Moments:
 @dataclass(frozen=True, slots=True)
 class _Part:
     """An operator or a conversion: seconds of computing and of communication, both ways; the name
-    of the operator's node."""
+    of the operator's node.  `remade` are those of its forward in a layer that keeps a part."""
 
     name: str
     node: str
     forward: tuple[float, float]
     backward: tuple[float, float]
+    remade: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(slots=True)
 class _Run:
     """One run of a unit: its parts, the weights that move for it, and the nodes that backward runs
-    again."""
+    again, `in_part` where it keeps a part."""
 
     unit: Unit
     name: str
     parts: Sequence[_Part]
     weights: MovedWeights  # of one run
     again: frozenset[str]
+    in_part: bool = False
 
 
 @dataclass(slots=True)
@@ -159,7 +162,8 @@ def _backward(streams: _Streams, runs: Sequence[_Run]) -> None:
         waiting = max(streams.moving - began, 0.0) if _hides(run) else 0.0
         for part in run.parts:
             if part.node in run.again:
-                streams.run(part, run.name, "again", 1.0)
+                taken = replace(part, forward=part.remade) if run.in_part else part
+                streams.run(taken, run.name, "again", 1.0)
         _compute(streams, run, "backward", waiting)
         if after is not None and not _hides(run):
             there = streams.move(
@@ -206,10 +210,11 @@ def _runs(plan: PlanData, network: Network) -> list[_Run]:
             number = layers[unit.path] = layers.get(unit.path, -1) + 1
             name = f"{unit.path}.{number}"
         before = at[unit] = at.get(unit, -1) + 1
-        again = frozenset[str]()
+        again, mode = frozenset[str](), "kept"
         if (scope := scope_of.get(unit)) is not None:
-            again = again_in(scope.nodes, decided.recomputed.runs(scope).mode(before))
-        found.append(_Run(unit, name, parts.get(unit, ()), each, again))
+            mode = decided.recomputed.runs(scope).mode(before)
+            again = again_in(scope.nodes, mode)
+        found.append(_Run(unit, name, parts.get(unit, ()), each, again, mode == "part"))
     return found
 
 
@@ -242,6 +247,7 @@ def _part(plan: PlanData, network: Network, item: Compute | Convert) -> _Part:
         item.node.name,
         (work.forward_s - work.forward_moving_s, work.forward_moving_s),
         (work.backward_s - work.backward_moving_s, work.backward_moving_s),
+        (work.again_s(IN_PART) - work.again_moving_s(IN_PART), work.again_moving_s(IN_PART)),
     )
 
 

@@ -120,7 +120,8 @@ def _computed(prices: Prices, decisions: Decisions) -> Mapping[Unit, _Computed]:
             work = prices.work(node, decisions.choices[node.name])
             mine.forward += work.forward_s - work.forward_moving_s
             mine.backward += work.backward_s - work.backward_moving_s
-            mine.backward += again[node.name] * (work.forward_s - work.forward_moving_s)
+            more = again[node.name]
+            mine.backward += work.again_s(more) - work.again_moving_s(more)
     return found
 
 

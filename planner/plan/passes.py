@@ -15,7 +15,7 @@ from ...ir.ops.local import Local
 from ...ir.ops.registry import local_of, operator_of
 from ..strategies.fusing import streams
 from ..strategies.network import Network
-from ..strategies.pricing import kernel_seconds
+from ..strategies.pricing import Again, kernel_seconds
 from ..strategies.regions import InLoop, Scope, scopes
 from .plan import PlanData
 
@@ -63,11 +63,16 @@ def passes_of(plan: PlanData, network: Network) -> Passes:
         ahead = work.forward_s - work.forward_moving_s
         behind = work.backward_s - work.backward_moving_s
         forward[at] = forward.get(at, 0.0) + runs * ahead
-        backward[at] = backward.get(at, 0.0) + runs * (behind + again * ahead)
+        behind += work.again_s(again) - work.again_moving_s(again)
+        backward[at] = backward.get(at, 0.0) + runs * behind
         if streams(node):
             continue
-        kernels = operator_of(node).work(local)
-        for steps, times in ((kernels.forward, 1 + again), (kernels.backward, 1)):
+        operator = operator_of(node)
+        kernels, spared = operator.work(local), operator.spares(local)[0]
+        all_runs = 1 + again.full + again.part
+        for steps, times in (
+            (kernels.forward, all_runs), (kernels.backward, 1.0), ((spared,), -again.part),
+        ):  # fmt: skip
             for kernel in (kernel for step in steps for kernel in step):
                 seconds = runs * times * kernel_seconds(kernel, network)
                 products += seconds * _is(kernel, Product)
@@ -82,7 +87,7 @@ def experts_load(plan: PlanData) -> float:
     return max(loads, default=1.0)
 
 
-def _runs(plan: PlanData) -> Iterator[tuple[Scope, Node, int, float]]:
+def _runs(plan: PlanData) -> Iterator[tuple[Scope, Node, int, Again]]:
     """(scope, node, how often it runs in a step, how often backward runs its forward again)."""
     times = plan.request.micro_batches
     for scope in scopes(plan.graph):

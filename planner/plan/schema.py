@@ -186,6 +186,7 @@ def _plan(decode: Shape, stage: Shape | None) -> Shape:
             "recached": ListOf(_RECACHED),
         },
         optional={
+            "spared": Table(LINE, Row(_SECONDS, _SECONDS)),
             "kept_layers": _LAYERS,
             "part_layers": _LAYERS,
             "module_sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}"),

@@ -56,8 +56,8 @@ def spent_in_ops(
         for node in scope.nodes:
             one, more = work[node.name], again[node.name]
             runs = times * scope.weight
-            whole = runs * (one.seconds + more * one.forward_s)
-            waits = runs * (one.moving_s + more * one.forward_moving_s)
+            whole = runs * (one.seconds + one.again_s(more))
+            waits = runs * (one.moving_s + one.again_moving_s(more))
             computing[operator_of(node).spent_on] += whole - waits
             if one.axes:
                 moving[one.axes] = moving.get(one.axes, 0.0) + waits

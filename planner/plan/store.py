@@ -69,6 +69,7 @@ def plan_to_json(plan: PlanData) -> dict[str, Any]:
             for name, w in plan.work.items()
             if w.axes
         },
+        **_spared(plan.work),
         "conversions": [
             {
                 "value": value,
@@ -161,7 +162,7 @@ def _check_fields(data: object) -> None:
 
 def _read_plan(data: Any) -> PlanData:
     """The plan in data that has been checked field by field."""
-    search, moving = data["search"], data["moving"]
+    search, moving, spared = data["search"], data["moving"], data.get("spared", {})
     return PlanData(
         request=_made(Request, data["request"], pins=tuple(data["request"]["pins"])),
         graph=graph_from_json(data["graph"]),
@@ -183,7 +184,10 @@ def _read_plan(data: Any) -> PlanData:
             (row["value"], parse_spec(row["from"]), parse_spec(row["to"])): _read_steps(row)
             for row in data["conversions"]
         },
-        work={name: _read_work(row, moving.get(name)) for name, row in data["work"].items()},
+        work={
+            name: _read_work(row, moving.get(name), spared.get(name, (0.0, 0.0)))
+            for name, row in data["work"].items()
+        },
         seconds=data["seconds"],
         optimizer_s=data["optimizer_s"],
         casts_s=data["casts_s"],
@@ -229,13 +233,18 @@ def _read_specs(specs: dict[str, str]) -> dict[str, Spec]:
     return {name: parse_spec(spec) for name, spec in specs.items()}
 
 
-def _read_work(row: Any, moving: Any) -> Work:
-    """Seconds of a node; `moving` has those of its own collectives, where it runs any."""
+def _read_work(row: Any, moving: Any, spared: Any) -> Work:
+    """Seconds of a node; `moving` has those of its own collectives, where it runs any, `spared`
+    those that a second run goes without."""
     forward, backward = row
-    if moving is None:
-        return Work(forward, backward)
-    forward_moving, backward_moving, axes = moving
-    return Work(forward, backward, forward_moving, backward_moving, tuple(axes))
+    forward_moving, backward_moving, axes = moving or (0.0, 0.0, ())
+    return Work(forward, backward, forward_moving, backward_moving, tuple(axes), *spared)
+
+
+def _spared(work: Mapping[str, Work]) -> dict[str, Any]:
+    """What second runs go without, where they do."""
+    rows = {name: [w.spared_s, w.spared_moving_s] for name, w in work.items() if w.spared_s}
+    return {"spared": rows} if rows else {}
 
 
 def _read_recache(row: Any) -> Recache:

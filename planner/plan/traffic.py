@@ -164,10 +164,12 @@ class _Walk:
         known: _Known,
         *,
         again: Collection[int] = (),
+        in_part: bool = False,
     ) -> set[Sharded]:
         """Count `statements`; `live` grows by what a gradient reaches, and is returned.
 
-        `known` are weights that will come again; the statements numbered `again` run forward twice.
+        `known` are weights that will come again; the statements numbered `again` run forward twice,
+        `in_part` without what they spare.
         """
         known = _with_views(statements, known)
         for at, item in reversed(list(enumerate(statements))):
@@ -180,7 +182,7 @@ class _Walk:
                     live.add(item.source)
             else:
                 live_here = bool(live.intersection(item.outputs))
-                self._inside(item, times, live_here)
+                self._inside(item, times, live_here, in_part=in_part)
                 if live_here:
                     live.update(o for o in item.operands if o.value.differentiable)
                     for brought, weight in _kept(item, known):
@@ -222,7 +224,9 @@ class _Walk:
         # what comes for the second run of a layer serves its backward
         ours = {} if again else _known(body.weights)
         self._expect(body.statements, _with_views(body.statements, ours))
-        reaches = self.run(body.statements, ends, {**entering, **ours}, again=again)
+        reaches = self.run(
+            body.statements, ends, {**entering, **ours}, again=again, in_part=mode == "part"
+        )
         self._bring(body.weights, reaches, 2 if again else 1)
         counted, self.count = self.count, outside
         return counted, frozenset(item.value.name for item in reaches)
@@ -295,7 +299,7 @@ class _Walk:
         if not brought.left[weight]:
             brought.there.discard(weight)
 
-    def _inside(self, item: Compute, times: int, live: bool) -> None:
+    def _inside(self, item: Compute, times: int, live: bool, *, in_part: bool) -> None:
         """What an op moves itself; of experts what is expected of balanced routing."""
         local = local_of(
             item.node,
@@ -305,12 +309,15 @@ class _Walk:
             order=self.order,
             imbalance=1.0,
         )
-        for traffic in operator_of(item.node).traffic(local):
+        operator = operator_of(item.node)
+        spared = operator.spares(local)[1] if in_part else ()
+        for traffic in operator.traffic(local):
             if traffic.told:
                 if traffic in self._told:
                     continue
                 self._told.add(traffic)
-            for _ in range(traffic.times * (1 if traffic.backward or traffic.told else times)):
+            once = traffic.backward or traffic.told or traffic in spared
+            for _ in range(traffic.times * (1 if once else times)):
                 self._add(traffic.kind, traffic.axes, traffic.backward, traffic.bytes)
 
     def _add(self, kind: str, axes: tuple[int, ...], backward: bool, n_bytes: float) -> None:

@@ -20,6 +20,7 @@ from ...ir.graph import Graph, Value
 from ...ir.ops.local import local_bytes
 from ..plan.plan import PlanData
 from ..plan.program import Compute, Convert, LoopCall, PricedStep, Sharded, Weight
+from ..strategies.pricing import IN_PART, NEVER, WHOLE, Again
 from ..strategies.selected import again_in
 
 
@@ -104,7 +105,7 @@ class _Writer:
             elif isinstance(item, Convert):
                 self._convert(item, at)
             else:
-                self._compute("", item, at, again=False)
+                self._compute("", item, at, again=NEVER)
 
     def _loop(self, call: LoopCall, outer: dict[Sharded, _Made]) -> None:
         carried = [outer[item] for item in call.carried]
@@ -120,12 +121,14 @@ class _Writer:
             inner = dict(zip((v.name for v in call.loop.invariants), inputs[n:], strict=True))
             at |= {Sharded(inner[a.value.name], a.spec): outer[a] for a in call.arguments}
             self._weights(f"{path}.{index}.", body.weights, at)
-            again = again_in(body.block.nodes, modes.mode(index))
+            mode = modes.mode(index)
+            names, once = again_in(body.block.nodes, mode), IN_PART if mode == "part" else WHOLE
             for item in body.statements:
                 if isinstance(item, Convert):
                     self._convert(item, at)
                 else:
-                    self._compute(f"{path}.{index}.", item, at, again=item.node.name in again)
+                    again = once if item.node.name in names else NEVER
+                    self._compute(f"{path}.{index}.", item, at, again=again)
             carried = [at[item] for item in body.outputs]
         outer |= dict(zip(call.outputs, carried, strict=True))
 
@@ -149,7 +152,7 @@ class _Writer:
         self.moves.append((item.target.value, at[item.target]))
 
     def _compute(
-        self, prefix: str, item: Compute, at: dict[Sharded, _Made], *, again: bool
+        self, prefix: str, item: Compute, at: dict[Sharded, _Made], *, again: Again
     ) -> None:
         node, name, work = item.node, prefix + item.node.name, self.plan.work[item.node.name]
         self._node(
@@ -160,8 +163,8 @@ class _Writer:
             module=node.loc.module,
             loc=str(node.loc),
             strategy=list(item.choices),
-            seconds=work.seconds + (work.forward_s if again else 0.0),
-            communication_s=work.moving_s + (work.forward_moving_s if again else 0.0),
+            seconds=work.seconds + work.again_s(again),
+            communication_s=work.moving_s + work.again_moving_s(again),
         )
         self._use(name, item.operands, at)
         for output in item.outputs:

@@ -335,7 +335,7 @@ class Again:
         runs = region.scope.weight * plan.request.micro_batches
         pairs = zip(region.nodes, way.choices, strict=True)
         works = [(builder.work(node, choices), again[node.name]) for node, choices in pairs]
-        return runs * sum(work.seconds + more * work.forward_s for work, more in works)
+        return runs * sum(work.seconds + work.again_s(more) for work, more in works)
 
     def others(self, region: Region) -> Iterator[Strategy]:
         """The ways to run a region that differ from the plan's on one axis."""

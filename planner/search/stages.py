@@ -227,7 +227,7 @@ def _shares(plan: PlanData, program: Program) -> tuple[float, float]:
         for node in scope.nodes:
             work = plan.work[node.name]
             ahead += scope.weight * work.forward_s
-            back += scope.weight * (work.backward_s + again[node.name] * work.forward_s)
+            back += scope.weight * (work.backward_s + work.again_s(again[node.name]))
     for item, times in program.flat():
         if isinstance(item, Convert):
             first, total = item.priced.forward, sum(t.bytes for t in item.priced.traffic)

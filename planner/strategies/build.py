@@ -38,6 +38,7 @@ from .live import Live
 from .network import Network
 from .params import ParamRef, all_params
 from .prices import Prices
+from .pricing import Again
 from .regions import InLoop, Place, Recomputed, Region, Scope, Strategy, TopLevel, units
 from .runs import Runs, keepers, runs_of
 from .selected import again_in_part
@@ -69,11 +70,11 @@ class Decisions:
         """Which layers run again."""
         return Recomputed(self.recompute, self.kept_layers, self.part_layers)
 
-    def again(self, scope: Scope) -> dict[str, float]:
+    def again(self, scope: Scope) -> dict[str, Again]:
         """By node, how often backward runs its forward again, on average over a scope's runs."""
         full, part = self.recomputed.runs(scope).shares()
         some = again_in_part(scope.nodes)
-        return {node.name: full + part * (node.name in some) for node in scope.nodes}
+        return {node.name: Again(full, part * (node.name in some)) for node in scope.nodes}
 
     def __str__(self) -> str:
         """A line for each spec and for each node's choices."""

@@ -41,7 +41,10 @@ from .storage import Held, Storage
 class NodeCost:
     """One run of a node on one rank: seconds, bytes that it holds beside operands and results, and
     in backward beside their gradients, bytes of its KV cache, bytes of rows that autograd keeps,
-    what else it keeps (value, bytes), and the spec that each operand is needed in."""
+    what else it keeps (value, bytes), and the spec that each operand is needed in.
+
+    In a layer that keeps a part: the bytes of rows that it keeps, and the seconds that a second run
+    of the node goes without."""
 
     forward_s: float
     seconds: float
@@ -51,6 +54,8 @@ class NodeCost:
     routed: float
     kept: tuple[tuple[str, int], ...]
     needs: tuple[tuple[Value, Spec], ...]
+    routed_in_part: float
+    spared_s: float
 
 
 class Prices:
@@ -148,6 +153,8 @@ class Prices:
             rows if setting.training else 0.0,
             tuple((v.name, self.local_bytes(v, specs[v])) for v in kept),
             tuple(zip(node.operands, needs, strict=True)),
+            operator.part_bytes(local) if setting.training else 0.0,
+            work.spared_s,
         )
 
     def local_bytes(self, value: Value, spec: Spec) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...costmodel.compute import attention_s, matmul_s
 from ...facts.traffic import Traffic
@@ -19,12 +20,24 @@ from .fusing import Share
 from .network import Network
 
 
+class Again(NamedTuple):
+    """How often a node runs again in backward, on average: in layers that are recomputed whole, and
+    in such as keep a part."""
+
+    full: float
+    part: float
+
+
+NEVER, WHOLE, IN_PART = Again(0.0, 0.0), Again(1.0, 0.0), Again(0.0, 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """Seconds of one run of a node on one rank, forward and backward.
 
     The `moving` ones are those of them in which the op waits for collectives that it runs itself,
-    over the mesh's `axes`.
+    over the mesh's `axes`.  The `spared` ones are those of the forward pass that a layer goes
+    without which keeps a part and runs the node again.
     """
 
     forward_s: float
@@ -32,6 +45,16 @@ class Work:
     forward_moving_s: float = 0.0
     backward_moving_s: float = 0.0
     axes: tuple[int, ...] = ()
+    spared_s: float = 0.0
+    spared_moving_s: float = 0.0
+
+    def again_s(self, again: Again) -> float:
+        """Of what runs again, collectives among it."""
+        return (again.full + again.part) * self.forward_s - again.part * self.spared_s
+
+    def again_moving_s(self, again: Again) -> float:
+        """Of the collectives inside alone."""
+        return (again.full + again.part) * self.forward_moving_s - again.part * self.spared_moving_s
 
     @property
     def seconds(self) -> float:
@@ -76,7 +99,9 @@ def price(
     forward, ahead = pass_seconds(kernels.forward, [t for t in traffic if not t.backward], network)
     backward, behind = pass_seconds(kernels.backward, [t for t in traffic if t.backward], network)
     axes = tuple(sorted({axis for t in traffic for axis in t.axes}))
-    return Work(forward, backward, ahead, behind, axes)
+    without = operator.spares(local) if training else ((), ())
+    spared, unmoved = pass_seconds([without[0]], without[1], network)
+    return Work(forward, backward, ahead, behind, axes, spared, unmoved)
 
 
 def _streamed_s(size: int, share: Share, network: Network, *, mixed: bool) -> float:

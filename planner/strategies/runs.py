@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ...ir.ops.registry import operator_of, saved_values
+from ...ir.ops.registry import saved_values
 from .lattice import Floats
 from .prices import Prices
 from .regions import Modes, Region, Strategy
@@ -99,13 +99,13 @@ def _measure(
         cost = prices.node_cost(node, choices)
         seconds += cost.seconds
         again += cost.forward_s
-        some += cost.forward_s * (node.name in in_part)
+        some += (cost.forward_s - cost.spared_s) * (node.name in in_part)
         for name, size in cost.kept:
             whole, share = prices.viewed(name)
             if kept_by.get(whole) == me:
                 kept[whole] = size / share
         routed += cost.routed
-        routed_in_part += cost.routed * operator_of(node).stays
+        routed_in_part += cost.routed_in_part
         cached += cost.cache
         for value, need in cost.needs:
             if produced.get(value.name, need) != need:  # the result of a reduction

@@ -37,9 +37,16 @@ from .opaque import is_kept
 Contexts: TypeAlias = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 Operators: TypeAlias = frozenset[str]
 
+_OF_EXPERTS = (  # products, and exchanges of tokens
+    "aten._grouped_mm", "shardwright.product_of_experts", "shardwright.tell_rows",
+    "shardwright.exchange_experts", "shardwright.exchange_rows",
+)  # fmt: skip
 KINDS: Mapping[str, Operators] = {
     "products": frozenset(
-        {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mv", "aten.addmv", "aten.dot"}
+        {
+            "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.mv", "aten.addmv",
+            "aten.dot", *_OF_EXPERTS,
+        }
     ),
     "attention": frozenset({
         "aten._scaled_dot_product_flash_attention",
@@ -63,10 +70,9 @@ def operators_of(keep: str) -> Operators:
 
 
 class _Here(threading.local):
-    """What runs on this thread: is it a layer that keeps a part; is it in what keeps nothing?"""
+    """What runs on this thread: is it a layer that keeps a part?"""
 
     layers: int = 0
-    nothing: int = 0
 
 
 _here = _Here()
@@ -75,16 +81,6 @@ _here = _Here()
 def is_keeping() -> bool:
     """Does a layer run on this thread that keeps a part of what it makes?"""
     return _here.layers > 0
-
-
-@contextmanager
-def keeping_nothing() -> Generator[None]:
-    """Within, all is made again when the layer runs again."""
-    _here.nothing += 1
-    try:
-        yield
-    finally:
-        _here.nothing -= 1
 
 
 @dataclass(slots=True)
@@ -135,7 +131,7 @@ class _Run:
     def may_keep(self, operator: Any) -> bool:
         """May the result of a call be kept?"""
         name = str(getattr(operator, "overloadpacket", ""))
-        return not _here.nothing and (name == _MOVE or name in self.operators)
+        return name == _MOVE or name in self.operators
 
     def keeps(self, operator: Any, args: tuple[Any, ...]) -> bool:
         """Is it?"""
@@ -334,5 +330,5 @@ def keeping_in_graphs(keep: str) -> Contexts:
 
 __all__ = [
     "KINDS", "Contexts", "Each", "both", "is_keeping", "keeping", "keeping_in_graphs",
-    "keeping_nothing", "operators_of",
+    "operators_of",
 ]  # fmt: skip

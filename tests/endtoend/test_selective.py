@@ -14,6 +14,8 @@ from torch import Tensor
 
 from shardwright.compat.torch import TorchDispatchMode, storage_key
 from shardwright.costmodel.machines.cluster import load_cluster
+from shardwright.ir.capture.capture import capture_folded
+from shardwright.ir.graph import Graph
 from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.strategies.build import Builder
@@ -21,7 +23,9 @@ from shardwright.planner.strategies.network import Network
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
+from shardwright.runtime.live import LiveBytes
 from tests.endtoend import test_moe
+from tests.endtoend.families import example_module
 from tests.endtoend.test_compiled import Cut, check, recording, run_compiled
 from tests.endtoend.test_families import Algorithms, Parallel, builder, case, planned, run
 from tests.endtoend.test_memory import SIZES, WITHIN, batch_of, graph, measured
@@ -75,8 +79,8 @@ def test_attention_over_shards_is_kept(pool: Pool, algorithm: str) -> None:
 
 @pytest.mark.parametrize(("family", "way"), [("mixtral", "EP"), ("deepseek_v3", "EP x TP")])
 @pytest.mark.some(1)
-def test_experts_run_again(pool: Pool, family: str, way: str) -> None:
-    """And so do the exchanges of their tokens, but no others."""
+def test_experts_are_kept_in_part(pool: Pool, family: str, way: str) -> None:
+    """The exchanges of their tokens do not run again, no more than their products."""
     of, ways = test_moe.case_of(family), test_moe.WAYS_TO_RUN[way]
     made, decisions = test_moe.planned(of, ways)
     again = replace(decisions, recompute=True, part_layers=ALL)
@@ -100,7 +104,56 @@ def test_experts_run_again(pool: Pool, family: str, way: str) -> None:
         )
         exchanged.append((forward, back))
     (once, back), (twice, same) = exchanged
-    assert once and (twice, same) == (2 * once, back)
+    assert once and (twice, same) == (once, back)
+
+
+def routed(layers: int) -> Graph:
+    """The example's mixture of experts, on enough tokens for routers to be nearly even."""
+    example = example_module("moe")
+    with torch.device("meta"):
+        config = example.MoEConfig(vocab_size=64, layers=layers, width=32, expert_width=48)
+        model = example.MoETransformer(config)
+    return capture_folded(model, {name: torch.zeros(8, 64, dtype=torch.int64) for name in _ROWS},
+                          training=True)  # fmt: skip
+
+
+_ROWS = ("tokens", "labels")
+
+
+def held(source: str) -> tuple[int, int]:
+    """In one rank: bytes that are alive between forward and backward but not before; how often
+    products of experts run in backward."""
+    torch.manual_seed(0)
+    rows = {name: torch.randint(64, (8, 64)) for name in _ROWS}
+    model = import_source(source).ShardedModel()
+    model.reset_parameters()
+    local = model.shard_inputs(**rows)
+    with LiveBytes([*model.parameters(), *model.buffers(), *local.values()]) as live:
+        before = live.now
+        loss = model(**local)["loss"]
+        taken = live.now - before
+    with Calls() as behind:
+        loss.backward()
+    return taken, behind.counts["shardwright.product_of_experts"]
+
+
+@pytest.mark.parametrize("role", ["ddp+ep", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_what_layers_of_experts_keep(pool: Pool, role: str) -> None:
+    """As much as is predicted of two layers more, what routers send on average; their products do
+    not run again.  And a second run is priced without these."""
+    mesh, kept, found = mesh_of(2), list[float](), list[float]()
+    for layers in (2, 4):
+        of = routed(layers)
+        setting = Setting(True, "none", None, expert_imbalance=1.0)
+        made = Builder(of, Network(mesh, load_cluster("h100")), setting).recomputed(0, ALL)
+        built = made.build(Roles([role], of, mesh))
+        assignment = solve(built.problem()).assignment
+        assert assignment is not None
+        kept.append(max(built.memory_at(assignment, at)["kept"] for at in range(built.horizon)))
+        results = pool(2).run(held, source_of(made, built.read(assignment)))
+        assert all(products == 0 for _, products in results)
+        found.append(sum(taken for taken, _ in results) / 2)
+    assert found[1] - found[0] == pytest.approx(kept[1] - kept[0], rel=WITHIN)
 
 
 class Calls(TorchDispatchMode):
