@@ -7,7 +7,8 @@ All else runs again until everything is back that autograd had kept.
     x -> norm -> up -> silu -> down -> + -> y      kept: x, up; again: norm and silu, not + and down
 
 A sum over ranks, or an exchange, of such a result is kept in its place, and not paid again
-(`KEPT_MOVES`); what is gathered is gathered again.
+(`KEPT_MOVES`); what is gathered is gathered again.  Experts run again, but not their products and
+exchanges (`Operator.spares`).
 """
 
 from __future__ import annotations
