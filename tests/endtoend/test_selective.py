@@ -20,6 +20,7 @@ from shardwright.planner.ilp.problem import evaluate
 from shardwright.planner.ilp.solve import solve
 from shardwright.planner.strategies.build import Builder
 from shardwright.planner.strategies.network import Network
+from shardwright.planner.strategies.pricing import IN_PART
 from shardwright.planner.strategies.roles import Roles
 from shardwright.planner.strategies.setting import Setting
 from shardwright.runtime import RankPool
@@ -29,6 +30,7 @@ from tests.endtoend.families import example_module
 from tests.endtoend.test_compiled import Cut, check, recording, run_compiled
 from tests.endtoend.test_families import Algorithms, Parallel, builder, case, planned, run
 from tests.endtoend.test_memory import SIZES, WITHIN, batch_of, graph, measured
+from tests.ir.test_moe import operators
 from tests.sharded import (
     assert_close,
     import_source,
@@ -149,8 +151,15 @@ def test_what_layers_of_experts_keep(pool: Pool, role: str) -> None:
         built = made.build(Roles([role], of, mesh))
         assignment = solve(built.problem()).assignment
         assert assignment is not None
+        decisions = built.read(assignment)
+        for node in operators(of):
+            work = made.work(node, decisions.choices[node.name])
+            computing = work.forward_s - work.forward_moving_s
+            assert 0 < work.again_s(IN_PART) < 0.9 * computing
+            assert (work.forward_moving_s > 0) == ("ep" in role)
+            assert work.again_moving_s(IN_PART) == pytest.approx(0.0, abs=1e-12)
         kept.append(max(built.memory_at(assignment, at)["kept"] for at in range(built.horizon)))
-        results = pool(2).run(held, source_of(made, built.read(assignment)))
+        results = pool(2).run(held, source_of(made, decisions))
         assert all(products == 0 for _, products in results)
         found.append(sum(taken for taken, _ in results) / 2)
     assert found[1] - found[0] == pytest.approx(kept[1] - kept[0], rel=WITHIN)

@@ -54,7 +54,9 @@ def run(
     return averages, model.full_state_dict(), loss
 
 
-@pytest.mark.parametrize(("first", "then"), [(ShardedTied, Alone), (Alone, Shards)])
+@pytest.mark.parametrize(("first", "then"), [
+    (ShardedTied, Alone), pytest.param(Alone, Shards, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_averages_of_a_run_that_goes_on(
     pool: Pool, tmp_path: Path, first: type[ShardedModule], then: type[ShardedModule]
 ) -> None:
