@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from math import ceil
+from threading import Event, Thread
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -116,11 +118,30 @@ def calibrate(
 
 def measured_alone(ranks: int, time_limit_s: float, told: Told | None = None) -> Found:
     """What so many ranks of this machine measure, which are started here."""
-    if told is not None:
-        told(f"measure {ranks} ranks for {time_limit_s:.0f} s")
-    with RankPool(ranks) as pool:
-        late = _LATE * time_limit_s + _START_S
+    late = _LATE * time_limit_s + _START_S
+    with RankPool(ranks) as pool, _told_of_time(told, f"measure {ranks} ranks", time_limit_s):
         return pool.run(_in_a_rank, ranks, time_limit_s, timeout_s=late)[0]
+
+
+@contextmanager
+def _told_of_time(told: Told | None, step: str, limit_s: float) -> Generator[None]:
+    """Within, `told` hears every second how much of the time has passed."""
+    ended, begin = Event(), time.monotonic()
+
+    def tell(hears: Told) -> None:
+        hears(step)
+        while not ended.wait(1.0):
+            hears(step, min((time.monotonic() - begin) / limit_s, 1.0))
+
+    thread = Thread(target=tell, args=(told,), daemon=True)
+    if told is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if told is not None:
+            thread.join()
 
 
 def _in_a_rank(ranks: int, time_limit_s: float) -> Found:

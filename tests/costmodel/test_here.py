@@ -177,8 +177,11 @@ def test_a_busy_machine_is_refused_with_its_spread() -> None:
 @pytest.mark.timeout(300)
 def test_this_machine_can_be_measured(tmp_path: Path) -> None:
     path = tmp_path / "here.toml"
-    text = calibrate(2, 10.0, 100.0)
+    heard: list[tuple[str, float | None]] = []
+    text = calibrate(2, 10.0, 100.0, lambda step, done=None: heard.append((step, done)))
     assert text is not None and "LOCAL_WORLD_SIZE" not in os.environ
+    assert heard[0] == ("measure 2 ranks", None) and len(heard) > 3
+    assert [done for _, done in heard[1:]] == sorted(done or 0.0 for _, done in heard[1:])
     path.write_text(text)
     cluster = load_cluster(path, 2)
     assert cluster.peak("fp32") > 1e8 and cluster.between(2, 1) is not None
