@@ -44,6 +44,7 @@ _LONG_S = 0.2  # larger messages are not sent where one takes longer
 _MOST_LOOPS = 2000
 _LEAST_ROUNDS = 3
 _LATE, _START_S = 3.0, 120.0  # times the limit, and seconds, after which ranks are given up
+_ROWS = 16  # of tensors that are cut along their columns
 _PRODUCTS = (
     (64, 64, 64), (256, 256, 256), (512, 512, 512), (256, 1024, 256), (1024, 256, 256),
     (1024, 704, 256), (256, 64, 256), (1024, 1024, 1024),
@@ -359,8 +360,15 @@ def _collectives(
         if told is not None:
             told(f"try messages between {shape[0]} ranks{' of several machines' * (shape[1] > 1)}")
         axis = Mesh.create({"outer": outer, "inner": inner}, "cpu")[name]
-        found[shape] = {kind: _messages(kind, axis) for kind in COLLECTIVES}
+        found[shape] = {kind: _messages(kind, axis) for kind in _kinds(axis.size)}
     return found
+
+
+def _kinds(size: int) -> list[str]:
+    """Collectives that are not made of others, which have the prices of those."""
+    return [
+        k for k, each in COLLECTIVES.items() if each.suits((size,)) and not each.stages((size,))
+    ]
 
 
 def _messages(kind: str, axis: Ranks) -> dict[int, Action]:
@@ -373,15 +381,34 @@ def _messages(kind: str, axis: Ranks) -> dict[int, Action]:
 
 
 def _transfer(kind: str, size: int, axis: Ranks) -> Action:
-    """A collective that is called with a tensor of `size` bytes, as its declaration says which."""
+    """A collective that is called with a tensor of `size` bytes, as its declaration says which.
+
+    With the copies around it that modules make, of what is cut along an inner dim and of weights
+    that are packed: blocks of a tensor (rows, columns) are made rows of a buffer, and back.
+    """
     numbers, ways = size // 4, axis.size
     if kind == "send_recv":
         x, into = torch.zeros(2, numbers).unbind()
         return lambda: wait(post_shift(x, into, axis.group))
-    start = TRANSFERS[kind]
-    shape = {"all_gather": (numbers // ways,), "all_reduce": (numbers,)}
-    x = torch.zeros(shape.get(kind, (ways, numbers // ways)))
-    return lambda: start(x, axis, None).finish()
+    start, does = TRANSFERS[kind], COLLECTIVES[kind].does
+    if does == "all_reduce":
+        whole = torch.zeros(numbers)
+        return lambda: start(whole, axis, None).finish()
+    columns = max(numbers // ways // _ROWS, 1)
+    part, whole = torch.zeros(_ROWS, columns), torch.zeros(_ROWS, ways * columns)
+
+    def split() -> Tensor:
+        return whole.unflatten(1, (ways, columns)).movedim(1, 0).contiguous()
+
+    def joined(blocks: Tensor) -> Tensor:
+        return blocks.movedim(0, 1).flatten(1)
+
+    runs: dict[str | None, Action] = {
+        "all_gather": lambda: joined(start(part, axis, None).finish()),
+        "reduce_scatter": lambda: start(split(), axis, None).finish(),
+        "all_to_all": lambda: joined(start(split(), axis, None).finish()),
+    }
+    return runs[does]
 
 
 def _add_both(probes: _Probes, ranks: int) -> None:
