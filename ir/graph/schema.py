@@ -116,8 +116,8 @@ _PARAM = Named(
             "data": nesting("data", _numbers(None), _numbers, _DEPTH),
             "part": Either(Null(), _PART),
             "stored": Either(Null(), _DTYPE),
-            "matrix": Flag(),
-        }
+        },
+        optional={"matrix": Flag()},
     ),
 )
 

@@ -98,7 +98,7 @@ def _param(param: Param) -> dict[str, Any]:
         "data": _data(param.data),
         "part": None if param.part is None else _part(param.part),
         "stored": param.stored and _dtype_name(param.stored),
-        "matrix": param.matrix,
+        **({"matrix": True} if param.matrix else {}),
     }
 
 
@@ -259,7 +259,7 @@ class _Reader:
             _read_data(data["data"]),
             part and Part(part["name"], part["dim"], part["start"]),
             data["stored"] and DTYPES[data["stored"]],
-            data["matrix"],
+            data.get("matrix", False),
         )
 
     def _node(self, data: Any, scope: dict[str, Value]) -> Node:

@@ -35,8 +35,8 @@ def make_muon(
 ) -> Muon:
     """Muon for `matrices`, AdamW for the rest; see `ShardedModule.optimizer`.
 
-    Raises ValueError where one rate is given that does not suit both, for impossible options, and
-    for groups of Muon that have no matrices.
+    Raises ValueError where one rate is given that does not suit both, for impossible options, for
+    groups of Muon that have no matrices, and where nothing is one.
     """
     defaults = _defaults(lr, options)
 
@@ -50,6 +50,11 @@ def make_muon(
         for (name, by), some in members.items()
     ]
     own = {name for name in (*names, *(p.original for p in pieces)) if kind(name) == "muon"}
+    if not own:
+        raise ValueError(
+            "no parameter is a matrix that Muon steps: NOT_MATRICES of the module names those of"
+            ' two or three dims that are none; groups={"*.weight": {"kind": "muon"}} says otherwise'
+        )
     return Muon(made, matrices.wholes(own), matrices.mesh)
 
 

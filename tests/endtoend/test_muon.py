@@ -271,6 +271,7 @@ def test_groups_say_what_else_is_no_matrix() -> None:
     ({"lr": 0.1, "adamw": {}, "groups": {"*norm*": {"kind": "muon"}}}, ValueError,
      r"`layers.0.norm.weight` of shape \(16,\)"),
     ({"lr": 0.1, "adamw": {}, "groups": {"*norm*": {"kind": "lion"}}}, ValueError, r"or adamw"),
+    ({"lr": 0.1, "adamw": {}, "groups": {"*": {"kind": "adamw"}}}, ValueError, r"is a matrix that"),
     ({"lr": 0.1, "adamw": {}, "betas": (0.9, 0.9)}, TypeError, r"betas"),
 ])  # fmt: skip
 def test_refusals(options: dict[str, Any], error: type[Exception], why: str) -> None:
