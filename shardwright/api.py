@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ from .planner.report.ops import PlannedOp, planned_ops
 from .planner.report.report import format_plan
 from .planner.report.throughput import throughput
 from .planner.search.search import Job, setting_of
+from .planner.search.served_pipelines import with_served_stages
 from .planner.search.served_stages import make_served_pipeline
 from .planner.search.serving import make_serving_plan
 from .planner.search.staged import may_have_stages, with_stages
@@ -456,16 +457,24 @@ def plan_steps(captures: Captures, job: Job, *, several: bool) -> Plan:
             raise
         plan = error
     if may_have_stages(job):
-        graph_of = cache(partial(_graph_of, captures, job))
-        plan = Plan.of(with_stages(graph_of, job, plan, several=several))
+        plan = Plan.of(_staged(captures, job, plan, several=several))
     assert isinstance(plan, Plan)
     return plan if job is asked else replace(plan, notes=(*plan.notes, _NOT_MIXED))
 
 
-def _graph_of(captures: Captures, job: Job, micro_batches: int) -> Graph:
-    """The graph of a micro-batch where a step has so many of them."""
-    request = replace(job.request, micro_batches=micro_batches)
-    return captures.graphs(replace(job, request=request))[0]
+def _staged(
+    captures: Captures, job: Job, without: Plan | InfeasibleError, *, several: bool
+) -> PlanData:
+    """The fastest plan, given that `without` stages, or why there is none."""
+
+    @cache
+    def graphs_of(micro_batches: int) -> tuple[Graph, ...]:
+        request = replace(job.request, micro_batches=micro_batches)
+        return captures.graphs(replace(job, request=request))
+
+    if find_phase(job.request.phase).backward:
+        return with_stages(lambda many: graphs_of(many)[0], job, without, several=several)
+    return with_served_stages(graphs_of, job, without, several=several)
 
 
 def _in_parts(captures: Captures, job: Job, *, several: bool) -> Plan:

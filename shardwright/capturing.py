@@ -249,9 +249,9 @@ class Captures:
         """What is known of more sequences, for fewer; None where that is not told without a
         capture."""
         for known in self._known.values():
-            graph = with_batch(known.graphs[0], rows) if len(known.graphs) == 1 else None
-            if graph is not None:
-                return replace(known, graphs=(graph,))
+            graphs = [graph for each in known.graphs if (graph := with_batch(each, rows))]
+            if len(graphs) == len(known.graphs):
+                return replace(known, graphs=tuple(graphs))
         return None
 
     def _key(self, job: Job) -> tuple[object, ...]:

@@ -89,7 +89,7 @@ def _cells(row: Compared) -> tuple[str, ...]:
     if plan is None:
         return (row.layout, name, "", "none", "", "")
     last = plan.decode or plan
-    seconds = plan.seconds if plan.decode is None else plan.answer_s
+    seconds = plan.whole_s
     sizes = "x".join(str(size) for size in plan.mesh.sizes)
     plans = (plan,) if plan.pipeline is None else plan.pipeline.kinds
     again = next((each for each in plans if each.decisions.recompute), plans[0])

@@ -13,7 +13,7 @@ from .planner.errors import InfeasibleError, LayoutError, PlanError
 from .planner.plan.named import name_of_plan
 from .planner.plan.plan import PlanData
 from .planner.strategies.layout import Layout
-from .questions import Change, seconds_of
+from .questions import Change
 
 _MOST = 12  # differences that are told one by one
 
@@ -49,7 +49,7 @@ def export(plan: PlanData, to: str, progress: Progress = silent) -> Export:
     target.check(plan)
     if target.exact:
         written = target.write(plan, None)
-        found = Export(to, written.text, "", seconds_text(plan), seconds_of(plan), written.lost)
+        found = Export(to, written.text, "", seconds_text(plan), plan.whole_s, written.lost)
         return found if target.name == "json" else _with_head(found, target)
     named = name_of_plan(plan)
     layout, lost = target.nearest(named)
@@ -65,7 +65,7 @@ def export(plan: PlanData, to: str, progress: Progress = silent) -> Export:
         differences.insert(0, _price(plan, made, layout))
     written = target.write(made, layout)
     told = (*differences, *written.lost)
-    seconds = seconds_of(made)
+    seconds = made.whole_s
     found = Export(to, written.text, layout.text, seconds_text(made), seconds, told)
     return _with_head(found, target)
 
@@ -88,7 +88,7 @@ def _nearest(
         with suppress(LayoutError, InfeasibleError):
             found.append((other, again.with_layout(other.text)))
     if found:
-        return min(found, key=lambda each: seconds_of(each[1]))
+        return min(found, key=lambda each: each[1].whole_s)
     how = "does not fit" if isinstance(why, InfeasibleError) else "is not possible"
     raise PlanError(
         f"the layout of {target.name} that is nearest to this plan, {layout.text}, {how}, nor do "
@@ -97,7 +97,7 @@ def _nearest(
 
 
 def _price(plan: PlanData, made: PlanData, layout: Layout) -> str:
-    now, then = seconds_of(plan), seconds_of(made)
+    now, then = plan.whole_s, made.whole_s
     return (
         f"it runs {layout.text}, predicted {seconds_text(made)}: {then / now - 1:+.1%} beside the"
         f" plan's {seconds_text(plan)}"

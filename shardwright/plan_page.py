@@ -132,7 +132,7 @@ def _rate(bytes_per_s: float) -> str:
 
 def _baselines(plan: PlanData) -> str:
     """The plan's time beside that of the ordinary ones."""
-    seconds = plan.seconds if plan.decode is None else plan.answer_s
+    seconds = plan.whole_s
     rows = [("this plan", seconds, COLOURS[2], f"mesh {plan.mesh}")]
     fitting = [b for b in plan.baselines if b.seconds is not None]
     rows += [

@@ -23,11 +23,6 @@ ALIKE = 0.001  # relative differences below this are rounding
 _FACTOR = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)x")
 
 
-def seconds_of(plan: PlanData) -> float:
-    """Of a step or a forward pass; in phase `serve` of a whole answer."""
-    return plan.seconds if plan.decode is None else plan.answer_s
-
-
 def _unit(plan: PlanData) -> str:
     return "answer" if plan.decode is not None else find_phase(plan.request.phase).run
 
@@ -59,7 +54,7 @@ def compare(a: PlanData, b: PlanData, names: tuple[str, str]) -> str:
 
 
 def _faster(one: Side, other: Side) -> str:
-    first, second = seconds_of(one.plan), seconds_of(other.plan)
+    first, second = one.plan.whole_s, other.plan.whole_s
     unit = _unit(one.plan)
     times = f"{format_seconds(first)} per {unit}, {other.name} {format_seconds(second)}"
     if abs(first - second) <= ALIKE * max(first, second):
@@ -153,7 +148,7 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
     same = again.same()
     limit = again.memory_bytes or plan.request.memory_bytes
     needed = max(each.memory.total for each in same.phases)
-    unit, now, then = _unit(plan), seconds_of(plan), seconds_of(same)
+    unit, now, then = _unit(plan), plan.whole_s, same.whole_s
     head = f"{str(change)[0].upper()}{str(change)[1:]}"
     takes = f"{format_seconds(then)} per {unit}, now {format_seconds(now)} ({then / now:.2f}x)"
     try:
@@ -163,15 +158,15 @@ def what_if(plan: PlanData, change: Change, progress: Progress = silent) -> str:
     sides = [Side("now", plan), Side("then", same)]
     if needed > limit:
         text = f"this plan does not fit: it needs {format_bytes(needed)} of {format_bytes(limit)}."
-        text += f" The best that does takes {format_seconds(seconds_of(best))} per {unit}"
+        text += f" The best that does takes {format_seconds(best.whole_s)} per {unit}"
         text += f" (now {format_seconds(now)}), on mesh {best.mesh}."
         sides[1] = Side("best then", best)
-    elif seconds_of(best) >= then * (1 - ALIKE):
+    elif best.whole_s >= then * (1 - ALIKE):
         text = f"this plan takes {takes}, and no other is better."
     else:
-        ratio = then / seconds_of(best)
+        ratio = then / best.whole_s
         text = f"this plan takes {takes}; another is {ratio:.2f}x faster: "
-        text += f"{format_seconds(seconds_of(best))} on mesh {best.mesh}."
+        text += f"{format_seconds(best.whole_s)} on mesh {best.mesh}."
         sides.append(Side("best then", best))
     return "\n\n".join([f"{head} {text}", _tables(sides)])
 
@@ -193,7 +188,7 @@ def _best(again: Again, before: PlanData) -> PlanData:
             error = none_fits
     if not found:
         raise error
-    return min(found, key=seconds_of)
+    return min(found, key=lambda plan: plan.whole_s)
 
 
 def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
@@ -205,7 +200,7 @@ def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
         return f"{layout} is not possible here: {error}"
     except InfeasibleError as error:
         return f"{layout} does not fit: {error}"
-    first, second = seconds_of(plan), seconds_of(other)
+    first, second = plan.whole_s, other.whole_s
     sides = Side("this plan", plan), Side(layout, other)
     if abs(first - second) <= ALIKE * first:
         text = f"{layout} takes the same: {format_seconds(first)} per {_unit(plan)}."
@@ -221,4 +216,4 @@ def why_not(plan: PlanData, layout: str, progress: Progress = silent) -> str:
     return "\n\n".join([text, _tables(sides)])
 
 
-__all__ = ["ALIKE", "Change", "compare", "parse_factor", "seconds_of", "what_if", "why_not"]
+__all__ = ["ALIKE", "Change", "compare", "parse_factor", "what_if", "why_not"]

@@ -193,7 +193,7 @@ class CachedAttention(Operator):
     def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
         """Fewer cached tokens, and what `resized_reach` says."""
         context = node.int_arg("context")
-        kept = min(context, _MOST_CONTEXT)
+        kept = min(context, _MOST_CONTEXT) if new.shortens else context
         return {"context": kept, **resized_reach(node, new, context, kept)}
 
     def continued(self, memory: Any, args: Mapping[str, Any]) -> tuple[Tensor, Tokens]:

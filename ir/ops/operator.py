@@ -290,10 +290,14 @@ class Operator:
         return False
 
     def resized(self, node: Node, new: Resizing) -> dict[str, Arg]:
-        """The arguments that hold a size, for the shapes of a smaller graph."""
+        """The arguments that hold a size, for the shapes of another graph; -1 stays -1."""
         result = new.shape(node.outputs[0])
-        given = ((name, arg) for name, arg in node.args if name in ("size", "shape"))
-        return {name: result for name, arg in given if isinstance(arg, tuple)}
+        given = {name: arg for name, arg in node.args if name in ("size", "shape")}
+        return {
+            name: tuple(-1 if was == -1 else n for was, n in zip(arg, result, strict=True))
+            for name, arg in given.items()
+            if isinstance(arg, tuple)
+        }
 
     def remembered(self, local: Local, run: int = 0) -> float:
         """Bytes of what it `remembers` on one rank, by the end of this phase.

@@ -46,13 +46,16 @@ def _tie_slice(sizes: Sizes, node: Node) -> None:
 
 
 def _new_slice(node: Node, new: Resizing) -> dict[str, Arg]:
-    """Bounds of the slice: from the start, to the end, or the same parts of the whole."""
+    """Bounds of the slice: from the start, to the end, or the same parts of the whole; those that
+    count from the end still do."""
     if node.int_arg("step") != 1:  # with steps the dim stays
         return {}
     given, result = new.shape(node.operands[0]), new.shape(node.output)
     old = node.operands[0].type.shape
     dim = node.int_arg("dim") % len(old)
     before, after = node.output.type.shape[dim], result[dim]
+    if (given[dim], after) == (old[dim], before):
+        return {}
     start = _start(node, old[dim])
     if start == 0:
         first = 0
@@ -60,7 +63,18 @@ def _new_slice(node: Node, new: Resizing) -> dict[str, Arg]:
         first = given[dim] - after
     else:
         first = start * after // before
-    return {"start": first, "end": first + after if first + after < given[dim] else 2**63 - 1}
+    last = first + after
+    back = {name: given[dim] * _counts_back(node, name) for name in ("start", "end")}
+    return {
+        "start": first - back["start"],
+        "end": last - back["end"] if last < given[dim] else 2**63 - 1,
+    }
+
+
+def _counts_back(node: Node, bound: str) -> bool:
+    """Is a bound of a slice one from the end?"""
+    given = node.arg(bound)
+    return isinstance(given, int) and given < 0
 
 
 def _emit_slice(node: Node, render: Render) -> str:

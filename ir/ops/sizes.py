@@ -119,11 +119,12 @@ class Resizing:
     """New sizes for a graph: the `shape` of every value, and the windows of attention.
 
     `windows` are those before and after, the same in all graphs of a model; new ones are noted
-    there.
+    there.  `shortens`: contexts that were planned for become short ones.
     """
 
     shape: Callable[[Value], tuple[int, ...]]
     windows: dict[int, int]
+    shortens: bool = True
 
 
 __all__ = ["RATIO", "Resizing", "Size", "Sizes"]

@@ -116,11 +116,13 @@ def rewrite(
     sizes: Mapping[Size, int],
     windows: dict[int, int],
     order: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda order: order,
+    *,
+    shortens: bool = True,
 ) -> Graph:
     """`graph`, tied as `atoms`, with new sizes for some of these.
 
     `windows` are those of attention, before and after; new ones are noted there.  `order` is
-    applied to the orders of loops' blocks.
+    applied to the orders of loops' blocks.  `shortens`: long contexts become short ones.
     """
 
     def shape(value: Value) -> tuple[int, ...]:
@@ -136,7 +138,7 @@ def rewrite(
         same = all(shape(v) == v.type.shape for v in (*old.operands, *old.outputs))
         return old if same else with_args(old, **operator_of(old).resized(old, new))
 
-    new, starts = Resizing(shape, windows), _part_starts(graph, shape)
+    new, starts = Resizing(shape, windows, shortens), _part_starts(graph, shape)
 
     def param(old: Param) -> Param:
         if old.data is not None:
@@ -176,11 +178,9 @@ def with_batch(graph: Graph, size: int) -> Graph | None:
     """The graph of a batch of so many sequences, as a capture of the model would give it.
 
     None where that is not told without one: where what the model does may depend on their number,
-    for more of them where constants of the model are made for as many as `graph` has, where it has
-    only one, whose dims are told from no others, and where it reads a KV cache.
+    for more of them where constants of the model are made for as many as `graph` has, and where it
+    has only one, whose dims are told from no others.
     """
-    if any(operator_of(node).remembers for node in graph.nodes):
-        return None
     known = {n for item in graph.inputs for n, label in _dims(item) if label == "b"}
     free = all(_may_have(item, size) for item in graph.inputs)
     if not free or len(known) != 1:
@@ -192,7 +192,7 @@ def with_batch(graph: Graph, size: int) -> Graph | None:
         return None
     if size > max(known) and found & _of_constants(atoms, graph):
         return None
-    made = rewrite(graph, atoms, dict.fromkeys(found, size), {})
+    made = rewrite(graph, atoms, dict.fromkeys(found, size), {}, shortens=False)
     return made if size > 1 else replace(made, inputs=tuple(map(_of_one, made.inputs)))
 
 

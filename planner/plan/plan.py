@@ -233,6 +233,11 @@ class PlanData:
         return self.seconds + self.conversion_s + tokens
 
     @property
+    def whole_s(self) -> float:
+        """Seconds of a whole answer in phase `serve`, else of a step."""
+        return self.seconds if self.decode is None else self.answer_s
+
+    @property
     def conversion_s(self) -> float:
         """Seconds in which caches are converted once an answer: in a pipeline those of the stage
         that takes longest, of all micro-batches."""

@@ -166,7 +166,7 @@ class Again:
         if plan.serves_in_stages:
             raise PlanError(
                 f"{plan.graph.name} is served in stages, and such a plan is not asked again: plan"
-                f" it anew, --layout {plan.request.layout}, or ask a plan without stages"
+                " it anew as you would have it, or ask a plan without stages (--mesh)"
             )
 
     def same(self) -> PlanData:
@@ -233,7 +233,7 @@ class Again:
             found = make_plan(plan.graph, job)
         except InfeasibleError as error:
             found = error
-        if may_have_stages(job):
+        if plan.training and may_have_stages(job):
             return with_stages(lambda _: plan.graph, job, found, several=False)
         if isinstance(found, InfeasibleError):
             raise found

@@ -10,8 +10,9 @@ whichever is longer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
@@ -31,11 +32,21 @@ from ..strategies.setting import Restriction
 from .cuts import even_layers
 from .infeasible import explain
 from .search import Job, clash_at
-from .serving import attempt
+from .serving import attempt, serving_variants
 from .shapes import Shape
 from .stages import AXIS, End, Ends, ends_of, played_stages, sent_bytes, specs_of
+from .variants import forms
 
 _TOKENS = "tokens"  # what inputs (b, t) are called, which lie alike in all stages
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The fastest plan of a pipeline, None where none is as fast as was asked for, and the least
+    seconds that any takes."""
+
+    plan: PlanData | None
+    least: float
 
 
 def make_served_pipeline(graphs: Sequence[Graph], job: Job) -> PlanData:
@@ -44,26 +55,61 @@ def make_served_pipeline(graphs: Sequence[Graph], job: Job) -> PlanData:
     Raises PlanError, in a sentence, where there is none, InfeasibleError where none fits.
     """
     assert job.layout is not None
-    shape = Shape.of(job.request, job.layout)
-    if not any(operator_of(node).remembers for node in graphs[0].nodes):
+    found = served_pipeline(graphs, job, Shape.of(job.request, job.layout)).plan
+    assert found is not None  # any time will do
+    return found
+
+
+def served_pipeline(
+    graphs: Sequence[Graph], job: Job, shape: Shape, ceiling: float = inf
+) -> Staged:
+    """The fastest plan of a pipeline of some shape, if it takes less than `ceiling` seconds; layers
+    are shared out evenly.
+
+    All forms of attention are planned, and fused projections whole and in parts.  Errors as
+    `make_served_pipeline`.
+    """
+    if not has_caches(graphs):
         raise LayoutError(
             f"{shape.text}: {graphs[0].name} has no caches in phase {job.request.phase}, and stages"
             " are served over theirs; plan without stages"
         )
-    found: list[PlanData] = []
-    errors: list[PlanError] = []
-    apart = [unfuse(graph) for graph in graphs]
-    same = all(one is other for one, other in zip(apart, graphs, strict=True))
-    for variant in [graphs] if same else [graphs, apart]:
+    best, least = None, inf
+    error: PlanError | None = None
+    for variant in _variants(graphs):
         try:
             for graph in variant:
                 job.check(graph)
-            found.append(_Planning(variant, job, shape).plan())
-        except PlanError as error:
-            errors.append(error)
-    if not found:
-        raise errors[-1]
-    return min(found, key=lambda plan: plan.seconds if plan.decode is None else plan.answer_s)
+            planning = _Planning(variant, job, shape, ceiling)
+            found = planning.plan()
+        except PlanError as caught:
+            error = caught
+            continue
+        least = min(least, planning.least)
+        if found is not None:
+            best, ceiling = found, found.whole_s
+    if error is not None and least == inf:
+        raise error
+    return Staged(best, least)
+
+
+def has_caches(graphs: Sequence[Graph]) -> bool:
+    """Does a model that is served keep anything from one run to the next?"""
+    return any(operator_of(node).remembers for node in graphs[0].nodes)
+
+
+def _variants(graphs: Sequence[Graph]) -> Iterator[Sequence[Graph]]:
+    """The graphs of all phases, in each form of attention, fused projections whole and in parts."""
+    whole: list[Sequence[Graph]]
+    if len(graphs) == 1:
+        whole = [(form.graph,) for form in forms(graphs[0])]
+    else:
+        whole = [*serving_variants(graphs[0], graphs[1])]
+    for variant in whole:
+        yield variant
+        apart = [unfuse(graph) for graph in variant]
+        if any(one is not other for one, other in zip(apart, variant, strict=True)):
+            yield apart
 
 
 @dataclass(slots=True)
@@ -80,10 +126,14 @@ class _Kind:
 
 
 class _Planning:
-    """One cut of the graphs of all phases."""
+    """One cut of the graphs of all phases, for a plan that takes less than `ceiling` seconds.
 
-    def __init__(self, graphs: Sequence[Graph], job: Job, shape: Shape) -> None:
-        self.graphs, self.job, self.shape = graphs, job, shape
+    `least`: no plan of this cut takes less.
+    """
+
+    def __init__(self, graphs: Sequence[Graph], job: Job, shape: Shape, ceiling: float) -> None:
+        self.graphs, self.job, self.shape, self.ceiling = graphs, job, shape, ceiling
+        self.least = 0.0
         request = job.request
         layers = even_layers(layer_count(graphs[0]), shape.stages)
         try:
@@ -106,23 +156,29 @@ class _Planning:
                 self.kinds.append(_Kind(list(phases), [number]))
         self.fixed: dict[End, Spec] = {}
 
-    def plan(self) -> PlanData:
+    def plan(self) -> PlanData | None:
+        """The plan, None where it is not below the ceiling."""
         self.job.progress(f"solving {len(self.kinds)} kinds of stages on {self.shape.mesh}")
         for kind in sorted(self.kinds, key=lambda each: -each.layers):
             kind.solved = self._solved(kind)
+            if not kind.solved:
+                return None
         names = find_phase(self.job.request.phase).programs
         plans = [self._plan_of(at, name) for at, name in enumerate(names)]
-        return (
-            plans[0]
-            if len(plans) == 1
-            else replace(plans[0], decode=plans[1], request=self.job.request)
-        )
+        decode = None if len(plans) == 1 else plans[1]
+        plan = replace(plans[0], decode=decode, request=self.job.request)
+        return plan if plan.whole_s < self.ceiling else None
 
     # --- stages ----------------------------------------------------------------------------------
 
     def _solved(self, kind: _Kind) -> Sequence[Solved]:
-        """The plans of a kind of stage, of all phases together; InfeasibleError where none fits."""
+        """The plans of a kind of stage, of all phases together; none where the pipeline is known to
+        reach the ceiling.  Raises InfeasibleError where none fits.
+
+        A stage runs once for each micro-batch, and each of them passes all stages of the kind.
+        """
         job, mesh = self.job, self.shape.mesh
+        times = max(job.request.micro_batches, len(kind.numbers))
         ends = {id(stage.graph): _all_ends(stage) for stage in kind.phases}
 
         def limit(graph: Graph, on: Mesh) -> Restriction:
@@ -130,13 +186,18 @@ class _Planning:
 
         builders = [job.builder(stage.graph, mesh, self.setting) for stage in kind.phases]
         if len(builders) == 2:
-            served, solution = attempt(builders, limit, job)
+            served, solution = attempt(builders, limit, job, self.ceiling / times)
             found = () if served is None else (served.prefill, served.decode)
         else:
             problem = (built := builders[0].build(limit(builders[0].graph, mesh))).problem()
-            solution = job.solution(problem, mesh)
+            solution = job.solution(problem, mesh, self.ceiling / times)
             taken = solution.assignment
             found = () if taken is None else (decide(built, problem, taken, solution),)
+        if not self.fixed:
+            self.least = times * solution.bound
+        if solution.status == "dearer":
+            self.least = max(self.least, self.ceiling)
+            return ()
         if not found:
             raise self._refused(kind, solution.clash)
         differing = self._differing(kind, found)
@@ -277,4 +338,4 @@ def _where(stage: Stage, solved: Solved) -> list[tuple[End, Spec]]:
     ]
 
 
-__all__ = ["make_served_pipeline"]
+__all__ = ["Staged", "has_caches", "make_served_pipeline", "served_pipeline"]

@@ -75,6 +75,11 @@ def default_in_flight(batch: int, layout: Layout) -> int:
     return max(n for n in [1, *fitting] if n <= layout.pipeline)
 
 
+def most_that_divide(batch: int, most: int) -> int:
+    """The largest number of micro-batches, `most` at the most, into which a batch goes."""
+    return max(n for n in range(1, most + 1) if batch % n == 0)
+
+
 def _ways(layout: Layout) -> int:
     """Into how many parts data axes cut the rows."""
     axes = zip(layout.roles, layout.mesh.sizes, strict=True)
@@ -97,4 +102,5 @@ def check_phase(phase: str, layout: Layout) -> None:
 
 __all__ = [
     "Shape", "check_phase", "check_runnable", "default_in_flight", "default_micro_batches",
+    "most_that_divide",
 ]  # fmt: skip

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import product
 from math import inf
 
-from ...facts.phases import find_phase
 from ...facts.units import format_seconds
 from ..errors import InfeasibleError, PlanError
 from ..plan.plan import Baseline, PlanData
@@ -23,12 +22,7 @@ def may_have_stages(job: Job) -> bool:
     every rank, has none."""
     request = job.request
     free = job.layout is None and job.mesh is None and not request.pins
-    return (
-        free
-        and request.gpus > 1
-        and find_phase(request.phase).backward
-        and request.output_layout == "sharded"
-    )
+    return free and request.gpus > 1 and request.output_layout == "sharded"
 
 
 def with_stages(

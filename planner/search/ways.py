@@ -60,7 +60,7 @@ class Ways:
     @property
     def seconds(self) -> float:
         """Of a step, or an answer, as it is planned."""
-        return self.whole.seconds if self.whole.decode is None else self.whole.answer_s
+        return self.whole.whole_s
 
     def regions(self) -> list[Region]:
         """What is decided together."""

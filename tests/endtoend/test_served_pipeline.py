@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,14 @@ from shardwright.runtime import RankPool, count_collectives
 from ..sharded import import_source
 
 PROMPTS, NEW = 5, 6
+SLOW_LINKS = """
+base = "cpu"
+device = "two ranks in a node"
+gpus_per_node = 2
+[inter_node]
+bytes_per_s = 1e6
+hop_s = 1e-3
+"""
 
 
 def _llama() -> nn.Module:
@@ -87,7 +96,6 @@ def test_tokens_are_those_of_one_process(
 ) -> None:
     torch.manual_seed(0)
     model = build().double()
-    ids, lengths = _prompts()
     tokens = 1 if phase == "decode" else 8
     inputs = {
         "tokens": torch.zeros(4, tokens, dtype=torch.int64),
@@ -97,16 +105,43 @@ def test_tokens_are_those_of_one_process(
     asked |= {"output_tokens": NEW} if phase == "serve" else {}
     asked |= {"context": 16} if phase in ("decode", "append") else {}
     plan = shardwright.plan(model, inputs, layout=layout, micro_batches=count, **asked)
+    single = shardwright.plan(model, inputs, gpus=1, **asked)
+    for rank, received in enumerate(_same_tokens(model, plan, single, pool(ranks))):
+        if layout == "pp=2,tp=2":  # 3 prompts of 7 tokens and 2 of 6, and logits back, in float64
+            assert received == (5 * 64 * 8 if rank < 2 else (3 * 7 + 2 * 6) * 32 * 8)
+
+
+def _same_tokens(
+    model: nn.Module, plan: shardwright.Plan, single: shardwright.Plan, ranks: RankPool
+) -> list[float]:
+    """Check what ranks answer beside one process; the bytes that each has from other stages."""
+    ids, lengths = _prompts()
     state = {n: x.detach() for n, x in model.state_dict().items()}
     want = _alone(model, ids, lengths)
-    single = shardwright.plan(model, inputs, gpus=1, **asked)
     one = served_on_rank(single.module_source(), state, ids, lengths)
     assert torch.equal(one[0], want)
-    results = pool(ranks).run(served_on_rank, plan.module_source(), state, ids, lengths)
-    for rank, found in enumerate(results):
+    results = ranks.run(served_on_rank, plan.module_source(), state, ids, lengths)
+    for found in results:
         assert torch.equal(found[0], want)
         assert torch.equal(found[1], one[1])
         for got, wanted in zip(found[2], one[2], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-        if layout == "pp=2,tp=2":  # 3 prompts of 7 tokens and 2 of 6, and logits back, in float64
-            assert found[3] == (5 * 64 * 8 if rank < 2 else (3 * 7 + 2 * 6) * 32 * 8)
+    return [found[3] for found in results]
+
+
+def test_stages_that_a_search_found_answer_as_one_process(
+    tmp_path: Path, pool: Callable[[int], RankPool]
+) -> None:
+    """Two nodes of two ranks, slow links between them, and too little memory for a copy in each."""
+    cluster = tmp_path / "slow.toml"
+    cluster.write_text(SLOW_LINKS)
+    torch.manual_seed(0)
+    model = _llama().double()
+    inputs = {
+        "tokens": torch.zeros(4, 8, dtype=torch.int64),
+        "position_ids": torch.arange(8).repeat(4, 1),
+    }
+    asked: dict[str, Any] = {"cluster": str(cluster), "phase": "serve", "output_tokens": NEW}
+    plan = shardwright.plan(model, inputs, gpus=4, memory_bytes=200_000, **asked)
+    assert plan.pipeline is not None and plan.pipeline.ranks == 2
+    _same_tokens(model, plan, shardwright.plan(model, inputs, gpus=1, **asked), pool(4))
