@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Files side by side on two cores; one process runs the tests of a file, which share ranks.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 
-.PHONY: help setup demo train test test-oldest parsers notebooks test-all docs lint types bench
+.PHONY: help setup demo train test test-long test-oldest parsers notebooks test-all docs lint types bench
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -68,8 +68,11 @@ train: $(READY) ## train the Llama example for 200 steps, on two ranks and in on
 	  --weights run/alone/initial.safetensors --out run/sharded
 	$(BIN)/python examples/losses.py run/sharded/losses.csv run/alone/losses.csv --out run/losses.png
 
-test: $(READY) ## the tests, without the slow ones: under 10 minutes on 2 cores
-	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "not slow"
+test: $(READY) ## the tests, without long and slow ones: under 10 minutes on 2 cores
+	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "not slow and not long"
+
+test-long: $(READY) ## the long ones of the tests
+	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "long and not slow"
 
 test-oldest: $(OLDEST_READY) ## the same tests on the oldest versions that pyproject.toml allows
 	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"

@@ -74,6 +74,7 @@ def test_a_second_run_gives_the_same_plan(
     assert len(loads) == 2
 
 
+@pytest.mark.long
 def test_what_a_capture_depends_on_is_captured_again(folder: Path, loads: list[str]) -> None:
     changes = [
         {}, {"batch": 8}, {"seq": 8}, {"phase": "prefill", "optimizer": "none"},

@@ -46,6 +46,7 @@ def free() -> Plan:
     return planned(gpus=4, batch=8)
 
 
+@pytest.mark.long
 def test_a_page_has_what_the_plan_has() -> None:
     plan = free()
     page = page_of_plan(plan)

@@ -127,6 +127,7 @@ def test_the_parts_of_a_plan_add_up() -> None:
         compare(planned(), planned(phase="serve", output_tokens=8), ("a", "b"))
 
 
+@pytest.mark.long
 def test_pipelines_are_compared() -> None:
     plan, other = planned(), piped()
     ratio = max(plan.seconds, other.seconds) / min(plan.seconds, other.seconds)

@@ -227,6 +227,7 @@ class Elements(HTMLParser):
         """`<line/>`"""
 
 
+@pytest.mark.long
 def test_a_sweep_has_the_figures_of_the_plans(run: Run, tmp_path: Path) -> None:
     out, model = tmp_path / "swept", str(EXAMPLES / "gpt.py")
     words = ["--cluster", "cpu,h100", "--batch", "4", "--price", "cpu=0.1", "--price", "h100=2"]

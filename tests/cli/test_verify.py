@@ -127,6 +127,7 @@ def test_inputs_in_a_dict_and_numbers_beside_them(run: Run) -> None:
     assert ran.code == 2 and "no keyword `position_ids`" in ran.err
 
 
+@pytest.mark.long
 def test_the_file_itself_beside_the_original_and_a_broken_one(run: Run) -> None:
     planned(run, "tiny.py", SMALL + " --mesh tp=2")
     passed(
@@ -242,6 +243,7 @@ def build_model():
 """
 
 
+@pytest.mark.long
 def test_changed_buffers_are_compared(run: Run) -> None:
     Path("counted.py").write_text(TINY + COUNTED)
     ran = run("counted.py", "--out", "out", *SMALL.split(), "--mesh", "dp=2")

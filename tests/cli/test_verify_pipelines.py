@@ -51,6 +51,7 @@ def example_inputs(batch, seq):
 """
 
 
+@pytest.mark.long
 def test_a_pipeline_is_compared_and_a_wrong_one_is_found(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tied.py").write_text(MODEL)
     out = tmp_path / "out"

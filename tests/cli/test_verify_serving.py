@@ -95,11 +95,13 @@ def test_prefill_of_a_sharded_sequence_and_a_dropped_step(run: Run) -> None:
     assert ran.code == 1 and "differs from what the plan generates" in ran.out, ran.out
 
 
+@pytest.mark.long
 def test_no_more_tokens_than_the_model_has_positions(run: Run) -> None:
     planned(run, OPT, f"{SMALL} --phase prefill --batch 2 --seq 32")
     passed(run("verify", "out"), "prefill 32, prefill 14 to 15, append 8, append 0 to 8")
 
 
+@pytest.mark.long
 def test_two_programs_of_one_module(run: Run) -> None:
     """A mistake in the second one is caught, too."""
     words = "--phase serve --batch 2 --seq 16 --output-tokens 8"

@@ -165,6 +165,7 @@ def words(source: str) -> set[str]:
     return found
 
 
+@pytest.mark.long
 @tried
 @given(data=st.data())
 def test_plans(data: st.DataObject) -> None:

@@ -129,6 +129,7 @@ def test_module_that_serves(golden: Golden) -> None:
     golden("llama_served.py", plan.module_source())
 
 
+@pytest.mark.long
 def test_generated_modules_are_formatted(tmp_path: Path) -> None:
     """`ruff format` would leave them as they are, and ruff's rules find nothing."""
     (tmp_path / "planned.py").write_text(llama_module())

@@ -101,6 +101,7 @@ def test_peak_memory(pool: Pool, role: str, kept: int) -> None:
         assert made.peak_bytes == pytest.approx(taken, rel=0.08)
 
 
+@pytest.mark.long
 def test_as_few_as_fit_are_recomputed() -> None:
     """The plan is the fastest that fits of all with layers in two modes beside each other, and not
     much slower than the fastest of all three."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,7 @@ STEPS: tuple[Step, ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(
     numbers=st.lists(st.integers(0, 2**16), min_size=20, max_size=60),

@@ -129,6 +129,7 @@ def _same_tokens(
     return [found[3] for found in results]
 
 
+@pytest.mark.long
 def test_stages_that_a_search_found_answer_as_one_process(
     tmp_path: Path, pool: Callable[[int], RankPool]
 ) -> None:

@@ -887,10 +887,12 @@ def test_every_op_has_an_example() -> None:
     assert {*EXAMPLES, *SERVING, *DRAWS, *EMPTY} == set(OPS)
 
 
+@pytest.mark.long
 def test_every_choice_on_one_axis() -> None:
     check_all(mesh_of(2))
 
 
+@pytest.mark.long
 def test_some_choices_on_two_axes() -> None:
     check_all(mesh_of(2, 2), examples=1, limit=1)
 

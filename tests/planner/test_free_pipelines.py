@@ -118,6 +118,7 @@ def test_the_cut_is_that_of_brute_force(name: str, ranks: int, per_rank: int) ->
     assert max(every) > 1.1 * min(every)
 
 
+@pytest.mark.long
 def test_the_search_finds_the_best_of_all_pipelines_that_it_considers() -> None:
     """All shapes of four GPUs are planned; none is faster, nor below the bound."""
     job = _job(4)
@@ -157,6 +158,7 @@ def test_a_plan_without_stages_says_what_pipelines_would_take() -> None:
     assert any("pipelines were considered" in note for note in plan.notes)
 
 
+@pytest.mark.long
 def test_a_schedule_without_a_layout_is_kept() -> None:
     model = TinyGPT(layers=4)
     inputs = {name: torch.zeros(8, 8, dtype=torch.int64) for name in ("ids", "labels")}

@@ -80,7 +80,7 @@ def _all(job: Job, graphs_of: GraphsOf) -> list[PlanData]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_search_finds_the_fastest_of_all(cluster: str) -> None:
     job, graphs_of = _job(cluster, MEMORY)
     prefill, decode = graphs_of(1)

@@ -134,6 +134,7 @@ def test_latency_that_is_shared_changes_the_plan() -> None:
     assert "layers 0: gradient all_reduce (0,)" in names
 
 
+@pytest.mark.long
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
