@@ -75,7 +75,7 @@ test-long: $(READY) ## the long ones of the tests
 	$(RUN_PYTEST) $(SIDE_BY_SIDE) -m "long and not slow"
 
 test-oldest: $(OLDEST_READY) ## the same tests on the oldest versions that pyproject.toml allows
-	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
+	$(OLDEST_BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not long"
 
 parsers: $(READY) ## parsers of tools that plans are exported to, which some tests run: 260 MB
 	$(BIN)/python tests/targets/install.py $(VENV)/parsers
