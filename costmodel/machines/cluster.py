@@ -359,6 +359,21 @@ def load_cluster(name_or_path: str | PathLike[str], gpus: int | None = None) -> 
     return replace(cluster, gpus=gpus)
 
 
+def shown_name(name_or_path: str) -> str:
+    """What reports call a cluster: a built-in one by its name, one of a file by its `device`, and
+    by the file's name if the file is not there any more, or no cluster's.
+
+    >>> shown_name("h100"), shown_name("gone/mine.toml")
+    ('h100', 'mine')
+    """
+    if name_or_path in BUILT_IN:
+        return name_or_path
+    try:
+        return load_cluster(name_or_path).device
+    except ClusterError:
+        return Path(name_or_path).stem
+
+
 def built_in_text(name: str) -> str:
     """The TOML text, comments with the sources included, of a built-in cluster."""
     if name not in BUILT_IN:

@@ -1,14 +1,21 @@
-"""What a plan does with an operator, in words."""
+"""What a plan is for, and does with an operator, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...costmodel.machines.cluster import shown_name
 from ...facts.mesh import Mesh
 from ...ir.graph import Node
 from ...ir.ops.labels import LABELS, DimLabels, factor_labels
 from ...ir.ops.registry import rule_of, words_of
 from ...ir.ops.rule import Choice
+from .plan import Request
+
+
+def machine_text(request: Request) -> str:
+    """`8 x h100`; of a cluster file its device."""
+    return f"{request.gpus} x {shown_name(request.cluster)}"
 
 
 def choices_text(
@@ -36,4 +43,4 @@ def _choice_text(node: Node, choice: Choice, known: Mapping[str, str]) -> str:
     return f"dim {dims[0]}" if dims else "partial sums"
 
 
-__all__ = ["choices_text"]
+__all__ = ["choices_text", "machine_text"]

@@ -21,7 +21,7 @@ from ..plan.recache import recached_bytes, state_bytes
 from ..plan.returned import told_outputs
 from ..plan.tied import tied_parameters
 from ..plan.traffic import Moved, predicted_bytes
-from ..plan.words import choices_text
+from ..plan.words import choices_text, machine_text
 from ..strategies.orthogonal import matrices_of, received_bytes
 from ..strategies.params import all_params
 from ..strategies.regions import Recomputed
@@ -140,8 +140,8 @@ def _format_serving(plan: PlanData, decode: PlanData) -> str:
     whole = plan.answer_s
     rate = request.batch * request.output_tokens / whole
     head = (
-        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {mesh}: {request.batch} "
-        f"sequences of {request.seq} tokens are answered with {request.output_tokens} tokens each "
+        f"{plan.graph.name} on {machine_text(plan.request)}, mesh {mesh}: {request.batch} sequences"
+        f" of {request.seq} tokens are answered with {request.output_tokens} tokens each "
         f"in {format_seconds(whole)} (predicted){_versus(plan, whole)}\n"
         f"  time to the first token (TTFT)   {format_seconds(plan.seconds)}\n"
         f"{_conversion_time(plan)}"
@@ -205,9 +205,8 @@ def _cuts(spec: Spec, mesh: Mesh) -> str:
 
 
 def _winner(plan: PlanData) -> str:
-    request = plan.request
     text = (
-        f"{plan.graph.name} on {request.gpus} x {request.cluster}, mesh {plan.mesh}: "
+        f"{plan.graph.name} on {machine_text(plan.request)}, mesh {plan.mesh}: "
         f"{format_seconds(plan.seconds)} per {_unit(plan)}{_rate(plan)} (predicted)"
     )
     return text + _versus(plan, plan.seconds)

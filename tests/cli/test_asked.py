@@ -70,7 +70,7 @@ def test_wrong_types(changed: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"optimizer": "lion"}, r"unknown optimizer `lion`; expected one of adamw, muon, sgd, none"),
+        ({"optimizer": "lion"}, r"unknown optimizer `lion`; expected one of adamw, muon, sgd, no"),
         ({"layout": ""}, r"--layout : a word is missing\. There are ddp, dp"),
         ({"inputs": {}}, r"`inputs` is empty"),
         ({"inputs": [INPUT] * 2}, r"takes 1 positional arguments, the inputs are 2"),

@@ -17,6 +17,7 @@ from shardwright.costmodel.machines.cluster import (
     ClusterError,
     built_in_text,
     load_cluster,
+    shown_name,
 )
 
 _NUMBER = re.compile(r"^\s*[\w.]+\s*=\s*[-+0-9.]")
@@ -244,3 +245,12 @@ def test_how_steps_of_one_token_run(tmp_path: Path) -> None:
     path.write_text('base = "h100"\nsteps = "fast"\n')
     with pytest.raises(ClusterError, match="steps: expected captured, compiled, launched, got"):
         load_cluster(path)
+
+
+def test_reports_call_a_file_by_its_device(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "h100"\ndevice = "H100 in the cellar"\n')
+    assert shown_name("h100") == "h100"
+    assert shown_name(str(path)) == "H100 in the cellar"
+    path.unlink()
+    assert shown_name(str(path)) == "mine"

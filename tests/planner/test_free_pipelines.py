@@ -145,6 +145,7 @@ def test_stages_stand_across_slow_links(tmp_path: Path) -> None:
     plan = shardwright.plan(model, inputs, gpus=8, cluster=str(cluster))
     assert plan.pipeline is not None and plan.mesh.sizes[0] >= 4
     text = str(plan)
+    assert " on 8 x two GPUs in a node, mesh " in text
     assert "Without stages the fastest plan takes" in text
     assert "pipelines were considered" in text
     assert plan.request.layout == "" and "PipelinedModule" in plan.module_source()
