@@ -51,7 +51,7 @@ def longest(fits: Fits, least: int) -> Longest:
     while fit < _MOST and ask(2 * fit):
         fit *= 2
     step = max(1, fit // _PARTS)
-    few, many = 0, _PARTS  # so many steps more fit, and so many do not
+    few, many = 0, -(-fit // step)  # so many steps more fit, and so many do not
     while many - few > 1 and fit < _MOST:
         middle = (few + many) // 2
         few, many = (middle, many) if ask(fit + middle * step) else (few, middle)

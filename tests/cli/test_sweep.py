@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import shardwright
@@ -160,6 +160,7 @@ def test_targets_that_make_no_sense(text: str, says: str) -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 10**6))
+@example(3, 42)
 def test_the_longest_fits_and_a_sixteenth_more_does_not(least: int, limit: int) -> None:
     found = longest(lambda seq: seq <= limit, least)
     if found.seq is None:
