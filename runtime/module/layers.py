@@ -103,8 +103,11 @@ def _in_part(of: type[Layer]) -> Callable[..., Any]:
 
 
 def _keeping(layer: Layer, keep: str, *inputs: Any) -> Any:
+    def forward(*given: Any) -> Any:  # torch 2.11 compiles no `__get__` of a method
+        return type(layer).forward(layer, *given)
+
     return checkpoint(
-        type(layer).forward.__get__(layer), *inputs, use_reentrant=False, preserve_rng_state=False,
+        forward, *inputs, use_reentrant=False, preserve_rng_state=False,
         context_fn=partial(keeping_in_graphs, keep),
     )  # fmt: skip
 
