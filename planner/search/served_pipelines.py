@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isinf
 
 from ...facts.mesh import Mesh
 from ...facts.phases import find_phase
@@ -18,7 +18,7 @@ from ...facts.schedules import FORWARD
 from ...facts.units import format_seconds
 from ...ir.graph import Graph
 from ...ir.passes.stages import layer_count
-from ..errors import InfeasibleError, PlanError
+from ..errors import InfeasibleError, LayoutError, PlanError
 from ..plan.plan import Baseline, PlanData
 from ..strategies.layout import Layout
 from .search import Clock, Job, candidate_meshes
@@ -88,17 +88,19 @@ def _with_notes(
 class _Search:
     """Pipelines one after another; `ceiling`: seconds that are to be beaten.
 
-    `rows` are those of ordinary pipelines, `least` the least seconds that any takes.
+    `rows` are those of ordinary pipelines, `least` the least seconds that any takes, `unsolved` the
+    number of those of which it was not found out.
     """
 
     graphs_of: GraphsOf
     job: Job
     ceiling: float
-    several: bool = True
+    several: bool
     best: PlanData | None = None
     rows: list[Baseline] = field(default_factory=list[Baseline])
     least: float = inf
     considered: int = 0
+    unsolved: int = 0
 
     def run(self) -> None:
         """Consider all."""
@@ -114,11 +116,17 @@ class _Search:
     @property
     def told(self) -> str:
         """What a report says of them."""
+        if not self.considered:
+            return "No pipelines were considered: no number of stages divides GPUs and layers"
         text = f"{self.considered} pipelines were considered"
         if self.best is not None and self.best.pipeline is not None:
             pipeline, many = self.best.pipeline, self.best.request.micro_batches
             text += f"; the best ({pipeline.ranks} ranks of {pipeline.kinds[0].mesh.ranks} GPUs,"
             text += f" {many} micro-batches) takes {format_seconds(self.best.whole_s)}"
+        if self.unsolved:
+            return f"{text}; of {self.unsolved} none was found in the time"
+        if isinf(self.least):
+            return f"{text}; none fits the memory and the sizes"
         return f"{text}; none can take less than {format_seconds(self.least)}"
 
     def _counts(self, ranks: int) -> list[int]:
@@ -150,7 +158,11 @@ class _Search:
             found = served_pipeline(
                 self.graphs_of(micro_batches), own.saying(f", {text}"), shape, self.ceiling
             )
-        except PlanError:  # sizes that do not divide, or too little memory
+        except (InfeasibleError, LayoutError):
+            return False
+        except PlanError:  # the time was too short: it may take anything
+            self.unsolved += 1
+            self.least = 0.0
             return False
         self.least = min(self.least, found.least)
         return found.plan is not None and self._take(found.plan)
@@ -177,9 +189,7 @@ class _Search:
         mesh = f"{layout.pipeline}x{node}"
         try:
             plan = make_served_pipeline(self.graphs_of(count), own)
-        except InfeasibleError:
-            return
-        except PlanError:  # sizes that do not divide
+        except PlanError:  # sizes that do not divide, or too little memory
             return
         self.rows.append(Baseline(layout.name, mesh, plan.whole_s, plan.memory.total))
         self._take(plan)

@@ -67,7 +67,7 @@ def served_pipeline(
     are shared out evenly.
 
     All forms of attention are planned, and fused projections whole and in parts.  Errors as
-    `make_served_pipeline`.
+    `make_served_pipeline`; PlanError where the time was too short for one of them.
     """
     if not has_caches(graphs):
         raise LayoutError(
@@ -82,7 +82,7 @@ def served_pipeline(
                 job.check(graph)
             planning = _Planning(variant, job, shape, ceiling)
             found = planning.plan()
-        except PlanError as caught:
+        except (InfeasibleError, LayoutError) as caught:
             error = caught
             continue
         least = min(least, planning.least)
@@ -139,7 +139,7 @@ class _Planning:
         try:
             cuts = [cut_into_stages(graph, layers) for graph in graphs]
         except ValueError as error:
-            raise PlanError(f"{shape.text}: {error}") from error
+            raise LayoutError(f"{shape.text}: {error}") from error
         self.stages = list(zip(*cuts, strict=True))
         self.table = schedule(FORWARD, shape.ranks, 1, request.micro_batches)
         self.setting = replace(job.setting, in_flight=request.micro_batches, micro_batches=1)
@@ -175,10 +175,13 @@ class _Planning:
         """The plans of a kind of stage, of all phases together; none where the pipeline is known to
         reach the ceiling.  Raises InfeasibleError where none fits.
 
-        A stage runs once for each micro-batch, and each of them passes all stages of the kind.
+        A stage runs once for each micro-batch, and each of them passes all stages of the kind; but
+        caches are converted in all stages at once.
         """
         job, mesh = self.job, self.shape.mesh
-        times = max(job.request.micro_batches, len(kind.numbers))
+        times = job.request.micro_batches
+        if len(kind.phases) == 1:
+            times = max(times, len(kind.numbers))
         ends = {id(stage.graph): _all_ends(stage) for stage in kind.phases}
 
         def limit(graph: Graph, on: Mesh) -> Restriction:
@@ -193,10 +196,10 @@ class _Planning:
             solution = job.solution(problem, mesh, self.ceiling / times)
             taken = solution.assignment
             found = () if taken is None else (decide(built, problem, taken, solution),)
-        if not self.fixed:
-            self.least = times * solution.bound
-        if solution.status == "dearer":
-            self.least = max(self.least, self.ceiling)
+        dearer = solution.status == "dearer"
+        if not self.fixed:  # what holds with ends that others fixed bounds no other plan
+            self.least = max(times * solution.bound, self.ceiling if dearer else 0.0)
+        if dearer:
             return ()
         if not found:
             raise self._refused(kind, solution.clash)
