@@ -39,8 +39,8 @@ def op_s(
 ) -> Number:
     """Seconds for an operation of `flops` FLOP that reads and writes `bytes_moved` bytes.
 
-    Works elementwise on arrays.  For `kind="memory"` (elementwise ops, copies) and `"mixed"`
-    (casts, norms, each a kernel of torch's), `"optimizer"` only the traffic counts: their
+    Works elementwise on arrays.  For `kind="memory"` (elementwise ops, copies), `"mixed"` (casts,
+    norms, each a kernel of torch's) and `"optimizer"` only the traffic counts: their
     arithmetic always hides behind it, and integers have no FLOP rate.
     An operation of 0 FLOP and 0 bytes still pays the kernel's floor.
 

@@ -191,7 +191,7 @@ def _attended_s(each: Attended, machine: Cluster) -> float:
         each.batch, each.heads, each.heads, each.queries, each.keys, each.dim, "fp32", machine,
         0.5 if each.queries == each.keys else 1.0, backward=each.backward,
     )  # fmt: skip
-    return float(one) * (2.5 if each.backward else 1.0)
+    return float(one) * (2.5 if each.backward else 1.0)  # five products where forward has two
 
 
 def _law(seconds: np.ndarray, predicted: Callable[[Kernel], np.ndarray], share: str) -> Kernel:

@@ -271,10 +271,12 @@ class _Rule(NamedTuple):
     low: float = 0.0
     high: float = inf
     strict: bool = True  # must exceed `low`, not only reach it
+    whole: bool = False
 
 
 _SECONDS = _Rule("seconds, 0 or more", strict=False)
 _TIME = _Rule("seconds above 0")
+_COUNT = _Rule("a whole number, at least 1", low=1, strict=False, whole=True)
 _SHARE = _Rule("a share of the datasheet's figure, above 0 and at most 1", high=1.0)
 _RATE = _Rule("bytes/s above 0")
 _CONTENTION = _Rule(
@@ -305,10 +307,10 @@ _LINK_RULES = {
     "node_bytes_per_s": _RATE,
 }
 _TOP_RULES = {
-    "gpus_per_node": _Rule("a whole number, at least 1", low=1, strict=False),
+    "gpus_per_node": _COUNT,
     "memory_bytes": _Rule("bytes above 0"),
     "bandwidth_bytes_per_s": _RATE,
-    "processors": _Rule("a whole number, at least 1", low=1, strict=False),
+    "processors": _COUNT,
     "small_head_cost": _Rule("a factor, at least 1", low=1.0, strict=False),
     "decode_pass_s": _SECONDS,
 }
@@ -323,7 +325,6 @@ _OPTIONAL = {
 }
 _STEPS = ("captured", "compiled", "launched")
 _FLAGS = ("compiled", "fused_norms")
-_WHOLE = ("gpus_per_node", "processors")
 _TEXT = ("base", "device")
 _TABLES = ("flops", "kernels", "tiles", "intra_node", "inter_node")
 _KERNELS = ("matmul", "attention", "decode", "memory")
@@ -469,9 +470,6 @@ def _build(name: str, table: dict[str, Any], where: str) -> Cluster:
     if "tiles" in table:
         tiles = _part(Tiles, _TILE_RULES, _table(table, "tiles", where), where, "tiles")
     top = {key: _number(table, key, rule, where, "") for key, rule in _TOP_RULES.items()}
-    for key in _WHOLE:
-        if top[key] != int(top[key]):
-            raise ClusterError(f"{where}: {key}: expected a whole number, got {top[key]}")
     given = {k: _number(table, k, rule, where, "") for k, rule in _OPTIONAL.items() if k in table}
     flags = {key: table[key] for key in _FLAGS if key in table}
     for key, value in flags.items():
@@ -550,16 +548,7 @@ def _measured(rows: object, where: str) -> tuple[Measured, ...]:
         body: dict[str, Any] = dict(row)
         _refuse_unknown(body, ("ranks", "nodes", *COLLECTIVES), where, _MEASURED)
         ranks, nodes = (
-            int(
-                _number(
-                    body,
-                    key,
-                    _Rule("a whole number, at least 1", 1, strict=False),
-                    where,
-                    _MEASURED,
-                )
-            )
-            for key in ("ranks", "nodes")
+            int(_number(body, key, _COUNT, where, _MEASURED)) for key in ("ranks", "nodes")
         )
         kinds = [kind for kind in COLLECTIVES if kind in body]
         rows_of = ((kind, _seconds_of(body[kind], where, f"{_MEASURED}.{kind}")) for kind in kinds)
@@ -620,7 +609,8 @@ def _number(table: dict[str, Any], key: str, rule: _Rule, where: str, section: s
         raise ClusterError(f"{place}: expected {rule.meaning}, got {value!r}")
     number = float(value)
     low_ok = number > rule.low if rule.strict else number >= rule.low
-    if not isfinite(number) or not low_ok or number > rule.high:
+    whole = not rule.whole or number.is_integer()
+    if not isfinite(number) or not low_ok or number > rule.high or not whole:
         raise ClusterError(f"{place}: expected {rule.meaning}, got {value!r}")
     return number
 

@@ -20,6 +20,7 @@ from shardwright.costmodel.machines.cluster import (
     shown_name,
 )
 
+MEASURED = 'base = "cpu"\n[[measured]]\nnodes = 1\n'
 _NUMBER = re.compile(r"^\s*[\w.]+\s*=\s*[-+0-9.]")
 
 
@@ -151,7 +152,23 @@ def test_copy_of_a_built_in_file_is_a_user_file(name: str, tmp_path: Path) -> No
         ('base = "h100"\nmemory_bytes = "80GB"\n', "memory_bytes: expected bytes above 0, got '8"),
         ('base = "h100"\nmemory_bytes = true\n', "memory_bytes: expected bytes above 0, got True"),
         ('base = "h100"\nmemory_bytes = nan\n', "memory_bytes: expected bytes above 0, got nan"),
-        ('base = "h100"\ngpus_per_node = 7.5\n', "gpus_per_node: expected a whole number, got 7.5"),
+        (
+            'base = "h100"\ngpus_per_node = 7.5\n',
+            "gpus_per_node: expected a whole number, at least 1, got 7",
+        ),
+        (
+            f"{MEASURED}ranks = 2.5\n",
+            "[measured] ranks: expected a whole number, at least 1, got 2",
+        ),
+        (
+            f"{MEASURED}ranks = 2\nall_gather = {{ 1024 = 1e-3 }}\n",
+            "expected two sizes in bytes or more",
+        ),
+        (
+            f"{MEASURED}ranks = 2\nall_gather = {{ 8 = 2e-3, 16 = 1e-3 }}\n",
+            "[measured.all_gather]: more bytes take fewer seconds",
+        ),
+        (f"{MEASURED}all_gathers = {{}}\n", "[measured] all_gathers: no such field; did you mean"),
         ('base = "h100"\nflops = 3\n', "expected a table [flops], got 3"),
         (
             'base = "h100"\n[kernels.matmul]\nefficiency = 1.2\n',
